@@ -1,0 +1,1 @@
+"""How parameters, gradients and optimizer state lie on ranks; knows no data and no logging."""

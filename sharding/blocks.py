@@ -1,0 +1,28 @@
+"""Finding the repeated blocks of a model by its structure."""
+
+from torch import nn
+
+
+def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The transformer blocks of a model, with their qualified names, in forward order.
+
+    A block is an element of an outermost ``nn.ModuleList`` whose elements all hold parameters. That is how
+    decoder and encoder layers are kept in every ``transformers`` architecture, so no table of names is needed; a
+    list inside a block (experts, say) belongs to its block.
+    """
+    blocks: list[tuple[str, nn.Module]] = []
+    _collect(model, "", blocks)
+    return blocks
+
+
+def _collect(module: nn.Module, prefix: str, blocks: list[tuple[str, nn.Module]]) -> None:
+    for name, child in module.named_children():
+        path = f"{prefix}{name}"
+        if isinstance(child, nn.ModuleList) and len(child) and all(_has_parameters(element) for element in child):
+            blocks.extend((f"{path}.{index}", element) for index, element in enumerate(child))
+        else:
+            _collect(child, f"{path}.", blocks)
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None

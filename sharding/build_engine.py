@@ -1,0 +1,89 @@
+"""From a model on the meta device to an engine: the one place that knows the order of things."""
+
+import torch
+
+from sharding.activation_checkpointing import checkpoint_activations
+from sharding.blocks import find_blocks
+from sharding.config import ActivationCheckpointingConfig, CompileConfig, ParallelConfig, PrecisionConfig
+from sharding.ddp import DdpEngine
+from sharding.engine import Engine, ModelDefinition, OptimizerFactory
+from sharding.initialization import Materializer, check_initialized, initialize_one, initialize_tree
+from sharding.mesh import DataParallelMesh
+from sharding.precision import compute_dtype
+from sharding.torch_engine import TorchEngine
+from sharding.zero import ZeroEngine, shard_module
+
+
+def build_engine(
+    definition: ModelDefinition,
+    mesh: DataParallelMesh,
+    device: torch.device,
+    build_optimizer: OptimizerFactory,
+    *,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    activation_checkpointing: ActivationCheckpointingConfig,
+    compilation: CompileConfig,
+) -> Engine:
+    """Bring a model to life under a strategy.
+
+    Block by block: memory, initial values, checkpointing, compilation, sharding. So a rank holds one whole block at a
+    time beside its shards, and initial values do not depend on the layout. The optimizer comes last, when parameters
+    lie where they will stay.
+
+    Raises:
+        UserError: the precision is not there yet.
+        RuntimeError: initialisation left a tensor without values, or touched a block from outside.
+    """
+    dtype = compute_dtype(precision, device)
+    model = definition.model
+    blocks = find_blocks(model)
+    materializer = Materializer(device)
+    shards = parallel.strategy not in ("none", "ddp")
+
+    model.train()
+    for index, (name, block) in enumerate(blocks):
+        for module in block.modules():
+            materializer.materialize(module)
+        initialize_tree(block, name, definition.seed, definition.initialize)
+        check_initialized(block, name)
+        checkpoint_activations(block, index, activation_checkpointing)
+        if compilation.enabled:
+            block.compile(mode=None if compilation.mode == "default" else compilation.mode)
+        if shards:
+            shard_module(block, mesh, parallel.strategy, dtype)
+
+    _initialize_outside_blocks(definition, materializer, {id(block) for _, block in blocks})
+    if shards:
+        shard_module(model, mesh, parallel.strategy, dtype)
+        return ZeroEngine(definition, mesh, device, parallel.strategy, build_optimizer)
+    autocast_dtype = None if dtype is torch.float32 else dtype
+    engine = TorchEngine if parallel.strategy == "none" else DdpEngine
+    return engine(definition, mesh, device, autocast_dtype, build_optimizer)
+
+
+def _initialize_outside_blocks(definition: ModelDefinition, materializer: Materializer, block_ids: set[int]) -> None:
+    """Embeddings, final norm, head: everything that is in no block, children before parents."""
+    model = definition.model
+    outside: list[tuple[str, torch.nn.Module]] = []
+
+    def collect(module: torch.nn.Module, name: str) -> None:
+        for child_name, child in module.named_children():
+            if id(child) not in block_ids:
+                collect(child, f"{name}.{child_name}" if name else child_name)
+        outside.append((name, module))
+
+    collect(model, "")
+    for _, module in outside:
+        materializer.materialize(module)
+    inside = [p for m in model.modules() if id(m) in block_ids for p in m.parameters()]
+    versions = [p._version for p in inside]
+    for name, module in outside:
+        initialize_one(module, name, definition.seed, definition.initialize)
+    if versions != [p._version for p in inside]:
+        # A draw into a sharded block would depend on the layout.
+        raise RuntimeError(f"{type(model).__name__} initialises parameters of its blocks from outside the block")
+    for name, module in outside:
+        for tensor_name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and tensor.is_floating_point() and bool(tensor.isnan().any()):
+                raise RuntimeError(f"initialisation left {name}.{tensor_name} without values")

@@ -1,0 +1,62 @@
+"""Configuration of how a model lies on ranks: parallelism, precision, checkpointed activations, compilation."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from sharding.strict_model import StrictModel
+
+Strategy = Literal["none", "ddp", "zero1", "zero2", "zero3", "hsdp"]
+Backend = Literal["torch", "deepspeed", "accelerate"]
+ComputeDtype = Literal["auto", "fp32", "bf16", "fp16", "fp8"]
+
+
+class ParallelConfig(StrictModel):
+    """How the model's state and the batch are divided over ranks."""
+
+    strategy: Strategy = "zero2"
+    """Data-parallel method: `none` (one rank), `ddp`, `zero1`, `zero2`, `zero3`, or `hsdp` (zero3 inside
+    groups, replicated across them)."""
+
+    backend: Backend = "torch"
+    """Library that carries out the strategy; only `torch` is there now."""
+
+    replicate: int = Field(default=1, ge=1)
+    """Number of replicas of the sharded model under `hsdp`; ranks / replicate is the shard degree."""
+
+    tensor: int = Field(default=1, ge=1)
+    """Tensor-parallel degree in ranks; only 1 is accepted for now."""
+
+    context: int = Field(default=1, ge=1)
+    """Context-parallel degree in ranks; only 1 is accepted for now."""
+
+    pipeline: int = Field(default=1, ge=1)
+    """Pipeline-parallel degree in ranks; only 1 is accepted for now."""
+
+
+class PrecisionConfig(StrictModel):
+    """Number formats of the forward and backward pass; masters, reduction and optimizer state are always fp32."""
+
+    compute: ComputeDtype = "auto"
+    """Format of matrix products: `fp32`, `bf16`, or `auto` (bf16 where the device has it natively, else fp32)."""
+
+
+class CompileConfig(StrictModel):
+    """torch.compile, applied to each transformer block in place."""
+
+    enabled: bool = False
+    """Compile each block; the first step takes longer, later ones are faster."""
+
+    mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
+    """torch.compile's own mode name."""
+
+
+class ActivationCheckpointingConfig(StrictModel):
+    """Which activations are recomputed in the backward pass instead of kept."""
+
+    mode: Literal["none", "full", "every_n", "selective"] = "none"
+    """`none` keeps all; `full` recomputes every block; `every_n` every n-th block; `selective` keeps the results
+    of attention and of every second matrix product in each block and recomputes the rest."""
+
+    every_n: int = Field(default=2, ge=1)
+    """Under `every_n`: recompute one block in this many blocks."""

@@ -1,0 +1,55 @@
+"""DDP: every rank holds everything; gradients are all-reduced once per step."""
+
+import inspect
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from sharding.engine import ModelDefinition, OptimizerFactory
+from sharding.mesh import DataParallelMesh
+from sharding.torch_engine import TorchEngine
+
+
+class DdpEngine(TorchEngine):
+    """torch's DistributedDataParallel, silent until the last micro-batch."""
+
+    def __init__(
+        self,
+        definition: ModelDefinition,
+        mesh: DataParallelMesh,
+        device: torch.device,
+        autocast_dtype: torch.dtype | None,
+        build_optimizer: OptimizerFactory,
+    ) -> None:
+        """See TorchEngine; the process group must be up."""
+        super().__init__(definition, mesh, device, autocast_dtype, build_optimizer)
+        self._ddp = DistributedDataParallel(
+            self._model,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            process_group=mesh.shard_group,
+            gradient_as_bucket_view=True,
+            **_no_buffer_sync(),
+        )
+
+    def _forward_module(self) -> nn.Module:
+        return self._ddp
+
+    def _gradient_scale(self) -> float:
+        # DDP averages over ranks; the loss is a global sum over a global count.
+        return float(self._mesh.dp_degree)
+
+    def _accumulation_context(self, *, is_last: bool) -> AbstractContextManager[Any]:
+        # no_sync must span the forward pass too: DDP decides there whether the reducer is armed.
+        return nullcontext() if is_last else self._ddp.no_sync()
+
+    def _is_written_here(self, index: int) -> bool:
+        return index % self._mesh.dp_degree == self._mesh.dp_rank
+
+
+def _no_buffer_sync() -> dict[str, bool]:
+    """Buffers are the same everywhere and stay so; torch 2.13 renamed the argument that says it."""
+    parameters = inspect.signature(DistributedDataParallel.__init__).parameters
+    return {"forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers": False}

@@ -1,0 +1,90 @@
+"""The Engine: how a model's state lies on ranks, and what the trainer may ask of it.
+
+An engine owns the accumulation loop, so that it can decide when gradients travel. The trainer owns the denominator.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from sharding.initialization import InitializeModule
+from sharding.state import TensorSlice
+
+Batch = dict[str, torch.Tensor]
+
+LossFunction = Callable[[nn.Module, Batch], torch.Tensor]
+"""Sum of the losses of a batch's valid targets, a scalar with a gradient."""
+
+EvaluationFunction = Callable[[nn.Module, Batch], torch.Tensor]
+"""A vector of sums, fp64, which add up over batches and ranks to a task's evaluation metrics."""
+
+OptimizerFactory = Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
+"""Builds the optimizer from named parameters, after sharding."""
+
+
+@dataclass(frozen=True)
+class ModelDefinition:
+    """A model on the meta device and what is needed to bring it to life and train it.
+
+    Attributes:
+        model: the module, its parameters and buffers without memory.
+        initialize: initialises one module's own tensors from torch's default generator.
+        loss: the training loss.
+        evaluate: the evaluation sums.
+        seed: the run's seed.
+    """
+
+    model: nn.Module
+    initialize: InitializeModule
+    loss: LossFunction
+    evaluate: EvaluationFunction
+    seed: int
+
+
+class Engine(Protocol):
+    """What every backend and strategy offers."""
+
+    def train_batch(self, micro_batches: Sequence[Batch], denominator: int) -> torch.Tensor:
+        """Run forward and backward over one rank's micro-batches and reduce the gradients.
+
+        Args:
+            micro_batches: this rank's share of the global batch, on the host or the device.
+            denominator: what the summed loss is divided by: valid targets of the whole global batch, over all ranks.
+
+        Returns:
+            This rank's sum of losses over all its micro-batches, a detached scalar on the device. Where it is not
+            finite, the gradients of all ranks have become NaN.
+        """
+
+    def evaluate_batch(self, batch: Batch) -> torch.Tensor:
+        """This rank's evaluation sums for one batch, on the device; every rank must call it equally often."""
+
+    def clip_grad_norm(self, max_norm: float) -> torch.Tensor:
+        """Scale gradients so that their global L2 norm is at most ``max_norm`` (0: leave them).
+
+        Returns:
+            The norm before clipping, a scalar on the device, equal on all ranks; not finite where any rank's
+            gradient or loss was not.
+        """
+
+    def step(self, learning_rate: float) -> torch.Tensor:
+        """Apply the optimizer unless the last norm was not finite, and drop the gradients.
+
+        Returns:
+            1.0 where the parameters were updated and 0.0 where all ranks skipped, a scalar on the device.
+        """
+
+    def state(self, *, with_optimizer: bool) -> list[TensorSlice]:
+        """This rank's slices of the canonical state; the tensors are live."""
+
+    def load_state(self, read: Callable[[TensorSlice], None], *, with_optimizer: bool) -> None:
+        """Let ``read`` fill each slice of the canonical state in place."""
+
+    def named_local_shards(self) -> dict[str, torch.Tensor]:
+        """Parameter name to this rank's live part of the fp32 master."""
+
+    def named_parameters(self) -> list[tuple[str, Any]]:
+        """Parameter name to the parameter as the strategy holds it."""

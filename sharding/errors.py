@@ -1,0 +1,17 @@
+"""Exceptions that end a run with one sentence instead of a traceback."""
+
+EXIT_FINISHED = 0
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+EXIT_STOPPED = 75
+
+
+class UserError(Exception):
+    """The user's input is wrong: one sentence with the setting, its value, the arithmetic and the remedy.
+
+    Entry points print the sentence without a traceback and exit with ``EXIT_BAD_INPUT``.
+    """
+
+
+class RunFailure(Exception):
+    """The run cannot go on, and one sentence says why and what to do; exits with ``EXIT_FAILED``."""

@@ -1,0 +1,107 @@
+"""This process's place among the ranks, and the process group's lifetime."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from sharding.errors import UserError
+
+_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """One rank's place.
+
+    Attributes:
+        rank: number among all ranks.
+        world_size: number of ranks.
+        local_rank: number among the ranks of this node.
+        local_world_size: number of ranks of this node.
+        device: where this rank computes.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: torch.device
+
+
+def read_ranks(environment: Mapping[str, str]) -> tuple[int, int, int, int]:
+    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE as a launcher set them; one rank by itself where none is set.
+
+    Raises:
+        UserError: only some are set, or they contradict one another.
+    """
+    missing = [name for name in _VARIABLES if name not in environment]
+    if len(missing) == len(_VARIABLES):
+        return 0, 1, 0, 1
+    if missing:
+        present = ", ".join(f"{name}={environment[name]}" for name in _VARIABLES if name in environment)
+        raise UserError(f"{present} is set, but {', '.join(missing)} is not; start ranks with a launcher, or unset all.")
+    try:
+        rank, world_size, local_rank, local_world_size = (int(environment[name]) for name in _VARIABLES)
+    except ValueError:
+        values = ", ".join(f"{name}={environment[name]}" for name in _VARIABLES)
+        raise UserError(f"{values}: not all of these are numbers; start ranks with a launcher.") from None
+    for name, value, limit_name, limit in (
+        ("RANK", rank, "WORLD_SIZE", world_size),
+        ("LOCAL_RANK", local_rank, "LOCAL_WORLD_SIZE", local_world_size),
+        ("LOCAL_WORLD_SIZE", local_world_size, "WORLD_SIZE", world_size + 1),
+    ):
+        if not 0 <= value < limit:
+            raise UserError(f"{name}={value} does not fit {limit_name}={environment[limit_name]}; check the launcher.")
+    return rank, world_size, local_rank, local_world_size
+
+
+@contextmanager
+def process_group(init_timeout_s: float) -> Iterator[Ranks]:
+    """Join the process group: NCCL (with gloo for host tensors) where there are GPUs, gloo where there are none.
+
+    Args:
+        init_timeout_s: time limit of every collective until ``set_step_timeout`` lowers it.
+
+    Raises:
+        UserError: the launcher's variables make no sense, or there is no GPU for this rank.
+    """
+    rank, world_size, local_rank, local_world_size = read_ranks(os.environ)
+    device = _device(local_rank)
+    timeout = timedelta(seconds=init_timeout_s)
+    backend = "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    if world_size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
+    yield Ranks(rank, world_size, local_rank, local_world_size, device)
+    # Only on the way out of a clean run: after an error on this rank the others may be inside a collective that will
+    # never complete, and tearing NCCL down can wait for them.
+    dist.destroy_process_group()
+
+
+def set_step_timeout(timeout_s: float) -> None:
+    """Set the time limit of collectives from here on: start-up is slow, a step is not."""
+    from torch.distributed.distributed_c10d import _set_pg_timeout, _world
+
+    for group in list(_world.pg_map):
+        _set_pg_timeout(timedelta(seconds=timeout_s), group)
+
+
+def _device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    num_gpus = torch.cuda.device_count()
+    if num_gpus == 1:
+        # Slurm and others show each task just its own GPU, whatever the local rank.
+        local_rank = 0 if os.environ.get("LOCAL_WORLD_SIZE", "1") == "1" or "SLURM_PROCID" in os.environ else local_rank
+    if local_rank >= num_gpus:
+        raise UserError(f"LOCAL_RANK={local_rank}, but only {num_gpus} GPUs are visible; start at most {num_gpus} ranks.")
+    return torch.device("cuda", local_rank)

@@ -1,0 +1,214 @@
+"""What all strategies on torch share: the accumulation loop, agreed skipping, and canonical state."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from sharding.engine import Batch, ModelDefinition, OptimizerFactory
+from sharding.mesh import DataParallelMesh
+from sharding.state import TensorSlice, slice_of
+
+
+class TorchEngine:
+    """One process without communication (strategy ``none``), and the base of the strategies that communicate."""
+
+    def __init__(
+        self,
+        definition: ModelDefinition,
+        mesh: DataParallelMesh,
+        device: torch.device,
+        autocast_dtype: torch.dtype | None,
+        build_optimizer: OptimizerFactory,
+    ) -> None:
+        """Take a model whose parameters have memory and lie as the strategy wants them.
+
+        Args:
+            definition: the model and its functions.
+            mesh: the ranks.
+            device: where this rank computes.
+            autocast_dtype: format of matrix products under autocast; None where parameters are cast or fp32 is used.
+            build_optimizer: called once, with the parameters as they lie now.
+        """
+        self._model = definition.model
+        self._loss = definition.loss
+        self._evaluate = definition.evaluate
+        self._mesh = mesh
+        self._device = device
+        self._autocast_dtype = autocast_dtype
+        self._trainable = [
+            _Trainable(name, parameter, _local_parameter(parameter))
+            for name, parameter in self._model.named_parameters()
+            if parameter.requires_grad
+        ]
+        self._optimizer = build_optimizer([(entry.name, entry.local) for entry in self._trainable])
+        self._found_nonfinite = torch.zeros((), device=device)
+
+    def train_batch(self, micro_batches: Sequence[Batch], denominator: int) -> torch.Tensor:
+        """See Engine."""
+        total = torch.zeros((), device=self._device)
+        scale = self._gradient_scale() / max(denominator, 1)
+        for index, batch in enumerate(micro_batches):
+            with self._accumulation_context(is_last=index == len(micro_batches) - 1):
+                with self._autocast():
+                    loss_sum = self._loss(self._forward_module(), self._to_device(batch))
+                # A rank-local infinite loss can leave its gradients finite. Turned into NaN here, it reaches every
+                # rank through the gradient reduction, and all skip the step without another collective.
+                factor = torch.where(loss_sum.detach().isfinite(), scale, torch.nan)
+                (loss_sum * factor).backward()
+            total += loss_sum.detach()
+        return total
+
+    def evaluate_batch(self, batch: Batch) -> torch.Tensor:
+        """See Engine."""
+        self._model.eval()
+        with torch.no_grad(), self._autocast():
+            sums = self._evaluate(self._model, self._to_device(batch))
+        self._model.train()
+        return sums
+
+    def clip_grad_norm(self, max_norm: float) -> torch.Tensor:
+        """See Engine."""
+        gradients = self._local_gradients()
+        squares = torch.zeros((), device=self._device)
+        if gradients:
+            squares = torch.stack(torch._foreach_norm(gradients)).square().sum()
+        norm = self._sum_over_shards(squares).sqrt()
+        if max_norm > 0:
+            coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(gradients, coefficient)
+        self._found_nonfinite = (~norm.isfinite()).float()
+        return norm
+
+    def step(self, learning_rate: float) -> torch.Tensor:
+        """See Engine."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        for entry in self._trainable:
+            if entry.local is not entry.parameter and entry.parameter.grad is not None:
+                entry.local.grad = _local(entry.parameter.grad)
+        # The fused kernels read this flag on the device and leave everything alone where it is 1: no host sync.
+        self._optimizer.found_inf = self._found_nonfinite  # type: ignore[attr-defined]
+        self._optimizer.step()
+        for entry in self._trainable:
+            entry.parameter.grad = entry.local.grad = None
+        return 1.0 - self._found_nonfinite
+
+    def state(self, *, with_optimizer: bool) -> list[TensorSlice]:
+        """See Engine."""
+        slices = self._model_slices()
+        if with_optimizer:
+            slices += self._optimizer_slices()
+        return slices
+
+    def load_state(self, read: Callable[[TensorSlice], None], *, with_optimizer: bool) -> None:
+        """See Engine."""
+        if with_optimizer:
+            self._allocate_optimizer_state()
+        for part in self.state(with_optimizer=with_optimizer):
+            read(part)
+
+    def named_local_shards(self) -> dict[str, torch.Tensor]:
+        """See Engine."""
+        return {name: _local(parameter.detach()) for name, parameter in self.named_parameters()}
+
+    def named_parameters(self) -> list[tuple[str, Any]]:
+        """See Engine."""
+        return list(self._model.named_parameters())
+
+    def _forward_module(self) -> nn.Module:
+        return self._model
+
+    def _gradient_scale(self) -> float:
+        """Factor that turns the strategy's gradient reduction into a sum over ranks."""
+        return 1.0
+
+    def _accumulation_context(self, *, is_last: bool) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def _sum_over_shards(self, squares: torch.Tensor) -> torch.Tensor:
+        return squares
+
+    def _is_written_here(self, index: int) -> bool:
+        """Whether this rank writes the index-th replicated tensor to checkpoints."""
+        return True
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self._autocast_dtype is None:
+            return nullcontext()
+        return torch.autocast(self._device.type, self._autocast_dtype)
+
+    def _to_device(self, batch: Batch) -> Batch:
+        return {name: tensor.to(self._device, non_blocking=True) for name, tensor in batch.items()}
+
+    def _local_gradients(self) -> list[torch.Tensor]:
+        return [_local(entry.parameter.grad) for entry in self._trainable if entry.parameter.grad is not None]
+
+    def _model_slices(self) -> list[TensorSlice]:
+        persistent = set(self._model.state_dict().keys())
+        tensors: list[tuple[str, torch.Tensor]] = self.named_parameters()
+        tensors += [(name, buffer) for name, buffer in self._model.named_buffers() if name in persistent]
+        return [self._slice(f"model/{name}", tensor, index) for index, (name, tensor) in enumerate(tensors)]
+
+    def _optimizer_slices(self) -> list[TensorSlice]:
+        slices = []
+        for index, entry in enumerate(self._trainable):
+            whole = self._slice(f"model/{entry.name}", entry.parameter, index)
+            for key, value in sorted(self._optimizer.state.get(entry.local, {}).items()):
+                name = f"optimizer/{entry.name}/{key}"
+                if value is None:
+                    continue
+                if value.shape == whole.tensor.shape:
+                    slices.append(replace(whole, name=name, tensor=value))
+                else:
+                    # A count of steps, the same on every rank.
+                    slices.append(slice_of(name, value, is_written_here=self._mesh.dp_rank == 0))
+        return slices
+
+    def _slice(self, name: str, tensor: torch.Tensor, index: int) -> TensorSlice:
+        if isinstance(tensor, DTensor):
+            return slice_of(name, tensor, is_written_here=self._mesh.is_first_replica)
+        return slice_of(name, tensor, is_written_here=self._is_written_here(index))
+
+    def _allocate_optimizer_state(self) -> None:
+        """Make the optimizer create its moments, by a step that changes nothing: zero gradients, zero rate."""
+        if self._optimizer.state:
+            return
+        rates = [group["lr"] for group in self._optimizer.param_groups]
+        for entry in self._trainable:
+            entry.parameter.grad = torch.zeros_like(entry.parameter)
+        self._found_nonfinite.zero_()
+        self.step(learning_rate=0.0)
+        for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+
+def sum_over(group: dist.ProcessGroup | None, value: torch.Tensor) -> torch.Tensor:
+    """Sum a tensor over the ranks of a group, in place."""
+    dist.all_reduce(value, group=group)
+    return value
+
+
+@dataclass(frozen=True)
+class _Trainable:
+    """A parameter as the strategy holds it, and as the optimizer sees it: plain memory of this rank."""
+
+    name: str
+    parameter: nn.Parameter
+    local: nn.Parameter
+
+
+def _local_parameter(parameter: nn.Parameter) -> nn.Parameter:
+    """A parameter's local memory as a plain parameter: elementwise optimizers need no DTensor dispatch."""
+    if not isinstance(parameter, DTensor):
+        return parameter
+    return nn.Parameter(parameter.detach().to_local())
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,87 @@
+"""ZeRO stages 1 to 3 and HSDP as settings of one mechanism, torch's ``fully_shard``.
+
+Stage 1 keeps gradients whole during accumulation and shards optimizer state (and, between steps, parameters); stage 2
+reduce-scatters the gradients of every micro-batch; stage 3 also frees parameters after each block's forward pass; hsdp is
+stage 3 inside groups of ranks, with an all-reduce across groups on the last micro-batch. Stages as in
+Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models" (2020).
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from sharding.config import Strategy
+from sharding.engine import Batch, ModelDefinition, OptimizerFactory
+from sharding.mesh import DataParallelMesh
+from sharding.torch_engine import TorchEngine, sum_over
+
+
+def shard_module(module: nn.Module, mesh: DataParallelMesh, strategy: Strategy, dtype: torch.dtype) -> None:
+    """Shard one module's parameters over the mesh, in place.
+
+    Args:
+        module: a block, or the model once its blocks are sharded.
+        mesh: a mesh with a device mesh.
+        strategy: one of the zero stages or hsdp.
+        dtype: format of the gathered parameters and of computation; gradients are reduced in fp32.
+    """
+    policy = MixedPrecisionPolicy(
+        param_dtype=None if dtype is torch.float32 else dtype,
+        reduce_dtype=torch.float32,
+    )
+    fully_shard(
+        module,
+        mesh=mesh.device_mesh,
+        reshard_after_forward=strategy in ("zero3", "hsdp"),
+        mp_policy=policy,
+    )
+
+
+class ZeroEngine(TorchEngine):
+    """A model sharded by ``shard_module``."""
+
+    def __init__(
+        self,
+        definition: ModelDefinition,
+        mesh: DataParallelMesh,
+        device: torch.device,
+        strategy: Strategy,
+        build_optimizer: OptimizerFactory,
+    ) -> None:
+        """See TorchEngine; every block and then the model must have been sharded."""
+        super().__init__(definition, mesh, device, None, build_optimizer)
+        self._strategy = strategy
+        self._sharded_modules = [m for m in self._model.modules() if isinstance(m, FSDPModule)]
+        for module in self._sharded_modules:
+            # Sum, not average: the loss already carries the global denominator. Both calls are needed, since a
+            # divide factor of 1 alone selects a pre-multiplied sum, which gloo does not have.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+        self._keeps_parameters = strategy in ("zero1", "zero2")
+
+    def evaluate_batch(self, batch: Batch) -> torch.Tensor:
+        """See Engine."""
+        sums = super().evaluate_batch(batch)
+        if self._keeps_parameters:
+            # No backward pass follows that would free the gathered parameters, and named_parameters() would show
+            # them instead of the shards.
+            for module in self._sharded_modules:
+                module.reshard()
+        return sums
+
+    def _accumulation_context(self, *, is_last: bool) -> AbstractContextManager[Any]:
+        for module in self._sharded_modules:
+            if self._strategy == "zero1":
+                module.set_requires_gradient_sync(is_last, recurse=False)
+            if self._strategy == "hsdp":
+                module.set_requires_all_reduce(is_last, recurse=False)
+            if self._keeps_parameters:
+                module.set_reshard_after_backward(is_last, recurse=False)
+            module.set_is_last_backward(is_last)
+        return nullcontext()
+
+    def _sum_over_shards(self, squares: torch.Tensor) -> torch.Tensor:
+        return sum_over(self._mesh.shard_group, squares)

@@ -1,0 +1,1 @@
+"""One rank's work: configuration, data, model, step loop, metrics, checkpoints."""

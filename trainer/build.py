@@ -1,0 +1,93 @@
+"""From a RunConfig to a Trainer: the one place that puts a rank's parts together, in order."""
+
+from collections.abc import Callable
+
+from sharding.mesh import build_mesh
+from sharding.precision import compute_dtype
+from sharding.process_group import Ranks, set_step_timeout
+from trainer.checkpoint.checkpointer import Checkpointer
+from trainer.config import RunConfig
+from trainer.data.loader import BatchLoader, evaluation_batches
+from trainer.data.order import SampleOrder
+from trainer.data.prepare import PreparedCorpus
+from trainer.data.shards import num_samples
+from trainer.hardware import peak_flops
+from trainer.loop import Trainer, TrainerParts
+from trainer.model_engine import build_model_engine, describe_model, parameter_hash
+from trainer.models import Vocabulary
+from trainer.observers import Observers
+from trainer.profiling import StepProfiler
+from trainer.run_folder import RunFolder
+from trainer.tasks.registry import build_task
+
+
+def build_trainer(
+    config: RunConfig,
+    ranks: Ranks,
+    corpus: PreparedCorpus,
+    run_folder: RunFolder,
+    observers: Observers,
+    *,
+    is_stop_requested: Callable[[], bool],
+    before_commit: Callable[[], None],
+) -> Trainer:
+    """Put one rank's trainer together; the process group must be up.
+
+    Args:
+        config: a configuration that is valid for this world.
+        ranks: this rank's place.
+        corpus: the prepared corpus.
+        run_folder: where the run lives.
+        observers: who watches.
+        is_stop_requested: whether this rank was asked to stop.
+        before_commit: see Checkpointer.
+
+    Raises:
+        UserError: model, task, tokenizer and data do not fit together.
+    """
+    task = build_task(config.task.name)
+    mesh = build_mesh(config.parallel, ranks)
+    vocabulary = Vocabulary(corpus.vocab_size, corpus.eos_token_id)
+    engine, facts = build_model_engine(config, task, mesh, ranks, vocabulary)
+    observers.message(describe_model(config, facts, ranks))
+    if config.metrics.parameter_hash:
+        observers.message(f"initial parameters {parameter_hash(engine, ranks)}")
+    train, validation = corpus.stream("train"), corpus.stream("validation")
+    length = config.data.sequence_length
+    order = SampleOrder(config.seed, num_samples(train.num_tokens, length), config.data.shuffle)
+
+    def build_loader(start_sample: int) -> BatchLoader:
+        return BatchLoader(
+            train,
+            order,
+            sequence_length=length,
+            global_size=config.batch.global_size,
+            micro_size=config.batch.micro_size,
+            dp_rank=mesh.dp_rank,
+            dp_degree=mesh.dp_degree,
+            start_sample=start_sample,
+        )
+
+    parts = TrainerParts(
+        engine=engine,
+        task=task,
+        ranks=ranks,
+        dp_rank=mesh.dp_rank,
+        build_loader=build_loader,
+        evaluation_batches=lambda: evaluation_batches(
+            validation,
+            sequence_length=length,
+            micro_size=config.batch.micro_size,
+            dp_rank=mesh.dp_rank,
+            dp_degree=mesh.dp_degree,
+            max_sequences=config.evaluation.max_sequences,
+        ),
+        checkpointer=Checkpointer(config, run_folder, corpus.fingerprint, ranks, before_commit),
+        observers=observers,
+        is_stop_requested=is_stop_requested,
+        after_first_step=lambda: set_step_timeout(config.launch.step_timeout_s),
+        profiler=StepProfiler(run_folder.path / "profile", config.metrics.profile_steps, ranks.rank, ranks.device),
+        facts=facts,
+        peak_flops=peak_flops(ranks.device, compute_dtype(config.precision, ranks.device)),
+    )
+    return Trainer(config, parts)

@@ -1,0 +1,31 @@
+"""Configuration of checkpoints and of what a run starts from."""
+
+from typing import Literal
+
+from pydantic import ConfigDict, Field
+
+from sharding.strict_model import StrictModel
+
+
+class CheckpointConfig(StrictModel):
+    """When state is saved, what is kept, and what a run continues from."""
+
+    model_config = ConfigDict(populate_by_name=True, serialize_by_alias=True)
+
+    every_steps: int = Field(default=0, ge=0)
+    """Save after every this many steps; 0 means only at the end of the run."""
+
+    keep_last: int = Field(default=2, ge=0)
+    """Number of newest checkpoints that are kept; 0 keeps all."""
+
+    keep_every: int = Field(default=0, ge=0)
+    """Keep for good each checkpoint whose step is a multiple of this; 0 means none."""
+
+    resume: Literal["auto", "never"] = "auto"
+    """`auto` continues from the run folder's newest checkpoint; `never` refuses a folder that has one."""
+
+    from_: str | None = Field(default=None, alias="from")
+    """Another run to start from, `RUN_FOLDER` or `RUN_FOLDER@STEP`; read only while this run has no checkpoint."""
+
+    load: Literal["all", "weights"] = "all"
+    """With `from`: take everything (a fork) or the parameters alone (a warm start at step 0)."""

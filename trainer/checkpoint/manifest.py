@@ -1,0 +1,170 @@
+"""What a checkpoint's manifest says; a checkpoint exists if and only if its manifest does."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from sharding.errors import UserError
+from sharding.strict_model import StrictModel
+
+MANIFEST_NAME = "manifest.json"
+FORMAT_VERSION = 1
+
+
+class SliceEntry(StrictModel):
+    """One stored part of a tensor."""
+
+    file: str
+    """Name of the safetensors file in the checkpoint's folder; the key in it is the tensor's name."""
+
+    offsets: list[int]
+    """Index of the part's first element in the whole tensor, per dim."""
+
+    shape: list[int]
+    """Shape of the part."""
+
+
+class TensorEntry(StrictModel):
+    """One tensor of the canonical state."""
+
+    dtype: str
+    """torch's name of the element type, such as `float32`."""
+
+    shape: list[int]
+    """Shape of the whole tensor."""
+
+    slices: list[SliceEntry]
+    """The parts that make it up."""
+
+
+class FileEntry(StrictModel):
+    """One file of a checkpoint."""
+
+    num_bytes: int
+    """Size."""
+
+    sha256: str
+    """SHA-256 of the contents, in hexadecimal digits."""
+
+
+class TrainingState(StrictModel):
+    """Everything that a run continues from besides tensors.
+
+    Schedules are functions of the step, and random generators are seeded from (seed, step, rank), so neither has a
+    state of its own.
+    """
+
+    step: int
+    """Finished optimizer steps."""
+
+    num_samples: int
+    """Sequences consumed since the start of the run."""
+
+    num_tokens: int
+    """Valid training targets consumed since the start of the run."""
+
+    num_skipped_steps: int
+    """Steps skipped for a non-finite loss or gradient."""
+
+    num_skipped_in_a_row: int
+    """Length of the latest unbroken series of skipped steps."""
+
+    schedule_total_steps: int
+    """Horizon of the learning-rate schedule in steps."""
+
+    seed: int
+    """Seed of parameters, data order and random generators."""
+
+    trackers: dict[str, Any] = {}
+    """Identities of the tracker runs."""
+
+
+class Manifest(StrictModel):
+    """A whole checkpoint."""
+
+    format_version: int
+    """Version of this layout."""
+
+    training: TrainingState
+    """Counters and identities."""
+
+    config: dict[str, Any]
+    """The run's configuration."""
+
+    config_fingerprint: str
+    """SHA-256 of the configuration."""
+
+    data_fingerprint: str
+    """Fingerprint of the prepared corpus."""
+
+    num_ranks: int
+    """Ranks that wrote the checkpoint."""
+
+    strategy: str
+    """Parallel strategy that it was written under; any other can read it."""
+
+    tensors: dict[str, TensorEntry]
+    """The canonical state."""
+
+    files: dict[str, FileEntry]
+    """Every other file of the checkpoint."""
+
+
+def fingerprint(values: Any) -> str:
+    """SHA-256 of plain values in a canonical JSON form."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Make a checkpoint exist: the last thing that is written to its folder.
+
+    The contents reach the disk before the name does, so that a crash leaves either no manifest or a whole one.
+    """
+    temporary = folder / f".{MANIFEST_NAME}.partial"
+    with temporary.open("w") as file:
+        json.dump(manifest.model_dump(mode="json"), file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, folder / MANIFEST_NAME)
+    sync_folder(folder)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read a checkpoint's manifest.
+
+    Raises:
+        UserError: there is none, or it is damaged or of another version.
+    """
+    path = folder / MANIFEST_NAME
+    try:
+        manifest = Manifest.model_validate(json.loads(path.read_bytes()))
+    except FileNotFoundError:
+        raise UserError(f"{folder} is not a checkpoint: it has no {MANIFEST_NAME}; name another step.") from None
+    except (ValueError, ValidationError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} is damaged ({reason}); remove the folder {folder} to use an older one.") from None
+    if manifest.format_version != FORMAT_VERSION:
+        raise UserError(
+            f"{path} has format version {manifest.format_version}, but this Shardline reads {FORMAT_VERSION}; "
+            "use the release that wrote it."
+        )
+    return manifest
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's contents."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

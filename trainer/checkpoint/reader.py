@@ -1,0 +1,117 @@
+"""Reading any part of a checkpoint, by any layout."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from sharding.errors import UserError
+from sharding.state import TensorSlice
+from trainer.checkpoint.manifest import Manifest, SliceEntry, TensorEntry, hash_file, read_manifest
+
+_PARAMETER_PREFIX = "model/"
+
+
+class CheckpointReader:
+    """One checkpoint, its files opened as they are needed and mapped rather than read whole."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open a checkpoint.
+
+        Raises:
+            UserError: there is none, or a file of it is missing or has another size than the manifest says.
+        """
+        self.folder = folder
+        self.manifest: Manifest = read_manifest(folder)
+        self._open_files: dict[str, Any] = {}
+        for name, entry in self.manifest.files.items():
+            path = folder / name
+            num_bytes = path.stat().st_size if path.exists() else 0
+            if num_bytes != entry.num_bytes:
+                raise UserError(
+                    f"checkpoint {folder} is damaged: {name} has {num_bytes} bytes instead of {entry.num_bytes}; "
+                    f"remove the folder to use an older checkpoint."
+                )
+
+    def verify(self, names: Sequence[str] | None = None) -> None:
+        """Compare the SHA-256 of files, all by default, with the manifest.
+
+        Raises:
+            UserError: a file's contents have changed.
+        """
+        for name in self.manifest.files if names is None else names:
+            if hash_file(self.folder / name) != self.manifest.files[name].sha256:
+                raise UserError(
+                    f"checkpoint {self.folder} is damaged: the contents of {name} do not have the SHA-256 of the "
+                    "manifest; remove the folder to use an older checkpoint."
+                )
+
+    def parameter_names(self) -> list[str]:
+        """Names of the model's tensors, as the model names them."""
+        prefix = _PARAMETER_PREFIX
+        return [name.removeprefix(prefix) for name in self.manifest.tensors if name.startswith(prefix)]
+
+    def read_parameter(self, name: str) -> torch.Tensor:
+        """A whole tensor of the model, fp32, on the CPU."""
+        full_name = f"{_PARAMETER_PREFIX}{name}"
+        entry = self._entry(full_name)
+        tensor = torch.empty(entry.shape, dtype=getattr(torch, entry.dtype))
+        self.read_into(TensorSlice(full_name, tensor, tuple(entry.shape), (0,) * len(entry.shape), False))
+        return tensor
+
+    def read_into(self, part: TensorSlice) -> None:
+        """Fill a slice of the canonical state from whatever slices are stored.
+
+        Raises:
+            UserError: the checkpoint has no such tensor, or one of another shape.
+        """
+        entry = self._entry(part.name)
+        if tuple(entry.shape) != part.global_shape:
+            raise UserError(
+                f"checkpoint {self.folder} is of another model: {part.name} has shape {entry.shape} there and "
+                f"{list(part.global_shape)} here; continue with the model it was saved from."
+            )
+        num_filled = 0
+        for stored in entry.slices:
+            num_filled += self._copy_overlap(part, stored)
+        if num_filled != part.tensor.numel():
+            raise UserError(
+                f"checkpoint {self.folder} is damaged: {part.name} has {num_filled} of {part.tensor.numel()} elements."
+            )
+
+    def _entry(self, name: str) -> TensorEntry:
+        try:
+            return self.manifest.tensors[name]
+        except KeyError:
+            raise UserError(
+                f"checkpoint {self.folder} is of another model or optimizer: it has no {name}; "
+                "continue with the settings it was saved under, or set checkpoint.load=weights."
+            ) from None
+
+    def _copy_overlap(self, part: TensorSlice, stored: SliceEntry) -> int:
+        """Copy what a stored slice and the wanted one share; returns the number of elements."""
+        source_index, target_index = [], []
+        wanted = zip(part.offsets, part.tensor.shape, strict=True)
+        for (want, want_size), have, have_size in zip(wanted, stored.offsets, stored.shape, strict=True):
+            begin, end = max(want, have), min(want + want_size, have + have_size)
+            if begin >= end:
+                return 0
+            source_index.append(slice(begin - have, end - have))
+            target_index.append(slice(begin - want, end - want))
+        source = self._file(stored.file)
+        if not source_index:
+            part.tensor.copy_(source.get_tensor(part.name))
+            return 1
+        target = part.tensor[tuple(target_index)]
+        target.copy_(source.get_slice(part.name)[tuple(source_index)])
+        return target.numel()
+
+    def _file(self, name: str) -> Any:
+        if name not in self._open_files:
+            try:
+                self._open_files[name] = safe_open(self.folder / name, framework="pt", device="cpu")
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"checkpoint {self.folder} is damaged: {name}: {error}.") from None
+        return self._open_files[name]

@@ -1,0 +1,1 @@
+"""From a corpus to batches: preparation, packed shards, sample order, loader."""

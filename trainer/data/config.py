@@ -1,0 +1,60 @@
+"""Configuration of the corpus, its preparation and the sequences cut from it."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from sharding.strict_model import StrictModel
+
+
+class DataConfig(StrictModel):
+    """Where text comes from and how it becomes sequences of tokens."""
+
+    source: Literal["python-stdlib", "text", "jsonl", "parquet", "hub"] = "python-stdlib"
+    """Kind of corpus: the embedded `python-stdlib`, local `text` (a file is a document), `jsonl` or `parquet`
+    files, or a data set of the `hub`."""
+
+    paths: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Files, folders or glob patterns of a `text`, `jsonl` or `parquet` source."""
+
+    hub_name: str | None = None
+    """Name of the data set under `hub`, as `datasets.load_dataset` takes it."""
+
+    hub_config: str | None = None
+    """Configuration name of the hub data set, where it has several."""
+
+    hub_split: str = "train"
+    """Split of the hub data set that becomes the corpus."""
+
+    text_field: str = "text"
+    """Column that holds a document's text in `jsonl`, `parquet` and `hub` sources."""
+
+    max_documents: int = Field(default=0, ge=0)
+    """Use only this many documents, taken in source order; 0 means all."""
+
+    normalize: Literal["none", "NFC", "NFKC"] = "NFC"
+    """Unicode normal form applied to each document; line ends become `\\n` unless `none`."""
+
+    validation_fraction: float = Field(default=0.02, ge=0.0, lt=1.0)
+    """Share of documents, chosen by a hash of their text, that is held out for evaluation."""
+
+    tokenizer: str = "train-bpe"
+    """A `transformers` tokenizer name or folder, or `train-bpe` for a byte-level BPE trained on the corpus."""
+
+    vocab_size: int = Field(default=8192, ge=257)
+    """Number of tokens of a trained byte-level BPE; unused with any other tokenizer."""
+
+    sequence_length: int = Field(default=256, ge=1)
+    """Tokens in one training sequence."""
+
+    shuffle: bool = True
+    """Visit sequences in a keyed random order, new in each epoch; false is corpus order."""
+
+    shard_tokens: int = Field(default=64 * 1024 * 1024, ge=1024)
+    """Tokens in one packed shard file."""
+
+    num_workers: int = Field(default=0, ge=0)
+    """Processes that tokenise during preparation; 0 means one per usable core."""
+
+    cache_dir: str | None = None
+    """Folder of prepared corpora and trained tokenizers; `$SHARDLINE_CACHE` or `~/.cache/shardline` if not set."""

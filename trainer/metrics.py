@@ -1,0 +1,199 @@
+"""Metrics of a run: gathered without waiting for the device, written at log intervals."""
+
+import json
+import math
+import os
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from sharding.process_group import Ranks
+
+Metrics = dict[str, float | int | None]
+
+
+@dataclass
+class StepRecord:
+    """What one step leaves behind: device scalars that nobody has waited for yet.
+
+    Attributes:
+        loss_sum: this rank's summed loss.
+        num_targets: valid targets of the global batch.
+        grad_norm: global norm before clipping.
+        learning_rate: rate of the step.
+    """
+
+    loss_sum: torch.Tensor
+    num_targets: int
+    grad_norm: torch.Tensor
+    learning_rate: float
+
+
+@dataclass
+class ThroughputClock:
+    """Time and tokens since the last log line; evaluation and saving do not count."""
+
+    num_tokens: int = 0
+    num_steps: int = 0
+    data_wait_s: float = 0.0
+    _paused_s: float = 0.0
+    _started_at: float = field(default_factory=time.perf_counter)
+
+    def add_step(self, num_tokens: int, data_wait_s: float) -> None:
+        """Count one step's tokens and the time it waited for data, in seconds."""
+        self.num_tokens += num_tokens
+        self.num_steps += 1
+        self.data_wait_s += data_wait_s
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time spent inside out of the account."""
+        started_at = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._paused_s += time.perf_counter() - started_at
+
+    def elapsed_s(self) -> float:
+        """Seconds of training since the last restart."""
+        return max(time.perf_counter() - self._started_at - self._paused_s, 1e-9)
+
+    def restart(self) -> None:
+        """Begin a new interval."""
+        self.num_tokens = self.num_steps = 0
+        self.data_wait_s = self._paused_s = 0.0
+        self._started_at = time.perf_counter()
+
+
+class SkippedSteps:
+    """Counts skipped steps on the device, so that counting needs no host sync."""
+
+    def __init__(self, device: torch.device, total: int = 0, in_a_row: int = 0) -> None:
+        """Start from the counts of a checkpoint."""
+        self.total = torch.tensor(float(total), device=device)
+        self.in_a_row = torch.tensor(float(in_a_row), device=device)
+        self.longest = self.in_a_row.clone()
+
+    def add(self, stepped: torch.Tensor) -> None:
+        """Count one step; ``stepped`` is 1 where parameters were updated, else 0."""
+        skipped = 1.0 - stepped
+        self.total += skipped
+        self.in_a_row = (self.in_a_row + skipped) * skipped
+        self.longest = torch.maximum(self.longest, self.in_a_row)
+
+
+def summarize_step(
+    record: StepRecord, skipped: SkippedSteps, clock: ThroughputClock, ranks: Ranks
+) -> tuple[Metrics, int]:
+    """Turn device scalars into numbers: one host sync and one reduction over ranks; every rank must call it.
+
+    Returns:
+        The interval's metrics, and the longest series of skipped steps so far.
+    """
+    # One transfer for all scalars: the only place in the loop that waits for the device.
+    scalars = torch.stack([record.loss_sum, record.grad_norm, skipped.total, skipped.longest]).tolist()
+    loss_sum, grad_norm, num_skipped, longest_skip = scalars
+    elapsed_s = clock.elapsed_s()
+    local = torch.tensor([loss_sum, clock.data_wait_s / elapsed_s, peak_memory_gib(ranks.device)], dtype=torch.float64)
+    rows = _all_gather(local, ranks)
+    tokens_per_s = clock.num_tokens / elapsed_s
+    metrics: Metrics = {
+        "train/loss": float(rows[:, 0].sum()) / max(record.num_targets, 1),
+        "train/grad_norm": grad_norm,
+        "train/learning_rate": record.learning_rate,
+        "train/skipped_steps": int(num_skipped),
+        "throughput/tokens_per_s": tokens_per_s,
+        "throughput/tokens_per_s_per_device": tokens_per_s / ranks.world_size,
+        "throughput/data_wait_fraction": float(rows[:, 1].mean()),
+        "throughput/step_time_s": elapsed_s / max(clock.num_steps, 1),
+        "memory/peak_gib": float(rows[:, 2].max()),
+    }
+    return metrics, int(longest_skip)
+
+
+def sum_over_ranks(sums: torch.Tensor, ranks: Ranks) -> list[float]:
+    """Add up a vector over all ranks, as numbers; waits for the device."""
+    return _all_gather(sums.double().cpu(), ranks).sum(dim=0).tolist()
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Highest memory use of this process so far: allocated on CUDA, resident on a CPU; GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _all_gather(row: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """Rows of all ranks in rank order, so that sums over them come out the same everywhere."""
+    if ranks.world_size == 1:
+        return row[None]
+    rows = [torch.empty_like(row) for _ in range(ranks.world_size)]
+    dist.all_gather(rows, row)
+    return torch.stack(rows)
+
+
+class MetricsFile:
+    """metrics.jsonl: one JSON object per logged step, each step once."""
+
+    def __init__(self, path: Path, last_step: int) -> None:
+        """Open the file for appending; lines beyond ``last_step`` move to metrics.discarded.jsonl.
+
+        They belong to steps that an earlier attempt took after the checkpoint from which this one continues.
+        """
+        if path.exists():
+            _discard_after(path, last_step)
+        # Line buffering: a killed run loses no finished line.
+        self._file = path.open("a", buffering=1)
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        """Append one step's metrics; numbers that are not finite become null."""
+        self._file.write(json.dumps({"step": step} | finite_or_none(metrics)) + "\n")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def finite_or_none(metrics: Metrics) -> Metrics:
+    """The metrics with None in place of NaN and infinity, which JSON does not have."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in metrics.items()
+    }
+
+
+def _discard_after(path: Path, last_step: int) -> None:
+    kept, discarded = [], []
+    for line in path.read_text().splitlines():
+        (kept if _step_of(line) <= last_step else discarded).append(line + "\n")
+    if not discarded:
+        return
+    with path.with_name("metrics.discarded.jsonl").open("a") as file:
+        file.writelines(discarded)
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text("".join(kept))
+    os.replace(temporary, path)
+
+
+def _step_of(line: str) -> float:
+    try:
+        values: dict[str, Any] = json.loads(line)
+        return float(values["step"])
+    except (ValueError, KeyError):
+        # The last line of a process that was killed while writing.
+        return math.inf
+
+
+def sum_integers_over_ranks(value: int, ranks: Ranks) -> int:
+    """Add up a signed 64-bit integer over all ranks, wrapping around."""
+    total = torch.tensor([value], dtype=torch.int64)
+    if ranks.world_size > 1:
+        dist.all_reduce(total)
+    return int(total.item())

@@ -1,0 +1,74 @@
+"""From the model's configuration to an engine that holds it."""
+
+import torch
+
+from sharding.build_engine import build_engine
+from sharding.engine import Engine, ModelDefinition
+from sharding.mesh import DataParallelMesh
+from sharding.precision import compute_dtype
+from sharding.process_group import Ranks
+from sharding.state import layout_independent_hash
+from trainer.config import RunConfig
+from trainer.metrics import sum_integers_over_ranks
+from trainer.models import (
+    ModelFacts,
+    Vocabulary,
+    build_model_config,
+    build_model_on_meta,
+    initialize_module,
+    model_facts,
+)
+from trainer.optimizers import optimizer_factory
+from trainer.pretrained import load_pretrained
+from trainer.tasks.task import Task
+
+
+def build_model_engine(
+    config: RunConfig, task: Task, mesh: DataParallelMesh, ranks: Ranks, vocabulary: Vocabulary
+) -> tuple[Engine, ModelFacts]:
+    """The sharded model with its optimizer, with initial or pretrained parameters.
+
+    Raises:
+        UserError: model, tokenizer and sequence length do not fit together.
+    """
+    model_config = build_model_config(config.model, vocabulary, config.data.sequence_length)
+    model = build_model_on_meta(task, model_config)
+    facts = model_facts(model, model_config)
+    definition = ModelDefinition(
+        model=model,
+        initialize=lambda module: initialize_module(model, module),
+        loss=task.loss,
+        evaluate=task.evaluation_sums,
+        seed=config.seed,
+    )
+    engine = build_engine(
+        definition,
+        mesh,
+        ranks.device,
+        optimizer_factory(config.optimizer),
+        parallel=config.parallel,
+        precision=config.precision,
+        activation_checkpointing=config.activation_checkpointing,
+        compilation=config.compile,
+    )
+    if config.model.pretrained is not None:
+        load_pretrained(engine, config.model.pretrained)
+    return engine, facts
+
+
+def parameter_hash(engine: Engine, ranks: Ranks) -> str:
+    """A hash of all parameters that does not depend on the layout; every rank must call it."""
+    total = sum_integers_over_ranks(layout_independent_hash(engine.state(with_optimizer=False)), ranks)
+    return f"{total % (1 << 64):016x}"
+
+
+def describe_model(config: RunConfig, facts: ModelFacts, ranks: Ranks) -> str:
+    """One line for the log: model, ranks, strategy, precision."""
+    dtype = str(compute_dtype(config.precision, ranks.device)).removeprefix("torch.")
+    chosen = " (auto)" if config.precision.compute == "auto" else ""
+    device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
+    flops = facts.flops_per_token(config.data.sequence_length, causal=False)
+    return (
+        f"{config.model.architecture or config.model.pretrained}: {facts.num_parameters:,} parameters, "
+        f"{flops / 1e6:,.1f} MFLOP per token; {config.parallel.strategy} on {ranks.world_size} x {device}, {dtype}{chosen}"
+    )

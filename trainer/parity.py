@@ -1,0 +1,256 @@
+"""``shardline parity``: prove that every strategy trains as one plain process does.
+
+``python -m trainer.parity CONFIG [key=value ...]`` trains a few fp32 steps on one fixed batch of the run's corpus, with ragged
+numbers of valid targets, in a plain PyTorch loop and under every strategy; it prints a table of differences and exits
+with 1 where one is out of tolerance.
+"""
+
+import json
+import multiprocessing
+import socket
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file, save_file
+
+from sharding.config import Strategy
+from sharding.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_FINISHED, UserError
+from trainer.config import RunConfig, load_config
+from trainer.data.loader import BatchLoader
+from trainer.data.order import SampleOrder
+from trainer.data.prepare import prepare_corpus
+from trainer.data.shards import num_samples
+from trainer.models import Vocabulary
+from trainer.parity_cases import NUM_STEPS, ParityCase, Trajectory, run_plain, run_rank
+
+NUM_SEQUENCES = 12
+"""Divides by 1, 2, 3 and 4 ranks, with and without accumulation."""
+
+LOSS_TOLERANCE = 1e-5
+GRAD_NORM_TOLERANCE = 1e-4
+PARAMETER_TOLERANCE = {"sgd": 1e-5, "adamw": 1e-2}
+"""Largest difference of any parameter; Adam amplifies rounding where a gradient is nearly zero."""
+
+
+@dataclass(frozen=True)
+class ParityRow:
+    """One case against the plain process: relative differences of loss and norm, absolute of parameters."""
+
+    case: ParityCase
+    loss_difference: float
+    grad_norm_difference: float
+    parameter_difference: float
+    unmoved: list[str]
+    forward_saw_update: bool
+    same_initial_parameters: bool
+
+    @property
+    def passed(self) -> bool:
+        """Whether everything is inside its tolerance. NaN is not."""
+        return (
+            self.loss_difference <= LOSS_TOLERANCE
+            and self.grad_norm_difference <= GRAD_NORM_TOLERANCE
+            and self.parameter_difference <= PARAMETER_TOLERANCE[self.case.optimizer]
+            and not self.unmoved
+            and self.forward_saw_update
+            and self.same_initial_parameters
+        )
+
+
+def parity_cases(group_sizes: Sequence[int]) -> list[ParityCase]:
+    """Every strategy on every group size that it can run on, without and with accumulation, SGD and AdamW."""
+    cases = []
+    for num_ranks in group_sizes:
+        strategies: list[Strategy] = ["none"] if num_ranks == 1 else ["ddp", "zero1", "zero2", "zero3"]
+        if num_ranks == 4:
+            strategies = ["hsdp"]
+        for strategy in strategies:
+            num_rows = NUM_SEQUENCES // num_ranks
+            for accumulation_steps in (1, num_rows if num_rows % 2 else num_rows // 2):
+                cases += [ParityCase(strategy, num_ranks, accumulation_steps, name) for name in ("sgd", "adamw")]
+    return cases
+
+
+def run_parity(config: RunConfig, cases: Sequence[ParityCase], folder: Path) -> list[ParityRow]:
+    """Run the cases, one group of processes per number of ranks, and compare each with the plain process.
+
+    Args:
+        config: the run; dropout is set to 0, computation to fp32.
+        cases: what to run.
+        folder: an empty folder for parameters and trajectories.
+
+    Raises:
+        UserError: the corpus cannot be prepared, or the model is not accepted.
+        RuntimeError: a rank failed.
+    """
+    config = _without_dropout(config)
+    corpus = prepare_corpus(config.data)
+    vocabulary = Vocabulary(corpus.vocab_size, corpus.eos_token_id)
+    _write_ragged_batch(config, corpus.stream("train"), folder)
+    for num_ranks in sorted({case.num_ranks for case in cases}):
+        group = [case for case in cases if case.num_ranks == num_ranks]
+        _run_group(config, vocabulary, group, num_ranks, folder)
+    rows = []
+    for optimizer in sorted({case.optimizer for case in cases}):
+        matching = [case for case in cases if case.optimizer == optimizer]
+        initial = folder / f"{matching[0].label}.initial.safetensors"
+        plain, parameters = run_plain(config, vocabulary, folder, initial, optimizer)
+        rows += [_compare(case, plain, parameters, initial, folder) for case in matching]
+    return rows
+
+
+def _without_dropout(config: RunConfig) -> RunConfig:
+    """Masks differ between layouts, so parity sets dropout to 0."""
+    from transformers import CONFIG_MAPPING
+
+    if config.model.architecture is None or config.model.architecture not in CONFIG_MAPPING:
+        return config
+    fields = vars(CONFIG_MAPPING[config.model.architecture]())
+    zeros = {name: 0.0 for name, value in fields.items() if "drop" in name and isinstance(value, float)}
+    return config.model_copy(
+        update={"model": config.model.model_copy(update={"config": config.model.config | zeros})}
+    )
+
+
+def _write_ragged_batch(config: RunConfig, stream: Any, folder: Path) -> None:
+    """Real text, cut so that every sequence has another number of valid targets and one has none but the first."""
+    length = config.data.sequence_length
+    loader = BatchLoader(
+        stream,
+        SampleOrder(config.seed, num_samples(stream.num_tokens, length), config.data.shuffle),
+        sequence_length=length,
+        global_size=NUM_SEQUENCES,
+        micro_size=NUM_SEQUENCES,
+        dp_rank=0,
+        dp_degree=1,
+    )
+    (batch,) = loader.next_step()
+    loader.close()
+    for row in range(NUM_SEQUENCES):
+        num_valid = max(1, length * (row * 7 % NUM_SEQUENCES) // (NUM_SEQUENCES - 1))
+        batch["labels"][row, num_valid:] = -100
+    save_file({name: tensor.contiguous() for name, tensor in batch.items()}, folder / "batch.safetensors")
+
+
+def _run_group(
+    config: RunConfig, vocabulary: Vocabulary, cases: Sequence[ParityCase], num_ranks: int, folder: Path
+) -> None:
+    context = multiprocessing.get_context("spawn")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    cases_json = json.dumps([asdict(case) for case in cases])
+    config_json = config.model_dump_json(by_alias=True)
+    processes = [
+        context.Process(
+            target=run_rank, args=(rank, num_ranks, port, config_json, vocabulary, cases_json, folder), daemon=True
+        )
+        for rank in range(num_ranks)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    failed = [rank for rank, process in enumerate(processes) if process.exitcode]
+    if failed:
+        raise RuntimeError(f"parity on {num_ranks} ranks: rank {failed[0]} failed; its error is above")
+
+
+def _compare(
+    case: ParityCase, plain: Trajectory, plain_parameters: dict[str, torch.Tensor], initial: Path, folder: Path
+) -> ParityRow:
+    ours = Trajectory(**json.loads((folder / f"{case.label}.json").read_text()))
+    before, after = load_file(folder / f"{case.label}.initial.safetensors"), load_file(folder / f"{case.label}.final.safetensors")
+    reference = load_file(initial)
+    return ParityRow(
+        case=case,
+        loss_difference=_relative(ours.losses, plain.losses),
+        grad_norm_difference=_relative(ours.grad_norms, plain.grad_norms),
+        parameter_difference=max(
+            (after[name] - parameter).abs().max().item() for name, parameter in plain_parameters.items()
+        ),
+        unmoved=[name for name, tensor in after.items() if torch.equal(tensor, before[name])],
+        # The batch never changes, so a forward pass that misses an update repeats the loss of the step before.
+        forward_saw_update=all(
+            abs(later - earlier) > 10 * LOSS_TOLERANCE * abs(earlier)
+            for earlier, later in zip(ours.losses, ours.losses[1:], strict=False)
+        ),
+        same_initial_parameters=all(torch.equal(reference[name], tensor) for name, tensor in before.items()),
+    )
+
+
+def _relative(ours: Sequence[float], plain: Sequence[float]) -> float:
+    return max(abs(a - b) / abs(b) for a, b in zip(ours, plain, strict=True))
+
+
+def print_table(rows: Sequence[ParityRow], console: Console) -> None:
+    """Show one line per case."""
+    table = Table(title=f"parity with one plain process: fp32, {NUM_STEPS} steps, dropout 0, ragged targets")
+    for header in ("strategy", "ranks", "accumulation", "optimizer", "loss", "grad norm", "parameters", "moved", "result"):
+        table.add_column(header, justify="right" if header not in ("strategy", "optimizer", "result") else "left")
+    for row in rows:
+        case = row.case
+        table.add_row(
+            case.strategy,
+            str(case.num_ranks),
+            str(case.accumulation_steps),
+            case.optimizer,
+            f"{row.loss_difference:.1e}",
+            f"{row.grad_norm_difference:.1e}",
+            f"{row.parameter_difference:.1e}",
+            "all" if not row.unmoved else f"not {len(row.unmoved)}",
+            "pass" if row.passed else "FAIL",
+        )
+    console.print(table)
+    console.print(
+        f"tolerances: loss {LOSS_TOLERANCE:.0e} relative, gradient norm {GRAD_NORM_TOLERANCE:.0e} relative, parameters "
+        f"{PARAMETER_TOLERANCE['sgd']:.0e} (sgd) and {PARAMETER_TOLERANCE['adamw']:.0e} (adamw) absolute"
+    )
+    for row in rows:
+        for problem in _problems(row):
+            console.print(f"{row.case.label}: {problem}")
+
+
+def _problems(row: ParityRow) -> list[str]:
+    problems = []
+    if row.unmoved:
+        problems.append(f"parameters that did not move: {', '.join(row.unmoved)}")
+    if not row.forward_saw_update:
+        problems.append("a forward pass did not see the update before it")
+    if not row.same_initial_parameters:
+        problems.append("initial parameters differ from those of the other cases")
+    return problems
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run parity for a configuration; returns the exit status."""
+    try:
+        config = load_config(arguments[0], list(arguments[1:]))
+        with tempfile.TemporaryDirectory(prefix="shardline-parity-") as folder:
+            rows = run_parity(config, parity_cases(default_group_sizes()), Path(folder))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    print_table(rows, console)
+    num_failed = sum(not row.passed for row in rows)
+    console.print(f"{len(rows) - num_failed} of {len(rows)} cases agree")
+    return EXIT_FAILED if num_failed else EXIT_FINISHED
+
+
+def default_group_sizes() -> list[int]:
+    """Ranks to try: 1 to 4 on a CPU; on GPUs as many of these as there are devices."""
+    if torch.cuda.is_available():
+        return [size for size in (1, 2, 3, 4) if size <= torch.cuda.device_count()]
+    return [1, 2, 3, 4]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

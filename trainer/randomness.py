@@ -1,0 +1,29 @@
+"""Random generators as functions of (seed, step, rank): nothing to save, nothing to lose."""
+
+import hashlib
+import random
+
+import numpy as np
+import torch
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed Python's, NumPy's and torch's generators for one step of one rank.
+
+    Dropout masks therefore are the same in a continued run as in one that was never interrupted, however often it was
+    continued, and differ between ranks.
+    """
+    digest = hashlib.sha256(f"{seed}:{step}:{rank}".encode()).digest()
+    value = int.from_bytes(digest[:8], "little") >> 1
+    torch.manual_seed(value)
+    random.seed(value)
+    np.random.seed(value & 0xFFFFFFFF)
+
+
+def use_deterministic_kernels() -> None:
+    """Make torch refuse kernels whose results can differ between two runs; must precede the first CUDA call."""
+    import os
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False

@@ -1,0 +1,139 @@
+"""Configuration sections of the step: task, model, batch, optimizer, schedule, evaluation, metrics, launch, faults."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from sharding.strict_model import StrictModel
+
+
+class TaskConfig(StrictModel):
+    """What the model is trained to do."""
+
+    name: str = "causal-lm"
+    """`causal-lm`, or `module:Class` for a task of your own that is importable from the working folder."""
+
+
+class ModelConfig(StrictModel):
+    """Which model is trained, from scratch or from pretrained weights."""
+
+    architecture: str | None = None
+    """Model type as `transformers` names it (`llama`, `gpt2`, `qwen3` ...), trained from scratch."""
+
+    config: dict[str, Any] = {}
+    """Fields of that architecture's `transformers` configuration; `vocab_size` defaults to the tokenizer's."""
+
+    pretrained: str | None = None
+    """Folder or hub name of a model whose configuration and weights the run starts from."""
+
+    attention: Literal["sdpa", "eager", "flex_attention", "flash_attention_2"] = "sdpa"
+    """Attention implementation of `transformers`."""
+
+
+class BatchConfig(StrictModel):
+    """Sequences per optimizer step; accumulation steps = global_size / (micro_size x data-parallel ranks)."""
+
+    global_size: int = Field(default=16, ge=1)
+    """Sequences in one optimizer step, over all ranks and micro-batches."""
+
+    micro_size: int = Field(default=4, ge=1)
+    """Sequences in one forward and backward pass of one rank."""
+
+
+class OptimizerConfig(StrictModel):
+    """How gradients become updates."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    """`adamw` (fused) or `sgd`."""
+
+    lr: float = Field(default=1e-3, gt=0.0)
+    """Peak learning rate."""
+
+    weight_decay: float = Field(default=0.1, ge=0.0)
+    """Decoupled (AdamW) or L2 (SGD) decay of matrices; vectors such as norms and biases are never decayed."""
+
+    betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.95)
+    """AdamW's decay rates of the first and second moment."""
+
+    eps: float = Field(default=1e-8, gt=0.0)
+    """AdamW's term that keeps the denominator from zero."""
+
+    momentum: float = Field(default=0.9, ge=0.0, lt=1.0)
+    """SGD's momentum; 0 is plain SGD."""
+
+    nesterov: bool = False
+    """Nesterov's form of SGD momentum."""
+
+    clip_norm: float = Field(default=1.0, ge=0.0)
+    """Largest global gradient norm; longer gradients are scaled down to it; 0 means no clipping."""
+
+
+class ScheduleConfig(StrictModel):
+    """Learning rate over steps: linear warm-up, then the named curve."""
+
+    name: Literal["constant", "linear", "cosine", "wsd", "polynomial"] = "cosine"
+    """Curve after warm-up; `wsd` is warm-up, stable, linear decay."""
+
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps over which the rate rises linearly to its peak."""
+
+    total_steps: int = Field(default=0, ge=0)
+    """Step at which the curve ends; 0 means the `steps` the run was first started with."""
+
+    decay_steps: int = Field(default=0, ge=0)
+    """Length in steps of the final decay under `wsd`; 0 means a tenth of total_steps."""
+
+    final_lr_ratio: float = Field(default=0.1, ge=0.0, le=1.0)
+    """Rate at the end of the curve, as a share of the peak; `constant` ignores the end."""
+
+    power: float = Field(default=1.0, gt=0.0)
+    """Exponent of the `polynomial` curve in the share of steps that remains."""
+
+
+class EvaluationConfig(StrictModel):
+    """Loss on the held-out split."""
+
+    every_steps: int = Field(default=0, ge=0)
+    """Evaluate after every this many steps; 0 means only at the end of the run."""
+
+    max_sequences: int = Field(default=0, ge=0)
+    """Evaluate on only the first this many sequences; 0 means the whole validation split."""
+
+
+class MetricsConfig(StrictModel):
+    """What is measured and how often it is written."""
+
+    every_steps: int = Field(default=10, ge=0)
+    """Write a line of metrics after every this many steps; 0 means only at the end."""
+
+    profile_steps: int = Field(default=0, ge=0)
+    """Steps to record with torch's profiler, from the fourth step of this attempt; 0 means none."""
+
+    parameter_hash: bool = True
+    """Log a hash of the initial parameters, equal for any number of ranks and any strategy."""
+
+
+class LaunchConfig(StrictModel):
+    """How ranks are started on this machine."""
+
+    nproc_per_node: int = Field(default=0, ge=0)
+    """Ranks per node; 0 means one per GPU, or 2 where there is none (1 under strategy `none`)."""
+
+    threads_per_rank: int = Field(default=0, ge=0)
+    """CPU threads of one rank's operators; 0 divides the usable cores by the ranks of a node."""
+
+    master_port: int = Field(default=0, ge=0, le=65535)
+    """TCP port of the rendezvous; 0 takes a free one."""
+
+    init_timeout_s: float = Field(default=600.0, gt=0.0)
+    """Seconds that ranks wait for one another at start-up and until the first step is done."""
+
+    step_timeout_s: float = Field(default=600.0, gt=0.0)
+    """Seconds that a collective may take after the first step."""
+
+
+class FaultsConfig(StrictModel):
+    """What the run does when something goes wrong."""
+
+    max_nonfinite_steps: int = Field(default=5, ge=1)
+    """Consecutive steps with a non-finite loss or gradient, each skipped by all ranks, before the run stops."""

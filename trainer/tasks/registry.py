@@ -1,0 +1,29 @@
+"""Tasks by name."""
+
+import importlib
+import sys
+
+from sharding.errors import UserError
+from trainer.tasks.causal_lm import CausalLanguageModelling
+from trainer.tasks.task import Task
+
+_TASKS = {"causal-lm": CausalLanguageModelling}
+
+
+def build_task(name: str) -> Task:
+    """A task by its name, or by ``module:Class`` for one that the working folder or the environment offers.
+
+    Raises:
+        UserError: there is no such task.
+    """
+    if ":" not in name:
+        if name not in _TASKS:
+            raise UserError(f"task.name={name} is unknown; use {', '.join(_TASKS)} or module:Class.")
+        return _TASKS[name]()
+    module_name, _, class_name = name.partition(":")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        return getattr(importlib.import_module(module_name), class_name)()
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"task.name={name} cannot be imported: {error}; check the module and class name.") from None
