@@ -1,0 +1,114 @@
+"""What a person sees while a run trains: one live line on a terminal, plain lines elsewhere."""
+
+import logging
+import sys
+import time
+from collections.abc import Mapping
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, Progress, TextColumn
+
+_log = logging.getLogger("shardline")
+
+
+class Console:
+    """Progress of one run, on rank 0. Everything it says also goes to the log."""
+
+    def __init__(self, total_steps: int) -> None:
+        """Show nothing yet; messages work at once.
+
+        Args:
+            total_steps: step at which the run is finished.
+        """
+        self._total_steps = total_steps
+        self._rich = RichConsole(highlight=False, soft_wrap=True)
+        self._bar: Progress | None = None
+        self._task = None
+        self._first_step = 0
+        self._started_at = time.monotonic()
+        self._closed = False
+
+    def start(self, step: int) -> None:
+        """Begin to show progress after ``step`` finished steps."""
+        self._first_step = step
+        self._started_at = time.monotonic()
+        if self._rich.is_terminal and step < self._total_steps:
+            columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(), TextColumn("{task.description}"))
+            self._bar = Progress(*columns, console=self._rich)
+            self._task = self._bar.add_task("", total=self._total_steps, completed=step)
+            self._bar.start()
+
+    def advance(self, step: int) -> None:
+        """A step is done."""
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=step)
+
+    def log_metrics(self, step: int, metrics: Mapping[str, float | None]) -> None:
+        """Show a step's metrics."""
+        self.advance(step)
+        line = self._training_line(step, metrics)
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, description=line.partition("  ")[2])
+            _log.info(line)
+        else:
+            self.message(line)
+        if "eval/loss" in metrics:
+            evaluation = "  ".join(
+                f"{name.removeprefix('eval/')} {value:.4f}"
+                for name, value in metrics.items()
+                if name.startswith("eval/") and value is not None
+            )
+            self.message(f"step {step}  evaluation  {evaluation}")
+
+    def message(self, text: str) -> None:
+        """Show one line."""
+        _log.info(text)
+        self._print(text)
+
+    def warning(self, text: str) -> None:
+        """Show one line that should not be overlooked."""
+        _log.warning(text)
+        self._print(f"warning: {text}")
+
+    def close(self) -> None:
+        """Stop showing progress."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _print(self, text: str) -> None:
+        if self._closed:
+            return
+        try:
+            self._rich.print(text, markup=False)
+            sys.stdout.flush()
+        except (OSError, ValueError):
+            # Whoever read our output is gone; the log has it all, and training goes on.
+            self._closed = True
+
+    def _training_line(self, step: int, metrics: Mapping[str, float | None]) -> str:
+        elapsed_s = time.monotonic() - self._started_at
+        left_s = elapsed_s / max(step - self._first_step, 1) * (self._total_steps - step)
+        parts = [
+            f"step {step}/{self._total_steps}",
+            f"loss {_number(metrics.get('train/loss'), '.4f')}",
+            f"lr {_number(metrics.get('train/learning_rate'), '.2e')}",
+            f"grad {_number(metrics.get('train/grad_norm'), '.2f')}",
+            f"{_number(metrics.get('throughput/tokens_per_s'), ',.0f')} tokens/s",
+        ]
+        if metrics.get("throughput/mfu") is not None:
+            parts.append(f"MFU {_number(metrics['throughput/mfu'], '.1%')}")
+        if metrics.get("train/skipped_steps"):
+            parts.append(f"skipped {_number(metrics['train/skipped_steps'], '.0f')}")
+        parts.append(f"left {_duration(left_s)}")
+        return "  ".join(parts)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "n/a" if value is None else format(value, form)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

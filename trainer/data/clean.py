@@ -1,0 +1,112 @@
+"""Cleaning: normalised documents without empty ones and exact duplicates, divided into splits."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sharding.errors import UserError
+from trainer.data.config import DataConfig
+from trainer.data.corpus import clean_text, read_documents
+from trainer.data.progress import StageProgress
+
+_SPOOL_NAME = "documents.spool"
+
+
+@dataclass
+class CleanedCorpus:
+    """Cleaned documents, kept in a file, with their splits.
+
+    Attributes:
+        spool: UTF-8 texts one behind the other.
+        lengths: bytes of each text.
+        source_ids: where each came from.
+        is_validation: which of them are held out.
+        sha256: of all texts and their lengths.
+        num_read: documents in the source.
+        num_empty: of these, dropped for being empty.
+        num_duplicates: of these, dropped for being equal to an earlier one.
+    """
+
+    spool: Path
+    lengths: list[int] = field(default_factory=list)
+    source_ids: list[str] = field(default_factory=list)
+    is_validation: list[bool] = field(default_factory=list)
+    sha256: str = ""
+    num_read: int = 0
+    num_empty: int = 0
+    num_duplicates: int = 0
+
+    def num_documents(self, split: str) -> int:
+        """Documents of one split."""
+        num_held_out = sum(self.is_validation)
+        return num_held_out if split == "validation" else len(self.lengths) - num_held_out
+
+    def documents(self, split: str) -> Iterator[tuple[str, str]]:
+        """Text and source id of each document of one split, in source order."""
+        with self.spool.open("rb") as file:
+            for length, source_id, held_out in zip(self.lengths, self.source_ids, self.is_validation, strict=True):
+                text = file.read(length)
+                if held_out == (split == "validation"):
+                    yield text.decode(), source_id
+
+    def texts(self, split: str) -> Iterator[str]:
+        """The texts alone."""
+        return (text for text, _ in self.documents(split))
+
+    def remove_spool(self) -> None:
+        """Delete the file of texts."""
+        self.spool.unlink()
+
+
+def clean_corpus(config: DataConfig, work: Path, stages: StageProgress) -> CleanedCorpus:
+    """Read, clean and divide the documents of a corpus; texts go to a file, so memory holds only their lengths.
+
+    A document is held out where a hash of its text falls below ``data.validation_fraction``: the division depends on
+    the text alone, so adding documents moves none from one side to the other.
+
+    Raises:
+        UserError: the source cannot be read, or nothing is left to train on.
+    """
+    cleaned = CleanedCorpus(work / _SPOOL_NAME)
+    seen: set[bytes] = set()
+    hash_positions: list[float] = []
+    digest = hashlib.sha256()
+    with cleaned.spool.open("wb") as spool, stages.stage("reading documents") as advance:
+        for document in read_documents(config):
+            cleaned.num_read += 1
+            advance(1)
+            # A lone surrogate cannot be stored as UTF-8; JSON can bring one in.
+            text = clean_text(document.text, config.normalize).encode("utf-8", errors="replace")
+            if not text.strip():
+                cleaned.num_empty += 1
+                continue
+            key = hashlib.sha256(text).digest()
+            if key in seen:
+                cleaned.num_duplicates += 1
+                continue
+            seen.add(key)
+            spool.write(text)
+            digest.update(len(text).to_bytes(8, "little") + key)
+            cleaned.lengths.append(len(text))
+            cleaned.source_ids.append(document.source_id)
+            hash_positions.append(int.from_bytes(key[:8], "little") / 2**64)
+    cleaned.sha256 = digest.hexdigest()
+    if not cleaned.lengths:
+        raise UserError(
+            f"data.source={config.source}: the corpus is empty ({cleaned.num_read} documents read, "
+            f"{cleaned.num_empty} of them empty); check data.paths and data.text_field."
+        )
+    cleaned.is_validation = _hold_out(hash_positions, config.validation_fraction)
+    return cleaned
+
+
+def _hold_out(hash_positions: list[float], fraction: float) -> list[bool]:
+    """Which documents are held out; with two or more, at least one on each side."""
+    held_out = [position < fraction for position in hash_positions]
+    if fraction > 0 and len(held_out) > 1:
+        if not any(held_out):
+            held_out[hash_positions.index(min(hash_positions))] = True
+        if all(held_out):
+            held_out[hash_positions.index(max(hash_positions))] = False
+    return held_out

@@ -1,0 +1,100 @@
+"""Packing: the documents of a split as one stream of tokens in shard files."""
+
+import hashlib
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from trainer.data.clean import CleanedCorpus
+from trainer.data.progress import StageProgress
+from trainer.data.shards import FileFacts, SplitFacts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_BATCH_DOCUMENTS = 256
+
+
+def pack_split(
+    name: str,
+    cleaned: CleanedCorpus,
+    tokenizer: "PreTrainedTokenizerFast",
+    dtype: str,
+    shard_tokens: int,
+    folder: Path,
+    stages: StageProgress,
+) -> SplitFacts:
+    """Tokenise one split and write its shards.
+
+    Args:
+        name: `train` or `validation`.
+        cleaned: the documents.
+        tokenizer: ends each document with its end-of-text token.
+        dtype: NumPy type of a stored token.
+        shard_tokens: tokens of a full shard.
+        folder: where the files go.
+        stages: shows progress.
+    """
+    writer = _ShardWriter(folder, name, dtype, shard_tokens)
+    starts, sources = [0], []
+    with stages.stage(f"tokenising {name}", cleaned.num_documents(name)) as advance:
+        documents = cleaned.documents(name)
+        while batch := list(itertools.islice(documents, _BATCH_DOCUMENTS)):
+            for tokens in _encode([text for text, _ in batch], tokenizer, dtype):
+                writer.write(tokens)
+                starts.append(writer.num_tokens)
+            sources += [source_id.encode() for _, source_id in batch]
+            advance(len(batch))
+    shards = writer.close()
+    source_offsets = np.cumsum([0, *(len(source) for source in sources)])
+    return SplitFacts(
+        num_tokens=writer.num_tokens,
+        num_documents=len(sources),
+        shards=shards,
+        documents=_write(folder / f"{name}-documents.i64", np.array(starts, dtype="<i8").tobytes()),
+        source_offsets=_write(folder / f"{name}-source-offsets.i64", source_offsets.astype("<i8").tobytes()),
+        sources=_write(folder / f"{name}-sources.txt", b"".join(sources)),
+    )
+
+
+def _encode(texts: list[str], tokenizer: "PreTrainedTokenizerFast", dtype: str) -> Iterator[np.ndarray]:
+    """Tokens of each text, with the one that ends it; the library encodes a batch on all its threads."""
+    backend = tokenizer.backend_tokenizer
+    for encoding in backend.encode_batch_fast(texts, add_special_tokens=False):
+        yield np.array([*encoding.ids, tokenizer.eos_token_id], dtype=dtype)
+
+
+class _ShardWriter:
+    """Cuts a stream of tokens into files of equal size, hashing as it goes."""
+
+    def __init__(self, folder: Path, name: str, dtype: str, shard_tokens: int) -> None:
+        self.num_tokens = 0
+        self._folder = folder
+        self._name = name
+        self._shard_bytes = shard_tokens * np.dtype(dtype).itemsize
+        self._shards: list[FileFacts] = []
+        self._pending = bytearray()
+
+    def write(self, tokens: np.ndarray) -> None:
+        self.num_tokens += len(tokens)
+        self._pending += tokens.tobytes()
+        while len(self._pending) >= self._shard_bytes:
+            self._flush(self._shard_bytes)
+
+    def close(self) -> list[FileFacts]:
+        if self._pending:
+            self._flush(len(self._pending))
+        return self._shards
+
+    def _flush(self, num_bytes: int) -> None:
+        path = self._folder / f"{self._name}-{len(self._shards):05d}.bin"
+        self._shards.append(_write(path, bytes(self._pending[:num_bytes])))
+        del self._pending[:num_bytes]
+
+
+def _write(path: Path, contents: bytes) -> FileFacts:
+    path.write_bytes(contents)
+    return FileFacts(file=path.name, num_bytes=len(contents), sha256=hashlib.sha256(contents).hexdigest())

@@ -1,0 +1,172 @@
+"""Preparation: from documents to packed shards, once, whoever asks and however often it is killed.
+
+``python -m trainer.data.prepare CONFIG [key=value ...]`` prepares a run's corpus and prints what became of it.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from sharding.errors import EXIT_BAD_INPUT, EXIT_FINISHED, UserError
+from trainer.atomic_files import write_atomically
+from trainer.data.clean import CleanedCorpus, clean_corpus
+from trainer.data.config import DataConfig
+from trainer.data.pack import pack_split
+from trainer.data.prepared import (
+    MANIFEST_NAME,
+    PREPARATION_VERSION,
+    TOKENIZER_FOLDER,
+    CorpusManifest,
+    PreparedCorpus,
+    corpus_folder,
+    find_prepared,
+)
+from trainer.data.progress import StageProgress
+from trainer.data.tokenizer import TRAINED, load_tokenizer, tokenizer_fingerprint, train_byte_level_bpe, use_worker_threads
+
+
+def prepare_corpus(config: DataConfig, *, progress: bool = True) -> PreparedCorpus:
+    """The prepared corpus of a configuration, made now if need be.
+
+    Several processes may ask at once: one works, the others wait for it. Work goes to a folder of its own that is
+    renamed when it is whole, so a process that is killed leaves nothing that could be taken for a corpus.
+
+    Args:
+        config: the corpus.
+        progress: whether this process shows a person how it goes.
+
+    Raises:
+        UserError: the source cannot be read or is empty, the tokenizer cannot be had, or there is no space.
+    """
+    found = find_prepared(config)
+    if found is not None:
+        return found
+    folder = corpus_folder(config)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _exclusive(folder.with_suffix(".lock"), progress):
+            found = find_prepared(config)
+            if found is None:
+                _prepare(config, folder, progress)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.ENOTDIR):
+            raise
+        raise UserError(
+            f"the corpus cannot be prepared in {folder.parent}: {os.strerror(error.errno)}; free some space or set "
+            "data.cache_dir to another folder."
+        ) from None
+    return found or PreparedCorpus(folder)
+
+
+def _prepare(config: DataConfig, folder: Path, progress: bool) -> None:
+    for leftover in folder.parent.glob(f"{folder.name}.partial-*"):
+        # We hold the lock, so whoever made it is gone.
+        shutil.rmtree(leftover)
+    work = folder.parent / f"{folder.name}.partial-{os.getpid()}"
+    work.mkdir()
+    try:
+        use_worker_threads(config.num_workers)
+        with StageProgress(progress) as stages:
+            cleaned = clean_corpus(config, work, stages)
+            tokenizer = _tokenizer(config, cleaned, stages)
+            tokenizer.save_pretrained(work / TOKENIZER_FOLDER)
+            dtype = "<u2" if len(tokenizer) <= 1 << 16 else "<u4"
+            splits = {
+                name: pack_split(name, cleaned, tokenizer, dtype, config.shard_tokens, work, stages)
+                for name in ("train", "validation")
+            }
+        cleaned.remove_spool()
+        manifest = CorpusManifest(
+            preparation_version=PREPARATION_VERSION,
+            dtype=dtype,
+            vocab_size=len(tokenizer),
+            eos_token_id=tokenizer.eos_token_id,
+            tokenizer_sha256=tokenizer_fingerprint(tokenizer),
+            corpus_sha256=cleaned.sha256,
+            python_version=platform.python_version(),
+            num_documents_read=cleaned.num_read,
+            num_empty=cleaned.num_empty,
+            num_duplicates=cleaned.num_duplicates,
+            splits=splits,
+        )
+        write_atomically(work / MANIFEST_NAME, json.dumps(manifest.model_dump(mode="json")))
+        work.rename(folder)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+def _tokenizer(config: DataConfig, cleaned: CleanedCorpus, stages: StageProgress):  # type: ignore[no-untyped-def]
+    if config.tokenizer != TRAINED:
+        return load_tokenizer(config.tokenizer)
+    with stages.stage("training the tokenizer", cleaned.num_documents("train")) as advance:
+        return train_byte_level_bpe(_counted(cleaned.texts("train"), advance), config.vocab_size)
+
+
+def _counted(texts: Iterator[str], advance: Callable[[int], None]) -> Iterator[str]:
+    for text in texts:
+        yield text
+        advance(1)
+
+
+@contextlib.contextmanager
+def _exclusive(path: Path, progress: bool) -> Iterator[None]:
+    """Hold a lock that the kernel gives up for us however we end."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if progress:
+                print("another process is preparing this corpus; waiting for it", flush=True)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def describe_corpus(corpus: PreparedCorpus) -> str:
+    """What became of the documents, in a few lines."""
+    manifest = corpus.manifest
+    lines = [
+        f"documents   {manifest.num_documents_read:,} read, {manifest.num_empty:,} empty and "
+        f"{manifest.num_duplicates:,} duplicates dropped"
+    ]
+    for name, split in manifest.splits.items():
+        lines.append(f"{name:<11} {split.num_documents:,} documents, {split.num_tokens:,} tokens")
+    lines.append(f"tokenizer   {manifest.vocab_size:,} tokens, {corpus.tokenizer_dir}")
+    lines.append(f"corpus      SHA-256 {manifest.corpus_sha256[:16]}, Python {manifest.python_version}")
+    lines.append(f"folder      {corpus.folder}")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Prepare the corpus of a configuration; returns the exit status."""
+    from trainer.config import load_config
+
+    try:
+        if not arguments:
+            raise UserError("no configuration given; write python -m trainer.data.prepare CONFIG [key=value ...].")
+        corpus = prepare_corpus(load_config(arguments[0], arguments[1:]).data)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    print(describe_corpus(corpus))
+    return EXIT_FINISHED
+
+
+if __name__ == "__main__":
+    from sharding.process_lifetime import die_with_parent
+
+    die_with_parent()
+    sys.exit(main(sys.argv[1:]))
+
+
+__all__ = ["PreparedCorpus", "describe_corpus", "find_prepared", "prepare_corpus"]

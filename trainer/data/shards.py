@@ -1,0 +1,146 @@
+"""Packed token shards on disk and the streams that read them."""
+
+import bisect
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sharding.errors import UserError
+from sharding.strict_model import StrictModel
+
+
+class FileFacts(StrictModel):
+    """A file of a prepared corpus."""
+
+    file: str
+    """Name in the corpus folder."""
+
+    num_bytes: int
+    """Size."""
+
+    sha256: str
+    """SHA-256 of the contents in hexadecimal digits."""
+
+
+class SplitFacts(StrictModel):
+    """One split of a prepared corpus."""
+
+    num_tokens: int
+    """Tokens, with one that ends each document."""
+
+    num_documents: int
+    """Documents."""
+
+    shards: list[FileFacts]
+    """Token files in order."""
+
+    documents: FileFacts
+    """int64 [documents + 1]: where each document starts in the token stream, and the end."""
+
+    source_offsets: FileFacts
+    """int64 [documents + 1]: where each document's source id starts in the file of source ids, and the end."""
+
+    sources: FileFacts
+    """Source ids, UTF-8, one behind the other."""
+
+
+@dataclass(frozen=True)
+class DocumentSpan:
+    """A document's part of a range of tokens; ``start`` and ``stop`` are positions in the stream."""
+
+    document_index: int
+    source_id: str
+    start: int
+    stop: int
+
+
+class TokenStream:
+    """One split's tokens as one long array over memory-mapped shards."""
+
+    def __init__(self, folder: Path, split: SplitFacts, dtype: str) -> None:
+        """Map the shards of one split.
+
+        Raises:
+            UserError: a file is missing or has another size than the manifest says.
+        """
+        self.num_tokens = split.num_tokens
+        self._folder = folder
+        self._split = split
+        check_files(folder, [*split.shards, split.documents, split.source_offsets, split.sources])
+        self._shards = [np.memmap(folder / shard.file, dtype=dtype, mode="r") for shard in split.shards]
+        self._starts = [0]
+        for shard in self._shards:
+            self._starts.append(self._starts[-1] + len(shard))
+
+    def read_into(self, start: int, stop: int, target: np.ndarray) -> None:
+        """Copy tokens [start, stop) into an integer array of that length."""
+        index = bisect.bisect_right(self._starts, start) - 1
+        shard_start = self._starts[index]
+        if stop <= self._starts[index + 1]:
+            target[:] = self._shards[index][start - shard_start : stop - shard_start]
+            return
+        middle = self._starts[index + 1]
+        target[: middle - start] = self._shards[index][start - shard_start :]
+        self.read_into(middle, stop, target[middle - start :])
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop) as int64."""
+        tokens = np.empty(stop - start, dtype=np.int64)
+        if len(tokens):
+            self.read_into(start, stop, tokens)
+        return tokens
+
+    def documents_between(self, start: int, stop: int) -> list[DocumentSpan]:
+        """The documents, whole or in part, that tokens [start, stop) come from."""
+        starts = np.memmap(self._folder / self._split.documents.file, dtype="<i8", mode="r")
+        offsets = np.memmap(self._folder / self._split.source_offsets.file, dtype="<i8", mode="r")
+        first = int(np.searchsorted(starts, start, side="right")) - 1
+        spans = []
+        with (self._folder / self._split.sources.file).open("rb") as sources:
+            for index in range(first, self._split.num_documents):
+                if starts[index] >= stop:
+                    break
+                sources.seek(int(offsets[index]))
+                source_id = sources.read(int(offsets[index + 1] - offsets[index])).decode()
+                begin, end = max(start, int(starts[index])), min(stop, int(starts[index + 1]))
+                spans.append(DocumentSpan(index, source_id, begin, end))
+        return spans
+
+
+def num_samples(num_tokens: int, sequence_length: int) -> int:
+    """Training sequences in a stream: sequence i covers tokens [i*S, i*S + S], and the last may be short."""
+    return max(0, -(-(num_tokens - 1) // sequence_length))
+
+
+def check_files(folder: Path, files: list[FileFacts]) -> None:
+    """Compare sizes with the manifest.
+
+    Raises:
+        UserError: a file is missing, truncated or too long.
+    """
+    for facts in files:
+        path = folder / facts.file
+        num_bytes = path.stat().st_size if path.exists() else 0
+        if num_bytes != facts.num_bytes:
+            raise UserError(
+                f"prepared corpus {folder} is damaged: {facts.file} has {num_bytes} bytes instead of "
+                f"{facts.num_bytes}; delete the folder, and it is prepared again."
+            )
+
+
+def hash_files(folder: Path, files: list[FileFacts]) -> None:
+    """Compare contents with the manifest.
+
+    Raises:
+        UserError: a file's contents have changed.
+    """
+    for facts in files:
+        with (folder / facts.file).open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != facts.sha256:
+            raise UserError(
+                f"prepared corpus {folder} is damaged: {facts.file} does not have the SHA-256 of the manifest; "
+                "delete the folder, and it is prepared again."
+            )

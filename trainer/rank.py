@@ -1,0 +1,182 @@
+"""One rank from start to exit status: configuration, run folder, corpus, process group, Trainer, outcome."""
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+
+from sharding.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, RunFailure, UserError
+from sharding.process_group import Ranks, process_group, read_ranks
+from trainer.build import build_trainer
+from trainer.config import RunConfig, World, load_config, validate
+from trainer.console import Console
+from trainer.data.prepare import PreparedCorpus, prepare_corpus
+from trainer.lease import Lease
+from trainer.loop import Ending, Trainer
+from trainer.observers import Observers
+from trainer.randomness import use_deterministic_kernels
+from trainer.rank_logs import redirect_output
+from trainer.run_folder import RunFolder
+from trainer.stopping import StopRequest
+from trainer.trackers.composite import build_trackers
+
+_log = logging.getLogger("shardline")
+
+
+@dataclass
+class _Progress:
+    """What is known when something goes wrong."""
+
+    rank: int = 0
+    run_folder: RunFolder | None = None
+    trainer: Trainer | None = None
+    observers: Observers | None = None
+    lease: Lease | None = field(default=None)
+
+    @property
+    def step(self) -> int:
+        return self.trainer.step if self.trainer is not None else 0
+
+
+def main(arguments: Sequence[str]) -> NoReturn:
+    """Run one rank and exit with its status: 0 finished, 75 stopped and saved, 2 bad input, 1 failed."""
+    progress = _Progress(rank=int(os.environ.get("RANK", "0")))
+    try:
+        exit_code = _run(arguments, progress)
+    except UserError as error:
+        exit_code = _report(progress, "bad_input", EXIT_BAD_INPUT, str(error))
+    except (RunFailure, torch.OutOfMemoryError) as error:
+        exit_code = _report(progress, "failed", EXIT_FAILED, _one_sentence(error))
+    except BaseException as error:  # noqa: BLE001 - whatever ends a rank must reach outcome.json
+        traceback.print_exc()
+        exit_code = _report(progress, "failed", EXIT_FAILED, f"{type(error).__name__}: {error}")
+    if progress.observers is not None:
+        progress.observers.close(exit_code)
+    if progress.lease is not None:
+        progress.lease.release()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if exit_code in (EXIT_FINISHED, EXIT_STOPPED):
+        sys.exit(exit_code)
+    # The other ranks may be waiting for this one in a collective; interpreter shutdown could join them in waiting.
+    os._exit(exit_code)
+
+
+def _run(arguments: Sequence[str], progress: _Progress) -> int:
+    # The deepspeed launcher puts the local rank first; it is in the environment as well.
+    arguments = [a for a in arguments if not a.startswith(("--local_rank", "--local-rank"))]
+    if not arguments:
+        raise UserError("no configuration given; write python -m trainer CONFIG [key=value ...].")
+    config = load_config(arguments[0], arguments[1:])
+    rank, world_size, local_rank, local_world_size = read_ranks(os.environ)
+    world = World(num_ranks=world_size, has_gpu=torch.cuda.is_available())
+    validate(config, world)
+    if config.deterministic:
+        use_deterministic_kernels()
+    torch.set_num_threads(threads_per_rank(config, local_world_size))
+    stop_request = StopRequest()
+    stop_request.install_handlers()
+
+    progress.run_folder = run_folder = RunFolder(config.run_dir)
+    attempt = _begin_attempt(config, world, run_folder, progress)
+    # Every rank asks; a file lock lets one of them work while the others wait. No collective has begun, so however
+    # long it takes, nothing times out.
+    corpus = prepare_corpus(config.data, progress=rank == 0)
+    with process_group(config.launch.init_timeout_s) as ranks:
+        attempt = _agree_on_attempt(attempt, ranks)
+        redirect_output(run_folder.log_dir(attempt), ranks.rank)
+        progress.observers = observers = _build_observers(config, run_folder, ranks)
+        progress.trainer = trainer = build_trainer(
+            config,
+            ranks,
+            corpus,
+            run_folder,
+            observers,
+            is_stop_requested=lambda: stop_request.poll(run_folder.stop_file if ranks.rank == 0 else None),
+            before_commit=lambda: progress.lease.check() if progress.lease is not None else None,
+        )
+        ending = _train(trainer, config, corpus, run_folder, observers, ranks)
+    return EXIT_FINISHED if ending is Ending.FINISHED else EXIT_STOPPED
+
+
+def _train(
+    trainer: Trainer,
+    config: RunConfig,
+    corpus: PreparedCorpus,
+    run_folder: RunFolder,
+    observers: Observers,
+    ranks: Ranks,
+) -> Ending:
+    trainer.resume_or_init()
+    if observers.console is not None:
+        observers.console.start(trainer.step)
+    if trainer.step >= config.steps:
+        observers.message(f"run {config.name} is complete at step {trainer.step}; nothing to do")
+    elif trainer.step:
+        observers.message(f"continuing after step {trainer.step}")
+    ending = trainer.fit()
+    trainer.close()
+    if ranks.rank == 0:
+        exit_code = EXIT_FINISHED if ending is Ending.FINISHED else EXIT_STOPPED
+        reason = "all steps done" if ending is Ending.FINISHED else "stopped on request; run again to continue"
+        run_folder.write_outcome(ending.value, exit_code, trainer.step, reason)
+    return ending
+
+
+def _begin_attempt(config: RunConfig, world: World, run_folder: RunFolder, progress: _Progress) -> int:
+    """The attempt's number; 0 on ranks that must hear it from rank 0."""
+    if "SHARDLINE_ATTEMPT" in os.environ:
+        if progress.rank == 0:
+            progress.lease = Lease.attach(run_folder.path, os.environ["SHARDLINE_LEASE"])
+        return int(os.environ["SHARDLINE_ATTEMPT"])
+    if progress.rank != 0:
+        return 0
+    progress.lease = Lease.acquire(run_folder.path)
+    return run_folder.begin_attempt(config, world, sys.argv)
+
+
+def _agree_on_attempt(attempt: int, ranks: Ranks) -> int:
+    number = torch.tensor(attempt)
+    if ranks.world_size > 1:
+        dist.broadcast(number, src=0)
+    return int(number)
+
+
+def _build_observers(config: RunConfig, run_folder: RunFolder, ranks: Ranks) -> Observers:
+    if ranks.rank != 0:
+        return Observers(run_folder.metrics_file)
+    console = Console(total_steps=config.steps)
+    return Observers(run_folder.metrics_file, console, build_trackers(config, run_folder.path))
+
+
+def threads_per_rank(config: RunConfig, local_world_size: int) -> int:
+    """CPU threads of one rank: as configured, or the usable cores divided by the ranks of this node."""
+    return config.launch.threads_per_rank or max(1, len(os.sched_getaffinity(0)) // local_world_size)
+
+
+def _one_sentence(error: BaseException) -> str:
+    if isinstance(error, torch.OutOfMemoryError):
+        peak_gib = torch.cuda.max_memory_allocated() / 2**30
+        total_gib = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2**30
+        return (
+            f"out of GPU memory: the peak was {peak_gib:.1f} of {total_gib:.1f} GiB; lower batch.micro_size (accumulation "
+            "makes up for it), set activation_checkpointing.mode=full, or shard more with parallel.strategy=zero3."
+        )
+    return str(error)
+
+
+def _report(progress: _Progress, status: str, exit_code: int, reason: str) -> int:
+    if progress.run_folder is not None and progress.run_folder.path.exists():
+        progress.run_folder.write_outcome(status, exit_code, progress.step, reason, rank=progress.rank)
+    # Every rank finds the same mistake in a configuration; one of them saying so is enough.
+    if status != "bad_input" or progress.rank == 0 or progress.trainer is not None:
+        print(f"error: rank {progress.rank}: {reason}" if progress.rank else f"error: {reason}", file=sys.stderr)
+    _log.error("%s", reason)
+    return exit_code

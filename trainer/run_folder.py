@@ -1,0 +1,163 @@
+"""A run's folder: where everything about a run is kept, and what a continued run must not change."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from sharding.errors import UserError
+from trainer.atomic_files import create_once, write_atomically
+from trainer.config import RunConfig, World, config_to_yaml, load_config
+from trainer.provenance import collect_provenance
+
+_FROZEN_KEYS = ("task", "model", "data", "seed", "optimizer", "schedule", "batch.global_size", "precision.compute")
+# These change neither data nor arithmetic: where the cache lies, how fast it is made, and when the curve ends.
+_FREE_KEYS = ("data.cache_dir", "data.num_workers", "schedule.total_steps")
+_MIN_FREE_BYTES = 16 * 2**20
+
+
+class RunFolder:
+    """The folder ``output_dir/name`` of one run."""
+
+    def __init__(self, path: Path) -> None:
+        """Name a folder; nothing is read or created yet."""
+        self.path = path
+        self.config_file = path / "config.yaml"
+        self.metrics_file = path / "metrics.jsonl"
+        self.checkpoints_dir = path / "checkpoints"
+        self.stop_file = path / "stop"
+        self.outcome_file = path / "outcome.json"
+
+    def log_dir(self, attempt: int) -> Path:
+        """Where the logs of one attempt go."""
+        return self.path / "logs" / f"attempt-{attempt}"
+
+    def checkpoint_path(self, step: int) -> Path:
+        """The folder of the checkpoint after a step."""
+        return self.checkpoints_dir / f"step-{step:08d}"
+
+    def newest_checkpoint(self) -> tuple[int, Path] | None:
+        """Step and folder of the newest checkpoint; one without a manifest does not exist."""
+        found = [
+            (int(manifest.parent.name.removeprefix("step-")), manifest.parent)
+            for manifest in self.checkpoints_dir.glob("step-*/manifest.json")
+        ]
+        return max(found, default=None)
+
+    def frozen_config(self) -> RunConfig:
+        """The configuration that the run was first started with.
+
+        Raises:
+            UserError: there is no run in this folder.
+        """
+        if not self.config_file.exists():
+            raise UserError(f"{self.path} is not a run folder: it has no config.yaml; check the path.")
+        return load_config(self.config_file)
+
+    def is_complete(self, config: RunConfig) -> bool:
+        """Whether the newest checkpoint is at or beyond the last step."""
+        newest = self.newest_checkpoint()
+        return newest is not None and newest[0] >= config.steps
+
+    def check(self, config: RunConfig) -> None:
+        """Check that a run with this configuration may go on in this folder; changes nothing.
+
+        Raises:
+            UserError: a frozen setting differs, ``steps`` is below the newest checkpoint, the folder may not be
+                continued, or there is no space.
+        """
+        existing = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+        try:
+            free_bytes = shutil.disk_usage(existing).free
+        except OSError as error:
+            raise UserError(f"output_dir={config.output_dir} cannot be used: {error.strerror}; choose another.") from None
+        if free_bytes < _MIN_FREE_BYTES:
+            raise UserError(
+                f"output_dir={config.output_dir} has {free_bytes:,} bytes free, which is less than the "
+                f"{_MIN_FREE_BYTES:,} that logs alone may need; free some space or choose another folder."
+            )
+        if not self.config_file.exists():
+            return
+        self._check_frozen(config)
+        newest = self.newest_checkpoint()
+        if newest is None:
+            return
+        if config.checkpoint.resume == "never":
+            raise UserError(
+                f"checkpoint.resume=never, but {self.path} has a checkpoint of step {newest[0]}; choose another name "
+                "or checkpoint.resume=auto."
+            )
+        if config.steps < newest[0]:
+            raise UserError(
+                f"steps={config.steps} is less than the {newest[0]} steps that {self.path} has done; "
+                f"set steps to at least {newest[0]}."
+            )
+
+    def begin_attempt(self, config: RunConfig, world: World, argv: list[str]) -> int:
+        """Start the first or a further attempt: freeze its configuration and provenance, clear old requests.
+
+        The caller holds the folder's lease.
+
+        Returns:
+            The attempt's number, from 1.
+
+        Raises:
+            UserError: see ``check``; also where the folder cannot be written.
+        """
+        self.check(config)
+        try:
+            logs = [int(p.name.removeprefix("attempt-")) for p in (self.path / "logs").glob("attempt-*")]
+            attempt = max(logs, default=0) + 1
+            self.log_dir(attempt).mkdir(parents=True)
+            suffix = "" if attempt == 1 else f".attempt-{attempt}"
+            config_file = self.config_file if not self.config_file.exists() else self.path / f"config{suffix}.yaml"
+            write_atomically(config_file, config_to_yaml(config))
+            provenance = json.dumps(collect_provenance(world, argv), indent=2)
+            write_atomically(self.path / f"provenance{suffix}.json", provenance + "\n")
+            self.stop_file.unlink(missing_ok=True)
+            self.outcome_file.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"run folder {self.path} cannot be written: {error.strerror}; choose another output_dir.") from None
+        return attempt
+
+    def write_outcome(
+        self, status: str, exit_code: int, step: int, reason: str, rank: int | None = None
+    ) -> None:
+        """Say how the attempt ended, unless a rank has said so before: the first to fail knows best."""
+        outcome = {"status": status, "exit_code": exit_code, "step": step, "reason": reason, "rank": rank}
+        create_once(self.outcome_file, json.dumps(outcome) + "\n")
+
+    def read_outcome(self) -> dict[str, Any] | None:
+        """How the last attempt ended; None where nobody could say."""
+        try:
+            return json.loads(self.outcome_file.read_text())
+        except (FileNotFoundError, ValueError):
+            return None
+
+    def _check_frozen(self, config: RunConfig) -> None:
+        frozen = _flatten(self.frozen_config().model_dump(mode="json"))
+        wanted = _flatten(config.model_dump(mode="json"))
+        differences = [
+            f"{key}: was {frozen.get(key)}, is now {wanted.get(key)}"
+            for key in sorted(frozen.keys() | wanted.keys())
+            if _is_frozen(key) and frozen.get(key) != wanted.get(key)
+        ]
+        if differences:
+            raise UserError(
+                f"{self.path} holds a run with other settings ({'; '.join(differences)}); choose another name, or start "
+                f"one from it with checkpoint.from={self.path}."
+            )
+
+
+def _is_frozen(key: str) -> bool:
+    return key not in _FREE_KEYS and any(key == frozen or key.startswith(f"{frozen}.") for frozen in _FROZEN_KEYS)
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,43 @@
+"""Requests to stop: a signal to a rank, or the file ``stop`` in the run folder."""
+
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+
+from trainer.atomic_files import write_atomically
+
+POLL_EVERY_S = 0.5
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class StopRequest:
+    """Whether this rank was asked to stop; ranks agree on it elsewhere."""
+
+    def __init__(self) -> None:
+        """Nobody has asked yet."""
+        self._requested = False
+        self._next_poll_at = 0.0
+
+    def install_handlers(self) -> None:
+        """Let SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 ask this rank to stop; a second SIGINT interrupts it at once."""
+        for number in _SIGNALS:
+            signal.signal(number, self._on_signal)
+
+    def poll(self, stop_file: Path | None) -> bool:
+        """Whether to stop; looks for the file, where one is given, at most every half second."""
+        now = time.monotonic()
+        if stop_file is not None and not self._requested and now >= self._next_poll_at:
+            self._next_poll_at = now + POLL_EVERY_S
+            self._requested = stop_file.exists()
+        return self._requested
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        self._requested = True
+
+
+def request_stop(stop_file: Path, reason: str) -> None:
+    """Ask the run whose folder holds ``stop_file`` to save and stop at the next step's edge."""
+    write_atomically(stop_file, reason + "\n")
