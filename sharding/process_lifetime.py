@@ -1,22 +1,40 @@
-"""Ranks that end with their parent."""
+"""Processes that end with whoever started them."""
 
 import ctypes
 import os
 import signal
 import sys
+from collections.abc import Mapping
 
+LAUNCHER_PID_VARIABLE = "SHARDLINE_LAUNCHER_PID"
 _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent() -> None:
-    """Have the kernel kill this process with SIGKILL when its parent ends, however that happens; Linux only.
+    """Have the kernel end this process with SIGKILL when its parent ends, however that happens; Linux only.
 
-    Call it first thing: what happens before is not covered.
+    What happens before this call is not covered, so make it the first thing a process does.
     """
     if not sys.platform.startswith("linux"):
         return
     parent = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    # The parent may have died between the start of this process and the call above.
-    if parent == 1 or os.getppid() != parent:
+    launcher = int(os.environ.get(LAUNCHER_PID_VARIABLE, "0"))
+    # Parent or launcher may have died while this process was starting.
+    if os.getppid() != parent or (launcher and not _is_running(launcher)):
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def is_started_by_launcher(environment: Mapping[str, str]) -> bool:
+    """Whether a launcher started this rank. A rank that a person started from a shell should outlive the shell."""
+    return "RANK" in environment
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

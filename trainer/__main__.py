@@ -1,13 +1,15 @@
 """Every rank's entry: ``python -m trainer CONFIG [key=value ...]`` under torchrun, ``shardline run`` or by itself."""
 
-from sharding.process_lifetime import die_with_parent
+import os
+import sys
 
-# Before torch is imported, which takes seconds in which a launcher can be killed.
-die_with_parent()
-
-import sys  # noqa: E402
-
-from trainer.rank import main  # noqa: E402
+from sharding.process_lifetime import die_with_parent, is_started_by_launcher
 
 if __name__ == "__main__":
+    # Before torch is imported, which takes seconds in which a launcher can be killed.
+    if is_started_by_launcher(os.environ):
+        die_with_parent()
+
+    from trainer.rank import main
+
     main(sys.argv[1:])

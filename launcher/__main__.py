@@ -1,0 +1,5 @@
+"""``python -m launcher`` is ``shardline``."""
+
+from launcher.cli import main
+
+main()
