@@ -1,5 +1,6 @@
 """Reading any part of a checkpoint, by any layout."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,11 @@ class CheckpointReader:
         """Names of the model's tensors, as the model names them."""
         prefix = _PARAMETER_PREFIX
         return [name.removeprefix(prefix) for name in self.manifest.tensors if name.startswith(prefix)]
+
+    def parameter_bytes(self, name: str) -> int:
+        """Size of a tensor of the model."""
+        entry = self._entry(f"{_PARAMETER_PREFIX}{name}")
+        return math.prod(entry.shape) * getattr(torch, entry.dtype).itemsize
 
     def read_parameter(self, name: str) -> torch.Tensor:
         """A whole tensor of the model, fp32, on the CPU."""

@@ -117,7 +117,7 @@ def read_sequences(stream: TokenStream, indices: list[int], sequence_length: int
 
     Returns:
         ``input_ids`` and ``labels``, int64 [len(indices), sequence_length]; a label is the token that follows, and -100
-        beyond the end of the stream. Both are views of one new array.
+        beyond the end of the stream.
     """
     tokens = np.empty((len(indices), sequence_length + 1), dtype=np.int64)
     short_rows = []
@@ -134,11 +134,10 @@ def read_sequences(stream: TokenStream, indices: list[int], sequence_length: int
     whole = torch.from_numpy(tokens)
     if torch.cuda.is_available():
         whole = whole.pin_memory()
-    labels = whole[:, 1:]
-    if short_rows:
-        labels = labels.clone()
-        for row, num_read in short_rows:
-            labels[row, num_read - 1 :] = IGNORED_LABEL
+    # A copy: masking labels in place must not reach the inputs.
+    labels = whole[:, 1:].clone()
+    for row, num_read in short_rows:
+        labels[row, num_read - 1 :] = IGNORED_LABEL
     return {"input_ids": whole[:, :-1], "labels": labels}
 
 
@@ -172,9 +171,7 @@ def evaluation_batches(
         batch = read_sequences(stream, indices, sequence_length)
         num_missing = max(0, start + micro_size - total)
         if num_missing:
-            labels = batch["labels"].clone()
-            labels[max(0, micro_size - num_missing) :] = IGNORED_LABEL
-            batch["labels"] = labels
+            batch["labels"][max(0, micro_size - num_missing) :] = IGNORED_LABEL
         yield batch
 
 

@@ -54,9 +54,9 @@ def pack_split(
         num_tokens=writer.num_tokens,
         num_documents=len(sources),
         shards=shards,
-        documents=_write(folder / f"{name}-documents.i64", np.array(starts, dtype="<i8").tobytes()),
-        source_offsets=_write(folder / f"{name}-source-offsets.i64", source_offsets.astype("<i8").tobytes()),
-        sources=_write(folder / f"{name}-sources.txt", b"".join(sources)),
+        documents=write_file(folder / f"{name}-documents.i64", np.array(starts, dtype="<i8").tobytes()),
+        source_offsets=write_file(folder / f"{name}-source-offsets.i64", source_offsets.astype("<i8").tobytes()),
+        sources=write_file(folder / f"{name}-sources.txt", b"".join(sources)),
     )
 
 
@@ -91,10 +91,11 @@ class _ShardWriter:
 
     def _flush(self, num_bytes: int) -> None:
         path = self._folder / f"{self._name}-{len(self._shards):05d}.bin"
-        self._shards.append(_write(path, bytes(self._pending[:num_bytes])))
+        self._shards.append(write_file(path, bytes(self._pending[:num_bytes])))
         del self._pending[:num_bytes]
 
 
-def _write(path: Path, contents: bytes) -> FileFacts:
+def write_file(path: Path, contents: bytes) -> FileFacts:
+    """Write a file of a corpus and describe it."""
     path.write_bytes(contents)
     return FileFacts(file=path.name, num_bytes=len(contents), sha256=hashlib.sha256(contents).hexdigest())

@@ -1,0 +1,69 @@
+"""``shardline checkpoint list|verify RUN``: what a run has saved, and whether it is whole."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from sharding.errors import EXIT_BAD_INPUT, EXIT_FINISHED, UserError
+from trainer.checkpoint.reader import CheckpointReader
+from trainer.run_folder import RunFolder
+
+
+def list_checkpoints(run_folder: RunFolder, console: Console) -> int:
+    """Show the checkpoints of a run; returns the exit status."""
+    table = Table(title=f"checkpoints of {run_folder.path}")
+    for header in ("step", "samples", "tokens", "strategy", "ranks", "MiB", "folder"):
+        table.add_column(header, justify="left" if header in ("strategy", "folder") else "right")
+    for folder in _folders(run_folder):
+        manifest = CheckpointReader(folder).manifest
+        num_bytes = sum(entry.num_bytes for entry in manifest.files.values())
+        training = manifest.training
+        table.add_row(
+            f"{training.step:,}",
+            f"{training.num_samples:,}",
+            f"{training.num_tokens:,}",
+            manifest.strategy,
+            str(manifest.num_ranks),
+            f"{num_bytes / 2**20:,.1f}",
+            folder.name,
+        )
+    console.print(table)
+    return EXIT_FINISHED
+
+
+def verify_checkpoints(run_folder: RunFolder, console: Console) -> int:
+    """Compare all files of all checkpoints with their manifests; returns the exit status."""
+    exit_code = EXIT_FINISHED
+    for folder in _folders(run_folder):
+        try:
+            CheckpointReader(folder).verify()
+            console.print(f"{folder.name}: whole", highlight=False)
+        except UserError as error:
+            console.print(f"{folder.name}: {error}", highlight=False)
+            exit_code = EXIT_BAD_INPUT
+    return exit_code
+
+
+def main(arguments: Sequence[str]) -> int:
+    """List or verify; returns the exit status."""
+    try:
+        if len(arguments) != 2 or arguments[0] not in ("list", "verify"):
+            raise UserError("write shardline checkpoint list RUN or shardline checkpoint verify RUN.")
+        run_folder = RunFolder(Path(arguments[1]))
+        run_folder.frozen_config()
+        action = list_checkpoints if arguments[0] == "list" else verify_checkpoints
+        return action(run_folder, Console(soft_wrap=True))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+
+
+def _folders(run_folder: RunFolder) -> list[Path]:
+    return sorted(manifest.parent for manifest in run_folder.checkpoints_dir.glob("step-*/manifest.json"))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

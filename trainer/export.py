@@ -1,0 +1,110 @@
+"""``shardline export``: a checkpoint as a folder that `transformers` loads.
+
+``python -m trainer.export RUN --to DIR [--step N]``
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from sharding.errors import EXIT_BAD_INPUT, EXIT_FINISHED, UserError
+from trainer.checkpoint.reader import CheckpointReader
+from trainer.config import RunConfig, parse_config
+from trainer.models import Vocabulary, build_model_config, build_model_on_meta
+from trainer.run_arguments import open_checkpoint, open_corpus
+from trainer.tasks.registry import build_task
+
+_MAX_FILE_BYTES = 4 * 2**30
+
+
+def export_model(reader: CheckpointReader, folder: Path) -> None:
+    """Write the model of a checkpoint, its configuration and tokenizer, so that `from_pretrained` loads them.
+
+    Tensors pass through memory one file at a time. The folder appears whole or not at all.
+
+    Args:
+        reader: the checkpoint.
+        folder: where to; must be new or empty.
+
+    Raises:
+        UserError: the folder has contents, or the run's corpus with its tokenizer is gone.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"--to {folder} is not empty; name a new folder.")
+    config = parse_config(reader.manifest.config, source=f"{reader.folder}")
+    corpus = open_corpus(config)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        shutil.copytree(corpus.tokenizer_dir, work, dirs_exist_ok=True)
+        _write_configuration(config, Vocabulary(corpus.vocab_size, corpus.eos_token_id), work)
+        _write_weights(reader, work)
+        work.chmod(folder.parent.stat().st_mode & 0o777)
+        if folder.exists():
+            folder.rmdir()
+        work.rename(folder)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+def _write_configuration(config: RunConfig, vocabulary: Vocabulary, work: Path) -> None:
+    model_config = build_model_config(config.model, vocabulary, config.data.sequence_length)
+    model = build_model_on_meta(build_task(config.task.name), model_config)
+    model_config.architectures = [type(model).__name__]
+    model_config.dtype = torch.float32
+    model_config.save_pretrained(work)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(work)
+
+
+def _write_weights(reader: CheckpointReader, work: Path) -> None:
+    """Shared tensors are in the checkpoint once, under the name that `transformers` ties the others to."""
+    groups: list[list[str]] = [[]]
+    num_bytes = 0
+    for name in reader.parameter_names():
+        size = reader.parameter_bytes(name)
+        if groups[-1] and num_bytes + size > _MAX_FILE_BYTES:
+            groups.append([])
+            num_bytes = 0
+        groups[-1].append(name)
+        num_bytes += size
+    if len(groups) == 1:
+        save_file({n: reader.read_parameter(n) for n in groups[0]}, work / "model.safetensors", {"format": "pt"})
+        return
+    files = {}
+    for index, names in enumerate(groups, start=1):
+        file = f"model-{index:05d}-of-{len(groups):05d}.safetensors"
+        save_file({name: reader.read_parameter(name) for name in names}, work / file, {"format": "pt"})
+        files |= dict.fromkeys(names, file)
+    total = sum(reader.parameter_bytes(name) for name in files)
+    index_text = json.dumps({"metadata": {"total_size": total}, "weight_map": files}, indent=2)
+    (work / "model.safetensors.index.json").write_text(index_text + "\n")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Export a run; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="shardline export")
+    parser.add_argument("run")
+    parser.add_argument("--to", required=True, type=Path)
+    parser.add_argument("--step", type=int)
+    options = parser.parse_args(arguments)
+    try:
+        reader = open_checkpoint(options.run, options.step)
+        export_model(reader, options.to)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    print(f"exported step {reader.manifest.training.step} of {options.run} to {options.to}")
+    return EXIT_FINISHED
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

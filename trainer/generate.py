@@ -1,0 +1,103 @@
+"""``shardline generate``: continue a text with a run's model.
+
+``python -m trainer.generate RUN --prompt TEXT [...]``; RUN is a run's folder or an exported model.
+"""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sharding.errors import EXIT_BAD_INPUT, EXIT_FINISHED, UserError
+from trainer.export import export_model
+from trainer.run_arguments import open_checkpoint
+
+
+def load_model(run: str, step: int | None) -> tuple[Any, Any]:
+    """Model and tokenizer of a run's checkpoint or of an exported folder, in evaluation mode.
+
+    Raises:
+        UserError: there is neither a run nor a model in the folder.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    if (Path(run) / "model.safetensors").exists() or (Path(run) / "model.safetensors.index.json").exists():
+        return AutoModelForCausalLM.from_pretrained(run).eval(), AutoTokenizer.from_pretrained(run)
+    reader = open_checkpoint(run, step)
+    # By way of the exported form, so that what is shown here is what is served elsewhere.
+    with tempfile.TemporaryDirectory(prefix="shardline-generate-") as folder:
+        export_model(reader, Path(folder) / "model")
+        return load_model(str(Path(folder) / "model"), None)
+
+
+def generate_text(
+    model: Any, tokenizer: Any, prompt: str, *, max_new_tokens: int, temperature: float, top_k: int, seed: int
+) -> str:
+    """The prompt and its continuation.
+
+    Args:
+        model: a causal model of `transformers`.
+        tokenizer: its tokenizer.
+        prompt: text to continue; empty starts a new document.
+        max_new_tokens: tokens to add at most.
+        temperature: divides the logits; 0 takes the likeliest token each time.
+        top_k: choose among this many; 0 means all.
+        seed: seed of the choice.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = model.to(device)
+    ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
+    if ids.numel() == 0:
+        ids = torch.tensor([[tokenizer.eos_token_id]])
+    torch.manual_seed(seed)
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k}
+    ids = ids.long().to(device)
+    output = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        **sampling,
+    )
+    return tokenizer.decode(output[0], skip_special_tokens=True)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Generate and print; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="shardline generate")
+    parser.add_argument("run")
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--max-new-tokens", type=int, default=120)
+    parser.add_argument("--temperature", type=float, default=0.8)
+    parser.add_argument("--top-k", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--step", type=int)
+    options = parser.parse_args(arguments)
+    try:
+        model, tokenizer = load_model(options.run, options.step)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    text = generate_text(
+        model,
+        tokenizer,
+        options.prompt,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        seed=options.seed,
+    )
+    print(text)
+    return EXIT_FINISHED
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
