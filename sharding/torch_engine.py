@@ -75,10 +75,12 @@ class TorchEngine:
     def clip_grad_norm(self, max_norm: float) -> torch.Tensor:
         """See Engine."""
         gradients = self._local_gradients()
-        squares = torch.zeros((), device=self._device)
+        squares = torch.zeros((), device=self._device, dtype=torch.float64)
         if gradients:
-            squares = torch.stack(torch._foreach_norm(gradients)).square().sum()
-        norm = self._sum_over_shards(squares).sqrt()
+            # In fp64: a CPU adds up millions of fp32 squares one after the other and loses the fourth digit, which
+            # would make the clipped step depend on how the gradients are divided.
+            squares = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float64)).square().sum()
+        norm = self._sum_over_shards(squares).sqrt().float()
         if max_norm > 0:
             coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_(gradients, coefficient)

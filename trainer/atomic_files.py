@@ -7,31 +7,53 @@ from pathlib import Path
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a file so that a reader sees either the old contents or the new, even across a crash."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = _write_beside(path, text)
+    try:
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def create_once(path: Path, text: str) -> bool:
+    """Write a file unless it exists; returns whether this call created it. Complete from the first moment."""
+    temporary = _write_beside(path, text)
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError:
+        # A file system without hard links: exclusive all the same, but not complete from the first moment.
+        return _create_exclusively(path, text)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True
+
+
+def _create_exclusively(path: Path, text: str) -> bool:
+    try:
+        with path.open("x") as file:
+            file.write(text)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _write_beside(path: Path, text: str) -> Path:
+    """A temporary file in the same folder, whose name is its own on every node that shares the folder."""
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = Path(name)
     try:
         with os.fdopen(descriptor, "w") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         # mkstemp makes files that nobody else can read; give this one what the umask allows.
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
+        temporary.chmod(0o666 & ~_umask())
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def create_once(path: Path, text: str) -> bool:
-    """Write a file unless it exists; returns whether this call created it. Complete from the first moment."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text)
-        os.link(temporary, path)
-    except FileExistsError:
-        return False
-    finally:
         temporary.unlink(missing_ok=True)
-    return True
+        raise
+    return temporary
 
 
 def _umask() -> int:

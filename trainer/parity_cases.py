@@ -22,7 +22,7 @@ from trainer.metrics import sum_over_ranks
 from trainer.models import Vocabulary, build_model_config
 from trainer.tasks.registry import build_task
 
-NUM_STEPS = 4
+NUM_STEPS = 3
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,8 @@ def run_plain(
         logits = model(input_ids=batch["input_ids"]).logits
         loss = functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum") / num_targets
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm or torch.inf)
+        norm = torch.cat([p.grad.double().flatten() for p in model.parameters() if p.grad is not None]).norm()
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), settings.clip_norm or torch.inf, norm.float())
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())

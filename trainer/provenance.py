@@ -3,20 +3,22 @@
 import os
 import platform
 import re
-import shutil
 import subprocess
 import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from trainer.config import World
+from trainer.config import RunConfig, World
+from trainer.threads import threads_per_rank
 
 _PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "safetensors", "numpy", "wandb", "pydantic")
-_SECRET = re.compile(r"(?i)((?:key|token|secret|password)[^=\s]*=)\S+")
+# The last word of a setting's name tells: api_key= and HF_TOKEN= are secret, data.tokenizer= and shard_tokens= are not.
+_SECRET = re.compile(r"(?is)((?:^|[^a-z])(?:api)?(?:key|token|secret|password)=).+")
+_TIMEOUT_S = 30.0
 
 
-def collect_provenance(world: World, argv: list[str]) -> dict[str, Any]:
+def collect_provenance(config: RunConfig, world: World, argv: list[str]) -> dict[str, Any]:
     """Facts about this attempt, as plain values; secrets in the command line are blotted out."""
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -26,7 +28,7 @@ def collect_provenance(world: World, argv: list[str]) -> dict[str, Any]:
         "packages": {name: _version(name) for name in _PACKAGES},
         "hardware": hardware_facts(),
         "num_ranks": world.num_ranks,
-        "threads": os.environ.get("OMP_NUM_THREADS"),
+        "threads_per_rank": threads_per_rank(config, world.num_ranks, os.environ),
     }
 
 
@@ -36,7 +38,11 @@ def code_revision() -> dict[str, Any]:
     if (root / ".git").exists():
         revision = _output(["git", "-C", str(root), "rev-parse", "HEAD"])
         if revision:
-            return {"git_revision": revision, "git_diff": _output(["git", "-C", str(root), "diff", "HEAD"])}
+            return {
+                "git_revision": revision,
+                "git_diff": _output(["git", "-C", str(root), "diff", "HEAD"]),
+                "git_untracked": _output(["git", "-C", str(root), "ls-files", "--others", "--exclude-standard"]),
+            }
     return {"distribution_version": _version("shardline")}
 
 
@@ -69,7 +75,11 @@ def _version(package: str) -> str | None:
 
 
 def _output(command: list[str]) -> str | None:
-    if shutil.which(command[0]) is None:
+    """What a command prints; None where there is no such command, or it fails or hangs: a run must not end of that."""
+    try:
+        finished = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT_S, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
         return None
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     return finished.stdout.strip() if finished.returncode == 0 else None

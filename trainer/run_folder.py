@@ -1,6 +1,7 @@
 """A run's folder: where everything about a run is kept, and what a continued run must not change."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from sharding.errors import UserError
 from trainer.atomic_files import create_once, write_atomically
 from trainer.config import RunConfig, World, config_to_yaml, load_config
+from trainer.lease import LEASE_VARIABLE, is_taken_over, record_attempt
 from trainer.provenance import collect_provenance
 
 _FROZEN_KEYS = ("task", "model", "data", "seed", "optimizer", "schedule", "batch.global_size", "precision.compute")
@@ -70,7 +72,9 @@ class RunFolder:
         try:
             free_bytes = shutil.disk_usage(existing).free
         except OSError as error:
-            raise UserError(f"output_dir={config.output_dir} cannot be used: {error.strerror}; choose another.") from None
+            raise UserError(
+                f"output_dir={config.output_dir} cannot be used: {error.strerror}; choose another."
+            ) from None
         if free_bytes < _MIN_FREE_BYTES:
             raise UserError(
                 f"output_dir={config.output_dir} has {free_bytes:,} bytes free, which is less than the "
@@ -112,18 +116,24 @@ class RunFolder:
             suffix = "" if attempt == 1 else f".attempt-{attempt}"
             config_file = self.config_file if not self.config_file.exists() else self.path / f"config{suffix}.yaml"
             write_atomically(config_file, config_to_yaml(config))
-            provenance = json.dumps(collect_provenance(world, argv), indent=2)
+            provenance = json.dumps(collect_provenance(config, world, argv), indent=2)
             write_atomically(self.path / f"provenance{suffix}.json", provenance + "\n")
             self.stop_file.unlink(missing_ok=True)
             self.outcome_file.unlink(missing_ok=True)
+            record_attempt(self.path, attempt)
         except OSError as error:
-            raise UserError(f"run folder {self.path} cannot be written: {error.strerror}; choose another output_dir.") from None
+            raise UserError(
+                f"run folder {self.path} cannot be written: {error.strerror}; choose another output_dir."
+            ) from None
         return attempt
 
-    def write_outcome(
-        self, status: str, exit_code: int, step: int, reason: str, rank: int | None = None
-    ) -> None:
-        """Say how the attempt ended, unless a rank has said so before: the first to fail knows best."""
+    def write_outcome(self, status: str, exit_code: int, step: int, reason: str, rank: int | None = None) -> None:
+        """Say how the attempt ended, unless a rank has said so before: the first to fail knows best.
+
+        A rank whose folder was taken over stays silent: it would speak for the new owner's attempt.
+        """
+        if is_taken_over(self.path, os.environ.get(LEASE_VARIABLE)):
+            return
         outcome = {"status": status, "exit_code": exit_code, "step": step, "reason": reason, "rank": rank}
         create_once(self.outcome_file, json.dumps(outcome) + "\n")
 
@@ -131,7 +141,7 @@ class RunFolder:
         """How the last attempt ended; None where nobody could say."""
         try:
             return json.loads(self.outcome_file.read_text())
-        except (FileNotFoundError, ValueError):
+        except (OSError, ValueError):
             return None
 
     def _check_frozen(self, config: RunConfig) -> None:

@@ -1,5 +1,6 @@
 """Requests to stop: a signal to a rank, or the file ``stop`` in the run folder."""
 
+import contextlib
 import signal
 import time
 from pathlib import Path
@@ -8,6 +9,8 @@ from types import FrameType
 from trainer.atomic_files import write_atomically
 
 POLL_EVERY_S = 0.5
+# torchrun passes a terminal's Ctrl-C on to ranks that the terminal has sent it to already.
+_SAME_INTERRUPT_S = 0.5
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -18,6 +21,7 @@ class StopRequest:
         """Nobody has asked yet."""
         self._requested = False
         self._next_poll_at = 0.0
+        self._interrupted_at: float | None = None
 
     def install_handlers(self) -> None:
         """Let SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 ask this rank to stop; a second SIGINT interrupts it at once."""
@@ -29,13 +33,21 @@ class StopRequest:
         now = time.monotonic()
         if stop_file is not None and not self._requested and now >= self._next_poll_at:
             self._next_poll_at = now + POLL_EVERY_S
-            self._requested = stop_file.exists()
+            # A file system that is away for a moment is no reason to end the run.
+            with contextlib.suppress(OSError):
+                self._requested = stop_file.exists()
         return self._requested
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
         self._requested = True
+        if number != signal.SIGINT:
+            return
+        now = time.monotonic()
+        if self._interrupted_at is None:
+            self._interrupted_at = now
+        elif now - self._interrupted_at > _SAME_INTERRUPT_S:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            raise KeyboardInterrupt
 
 
 def request_stop(stop_file: Path, reason: str) -> None:

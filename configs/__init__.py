@@ -1,0 +1,1 @@
+"""Example configurations; `shardline init` copies them out."""

@@ -1,0 +1,1 @@
+"""Slurm scripts; `shardline init` copies them out."""
