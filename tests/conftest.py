@@ -1,0 +1,42 @@
+"""Fixtures for all tests."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import tiny_values, write_config, write_corpus
+
+
+@pytest.fixture(scope="session")
+def shared_corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A small corpus and a cache folder for what is prepared from it, the same for all tests."""
+    root = tmp_path_factory.mktemp("corpus")
+    return write_corpus(root / "documents"), root / "cache"
+
+
+@pytest.fixture
+def values(tmp_path: Path, shared_corpus: tuple[Path, Path]) -> dict[str, Any]:
+    """Settings of a tiny run in a folder of its own."""
+    corpus, cache = shared_corpus
+    return tiny_values(tmp_path / "runs", cache, corpus)
+
+
+@pytest.fixture
+def config_file(tmp_path: Path, values: dict[str, Any]) -> Path:
+    """The tiny run's configuration file."""
+    return write_config(tmp_path / "tiny.yaml", values)
+
+
+@pytest.fixture
+def make_config(tmp_path: Path, values: dict[str, Any]) -> Callable[..., Path]:
+    """Write the tiny run's configuration with other sections; returns the file."""
+
+    def make(name: str = "tiny", **sections: Any) -> Path:
+        merged = values | {"name": name}
+        for key, value in sections.items():
+            merged[key] = {**merged[key], **value} if isinstance(merged.get(key), dict) else value
+        return write_config(tmp_path / f"{name}.yaml", merged)
+
+    return make

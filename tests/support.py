@@ -1,0 +1,225 @@
+"""What several tests need: a tiny run, and ways to start and read it."""
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Sizes that no number of ranks divides.
+TINY_MODEL = {
+    "architecture": "llama",
+    "config": {
+        "hidden_size": 30,
+        "intermediate_size": 53,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": True,
+    },
+}
+
+
+def tiny_values(output_dir: Path, cache_dir: Path, corpus: Path) -> dict[str, Any]:
+    """Settings of a run that trains for a moment, on 12 sequences a step: 1, 2, 3 and 4 ranks divide it."""
+    return {
+        "name": "tiny",
+        "steps": 6,
+        "seed": 7,
+        "output_dir": str(output_dir),
+        "model": TINY_MODEL,
+        "data": {
+            "source": "text",
+            "paths": [str(corpus)],
+            "vocab_size": 301,
+            "sequence_length": 32,
+            "validation_fraction": 0.2,
+            "cache_dir": str(cache_dir),
+        },
+        "batch": {"global_size": 12, "micro_size": 3},
+        "optimizer": {"lr": 1e-2},
+        "schedule": {"name": "cosine", "warmup_steps": 2, "total_steps": 12},
+        "parallel": {"strategy": "zero2"},
+        "metrics": {"every_steps": 1},
+        "tracking": {"wandb": {"mode": "disabled"}},
+    }
+
+
+def write_corpus(folder: Path, num_documents: int = 24) -> Path:
+    """Small documents of different length from the standard library's own text."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = Path(json.__file__).read_text() + Path(subprocess.__file__).read_text()
+    size = 1500
+    for index in range(num_documents):
+        (folder / f"{index:02d}.txt").write_text(text[index * size : (index + 1) * size + 37 * index])
+    return folder
+
+
+def write_config(path: Path, values: dict[str, Any]) -> Path:
+    """Write settings as a configuration file."""
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    return path
+
+
+def command_environment(**extra: str) -> dict[str, str]:
+    """The environment for a command under test: this checkout, no tracker keys, no rank variables."""
+    dropped = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "WANDB_API_KEY", "WANDB_MODE")
+    environment = {name: value for name, value in os.environ.items() if name not in dropped}
+    return environment | {"PYTHONPATH": str(ROOT)} | extra
+
+
+def shardline(*arguments: object, timeout_s: float = 200, **extra: str) -> subprocess.CompletedProcess[str]:
+    """Run the command to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "launcher", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        cwd=ROOT,
+        env=command_environment(**extra),
+        check=False,
+    )
+
+
+def start_shardline(*arguments: object, log: Path) -> subprocess.Popen[bytes]:
+    """Start the command and let it run; its output goes to a file."""
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "launcher", *map(str, arguments)],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            cwd=ROOT,
+            env=command_environment(),
+        )
+
+
+def trained(finished: subprocess.CompletedProcess[str]) -> None:
+    """Assert that a run was finished."""
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl that are whole."""
+    path = run_dir / "metrics.jsonl"
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def training_curve(run_dir: Path) -> list[tuple[Any, ...]]:
+    """What training computed at each step, without anything that is measured in seconds or bytes."""
+    names = ("step", "train/loss", "train/grad_norm", "train/learning_rate", "train/tokens", "eval/loss")
+    return [tuple(line.get(name) for name in names) for line in read_metrics(run_dir)]
+
+
+def wait_until(condition: Callable[[], Any], timeout_s: float = 90, what: str = "condition") -> Any:
+    """Wait for something to become true; returns it."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        result = condition()
+        if result:
+            return result
+        time.sleep(0.05)
+    raise AssertionError(f"{what} did not come true within {timeout_s} s")
+
+
+def processes_of(run_dir: Path) -> dict[int, list[str]]:
+    """Live processes that were started with this run's folder or its configuration on their command line."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        try:
+            argv = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            continue
+        if state != "Z" and any(str(run_dir.parent.parent) in argument for argument in argv):
+            found[int(entry.name)] = argv
+    return found
+
+
+def rank_processes(run_dir: Path) -> dict[int, int]:
+    """Rank to process id of a run's live ranks."""
+    ranks = {}
+    for pid, argv in processes_of(run_dir).items():
+        if "trainer" in argv and "torch.distributed.run" not in argv:
+            try:
+                environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            ranks |= {int(entry[5:]): pid for entry in environment if entry.startswith(b"RANK=")}
+    return ranks
+
+
+def kill(pid: int) -> None:
+    """SIGKILL."""
+    os.kill(pid, signal.SIGKILL)
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run_on_ranks(function: Callable[..., None], num_ranks: int, *arguments: Any, timeout_s: float = 120) -> None:
+    """Call a module-level function on several ranks: ``function(ranks, *arguments)`` within a process group."""
+    context = multiprocessing.get_context("spawn")
+    errors = context.SimpleQueue()
+    port = free_port()
+    processes = [
+        context.Process(target=_rank_main, args=(function, rank, num_ranks, port, errors, arguments), daemon=True)
+        for rank in range(num_ranks)
+    ]
+    for process in processes:
+        process.start()
+    deadline = time.monotonic() + timeout_s
+    for process in processes:
+        process.join(max(0.1, deadline - time.monotonic()))
+    alive = [process for process in processes if process.is_alive()]
+    for process in alive:
+        process.kill()
+    assert errors.empty(), errors.get()
+    assert not alive, f"{len(alive)} of {num_ranks} ranks did not end within {timeout_s} s"
+    assert [process.exitcode for process in processes] == [0] * num_ranks
+
+
+def _rank_main(
+    function: Callable[..., None], rank: int, num_ranks: int, port: int, errors: Any, arguments: Sequence[Any]
+) -> None:
+    import traceback
+
+    import torch
+
+    from sharding.process_group import process_group
+
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    torch.set_num_threads(1)
+    try:
+        with process_group(60.0) as ranks:
+            function(ranks, *arguments)
+    except BaseException:
+        errors.put(f"rank {rank}:\n{traceback.format_exc()}")
+        os._exit(1)

@@ -1,0 +1,43 @@
+"""Every strategy against one plain process: 2 and 3 ranks, hsdp on 4, shapes that do not divide."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainer.config import parse_config
+from trainer.parity import ParityRow, parity_cases, run_parity
+from trainer.parity_cases import ParityCase
+
+
+@pytest.mark.timeout(500)
+def test_every_strategy_trains_as_one_plain_process(values: dict[str, Any], tmp_path: Path) -> None:
+    cases = parity_cases([1, 2, 3, 4])
+    assert {case.strategy for case in cases} == {"none", "ddp", "zero1", "zero2", "zero3", "hsdp"}
+    assert {case.num_ranks for case in cases if case.strategy == "hsdp"} == {4}
+    assert {case.num_ranks for case in cases if case.strategy == "zero2"} == {2, 3}
+    assert all(
+        {case.accumulation_steps > 1 for case in cases if case.strategy == strategy} == {True, False}
+        for strategy in ("none", "ddp", "zero1", "zero2", "zero3", "hsdp")
+    )
+    rows = run_parity(parse_config(values, "test"), cases, tmp_path)
+    assert len(rows) == len(cases)
+    assert [row for row in rows if not row.passed] == []
+
+
+_GOOD = ParityRow(ParityCase("ddp", 2, 1, "sgd"), 1e-7, 1e-7, 1e-7, [], True, True)
+
+
+def test_a_row_passes_only_inside_every_tolerance() -> None:
+    assert _GOOD.passed
+    for wrong in (
+        {"loss_difference": 2e-5},
+        {"loss_difference": float("nan")},
+        {"grad_norm_difference": 2e-5},
+        {"parameter_difference": 2e-5},
+        {"unmoved": ["lm_head.weight"]},
+        {"forward_saw_update": False},
+        {"same_initial_parameters": False},
+    ):
+        assert not replace(_GOOD, **wrong).passed, wrong
