@@ -33,8 +33,8 @@ def config_file(tmp_path: Path, values: dict[str, Any]) -> Path:
 def make_config(tmp_path: Path, values: dict[str, Any]) -> Callable[..., Path]:
     """Write the tiny run's configuration with other sections; returns the file."""
 
-    def make(name: str = "tiny", **sections: Any) -> Path:
-        merged = values | {"name": name}
+    def make(name: str = "tiny", replace_model: dict[str, Any] | None = None, **sections: Any) -> Path:
+        merged = values | {"name": name, "model": replace_model or values["model"]}
         for key, value in sections.items():
             merged[key] = {**merged[key], **value} if isinstance(merged.get(key), dict) else value
         return write_config(tmp_path / f"{name}.yaml", merged)

@@ -1,0 +1,174 @@
+"""A continued run against the run that was never interrupted."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support import (
+    ROOT,
+    command_environment,
+    free_port,
+    read_metrics,
+    shardline,
+    tiny_values,
+    trained,
+    training_curve,
+    write_config,
+)
+from trainer.checkpoint.reader import CheckpointReader
+from trainer.run_folder import RunFolder
+
+MakeConfig = Callable[..., Path]
+_EVERY_STEP = {"every_steps": 3, "keep_last": 0}
+
+
+def _run(config: Path, *overrides: str, ranks: int = 2) -> None:
+    trained(shardline("run", config, *overrides, "--nproc-per-node", ranks))
+
+
+def _final_state(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, model and optimizer, put together from its slices."""
+    reader = CheckpointReader(RunFolder(run_dir).checkpoint_path(step))
+    state = {}
+    for name, entry in reader.manifest.tensors.items():
+        whole = torch.empty(entry.shape, dtype=getattr(torch, entry.dtype))
+        for part in entry.slices:
+            tensor = reader._file(part.file).get_tensor(name)
+            whole[tuple(slice(o, o + n) for o, n in zip(part.offsets, part.shape, strict=True))] = tensor
+        state[name] = whole
+    return state
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory, shared_corpus: tuple[Path, Path]) -> Path:
+    """A run of 12 steps in one go on 2 ranks, with dropout, saved every 3 steps; returns its folder."""
+    corpus, cache = shared_corpus
+    root = tmp_path_factory.mktemp("straight")
+    values = tiny_values(root / "runs", cache, corpus)
+    values |= {"name": "straight", "steps": 12, "checkpoint": _EVERY_STEP, "evaluation": {"every_steps": 6}}
+    _run(write_config(root / "straight.yaml", values))
+    return root / "runs" / "straight"
+
+
+def test_two_continuations_are_bit_for_bit_the_uninterrupted_run(straight: Path, make_config: MakeConfig) -> None:
+    config = make_config("pieces", checkpoint=_EVERY_STEP, evaluation={"every_steps": 6})
+    for steps in (3, 7, 12):
+        _run(config, f"steps={steps}")
+    pieces = config.parent / "runs" / "pieces"
+    steps = [line["step"] for line in read_metrics(pieces)]
+    assert steps == list(range(1, 13))
+    expected, found = training_curve(straight), training_curve(pieces)
+    # The pieces end with an evaluation each, which the straight run does not make.
+    assert [row[:5] for row in found] == [row[:5] for row in expected]
+    assert found[5] == expected[5]
+    assert found[11] == expected[11]
+    expected_state, state = _final_state(straight, 12), _final_state(pieces, 12)
+    assert state.keys() == expected_state.keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected_state.items())
+
+
+@pytest.mark.timeout(400)
+def test_dropout_masks_continue_bit_for_bit(make_config: MakeConfig) -> None:
+    model = {"architecture": "gpt2", "config": {"n_embd": 30, "n_layer": 2, "n_head": 3, "n_positions": 64}}
+    for name, pieces in (("whole", (4,)), ("parts", (2, 4))):
+        config = make_config(name, replace_model=model, checkpoint={"every_steps": 2}, schedule={"total_steps": 4})
+        for steps in pieces:
+            _run(config, f"steps={steps}")
+    runs = config.parent / "runs"
+    whole, parts = training_curve(runs / "whole"), training_curve(runs / "parts")
+    assert [row[:5] for row in parts] == [row[:5] for row in whole]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "ranks", "extra"),
+    [
+        ("none", 1, ()),
+        ("ddp", 2, ()),
+        ("zero1", 3, ("batch.micro_size=2",)),
+        ("zero3", 2, ("batch.micro_size=2",)),
+        ("hsdp", 4, ("parallel.replicate=2", "batch.micro_size=1")),
+    ],
+)
+def test_any_ranks_and_any_strategy_continue_with_the_same_samples(
+    straight: Path, tmp_path: Path, strategy: str, ranks: int, extra: tuple[str, ...]
+) -> None:
+    copy = tmp_path / "runs" / "straight"
+    shutil.copytree(straight, copy)
+    for step in (9, 12):
+        shutil.rmtree(copy / "checkpoints" / f"step-{step:08d}")
+    overrides = (f"output_dir={tmp_path / 'runs'}", f"parallel.strategy={strategy}", *extra)
+    _run(straight / "config.yaml", *overrides, ranks=ranks)
+    expected, found = training_curve(straight), training_curve(copy)
+    assert [row[0] for row in found] == [row[0] for row in expected]
+    assert found[:6] == expected[:6]
+    for after, before in zip(found[6:], expected[6:], strict=True):
+        assert after[1] == pytest.approx(before[1], rel=1e-5)
+        assert after[2] == pytest.approx(before[2], rel=1e-4)
+        # The learning rate and the tokens counted say that schedule and data position went on.
+        assert after[3:5] == before[3:5]
+    assert found[11][5] == pytest.approx(expected[11][5], rel=1e-5)
+    # What had been trained after the checkpoint and was trained again is kept aside: every step appears once.
+    discarded = (copy / "metrics.discarded.jsonl").read_text().splitlines()
+    assert len(discarded) == 6
+
+
+def test_torchrun_alone_gives_the_losses_of_shardline_run(straight: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    finished = subprocess.run(
+        [*command, "-m", "trainer", str(straight / "config.yaml"), f"output_dir={tmp_path}", "steps=5"],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        cwd=ROOT,
+        env=command_environment(),
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    found = training_curve(tmp_path / "straight")
+    assert [row[:5] for row in found] == [row[:5] for row in training_curve(straight)[:5]]
+    assert RunFolder(tmp_path / "straight").read_outcome()["status"] == "finished"  # type: ignore[index]
+
+
+def test_fork_and_warm_start(straight: Path, make_config: MakeConfig) -> None:
+    fork = make_config("fork", checkpoint={"from": f"{straight}@6"})
+    _run(fork, "steps=8")
+    runs = fork.parent / "runs"
+    assert [row[:5] for row in training_curve(runs / "fork")] == [row[:5] for row in training_curve(straight)[6:8]]
+    warm = make_config("warm", checkpoint={"from": str(straight), "load": "weights"})
+    _run(warm, "steps=2")
+    first, last = training_curve(runs / "warm")[0], training_curve(straight)[-1]
+    fresh = training_curve(straight)[0]
+    assert first[0] == 1
+    # The first sample again, but seen by the trained model.
+    assert first[1] < fresh[1] - 0.5
+    assert first[4] == fresh[4]
+    assert last[0] == 12
+
+
+def test_steps_may_grow_and_the_schedule_keeps_its_horizon(make_config: MakeConfig) -> None:
+    config = make_config("grow", schedule={"name": "linear", "warmup_steps": 0, "total_steps": 0}, steps=2)
+    _run(config)
+    _run(config, "steps=4")
+    rates = [line["train/learning_rate"] for line in read_metrics(config.parent / "runs" / "grow")]
+    assert rates == pytest.approx([0.0055, 0.001, 0.001, 0.001])
+
+
+def test_old_checkpoints_are_deleted_and_every_nth_is_kept(make_config: MakeConfig) -> None:
+    config = make_config("keep", checkpoint={"every_steps": 1, "keep_last": 2, "keep_every": 3}, steps=8)
+    _run(config)
+    kept = sorted(path.name for path in (config.parent / "runs" / "keep" / "checkpoints").iterdir())
+    assert kept == ["step-00000003", "step-00000006", "step-00000007", "step-00000008"]
+
+
+def test_a_finished_run_is_left_alone(straight: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in straight.rglob("*") if path.is_file()}
+    finished = shardline("run", straight / "config.yaml", "--nproc-per-node", 2)
+    assert finished.returncode == 0
+    assert "complete at step 12; nothing to do" in finished.stdout
+    assert {path: path.stat().st_mtime_ns for path in straight.rglob("*") if path.is_file()} == before
+

@@ -1,0 +1,71 @@
+"""Stands in for a rank under a real torchrun agent; without torch it starts in a moment.
+
+``stand_in_rank.py BEHAVIOUR RUN_FOLDER``; writes its process id to ``RUN_FOLDER/pid-RANK``.
+"""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from sharding.process_lifetime import die_with_parent
+from trainer.run_folder import RunFolder
+from trainer.stopping import StopRequest
+
+BEHAVIOUR, FOLDER, RANK = sys.argv[1], RunFolder(Path(sys.argv[2])), int(os.environ["RANK"])
+
+
+def main() -> int:
+    die_with_parent()
+    stop = StopRequest()
+    stop.install_handlers()
+    (FOLDER.path / f"pid-{RANK}.tmp").write_text(str(os.getpid()))
+    (FOLDER.path / f"pid-{RANK}.tmp").rename(FOLDER.path / f"pid-{RANK}")
+    if BEHAVIOUR == "finish":
+        if RANK == 0:
+            FOLDER.write_outcome("finished", 0, 6, "all steps done")
+        return 0
+    if BEHAVIOUR == "import-error":
+        if RANK == 1:
+            import a_module_that_nobody_has  # noqa: F401
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if BEHAVIOUR == "raise" and RANK == 1:
+        FOLDER.write_outcome("failed", 1, 3, "ValueError: a wrong number", 1)
+        return 1
+    if BEHAVIOUR == "bad-input":
+        FOLDER.write_outcome("bad_input", 2, 0, "data.paths names no file; check the path.", RANK)
+        return 2
+    if BEHAVIOUR == "killed":
+        _end_by_a_signal()
+    stop_file = None if BEHAVIOUR == "stoppable-by-signal" else FOLDER.stop_file
+    while not (BEHAVIOUR.startswith("stoppable") and stop.poll(stop_file)):
+        time.sleep(0.05)
+    if RANK == 0:
+        FOLDER.write_outcome("stopped", 75, 4, "stopped on request")
+    while FOLDER.read_outcome() is None:
+        time.sleep(0.01)
+    return 75
+
+
+def _end_by_a_signal() -> None:
+    """Rank 1 is killed; the other loses its connection and says so."""
+    if RANK == 1:
+        while not (FOLDER.path / "pid-0").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+    other = FOLDER.path / "pid-1"
+    while not other.exists() or _is_running(int(other.read_text())):
+        time.sleep(0.01)
+    FOLDER.write_outcome("failed", 1, 5, "RuntimeError: Connection closed by peer", 0)
+    sys.exit(1)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+sys.exit(main())

@@ -1,0 +1,56 @@
+"""The table of variables that ranks are started with."""
+
+from pathlib import Path
+
+import pytest
+
+from launcher.environment import applied, rank_variables
+from launcher.topology import Topology
+from trainer.config import load_config
+
+CPU, GPU = Topology(num_gpus=0, num_cores=4), Topology(num_gpus=8, num_cores=64)
+
+
+def table(config_file: Path, topology: Topology, environment: dict[str, str], *overrides: str) -> dict[str, str]:
+    added, _ = applied(rank_variables(load_config(config_file, overrides), topology, 2, environment), environment)
+    return {variable.name: variable.value for variable in added}
+
+
+def test_golden_tables(config_file: Path) -> None:
+    cpu = {"OMP_NUM_THREADS": "3", "TOKENIZERS_PARALLELISM": "false", "PYTHONFAULTHANDLER": "1"}
+    assert table(config_file, CPU, {}, "launch.threads_per_rank=3") == cpu
+    assert table(config_file, GPU, {}, "launch.threads_per_rank=3") == cpu | {
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",
+        "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
+        "NCCL_DEBUG": "WARN",
+    }
+
+
+def test_every_variable_says_why_and_stands_once(config_file: Path) -> None:
+    variables = rank_variables(load_config(config_file), GPU, 2, {})
+    names = [name for variable in variables for name in (variable.name, *variable.other_names)]
+    assert len(set(names)) == len(names)
+    assert all(len(variable.why) > 20 for variable in variables)
+
+
+@pytest.mark.parametrize(
+    ("own", "name", "ours"),
+    [
+        ("NCCL_DEBUG", "NCCL_DEBUG", "WARN"),
+        ("TOKENIZERS_PARALLELISM", "TOKENIZERS_PARALLELISM", "false"),
+        # The same setting under another name, which would lose against ours.
+        ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "expandable_segments:True"),
+        ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE", "2000"),
+    ],
+)
+def test_a_users_own_value_wins_and_is_said(config_file: Path, own: str, name: str, ours: str) -> None:
+    environment = {own: "mine"}
+    added, kept = applied(rank_variables(load_config(config_file), GPU, 2, environment), environment)
+    assert name not in [variable.name for variable in added]
+    assert kept == [f"{own}=mine is kept from your environment (Shardline would set {name}={ours})"]
+
+
+def test_threads_in_the_configuration_outrank_the_environment(config_file: Path) -> None:
+    assert table(config_file, CPU, {"OMP_NUM_THREADS": "7"}, "launch.threads_per_rank=3")["OMP_NUM_THREADS"] == "3"
+    assert "OMP_NUM_THREADS" not in table(config_file, CPU, {"OMP_NUM_THREADS": "7"})

@@ -1,0 +1,187 @@
+"""Supervision: a real launcher and a real torchrun agent over stand-in ranks, and every way they can end."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from launcher import local
+from launcher.local import _StopSignals
+from tests.support import ROOT, command_environment, wait_until
+from trainer.run_folder import RunFolder
+
+pytestmark = pytest.mark.timeout(60)
+
+
+class Supervised:
+    """A launcher over two ranks, and the processes below it."""
+
+    def __init__(self, behaviour: str, path: Path) -> None:
+        self.folder = RunFolder(path)
+        self.token = f"token-{behaviour}-{path}"
+        self.process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("supervisor.py")), behaviour, str(path)],
+            cwd=ROOT,
+            env=command_environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def wait_for_ranks(self) -> None:
+        wait_until(lambda: all((self.folder.path / f"pid-{rank}").exists() for rank in (0, 1)), what="ranks")
+
+    def descendants(self) -> list[int]:
+        return list(local._marked(self.token, ranks_only=False))
+
+    def end(self, timeout_s: float = 30) -> tuple[int, str, str]:
+        """Exit status, output and last line of standard error; asserts that nothing is left."""
+        output, errors = self.process.communicate(timeout=timeout_s)
+        assert self.descendants() == []
+        lines = errors.strip().splitlines()
+        return self.process.returncode, output, lines[-1] if lines else ""
+
+
+@pytest.fixture
+def supervise(tmp_path: Path) -> Iterator[Callable[[str], Supervised]]:
+    started: list[Supervised] = []
+
+    def start(behaviour: str) -> Supervised:
+        started.append(Supervised(behaviour, tmp_path))
+        return started[-1]
+
+    yield start
+    for supervised in started:
+        supervised.process.kill()
+        supervised.process.communicate()
+        local.kill_marked(supervised.token)
+
+
+def test_finished(supervise: Callable[[str], Supervised]) -> None:
+    supervised = supervise("finish")
+    status, output, last = supervised.end()
+    assert (status, last) == (0, "")
+    assert output.splitlines()[-1] == f"finished at step 6: {supervised.folder.path}"
+
+
+def test_one_interrupt_saves_and_stops(supervise: Callable[[str], Supervised]) -> None:
+    supervised = supervise("stoppable")
+    supervised.wait_for_ranks()
+    supervised.process.send_signal(signal.SIGINT)
+    status, output, last = supervised.end()
+    assert (status, last) == (75, "")
+    assert "stopping after this step and saving; Ctrl-C again ends now" in output
+    assert output.splitlines()[-1] == "stopped at step 4, saved; run the same command again to continue"
+    assert supervised.folder.stop_file.read_text() == "signal to the launcher\n"
+
+
+def test_signals_to_every_process_save_and_stop_too(supervise: Callable[[str], Supervised]) -> None:
+    """As batch systems do; torchrun's agent would end of the one and end its ranks at the other, were it not shielded."""
+    supervised = supervise("stoppable")
+    supervised.wait_for_ranks()
+    processes = [supervised.process.pid, *supervised.descendants()]
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        for pid in processes:
+            os.kill(pid, number)
+    assert supervised.end()[0] == 75
+
+
+def test_ranks_that_cannot_be_asked_by_file_are_asked_by_signal(supervise: Callable[[str], Supervised]) -> None:
+    supervised = supervise("stoppable-by-signal")
+    supervised.wait_for_ranks()
+    # A folder cannot be replaced by a file.
+    supervised.folder.stop_file.mkdir()
+    supervised.process.send_signal(signal.SIGINT)
+    assert supervised.end()[0] == 75
+
+
+def test_a_second_interrupt_ends_at_once(supervise: Callable[[str], Supervised]) -> None:
+    supervised = supervise("endless")
+    supervised.wait_for_ranks()
+    supervised.process.send_signal(signal.SIGINT)
+    wait_until(supervised.folder.stop_file.exists)
+    time.sleep(local._SAME_SIGNAL_S)
+    sent_at = time.monotonic()
+    supervised.process.send_signal(signal.SIGINT)
+    status, _, last = supervised.end()
+    assert time.monotonic() - sent_at < 5
+    assert status == 130
+    assert last == "error: ended at once by a second signal; nothing was saved yet"
+    outcome = supervised.folder.read_outcome()
+    assert outcome is not None
+    assert (outcome["status"], outcome["exit_code"]) == ("failed", 130)
+
+
+def test_nothing_outlives_a_killed_launcher(supervise: Callable[[str], Supervised]) -> None:
+    supervised = supervise("endless")
+    supervised.wait_for_ranks()
+    assert len(supervised.descendants()) == 3
+    supervised.process.kill()
+    wait_until(lambda: not supervised.descendants(), timeout_s=5, what="the end of agent and ranks")
+
+
+def test_nothing_outlives_a_killed_agent(supervise: Callable[[str], Supervised]) -> None:
+    supervised = supervise("endless")
+    supervised.wait_for_ranks()
+    agent = next(pid for pid in supervised.descendants() if pid not in local._marked(supervised.token, ranks_only=True))
+    os.kill(agent, signal.SIGKILL)
+    status, _, last = supervised.end()
+    assert (status, last) == (1, "error: torchrun's agent was killed by SIGKILL without a report")
+
+
+def test_a_killed_rank_is_named_and_not_what_its_peers_make_of_it(supervise: Callable[[str], Supervised]) -> None:
+    supervised = supervise("killed")
+    status, _, last = supervised.end()
+    reason = "the process was killed by SIGKILL; the kernel does that when memory runs out"
+    assert (status, last) == (1, f"error: rank 1: {reason}")
+    outcome = supervised.folder.read_outcome()
+    assert outcome is not None
+    assert (outcome["status"], outcome["reason"], outcome["rank"]) == ("failed", reason, 1)
+
+
+def test_an_error_before_a_rank_could_report(supervise: Callable[[str], Supervised]) -> None:
+    status, _, last = supervise("import-error").end()
+    assert (status, last) == (1, "error: rank 1: ModuleNotFoundError: No module named 'a_module_that_nobody_has'")
+
+
+def test_the_failing_ranks_own_error_comes_last_and_soon(supervise: Callable[[str], Supervised]) -> None:
+    """Also where the other rank hangs, as in a collective, and takes torchrun's SIGTERM for a request to stop."""
+    started_at = time.monotonic()
+    supervised = supervise("raise")
+    status, _, last = supervised.end()
+    assert (status, last) == (1, "error: rank 1: ValueError: a wrong number")
+    assert time.monotonic() - started_at < 20
+
+
+def test_bad_input_that_only_ranks_can_see(supervise: Callable[[str], Supervised]) -> None:
+    supervised = supervise("bad-input")
+    status, _, last = supervised.end()
+    assert (status, last) == (2, "error: data.paths names no file; check the path.")
+
+
+@pytest.mark.parametrize(
+    ("received", "at_once"),
+    [
+        ([(signal.SIGINT, 0.0)], False),
+        ([(signal.SIGINT, 0.0), (signal.SIGINT, 0.1)], False),
+        ([(signal.SIGINT, 0.0), (signal.SIGINT, 2.0)], True),
+        ([(signal.SIGUSR1, 0.0), (signal.SIGINT, 2.0)], True),
+        ([(signal.SIGUSR1, 0.0), (signal.SIGTERM, 2.0)], False),
+        ([(signal.SIGUSR1, 0.0), (signal.SIGUSR1, 2.0)], False),
+        ([(signal.SIGTERM, 0.0), (signal.SIGTERM, 2.0)], True),
+    ],
+)
+def test_which_signals_end_at_once(
+    monkeypatch: pytest.MonkeyPatch, received: list[tuple[signal.Signals, float]], at_once: bool
+) -> None:
+    signals = _StopSignals()
+    for number, at in received:
+        monkeypatch.setattr(local.time, "monotonic", lambda at=at: 1000.0 + at)
+        signals.receive(number, None)
+    assert signals.stop
+    assert signals.at_once == at_once

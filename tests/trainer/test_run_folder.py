@@ -1,0 +1,213 @@
+"""A run's folder: attempts, what may not change between them, and how they end."""
+
+import json
+import os
+import stat
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sharding.errors import UserError
+from trainer.config import RunConfig, World, load_config
+from trainer.lease import Lease
+from trainer.run_folder import RunFolder
+from trainer.stopping import request_stop
+
+WORLD = World(num_ranks=2, has_gpu=False)
+
+
+@pytest.fixture
+def load(config_file: Path) -> Callable[..., RunConfig]:
+    """The tiny run's configuration with overrides."""
+    return lambda *overrides: load_config(config_file, overrides)
+
+
+def begin(config: RunConfig, argv: tuple[str, ...] = ("shardline", "run")) -> tuple[RunFolder, int]:
+    folder = RunFolder(config.run_dir)
+    return folder, folder.begin_attempt(config, WORLD, list(argv))
+
+
+def add_checkpoint(folder: RunFolder, step: int) -> Path:
+    path = folder.checkpoint_path(step)
+    path.mkdir(parents=True)
+    (path / "manifest.json").write_text("{}")
+    return path
+
+
+def test_first_attempt_freezes_configuration_and_provenance(load: Callable[..., RunConfig]) -> None:
+    config = load()
+    folder, attempt = begin(config, ("shardline", "run", "x.yaml", "tracking.api_key=hunter2", "data.tokenizer=gpt2"))
+    assert attempt == 1
+    assert folder.frozen_config() == config
+    provenance = json.loads((folder.path / "provenance.json").read_text())
+    assert provenance["argv"][-2:] == ["tracking.api_key=***", "data.tokenizer=gpt2"]
+    assert provenance["num_ranks"] == 2
+    assert provenance["packages"]["torch"]
+    assert folder.log_dir(1).is_dir()
+
+
+def test_later_attempts_stand_beside_the_first(load: Callable[..., RunConfig]) -> None:
+    folder, _ = begin(load())
+    request_stop(folder.stop_file, "enough")
+    folder.write_outcome("stopped", 75, 3, "stopped on request")
+    _, attempt = begin(load("steps=9"))
+    assert attempt == 2
+    assert folder.frozen_config().steps == 6
+    assert load_config(folder.path / "config.attempt-2.yaml").steps == 9
+    assert (folder.path / "provenance.attempt-2.json").exists()
+    assert not folder.stop_file.exists()
+    assert folder.read_outcome() is None
+
+
+def test_files_have_the_users_own_permissions(load: Callable[..., RunConfig]) -> None:
+    previous = os.umask(0o027)
+    try:
+        folder, _ = begin(load())
+        request_stop(folder.stop_file, "enough")
+    finally:
+        os.umask(previous)
+    for path in (folder.config_file, folder.stop_file, folder.path / "provenance.json"):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    assert stat.S_IMODE(folder.path.stat().st_mode) == 0o750
+
+
+@pytest.mark.parametrize(
+    ("override", "difference"),
+    [
+        ("optimizer.lr=0.5", "optimizer.lr: frozen 0.01, now 0.5"),
+        ("seed=8", "seed: frozen 7, now 8"),
+        ("data.sequence_length=16", "data.sequence_length: frozen 32, now 16"),
+        ("schedule.warmup_steps=1", "schedule.warmup_steps: frozen 2, now 1"),
+        ("batch.global_size=24", "batch.global_size: frozen 12, now 24"),
+        ("precision.compute=bf16", "precision.compute: frozen auto, now bf16"),
+        ("model.config.hidden_size=33", "model.config.hidden_size: frozen 30, now 33"),
+        ("model.config.new_field=1", "model.config.new_field: frozen None, now 1"),
+        ("task.name=mine:Task", "task.name: frozen causal-lm, now mine:Task"),
+    ],
+)
+def test_frozen_settings(load: Callable[..., RunConfig], override: str, difference: str) -> None:
+    folder, _ = begin(load())
+    with pytest.raises(UserError) as refused:
+        folder.check(load(override))
+    assert f"({difference})" in str(refused.value)
+    assert f"checkpoint.from={folder.path}" in str(refused.value)
+
+
+def test_every_difference_is_listed(load: Callable[..., RunConfig]) -> None:
+    folder, _ = begin(load())
+    with pytest.raises(UserError, match=r"optimizer.lr: .*; seed: "):
+        folder.check(load("seed=8", "optimizer.lr=0.5"))
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "steps=60",
+        "batch.micro_size=1",
+        "parallel.strategy=ddp",
+        "checkpoint.every_steps=2",
+        "metrics.every_steps=2",
+        "data.cache_dir=/elsewhere",
+        "data.num_workers=3",
+        "schedule.total_steps=24",
+        "launch.threads_per_rank=1",
+    ],
+)
+def test_what_may_change(load: Callable[..., RunConfig], override: str) -> None:
+    folder, _ = begin(load())
+    folder.check(load(override))
+
+
+def test_a_checkpoint_exists_if_its_manifest_does(load: Callable[..., RunConfig]) -> None:
+    folder, _ = begin(load())
+    assert folder.newest_checkpoint() is None
+    add_checkpoint(folder, 4)
+    add_checkpoint(folder, 2)
+    folder.checkpoint_path(6).mkdir()
+    add_checkpoint(folder, 5).rename(folder.checkpoints_dir / "step-mine")
+    assert folder.newest_checkpoint() == (4, folder.checkpoints_dir / "step-00000004")
+    assert not folder.is_complete(load())
+    (folder.checkpoint_path(6) / "manifest.json").write_text("{}")
+    assert folder.is_complete(load())
+    assert not folder.is_complete(load("steps=7"))
+
+
+def test_steps_may_not_shrink_below_what_is_done(load: Callable[..., RunConfig]) -> None:
+    folder, _ = begin(load())
+    add_checkpoint(folder, 4)
+    folder.check(load("steps=4"))
+    with pytest.raises(UserError, match=r"steps=3 is less than the 4 steps .*; set steps to at least 4"):
+        folder.check(load("steps=3"))
+
+
+def test_resume_never_refuses_a_folder_with_checkpoints(load: Callable[..., RunConfig]) -> None:
+    folder, _ = begin(load("checkpoint.resume=never"))
+    folder.check(load("checkpoint.resume=never"))
+    add_checkpoint(folder, 4)
+    with pytest.raises(UserError, match=r"checkpoint.resume=never, but .* has a checkpoint of step 4"):
+        folder.check(load("checkpoint.resume=never"))
+
+
+def test_folders_that_cannot_be_used(tmp_path: Path, load: Callable[..., RunConfig]) -> None:
+    (tmp_path / "file").write_text("")
+    config = load(f"output_dir={tmp_path / 'file'}")
+    with pytest.raises(UserError, match=r"file is a file; choose another output_dir"):
+        RunFolder(config.run_dir).check(config)
+    config = load("output_dir=/proc")
+    with pytest.raises(UserError, match=r"output_dir"):
+        RunFolder(config.run_dir).check(config)
+
+
+def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"is not a run folder: it has no config.yaml"):
+        RunFolder(tmp_path).frozen_config()
+
+
+def test_the_first_outcome_stays(load: Callable[..., RunConfig]) -> None:
+    folder, _ = begin(load())
+    barrier = threading.Barrier(8)
+
+    def fail(rank: int) -> None:
+        barrier.wait()
+        folder.write_outcome("failed", 1, 3, f"reason of rank {rank}", rank)
+
+    threads = [threading.Thread(target=fail, args=(rank,)) for rank in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    first: dict[str, Any] | None = folder.read_outcome()
+    assert first is not None
+    assert first == {
+        "status": "failed",
+        "exit_code": 1,
+        "step": 3,
+        "reason": f"reason of rank {first['rank']}",
+        "rank": first["rank"],
+    }
+    folder.write_outcome("finished", 0, 6, "all steps done")
+    assert folder.read_outcome() == first
+    assert [path.name for path in folder.path.iterdir() if path.name.startswith(".outcome")] == []
+
+
+def test_a_rank_whose_folder_was_taken_over_stays_silent(
+    load: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lease = Lease.acquire(load().run_dir)
+    folder, _ = begin(load())
+    monkeypatch.setenv("SHARDLINE_LEASE", "of the previous owner")
+    folder.write_outcome("failed", 1, 3, "lost", 0)
+    assert folder.read_outcome() is None
+    monkeypatch.setenv("SHARDLINE_LEASE", lease.token)
+    folder.write_outcome("finished", 0, 6, "all steps done", 0)
+    assert folder.read_outcome() is not None
+    lease.release()
+
+
+def test_a_half_written_outcome_is_none(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.outcome_file.write_text('{"status": "fin')
+    assert folder.read_outcome() is None
