@@ -27,6 +27,9 @@ def torchrun_command(config_path: str, overrides: Sequence[str], num_ranks: int,
         f"--master-addr={_HOST}",
         f"--master-port={port}",
         "--max-restarts=0",
+        # The agent would end its ranks at a SIGTERM or SIGINT; launcher.child has it ignore both, and it must not take
+        # them up again.
+        "--signals-to-handle=SIGQUIT",
         "-m",
         "trainer",
         config_path,
@@ -44,9 +47,11 @@ def rendezvous_port(configured: int) -> int:
         # Ports of connections that closed a moment ago may be used again, as the rendezvous itself does.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((_HOST, configured))
+            # All interfaces, as the rendezvous store does.
+            probe.bind(("", configured))
         except OSError as error:
             raise UserError(
-                f"launch.master_port={configured} cannot be used ({error.strerror}); choose another, or 0 for a free one."
+                f"launch.master_port={configured} cannot be used ({error.strerror}); "
+                "choose another, or 0 for a free one."
             ) from None
         return probe.getsockname()[1]

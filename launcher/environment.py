@@ -1,49 +1,94 @@
 """The one table of environment variables that ranks are started with; a user's own value always wins."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from launcher.topology import Topology
 from trainer.config import RunConfig
+from trainer.threads import threads_per_rank
 
 
 @dataclass(frozen=True)
 class Variable:
-    """A variable, its value, and the reason for it."""
+    """A variable, its value, and the reason for it.
+
+    Attributes:
+        name: the variable.
+        value: what Shardline sets it to.
+        why: the reason, for ``--dry-run``.
+        other_names: names under which libraries read the same setting; a user may have used one of them.
+        is_configured: whether the value is the user's own, from the configuration.
+    """
 
     name: str
     value: str
     why: str
+    other_names: tuple[str, ...] = ()
+    is_configured: bool = False
 
 
-def rank_variables(config: RunConfig, topology: Topology, num_ranks: int) -> list[Variable]:
-    """What Shardline sets for ranks on this machine."""
-    threads = config.launch.threads_per_rank or max(1, topology.num_cores // num_ranks)
+def rank_variables(
+    config: RunConfig, topology: Topology, num_ranks: int, environment: Mapping[str, str]
+) -> list[Variable]:
+    """What Shardline sets for ranks on this machine.
+
+    Args:
+        config: the run.
+        topology: this machine.
+        num_ranks: ranks on this machine.
+        environment: what the user has set.
+    """
+    threads = threads_per_rank(config, num_ranks, environment)
     variables = [
-        Variable("OMP_NUM_THREADS", str(threads), "usable cores / ranks; torchrun's own default of 1 leaves cores idle"),
+        Variable(
+            "OMP_NUM_THREADS",
+            str(threads),
+            "usable cores / ranks, or launch.threads_per_rank; torchrun's own default of 1 leaves cores idle",
+            is_configured=config.launch.threads_per_rank > 0,
+        ),
         Variable("TOKENIZERS_PARALLELISM", "false", "ranks only decode; threads before a fork would warn"),
+        Variable("PYTHONFAULTHANDLER", "1", "a crash in native code leaves the Python line it came from in the log"),
     ]
     if topology.num_gpus:
         variables += [
-            Variable("PYTORCH_ALLOC_CONF", "expandable_segments:True", "less fragmentation, so larger batches fit"),
-            Variable("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1", "a failed collective ends the rank instead of hanging it"),
-            Variable("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000", "keeps the latest collectives for a report after a hang"),
-            Variable("NCCL_DEBUG", "WARN", "NCCL's own reason for a failure is in the rank's log"),
+            Variable(
+                "PYTORCH_ALLOC_CONF",
+                "expandable_segments:True",
+                "less fragmentation of GPU memory, so larger batches fit",
+                other_names=("PYTORCH_CUDA_ALLOC_CONF",),
+            ),
+            Variable(
+                "TORCH_NCCL_ASYNC_ERROR_HANDLING",
+                "3",
+                "a failed or late collective ends the rank, without a clean-up that may hang (torch's default, stated)",
+                other_names=("NCCL_ASYNC_ERROR_HANDLING",),
+            ),
+            Variable(
+                "TORCH_NCCL_TRACE_BUFFER_SIZE",
+                "2000",
+                "keeps the latest collectives for a report after a hang (torch's default, stated)",
+                other_names=("TORCH_FR_BUFFER_SIZE",),
+            ),
+            Variable("NCCL_DEBUG", "WARN", "NCCL's own reason for a failure is in the log"),
         ]
     return variables
 
 
-def applied(variables: list[Variable], environment: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+def applied(variables: Sequence[Variable], environment: Mapping[str, str]) -> tuple[list[Variable], list[str]]:
     """The variables to add, and a sentence for each where the user's own value stays.
 
     Args:
         variables: the table.
         environment: what the user has set.
     """
-    added = {v.name: v.value for v in variables if v.name not in environment}
-    kept = [
-        f"{v.name}={environment[v.name]} is kept from your environment (Shardline would set {v.value})"
-        for v in variables
-        if environment.get(v.name, v.value) != v.value
-    ]
+    added, kept = [], []
+    for variable in variables:
+        own = next((name for name in (variable.name, *variable.other_names) if name in environment), None)
+        if own is None or (variable.is_configured and environment[own] != variable.value):
+            added.append(variable)
+        elif environment[own] != variable.value:
+            kept.append(
+                f"{own}={environment[own]} is kept from your environment "
+                f"(Shardline would set {variable.name}={variable.value})"
+            )
     return added, kept

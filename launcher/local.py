@@ -1,42 +1,80 @@
 """Starting the ranks of one machine and seeing them through to the end, whatever that is."""
 
+import contextlib
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import BinaryIO
 
+from launcher.child import start_child
+from launcher.conclusion import conclude, conclude_by_force
 from sharding.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED
-from sharding.process_lifetime import LAUNCHER_PID_VARIABLE
+from trainer.lease import ATTEMPT_VARIABLE, LEASE_VARIABLE, is_taken_over
 from trainer.run_folder import RunFolder
 from trainer.stopping import request_stop
 
-EXIT_INTERRUPTED = 130
 _POLL_EVERY_S = 0.1
+_LOOK_EVERY_S = 0.5
+# Once a rank has failed, what the others still write is of the failure. torchrun alone would give them 30 s.
+_GRACE_AFTER_FAILURE_S = 5.0
+_KILL_WITHIN_S = 5.0
+# What torchrun's agent logs when it ends the remaining ranks.
+_CLOSING_LINE = b"closing signal SIGTERM"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-# torchrun's report of the first failure: "rank      : 1 (local_rank: 1)" and "exitcode  : -9 (pid: 123)".
-_ROOT_CAUSE = re.compile(r"Root Cause.*?rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+)", re.DOTALL)
+# `timeout` and others send one signal to a process and once more to its group.
+_SAME_SIGNAL_S = 0.5
 
 
-@dataclass
-class _Interruptions:
-    """Signals that reached the launcher."""
+class _StopSignals:
+    """Signals that reached the launcher: whether to stop, and whether to do so at once.
 
-    count: int = 0
+    At once means SIGINT after any other request, or SIGTERM twice. A batch system's SIGTERM that follows its own
+    SIGUSR1 comes while the run is being saved, and is no sign of impatience.
+    """
 
-    def add(self, number: int, frame: FrameType | None) -> None:
-        self.count += 1
+    def __init__(self) -> None:
+        self.stop = False
+        self.at_once = False
+        self._last_at: dict[int, float] = {}
+
+    def receive(self, number: int, _frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if now - self._last_at.get(number, -_SAME_SIGNAL_S) < _SAME_SIGNAL_S:
+            return
+        if (number == signal.SIGINT and self.stop) or (number == signal.SIGTERM and number in self._last_at):
+            self.at_once = True
+        self.stop = True
+        self._last_at[number] = now
+
+
+class _FailureWatch:
+    """Whether a rank has failed: it said so, or torchrun ends the others though nobody asked the run to stop."""
+
+    def __init__(self, run_folder: RunFolder, agent_log: BinaryIO) -> None:
+        self._run_folder = run_folder
+        self._agent_log = agent_log
+        self._last_read = b""
+        self._is_closing = False
+
+    def has_failed(self) -> bool:
+        # The line may have been half written at the last look.
+        self._last_read = self._last_read[-len(_CLOSING_LINE) :] + self._agent_log.read()
+        self._is_closing = self._is_closing or _CLOSING_LINE in self._last_read
+        outcome = self._run_folder.read_outcome()
+        if outcome is not None:
+            return outcome["exit_code"] not in (EXIT_FINISHED, EXIT_STOPPED)
+        return self._is_closing and not self._run_folder.stop_file.exists()
 
 
 def run_ranks(
-    command: Sequence[str], variables: dict[str, str], run_folder: RunFolder, attempt: int, lease_token: str
+    command: Sequence[str], variables: Mapping[str, str], run_folder: RunFolder, attempt: int, lease_token: str
 ) -> int:
-    """Run an agent and its ranks to the end.
+    """Run an agent and its ranks to the end; call it from the main thread.
 
     The first signal asks the run to save and stop, a second one ends it at once. Nothing is left running, also when
     this process itself is killed: the agent ends with it, and the ranks end with the agent.
@@ -52,121 +90,97 @@ def run_ranks(
         The exit status of the run.
     """
     log = run_folder.log_dir(attempt) / "launcher.log"
-    environment = os.environ | variables | {
-        "SHARDLINE_LEASE": lease_token,
-        "SHARDLINE_ATTEMPT": str(attempt),
-        LAUNCHER_PID_VARIABLE: str(os.getpid()),
-    }
-    interruptions = _Interruptions()
-    previous = {number: signal.signal(number, interruptions.add) for number in _SIGNALS}
+    marks = {LEASE_VARIABLE: lease_token, ATTEMPT_VARIABLE: str(attempt)}
+    signals = _StopSignals()
+    previous = {number: signal.signal(number, signals.receive) for number in _SIGNALS}
     try:
         with log.open("ab") as stderr:
-            # A session of its own: Ctrl-C on the terminal must reach the launcher alone, or torchrun would end its
-            # ranks before they have saved.
-            agent = subprocess.Popen(
-                [sys.executable, "-m", "launcher.child", *command],
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stderr=stderr,
-                start_new_session=True,
-            )
-        ended_by_force = _wait(agent, interruptions, run_folder, lease_token)
+            agent = start_child(command, {**os.environ, **variables, **marks}, shielded=True, stderr=stderr)
+        with log.open("rb") as agent_log:
+            ended_by_force = _wait(agent, agent_log, signals, run_folder, lease_token)
     finally:
         kill_marked(lease_token)
         for number, handler in previous.items():
             signal.signal(number, handler)
+    if is_taken_over(run_folder.path, lease_token):
+        # The outcome is the new owner's to write.
+        print(f"error: run folder {run_folder.path} was taken over by another process; see {log}", file=sys.stderr)
+        return EXIT_FAILED
     if ended_by_force:
-        _overwrite_outcome(run_folder, "failed", EXIT_INTERRUPTED, "ended at once by a second signal")
-        print("error: ended at once by a second signal; the next run continues from the last checkpoint", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    return _conclude(agent.returncode, run_folder, log)
+        return conclude_by_force(run_folder)
+    return conclude(agent.returncode, run_folder, log)
 
 
-def _wait(agent: subprocess.Popen[bytes], interruptions: _Interruptions, run_folder: RunFolder, token: str) -> bool:
+def kill_marked(token: str, *, ranks_only: bool = False) -> None:
+    """Kill the processes that were started with this lease's token, wherever they hang in the tree, and see them gone.
+
+    Args:
+        token: the lease's.
+        ranks_only: whether to spare torchrun's agent.
+    """
+    deadline = time.monotonic() + _KILL_WITHIN_S
+    # Again until none is left: a process may have started another while the list was read.
+    while pids := list(_marked(token, ranks_only)):
+        for pid in pids:
+            _send(pid, signal.SIGKILL)
+        if time.monotonic() > deadline:
+            print(f"warning: processes {pids} do not end; they may hang in a driver", file=sys.stderr)
+            return
+        time.sleep(0.02)
+
+
+def _wait(
+    agent: subprocess.Popen[bytes], agent_log: BinaryIO, signals: _StopSignals, run_folder: RunFolder, token: str
+) -> bool:
     """Wait for the agent; returns whether a second signal ended it."""
     asked = False
+    failures = _FailureWatch(run_folder, agent_log)
+    next_look_at = time.monotonic()
+    failed_at: float | None = None
     while agent.poll() is None:
-        if interruptions.count and not asked:
+        if signals.stop and not asked:
             asked = True
-            request_stop(run_folder.stop_file, "signal to the launcher")
-            print("\nstopping: the current step is finished and saved; press Ctrl-C again to end at once", flush=True)
-        if interruptions.count > 1:
+            print("\nstopping after this step and saving; Ctrl-C again ends now", flush=True)
+            _ask_ranks_to_stop(run_folder, token)
+        if signals.at_once:
             kill_marked(token)
             agent.wait()
             return True
+        now = time.monotonic()
+        if failed_at is None and now >= next_look_at:
+            next_look_at = now + _LOOK_EVERY_S
+            failed_at = now if failures.has_failed() else None
+        if failed_at is not None and now > failed_at + _GRACE_AFTER_FAILURE_S:
+            # The agent sees its ranks end, and ends with its report.
+            kill_marked(token, ranks_only=True)
         time.sleep(_POLL_EVERY_S)
     return False
 
 
-def kill_marked(token: str) -> None:
-    """Kill every process that was started with this lease's token in its environment, wherever it hangs in the tree."""
-    marker = f"SHARDLINE_LEASE={token}".encode()
+def _ask_ranks_to_stop(run_folder: RunFolder, token: str) -> None:
+    try:
+        request_stop(run_folder.stop_file, "signal to the launcher")
+    except OSError:
+        # A full disk, say. A signal asks the same, of ranks that are up.
+        for pid in _marked(token, ranks_only=True):
+            _send(pid, signal.SIGUSR1)
+
+
+def _marked(token: str, ranks_only: bool) -> Iterator[int]:
+    """Processes with this lease's token in their environment, this one left out; a zombie has none."""
+    marker = f"{LEASE_VARIABLE}={token}".encode()
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
             continue
         try:
-            if marker in (entry / "environ").read_bytes().split(b"\0"):
-                os.kill(int(entry.name), signal.SIGKILL)
+            environment = (entry / "environ").read_bytes().split(b"\0")
         except OSError:
             # It ended meanwhile, or belongs to another user and so is none of ours.
             continue
+        if marker in environment and (not ranks_only or any(line.startswith(b"RANK=") for line in environment)):
+            yield int(entry.name)
 
 
-def _conclude(agent_status: int, run_folder: RunFolder, log: Path) -> int:
-    """Say how the run ended, the failing rank's own error last, and return the exit status."""
-    outcome = run_folder.read_outcome()
-    killed = _killed_rank(log)
-    if killed is not None:
-        # The others' errors, such as a closed connection, are consequences.
-        rank, reason = killed
-        step = outcome["step"] if outcome is not None else 0
-        _overwrite_outcome(run_folder, "failed", EXIT_FAILED, reason, rank, step)
-        outcome = run_folder.read_outcome()
-    if outcome is None:
-        last_line = _last_line(log) or f"the launcher's agent ended with status {agent_status}"
-        _overwrite_outcome(run_folder, "failed", EXIT_FAILED, last_line)
-        outcome = run_folder.read_outcome()
-    assert outcome is not None
-    exit_code = int(outcome["exit_code"])
-    if exit_code == EXIT_FINISHED:
-        print(f"finished at step {outcome['step']}: {run_folder.path}")
-    elif exit_code == EXIT_STOPPED:
-        print(f"stopped at step {outcome['step']}, saved; run the same command again to continue")
-    else:
-        _print_failure(outcome["reason"], outcome.get("rank"), exit_code, log)
-    return exit_code
-
-
-def _print_failure(reason: str, rank: int | None, exit_code: int, log: Path) -> None:
-    if rank is None:
-        print(f"error: {reason}", file=sys.stderr)
-    elif exit_code == EXIT_FAILED:
-        rank_log = log.with_name(f"rank-{rank}.log")
-        print(f"logs: {rank_log if rank_log.exists() else log}", file=sys.stderr)
-        print(f"error: rank {rank}: {reason}", file=sys.stderr)
-    else:
-        print(f"error: {reason}", file=sys.stderr)
-
-
-def _killed_rank(log: Path) -> tuple[int, str] | None:
-    """The rank whose death by a signal torchrun saw first, if that is what happened."""
-    match = _ROOT_CAUSE.search(log.read_text(errors="replace"))
-    if match is None or int(match.group(2)) >= 0:
-        return None
-    number = -int(match.group(2))
-    name = signal.Signals(number).name if number in signal.Signals._value2member_map_ else f"signal {number}"
-    hint = "; the kernel does that when memory runs out" if number == signal.SIGKILL else ""
-    return int(match.group(1)), f"the process was killed by {name}{hint}"
-
-
-def _last_line(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if re.match(r"^[\w.]*(Error|Exception)\b", line)]
-    return (errors or lines or [""])[-1]
-
-
-def _overwrite_outcome(
-    run_folder: RunFolder, status: str, exit_code: int, reason: str, rank: int | None = None, step: int = 0
-) -> None:
-    run_folder.outcome_file.unlink(missing_ok=True)
-    run_folder.write_outcome(status, exit_code, step, reason, rank)
+def _send(pid: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)

@@ -1,17 +1,16 @@
 """``shardline run``: from a configuration file to the exit status of a run."""
 
 import os
-import shlex
-import subprocess
 import sys
 from collections.abc import Sequence
 
-from launcher.command import rendezvous_port, torchrun_command
-from launcher.environment import applied, rank_variables
+from launcher.child import start_child
+from launcher.command import rendezvous_port
+from launcher.conclusion import EXIT_INTERRUPTED
 from launcher.local import run_ranks
-from launcher.topology import Topology, local_topology, ranks_per_node
-from sharding.errors import EXIT_FINISHED, UserError
-from trainer.config import RunConfig, World, accumulation_steps, load_config, validate
+from launcher.plan import Plan, make_plan
+from sharding.errors import EXIT_FINISHED, RunFailure, UserError
+from trainer.config import RunConfig
 from trainer.data.prepared import PreparedCorpus, find_prepared
 from trainer.lease import Lease
 from trainer.run_folder import RunFolder
@@ -26,53 +25,52 @@ def run(config_path: str, overrides: Sequence[str], nproc_per_node: int | None, 
     Raises:
         UserError: something that the user can mend is wrong.
     """
-    config = load_config(config_path, list(overrides))
-    if launcher != "torchrun":
-        raise UserError(f"--launcher {launcher} is not there yet; use torchrun.")
-    topology = local_topology()
-    num_ranks = ranks_per_node(config, topology, nproc_per_node)
-    world = World(num_ranks, has_gpu=topology.num_gpus > 0)
-    validate(config, world)
-    if topology.num_gpus and num_ranks > topology.num_gpus:
-        raise UserError(
-            f"{num_ranks} ranks were asked for, but this machine has {topology.num_gpus} GPUs; start at most that many."
-        )
-    added, kept = applied(rank_variables(config, topology, num_ranks), os.environ)
+    plan = make_plan(config_path, overrides, nproc_per_node, launcher)
     if dry_run:
-        _print_plan(config, config_path, overrides, topology, num_ranks, kept)
+        print(plan.describe())
         return EXIT_FINISHED
-    run_folder = RunFolder(config.run_dir)
+    config, run_folder = plan.config, RunFolder(plan.config.run_dir)
     run_folder.check(config)
     if run_folder.is_complete(config):
         print(
-            f"run {config.name} is complete at step {config.steps}; nothing to do "
-            f"(raise steps to train on, or choose another name): {run_folder.path}"
+            f"run {config.name} is complete at step {config.steps}; nothing to do. Its last checkpoint is "
+            f"{run_folder.checkpoint_path(config.steps)}; to train on, run it with steps={2 * config.steps}, say"
         )
         return EXIT_FINISHED
     port = rendezvous_port(config.launch.master_port)
     lease = Lease.acquire(run_folder.path)
     try:
-        _check_vocabulary(config, _prepared_corpus(config, config_path, overrides))
-        for sentence in kept:
+        corpus = _prepared_corpus(plan)
+        corpus.check_sequence_length(config.data.sequence_length)
+        _check_vocabulary(config, corpus)
+        for sentence in plan.kept:
             print(f"note: {sentence}")
-        attempt = run_folder.begin_attempt(config, world, sys.argv)
-        command = torchrun_command(config_path, overrides, num_ranks, port)
-        return run_ranks(command, added, run_folder, attempt, lease.token)
+        attempt = run_folder.begin_attempt(config, plan.world, sys.argv)
+        variables = {variable.name: variable.value for variable in plan.variables}
+        return run_ranks(plan.command(port), variables, run_folder, attempt, lease.token)
     finally:
         lease.release()
 
 
-def _prepared_corpus(config: RunConfig, config_path: str, overrides: Sequence[str]) -> PreparedCorpus:
+def _prepared_corpus(plan: Plan) -> PreparedCorpus:
     """The prepared corpus; prepared in a process of its own, since it needs libraries that this one must not load."""
-    found = find_prepared(config.data)
+    found = find_prepared(plan.config.data)
     if found is not None:
         return found
-    command = [sys.executable, "-m", "launcher.child", sys.executable, "-m", "trainer.data.prepare", config_path]
-    finished = subprocess.run([*command, *overrides], stdin=subprocess.DEVNULL, check=False)
-    if finished.returncode:
+    command = [sys.executable, "-m", "trainer.data.prepare", plan.config_path, *plan.overrides]
+    with start_child(command, os.environ, shielded=False) as child:
+        try:
+            status = child.wait()
+        except KeyboardInterrupt:
+            child.kill()
+            print("error: interrupted while preparing the corpus; the same command goes on", file=sys.stderr)
+            raise SystemExit(EXIT_INTERRUPTED) from None
+    if status > 0:
         # The child has said why.
-        raise SystemExit(finished.returncode)
-    found = find_prepared(config.data)
+        raise SystemExit(status)
+    if status < 0:
+        raise RunFailure(f"preparing the corpus was killed by signal {-status}; run again to go on.")
+    found = find_prepared(plan.config.data)
     if found is None:
         raise UserError("the corpus changed while it was being prepared; run again.")
     return found
@@ -82,37 +80,6 @@ def _check_vocabulary(config: RunConfig, corpus: PreparedCorpus) -> None:
     wanted = config.model.config.get("vocab_size")
     if isinstance(wanted, int) and wanted < corpus.vocab_size:
         raise UserError(
-            f"model.config.vocab_size={wanted} is smaller than the tokenizer's {corpus.vocab_size} tokens; set it to at "
-            f"least {corpus.vocab_size}, or remove it."
+            f"model.config.vocab_size={wanted} is smaller than the tokenizer's {corpus.vocab_size} tokens; "
+            f"set it to at least {corpus.vocab_size}, or remove it."
         )
-
-
-def _print_plan(
-    config: RunConfig,
-    config_path: str,
-    overrides: Sequence[str],
-    topology: Topology,
-    num_ranks: int,
-    kept: Sequence[str],
-) -> None:
-    command = torchrun_command(config_path, overrides, num_ranks, config.launch.master_port)
-    steps = accumulation_steps(config, num_ranks)
-    tokens = config.batch.global_size * config.data.sequence_length
-    device = "GPU, NCCL" if topology.num_gpus else "CPU, gloo"
-    print(f"run folder    {config.run_dir}")
-    print(f"ranks         {num_ranks} ({device}), strategy {config.parallel.strategy}")
-    print(
-        f"batch         {config.batch.global_size} sequences = {config.batch.micro_size} x {steps} accumulation steps "
-        f"x {num_ranks} ranks; {tokens:,} tokens a step, {tokens * config.steps:,} in {config.steps} steps"
-    )
-    print("environment")
-    for variable in rank_variables(config, topology, num_ranks):
-        if variable.name not in os.environ:
-            print(f"  {variable.name}={variable.value}    # {variable.why}")
-    for sentence in kept:
-        print(f"  # {sentence}")
-    if config.launch.master_port == 0:
-        print("command       (port 0 becomes a free one)")
-    else:
-        print("command")
-    print(f"  {shlex.join(command)}")

@@ -1,14 +1,16 @@
 """What this machine has: GPUs, without torch, and usable cores."""
 
 import os
-import shutil
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
 
 from trainer.config import RunConfig
 
 DEFAULT_CPU_RANKS = 2
+_NVIDIA_SMI_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -24,10 +26,10 @@ class Topology:
     num_cores: int
 
 
-def local_topology(environment: Mapping[str, str] | None = None) -> Topology:
-    """Look at this machine."""
-    environment = os.environ if environment is None else environment
-    return Topology(num_gpus=_count_gpus(environment), num_cores=len(os.sched_getaffinity(0)))
+def local_topology() -> Topology:
+    """Look at this machine. A torch that was built without CUDA cannot use a GPU, so there is none then."""
+    num_gpus = 0 if _is_cpu_build(_torch_version()) else visible_gpus(os.environ, _installed_gpus())
+    return Topology(num_gpus=num_gpus, num_cores=len(os.sched_getaffinity(0)))
 
 
 def ranks_per_node(config: RunConfig, topology: Topology, requested: int | None) -> int:
@@ -43,11 +45,42 @@ def ranks_per_node(config: RunConfig, topology: Topology, requested: int | None)
     return topology.num_gpus or DEFAULT_CPU_RANKS
 
 
-def _count_gpus(environment: Mapping[str, str]) -> int:
-    visible = environment.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([device for device in visible.split(",") if device.strip() not in ("", "-1")])
-    if shutil.which("nvidia-smi") is None:
-        return 0
-    finished = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=False)
-    return sum(line.startswith("GPU ") for line in finished.stdout.splitlines()) if finished.returncode == 0 else 0
+def visible_gpus(environment: Mapping[str, str], installed: int) -> int:
+    """How many of the installed GPUs CUDA_VISIBLE_DEVICES leaves visible.
+
+    As CUDA does it: the list counts up to its first entry that names no device.
+    """
+    text = environment.get("CUDA_VISIBLE_DEVICES")
+    if text is None or installed == 0:
+        return installed
+    num_visible = 0
+    for entry in text.split(","):
+        device = entry.strip()
+        if not device.startswith(("GPU-", "MIG-")) and not (device.isdigit() and int(device) < installed):
+            break
+        num_visible += 1
+    return num_visible
+
+
+def _installed_gpus() -> int:
+    try:
+        finished = subprocess.run(
+            ["nvidia-smi", "-L"], capture_output=True, text=True, timeout=_NVIDIA_SMI_TIMEOUT_S, check=False
+        )
+        if finished.returncode == 0:
+            return sum(line.startswith("GPU ") for line in finished.stdout.splitlines())
+    except (OSError, subprocess.TimeoutExpired):
+        # Slim containers may lack the tool; the driver lists its devices too.
+        pass
+    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+
+
+def _torch_version() -> str:
+    try:
+        return metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _is_cpu_build(torch_version: str) -> bool:
+    return torch_version.endswith("+cpu")

@@ -44,7 +44,9 @@ def read_ranks(environment: Mapping[str, str]) -> tuple[int, int, int, int]:
         return 0, 1, 0, 1
     if missing:
         present = ", ".join(f"{name}={environment[name]}" for name in _VARIABLES if name in environment)
-        raise UserError(f"{present} is set, but {', '.join(missing)} is not; start ranks with a launcher, or unset all.")
+        raise UserError(
+            f"{present} is set, but {', '.join(missing)} is not; start ranks with a launcher, or unset all."
+        )
     try:
         rank, world_size, local_rank, local_world_size = (int(environment[name]) for name in _VARIABLES)
     except ValueError:
@@ -99,9 +101,11 @@ def _device(local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     num_gpus = torch.cuda.device_count()
-    if num_gpus == 1:
-        # Slurm and others show each task just its own GPU, whatever the local rank.
-        local_rank = 0 if os.environ.get("LOCAL_WORLD_SIZE", "1") == "1" or "SLURM_PROCID" in os.environ else local_rank
+    if num_gpus == 1 and "SLURM_PROCID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
+        # Slurm can show each task just its own GPU, whatever the local rank.
+        local_rank = 0
     if local_rank >= num_gpus:
-        raise UserError(f"LOCAL_RANK={local_rank}, but only {num_gpus} GPUs are visible; start at most {num_gpus} ranks.")
+        raise UserError(
+            f"LOCAL_RANK={local_rank}, but only {num_gpus} GPUs are visible; start at most {num_gpus} ranks."
+        )
     return torch.device("cuda", local_rank)

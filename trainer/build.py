@@ -52,6 +52,7 @@ def build_trainer(
     observers.message(describe_model(config, facts, ranks))
     if config.metrics.parameter_hash:
         observers.message(f"initial parameters {parameter_hash(engine, ranks)}")
+    corpus.check_sequence_length(config.data.sequence_length)
     train, validation = corpus.stream("train"), corpus.stream("validation")
     length = config.data.sequence_length
     order = SampleOrder(config.seed, num_samples(train.num_tokens, length), config.data.shuffle)

@@ -80,7 +80,9 @@ class Lease:
         holder = _read(self._path)
         if holder is None or holder["token"] != self._token:
             who = "nobody" if holder is None else _describe(holder)
-            raise RunFailure(f"run folder {self._folder} was taken over: its lease is held by {who}; nothing was saved.")
+            raise RunFailure(
+                f"run folder {self._folder} was taken over: its lease is held by {who}; nothing was saved."
+            )
 
     def release(self) -> None:
         """Stop being the writer; does nothing where the lease is attached, lost or released already."""

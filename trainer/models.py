@@ -126,7 +126,9 @@ def build_model_on_meta(task: Task, model_config: "PretrainedConfig") -> nn.Modu
         with torch.device("meta"):
             model = task.build_model(model_config)
     except (ImportError, ValueError) as error:
-        raise UserError(f"model {model_config.model_type} cannot be built: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0]
+        attention = model_config._attn_implementation
+        raise UserError(f"a {model_config.model_type} with model.attention={attention} cannot be built: {reason}") from None
     return model
 
 

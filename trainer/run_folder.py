@@ -40,11 +40,8 @@ class RunFolder:
 
     def newest_checkpoint(self) -> tuple[int, Path] | None:
         """Step and folder of the newest checkpoint; one without a manifest does not exist."""
-        found = [
-            (int(manifest.parent.name.removeprefix("step-")), manifest.parent)
-            for manifest in self.checkpoints_dir.glob("step-*/manifest.json")
-        ]
-        return max(found, default=None)
+        folders = (manifest.parent for manifest in self.checkpoints_dir.glob("step-*/manifest.json"))
+        return max(((step, folder) for folder in folders if (step := _number(folder)) is not None), default=None)
 
     def frozen_config(self) -> RunConfig:
         """The configuration that the run was first started with.
@@ -66,26 +63,14 @@ class RunFolder:
 
         Raises:
             UserError: a frozen setting differs, ``steps`` is below the newest checkpoint, the folder may not be
-                continued, or there is no space.
+                continued, cannot be written, or has no space.
         """
-        existing = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
-        try:
-            free_bytes = shutil.disk_usage(existing).free
-        except OSError as error:
-            raise UserError(
-                f"output_dir={config.output_dir} cannot be used: {error.strerror}; choose another."
-            ) from None
-        if free_bytes < _MIN_FREE_BYTES:
-            raise UserError(
-                f"output_dir={config.output_dir} has {free_bytes:,} bytes free, which is less than the "
-                f"{_MIN_FREE_BYTES:,} that logs alone may need; free some space or choose another folder."
-            )
-        if not self.config_file.exists():
-            return
-        self._check_frozen(config)
+        self._check_space()
         newest = self.newest_checkpoint()
         if newest is None:
+            # Nothing to continue: whoever mends a mistake in the settings of a first attempt may start over here.
             return
+        self._check_frozen(config)
         if config.checkpoint.resume == "never":
             raise UserError(
                 f"checkpoint.resume=never, but {self.path} has a checkpoint of step {newest[0]}; choose another name "
@@ -110,12 +95,13 @@ class RunFolder:
         """
         self.check(config)
         try:
-            logs = [int(p.name.removeprefix("attempt-")) for p in (self.path / "logs").glob("attempt-*")]
-            attempt = max(logs, default=0) + 1
+            attempt = max((_number(p) or 0 for p in (self.path / "logs").glob("attempt-*")), default=0) + 1
             self.log_dir(attempt).mkdir(parents=True)
             suffix = "" if attempt == 1 else f".attempt-{attempt}"
-            config_file = self.config_file if not self.config_file.exists() else self.path / f"config{suffix}.yaml"
-            write_atomically(config_file, config_to_yaml(config))
+            if self.newest_checkpoint() is None:
+                write_atomically(self.config_file, config_to_yaml(config))
+            if attempt > 1:
+                write_atomically(self.path / f"config{suffix}.yaml", config_to_yaml(config))
             provenance = json.dumps(collect_provenance(config, world, argv), indent=2)
             write_atomically(self.path / f"provenance{suffix}.json", provenance + "\n")
             self.stop_file.unlink(missing_ok=True)
@@ -144,19 +130,45 @@ class RunFolder:
         except (OSError, ValueError):
             return None
 
+    def _check_space(self) -> None:
+        try:
+            existing = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+            free_bytes = shutil.disk_usage(existing).free
+        except OSError as error:
+            raise UserError(
+                f"run folder {self.path} cannot be used: {error.strerror}; choose another output_dir."
+            ) from None
+        if not existing.is_dir():
+            raise UserError(f"run folder {self.path} cannot be made: {existing} is a file; choose another output_dir.")
+        if not os.access(existing, os.W_OK):
+            raise UserError(
+                f"run folder {self.path} cannot be written: {existing} is read-only for you; choose another output_dir."
+            )
+        if free_bytes < _MIN_FREE_BYTES:
+            raise UserError(
+                f"run folder {self.path}: its disk has {free_bytes:,} bytes free, which is less than the "
+                f"{_MIN_FREE_BYTES:,} that logs alone may need; free some space or choose another output_dir."
+            )
+
     def _check_frozen(self, config: RunConfig) -> None:
         frozen = _flatten(self.frozen_config().model_dump(mode="json"))
         wanted = _flatten(config.model_dump(mode="json"))
         differences = [
-            f"{key}: was {frozen.get(key)}, is now {wanted.get(key)}"
+            f"{key}: frozen {frozen.get(key)}, now {wanted.get(key)}"
             for key in sorted(frozen.keys() | wanted.keys())
             if _is_frozen(key) and frozen.get(key) != wanted.get(key)
         ]
         if differences:
             raise UserError(
-                f"{self.path} holds a run with other settings ({'; '.join(differences)}); choose another name, or start "
-                f"one from it with checkpoint.from={self.path}."
+                f"{self.path} holds a run with other settings ({'; '.join(differences)}); "
+                f"choose another name, or start one from it with checkpoint.from={self.path}."
             )
+
+
+def _number(folder: Path) -> int | None:
+    """The number at the end of ``step-00000010`` or ``attempt-2``; None for a folder that somebody named otherwise."""
+    digits = folder.name.rpartition("-")[2]
+    return int(digits) if digits.isdecimal() else None
 
 
 def _is_frozen(key: str) -> bool:

@@ -38,7 +38,7 @@ class StopRequest:
                 self._requested = stop_file.exists()
         return self._requested
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         self._requested = True
         if number != signal.SIGINT:
             return

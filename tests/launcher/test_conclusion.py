@@ -7,7 +7,7 @@ import pytest
 from launcher.conclusion import RankFailure, conclude, conclude_by_force, first_failure
 from trainer.run_folder import RunFolder
 
-HEAD = """W1124 13:50:56 6499 torch/distributed/elastic/multiprocessing/api.py:1028] Sending process 6502 closing signal SIGTERM
+HEAD = """W1124 13:50:56 6499 multiprocessing/api.py:1028] Sending process 6502 closing signal SIGTERM
 Traceback (most recent call last):
   File "torch/distributed/launcher/api.py", line 383, in launch_agent
     raise ChildFailedError(

@@ -51,6 +51,7 @@ def test_first_attempt_freezes_configuration_and_provenance(load: Callable[..., 
 
 def test_later_attempts_stand_beside_the_first(load: Callable[..., RunConfig]) -> None:
     folder, _ = begin(load())
+    add_checkpoint(folder, 3)
     request_stop(folder.stop_file, "enough")
     folder.write_outcome("stopped", 75, 3, "stopped on request")
     _, attempt = begin(load("steps=9"))
@@ -90,14 +91,23 @@ def test_files_have_the_users_own_permissions(load: Callable[..., RunConfig]) ->
 )
 def test_frozen_settings(load: Callable[..., RunConfig], override: str, difference: str) -> None:
     folder, _ = begin(load())
+    add_checkpoint(folder, 3)
     with pytest.raises(UserError) as refused:
         folder.check(load(override))
     assert f"({difference})" in str(refused.value)
     assert f"checkpoint.from={folder.path}" in str(refused.value)
 
 
+def test_a_first_attempt_that_saved_nothing_binds_nobody(load: Callable[..., RunConfig]) -> None:
+    folder, _ = begin(load("optimizer.lr=1e30"))
+    _, attempt = begin(load("optimizer.lr=0.5"))
+    assert attempt == 2
+    assert folder.frozen_config().optimizer.lr == 0.5
+
+
 def test_every_difference_is_listed(load: Callable[..., RunConfig]) -> None:
     folder, _ = begin(load())
+    add_checkpoint(folder, 3)
     with pytest.raises(UserError, match=r"optimizer.lr: .*; seed: "):
         folder.check(load("seed=8", "optimizer.lr=0.5"))
 
@@ -118,6 +128,7 @@ def test_every_difference_is_listed(load: Callable[..., RunConfig]) -> None:
 )
 def test_what_may_change(load: Callable[..., RunConfig], override: str) -> None:
     folder, _ = begin(load())
+    add_checkpoint(folder, 3)
     folder.check(load(override))
 
 

@@ -95,6 +95,19 @@ class PreparedCorpus:
         identity = json.dumps([self.manifest.tokenizer_sha256, shards], sort_keys=True)
         return hashlib.sha256(identity.encode()).hexdigest()
 
+    def check_sequence_length(self, sequence_length: int) -> None:
+        """Assert that there is at least one whole training sequence.
+
+        Raises:
+            UserError: the training split is shorter.
+        """
+        num_tokens = self.manifest.splits["train"].num_tokens
+        if num_tokens <= sequence_length:
+            raise UserError(
+                f"data.sequence_length={sequence_length} needs a training split of at least {sequence_length + 1} tokens, "
+                f"but this one has {num_tokens}; lower it, add documents, or lower data.validation_fraction."
+            )
+
     def stream(self, split: str) -> TokenStream:
         """The tokens of ``train`` or ``validation``."""
         return TokenStream(self.folder, self.manifest.splits[split], self.manifest.dtype)

@@ -1,0 +1,162 @@
+"""The commands of ``shardline``; those that need torch become another process."""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from sharding.errors import UserError
+
+app = typer.Typer(
+    help="Pretrain transformers on one machine or many: every rank in step, every claim checkable on a laptop.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(help="Prepare a corpus, or look at what a step trains on.", no_args_is_help=True)
+checkpoint_app = typer.Typer(help="List and verify a run's checkpoints.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+app.add_typer(checkpoint_app, name="checkpoint")
+
+_EXAMPLES = ("configs", "slurm")
+_EXAMPLE_SUFFIXES = (".yaml", ".sbatch", ".sh", ".md")
+
+Config = Annotated[str, typer.Argument(help="YAML file of the run.", metavar="CONFIG")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Settings, such as optimizer.lr=1e-3.", metavar="key=value")
+]
+Run = Annotated[str, typer.Argument(help="Folder of a run, output_dir/name.", metavar="RUN")]
+Step = Annotated[int | None, typer.Option(help="Step of the checkpoint; the newest if not given.")]
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to copy them; created if need be.")],
+) -> None:
+    """Copy the example configurations and Slurm scripts into a folder of your own."""
+    root = Path(__file__).resolve().parent.parent
+    sources = [source for name in _EXAMPLES for source in sorted((root / name).rglob("*")) if _is_example(source)]
+    if not sources:
+        raise UserError(
+            f"{root} holds no {' and no '.join(_EXAMPLES)}: the installation is not whole; install it again."
+        )
+    targets = [folder / source.relative_to(root) for source in sources]
+    for target in targets:
+        if target.exists():
+            raise UserError(f"{target} exists; choose another folder, nothing was written.")
+    for source, target in zip(sources, targets, strict=True):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, target)
+        typer.echo(target)
+
+
+@app.command()
+def run(
+    config: Config,
+    overrides: Overrides = None,
+    nproc_per_node: Annotated[int | None, typer.Option(min=1, help="Ranks on this machine.")] = None,
+    launcher: Annotated[str, typer.Option(help="torchrun (deepspeed and accelerate are not there yet).")] = "torchrun",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be started, and start nothing.")] = False,
+) -> None:
+    """Train, or continue, a run: all GPUs of this machine, or two processes on a CPU.
+
+    Ctrl-C once saves and stops with exit status 75; the same command continues.
+    """
+    from launcher.run import run as run_config
+
+    raise typer.Exit(run_config(config, overrides or [], nproc_per_node, launcher, dry_run))
+
+
+@app.command()
+def parity(config: Config, overrides: Overrides = None) -> None:
+    """Prove that every strategy trains as one plain process does; exit status 1 if one does not."""
+    _become("trainer.parity", config, *(overrides or []))
+
+
+@app.command()
+def export(
+    run_folder: Run,
+    to: Annotated[Path, typer.Option(metavar="DIR", help="New folder for the model.")],
+    step: Step = None,
+) -> None:
+    """Write a checkpoint as a model and tokenizer that transformers loads."""
+    _become("trainer.export", run_folder, "--to", str(to), *_option("--step", step))
+
+
+@app.command()
+def generate(
+    run_folder: Annotated[str, typer.Argument(help="Folder of a run or of an exported model.", metavar="RUN")],
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 120,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.8,
+    top_k: Annotated[int, typer.Option(min=0, help="Choose among this many likeliest tokens; 0 means all.")] = 50,
+    seed: Annotated[int, typer.Option(help="Seed of the choice.")] = 0,
+    step: Step = None,
+) -> None:
+    """Continue a text with a run's model."""
+    _become(
+        "trainer.generate",
+        run_folder,
+        f"--prompt={prompt}",
+        *_option("--max-new-tokens", max_new_tokens),
+        *_option("--temperature", temperature),
+        *_option("--top-k", top_k),
+        *_option("--seed", seed),
+        *_option("--step", step),
+    )
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="data: the loader alone.", metavar="NAME")],
+    arguments: Annotated[list[str] | None, typer.Argument(help="Options of that benchmark, after --.")] = None,
+) -> None:
+    """Run a benchmark."""
+    if name not in ("data",):
+        raise UserError(f"there is no benchmark {name}; there is: data.")
+    _become(f"benchmarks.{name}", *(arguments or []))
+
+
+@data_app.command("prepare")
+def data_prepare(config: Config, overrides: Overrides = None) -> None:
+    """Clean, tokenise and pack a run's corpus; done already means done at once."""
+    _become("trainer.data.prepare", config, *(overrides or []))
+
+
+@data_app.command("show")
+def data_show(
+    run_folder: Run,
+    step: Annotated[int, typer.Option(min=1, help="Optimizer step, from 1.")],
+    limit: Annotated[int, typer.Option(min=0, help="Sequences to show; 0 means all of the step.")] = 0,
+) -> None:
+    """Show the documents and the text that a step trains on."""
+    _become("trainer.data.show", run_folder, *_option("--step", step), *_option("--limit", limit))
+
+
+@checkpoint_app.command("list")
+def checkpoint_list(run_folder: Run) -> None:
+    """Show a run's checkpoints."""
+    _become("trainer.checkpoint", "list", run_folder)
+
+
+@checkpoint_app.command("verify")
+def checkpoint_verify(run_folder: Run) -> None:
+    """Compare every file of a run's checkpoints with its manifest; exit status 2 if one is damaged."""
+    _become("trainer.checkpoint", "verify", run_folder)
+
+
+def _is_example(source: Path) -> bool:
+    return source.is_file() and source.suffix in _EXAMPLE_SUFFIXES
+
+
+def _option(name: str, value: object) -> list[str]:
+    return [] if value is None else [f"{name}={value}"]
+
+
+def _become(module: str, *arguments: str) -> NoReturn:
+    """Replace this process by a module that loads torch; the launcher itself stays light."""
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-m", module, *arguments])  # noqa: S606 - no shell is what we want

@@ -1,0 +1,156 @@
+"""How a run ended: from what ranks wrote and what torchrun saw to one last line and an exit status."""
+
+import re
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sharding.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED
+from trainer.run_folder import RunFolder
+
+EXIT_INTERRUPTED = 130
+# An entry of torchrun's report, Root Cause or not.
+_FAILURE = re.compile(
+    r"^ *time *: (?P<time>\S+)\n(?: *host *:.*\n)? *rank *: (?P<rank>\d+) .*\n *exitcode *: (?P<exitcode>-?\d+) ",
+    re.MULTILINE,
+)
+_ERROR_LINE = re.compile(r"^(?:error: |[\w.]*(?:Error|Exception|Interrupt)\b)")
+_AGENT_ERROR = "torch.distributed.elastic.multiprocessing.errors.ChildFailedError"
+# Ways to end that no code of a rank can report. SIGABRT is left out: NCCL's watchdog raises it on ranks that another
+# rank's failure keeps waiting.
+_CRASHES = frozenset({signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE})
+
+
+@dataclass(frozen=True)
+class RankFailure:
+    """The rank that torchrun saw fail first.
+
+    Attributes:
+        rank: its number.
+        exit_code: as of ``subprocess``: negative is a signal.
+    """
+
+    rank: int
+    exit_code: int
+
+
+def conclude(agent_status: int, run_folder: RunFolder, log: Path) -> int:
+    """Say how the run ended, the failing rank's own error last, and return the exit status.
+
+    Args:
+        agent_status: exit status of torchrun's agent, negative for a signal.
+        run_folder: the run's folder; its outcome is written here where no rank could.
+        log: what the agent and its ranks wrote to standard error.
+    """
+    first = first_failure(log.read_text(errors="replace"))
+    outcome = run_folder.read_outcome()
+    if outcome is None or _is_consequence(outcome, first):
+        if outcome is not None:
+            print(f"rank {outcome['rank']} reported: {outcome['reason']}", file=sys.stderr)
+        outcome = _overwrite_outcome(run_folder, outcome, first, _explain(agent_status, first, log))
+    exit_code = int(outcome["exit_code"])
+    if exit_code in (EXIT_FINISHED, EXIT_STOPPED):
+        if first is not None and first.exit_code not in (EXIT_FINISHED, EXIT_STOPPED):
+            print(f"note: rank {first.rank} {_manner(first.exit_code)} after all was saved; see {log}", file=sys.stderr)
+        if exit_code == EXIT_FINISHED:
+            print(f"finished at step {outcome['step']}: {run_folder.path}")
+        else:
+            print(f"stopped at step {outcome['step']}, saved; run the same command again to continue")
+    else:
+        _print_failure(outcome, log)
+    return exit_code
+
+
+def conclude_by_force(run_folder: RunFolder) -> int:
+    """Say that a second signal ended the run, and return the exit status."""
+    outcome = run_folder.read_outcome()
+    if outcome is None or outcome["exit_code"] not in (EXIT_FINISHED, EXIT_STOPPED):
+        step = _saved_step(run_folder)
+        run_folder.outcome_file.unlink(missing_ok=True)
+        run_folder.write_outcome("failed", EXIT_INTERRUPTED, step, "ended at once by a second signal")
+        then = f"the same command continues after step {step}" if step else "nothing was saved yet"
+        print(f"error: ended at once by a second signal; {then}", file=sys.stderr)
+    return EXIT_INTERRUPTED
+
+
+def first_failure(log_text: str) -> RankFailure | None:
+    """The first failure in torchrun's report, if it made one.
+
+    Its times are whole seconds, and it calls the lowest rank of a second the first. Of failures in the same second a
+    crash is the cause and the others' exceptions, such as a closed connection, the consequence.
+    """
+    failures = [(m["time"], RankFailure(int(m["rank"]), int(m["exitcode"]))) for m in _FAILURE.finditer(log_text)]
+    if not failures:
+        return None
+    first_time = min(time for time, _ in failures)
+    # The report ends with torchrun's own choice.
+    together = [failure for time, failure in reversed(failures) if time == first_time]
+    return next((failure for failure in together if -failure.exit_code in _CRASHES), together[0])
+
+
+def _is_consequence(outcome: dict[str, Any], first: RankFailure | None) -> bool:
+    """Whether a crash of another rank, of which nobody could write, led to the failure that was written down."""
+    if first is None or outcome["status"] != "failed" or outcome["rank"] == first.rank:
+        return False
+    return -first.exit_code in _CRASHES
+
+
+def _explain(agent_status: int, first: RankFailure | None, log: Path) -> str:
+    if first is None:
+        return _last_error(log) or f"torchrun's agent {_manner(agent_status)} without a report"
+    own_log = _rank_log(log, first.rank)
+    reason = f"the process {_manner(first.exit_code)}"
+    if first.exit_code == -signal.SIGKILL:
+        return f"{reason}; the kernel does that when memory runs out"
+    error = _last_error(own_log) or _last_error(log)
+    return error if error and first.exit_code > 0 else f"{reason}{f' ({error})' if error else ''}"
+
+
+def _manner(exit_code: int) -> str:
+    if exit_code >= 0:
+        return f"ended with status {exit_code}"
+    try:
+        return f"was killed by {signal.Signals(-exit_code).name}"
+    except ValueError:
+        return f"was killed by signal {-exit_code}"
+
+
+def _last_error(log: Path) -> str:
+    """The last line of a log that names an error; empty where there is none."""
+    if not log.exists():
+        return ""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
+    errors = [line for line in lines if _ERROR_LINE.match(line) and not line.startswith(_AGENT_ERROR)]
+    return errors[-1].removeprefix("error: ") if errors else ""
+
+
+def _overwrite_outcome(
+    run_folder: RunFolder, reported: dict[str, Any] | None, first: RankFailure | None, reason: str
+) -> dict[str, Any]:
+    step = reported["step"] if reported is not None else _saved_step(run_folder)
+    rank = first.rank if first is not None else None
+    run_folder.outcome_file.unlink(missing_ok=True)
+    run_folder.write_outcome("failed", EXIT_FAILED, step, reason, rank)
+    return {"status": "failed", "exit_code": EXIT_FAILED, "step": step, "reason": reason, "rank": rank}
+
+
+def _saved_step(run_folder: RunFolder) -> int:
+    newest = run_folder.newest_checkpoint()
+    return 0 if newest is None else newest[0]
+
+
+def _print_failure(outcome: dict[str, Any], log: Path) -> None:
+    rank, reason = outcome["rank"], outcome["reason"]
+    if outcome["exit_code"] == EXIT_BAD_INPUT:
+        print(f"error: {reason}", file=sys.stderr)
+        return
+    own_log = log if rank is None else _rank_log(log, rank)
+    print(f"logs: {own_log if own_log.exists() else log}", file=sys.stderr)
+    print(f"error: {reason}" if rank is None else f"error: rank {rank}: {reason}", file=sys.stderr)
+
+
+def _rank_log(log: Path, rank: int) -> Path:
+    """Where a rank's standard error goes: rank 0 shares the agent's."""
+    return log if rank == 0 else log.with_name(f"rank-{rank}.log")

@@ -1,0 +1,248 @@
+"""Runs that are killed, stopped or broken in the middle, and what is left of them."""
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import (
+    ROOT,
+    command_environment,
+    free_port,
+    kill,
+    processes_of,
+    rank_processes,
+    read_metrics,
+    shardline,
+    start_shardline,
+    trained,
+    training_curve,
+    wait_until,
+)
+
+MakeConfig = Callable[..., Path]
+# Long enough to be caught in the middle, and slowed down a little by metrics at each step.
+_LONG: dict[str, Any] = {"steps": 400, "checkpoint": {"every_steps": 10}, "schedule": {"total_steps": 400}}
+
+
+def _last_step(run_dir: Path) -> int:
+    lines = read_metrics(run_dir)
+    return int(lines[-1]["step"]) if lines else 0
+
+
+def _wait_for_step(run_dir: Path, step: int) -> None:
+    wait_until(lambda: _last_step(run_dir) >= step, what=f"step {step}")
+
+
+def _wait_for_nobody(run_dir: Path, timeout_s: float = 10) -> None:
+    wait_until(lambda: not processes_of(run_dir), timeout_s, what=f"no process left of {processes_of(run_dir)}")
+
+
+def _outcome(run_dir: Path) -> dict[str, Any]:
+    outcome: dict[str, Any] = json.loads((run_dir / "outcome.json").read_text())
+    return outcome
+
+
+@pytest.mark.timeout(400)
+def test_a_rank_then_the_launcher_are_killed_and_losses_stay_equal(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config("killed", **_LONG)
+    runs = config.parent / "runs"
+
+    launcher = start_shardline("run", config, "--nproc-per-node", 2, log=tmp_path / "first.log")
+    _wait_for_step(runs / "killed", 12)
+    kill(rank_processes(runs / "killed")[1])
+    assert launcher.wait(60) == 1
+    last_line = (tmp_path / "first.log").read_text().strip().splitlines()[-1]
+    assert last_line.startswith("error: rank 1: the process was killed by SIGKILL")
+    _wait_for_nobody(runs / "killed")
+    assert _outcome(runs / "killed")["status"] == "failed"
+
+    launcher = start_shardline("run", config, "--nproc-per-node", 2, log=tmp_path / "second.log")
+    resumed_from = 10
+    wait_until(lambda: "continuing after step" in (tmp_path / "second.log").read_text(), what="continuation")
+    _wait_for_step(runs / "killed", 32)
+    launcher.kill()
+    launcher.wait()
+    # Nobody is left to clean up: the kernel ends the agent, and with it the ranks.
+    _wait_for_nobody(runs / "killed", timeout_s=5)
+
+    trained(shardline("run", config, "steps=60", "--nproc-per-node", 2))
+    straight = make_config("straight", **_LONG)
+    trained(shardline("run", straight, "steps=60", "--nproc-per-node", 2))
+    found = [row[:5] for row in training_curve(runs / "killed")]
+    assert found == [row[:5] for row in training_curve(runs / "straight")]
+    assert len(found) == 60 > resumed_from
+
+
+def test_ctrl_c_saves_and_the_same_command_continues(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config("stopped", **_LONG)
+    run_dir = config.parent / "runs" / "stopped"
+    launcher = start_shardline("run", config, "--nproc-per-node", 2, log=tmp_path / "log")
+    _wait_for_step(run_dir, 5)
+    launcher.send_signal(signal.SIGINT)
+    assert launcher.wait(60) == 75
+    _wait_for_nobody(run_dir)
+    outcome = _outcome(run_dir)
+    assert (outcome["status"], outcome["exit_code"]) == ("stopped", 75)
+    assert outcome["step"] == _last_step(run_dir)
+    assert (run_dir / "checkpoints" / f"step-{outcome['step']:08d}" / "manifest.json").exists()
+    assert "run the same command again to continue" in (tmp_path / "log").read_text()
+    trained(shardline("run", config, f"steps={outcome['step'] + 2}", "--nproc-per-node", 2))
+    assert [line["step"] for line in read_metrics(run_dir)] == list(range(1, outcome["step"] + 3))
+    assert not (run_dir / "metrics.discarded.jsonl").exists()
+
+
+def test_a_second_ctrl_c_ends_the_run_at_once(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config("interrupted", **_LONG)
+    run_dir = config.parent / "runs" / "interrupted"
+    launcher = start_shardline("run", config, "--nproc-per-node", 2, log=tmp_path / "log")
+    _wait_for_step(run_dir, 3)
+    # A rank that does not run cannot save, so only the second signal can end this.
+    os.kill(rank_processes(run_dir)[1], signal.SIGSTOP)
+    launcher.send_signal(signal.SIGINT)
+    time.sleep(1.5)
+    assert launcher.poll() is None
+    launcher.send_signal(signal.SIGINT)
+    assert launcher.wait(20) == 130
+    _wait_for_nobody(run_dir)
+
+
+def test_the_stop_file_stops_a_run(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config("asked", **_LONG)
+    run_dir = config.parent / "runs" / "asked"
+    launcher = start_shardline("run", config, "--nproc-per-node", 2, log=tmp_path / "log")
+    _wait_for_step(run_dir, 2)
+    (run_dir / "stop").touch()
+    assert launcher.wait(60) == 75
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_one_rank_stops_all_under_torchrun(
+    make_config: MakeConfig, tmp_path: Path, number: signal.Signals
+) -> None:
+    config = make_config("signalled", **_LONG)
+    run_dir = config.parent / "runs" / "signalled"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    with (tmp_path / "log").open("wb") as log:
+        agent = subprocess.Popen(
+            [*command, "-m", "trainer", str(config)], stdout=log, stderr=log, cwd=ROOT, env=command_environment()
+        )
+    _wait_for_step(run_dir, 3)
+    os.kill(rank_processes(run_dir)[1], number)
+    # torchrun makes 1 of every status.
+    assert agent.wait(60) == 1
+    outcome = _outcome(run_dir)
+    assert (outcome["status"], outcome["exit_code"]) == ("stopped", 75)
+    assert (run_dir / "checkpoints" / f"step-{outcome['step']:08d}" / "manifest.json").exists()
+
+
+def test_a_killed_torchrun_leaves_no_rank(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config("orphans", **_LONG)
+    run_dir = config.parent / "runs" / "orphans"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    with (tmp_path / "log").open("wb") as log:
+        agent = subprocess.Popen(
+            [*command, "-m", "trainer", str(config)], stdout=log, stderr=log, cwd=ROOT, env=command_environment()
+        )
+    _wait_for_step(run_dir, 1)
+    assert len(rank_processes(run_dir)) == 2
+    agent.kill()
+    agent.wait()
+    _wait_for_nobody(run_dir, timeout_s=5)
+
+
+_FAILING_TASK = '''
+import torch.distributed as dist
+from trainer.tasks.causal_lm import CausalLanguageModelling
+
+class FailsOnRankOne(CausalLanguageModelling):
+    steps = 0
+
+    def make_batch(self, sequences):
+        self.steps += 1
+        if dist.get_rank() == 1 and self.steps > 4:
+            raise ZeroDivisionError("the divisor on this rank is zero")
+        return sequences
+'''
+
+
+def test_a_failing_ranks_own_error_is_seen_last_with_its_rank(make_config: MakeConfig, tmp_path: Path) -> None:
+    (tmp_path / "failing_task.py").write_text(_FAILING_TASK)
+    config = make_config("failing", task={"name": "failing_task:FailsOnRankOne"})
+    finished = shardline(
+        "run", config, "--nproc-per-node", 2, PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}"
+    )
+    assert finished.returncode == 1
+    last_line = finished.stderr.strip().splitlines()[-1]
+    assert last_line == "error: rank 1: ZeroDivisionError: the divisor on this rank is zero"
+    log = config.parent / "runs" / "failing" / "logs" / "attempt-1" / "rank-1.log"
+    assert "failing_task.py" in log.read_text()
+    assert _outcome(config.parent / "runs" / "failing")["status"] == "failed"
+
+
+def test_a_diverging_run_skips_together_and_stops_with_the_reason(make_config: MakeConfig) -> None:
+    config = make_config(
+        "diverging",
+        steps=40,
+        optimizer={"name": "sgd", "lr": 1e30, "clip_norm": 0.0, "momentum": 0.0, "weight_decay": 0.0},
+        schedule={"name": "constant", "warmup_steps": 0, "total_steps": 0},
+        faults={"max_nonfinite_steps": 3},
+    )
+    finished = shardline("run", config, "--nproc-per-node", 2)
+    assert finished.returncode == 1
+    assert "not finite in 3 steps in a row" in finished.stderr.splitlines()[-1]
+    lines = read_metrics(config.parent / "runs" / "diverging")
+    assert lines[-1]["train/skipped_steps"] == 3
+    assert lines[-1]["train/grad_norm"] is None
+
+
+def test_a_terminal_sees_a_live_progress_line(make_config: MakeConfig) -> None:
+    config = make_config("terminal", steps=3)
+    parent, child = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "launcher", "run", str(config)],
+        stdout=child,
+        stderr=child,
+        stdin=child,
+        cwd=ROOT,
+        env=command_environment(TERM="xterm-256color", COLUMNS="120", LINES="30"),
+    )
+    os.close(child)
+    shown = b""
+    while True:
+        try:
+            chunk = os.read(parent, 65536)
+        except OSError:
+            break
+        if not chunk:
+            break
+        shown += chunk
+    os.close(parent)
+    assert process.wait(60) == 0
+    text = shown.decode(errors="replace")
+    assert "step 3/3" in text
+    assert "tokens/s" in text
+    # A bar that is drawn again in place.
+    assert "\x1b[2K" in text or "\x1b[1A" in text
+
+
+def test_two_runs_do_not_share_a_folder(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config("shared", **_LONG)
+    run_dir = config.parent / "runs" / "shared"
+    first = start_shardline("run", config, "--nproc-per-node", 2, log=tmp_path / "log")
+    _wait_for_step(run_dir, 1)
+    second = shardline("run", config, "--nproc-per-node", 2)
+    assert second.returncode == 2
+    assert f"process {first.pid} on " in second.stderr
+    assert len(second.stderr.strip().splitlines()) == 1
+    assert first.poll() is None
+    first.send_signal(signal.SIGINT)
+    assert first.wait(60) == 75

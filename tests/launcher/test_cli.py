@@ -1,0 +1,182 @@
+"""The command line: what it says, what it refuses, and what it does not load."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from launcher.cli import find_intruder
+from tests.support import ROOT, command_environment, shardline
+from trainer.run_folder import RunFolder
+
+pytestmark = pytest.mark.timeout(60)
+
+HEAVY = ("torch", "transformers", "datasets", "wandb", "tokenizers", "pandas", "pyarrow")
+
+
+def test_help_names_every_command() -> None:
+    finished = shardline("--help")
+    assert finished.returncode == 0
+    for command in ("init", "run", "parity", "export", "generate", "bench", "data", "checkpoint"):
+        assert f" {command} " in finished.stdout
+
+
+def test_dry_run_shows_the_plan_and_writes_nothing(config_file: Path) -> None:
+    finished = shardline(
+        "run", config_file, "--dry-run", "--nproc-per-node", "3", "batch.micro_size=2", CUDA_VISIBLE_DEVICES=""
+    )
+    assert finished.returncode == 0, finished.stderr
+    lines = finished.stdout.splitlines()
+    assert "ranks         3 (CPU, gloo), strategy zero2, data-parallel degree 3" in lines
+    assert "batch         12 sequences = 2 x 2 accumulation steps x 3 ranks" in lines
+    assert "tokens        384 a step, 2,304 in 6 steps" in lines
+    assert any(line.startswith("  OMP_NUM_THREADS=") and "    # " in line for line in lines)
+    assert lines[-1].endswith(f"-m trainer {config_file} batch.micro_size=2")
+    assert list(config_file.parent.iterdir()) == [config_file]
+
+
+def test_a_mistake_is_one_sentence_and_status_2(config_file: Path) -> None:
+    for arguments, sentence in [
+        (("run", config_file, "optimiser.lr=1"), "unknown key optimiser; did you mean optimizer?"),
+        (("run", config_file, "--launcher", "deepspeed"), "--launcher deepspeed is not there yet; use torchrun."),
+        (("run", config_file, "parallel.strategy=none", "--nproc-per-node", "2"), "parallel.strategy=none runs on one"),
+        (("run", "nowhere.yaml"), "cannot read the configuration nowhere.yaml: No such file or directory"),
+        (("bench", "everything"), "there is no benchmark everything; there is: data."),
+    ]:
+        finished = shardline(*arguments)
+        assert finished.returncode == 2, arguments
+        assert finished.stdout == ""
+        assert finished.stderr.startswith("error: ")
+        assert sentence in finished.stderr
+        assert "Traceback" not in finished.stderr
+        assert len(finished.stderr.splitlines()) == 1
+
+
+def test_a_complete_run_is_left_alone(config_file: Path, make_config: Callable[..., Path]) -> None:
+    from trainer.config import World, load_config
+
+    config = load_config(config_file)
+    folder = RunFolder(config.run_dir)
+    folder.begin_attempt(config, World(2, has_gpu=False), [])
+    folder.checkpoint_path(6).mkdir(parents=True)
+    (folder.checkpoint_path(6) / "manifest.json").write_text("{}")
+    before = sorted(folder.path.rglob("*"))
+    finished = shardline("run", config_file)
+    assert finished.returncode == 0
+    assert finished.stdout.startswith("run tiny is complete at step 6; nothing to do.")
+    assert str(folder.checkpoint_path(6)) in finished.stdout
+    assert "steps=12" in finished.stdout
+    assert sorted(folder.path.rglob("*")) == before
+
+    finished = shardline("run", config_file, "steps=5")
+    assert finished.returncode == 2
+    assert "steps=5 is less than the 6 steps" in finished.stderr
+
+
+def test_the_launcher_loads_nothing_heavy(config_file: Path) -> None:
+    program = (
+        "import sys; sys.argv = ['shardline', 'run', sys.argv[1], '--dry-run']\n"
+        "import launcher.run\n"
+        "from launcher.cli import main\n"
+        "try: main()\n"
+        f"finally: print([name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    finished = subprocess.run(
+        [sys.executable, "-c", program, str(config_file)],
+        cwd=ROOT,
+        env=command_environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert finished.stdout.splitlines()[-1] == "[]"
+
+
+def test_init_copies_the_examples_and_overwrites_nothing(tmp_path: Path) -> None:
+    target = tmp_path / "mine"
+    finished = shardline("init", target)
+    assert finished.returncode == 0, finished.stderr
+    for source in (ROOT / "configs").glob("*.yaml"):
+        assert (target / "configs" / source.name).read_bytes() == source.read_bytes()
+    example = target / "configs" / "quickstart.yaml"
+    example.write_text("mine")
+    for other in (target / "configs").glob("*.yaml"):
+        if other != example:
+            other.unlink()
+    finished = shardline("init", target)
+    assert finished.returncode == 2
+    assert f"{example} exists; choose another folder, nothing was written." in finished.stderr
+    assert example.read_text() == "mine"
+    assert list((target / "configs").glob("*.yaml")) == [example]
+
+
+def test_a_package_of_the_same_name_in_the_working_folder_is_named(tmp_path: Path) -> None:
+    assert find_intruder(ROOT, tmp_path) is None
+    (tmp_path / "trainer").mkdir()
+    # A mere folder of that name is no package that would be taken.
+    assert find_intruder(ROOT, tmp_path) is None
+    (tmp_path / "trainer" / "__init__.py").write_text("")
+    finished = subprocess.run(
+        [sys.executable, "-c", "from launcher.cli import main; main()", "--help"],
+        cwd=tmp_path,
+        env=command_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 2
+    assert finished.stderr.startswith(
+        f"error: the package trainer would be taken from {tmp_path}/trainer/__init__.py, not"
+    )
+
+
+def test_an_installed_package_of_the_same_name_is_named(tmp_path: Path) -> None:
+    (tmp_path / "site" / "sharding").mkdir(parents=True)
+    (tmp_path / "site" / "sharding" / "__init__.py").write_text("")
+    finished = subprocess.run(
+        [sys.executable, "-c", "from launcher.cli import main; main()"],
+        cwd=tmp_path,
+        env=command_environment() | {"PYTHONPATH": os.pathsep.join([str(tmp_path / "site"), str(ROOT)])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 2
+    assert finished.stderr.startswith(f"error: the package sharding would be taken from {tmp_path}/site/sharding/")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "module", "passed"),
+    [
+        (("parity", "x.yaml", "steps=3"), "trainer.parity", ["x.yaml", "steps=3"]),
+        (("export", "runs/a", "--to", "out", "--step", "4"), "trainer.export", ["runs/a", "--to", "out", "--step=4"]),
+        (
+            ("generate", "runs/a", "--prompt", "-1 +", "--temperature", "0"),
+            "trainer.generate",
+            ["runs/a", "--prompt=-1 +", "--max-new-tokens=120", "--temperature=0.0", "--top-k=50", "--seed=0"],
+        ),
+        (("data", "prepare", "x.yaml", "seed=1"), "trainer.data.prepare", ["x.yaml", "seed=1"]),
+        (("data", "show", "runs/a", "--step", "3"), "trainer.data.show", ["runs/a", "--step=3", "--limit=0"]),
+        (("checkpoint", "list", "runs/a"), "trainer.checkpoint", ["list", "runs/a"]),
+        (("checkpoint", "verify", "runs/a"), "trainer.checkpoint", ["verify", "runs/a"]),
+        (("bench", "data", "--", "--steps", "3"), "benchmarks.data", ["--steps", "3"]),
+    ],
+)
+def test_options_reach_the_modules_that_do_the_work(
+    monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], module: str, passed: list[str]
+) -> None:
+    from launcher.commands import app
+
+    became: list[list[str]] = []
+
+    def become(path: str, argv: list[str]) -> None:
+        became.append(argv)
+        raise SystemExit(0)
+
+    monkeypatch.setattr(os, "execv", become)
+    with pytest.raises(SystemExit):
+        app(list(arguments))
+    assert became == [[sys.executable, "-m", module, *passed]]
