@@ -1,33 +1,24 @@
 # Every target does its own set-up: a fresh machine needs Python 3.11 or newer and gcc.
-PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.shardline-setup
-TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+QUICKSTART := runs/quickstart
 
 .PHONY: setup quickstart test check soak
 
 setup: $(STAMP)
 
-# A machine that has torch already (a GPU machine, as a rule) keeps it: the environment sees the system's packages, and
-# torch is neither installed nor pinned.
-$(STAMP): pyproject.toml constraints.txt
-	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is not there; set PYTHON to a Python 3.11 or newer"; exit 2; }
-	@if $(PYTHON) -c 'import torch' 2>/dev/null; then \
-		echo "keeping the torch that $(PYTHON) has"; \
-		$(PYTHON) -m venv --system-site-packages $(VENV); \
-		grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt; \
-	else \
-		$(PYTHON) -m venv $(VENV); \
-		cp constraints.txt $(VENV)/constraints.txt; \
-		$(BIN)/python -m pip install --quiet torch==$(TORCH); \
-	fi
-	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable ".[dev]"
+$(STAMP): pyproject.toml constraints.txt scripts/setup
+	@scripts/setup
 	@touch $(STAMP)
 
+# The sample is drawn once: where run and sample are there, this says so and does nothing.
 quickstart: setup
-	$(BIN)/shardline run configs/quickstart.yaml
-	$(BIN)/shardline generate runs/quickstart --prompt "def "
+	@$(BIN)/shardline run configs/quickstart.yaml
+	@test -e $(QUICKSTART)/sample.txt || { \
+		$(BIN)/shardline generate $(QUICKSTART) --prompt "def " > $(QUICKSTART)/sample.partial && \
+		mv $(QUICKSTART)/sample.partial $(QUICKSTART)/sample.txt && \
+		printf '\nsample:\n' && cat $(QUICKSTART)/sample.txt; }
 
 check: setup
 	$(BIN)/ruff check .

@@ -25,6 +25,7 @@ from trainer.randomness import use_deterministic_kernels
 from trainer.rank_logs import redirect_output
 from trainer.run_folder import RunFolder
 from trainer.stopping import StopRequest
+from trainer.threads import threads_per_rank
 from trainer.trackers.composite import build_trackers
 
 _log = logging.getLogger("shardline")
@@ -56,6 +57,8 @@ def main(arguments: Sequence[str]) -> NoReturn:
         exit_code = _report(progress, "failed", EXIT_FAILED, _one_sentence(error))
     except BaseException as error:  # noqa: BLE001 - whatever ends a rank must reach outcome.json
         traceback.print_exc()
+        if _log.handlers:
+            _log.error("%s", traceback.format_exc())
         exit_code = _report(progress, "failed", EXIT_FAILED, f"{type(error).__name__}: {error}")
     if progress.observers is not None:
         progress.observers.close(exit_code)
@@ -80,17 +83,21 @@ def _run(arguments: Sequence[str], progress: _Progress) -> int:
     validate(config, world)
     if config.deterministic:
         use_deterministic_kernels()
-    torch.set_num_threads(threads_per_rank(config, local_world_size))
+    torch.set_num_threads(threads_per_rank(config, local_world_size, os.environ))
     stop_request = StopRequest()
     stop_request.install_handlers()
 
-    progress.run_folder = run_folder = RunFolder(config.run_dir)
+    run_folder = RunFolder(config.run_dir)
     attempt = _begin_attempt(config, world, run_folder, progress)
+    if attempt:
+        # Not before: until the folder is ours, outcome.json is for its holder to write.
+        progress.run_folder = run_folder
     # Every rank asks; a file lock lets one of them work while the others wait. No collective has begun, so however
     # long it takes, nothing times out.
     corpus = prepare_corpus(config.data, progress=rank == 0)
     with process_group(config.launch.init_timeout_s) as ranks:
         attempt = _agree_on_attempt(attempt, ranks)
+        progress.run_folder = run_folder
         redirect_output(run_folder.log_dir(attempt), ranks.rank)
         progress.observers = observers = _build_observers(config, run_folder, ranks)
         progress.trainer = trainer = build_trainer(
@@ -127,6 +134,9 @@ def _train(
         exit_code = EXIT_FINISHED if ending is Ending.FINISHED else EXIT_STOPPED
         reason = "all steps done" if ending is Ending.FINISHED else "stopped on request; run again to continue"
         run_folder.write_outcome(ending.value, exit_code, trainer.step, reason)
+    if ranks.world_size > 1:
+        # torchrun takes the first rank that exits with 75 for a failure and ends the others; by then the outcome is there.
+        dist.barrier()
     return ending
 
 
@@ -156,11 +166,6 @@ def _build_observers(config: RunConfig, run_folder: RunFolder, ranks: Ranks) -> 
     return Observers(run_folder.metrics_file, console, build_trackers(config, run_folder.path))
 
 
-def threads_per_rank(config: RunConfig, local_world_size: int) -> int:
-    """CPU threads of one rank: as configured, or the usable cores divided by the ranks of this node."""
-    return config.launch.threads_per_rank or max(1, len(os.sched_getaffinity(0)) // local_world_size)
-
-
 def _one_sentence(error: BaseException) -> str:
     if isinstance(error, torch.OutOfMemoryError):
         peak_gib = torch.cuda.max_memory_allocated() / 2**30
@@ -178,5 +183,7 @@ def _report(progress: _Progress, status: str, exit_code: int, reason: str) -> in
     # Every rank finds the same mistake in a configuration; one of them saying so is enough.
     if status != "bad_input" or progress.rank == 0 or progress.trainer is not None:
         print(f"error: rank {progress.rank}: {reason}" if progress.rank else f"error: {reason}", file=sys.stderr)
-    _log.error("%s", reason)
+    if _log.handlers:
+        # Without the rank's log file, logging would print the sentence a second time.
+        _log.error("%s", reason)
     return exit_code

@@ -1,0 +1,105 @@
+"""Models: size, arithmetic, blocks by structure, pretrained weights as slices."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+
+from sharding.blocks import find_blocks
+from sharding.process_group import Ranks
+from tests.sharding.engine_cases import VOCABULARY, tiny_config
+from tests.support import run_on_ranks
+from trainer.config import RunConfig, parse_config
+from trainer.models import ModelFacts, Vocabulary, build_model_config, build_model_on_meta, model_facts
+from trainer.sections import ModelConfig
+from trainer.tasks.registry import build_task
+
+
+def _facts(architecture: str, **config: Any) -> ModelFacts:
+    model_config = build_model_config(ModelConfig(architecture=architecture, config=config), Vocabulary(100, 0), 16)
+    return model_facts(build_model_on_meta(build_task("causal-lm"), model_config), model_config)
+
+
+_LLAMA = {
+    "hidden_size": 8,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+# Per block: q and o 8 x 8, k and v 8 x 4, three matrices 8 x 24, and two gains of 8 that are no matrices.
+_BLOCK_MATRICES = 2 * 64 + 2 * 32 + 3 * 192
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_input_embedding_counts_only_as_the_output_projection(tied: bool) -> None:
+    facts = _facts("llama", **_LLAMA, tie_word_embeddings=tied)
+    embedding = 100 * 8
+    assert facts.num_matrix_parameters == 2 * _BLOCK_MATRICES + embedding
+    assert facts.num_parameters == 2 * (_BLOCK_MATRICES + 16) + 8 + embedding * (1 if tied else 2)
+    dense = 6 * facts.num_matrix_parameters
+    assert facts.flops_per_token(16, causal=False) == dense + 12 * 2 * 8 * 16
+    assert facts.flops_per_token(16, causal=True) == dense + 6 * 2 * 8 * 16
+
+
+def test_position_embeddings_are_looked_up_and_not_multiplied() -> None:
+    facts = _facts("gpt2", n_embd=8, n_layer=1, n_head=2)
+    assert facts.num_matrix_parameters == 8 * 24 + 8 * 8 + 8 * 32 + 32 * 8 + 100 * 8
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config", "first", "count"),
+    [
+        ("llama", _LLAMA, "model.layers.0", 2),
+        ("gpt2", {"n_embd": 8, "n_layer": 3, "n_head": 2}, "transformer.h.0", 3),
+        ("qwen3", _LLAMA | {"head_dim": 4}, "model.layers.0", 2),
+        ("gpt_neox", {k: v for k, v in _LLAMA.items() if "key_value" not in k}, "gpt_neox.layers.0", 2),
+        ("opt", {"hidden_size": 8, "ffn_dim": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+                 "word_embed_proj_dim": 8}, "model.decoder.layers.0", 2),
+    ],
+)  # fmt: skip
+def test_blocks_are_found_by_structure(architecture: str, config: dict[str, Any], first: str, count: int) -> None:
+    model_config = build_model_config(ModelConfig(architecture=architecture, config=config), Vocabulary(100, 0), 16)
+    model = build_model_on_meta(build_task("causal-lm"), model_config)
+    blocks = find_blocks(model)
+    assert (blocks[0][0], len(blocks)) == (first, count)
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def _pretrained_config(folder: Path, strategy: str) -> RunConfig:
+    values = tiny_config(strategy).model_dump(mode="json")
+    values |= {"model": {"pretrained": str(folder)}, "data": {"sequence_length": 16}}
+    return parse_config(values, "test")
+
+
+def _load_pretrained(ranks: Ranks, folder: Path) -> None:
+    from sharding.mesh import build_mesh
+    from trainer.model_engine import build_model_engine
+
+    expected = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
+    for strategy in ("ddp", "zero3"):
+        config = _pretrained_config(folder, strategy)
+        mesh = build_mesh(config.parallel, ranks)
+        engine, _ = build_model_engine(config, build_task("causal-lm"), mesh, ranks, VOCABULARY)
+        parts = engine.state(with_optimizer=False)
+        assert {part.name.removeprefix("model/") for part in parts} == set(expected)
+        for part in parts:
+            whole = expected[part.name.removeprefix("model/")]
+            index = tuple(slice(o, o + n) for o, n in zip(part.offsets, part.tensor.shape, strict=True))
+            assert torch.equal(part.tensor, whole[index] if part.tensor.numel() else part.tensor), part.name
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2-base"])
+def test_each_rank_reads_its_slices_of_pretrained_weights(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    if kind == "llama":
+        config: Any = LlamaConfig(**_LLAMA | {"vocab_size": 301, "hidden_size": 12}, tie_word_embeddings=False)
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path, max_shard_size="4KB")
+        assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    else:
+        # Saved without its head, as GPT-2's own weights are: names lack the prefix.
+        config = GPT2Config(n_embd=10, n_layer=2, n_head=2, vocab_size=301, n_positions=32)
+        AutoModelForCausalLM.from_config(config).transformer.save_pretrained(tmp_path)
+    run_on_ranks(_load_pretrained, 2, tmp_path)
