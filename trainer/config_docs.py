@@ -1,94 +1,132 @@
-"""docs/configuration.md from the configuration models.
+"""docs/configuration.md, written from the configuration models themselves.
 
-``python -m trainer.config_docs`` writes the page; with ``--check`` it only says whether the page is current.
+``python -m trainer.config_docs [--check]``; with ``--check`` nothing is written, and the exit status is 1 where the page
+is out of date.
 """
 
+import inspect
+import json
 import sys
+import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from sharding.strict_model import StrictModel
 from trainer.config import RunConfig
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 
-_INTRODUCTION = """# Configuration
+_HEADER = """\
+# Configuration
 
-A run is described by one YAML file. Any setting can be given on the command line too, as `section.key=value` behind the
-file; a value is read as YAML. An unknown key, a wrong type and a setting that contradicts another are errors before
-anything starts. Where a count of steps may be 0, 0 means "off" or "only at the end".
+<!-- Written by `python -m trainer.config_docs` from the models in the code; change it there. -->
 
-This page is made from the configuration models by `python -m trainer.config_docs`.
+A run is one YAML file. `key.sub=value` arguments of any command that takes a configuration override the file:
+
+    shardline run configs/quickstart.yaml steps=100 optimizer.lr=1e-3
+
+What neither names has the default below. An unknown key, a wrong type and a combination that cannot work are errors
+before anything starts; the message names the key, its value and what to do. A key without a default must be set.
 """
+_KINDS = {int: "integer", float: "number", str: "text", bool: "true or false", dict: "mapping", type(None): "null"}
+_BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
 def render_page() -> str:
     """The whole page."""
-    parts = [_INTRODUCTION]
-    for path, model in sections(RunConfig):
-        title = f"## `{path}`" if path else "## Top level"
-        rows = [_row(path, name, field) for name, field in model.model_fields.items() if _section(field) is None]
-        header = "| key | type | default | meaning |\n|---|---|---|---|"
-        parts.append("\n".join([title, "", " ".join((model.__doc__ or "").split()), "", header, *rows]) + "\n")
-    return "\n".join(parts)
+    parts = [_HEADER]
+    for key, model in sections(RunConfig):
+        title = f"`{key}`" if key else "Top level"
+        parts.append(f"\n## {title}\n\n{_one_line(inspect.getdoc(model) or '')}\n")
+        parts.append("\n| key | type | default | meaning |\n| --- | --- | --- | --- |\n")
+        parts += [_row(key, name, field) for name, field in model.model_fields.items()]
+    return "".join(parts)
 
 
-def sections(model: type[BaseModel], path: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
-    """Each section's dotted path and model, outer before inner, the top level first under an empty path."""
-    yield path, model
+def sections(model: type[StrictModel], key: str = "") -> Iterator[tuple[str, type[StrictModel]]]:
+    """A model and all sections in it, with their dotted keys; the model itself has the empty key."""
+    yield key, model
     for name, field in model.model_fields.items():
-        inner = _section(field)
-        if inner is not None:
-            yield from sections(inner, f"{path}.{name}" if path else name)
+        section = section_of(field)
+        if section is not None:
+            yield from sections(section, _join(key, field.alias or name))
 
 
-def _section(field: FieldInfo) -> type[BaseModel] | None:
+def section_of(field: FieldInfo) -> type[StrictModel] | None:
+    """The model of a field that is a section; None for a field that is a value."""
     kind = field.annotation
-    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+    return kind if inspect.isclass(kind) and issubclass(kind, StrictModel) else None
 
 
-def _row(path: str, name: str, field: FieldInfo) -> str:
-    key = field.alias or name
-    full = f"{path}.{key}" if path else key
-    default = "required" if field.is_required() else f"`{_plain(field.default)}`"
-    meaning = " ".join((field.description or "").split())
-    return f"| `{full}` | {_type_name(field.annotation)} | {default} | {meaning} |"
+def _row(section_key: str, name: str, field: FieldInfo) -> str:
+    key = _join(section_key, field.alias or name)
+    if section_of(field) is not None:
+        kind, default = "section", "see below"
+    else:
+        kind, default = _kind(field.annotation) + _bounds(field), _default(field)
+    cells = (f"`{key}`", kind, default, _one_line(field.description or ""))
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 
 
-def _plain(value: Any) -> str:
-    """A default as it would stand in YAML."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return str(list(value)) if isinstance(value, tuple) else str(value)
+def _kind(annotation: Any) -> str:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return ", ".join(f"`{value}`" for value in arguments)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_kind(argument) for argument in arguments)
+    if origin is tuple:
+        if arguments[-1] is Ellipsis:
+            return f"list of {_kind(arguments[0])}"
+        return f"list of {len(arguments)} {_kind(arguments[0])}s"
+    return _KINDS[origin or annotation]
 
 
-def _type_name(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        return ", ".join(f"`{choice}`" for choice in get_args(kind))
-    arguments = [argument for argument in get_args(kind) if argument is not type(None)]
-    if type(None) in get_args(kind):
-        return f"{_type_name(arguments[0])} or null"
-    if get_origin(kind) is tuple:
-        return f"list of {_type_name(arguments[0])}"
-    if get_origin(kind) is dict:
-        return "mapping"
-    return {int: "integer", float: "number", str: "text", bool: "true or false"}[kind]
+def _bounds(field: FieldInfo) -> str:
+    found = []
+    for constraint in field.metadata:
+        if getattr(constraint, "pattern", None):
+            found.append(f"`{constraint.pattern}`")
+        for attribute, sign in _BOUNDS.items():
+            value = getattr(constraint, attribute, None)
+            if value is not None:
+                found.append(f"{sign} {_number(value)}")
+    return "".join(f", {bound}" for bound in found)
+
+
+def _number(value: float) -> str:
+    return "2^63" if value == 2**63 else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "must be set"
+    value = field.get_default(call_default_factory=False)
+    if isinstance(value, float):
+        return f"`{value:g}`"
+    if isinstance(value, str):
+        return f"`{value}`"
+    return f"`{json.dumps(value)}`"
+
+
+def _join(section_key: str, name: str) -> str:
+    return f"{section_key}.{name}" if section_key else name
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Write or check the page; returns the exit status."""
+    """Write the page, or compare it; returns the exit status."""
     page = render_page()
     if "--check" in arguments:
-        if PAGE.exists() and PAGE.read_text() == page:
-            return 0
-        print(f"error: {PAGE} is not current; run python -m trainer.config_docs", file=sys.stderr)
-        return 1
-    PAGE.parent.mkdir(exist_ok=True)
+        if not PAGE.exists() or PAGE.read_text() != page:
+            print(f"error: {PAGE} is out of date; write it anew with python -m trainer.config_docs", file=sys.stderr)
+            return 1
+        return 0
     PAGE.write_text(page)
     return 0
 

@@ -67,6 +67,89 @@ def test_refused(config_file: Path, override: str, message: str) -> None:
     assert not str(refused.value).endswith("..")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["optimizer.nesterov=true", "optimizer.momentum=0.0"], "optimizer.nesterov=true needs optimizer.momentum > 0"),
+        (["model.architecture=null", "model.pretrained=x"], "model.config cannot change a model"),
+        (["model.architecture=null"], "set exactly one of them"),
+        (["data.hub_name=x"], "data.source=text and data.hub_name=x"),
+        (["data.source=hub", "data.paths=[]"], "data.source=hub and data.hub_name=None"),
+        (["parallel.backend=deepspeed"], "parallel.backend=deepspeed is not there yet"),
+        (["parallel.backend=accelerate"], "parallel.backend=accelerate is not there yet"),
+        (["parallel.tensor=2"], "parallel.tensor=2 is not there yet"),
+        (["parallel.context=2"], "parallel.context=2 is not there yet"),
+        (["parallel.pipeline=2"], "parallel.pipeline=2 is not there yet"),
+        (["precision.compute=fp16"], "precision.compute=fp16 is not there yet"),
+        (["precision.compute=fp8"], "precision.compute=fp8 is not there yet"),
+        (
+            ["schedule.name=wsd", "schedule.decay_steps=11"],
+            "schedule.warmup_steps=2 + schedule.decay_steps=11 is more than the 12 steps",
+        ),
+    ],
+)
+def test_settings_that_contradict_each_other(config_file: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError) as refused:
+        load_config(config_file, overrides)
+    assert message in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["optimizer.nesterov=true", "optimizer.momentum=0.9"],
+        ["data.source=hub", "data.paths=[]", "data.hub_name=x"],
+        ["schedule.name=wsd", "schedule.decay_steps=10"],
+        ["parallel.strategy=hsdp", "parallel.replicate=2"],
+        ["checkpoint.load=weights", "checkpoint.from=runs/other"],
+    ],
+)
+def test_the_nearest_settings_that_agree(config_file: Path, overrides: list[str]) -> None:
+    load_config(config_file, overrides)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stepz=3", "unknown key stepz; did you mean steps?"),
+        ("tracking.wandb.projet=x", "unknown key tracking.wandb.projet; did you mean tracking.wandb.project?"),
+        ("batch.qqqq=3", "unknown key batch.qqqq; batch has global_size, micro_size."),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(config_file: Path, override: str, message: str) -> None:
+    with pytest.raises(UserError) as refused:
+        load_config(config_file, [override])
+    assert str(refused.value) == f"{config_file}: {message}"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"steps: [1, 2\nname: x\n", r"x\.yaml line \d+: not valid YAML"),
+        (b"- steps\n", r"the top level is list, but must be a mapping"),
+        (b"name: \xff\n", r"cannot read the configuration .*x\.yaml: not UTF-8 text"),
+        (b"", r"steps is missing; set it in the file or with steps=VALUE"),
+    ],
+    ids=["not YAML", "a list", "not UTF-8", "empty"],
+)
+def test_a_file_that_is_no_configuration(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "x.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load_config(tmp_path / "x.yaml")
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot read the configuration .*nowhere\.yaml: No such file or directory"):
+        load_config(tmp_path / "nowhere.yaml")
+
+
+def test_later_overrides_win_and_reach_new_sections(config_file: Path) -> None:
+    config = load_config(config_file, ["optimizer.lr=3e-4", "optimizer.lr=5e-4", "evaluation.every_steps=3"])
+    assert config.optimizer.lr == 5e-4
+    assert config.evaluation.every_steps == 3
+    assert config.batch.global_size == 12
+
+
 def test_several_problems_are_all_named(config_file: Path) -> None:
     with pytest.raises(UserError) as refused:
         load_config(config_file, ["stepz=3", "optimizer.lr=fast"])
