@@ -1,7 +1,7 @@
 """docs/configuration.md, written from the configuration models themselves.
 
-``python -m trainer.config_docs [--check]``; with ``--check`` nothing is written, and the exit status is 1 where the page
-is out of date.
+``python -m trainer.config_docs [--check]``; with ``--check`` nothing is written, and the exit status is 1 where the
+page is out of date.
 """
 
 import inspect

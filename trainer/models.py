@@ -128,7 +128,9 @@ def build_model_on_meta(task: Task, model_config: "PretrainedConfig") -> nn.Modu
     except (ImportError, ValueError) as error:
         reason = str(error).splitlines()[0]
         attention = model_config._attn_implementation
-        raise UserError(f"a {model_config.model_type} with model.attention={attention} cannot be built: {reason}") from None
+        raise UserError(
+            f"a {model_config.model_type} with model.attention={attention} cannot be built: {reason}"
+        ) from None
     return model
 
 

@@ -19,9 +19,7 @@ def optimizer_factory(config: OptimizerConfig) -> OptimizerFactory:
     def build(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
         groups = _decay_groups(named_parameters, config.weight_decay)
         if config.name == "sgd":
-            return torch.optim.SGD(
-                groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True
-            )
+            return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
         return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
     return build

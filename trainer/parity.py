@@ -118,9 +118,7 @@ def _without_dropout(config: RunConfig) -> RunConfig:
         return config
     fields = vars(CONFIG_MAPPING[config.model.architecture]())
     zeros = {name: 0.0 for name, value in fields.items() if "drop" in name and isinstance(value, float)}
-    return config.model_copy(
-        update={"model": config.model.model_copy(update={"config": config.model.config | zeros})}
-    )
+    return config.model_copy(update={"model": config.model.model_copy(update={"config": config.model.config | zeros})})
 
 
 def _write_ragged_batch(config: RunConfig, stream: Any, folder: Path) -> None:
@@ -171,7 +169,10 @@ def _compare(
     case: ParityCase, plain: Trajectory, plain_parameters: dict[str, torch.Tensor], initial: Path, folder: Path
 ) -> ParityRow:
     ours = Trajectory(**json.loads((folder / f"{case.label}.json").read_text()))
-    before, after = load_file(folder / f"{case.label}.initial.safetensors"), load_file(folder / f"{case.label}.final.safetensors")
+    before, after = (
+        load_file(folder / f"{case.label}.initial.safetensors"),
+        load_file(folder / f"{case.label}.final.safetensors"),
+    )
     reference = load_file(initial)
     return ParityRow(
         case=case,
@@ -197,7 +198,17 @@ def _relative(ours: Sequence[float], plain: Sequence[float]) -> float:
 def print_table(rows: Sequence[ParityRow], console: Console) -> None:
     """Show one line per case."""
     table = Table(title=f"parity with one plain process: fp32, {NUM_STEPS} steps, dropout 0, ragged targets")
-    for header in ("strategy", "ranks", "accumulation", "optimizer", "loss", "grad norm", "parameters", "moved", "result"):
+    for header in (
+        "strategy",
+        "ranks",
+        "accumulation",
+        "optimizer",
+        "loss",
+        "grad norm",
+        "parameters",
+        "moved",
+        "result",
+    ):
         table.add_column(header, justify="right" if header not in ("strategy", "optimizer", "result") else "left")
     for row in rows:
         case = row.case

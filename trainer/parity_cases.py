@@ -16,9 +16,9 @@ from sharding.engine import Engine
 from sharding.mesh import build_mesh
 from sharding.process_group import Ranks, process_group
 from sharding.process_lifetime import die_with_parent
-from trainer.model_engine import build_model_engine, parameter_hash
 from trainer.config import RunConfig
 from trainer.metrics import sum_over_ranks
+from trainer.model_engine import build_model_engine, parameter_hash
 from trainer.models import Vocabulary, build_model_config
 from trainer.tasks.registry import build_task
 

@@ -67,4 +67,6 @@ def _find_folder(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
     except (OSError, ValueError) as error:
-        raise UserError(f"model.pretrained={name} is neither a folder nor to be had: {str(error).splitlines()[0]}") from None
+        raise UserError(
+            f"model.pretrained={name} is neither a folder nor to be had: {str(error).splitlines()[0]}"
+        ) from None

@@ -157,7 +157,9 @@ def test_a_checkpoint_of_another_model(trained_run: Path, make_config: MakeConfi
     source = trained_run.parent / "runs" / "tiny"
     config = make_config("other", checkpoint={"from": str(source)})
     _refused(
-        shardline("run", config, "model.config.intermediate_size=54", "--nproc-per-node", 2), "another model", "[53, 30]"
+        shardline("run", config, "model.config.intermediate_size=54", "--nproc-per-node", 2),
+        "another model",
+        "[53, 30]",
     )
     _refused(shardline("run", config, "optimizer.name=sgd", "--nproc-per-node", 2), "another model or optimizer")
 
@@ -208,9 +210,7 @@ def test_no_space_before_the_start(make_config: MakeConfig, small_disk: Path) ->
 
 def test_no_space_in_mid_run(make_config: MakeConfig, small_disk: Path, tmp_path: Path) -> None:
     config = make_config("full", steps=300, checkpoint={"every_steps": 5}, schedule={"total_steps": 300})
-    launcher = start_shardline(
-        "run", config, f"output_dir={small_disk}", "--nproc-per-node", 2, log=tmp_path / "log"
-    )
+    launcher = start_shardline("run", config, f"output_dir={small_disk}", "--nproc-per-node", 2, log=tmp_path / "log")
     run_dir = small_disk / "full"
     wait_until(lambda: RunFolder(run_dir).newest_checkpoint(), what="a checkpoint")
     ballast = _fill(small_disk, 100_000)

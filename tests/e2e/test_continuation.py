@@ -171,4 +171,3 @@ def test_a_finished_run_is_left_alone(straight: Path) -> None:
     assert finished.returncode == 0
     assert "complete at step 12; nothing to do" in finished.stdout
     assert {path: path.stat().st_mtime_ns for path in straight.rglob("*") if path.is_file()} == before
-

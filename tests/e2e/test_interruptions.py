@@ -159,7 +159,7 @@ def test_a_killed_torchrun_leaves_no_rank(make_config: MakeConfig, tmp_path: Pat
     _wait_for_nobody(run_dir, timeout_s=5)
 
 
-_FAILING_TASK = '''
+_FAILING_TASK = """
 import torch.distributed as dist
 from trainer.tasks.causal_lm import CausalLanguageModelling
 
@@ -171,15 +171,13 @@ class FailsOnRankOne(CausalLanguageModelling):
         if dist.get_rank() == 1 and self.steps > 4:
             raise ZeroDivisionError("the divisor on this rank is zero")
         return sequences
-'''
+"""
 
 
 def test_a_failing_ranks_own_error_is_seen_last_with_its_rank(make_config: MakeConfig, tmp_path: Path) -> None:
     (tmp_path / "failing_task.py").write_text(_FAILING_TASK)
     config = make_config("failing", task={"name": "failing_task:FailsOnRankOne"})
-    finished = shardline(
-        "run", config, "--nproc-per-node", 2, PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}"
-    )
+    finished = shardline("run", config, "--nproc-per-node", 2, PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}")
     assert finished.returncode == 1
     last_line = finished.stderr.strip().splitlines()[-1]
     assert last_line == "error: rank 1: ZeroDivisionError: the divisor on this rank is zero"

@@ -83,9 +83,7 @@ class Checkpointer:
             data_fingerprint=self._data_fingerprint,
             strategy=self._config.parallel.strategy,
         )
-        save_checkpoint(
-            folder, engine.state(with_optimizer=True), training, identity, self._ranks, self._before_commit
-        )
+        save_checkpoint(folder, engine.state(with_optimizer=True), training, identity, self._ranks, self._before_commit)
         self._saved_step = training.step
         if self._ranks.rank == 0:
             settings = self._config.checkpoint

@@ -190,4 +190,3 @@ def _gather(report: _RankReport, ranks: Ranks) -> list[_RankReport]:
     reports: list[Any] = [None] * ranks.world_size
     dist.all_gather_object(reports, report)
     return reports
-

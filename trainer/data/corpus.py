@@ -59,7 +59,9 @@ def source_files(config: DataConfig) -> list[Path]:
             found = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
         if not found:
             endings = " or ".join(_SUFFIXES[config.source])
-            raise UserError(f"data.paths: {text} names no file (of a folder, {endings} files are read); check the path.")
+            raise UserError(
+                f"data.paths: {text} names no file (of a folder, {endings} files are read); check the path."
+            )
         files += found
     return files
 
@@ -129,4 +131,6 @@ def _read_rows(arguments: dict[str, Any], name: str, column: str, setting: str) 
     except Exception as error:  # noqa: BLE001 - datasets raises a different family for each format
         cause = error.__cause__ or error
         reason = " ".join(str(cause).split())[:300]
-        raise UserError(f"{setting}: {name} cannot be read ({type(cause).__name__}: {reason}); check the source.") from None
+        raise UserError(
+            f"{setting}: {name} cannot be read ({type(cause).__name__}: {reason}); check the source."
+        ) from None

@@ -29,7 +29,13 @@ from trainer.data.prepared import (
     find_prepared,
 )
 from trainer.data.progress import StageProgress
-from trainer.data.tokenizer import TRAINED, load_tokenizer, tokenizer_fingerprint, train_byte_level_bpe, use_worker_threads
+from trainer.data.tokenizer import (
+    TRAINED,
+    load_tokenizer,
+    tokenizer_fingerprint,
+    train_byte_level_bpe,
+    use_worker_threads,
+)
 
 
 def prepare_corpus(config: DataConfig, *, progress: bool = True) -> PreparedCorpus:

@@ -69,7 +69,9 @@ class PreparedCorpus:
         try:
             self.manifest = CorpusManifest.model_validate(json.loads((folder / MANIFEST_NAME).read_bytes()))
         except (ValueError, ValidationError):
-            raise UserError(f"{folder / MANIFEST_NAME} is damaged; delete the folder {folder} to prepare again.") from None
+            raise UserError(
+                f"{folder / MANIFEST_NAME} is damaged; delete the folder {folder} to prepare again."
+            ) from None
         for split in self.manifest.splits.values():
             check_files(folder, [*split.shards, split.documents, split.source_offsets, split.sources])
 
@@ -135,7 +137,8 @@ def find_prepared(config: DataConfig) -> PreparedCorpus | None:
 def corpus_folder(config: DataConfig) -> Path:
     """Where the prepared corpus of a configuration belongs: named by all that decides its contents."""
     settings = config.model_dump(
-        mode="json", include={"source", "text_field", "max_documents", "normalize", "validation_fraction", "shard_tokens"}
+        mode="json",
+        include={"source", "text_field", "max_documents", "normalize", "validation_fraction", "shard_tokens"},
     )
     identity = [PREPARATION_VERSION, settings, corpus_fingerprint(config), tokenizer_identity(config)]
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]

@@ -78,7 +78,9 @@ def tokenizer_identity(config: DataConfig) -> str:
 
 def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerFast") -> str:
     """SHA-256 of a tokenizer's own serialised form."""
-    return hashlib.sha256(json.dumps(json.loads(tokenizer.backend_tokenizer.to_str()), sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(json.loads(tokenizer.backend_tokenizer.to_str()), sort_keys=True).encode()
+    ).hexdigest()
 
 
 def use_worker_threads(num_workers: int) -> None:
