@@ -39,7 +39,7 @@ def checkpoint_activations(block: nn.Module, index: int, config: ActivationCheck
             return forward(*args, **kwargs)
         return checkpoint(forward, *args, **options, **kwargs)
 
-    block.forward = checkpointed_forward  # type: ignore[method-assign]
+    block.forward = checkpointed_forward
 
 
 def _selective_contexts() -> tuple[Any, Any]:
@@ -50,7 +50,7 @@ def _save_attention_and_every_second_product() -> Callable[..., CheckpointPolicy
     # The forward pass and the recomputation each count their own products, so both take the same decisions.
     num_products: dict[bool, int] = defaultdict(int)
 
-    def policy(seen: dict[bool, int], context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    def policy(seen: dict[bool, int], context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
         if operator in _ATTENTION:
             return CheckpointPolicy.MUST_SAVE
         if operator in _MATRIX_PRODUCTS:

@@ -49,7 +49,7 @@ class DdpEngine(TorchEngine):
         return index % self._mesh.dp_degree == self._mesh.dp_rank
 
 
-def _no_buffer_sync() -> dict[str, bool]:
+def _no_buffer_sync() -> dict[str, Any]:
     """Buffers are the same everywhere and stay so; torch 2.13 renamed the argument that says it."""
     parameters = inspect.signature(DistributedDataParallel.__init__).parameters
     return {"forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers": False}

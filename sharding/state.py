@@ -39,8 +39,13 @@ def slice_of(name: str, tensor: torch.Tensor, *, is_written_here: bool) -> Tenso
     if not isinstance(tensor, DTensor):
         return TensorSlice(name, tensor.detach(), tuple(tensor.shape), (0,) * tensor.ndim, is_written_here)
     _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    local = tensor.detach().to_local()
+    local = local_tensor(tensor.detach())
     return TensorSlice(name, local, tuple(tensor.shape), tuple(offsets), is_written_here and local.numel() > 0)
+
+
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's memory of a tensor, sharded or not."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 _HASH_CHUNK = 1 << 22

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from sharding.engine import Batch, ModelDefinition, OptimizerFactory
 from sharding.mesh import DataParallelMesh
-from sharding.state import TensorSlice, slice_of
+from sharding.state import TensorSlice, local_tensor, slice_of
 
 
 class TorchEngine:
@@ -93,7 +93,7 @@ class TorchEngine:
             group["lr"] = learning_rate
         for entry in self._trainable:
             if entry.local is not entry.parameter and entry.parameter.grad is not None:
-                entry.local.grad = _local(entry.parameter.grad)
+                entry.local.grad = local_tensor(entry.parameter.grad)
         # The fused kernels read this flag on the device and leave everything alone where it is 1: no host sync.
         self._optimizer.found_inf = self._found_nonfinite  # type: ignore[attr-defined]
         self._optimizer.step()
@@ -117,7 +117,7 @@ class TorchEngine:
 
     def named_local_shards(self) -> dict[str, torch.Tensor]:
         """See Engine."""
-        return {name: _local(parameter.detach()) for name, parameter in self.named_parameters()}
+        return {name: local_tensor(parameter.detach()) for name, parameter in self.named_parameters()}
 
     def named_parameters(self) -> list[tuple[str, Any]]:
         """See Engine."""
@@ -149,7 +149,7 @@ class TorchEngine:
         return {name: tensor.to(self._device, non_blocking=True) for name, tensor in batch.items()}
 
     def _local_gradients(self) -> list[torch.Tensor]:
-        return [_local(entry.parameter.grad) for entry in self._trainable if entry.parameter.grad is not None]
+        return [local_tensor(entry.parameter.grad) for entry in self._trainable if entry.parameter.grad is not None]
 
     def _model_slices(self) -> list[TensorSlice]:
         persistent = set(self._model.state_dict().keys())
@@ -209,8 +209,4 @@ def _local_parameter(parameter: nn.Parameter) -> nn.Parameter:
     """A parameter's local memory as a plain parameter: elementwise optimizers need no DTensor dispatch."""
     if not isinstance(parameter, DTensor):
         return parameter
-    return nn.Parameter(parameter.detach().to_local())
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return nn.Parameter(local_tensor(parameter.detach()))

@@ -1,6 +1,7 @@
 """RunConfig: one file plus overrides becomes one strict, frozen description of a run. Imports no torch."""
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -100,7 +101,7 @@ class RunConfig(StrictModel):
         return Path(self.output_dir) / self.name
 
 
-def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file, apply ``key.sub=value`` overrides and check the result.
 
     Raises:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 
 from rich.console import Console as RichConsole
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 _log = logging.getLogger("shardline")
 
@@ -23,7 +23,7 @@ class Console:
         self._total_steps = total_steps
         self._rich = RichConsole(highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
-        self._task = None
+        self._task: TaskID | None = None
         self._first_step = 0
         self._started_at = time.monotonic()
         self._closed = False

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -57,7 +58,7 @@ def export_model(reader: CheckpointReader, folder: Path) -> None:
 
 def _write_configuration(config: RunConfig, vocabulary: Vocabulary, work: Path) -> None:
     model_config = build_model_config(config.model, vocabulary, config.data.sequence_length)
-    model = build_model_on_meta(build_task(config.task.name), model_config)
+    model: Any = build_model_on_meta(build_task(config.task.name), model_config)
     model_config.architectures = [type(model).__name__]
     model_config.dtype = torch.float32
     model_config.save_pretrained(work)
@@ -79,7 +80,7 @@ def _write_weights(reader: CheckpointReader, work: Path) -> None:
     if len(groups) == 1:
         save_file({n: reader.read_parameter(n) for n in groups[0]}, work / "model.safetensors", {"format": "pt"})
         return
-    files = {}
+    files: dict[str, str] = {}
     for index, names in enumerate(groups, start=1):
         file = f"model-{index:05d}-of-{len(groups):05d}.safetensors"
         save_file({name: reader.read_parameter(name) for name in names}, work / file, {"format": "pt"})

@@ -170,7 +170,8 @@ def finite_or_none(metrics: Metrics) -> Metrics:
 
 
 def _discard_after(path: Path, last_step: int) -> None:
-    kept, discarded = [], []
+    kept: list[str] = []
+    discarded: list[str] = []
     for line in path.read_text().splitlines():
         (kept if _step_of(line) <= last_step else discarded).append(line + "\n")
     if not discarded:

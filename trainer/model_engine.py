@@ -70,5 +70,6 @@ def describe_model(config: RunConfig, facts: ModelFacts, ranks: Ranks) -> str:
     flops = facts.flops_per_token(config.data.sequence_length, causal=False)
     return (
         f"{config.model.architecture or config.model.pretrained}: {facts.num_parameters:,} parameters, "
-        f"{flops / 1e6:,.1f} MFLOP per token; {config.parallel.strategy} on {ranks.world_size} x {device}, {dtype}{chosen}"
+        f"{flops / 1e6:,.1f} MFLOP per token; {config.parallel.strategy} on {ranks.world_size} x {device}, "
+        f"{dtype}{chosen}"
     )

@@ -105,8 +105,8 @@ def _check_sizes(config: "PretrainedConfig", vocabulary: Vocabulary, sequence_le
     text_config = config.get_text_config()
     if text_config.vocab_size < vocabulary.size:
         raise UserError(
-            f"the model's vocab_size={text_config.vocab_size} is smaller than the tokenizer's {vocabulary.size} tokens; "
-            f"set model.config.vocab_size to at least {vocabulary.size} or remove it, or choose another tokenizer."
+            f"the model's vocab_size={text_config.vocab_size} is smaller than the tokenizer's {vocabulary.size} "
+            f"tokens; set model.config.vocab_size to at least {vocabulary.size} or remove it, or choose another tokenizer."
         )
     positions = getattr(text_config, "max_position_embeddings", None)
     if positions is not None and positions < sequence_length:
@@ -136,17 +136,20 @@ def build_model_on_meta(task: Task, model_config: "PretrainedConfig") -> nn.Modu
 
 def initialize_module(model: nn.Module, module: nn.Module) -> None:
     """Initialise one module as its model prescribes: `_init_weights` of transformers, else `reset_parameters`."""
-    if hasattr(model, "_init_weights"):
-        model._init_weights(module)
-    elif hasattr(module, "reset_parameters"):
-        module.reset_parameters()
+    prescribed: Any = getattr(model, "_init_weights", None)
+    own: Any = getattr(module, "reset_parameters", None)
+    if prescribed is not None:
+        prescribed(module)
+    elif own is not None:
+        own()
 
 
 def model_facts(model: nn.Module, model_config: "PretrainedConfig") -> ModelFacts:
     """Count a model's parameters; it may be on the meta device, but must not be sharded yet."""
     text_config = model_config.get_text_config()
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    get_output: Any = getattr(model, "get_output_embeddings", None)
+    output = get_output() if get_output is not None else None
     if output is not None:
         embeddings.discard(id(output.weight))
     parameters = list(model.parameters())

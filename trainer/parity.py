@@ -1,8 +1,8 @@
 """``shardline parity``: prove that every strategy trains as one plain process does.
 
-``python -m trainer.parity CONFIG [key=value ...]`` trains a few fp32 steps on one fixed batch of the run's corpus, with ragged
-numbers of valid targets, in a plain PyTorch loop and under every strategy; it prints a table of differences and exits
-with 1 where one is out of tolerance.
+``python -m trainer.parity CONFIG [key=value ...]`` trains a few fp32 steps on one fixed batch of the run's corpus, with
+ragged numbers of valid targets, in a plain PyTorch loop and under every strategy; it prints a table of differences and
+exits with 1 where one is out of tolerance.
 """
 
 import json

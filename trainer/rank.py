@@ -77,7 +77,7 @@ def _run(arguments: Sequence[str], progress: _Progress) -> int:
     if not arguments:
         raise UserError("no configuration given; write python -m trainer CONFIG [key=value ...].")
     config = load_config(arguments[0], arguments[1:])
-    rank, world_size, local_rank, local_world_size = read_ranks(os.environ)
+    rank, world_size, _, local_world_size = read_ranks(os.environ)
     world = World(num_ranks=world_size, has_gpu=torch.cuda.is_available())
     validate(config, world)
     if config.deterministic:
@@ -108,14 +108,13 @@ def _run(arguments: Sequence[str], progress: _Progress) -> int:
             is_stop_requested=lambda: stop_request.poll(run_folder.stop_file if ranks.rank == 0 else None),
             before_commit=lambda: progress.lease.check() if progress.lease is not None else None,
         )
-        ending = _train(trainer, config, corpus, run_folder, observers, ranks)
+        ending = _train(trainer, config, run_folder, observers, ranks)
     return EXIT_FINISHED if ending is Ending.FINISHED else EXIT_STOPPED
 
 
 def _train(
     trainer: Trainer,
     config: RunConfig,
-    corpus: PreparedCorpus,
     run_folder: RunFolder,
     observers: Observers,
     ranks: Ranks,
@@ -134,7 +133,8 @@ def _train(
         reason = "all steps done" if ending is Ending.FINISHED else "stopped on request; run again to continue"
         run_folder.write_outcome(ending.value, exit_code, trainer.step, reason)
     if ranks.world_size > 1:
-        # torchrun takes the first rank that exits with 75 for a failure and ends the others; by then the outcome is there.
+        # torchrun takes the first rank that exits with 75 for a failure and ends the others: not before the outcome is
+        # there.
         dist.barrier()
     return ending
 
@@ -170,8 +170,8 @@ def _one_sentence(error: BaseException) -> str:
         peak_gib = torch.cuda.max_memory_allocated() / 2**30
         total_gib = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2**30
         return (
-            f"out of GPU memory: the peak was {peak_gib:.1f} of {total_gib:.1f} GiB; lower batch.micro_size (accumulation "
-            "makes up for it), set activation_checkpointing.mode=full, or shard more with parallel.strategy=zero3."
+            f"out of GPU memory: the peak was {peak_gib:.1f} of {total_gib:.1f} GiB; lower batch.micro_size "
+            "(accumulation makes up for it), set activation_checkpointing.mode=full, or shard more with parallel.strategy=zero3."
         )
     return str(error)
 

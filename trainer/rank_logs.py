@@ -9,8 +9,8 @@ from pathlib import Path
 def redirect_output(log_dir: Path, rank: int) -> None:
     """Send this rank's output to its own log file.
 
-    All log records go there. On ranks other than 0 so do standard output and error, at the level of file descriptors, so
-    that warnings from C++ and tracebacks are caught too; rank 0 keeps its terminal.
+    All log records go there. On ranks other than 0 so do standard output and error, at the level of file descriptors,
+    so that warnings from C++ and tracebacks are caught too; rank 0 keeps its terminal.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
     path = log_dir / f"rank-{rank}.log"

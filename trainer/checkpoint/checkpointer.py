@@ -58,8 +58,8 @@ class Checkpointer:
         if not weights_only and reader.manifest.data_fingerprint != self._data_fingerprint:
             raise UserError(
                 f"checkpoint {source} was trained on another corpus (fingerprint "
-                f"{reader.manifest.data_fingerprint[:12]}, now {self._data_fingerprint[:12]}): its position in the data "
-                "has no meaning here; restore the corpus, or start another run with checkpoint.from and "
+                f"{reader.manifest.data_fingerprint[:12]}, now {self._data_fingerprint[:12]}): its position in the "
+                "data has no meaning here; restore the corpus, or start another run with checkpoint.from and "
                 "checkpoint.load=weights."
             )
         engine.load_state(reader.read_into, with_optimizer=not weights_only)

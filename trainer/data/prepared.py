@@ -106,8 +106,8 @@ class PreparedCorpus:
         num_tokens = self.manifest.splits["train"].num_tokens
         if num_tokens <= sequence_length:
             raise UserError(
-                f"data.sequence_length={sequence_length} needs a training split of at least {sequence_length + 1} tokens, "
-                f"but this one has {num_tokens}; lower it, add documents, or lower data.validation_fraction."
+                f"data.sequence_length={sequence_length} needs a training split of at least {sequence_length + 1} "
+                f"tokens, but this one has {num_tokens}; lower it, add documents, or lower data.validation_fraction."
             )
 
     def stream(self, split: str) -> TokenStream:

@@ -6,12 +6,13 @@ import os
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 from urllib.parse import urlparse
 
 from trainer.atomic_files import write_atomically
 from trainer.config import RunConfig
 
+_Mode = Literal["online", "offline", "disabled", "shared"]
 _DEFAULT_SERVER = "https://api.wandb.ai"
 
 
@@ -42,7 +43,7 @@ class WandbTracker:
             name=self._config.name,
             id=self._run_id,
             resume="allow",
-            mode=wandb_mode(settings.mode, os.environ),
+            mode=cast(_Mode, wandb_mode(settings.mode, os.environ)),
             dir=str(self._run_dir),
             tags=list(settings.tags),
             config=self._config.model_dump(mode="json"),
