@@ -2,7 +2,8 @@
 
 Stage 1 keeps gradients whole during accumulation and shards optimizer state (and, between steps, parameters); stage 2
 reduce-scatters the gradients of every micro-batch; stage 3 also frees parameters after each block's forward pass; hsdp
-is stage 3 inside groups of ranks, with an all-reduce across groups on the last micro-batch. Stages as in Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models" (2020).
+is stage 3 inside groups of ranks, with an all-reduce across groups on the last micro-batch. Stages as in Rajbhandari et
+al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models" (2020).
 """
 
 from contextlib import AbstractContextManager, nullcontext

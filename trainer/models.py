@@ -106,7 +106,7 @@ def _check_sizes(config: "PretrainedConfig", vocabulary: Vocabulary, sequence_le
     if text_config.vocab_size < vocabulary.size:
         raise UserError(
             f"the model's vocab_size={text_config.vocab_size} is smaller than the tokenizer's {vocabulary.size} "
-            f"tokens; set model.config.vocab_size to at least {vocabulary.size} or remove it, or choose another tokenizer."
+            f"tokens; set model.config.vocab_size to at least that, remove it, or choose another tokenizer."
         )
     positions = getattr(text_config, "max_position_embeddings", None)
     if positions is not None and positions < sequence_length:

@@ -16,7 +16,7 @@ from sharding.process_group import Ranks, process_group, read_ranks
 from trainer.build import build_trainer
 from trainer.config import RunConfig, World, load_config, validate
 from trainer.console import Console
-from trainer.data.prepare import PreparedCorpus, prepare_corpus
+from trainer.data.prepare import prepare_corpus
 from trainer.lease import Lease
 from trainer.loop import Ending, Trainer
 from trainer.observers import Observers
@@ -171,7 +171,7 @@ def _one_sentence(error: BaseException) -> str:
         total_gib = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2**30
         return (
             f"out of GPU memory: the peak was {peak_gib:.1f} of {total_gib:.1f} GiB; lower batch.micro_size "
-            "(accumulation makes up for it), set activation_checkpointing.mode=full, or shard more with parallel.strategy=zero3."
+            "(accumulation makes up for it), set activation_checkpointing.mode=full, or parallel.strategy=zero3."
         )
     return str(error)
 
