@@ -1,0 +1,168 @@
+"""The loader: the same samples in a step under every layout, and exactly where it should begin."""
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks.data import make_stream
+from trainer.data.loader import BatchLoader, evaluation_batches, read_sequences
+from trainer.data.order import SampleOrder
+from trainer.data.shards import TokenStream, num_samples
+
+LENGTH = 7
+GLOBAL_SIZE = 24
+
+
+@pytest.fixture(scope="module")
+def stream(tmp_path_factory: pytest.TempPathFactory) -> TokenStream:
+    """1000 tokens in shards that no sequence divides."""
+    return make_stream(tmp_path_factory.mktemp("stream"), 1000, 333)
+
+
+def _loader(stream: TokenStream, rank: int, degree: int, micro_size: int, start: int = 0, ahead: int = 0) -> BatchLoader:
+    order = SampleOrder(5, num_samples(stream.num_tokens, LENGTH))
+    return BatchLoader(
+        stream,
+        order,
+        sequence_length=LENGTH,
+        global_size=GLOBAL_SIZE,
+        micro_size=micro_size,
+        dp_rank=rank,
+        dp_degree=degree,
+        start_sample=start,
+        prefetch_steps=ahead,
+    )
+
+
+def _rows(step: list[dict[str, torch.Tensor]]) -> list[tuple[int, ...]]:
+    return [
+        tuple(torch.cat([inputs, labels]).tolist())
+        for batch in step
+        for inputs, labels in zip(batch["input_ids"], batch["labels"], strict=True)
+    ]
+
+
+@given(
+    layout=st.sampled_from([(1, 24), (1, 5 - 4), (2, 3), (2, 12), (3, 2), (4, 6), (6, 1), (8, 3), (24, 1)]),
+    num_steps=st.integers(1, 9),
+)
+@settings(max_examples=25, deadline=None)
+def test_a_step_has_the_same_samples_under_every_layout(
+    stream: TokenStream, layout: tuple[int, int], num_steps: int
+) -> None:
+    degree, micro_size = layout
+    plain = _loader(stream, 0, 1, GLOBAL_SIZE)
+    loaders = [_loader(stream, rank, degree, micro_size) for rank in range(degree)]
+    for _ in range(num_steps):
+        steps = [loader.next_step() for loader in loaders]
+        assert all(batch["input_ids"].shape == (micro_size, LENGTH) for step in steps for batch in step)
+        assert all(len(step) == GLOBAL_SIZE // (degree * micro_size) for step in steps)
+        # Micro-batch by micro-batch and rank by rank, positions follow one another.
+        in_order = [row for micro in zip(*steps, strict=True) for batch in micro for row in _rows([batch])]
+        assert in_order == _rows(plain.next_step())
+
+
+@given(num_done=st.integers(0, 20), ahead=st.sampled_from([0, 1, 3]))
+@settings(max_examples=15, deadline=None)
+def test_a_loader_begins_exactly_where_another_stopped(stream: TokenStream, num_done: int, ahead: int) -> None:
+    first = _loader(stream, 0, 2, 3)
+    for _ in range(num_done):
+        first.next_step()
+    second = _loader(stream, 0, 2, 3, start=num_done * GLOBAL_SIZE, ahead=ahead)
+    for _ in range(3):
+        assert _rows(first.next_step()) == _rows(second.next_step())
+    second.close()
+
+
+def test_labels_are_the_tokens_that_follow(stream: TokenStream) -> None:
+    batch = read_sequences(stream, [0, 47, 48], LENGTH)
+    tokens = stream.read(0, stream.num_tokens)
+    for row, index in enumerate((0, 47, 48)):
+        start = index * LENGTH
+        assert batch["input_ids"][row].tolist() == tokens[start : start + LENGTH].tolist()
+        assert batch["labels"][row].tolist() == tokens[start + 1 : start + LENGTH + 1].tolist()
+    assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
+
+
+def test_the_end_of_the_stream_is_masked(tmp_path: Path) -> None:
+    stream = make_stream(tmp_path, 17, 1024)
+    assert num_samples(17, LENGTH) == 3
+    batch = read_sequences(stream, [2], LENGTH)
+    tokens = stream.read(0, 17).tolist()
+    # Tokens 14, 15, 16: two of them have one that follows.
+    assert batch["labels"][0].tolist() == [*tokens[15:17], -100, -100, -100, -100, -100]
+    assert batch["input_ids"][0, :3].tolist() == tokens[14:17]
+
+
+def test_every_target_is_seen_once_in_an_epoch(tmp_path: Path) -> None:
+    stream = make_stream(tmp_path, 100, 30)
+    batch = read_sequences(stream, list(range(num_samples(100, LENGTH))), LENGTH)
+    targets = batch["labels"][batch["labels"] != -100]
+    assert targets.tolist() == stream.read(1, 100).tolist()
+
+
+def test_batches_share_no_memory(stream: TokenStream) -> None:
+    loader = _loader(stream, 0, 1, GLOBAL_SIZE)
+    (first,) = loader.next_step()
+    kept = {name: tensor.clone() for name, tensor in first.items()}
+    first["labels"][:] = -100
+    assert torch.equal(first["input_ids"], kept["input_ids"])
+    (second,) = loader.next_step()
+    second["input_ids"][:] = 0
+    assert torch.equal(first["input_ids"], kept["input_ids"])
+
+
+@pytest.mark.parametrize(("degree", "micro_size", "limit"), [(1, 4, 0), (2, 4, 0), (3, 5, 0), (4, 50, 0), (2, 3, 10)])
+def test_evaluation_reads_each_sequence_once_and_keeps_ranks_level(
+    stream: TokenStream, degree: int, micro_size: int, limit: int
+) -> None:
+    shares = [
+        list(
+            evaluation_batches(
+                stream,
+                sequence_length=LENGTH,
+                micro_size=micro_size,
+                dp_rank=rank,
+                dp_degree=degree,
+                max_sequences=limit,
+            )
+        )
+        for rank in range(degree)
+    ]
+    assert len({len(share) for share in shares}) == 1
+    targets = torch.cat([b["labels"][b["labels"] != -100] for group in zip(*shares, strict=True) for b in group])
+    stop = limit * LENGTH + 1 if limit else stream.num_tokens
+    assert targets.tolist() == stream.read(1, stop).tolist()
+
+
+def test_nothing_held_out_is_nothing_to_evaluate(tmp_path: Path) -> None:
+    stream = make_stream(tmp_path, 0, 1024)
+    options = {"sequence_length": LENGTH, "micro_size": 2, "dp_rank": 0, "dp_degree": 2}
+    assert list(evaluation_batches(stream, **options)) == []  # type: ignore[arg-type]
+
+
+def test_an_error_while_reading_ahead_reaches_the_training_thread(
+    stream: TokenStream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> np.ndarray:
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(SampleOrder, "indices", fail)
+    loader = _loader(stream, 0, 1, GLOBAL_SIZE, ahead=2)
+    with pytest.raises(OSError, match="the disk is gone"):
+        loader.next_step()
+    loader.close()
+
+
+def test_closing_ends_the_thread(stream: TokenStream) -> None:
+    before = threading.active_count()
+    loader = _loader(stream, 0, 1, GLOBAL_SIZE, ahead=2)
+    loader.next_step()
+    assert threading.active_count() == before + 1
+    loader.close()
+    assert threading.active_count() == before
