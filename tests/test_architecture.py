@@ -1,6 +1,7 @@
-"""What the code promises about itself: who imports whom, what is loaded when, and that every setting is read."""
+"""What the code promises about itself: who may import whom, what is loaded when, and how files are cut."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -8,18 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import ROOT, command_environment
-from trainer.config import RunConfig, load_config
-from trainer.config_docs import PAGE, render_page, sections
+from tests.support import ROOT, command_environment, shardline, tiny_values, write_config
 
-PACKAGES = ("sharding", "trainer", "launcher", "benchmarks")
+# Each of our packages, and those of ours that it may import.
 ALLOWED = {
     "sharding": {"sharding"},
     "trainer": {"trainer", "sharding"},
     "launcher": {"launcher", "trainer", "sharding"},
     "benchmarks": {"benchmarks", "trainer", "sharding"},
 }
-CONFIG_MODULES = {"config.py", "sections.py", "config_docs.py"}
+OURS = {*ALLOWED, "tests"}
+HEAVY = {"torch", "transformers", "datasets", "wandb", "deepspeed", "accelerate", "tokenizers", "safetensors"}
+UNUSED_BY_A_RANK = {"datasets", "wandb", "deepspeed", "accelerate", "pandas", "pyarrow", "launcher", "benchmarks"}
 
 
 def _sources(package: str) -> Iterator[Path]:
@@ -28,113 +29,81 @@ def _sources(package: str) -> Iterator[Path]:
     yield from files
 
 
-def _imported_modules(tree: ast.AST) -> Iterator[str]:
-    for node in ast.walk(tree):
+def _imported(source: str) -> set[str]:
+    """Top-level names of every module that a source imports anywhere, also inside functions."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            yield node.module
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            names.add((node.module or "").partition(".")[0])
+    return names
 
 
-@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("package", ALLOWED)
 def test_imports_go_one_way(package: str) -> None:
-    for path in _sources(package):
-        for module in _imported_modules(ast.parse(path.read_text())):
-            top = module.partition(".")[0]
-            assert top not in PACKAGES or top in ALLOWED[package], f"{path} imports {module}"
+    forbidden = OURS - ALLOWED[package]
+    wrong = {path: found for path in _sources(package) if (found := _imported(path.read_text()) & forbidden)}
+    assert wrong == {}
 
 
-def _loaded(statement: str) -> set[str]:
-    code = f"{statement}\nimport sys\nprint(' '.join(sorted(sys.modules)))"
+def test_imports_inside_functions_are_seen() -> None:
+    source = "def f():\n    from trainer.loop import Trainer\n    import launcher.run as run"
+    assert _imported(source) == {"trainer", "launcher"}
+
+
+def _loaded_by(statement: str) -> set[str]:
+    """Top-level modules that a fresh interpreter has after a statement."""
     finished = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=command_environment(), check=True
+        [sys.executable, "-c", f"{statement}; import sys; print(*sys.modules)"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=ROOT,
+        env=command_environment(),
+        check=True,
     )
-    return set(finished.stdout.split())
+    return {name.partition(".")[0] for name in finished.stdout.split()}
 
 
-def test_the_launcher_loads_no_torch() -> None:
-    loaded = _loaded("import launcher.cli, launcher.run, launcher.local")
-    assert "launcher.run" in loaded
-    assert not loaded & {"torch", "transformers", "datasets", "wandb", "deepspeed", "accelerate"}
+def test_the_launcher_loads_nothing_heavy() -> None:
+    modules = [f"launcher.{path.stem}" for path in _sources("launcher") if not path.stem.startswith("__")]
+    assert {"launcher.cli", "launcher.commands", "launcher.run"} <= set(modules)
+    assert _loaded_by(f"import {', '.join(modules)}") & HEAVY == set()
 
 
-def test_a_rank_loads_optional_libraries_only_when_it_uses_them() -> None:
-    loaded = _loaded("import trainer.rank")
-    assert {"torch", "trainer.loop"} <= loaded
-    assert not loaded & {"datasets", "wandb", "deepspeed", "accelerate", "launcher", "benchmarks"}
+def test_configuration_loads_nothing_heavy() -> None:
+    assert _loaded_by("import trainer.config, trainer.config_docs, trainer.run_folder") & HEAVY == set()
 
 
-def _attribute_reads() -> set[tuple[str, str, str]]:
-    """(file, what stands before the dot, attribute) of every attribute access outside the definitions."""
-    reads = set()
-    for package in PACKAGES:
-        for path in _sources(package):
-            if path.name in CONFIG_MODULES and path != ROOT / "trainer" / "config.py":
-                continue
-            for node in ast.walk(ast.parse(path.read_text())):
-                if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-                    base = node.value
-                    name = base.id if isinstance(base, ast.Name) else getattr(base, "attr", "")
-                    reads.add((str(path), name.lstrip("_"), node.attr))
-    return reads
-
-
-def test_every_setting_is_read_somewhere() -> None:
-    reads = _attribute_reads()
-    texts = {path: Path(path).read_text() for path, _, _ in reads}
-    sections_taken = {(path, attribute) for path, _, attribute in reads}
-    unread = []
-    for section, model in sections(RunConfig):
-        own_name = section.rpartition(".")[2] or "config"
-        for field in model.model_fields:
-            # As `config.batch.global_size`, or from a variable that can be this section in that file.
-            if not any(
-                attribute == field
-                and (
-                    base == own_name
-                    or (
-                        base in ("config", "settings", "self", "compilation")
-                        and (model.__name__ in texts[path] or (path, own_name) in sections_taken)
-                    )
-                )
-                for path, base, attribute in reads
-            ):
-                unread.append(f"{section}.{field}".lstrip("."))
-    # These are read by name, in a loop over the axes that are not there yet.
-    axes = ["parallel.tensor", "parallel.context", "parallel.pipeline"]
-    assert 'for axis in ("tensor", "context", "pipeline")' in (ROOT / "trainer" / "config.py").read_text()
-    assert [name for name in unread if name not in axes] == []
-    assert [name for name in axes if name not in unread] == []
-
-
-def test_every_setting_has_a_sentence() -> None:
-    for path, model in sections(RunConfig):
-        assert (model.__doc__ or "").strip().endswith("."), path
-        for name, field in model.model_fields.items():
-            assert (field.description or "").strip().endswith("."), f"{path}.{name}"
-
-
-def test_the_configuration_page_is_current() -> None:
-    assert PAGE.read_text() == render_page(), "run python -m trainer.config_docs"
-
-
-def test_every_example_configuration_is_valid() -> None:
-    files = sorted((ROOT / "configs").rglob("*.yaml"))
-    assert len(files) >= 3
-    for path in files:
-        assert load_config(path).steps > 0
-        assert f"configs/{path.name}" in path.read_text(), f"{path} does not say how to launch it"
+@pytest.mark.timeout(240)
+def test_a_rank_loads_only_what_it_uses(tmp_path: Path, shared_corpus: tuple[Path, Path]) -> None:
+    corpus, cache = shared_corpus
+    config = write_config(tmp_path / "run.yaml", tiny_values(tmp_path / "runs", cache, corpus))
+    prepared = shardline("data", "prepare", config)
+    assert prepared.returncode == 0, prepared.stderr
+    finished = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "trainer", config, "steps=1", "batch.micro_size=12"],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        cwd=ROOT,
+        env=command_environment(),
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    loaded = set(re.findall(r"^import time:.*\| *(\w+)$", finished.stderr, flags=re.MULTILINE))
+    assert {"torch", "transformers", "trainer"} <= loaded
+    assert loaded & UNUSED_BY_A_RANK == set()
 
 
 def test_files_stay_small() -> None:
-    for package in PACKAGES:
-        for path in _sources(package):
-            assert len(path.read_text().splitlines()) <= 400, path
+    long = {path for package in ALLOWED for path in _sources(package) if len(path.read_text().splitlines()) > 400}
+    assert long == set()
 
 
-def test_no_folder_has_the_name_of_a_library() -> None:
-    libraries = {"torch", "deepspeed", "accelerate", "datasets", "transformers", "wandb", "utils"}
-    for package in (*PACKAGES, "tests"):
-        for path in (ROOT / package).rglob("*"):
-            if "__pycache__" not in path.parts:
-                assert path.stem not in libraries, path
+def test_nothing_is_called_like_a_library() -> None:
+    taken = {"torch", "deepspeed", "accelerate", "datasets", "transformers", "wandb", "utils"}
+    paths = (path for package in OURS for path in (ROOT / package).rglob("*") if "__pycache__" not in path.parts)
+    assert [path for path in paths if path.stem in taken] == []

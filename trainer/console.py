@@ -1,32 +1,45 @@
 """What a person sees while a run trains: one live line on a terminal, plain lines elsewhere."""
 
+import contextlib
 import logging
+import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TextIO
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 _log = logging.getLogger("shardline")
 
+_REFRESH_EVERY_S = 0.1
+
+
+class _Screen(RichConsole):
+    def on_broken_pipe(self) -> None:
+        # Rich would end the process.
+        raise BrokenPipeError
+
 
 class Console:
     """Progress of one run, on rank 0. Everything it says also goes to the log."""
 
-    def __init__(self, total_steps: int) -> None:
+    def __init__(self, total_steps: int, stream: TextIO | None = None) -> None:
         """Show nothing yet; messages work at once.
 
         Args:
             total_steps: step at which the run is finished.
+            stream: where to show it; standard output if not given.
         """
         self._total_steps = total_steps
-        self._rich = RichConsole(highlight=False, soft_wrap=True)
+        self._rich = _Screen(file=stream, highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
-        self._task: TaskID | None = None
+        self._task = TaskID(0)
         self._first_step = 0
         self._started_at = time.monotonic()
-        self._closed = False
+        self._refreshed_at = 0.0
+        self._is_readable = True
 
     def start(self, step: int) -> None:
         """Begin to show progress after ``step`` finished steps."""
@@ -34,21 +47,26 @@ class Console:
         self._started_at = time.monotonic()
         if self._rich.is_terminal and step < self._total_steps:
             columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(), TextColumn("{task.description}"))
-            self._bar = Progress(*columns, console=self._rich)
-            self._task = self._bar.add_task("", total=self._total_steps, completed=step)
-            self._bar.start()
+            # Drawn by us at the end of a step: a thread of its own would compete with the step for the interpreter.
+            self._bar = bar = Progress(*columns, console=self._rich, auto_refresh=False)
+            self._task = bar.add_task("", total=self._total_steps, completed=step)
+            self._show(bar.start)
 
     def advance(self, step: int) -> None:
         """A step is done."""
-        if self._bar is not None and self._task is not None:
+        if self._bar is not None:
             self._bar.update(self._task, completed=step)
+            if time.monotonic() - self._refreshed_at >= _REFRESH_EVERY_S or step >= self._total_steps:
+                self._show(self._bar.refresh)
+                self._refreshed_at = time.monotonic()
 
     def log_metrics(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """Show a step's metrics."""
-        self.advance(step)
         line = self._training_line(step, metrics)
-        if self._bar is not None and self._task is not None:
+        if self._bar is not None:
+            # The bar shows the step itself.
             self._bar.update(self._task, description=line.partition("  ")[2])
+            self.advance(step)
             _log.info(line)
         else:
             self.message(line)
@@ -73,18 +91,23 @@ class Console:
     def close(self) -> None:
         """Stop showing progress."""
         if self._bar is not None:
-            self._bar.stop()
+            self._show(self._bar.stop)
             self._bar = None
 
     def _print(self, text: str) -> None:
-        if self._closed:
+        self._show(lambda: self._rich.print(text, markup=False, emoji=False))
+        self._show(self._rich.file.flush)
+
+    def _show(self, action: Callable[[], None]) -> None:
+        if not self._is_readable:
             return
         try:
-            self._rich.print(text, markup=False)
-            sys.stdout.flush()
+            action()
         except (OSError, ValueError):
             # Whoever read our output is gone; the log has it all, and training goes on.
-            self._closed = True
+            self._is_readable = False
+            if self._rich.file is sys.stdout:
+                _discard_output()
 
     def _training_line(self, step: int, metrics: Mapping[str, float | None]) -> str:
         elapsed_s = time.monotonic() - self._started_at
@@ -102,6 +125,14 @@ class Console:
             parts.append(f"skipped {_number(metrics['train/skipped_steps'], '.0f')}")
         parts.append(f"left {_duration(left_s)}")
         return "  ".join(parts)
+
+
+def _discard_output() -> None:
+    """Let standard output lead nowhere, so that flushing what it still holds does not fail at the end of the run."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def _number(value: float | None, form: str) -> str:

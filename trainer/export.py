@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from sharding.errors import EXIT_BAD_INPUT, EXIT_FINISHED, UserError
@@ -35,25 +36,41 @@ def export_model(reader: CheckpointReader, folder: Path) -> None:
         folder: where to; must be new or empty.
 
     Raises:
-        UserError: the folder has contents, or the run's corpus with its tokenizer is gone.
+        UserError: the folder has contents or cannot be written, or the run's corpus with its tokenizer is gone.
     """
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"--to {folder} is not empty; name a new folder.")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--to {folder} is {'not empty' if folder.is_dir() else 'a file'}; name a new folder.")
     config = parse_config(reader.manifest.config, source=f"{reader.folder}")
     corpus = open_corpus(config)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    if corpus.fingerprint != reader.manifest.data_fingerprint:
+        raise UserError(
+            f"checkpoint {reader.folder} was trained on another corpus than {corpus.folder}, whose tokenizer may differ; "
+            "restore the corpus, or use the Python version of the run if data.source is python-stdlib."
+        )
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    except OSError as error:
+        raise _not_writable(folder, error) from None
     try:
         shutil.copytree(corpus.tokenizer_dir, work, dirs_exist_ok=True)
         _write_configuration(config, Vocabulary(corpus.vocab_size, corpus.eos_token_id), work)
         _write_weights(reader, work)
+        # mkdtemp made it private.
         work.chmod(folder.parent.stat().st_mode & 0o777)
         if folder.exists():
             folder.rmdir()
         work.rename(folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(work, ignore_errors=True)
+        if isinstance(error, OSError | SafetensorError):
+            raise _not_writable(folder, error) from None
         raise
+
+
+def _not_writable(folder: Path, error: Exception) -> UserError:
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return UserError(f"--to {folder} cannot be written: {reason}; free some space or name another folder.")
 
 
 def _write_configuration(config: RunConfig, vocabulary: Vocabulary, work: Path) -> None:

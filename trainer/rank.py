@@ -162,7 +162,7 @@ def _build_observers(config: RunConfig, run_folder: RunFolder, ranks: Ranks) -> 
     if ranks.rank != 0:
         return Observers(run_folder.metrics_file)
     console = Console(total_steps=config.steps)
-    return Observers(run_folder.metrics_file, console, build_trackers(config, run_folder.path))
+    return Observers(run_folder.metrics_file, console, build_trackers(config, run_folder.path, console.warning))
 
 
 def _one_sentence(error: BaseException) -> str:

@@ -61,6 +61,7 @@ def test_the_page_has_every_key_with_its_bounds_and_default() -> None:
 
 
 def test_every_field_has_a_sentence() -> None:
+    assert [key for key, model in sections(RunConfig) if not (model.__doc__ or "").endswith(".")] == []
     sentences = _leaves()
     assert len(sentences) > 50
     wrong = [field for field, text in sentences.items() if not text or not text.endswith(".") or len(text) < 10]

@@ -26,6 +26,32 @@ def test_every_strategy_trains_as_one_plain_process(values: dict[str, Any], tmp_
     assert [row for row in rows if not row.passed] == []
 
 
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"architecture": "gpt2", "config": {"n_embd": 30, "n_layer": 2, "n_head": 3, "n_positions": 64}},
+        {
+            "architecture": "qwen3",
+            "config": {
+                "hidden_size": 30,
+                "intermediate_size": 53,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 3,
+                "num_key_value_heads": 1,
+                "head_dim": 6,
+                "tie_word_embeddings": False,
+            },
+        },
+    ],
+    ids=lambda model: model["architecture"],
+)
+def test_other_architectures_do_so_too(values: dict[str, Any], tmp_path: Path, model: dict[str, Any]) -> None:
+    cases = [ParityCase(strategy, 2, 3, "sgd") for strategy in ("ddp", "zero1", "zero3")]
+    rows = run_parity(parse_config(values | {"model": model}, "test"), cases, tmp_path)
+    assert [row for row in rows if not row.passed] == []
+
+
 _GOOD = ParityRow(ParityCase("ddp", 2, 1, "sgd"), 1e-7, 1e-7, 1e-7, [], True, True)
 
 

@@ -24,7 +24,9 @@ def stream(tmp_path_factory: pytest.TempPathFactory) -> TokenStream:
     return make_stream(tmp_path_factory.mktemp("stream"), 1000, 333)
 
 
-def _loader(stream: TokenStream, rank: int, degree: int, micro_size: int, start: int = 0, ahead: int = 0) -> BatchLoader:
+def _loader(
+    stream: TokenStream, rank: int, degree: int, micro_size: int, start: int = 0, ahead: int = 0
+) -> BatchLoader:
     order = SampleOrder(5, num_samples(stream.num_tokens, LENGTH))
     return BatchLoader(
         stream,

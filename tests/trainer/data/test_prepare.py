@@ -167,7 +167,7 @@ def test_a_damaged_corpus(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not have the SHA-256"):
         PreparedCorpus(corpus.folder).verify()
     (corpus.folder / "manifest.json").write_text("{")
-    with pytest.raises(UserError, match="manifest.json is damaged"):
+    with pytest.raises(UserError, match=r"manifest\.json is damaged"):
         find_prepared(config)
 
 
