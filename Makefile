@@ -16,7 +16,7 @@ $(STAMP): pyproject.toml constraints.txt scripts/setup
 quickstart: setup
 	@$(BIN)/shardline run configs/quickstart.yaml
 	@test -e $(QUICKSTART)/sample.txt || { \
-		$(BIN)/shardline generate $(QUICKSTART) --prompt "def " > $(QUICKSTART)/sample.partial && \
+		$(BIN)/shardline generate $(QUICKSTART) --prompt "def " --temperature 0.5 > $(QUICKSTART)/sample.partial && \
 		mv $(QUICKSTART)/sample.partial $(QUICKSTART)/sample.txt && \
 		printf '\nsample:\n' && cat $(QUICKSTART)/sample.txt; }
 

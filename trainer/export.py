@@ -44,8 +44,8 @@ def export_model(reader: CheckpointReader, folder: Path) -> None:
     corpus = open_corpus(config)
     if corpus.fingerprint != reader.manifest.data_fingerprint:
         raise UserError(
-            f"checkpoint {reader.folder} was trained on another corpus than {corpus.folder}, whose tokenizer may differ; "
-            "restore the corpus, or use the Python version of the run if data.source is python-stdlib."
+            f"checkpoint {reader.folder} was trained on another corpus than {corpus.folder}, whose tokenizer may "
+            "differ; restore the corpus, or use the Python version of the run if data.source is python-stdlib."
         )
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -70,7 +70,7 @@ def export_model(reader: CheckpointReader, folder: Path) -> None:
 
 def _not_writable(folder: Path, error: Exception) -> UserError:
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return UserError(f"--to {folder} cannot be written: {reason}; free some space or name another folder.")
+    return UserError(f"--to {folder} cannot be written: {reason}; name another folder, or free some space.")
 
 
 def _write_configuration(config: RunConfig, vocabulary: Vocabulary, work: Path) -> None:

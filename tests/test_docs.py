@@ -1,0 +1,67 @@
+"""The pages: links lead somewhere, commands and keys exist, and nothing is said of what is not there."""
+
+import re
+from pathlib import Path
+
+import pytest
+import typer
+
+from launcher.commands import app
+from tests.support import ROOT
+from trainer.config import RunConfig
+from trainer.config_docs import sections
+
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+KEYS = {key: {field.alias or name for name, field in model.model_fields.items()} for key, model in sections(RunConfig)}
+
+# They look like keys.
+FILES = {"metrics.jsonl", "metrics.discarded.jsonl"}
+
+
+def _commands() -> dict[str, set[str]]:
+    """Every command, such as `data show`, with its options."""
+    group = typer.main.get_command(app)
+    found = {}
+    for name, command in group.commands.items():  # type: ignore[attr-defined]
+        for inner_name, inner in getattr(command, "commands", {"": command}).items():
+            options = {option for parameter in inner.params for option in parameter.opts if option.startswith("--")}
+            found[f"{name} {inner_name}".strip()] = options
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_somewhere(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text())
+    assert [target for target in targets if "://" not in target and not (page.parent / target).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands_and_options_exist(page: Path) -> None:
+    commands = _commands()
+    for line in re.findall(r"shardline ((?:[a-z]+|\||\\)+[^`\n]*)", page.read_text()):
+        words = line.replace("\\|", "|").split()
+        first = words[0]
+        seconds = words[1].split("|") if len(words) > 1 and not any(name == first for name in commands) else [""]
+        for second in seconds:
+            name = f"{first} {second}".strip()
+            assert name in commands, f"{page.name}: shardline {line}"
+            unknown = set(re.findall(r"(?<!\S)\[?(--[a-z-]+)", line)) - commands[name]
+            assert unknown == set(), f"{page.name}: shardline {line}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_keys_exist(page: Path) -> None:
+    for key in re.findall(r"(?<![\w./-])((?:[a-z_]+\.)+[a-z_]+)(?=[=:`*, ])", page.read_text()):
+        section, _, name = key.rpartition(".")
+        if key not in FILES:
+            assert section not in KEYS or name in KEYS[section], f"{page.name}: {key}"
+
+
+def test_the_first_page_leads_to_all_others() -> None:
+    others = {f"docs/{page.relative_to(ROOT / 'docs')}" for page in PAGES if page.parent != ROOT}
+    assert "docs/quickstart.md" in others
+    assert others - set(re.findall(r"\]\(([^)#]+)", (ROOT / "README.md").read_text())) == set()
+
+
+def test_pages_are_ascii() -> None:
+    assert [page.name for page in PAGES if not page.read_text().isascii()] == []

@@ -1,0 +1,152 @@
+"""An exported model in `transformers`' own hands: tied weights, several files, and what an export refuses."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sharding.errors import UserError
+from tests.support import shardline, tiny_values, trained, write_config
+from trainer import export
+from trainer.checkpoint.reader import CheckpointReader
+from trainer.export import export_model
+from trainer.generate import load_model, main
+from trainer.run_folder import RunFolder
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory: pytest.TempPathFactory, shared_corpus: tuple[Path, Path]) -> Callable[..., Path]:
+    """Train a tiny run for one step on one rank; returns its folder."""
+    corpus, cache = shared_corpus
+
+    def run(name: str, **model: Any) -> Path:
+        root = tmp_path_factory.mktemp(name)
+        values = tiny_values(root / "runs", cache, corpus) | {"name": name, "steps": 1}
+        values["schedule"] = {}
+        if model:
+            values["model"] = model
+        trained(shardline("run", write_config(root / f"{name}.yaml", values), "--nproc-per-node", 1))
+        return root / "runs" / name
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def reader(train: Callable[..., Path]) -> CheckpointReader:
+    """The checkpoint of a Llama with tied embeddings."""
+    return CheckpointReader(RunFolder(train("tied")).checkpoint_path(1))
+
+
+def _assert_loads(folder: Path, reader: CheckpointReader) -> Any:
+    model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values()), report
+    state = model.state_dict()
+    for name in reader.parameter_names():
+        assert torch.equal(state[name], reader.read_parameter(name)), name
+    return model
+
+
+def test_tied_weights_are_stored_once_and_tied_again(reader: CheckpointReader, tmp_path: Path) -> None:
+    export_model(reader, tmp_path / "model")
+    model = _assert_loads(tmp_path / "model", reader)
+    assert "lm_head.weight" not in reader.parameter_names()
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert (config["architectures"], config["dtype"]) == (["LlamaForCausalLM"], "float32")
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "model")) == config["vocab_size"]
+    assert list(tmp_path.iterdir()) == [tmp_path / "model"]
+
+
+def test_a_large_model_has_several_files(
+    reader: CheckpointReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "_MAX_FILE_BYTES", 20_000)
+    export_model(reader, tmp_path / "model")
+    files = sorted(tmp_path.glob("model/*.safetensors"))
+    assert len(files) > 2
+    # A tensor that is larger than the limit has a file to itself; no other file is over it.
+    largest = max(reader.parameter_bytes(name) for name in reader.parameter_names())
+    assert all(file.stat().st_size < max(20_000, largest) + 4096 for file in files)
+    index = json.loads((tmp_path / "model" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(reader.parameter_names())
+    _assert_loads(tmp_path / "model", reader)
+
+
+def test_gpt2(train: Callable[..., Path], tmp_path: Path) -> None:
+    size = {"n_embd": 30, "n_layer": 2, "n_head": 3, "n_positions": 32}
+    run = train("gpt2", architecture="gpt2", config=size)
+    reader = CheckpointReader(RunFolder(run).checkpoint_path(1))
+    export_model(reader, tmp_path / "model")
+    assert type(_assert_loads(tmp_path / "model", reader)).__name__ == "GPT2LMHeadModel"
+
+
+def test_generate_takes_a_run_or_what_was_exported_of_it(
+    reader: CheckpointReader, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export_model(reader, tmp_path / "model")
+    run = reader.folder.parent.parent
+    texts = []
+    for source in (run, tmp_path / "model"):
+        assert main([str(source), "--prompt", "def ", "--max-new-tokens", "8"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert texts[0].startswith("def ")
+
+
+def test_generate_without_a_prompt_or_chance(
+    reader: CheckpointReader, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export_model(reader, tmp_path / "model")
+    greedy = []
+    for seed in ("0", "1"):
+        arguments = ["--prompt", "", "--max-new-tokens", "8", "--temperature", "0", "--seed", seed]
+        assert main([str(tmp_path / "model"), *arguments]) == 0
+        greedy.append(capsys.readouterr().out)
+    assert greedy[0] == greedy[1]
+    model, tokenizer = load_model(str(tmp_path / "model"), None)
+    with torch.no_grad():
+        best = int(model(torch.tensor([[tokenizer.eos_token_id]])).logits[0, -1].argmax())
+    assert greedy[0].startswith(tokenizer.decode([best], skip_special_tokens=True))
+
+
+def test_nothing_is_overwritten(reader: CheckpointReader, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("mine")
+    with pytest.raises(UserError, match="file is a file; name a new folder"):
+        export_model(reader, tmp_path / "file")
+    with pytest.raises(UserError, match="full is not empty; name a new folder"):
+        export_model(reader, tmp_path / "full")
+    with pytest.raises(UserError, match="cannot be written: File exists"):
+        export_model(reader, tmp_path / "file" / "inside")
+    (tmp_path / "empty").mkdir()
+    export_model(reader, tmp_path / "empty")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "full"]
+    assert (tmp_path / "file").read_text() == (tmp_path / "full" / "file").read_text() == "mine"
+
+
+def test_a_damaged_checkpoint_leaves_nothing_behind(reader: CheckpointReader, tmp_path: Path) -> None:
+    copy = tmp_path / "step-00000001"
+    shutil.copytree(reader.folder, copy)
+    damaged = CheckpointReader(copy)
+    for file in copy.glob("*.safetensors"):
+        content = file.read_bytes()
+        file.write_bytes(b"\xff" * 8 + content[8:])
+    with pytest.raises(UserError, match="is damaged"):
+        export_model(damaged, tmp_path / "model")
+    assert list(tmp_path.iterdir()) == [copy]
+
+
+def test_the_tokenizer_of_another_corpus_is_refused(reader: CheckpointReader, tmp_path: Path) -> None:
+    copy = tmp_path / "step-00000001"
+    shutil.copytree(reader.folder, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["data_fingerprint"] = "0" * 64
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="was trained on another corpus"):
+        export_model(CheckpointReader(copy), tmp_path / "model")
