@@ -1,10 +1,16 @@
 """Fixtures for all tests."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# Before torch is imported anywhere: all tests but those of tests/e2e/test_gpus.py run on the CPU, over gloo, on every
+# machine.
+os.environ.setdefault("SHARDLINE_TESTS_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 from tests.support import tiny_values, write_config, write_corpus
 

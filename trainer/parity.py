@@ -65,10 +65,16 @@ class ParityRow:
 
 
 def parity_cases(group_sizes: Sequence[int]) -> list[ParityCase]:
-    """Every strategy on every group size that it can run on: SGD without and with accumulation, AdamW with it."""
+    """Every strategy on every group size that it can run on: SGD without and with accumulation, AdamW with it.
+
+    Where one rank is all there is, the strategies that communicate run on it too.
+    """
     cases: list[ParityCase] = []
+    communicating: list[Strategy] = ["ddp", "zero1", "zero2", "zero3"]
     for num_ranks in group_sizes:
-        strategies: list[Strategy] = ["none"] if num_ranks == 1 else ["ddp", "zero1", "zero2", "zero3"]
+        strategies: list[Strategy] = ["none"] if num_ranks == 1 else communicating
+        if max(group_sizes) == 1:
+            strategies = ["none", *communicating]
         if num_ranks == 4:
             strategies = ["hsdp"]
         for strategy in strategies:

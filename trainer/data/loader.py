@@ -132,13 +132,14 @@ def read_sequences(stream: TokenStream, indices: list[int], sequence_length: int
             tokens[row, num_read:] = 0
             short_rows.append((row, num_read))
     whole = torch.from_numpy(tokens)
-    if torch.cuda.is_available():
-        whole = whole.pin_memory()
     # A copy: masking labels in place must not reach the inputs.
-    labels = whole[:, 1:].clone()
+    input_ids, labels = whole[:, :-1], whole[:, 1:].clone()
     for row, num_read in short_rows:
         labels[row, num_read - 1 :] = IGNORED_LABEL
-    return {"input_ids": whole[:, :-1], "labels": labels}
+    if torch.cuda.is_available():
+        # From pinned memory the copy to the device does not make the host wait.
+        input_ids, labels = input_ids.contiguous().pin_memory(), labels.pin_memory()
+    return {"input_ids": input_ids, "labels": labels}
 
 
 def evaluation_batches(
