@@ -87,6 +87,8 @@ def run_rank(
     with process_group(config.launch.init_timeout_s) as ranks:
         for values in json.loads(cases_json):
             _run_case(config, ParityCase(**values), vocabulary, ranks, folder)
+    # Not by way of the interpreter's shutdown: see trainer.rank.end_process.
+    os._exit(0)
 
 
 def _run_case(config: RunConfig, case: ParityCase, vocabulary: Vocabulary, ranks: Ranks, folder: Path) -> None:

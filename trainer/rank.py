@@ -1,5 +1,6 @@
 """One rank from start to exit status: configuration, run folder, corpus, process group, Trainer, outcome."""
 
+import contextlib
 import logging
 import os
 import sys
@@ -63,11 +64,21 @@ def main(arguments: Sequence[str]) -> NoReturn:
         progress.observers.close(exit_code)
     if progress.lease is not None:
         progress.lease.release()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if exit_code in (EXIT_FINISHED, EXIT_STOPPED):
-        sys.exit(exit_code)
-    # The other ranks may be waiting for this one in a collective; interpreter shutdown could join them in waiting.
+    end_process(exit_code)
+
+
+def end_process(exit_code: int) -> NoReturn:
+    """Leave without the interpreter's own shutdown, once everything is written.
+
+    After a failure the other ranks may be inside a collective, and shutting down could join them in waiting. After
+    success, a background thread that was still winding down has been seen to abort the process, which a launcher would
+    take for a failed run.
+    """
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        # Whoever read our output may be gone.
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
     os._exit(exit_code)
 
 
