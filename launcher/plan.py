@@ -9,7 +9,8 @@ from launcher.command import torchrun_command
 from launcher.environment import Variable, applied, rank_variables
 from launcher.topology import local_topology, ranks_per_node
 from sharding.errors import UserError
-from trainer.config import RunConfig, World, accumulation_steps, load_config, validate
+from trainer.config import RunConfig, load_config
+from trainer.validation import World, accumulation_steps, validate
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from trainer.config import RunConfig, World
+from trainer.config import RunConfig
 from trainer.threads import threads_per_rank
+from trainer.validation import World
 
 _PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "safetensors", "numpy", "wandb", "pydantic")
 # The last word of a setting's name tells: api_key= and HF_TOKEN= are secret, data.tokenizer= and shard_tokens= are not.

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from sharding.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, RunFailure, UserError
 from sharding.process_group import Ranks, process_group, read_ranks
 from trainer.build import build_trainer
-from trainer.config import RunConfig, World, load_config, validate
+from trainer.config import RunConfig, load_config
 from trainer.console import Console
 from trainer.data.prepare import prepare_corpus
 from trainer.lease import Lease
@@ -27,6 +27,7 @@ from trainer.run_folder import RunFolder
 from trainer.stopping import StopRequest
 from trainer.threads import threads_per_rank
 from trainer.trackers.composite import build_trackers
+from trainer.validation import World, validate
 
 _log = logging.getLogger("shardline")
 

@@ -8,9 +8,10 @@ from typing import Any
 
 from sharding.errors import UserError
 from trainer.atomic_files import create_once, write_atomically
-from trainer.config import RunConfig, World, config_to_yaml, load_config
+from trainer.config import RunConfig, config_to_yaml, load_config
 from trainer.lease import LEASE_VARIABLE, is_taken_over, record_attempt
 from trainer.provenance import collect_provenance
+from trainer.validation import World
 
 _FROZEN_KEYS = ("task", "model", "data", "seed", "optimizer", "schedule", "batch.global_size", "precision.compute")
 # These change neither data nor arithmetic: where the cache lies, how fast it is made, and when the curve ends.

@@ -56,7 +56,8 @@ def test_a_mistake_is_one_sentence_and_status_2(config_file: Path) -> None:
 
 
 def test_a_complete_run_is_left_alone(config_file: Path, make_config: Callable[..., Path]) -> None:
-    from trainer.config import World, load_config
+    from trainer.config import load_config
+    from trainer.validation import World
 
     config = load_config(config_file)
     folder = RunFolder(config.run_dir)

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from sharding.errors import UserError
-from trainer.config import World, accumulation_steps, config_to_yaml, load_config, validate
+from trainer.config import config_to_yaml, load_config
+from trainer.validation import World, accumulation_steps, validate
 from trainer.yaml_files import parse_yaml
 
 MakeConfig = Callable[..., Path]

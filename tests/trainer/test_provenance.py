@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.support import ROOT
-from trainer.config import World, load_config
+from trainer.config import load_config
 from trainer.provenance import code_revision, collect_provenance
+from trainer.validation import World
 
 
 @pytest.mark.parametrize(

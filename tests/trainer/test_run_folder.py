@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from sharding.errors import UserError
-from trainer.config import RunConfig, World, load_config
+from trainer.config import RunConfig, load_config
 from trainer.lease import Lease
 from trainer.run_folder import RunFolder
 from trainer.stopping import request_stop
+from trainer.validation import World
 
 WORLD = World(num_ranks=2, has_gpu=False)
 
