@@ -1,5 +1,6 @@
 """What a run would start: ranks, environment, command; derived from the configuration and this machine."""
 
+import json
 import os
 import shlex
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from launcher.environment import Variable, applied, rank_variables
 from launcher.topology import local_topology, ranks_per_node
 from sharding.errors import UserError
 from trainer.config import RunConfig, load_config
+from trainer.deepspeed_settings import deepspeed_settings
 from trainer.validation import World, accumulation_steps, validate
 
 
@@ -57,8 +59,15 @@ class Plan:
                 *(f"  # {sentence}" for sentence in self.kept),
                 f"command{free_port}",
                 f"  {shlex.join(self.command(config.launch.master_port))}",
+                *self._deepspeed_lines(),
             ]
         )
+
+    def _deepspeed_lines(self) -> list[str]:
+        if self.config.parallel.backend != "deepspeed":
+            return []
+        settings = json.dumps(deepspeed_settings(self.config, self.world.num_ranks), indent=2)
+        return ["deepspeed configuration", *(f"  {line}" for line in settings.splitlines())]
 
 
 def make_plan(config_path: str, overrides: Sequence[str], nproc_per_node: int | None, launcher: str) -> Plan:

@@ -1,16 +1,21 @@
 """Hugging Face Accelerate behind the Engine protocol: DDP everywhere, ZeRO-3 through its FSDP2 plugin on GPUs."""
 
+import warnings
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
 
+from sharding.blocks import find_blocks
 from sharding.engine import ModelDefinition, OptimizerFactory
 from sharding.loss_scaler import LossScaler
 from sharding.mesh import DataParallelMesh
 from sharding.torch_engine import TorchEngine
+from sharding.zero import ZeroEngine
 
 
 class AccelerateDdpEngine(TorchEngine):
@@ -28,7 +33,10 @@ class AccelerateDdpEngine(TorchEngine):
         """See TorchEngine; the process group must be up."""
         super().__init__(definition, mesh, device, autocast_dtype, build_optimizer, loss_scaler)
         self._accelerator = build_accelerator(device)
-        self._ddp, self._prepared_optimizer = self._accelerator.prepare(self._model, self._optimizer)
+        with warnings.catch_warnings():
+            # Newer torch has another name for broadcast_buffers; the plugin's is the old one.
+            warnings.simplefilter("ignore", FutureWarning)
+            self._ddp, self._prepared_optimizer = self._accelerator.prepare(self._model, self._optimizer)
         _check_wrapped(self._ddp, self._accelerator, mesh)
 
     def _forward_module(self) -> nn.Module:
@@ -51,6 +59,72 @@ class AccelerateDdpEngine(TorchEngine):
         return index % self._mesh.dp_degree == self._mesh.dp_rank
 
 
+class AccelerateZero3Engine(ZeroEngine):
+    """A model sharded by Accelerate's FSDP2 plugin, whole on each device until then."""
+
+    def __init__(
+        self,
+        definition: ModelDefinition,
+        mesh: DataParallelMesh,
+        device: torch.device,
+        dtype: torch.dtype,
+        build_optimizer: OptimizerFactory,
+        loss_scaler: LossScaler | None = None,
+    ) -> None:
+        """See ZeroEngine; the model is not sharded yet.
+
+        Args:
+            definition: the model and its functions.
+            mesh: the ranks.
+            device: where this rank computes.
+            dtype: format of gathered parameters and of computation; gradients are reduced in fp32.
+            build_optimizer: called once, with the sharded parameters.
+            loss_scaler: for fp16; None elsewhere.
+        """
+        from accelerate.utils import fsdp2_prepare_model
+
+        block_classes = sorted({type(block).__name__ for _, block in find_blocks(definition.model)})
+        self._accelerator = fsdp_accelerator(device, dtype, block_classes)
+        fsdp2_prepare_model(self._accelerator, definition.model)
+        if not isinstance(definition.model, FSDPModule) or self._accelerator.num_processes != mesh.dp_degree:
+            raise RuntimeError(
+                f"Accelerate made {type(definition.model).__name__} on {self._accelerator.num_processes} processes of "
+                f"what was to be FSDP2 on {mesh.dp_degree}"
+            )
+        super().__init__(definition, mesh, device, "zero3", build_optimizer, loss_scaler)
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        self._accelerator.backward(loss)
+
+
+def fsdp_accelerator(device: torch.device, dtype: torch.dtype, block_classes: Sequence[str]) -> Any:
+    """An Accelerator with the FSDP2 plugin.
+
+    Raises:
+        RuntimeError: Accelerate leaves the plugin unused, as it does without a GPU.
+    """
+    accelerator = build_accelerator(device, fsdp_plugin=fsdp_plugin(dtype, block_classes))
+    if str(accelerator.distributed_type.value) != "FSDP":
+        raise RuntimeError(f"Accelerate trains with {accelerator.distributed_type.value}, and not with FSDP as told")
+    return accelerator
+
+
+def fsdp_plugin(dtype: torch.dtype, block_classes: Sequence[str]) -> Any:
+    """Accelerate's FSDP2 plugin, to shard each block and free its parameters after use."""
+    from accelerate import FullyShardedDataParallelPlugin
+
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        reshard_after_forward=True,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=list(block_classes),
+        cpu_ram_efficient_loading=False,
+        mixed_precision_policy=MixedPrecisionPolicy(
+            param_dtype=None if dtype is torch.float32 else dtype, reduce_dtype=torch.float32
+        ),
+    )
+
+
 def build_accelerator(device: torch.device, **plugins: Any) -> Any:
     """An Accelerator over the process group that is up; precision and accumulation stay ours."""
     from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -59,12 +133,18 @@ def build_accelerator(device: torch.device, **plugins: Any) -> Any:
     # Both are singletons that a second engine in one process would inherit.
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    return Accelerator(
-        cpu=device.type == "cpu",
-        mixed_precision="no",
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
-        **plugins,
-    )
+    num_threads = torch.get_num_threads()
+    with warnings.catch_warnings():
+        # About OMP_NUM_THREADS: the threads of a rank are set already, and are set again below.
+        warnings.simplefilter("ignore", UserWarning)
+        accelerator = Accelerator(
+            cpu=device.type == "cpu",
+            mixed_precision="no",
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
+            **plugins,
+        )
+    torch.set_num_threads(num_threads)
+    return accelerator
 
 
 def _check_wrapped(model: nn.Module, accelerator: Any, mesh: DataParallelMesh) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from sharding.accelerate_engine import AccelerateDdpEngine
+from sharding.accelerate_engine import AccelerateDdpEngine, AccelerateZero3Engine
 from sharding.activation_checkpointing import checkpoint_activations
 from sharding.blocks import find_blocks
 from sharding.config import ActivationCheckpointingConfig, CompileConfig, ParallelConfig, PrecisionConfig
@@ -83,6 +83,8 @@ def build_engine(
         return DeepSpeedEngine(
             definition, mesh, device, autocast_dtype, build_optimizer, deepspeed_settings, loss_scaler
         )
+    if parallel.backend == "accelerate" and parallel.strategy == "zero3":
+        return AccelerateZero3Engine(definition, mesh, device, dtype, build_optimizer, loss_scaler)
     engine = {"none": TorchEngine, "ddp": AccelerateDdpEngine if parallel.backend == "accelerate" else DdpEngine}
     return engine[parallel.strategy](definition, mesh, device, autocast_dtype, build_optimizer, loss_scaler)
 

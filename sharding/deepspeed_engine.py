@@ -1,6 +1,8 @@
 """DeepSpeed's ZeRO stages 1 to 3 behind the Engine protocol, with canonical state."""
 
 import logging
+import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,9 +17,7 @@ from sharding.state import TensorSlice, slice_of, slices_of_flat_range
 
 def partition_block(block: nn.Module, settings: dict[str, Any]) -> None:
     """Divide a block's parameters over all ranks as ZeRO-3 wants them, in place; frees what this rank does not keep."""
-    import deepspeed
-
-    _quieten()
+    deepspeed = _import_deepspeed()
     deepspeed.zero.Init(module=block, config_dict_or_path=settings, dtype=torch.float32)
 
 
@@ -50,9 +50,7 @@ class DeepSpeedEngine:
             settings: DeepSpeed's configuration.
             loss_scaler: for fp16; None elsewhere.
         """
-        import deepspeed
-
-        _quieten()
+        deepspeed = _import_deepspeed()
         self._definition = definition
         self._mesh = mesh
         self._device = device
@@ -272,8 +270,18 @@ def _autocast_forward(model: nn.Module, device: torch.device, dtype: torch.dtype
     model.forward = autocast_forward
 
 
-def _quieten() -> None:
-    """DeepSpeed's log speaks of every setting on every rank; warnings are enough."""
+def _import_deepspeed() -> Any:
+    """DeepSpeed without its chatter, and without an extension for inference that it would compile first."""
+    # It warns where it has to find out by itself that there is no GPU.
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    import deepspeed
     from deepspeed.utils import logger
 
-    logger.setLevel(logging.WARNING)
+    # Its log speaks of every setting on every rank, and warns of each optimizer that is not its own.
+    logger.setLevel(logging.ERROR)
+    # It calls collectives by names that newer torch deprecates.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
+    # Built when communication starts on a CPU, used by inference alone; a build that was killed leaves a lock on which
+    # every later run would wait.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed

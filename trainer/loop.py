@@ -1,6 +1,7 @@
 """The Trainer: one step after another until the run is finished or asked to stop."""
 
 import gc
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -179,7 +180,7 @@ class Trainer:
                 "num_tokens": self._training.num_tokens + num_targets,
             }
         )
-        return StepRecord(loss_sum, num_targets, grad_norm, rate)
+        return StepRecord(loss_sum, num_targets, grad_norm, rate, engine.loss_scale)
 
     def _after_step(self, record: StepRecord) -> None:
         step, config = self.step, self._config
@@ -202,13 +203,19 @@ class Trainer:
         if self._metrics_file is not None:
             self._metrics_file.write(self.step, metrics)
             parts.observers.log(self.step, metrics)
-        if longest_skip >= self._config.faults.max_nonfinite_steps:
+        if longest_skip >= self._config.faults.max_nonfinite_steps + self._num_halvings():
             raise RunFailure(
                 f"the loss or a gradient was not finite in {longest_skip} steps in a row before step {self.step + 1} "
                 f"(faults.max_nonfinite_steps={self._config.faults.max_nonfinite_steps}), all of them skipped; "
                 "lower optimizer.lr, lengthen schedule.warmup_steps or look at the data of these steps."
             )
         self._clock.restart()
+
+    def _num_halvings(self) -> int:
+        """Steps that fp16 may skip in a row for good reason: each halves the loss scale, down to 1."""
+        if self._parts.engine.loss_scale is None:
+            return 0
+        return math.ceil(math.log2(self._config.precision.initial_loss_scale))
 
     def _mfu(self, metrics: Metrics) -> Metrics:
         rate, peak = metrics["throughput/tokens_per_s_per_device"], self._parts.peak_flops

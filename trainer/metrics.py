@@ -28,12 +28,14 @@ class StepRecord:
         num_targets: valid targets of the global batch.
         grad_norm: global norm before clipping.
         learning_rate: rate of the step.
+        loss_scale: present loss scale under fp16; None elsewhere.
     """
 
     loss_sum: torch.Tensor
     num_targets: int
     grad_norm: torch.Tensor
     learning_rate: float
+    loss_scale: torch.Tensor | None = None
 
 
 @dataclass
@@ -98,8 +100,10 @@ def summarize_step(
         The interval's metrics, and the longest series of skipped steps so far.
     """
     # One transfer for all scalars: the only place in the loop that waits for the device.
-    scalars = torch.stack([record.loss_sum, record.grad_norm, skipped.total, skipped.longest]).tolist()
-    loss_sum, grad_norm, num_skipped, longest_skip = scalars
+    device_scalars = [record.loss_sum, record.grad_norm, skipped.total, skipped.longest]
+    if record.loss_scale is not None:
+        device_scalars.append(record.loss_scale)
+    loss_sum, grad_norm, num_skipped, longest_skip, *loss_scale = torch.stack(device_scalars).tolist()
     elapsed_s = clock.elapsed_s()
     local = torch.tensor([loss_sum, clock.data_wait_s / elapsed_s, peak_memory_gib(ranks.device)], dtype=torch.float64)
     rows = _all_gather(local, ranks)
@@ -115,6 +119,8 @@ def summarize_step(
         "throughput/step_time_s": elapsed_s / max(clock.num_steps, 1),
         "memory/peak_gib": float(rows[:, 2].max()),
     }
+    if loss_scale:
+        metrics["train/loss_scale"] = loss_scale[0]
     return metrics, int(longest_skip)
 
 

@@ -69,9 +69,10 @@ def describe_model(config: RunConfig, facts: ModelFacts, ranks: Ranks) -> str:
     dtype = str(compute_dtype(config.precision, ranks.device)).removeprefix("torch.")
     chosen = " (auto)" if config.precision.compute == "auto" else ""
     device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
+    backend = "" if config.parallel.backend == "torch" else f"{config.parallel.backend} "
     flops = facts.flops_per_token(config.data.sequence_length, causal=False)
     return (
         f"{config.model.architecture or config.model.pretrained}: {facts.num_parameters:,} parameters, "
-        f"{flops / 1e6:,.1f} MFLOP per token; {config.parallel.strategy} on {ranks.world_size} x {device}, "
+        f"{flops / 1e6:,.1f} MFLOP per token; {backend}{config.parallel.strategy} on {ranks.world_size} x {device}, "
         f"{dtype}{chosen}"
     )

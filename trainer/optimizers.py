@@ -29,7 +29,7 @@ def _decay_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_d
     """Matrices are decayed; vectors (norm gains, biases) are not."""
     parameters = [parameter for _, parameter in named_parameters]
     groups: list[dict[str, object]] = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) < 2], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]

@@ -136,4 +136,5 @@ class FaultsConfig(StrictModel):
     """What the run does when something goes wrong."""
 
     max_nonfinite_steps: int = Field(default=5, ge=1)
-    """Consecutive steps with a non-finite loss or gradient, each skipped by all ranks, before the run stops."""
+    """Consecutive steps with a non-finite loss or gradient, each skipped by all ranks, before the run stops; under
+    fp16 the steps that it takes to halve the loss scale down to 1 come on top."""

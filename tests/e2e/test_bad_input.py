@@ -71,8 +71,11 @@ def test_text_that_is_not_yaml(tmp_path: Path) -> None:
         (["steps=many"], ["steps='many'", "valid integer"]),
         (["batch.global_size=10"], ["batch.global_size=10", "batch.micro_size=3 x 2 ranks = 6", "6 or 12"]),
         (["precision.compute=fp8"], ["precision.compute=fp8 is not there yet"]),
-        (["precision.compute=fp16"], ["precision.compute=fp16 is not there yet"]),
-        (["parallel.backend=deepspeed"], ["parallel.backend=deepspeed is not there yet"]),
+        (
+            ["parallel.backend=deepspeed", "parallel.strategy=ddp"],
+            ["parallel.backend=deepspeed cannot do", "zero1, zero2"],
+        ),
+        (["parallel.backend=accelerate", "parallel.strategy=zero3"], ["on GPUs alone", "parallel.strategy=ddp"]),
         (["parallel.tensor=2"], ["parallel.tensor=2 is not there yet"]),
         (["parallel.strategy=none"], ["parallel.strategy=none", "there are 2"]),
         (["parallel.strategy=hsdp", "parallel.replicate=2"], ["parallel.replicate=2 does not fit 2 ranks", "4 ranks"]),

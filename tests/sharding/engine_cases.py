@@ -18,21 +18,27 @@ VOCABULARY = Vocabulary(301, 0)
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
 
 
-def tiny_config(strategy: str, replicate: int = 1, **sections: Any) -> RunConfig:
+def tiny_config(parallel: dict[str, Any], **sections: Any) -> RunConfig:
     """A run of the tiny model; no corpus is read."""
     values: dict[str, Any] = {
         "steps": 4,
         "model": TINY_MODEL,
         "data": {"sequence_length": 16},
         "optimizer": {"lr": 1e-2},
-        "parallel": ParallelConfig(strategy=strategy, replicate=replicate).model_dump(),  # type: ignore[arg-type]
+        # A step that 2, 3 and 4 ranks divide.
+        "batch": {"global_size": 12, "micro_size": 1},
+        "parallel": parallel,
     }
     return parse_config(values | sections, "test")
 
 
-def tiny_engine(ranks: Ranks, strategy: str, replicate: int = 1, **sections: Any) -> Engine:
-    """An engine of the tiny model with fresh parameters."""
-    config = tiny_config(strategy, replicate, **sections)
+_PARALLEL_KEYS = ParallelConfig.model_fields.keys()
+
+
+def tiny_engine(ranks: Ranks, strategy: str, **settings: Any) -> Engine:
+    """An engine of the tiny model with fresh parameters; settings are of ``parallel`` or whole other sections."""
+    parallel = {"strategy": strategy} | {key: value for key, value in settings.items() if key in _PARALLEL_KEYS}
+    config = tiny_config(parallel, **{key: value for key, value in settings.items() if key not in _PARALLEL_KEYS})
     mesh = build_mesh(config.parallel, ranks)
     engine, _ = build_model_engine(config, build_task("causal-lm"), mesh, ranks, VOCABULARY)
     return engine

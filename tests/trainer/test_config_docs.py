@@ -16,7 +16,6 @@ from trainer.config_docs import PAGE, main, render_page, section_of, sections
 PACKAGES = ("launcher", "trainer", "sharding", "benchmarks")
 # Refused by name unless they have their one value, so a rule is all that reads them.
 ONE_VALUE_ONLY = {
-    ("ParallelConfig", "backend"),
     ("ParallelConfig", "tensor"),
     ("ParallelConfig", "context"),
     ("ParallelConfig", "pipeline"),

@@ -69,7 +69,7 @@ def test_blocks_are_found_by_structure(architecture: str, config: dict[str, Any]
 
 
 def _pretrained_config(folder: Path, strategy: str) -> RunConfig:
-    values = tiny_config(strategy).model_dump(mode="json")
+    values = tiny_config({"strategy": strategy}).model_dump(mode="json")
     values |= {"model": {"pretrained": str(folder)}, "data": {"sequence_length": 16}}
     return parse_config(values, "test")
 

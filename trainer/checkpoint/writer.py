@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
@@ -122,7 +123,7 @@ def _write_rank_file(folder: Path, slices: list[TensorSlice], ranks: Ranks) -> _
         return _RankReport(None)
     path = folder / file
     try:
-        save_file({_key(part): part.tensor.contiguous() for part in written}, path)
+        save_file({_key(part): _own_memory(part.tensor) for part in written}, path)
         with path.open("rb") as opened:
             os.fsync(opened.fileno())
         entry = FileEntry(num_bytes=path.stat().st_size, sha256=hash_file(path))
@@ -139,6 +140,11 @@ def _write_rank_file(folder: Path, slices: list[TensorSlice], ranks: Ranks) -> _
         for part in written
     )
     return _RankReport(None, file, entry, entries)
+
+
+def _own_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor as the file format takes it. A flat partition has one count of steps for all of its parameters."""
+    return tensor.contiguous() if tensor.ndim else tensor.clone()
 
 
 def _key(part: TensorSlice) -> str:
