@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from sharding.engine import Batch, ModelDefinition, OptimizerFactory
@@ -284,4 +285,6 @@ def _import_deepspeed() -> Any:
     # Built when communication starts on a CPU, used by inference alone; a build that was killed leaves a lock on which
     # every later run would wait.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Until it knows of the process group, it takes itself for one rank.
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
     return deepspeed

@@ -1,7 +1,7 @@
-"""``shardline parity``: prove that every strategy trains as one plain process does.
+"""``shardline parity``: prove that every backend and strategy trains as one plain process does.
 
 ``python -m trainer.parity CONFIG [key=value ...]`` trains a few fp32 steps on one fixed batch of the run's corpus, with
-ragged numbers of valid targets, in a plain PyTorch loop and under every strategy; it prints a table of differences and
+ragged numbers of valid targets, in a plain PyTorch loop and under every backend and strategy; it prints a table of differences and
 exits with 1 where one is out of tolerance.
 """
 
@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 
-from sharding.config import Strategy
+from sharding.config import Backend, Strategy
 from sharding.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_FINISHED, UserError
 from trainer.config import RunConfig, load_config
 from trainer.data.loader import BatchLoader
@@ -70,22 +70,37 @@ def parity_cases(group_sizes: Sequence[int]) -> list[ParityCase]:
     Where one rank is all there is, the strategies that communicate run on it too.
     """
     cases: list[ParityCase] = []
-    communicating: list[Strategy] = ["ddp", "zero1", "zero2", "zero3"]
     for num_ranks in group_sizes:
-        strategies: list[Strategy] = ["none"] if num_ranks == 1 else communicating
-        if max(group_sizes) == 1:
-            strategies = ["none", *communicating]
-        if num_ranks == 4:
-            strategies = ["hsdp"]
-        for strategy in strategies:
+        for backend, strategy in _pairs(num_ranks, alone=max(group_sizes) == 1):
             num_rows = NUM_SEQUENCES // num_ranks
             accumulation_steps = num_rows if num_rows % 2 else num_rows // 2
             cases += [
-                ParityCase(strategy, num_ranks, 1, "sgd"),
-                ParityCase(strategy, num_ranks, accumulation_steps, "sgd"),
-                ParityCase(strategy, num_ranks, accumulation_steps, "adamw"),
+                ParityCase(strategy, num_ranks, 1, "sgd", backend),
+                ParityCase(strategy, num_ranks, accumulation_steps, "sgd", backend),
+                ParityCase(strategy, num_ranks, accumulation_steps, "adamw", backend),
             ]
     return cases
+
+
+def _pairs(num_ranks: int, *, alone: bool) -> list[tuple[Backend, Strategy]]:
+    """Backends and strategies to try on so many ranks; ``alone`` says that no group is larger than one rank."""
+    if num_ranks == 4:
+        return [("torch", "hsdp")]
+    if num_ranks == 1 and not alone:
+        return [("torch", "none")]
+    communicating: list[tuple[Backend, Strategy]] = [
+        ("torch", "ddp"),
+        ("torch", "zero1"),
+        ("torch", "zero2"),
+        ("torch", "zero3"),
+        ("deepspeed", "zero1"),
+        ("deepspeed", "zero2"),
+        ("deepspeed", "zero3"),
+        ("accelerate", "ddp"),
+    ]
+    if torch.cuda.is_available():
+        communicating.append(("accelerate", "zero3"))
+    return [("torch", "none"), *communicating] if alone else communicating
 
 
 def run_parity(config: RunConfig, cases: Sequence[ParityCase], folder: Path) -> list[ParityRow]:
@@ -205,6 +220,7 @@ def print_table(rows: Sequence[ParityRow], console: Console) -> None:
     """Show one line per case."""
     table = Table(title=f"parity with one plain process: fp32, {NUM_STEPS} steps, dropout 0, ragged targets")
     for header in (
+        "backend",
         "strategy",
         "ranks",
         "accumulation",
@@ -215,10 +231,13 @@ def print_table(rows: Sequence[ParityRow], console: Console) -> None:
         "moved",
         "result",
     ):
-        table.add_column(header, justify="right" if header not in ("strategy", "optimizer", "result") else "left")
+        table.add_column(
+            header, justify="right" if header not in ("backend", "strategy", "optimizer", "result") else "left"
+        )
     for row in rows:
         case = row.case
         table.add_row(
+            case.backend,
             case.strategy,
             str(case.num_ranks),
             str(case.accumulation_steps),

@@ -171,3 +171,44 @@ def test_a_finished_run_is_left_alone(straight: Path) -> None:
     assert finished.returncode == 0
     assert "complete at step 12; nothing to do" in finished.stdout
     assert {path: path.stat().st_mtime_ns for path in straight.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.timeout(400)
+def test_a_run_moves_between_backends_and_ranks(make_config: MakeConfig) -> None:
+    settings = {"steps": 40, "schedule": {"total_steps": 40}, "batch": {"micro_size": 2}}
+    straight = make_config("undisturbed", **settings, parallel={"strategy": "zero3"})
+    moving = make_config("moving", **settings)
+    _run(straight)
+    for steps, backend, strategy, ranks in (
+        (10, "torch", "zero3", 2),
+        (20, "deepspeed", "zero2", 3),
+        (30, "accelerate", "ddp", 1),
+        (40, "torch", "zero1", 2),
+    ):
+        _run(moving, f"steps={steps}", f"parallel.backend={backend}", f"parallel.strategy={strategy}", ranks=ranks)
+    runs = moving.parent / "runs"
+    expected, found = training_curve(runs / "undisturbed"), training_curve(runs / "moving")
+    assert [row[0] for row in found] == list(range(1, 41))
+    for after, before in zip(found, expected, strict=True):
+        assert after[1] == pytest.approx(before[1], rel=1e-5)
+        # Rate and counted tokens: the same samples.
+        assert after[3:5] == before[3:5]
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize(
+    ("backend", "strategy"), [("deepspeed", "zero1"), ("deepspeed", "zero3"), ("accelerate", "ddp")]
+)
+def test_another_backend_continues_bit_for_bit(make_config: MakeConfig, backend: str, strategy: str) -> None:
+    parallel = {"backend": backend, "strategy": strategy}
+    for name, pieces in (("whole", (6,)), ("parts", (2, 4, 6))):
+        config = make_config(name, parallel=parallel, precision={"compute": "fp16"}, schedule={"total_steps": 6})
+        for steps in pieces:
+            _run(config, f"steps={steps}")
+    runs = config.parent / "runs"
+    whole, parts = training_curve(runs / "whole"), training_curve(runs / "parts")
+    assert [row[:5] for row in parts] == [row[:5] for row in whole]
+    expected, state = _final_state(runs / "whole", 6), _final_state(runs / "parts", 6)
+    assert state.keys() == expected.keys()
+    assert "scaler/scale" in state
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())

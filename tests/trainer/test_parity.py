@@ -9,6 +9,7 @@ import pytest
 from trainer.config import parse_config
 from trainer.parity import ParityRow, parity_cases, run_parity
 from trainer.parity_cases import ParityCase
+from trainer.validation import BACKEND_STRATEGIES
 
 
 @pytest.mark.timeout(500)
@@ -21,6 +22,11 @@ def test_every_strategy_trains_as_one_plain_process(values: dict[str, Any], tmp_
         {case.accumulation_steps > 1 for case in cases if case.strategy == strategy} == {True, False}
         for strategy in ("none", "ddp", "zero1", "zero2", "zero3", "hsdp")
     )
+    for num_ranks in (2, 3):
+        pairs = {(case.backend, case.strategy) for case in cases if case.num_ranks == num_ranks}
+        legal = {(backend, strategy) for backend, all_ in BACKEND_STRATEGIES.items() for strategy in all_}
+        # On GPUs alone; hsdp has a group of its own, and none runs on one rank.
+        assert legal - pairs == {("accelerate", "zero3"), ("torch", "hsdp"), ("torch", "none")}
     rows = run_parity(parse_config(values, "test"), cases, tmp_path)
     assert len(rows) == len(cases)
     assert [row for row in rows if not row.passed] == []
