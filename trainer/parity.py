@@ -35,7 +35,7 @@ NUM_SEQUENCES = 12
 
 LOSS_TOLERANCE = 1e-5
 GRAD_NORM_TOLERANCE = 1e-5
-PARAMETER_TOLERANCE = {"sgd": 1e-5, "adamw": 1e-2}
+PARAMETER_TOLERANCE = {"sgd": 1e-5, "adamw": 1e-2, "muon": 1e-2, "adafactor": 1e-2}
 """Largest difference of any parameter; Adam amplifies rounding where a gradient is nearly zero."""
 
 
@@ -65,7 +65,7 @@ class ParityRow:
 
 
 def parity_cases(group_sizes: Sequence[int]) -> list[ParityCase]:
-    """Every strategy on every group size that it can run on: SGD without and with accumulation, AdamW with it.
+    """Every strategy on every group size that it can run on: SGD without and with accumulation, the others with it.
 
     Where one rank is all there is, the strategies that communicate run on it too.
     """
@@ -82,8 +82,7 @@ def parity_cases(group_sizes: Sequence[int]) -> list[ParityCase]:
             accumulation_steps = num_rows if num_rows % 2 else num_rows // 2
             cases += [
                 ParityCase(strategy, num_ranks, 1, "sgd"),
-                ParityCase(strategy, num_ranks, accumulation_steps, "sgd"),
-                ParityCase(strategy, num_ranks, accumulation_steps, "adamw"),
+                *(ParityCase(strategy, num_ranks, accumulation_steps, name) for name in PARAMETER_TOLERANCE),
             ]
     return cases
 
@@ -232,7 +231,8 @@ def print_table(rows: Sequence[ParityRow], console: Console) -> None:
     console.print(table)
     console.print(
         f"tolerances: loss {LOSS_TOLERANCE:.0e} relative, gradient norm {GRAD_NORM_TOLERANCE:.0e} relative, parameters "
-        f"{PARAMETER_TOLERANCE['sgd']:.0e} (sgd) and {PARAMETER_TOLERANCE['adamw']:.0e} (adamw) absolute"
+        + ", ".join(f"{tolerance:.0e} ({name})" for name, tolerance in PARAMETER_TOLERANCE.items())
+        + " absolute"
     )
     for row in rows:
         for problem in _problems(row):

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sharding.errors import UserError
+from trainer.optimizers.config import check_optimizer
 
 if TYPE_CHECKING:
     from trainer.config import RunConfig
@@ -44,8 +45,7 @@ def validate(config: "RunConfig", world: World | None = None) -> None:
     _validate_model_and_data(config)
     _validate_parallel(config)
     _validate_schedule(config)
-    if config.optimizer.nesterov and config.optimizer.momentum == 0:
-        raise UserError("optimizer.nesterov=true needs optimizer.momentum > 0, but it is 0; set it to 0.9, say.")
+    check_optimizer(config.optimizer, config.parallel.backend, config.parallel.strategy)
     if config.checkpoint.load == "weights" and config.checkpoint.from_ is None:
         raise UserError("checkpoint.load=weights needs checkpoint.from, which is not set; name the run to start from.")
     if world is not None:
