@@ -35,7 +35,7 @@ NUM_SEQUENCES = 12
 
 LOSS_TOLERANCE = 1e-5
 GRAD_NORM_TOLERANCE = 1e-5
-PARAMETER_TOLERANCE = {"sgd": 1e-5, "adamw": 1e-2, "muon": 1e-2, "adafactor": 1e-2}
+PARAMETER_TOLERANCE = {"sgd": 1e-5, "adamw": 1e-2, "muon": 1e-2, "adafactor": 1e-2, "adamw8bit": 1e-2}
 """Largest difference of any parameter; Adam amplifies rounding where a gradient is nearly zero."""
 
 
@@ -64,7 +64,11 @@ class ParityRow:
         )
 
 
-def parity_cases(group_sizes: Sequence[int]) -> list[ParityCase]:
+ALWAYS_COMPARED = ("adamw", "muon", "adafactor")
+"""Optimizers beside SGD that every model can be trained with; 8-bit AdamW needs rows that divide into its blocks."""
+
+
+def parity_cases(group_sizes: Sequence[int], optimizers: Sequence[str] = ALWAYS_COMPARED) -> list[ParityCase]:
     """Every strategy on every group size that it can run on: SGD without and with accumulation, the others with it.
 
     Where one rank is all there is, the strategies that communicate run on it too.
@@ -82,7 +86,7 @@ def parity_cases(group_sizes: Sequence[int]) -> list[ParityCase]:
             accumulation_steps = num_rows if num_rows % 2 else num_rows // 2
             cases += [
                 ParityCase(strategy, num_ranks, 1, "sgd"),
-                *(ParityCase(strategy, num_ranks, accumulation_steps, name) for name in PARAMETER_TOLERANCE),
+                *(ParityCase(strategy, num_ranks, accumulation_steps, name) for name in optimizers),
             ]
     return cases
 
@@ -255,7 +259,9 @@ def main(arguments: Sequence[str]) -> int:
     try:
         config = load_config(arguments[0], list(arguments[1:]))
         with tempfile.TemporaryDirectory(prefix="shardline-parity-") as folder:
-            rows = run_parity(config, parity_cases(default_group_sizes()), Path(folder))
+            optimizers = dict.fromkeys([*ALWAYS_COMPARED, config.optimizer.name])
+            optimizers.pop("sgd", None)
+            rows = run_parity(config, parity_cases(default_group_sizes(), list(optimizers)), Path(folder))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT

@@ -26,6 +26,8 @@ def plain_optimizer(model: nn.Module, settings: OptimizerConfig, name: str, lr: 
         )
     if name == "muon":
         return _PlainMuon(model, groups, settings)
+    if name == "adamw8bit":
+        return _PlainAdamW8bit(model, groups, settings)
     return torch.optim.AdamW(groups, lr=lr, betas=settings.betas, eps=settings.eps)
 
 
@@ -70,3 +72,51 @@ class _PlainMuon:
             if self._settings.lr_adjustment == "original":
                 factor = max(1.0, num_rows / num_columns) ** 0.5
             matrix -= group["lr"] * (group["weight_decay"] * matrix + factor * update)
+
+
+class _PlainAdamW8bit:
+    """Torchao's own step and state for what is quantised, blocks by the rule of ``trainer.optimizers.adamw_8bit``."""
+
+    def __init__(self, model: nn.Module, groups: list[dict[str, Any]], settings: OptimizerConfig) -> None:
+        from torchao.optim.subclass_8bit import OptimState8bit
+
+        from trainer.optimizers.adamw_8bit import quantization_block
+
+        self._betas, self._eps = settings.betas, settings.eps
+        self._moments: list[tuple[dict[str, Any], torch.Tensor, torch.Tensor]] = []
+        rest = []
+        for group in groups:
+            shape = tuple(group["params"][0].shape)
+            block = quantization_block(shape)
+            if block is None:
+                rest.append(group)
+            else:
+                mean, square = (OptimState8bit.zeros(shape, signed=s, block_size=block) for s in (True, False))
+                self._moments.append((group, mean, square))
+        self._adamw = torch.optim.AdamW(rest, betas=settings.betas, eps=settings.eps)
+        self._step = torch.zeros(())
+        self.zero_grad: Callable[[], None] = model.zero_grad
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One step."""
+        from torchao.optim.adam import single_param_adam
+
+        self._adamw.step()
+        self._step += 1
+        for group, mean, square in self._moments:
+            (parameter,) = group["params"]
+            single_param_adam(
+                parameter.detach(),
+                parameter.grad,
+                self._step,
+                mean,
+                square,
+                None,
+                torch.tensor(group["lr"]),
+                *self._betas,
+                group["weight_decay"],
+                self._eps,
+                IS_ADAMW=True,
+                BF16_STOCHASTIC_ROUND=False,
+            )

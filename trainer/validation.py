@@ -1,10 +1,11 @@
 """Rules that span several settings of a run, and the arithmetic of ranks and batch; imports no torch."""
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from sharding.errors import UserError
-from trainer.optimizers.config import check_optimizer
+from trainer.optimizers.config import validate_optimizer
 
 if TYPE_CHECKING:
     from trainer.config import RunConfig
@@ -45,7 +46,7 @@ def validate(config: "RunConfig", world: World | None = None) -> None:
     _validate_model_and_data(config)
     _validate_parallel(config)
     _validate_schedule(config)
-    check_optimizer(config.optimizer, config.parallel.backend, config.parallel.strategy)
+    validate_optimizer(config.optimizer, config.parallel.backend, config.parallel.strategy)
     if config.checkpoint.load == "weights" and config.checkpoint.from_ is None:
         raise UserError("checkpoint.load=weights needs checkpoint.from, which is not set; name the run to start from.")
     if world is not None:
@@ -106,6 +107,11 @@ def _validate_schedule(config: "RunConfig") -> None:
 
 def _validate_world(config: "RunConfig", world: World) -> None:
     parallel, num_ranks = config.parallel, world.num_ranks
+    if config.optimizer.name == "adamw8bit" and find_spec("torchao") is None:
+        raise UserError(
+            "optimizer.name=adamw8bit needs torchao, which is not installed; install it with "
+            "pip install 'shardline[eight-bit]', or set optimizer.name to adamw."
+        )
     if parallel.strategy == "none" and num_ranks > 1:
         raise UserError(
             f"parallel.strategy=none runs on one rank, but there are {num_ranks}; "

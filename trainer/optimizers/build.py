@@ -11,7 +11,7 @@ import torch
 from sharding.engine import OptimizedParameter, OptimizerFactory
 from sharding.errors import UserError
 from trainer.optimizers.adafactor import Adafactor
-from trainer.optimizers.config import OptimizerConfig
+from trainer.optimizers.config import OptimizerConfig, OptimizerGroupConfig
 from trainer.optimizers.muon import Muon
 
 
@@ -89,13 +89,18 @@ class _Groups:
         self._settings = {p.name: (1.0, decay) for p, decay in zip(parameters, decays, strict=True)}
         free = [parameter.name for parameter in parameters]
         for index, group in enumerate(config.groups):
-            matched = [name for name in free if fnmatchcase(name, group.pattern)]
-            if not matched:
-                raise UserError(_without_parameters(index, group.pattern, list(self._settings), free))
-            for name in matched:
-                decay = self._settings[name][1] if group.weight_decay is None else group.weight_decay
-                self._settings[name] = (group.lr_scale, decay)
+            matched = self._apply(index, group, free)
             free = [name for name in free if name not in matched]
+
+    def _apply(self, index: int, group: OptimizerGroupConfig, free: list[str]) -> set[str]:
+        """Give a group's settings to those of the free parameters that match; returns their names."""
+        matched = {name for name in free if fnmatchcase(name, group.pattern)}
+        if not matched:
+            raise UserError(_without_parameters(index, group.pattern, list(self._settings), free))
+        for name in matched:
+            decay = self._settings[name][1] if group.weight_decay is None else group.weight_decay
+            self._settings[name] = (group.lr_scale, decay)
+        return matched
 
     def of(self, parameters: Sequence[OptimizedParameter]) -> list[dict[str, Any]]:
         """Parameter groups for torch of some parameters: those with equal settings together."""

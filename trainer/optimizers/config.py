@@ -103,7 +103,7 @@ _OWN_SETTINGS: dict[OptimizerName, frozenset[str]] = {
 }
 
 
-def check_optimizer(config: OptimizerConfig, backend: Backend, strategy: Strategy) -> None:
+def validate_optimizer(config: OptimizerConfig, backend: Backend, strategy: Strategy) -> None:
     """Check that every setting has an effect, and that the backend can carry the optimizer.
 
     Raises:
@@ -111,10 +111,12 @@ def check_optimizer(config: OptimizerConfig, backend: Backend, strategy: Strateg
     """
     defaults, own = OptimizerConfig(), _OWN_SETTINGS[config.name]
     for setting in sorted(frozenset[str]().union(*_OWN_SETTINGS.values()) - own):
-        if getattr(config, setting) != getattr(defaults, setting):
+        value = getattr(config, setting)
+        if value != getattr(defaults, setting):
+            shown = setting if isinstance(value, StrictModel) else f"{setting}={value}"
             names = " or ".join(name for name, settings in _OWN_SETTINGS.items() if setting in settings)
             raise UserError(
-                f"optimizer.{setting} is set, but optimizer.name={config.name} does not read it; "
+                f"optimizer.{shown} is set, but optimizer.name={config.name} does not read it; "
                 f"remove it or set optimizer.name to {names}."
             )
     if config.nesterov and config.momentum == 0:
