@@ -15,6 +15,17 @@ def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return blocks
 
 
+def hidden_matrices(model: nn.Module) -> set[str]:
+    """Names of the matrices inside the blocks that are no embeddings, as ``named_parameters`` names them."""
+    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+    return {
+        f"{block_name}.{name}"
+        for block_name, block in find_blocks(model)
+        for name, parameter in block.named_parameters()
+        if parameter.ndim == 2 and id(parameter) not in embeddings
+    }
+
+
 def _collect(module: nn.Module, prefix: str, blocks: list[tuple[str, nn.Module]]) -> None:
     for name, child in module.named_children():
         path = f"{prefix}{name}"

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from sharding.engine import Batch, ModelDefinition, OptimizerFactory
+from sharding.engine import Batch, ModelDefinition, OptimizedParameter, OptimizerFactory
 from sharding.loss_scaler import LossScaler
 from sharding.mesh import DataParallelMesh
 from sharding.state import TensorSlice, slice_of, slices_of_flat_range
@@ -47,7 +47,7 @@ class DeepSpeedEngine:
             mesh: the ranks.
             device: where this rank computes.
             autocast_dtype: format of matrix products; None for fp32.
-            build_optimizer: called once, with the named parameters.
+            build_optimizer: called once, before DeepSpeed cuts the parameters: with an elementwise optimizer.
             settings: DeepSpeed's configuration.
             loss_scaler: for fp16; None elsewhere.
         """
@@ -56,11 +56,13 @@ class DeepSpeedEngine:
         self._mesh = mesh
         self._device = device
         self._loss_scaler = loss_scaler
-        self._shapes = {name: _whole_shape(p) for name, p in definition.model.named_parameters()}
         trainable = [(name, p) for name, p in definition.model.named_parameters() if p.requires_grad]
+        parameters = [
+            OptimizedParameter(name, p, _whole_shape(p), 0, None, is_hidden_matrix=False) for name, p in trainable
+        ]
         _autocast_forward(definition.model, device, autocast_dtype)
         self._module, *_ = deepspeed.initialize(
-            model=definition.model, optimizer=build_optimizer(trainable), config=settings, dist_init_required=False
+            model=definition.model, optimizer=build_optimizer(parameters), config=settings, dist_init_required=False
         )
         self._zero = self._module.optimizer
         self._stage = self._module.zero_optimization_stage()
@@ -111,7 +113,7 @@ class DeepSpeedEngine:
     def step(self, learning_rate: float) -> torch.Tensor:
         """See Engine."""
         for group in self._base_optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("lr_scale", 1.0)
         self._module.step()
         skipped = torch.tensor(float(bool(self._zero.overflow)), device=self._device)
         if self._loss_scaler is not None:

@@ -3,11 +3,12 @@
 An engine owns the accumulation loop, so that it can decide when gradients travel. The trainer owns the denominator.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from sharding.initialization import InitializeModule
@@ -21,8 +22,36 @@ LossFunction = Callable[[nn.Module, Batch], torch.Tensor]
 EvaluationFunction = Callable[[nn.Module, Batch], torch.Tensor]
 """A vector of sums, fp64, which add up over batches and ranks to a task's evaluation metrics."""
 
-OptimizerFactory = Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
-"""Builds the optimizer from named parameters, after sharding."""
+
+@dataclass(frozen=True)
+class OptimizedParameter:
+    """One parameter as the optimizer gets it: this rank's rows as plain memory, and where they lie in the whole.
+
+    Attributes:
+        name: the parameter's name in the model.
+        tensor: this rank's rows (slice of dim 0), a plain fp32 parameter; may be empty.
+        global_shape: shape of the whole parameter.
+        first_row: index of the first local row in the whole.
+        shard_group: the ranks over which the rows are divided, as ``torch.chunk`` would; None where this rank has all.
+        is_hidden_matrix: whether it is a matrix inside a repeated block, and no embedding.
+    """
+
+    name: str
+    tensor: nn.Parameter
+    global_shape: tuple[int, ...]
+    first_row: int
+    shard_group: dist.ProcessGroup | None
+    is_hidden_matrix: bool
+
+
+OptimizerFactory = Callable[[Sequence[OptimizedParameter]], torch.optim.Optimizer]
+"""Builds the optimizer after sharding.
+
+Its state must be plain tensors: scalars that are the same on every rank, and tensors whose dim 0 is divided over ranks
+as the parameter's is. An optimizer that keeps others, whole on every rank, says which by a method
+``holds_whole(parameter, key)``. Where its attribute ``found_inf`` is 1, ``step`` must change nothing, without a host
+sync. A group's ``lr_scale`` multiplies the learning rate.
+"""
 
 
 @dataclass(frozen=True)

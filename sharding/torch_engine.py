@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from sharding.engine import Batch, ModelDefinition, OptimizerFactory
+from sharding.blocks import hidden_matrices
+from sharding.engine import Batch, ModelDefinition, OptimizedParameter, OptimizerFactory
 from sharding.loss_scaler import LossScaler
 from sharding.mesh import DataParallelMesh
 from sharding.state import TensorSlice, local_tensor, slice_of
@@ -49,7 +50,7 @@ class TorchEngine:
             for name, parameter in self._model.named_parameters()
             if parameter.requires_grad
         ]
-        self._optimizer = build_optimizer([(entry.name, entry.local) for entry in self._trainable])
+        self._optimizer = build_optimizer(self._optimized_parameters())
         self._found_nonfinite = torch.zeros((), device=device)
         self._loss_scaler = loss_scaler
 
@@ -105,7 +106,7 @@ class TorchEngine:
     def step(self, learning_rate: float) -> torch.Tensor:
         """See Engine."""
         for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("lr_scale", 1.0)
         for entry in self._trainable:
             if entry.local is not entry.parameter and entry.parameter.grad is not None:
                 entry.local.grad = local_tensor(entry.parameter.grad)
@@ -182,19 +183,39 @@ class TorchEngine:
         tensors += [(name, buffer) for name, buffer in self._model.named_buffers() if name in persistent]
         return [self._slice(f"model/{name}", tensor, index) for index, (name, tensor) in enumerate(tensors)]
 
+    def _optimized_parameters(self) -> list[OptimizedParameter]:
+        hidden = hidden_matrices(self._model)
+        parameters = []
+        for entry in self._trainable:
+            whole = slice_of(entry.name, entry.parameter, is_written_here=False)
+            parameters.append(
+                OptimizedParameter(
+                    name=entry.name,
+                    tensor=entry.local,
+                    global_shape=whole.global_shape,
+                    first_row=whole.offsets[0] if whole.offsets else 0,
+                    shard_group=self._mesh.shard_group if isinstance(entry.parameter, DTensor) else None,
+                    is_hidden_matrix=entry.name in hidden,
+                )
+            )
+        return parameters
+
     def _optimizer_slices(self) -> list[TensorSlice]:
         slices = []
+        holds_whole = getattr(self._optimizer, "holds_whole", None)
         for index, entry in enumerate(self._trainable):
             whole = self._slice(f"model/{entry.name}", entry.parameter, index)
             for key, value in sorted(self._optimizer.state.get(entry.local, {}).items()):
                 name = f"optimizer/{entry.name}/{key}"
                 if value is None:
                     continue
-                if value.shape == whole.tensor.shape:
-                    slices.append(replace(whole, name=name, tensor=value))
-                else:
-                    # A count of steps, the same on every rank.
+                if value.ndim == 0 or (holds_whole is not None and holds_whole(entry.local, key)):
+                    # A count of steps, for example: the same on every rank.
                     slices.append(slice_of(name, value, is_written_here=self._mesh.dp_rank == 0))
+                else:
+                    shape = (whole.global_shape[0], *value.shape[1:])
+                    offsets = (whole.offsets[0], *(0 for _ in value.shape[1:]))
+                    slices.append(replace(whole, name=name, tensor=value, global_shape=shape, offsets=offsets))
         return slices
 
     def _slice(self, name: str, tensor: torch.Tensor, index: int) -> TensorSlice:

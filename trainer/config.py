@@ -13,6 +13,7 @@ from sharding.errors import UserError
 from sharding.strict_model import StrictModel
 from trainer.checkpoint.config import CheckpointConfig
 from trainer.data.config import DataConfig
+from trainer.optimizers.config import OptimizerConfig
 from trainer.sections import (
     BatchConfig,
     EvaluationConfig,
@@ -20,7 +21,6 @@ from trainer.sections import (
     LaunchConfig,
     MetricsConfig,
     ModelConfig,
-    OptimizerConfig,
     ScheduleConfig,
     TaskConfig,
 )
@@ -171,6 +171,9 @@ def _describe(problem: Any) -> str:
 def _nearest(location: list[str]) -> str:
     model: type[BaseModel] = RunConfig
     for part in location[:-1]:
+        if part.isdigit():
+            # An element of a list of sections.
+            continue
         inner = _section_of(model, part)
         if inner is None:
             return ""

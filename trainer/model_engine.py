@@ -19,7 +19,7 @@ from trainer.models import (
     initialize_module,
     model_facts,
 )
-from trainer.optimizers import optimizer_factory
+from trainer.optimizers.build import optimizer_factory
 from trainer.pretrained import load_pretrained
 from trainer.tasks.task import Task
 

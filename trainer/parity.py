@@ -1,8 +1,8 @@
 """``shardline parity``: prove that every backend and strategy trains as one plain process does.
 
 ``python -m trainer.parity CONFIG [key=value ...]`` trains a few fp32 steps on one fixed batch of the run's corpus, with
-ragged numbers of valid targets, in a plain PyTorch loop and under every backend and strategy; it prints a table of differences and
-exits with 1 where one is out of tolerance.
+ragged numbers of valid targets, in a plain PyTorch loop and under every backend and strategy; it prints a table of
+differences and exits with 1 where one is out of tolerance.
 """
 
 import json
@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from rich.console import Console
@@ -28,14 +28,16 @@ from trainer.data.order import SampleOrder
 from trainer.data.prepare import prepare_corpus
 from trainer.data.shards import num_samples
 from trainer.models import Vocabulary
+from trainer.optimizers.config import OptimizerName, refused_optimizer
 from trainer.parity_cases import NUM_STEPS, ParityCase, Trajectory, run_plain, run_rank
+from trainer.validation import BACKEND_STRATEGIES
 
 NUM_SEQUENCES = 12
 """Divides by 1, 2, 3 and 4 ranks, with and without accumulation."""
 
 LOSS_TOLERANCE = 1e-5
 GRAD_NORM_TOLERANCE = 1e-5
-PARAMETER_TOLERANCE = {"sgd": 1e-5, "adamw": 1e-2}
+PARAMETER_TOLERANCE = {"sgd": 1e-5, "adamw": 1e-2, "muon": 1e-2, "adafactor": 1e-2, "adamw8bit": 1e-2}
 """Largest difference of any parameter; Adam amplifies rounding where a gradient is nearly zero."""
 
 
@@ -64,8 +66,12 @@ class ParityRow:
         )
 
 
-def parity_cases(group_sizes: Sequence[int]) -> list[ParityCase]:
-    """Every strategy on every group size that it can run on: SGD without and with accumulation, AdamW with it.
+ALWAYS_COMPARED: tuple[OptimizerName, ...] = ("adamw", "muon", "adafactor")
+"""Optimizers beside SGD that every model can be trained with; 8-bit AdamW needs rows that divide into its blocks."""
+
+
+def parity_cases(group_sizes: Sequence[int], optimizers: Sequence[OptimizerName] = ALWAYS_COMPARED) -> list[ParityCase]:
+    """Every strategy on every group size that it can run on: SGD without and with accumulation, the others with it.
 
     Where one rank is all there is, the strategies that communicate run on it too.
     """
@@ -76,8 +82,11 @@ def parity_cases(group_sizes: Sequence[int]) -> list[ParityCase]:
             accumulation_steps = num_rows if num_rows % 2 else num_rows // 2
             cases += [
                 ParityCase(strategy, num_ranks, 1, "sgd", backend),
-                ParityCase(strategy, num_ranks, accumulation_steps, "sgd", backend),
-                ParityCase(strategy, num_ranks, accumulation_steps, "adamw", backend),
+                *(
+                    ParityCase(strategy, num_ranks, accumulation_steps, name, backend)
+                    for name in ("sgd", *optimizers)
+                    if refused_optimizer(name, backend) is None
+                ),
             ]
     return cases
 
@@ -251,11 +260,26 @@ def print_table(rows: Sequence[ParityRow], console: Console) -> None:
     console.print(table)
     console.print(
         f"tolerances: loss {LOSS_TOLERANCE:.0e} relative, gradient norm {GRAD_NORM_TOLERANCE:.0e} relative, parameters "
-        f"{PARAMETER_TOLERANCE['sgd']:.0e} (sgd) and {PARAMETER_TOLERANCE['adamw']:.0e} (adamw) absolute"
+        + ", ".join(f"{tolerance:.0e} ({name})" for name, tolerance in PARAMETER_TOLERANCE.items())
+        + " absolute"
     )
     for row in rows:
         for problem in _problems(row):
             console.print(f"{row.case.label}: {problem}")
+
+
+def print_refusals(console: Console) -> None:
+    """Say which combinations have no line, and why."""
+    for backend, strategies in BACKEND_STRATEGIES.items():
+        missing = [name for name in BACKEND_STRATEGIES["torch"] if name not in strategies]
+        if missing:
+            console.print(f"refused: {backend} with {', '.join(missing)}: it does {', '.join(strategies)} alone")
+        for name in get_args(OptimizerName):
+            reason = refused_optimizer(name, backend)
+            if reason is not None:
+                console.print(f"refused: {backend} with {name}: {reason}")
+    if not torch.cuda.is_available():
+        console.print("refused: accelerate with zero3: without a GPU it would train plain DDP")
 
 
 def _problems(row: ParityRow) -> list[str]:
@@ -274,12 +298,15 @@ def main(arguments: Sequence[str]) -> int:
     try:
         config = load_config(arguments[0], list(arguments[1:]))
         with tempfile.TemporaryDirectory(prefix="shardline-parity-") as folder:
-            rows = run_parity(config, parity_cases(default_group_sizes()), Path(folder))
+            optimizers = dict.fromkeys([*ALWAYS_COMPARED, config.optimizer.name])
+            optimizers.pop("sgd", None)
+            rows = run_parity(config, parity_cases(default_group_sizes(), list(optimizers)), Path(folder))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     console = Console(width=None if sys.stdout.isatty() else 120)
     print_table(rows, console)
+    print_refusals(console)
     num_failed = sum(not row.passed for row in rows)
     console.print(f"{len(rows) - num_failed} of {len(rows)} cases agree")
     return EXIT_FAILED if num_failed else EXIT_FINISHED

@@ -20,6 +20,7 @@ from trainer.config import RunConfig
 from trainer.metrics import sum_over_ranks
 from trainer.model_engine import build_model_engine, parameter_hash
 from trainer.models import Vocabulary, build_model_config
+from trainer.parity_optimizers import plain_optimizer
 from trainer.tasks.registry import build_task
 
 NUM_STEPS = 3
@@ -56,10 +57,7 @@ def case_config(config: RunConfig, case: ParityCase, num_sequences: int) -> RunC
         update={"strategy": case.strategy, "backend": case.backend, "replicate": 2 if case.strategy == "hsdp" else 1}
     )
     micro_size = num_sequences // (case.num_ranks * case.accumulation_steps)
-    # Plain SGD needs a larger rate than Adam to move at all in a few steps.
-    optimizer = config.optimizer.model_copy(
-        update={"name": case.optimizer, "lr": 0.1 if case.optimizer == "sgd" else config.optimizer.lr}
-    )
+    optimizer = config.optimizer.model_copy(update={"name": case.optimizer, "lr": case_lr(config, case.optimizer)})
     return config.model_copy(
         update={
             "parallel": parallel,
@@ -68,6 +66,11 @@ def case_config(config: RunConfig, case: ParityCase, num_sequences: int) -> RunC
             "precision": config.precision.model_copy(update={"compute": "fp32"}),
         }
     )
+
+
+def case_lr(config: RunConfig, optimizer: str) -> float:
+    """The run's learning rate, but for SGD, which needs a larger one than Adam to move at all in a few steps."""
+    return 0.1 if optimizer == "sgd" else config.optimizer.lr
 
 
 def run_rank(
@@ -146,20 +149,13 @@ def run_plain(
     """The reference: one process, one whole batch, torch and transformers alone."""
     from transformers import AutoModelForCausalLM
 
-    batch, settings = load_file(folder / "batch.safetensors"), config.optimizer
+    batch, clip_norm = load_file(folder / "batch.safetensors"), config.optimizer.clip_norm
     model_config = build_model_config(config.model, vocabulary, config.data.sequence_length)
     model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
     model.load_state_dict(load_file(initial), strict=False)
     model.tie_weights()
-    groups = [
-        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer: torch.optim.Optimizer
-    if optimizer_name == "sgd":
-        optimizer = torch.optim.SGD(groups, lr=0.1, momentum=settings.momentum, nesterov=settings.nesterov)
-    else:
-        optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps)
+    lr = case_lr(config, optimizer_name)
+    optimizer = plain_optimizer(model, config.optimizer, optimizer_name, lr)
     num_targets = (batch["labels"] != -100).sum()
     losses, norms = [], []
     for _ in range(NUM_STEPS):
@@ -167,7 +163,7 @@ def run_plain(
         loss = functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum") / num_targets
         loss.backward()
         norm = torch.cat([p.grad.double().flatten() for p in model.parameters() if p.grad is not None]).norm()
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), settings.clip_norm or torch.inf, norm.float())
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), clip_norm or torch.inf, norm.float())
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())

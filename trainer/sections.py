@@ -1,6 +1,6 @@
-"""Configuration sections of the step: task, model, batch, optimizer, schedule, evaluation, metrics, launch, faults."""
+"""Configuration sections of the step: task, model, batch, schedule, evaluation, metrics, launch, faults."""
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -38,34 +38,6 @@ class BatchConfig(StrictModel):
 
     micro_size: int = Field(default=4, ge=1)
     """Sequences in one forward and backward pass of one rank."""
-
-
-class OptimizerConfig(StrictModel):
-    """How gradients become updates."""
-
-    name: Literal["adamw", "sgd"] = "adamw"
-    """`adamw` (fused) or `sgd`."""
-
-    lr: float = Field(default=1e-3, gt=0.0)
-    """Peak learning rate."""
-
-    weight_decay: float = Field(default=0.1, ge=0.0)
-    """Decoupled (AdamW) or L2 (SGD) decay of matrices; vectors such as norms and biases are never decayed."""
-
-    betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.95)
-    """AdamW's decay rates of the first and second moment."""
-
-    eps: float = Field(default=1e-8, gt=0.0)
-    """AdamW's term that keeps the denominator from zero."""
-
-    momentum: float = Field(default=0.9, ge=0.0, lt=1.0)
-    """SGD's momentum; 0 is plain SGD."""
-
-    nesterov: bool = False
-    """Nesterov's form of SGD momentum."""
-
-    clip_norm: float = Field(default=1.0, ge=0.0)
-    """Largest global gradient norm; longer gradients are scaled down to it; 0 means no clipping."""
 
 
 class ScheduleConfig(StrictModel):

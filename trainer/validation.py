@@ -1,15 +1,18 @@
 """Rules that span several settings of a run, and the arithmetic of ranks and batch; imports no torch."""
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from sharding.config import Backend, Strategy
 from sharding.errors import UserError
+from trainer.optimizers.config import validate_optimizer
 
 if TYPE_CHECKING:
     from sharding.config import ParallelConfig
     from trainer.config import RunConfig
 
-BACKEND_STRATEGIES = {
+BACKEND_STRATEGIES: dict[Backend, tuple[Strategy, ...]] = {
     "torch": ("none", "ddp", "zero1", "zero2", "zero3", "hsdp"),
     "deepspeed": ("zero1", "zero2", "zero3"),
     "accelerate": ("ddp", "zero3"),
@@ -52,8 +55,7 @@ def validate(config: "RunConfig", world: World | None = None) -> None:
     _validate_model_and_data(config)
     _validate_parallel(config)
     _validate_schedule(config)
-    if config.optimizer.nesterov and config.optimizer.momentum == 0:
-        raise UserError("optimizer.nesterov=true needs optimizer.momentum > 0, but it is 0; set it to 0.9, say.")
+    validate_optimizer(config.optimizer, config.parallel.backend)
     if config.checkpoint.load == "weights" and config.checkpoint.from_ is None:
         raise UserError("checkpoint.load=weights needs checkpoint.from, which is not set; name the run to start from.")
     if world is not None:
@@ -143,6 +145,11 @@ def _validate_world(config: "RunConfig", world: World) -> None:
         raise UserError(
             "parallel.backend=accelerate does parallel.strategy=zero3 on GPUs alone: without one it would train plain "
             "DDP and say nothing; use parallel.backend=torch or deepspeed, or parallel.strategy=ddp."
+        )
+    if config.optimizer.name == "adamw8bit" and find_spec("torchao") is None:
+        raise UserError(
+            "optimizer.name=adamw8bit needs torchao, which is not installed; install it with "
+            "pip install 'shardline[eight-bit]', or set optimizer.name to adamw."
         )
     if parallel.strategy == "none" and num_ranks > 1:
         raise UserError(

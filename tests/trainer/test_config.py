@@ -71,7 +71,7 @@ def test_refused(config_file: Path, override: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["optimizer.nesterov=true", "optimizer.momentum=0.0"], "optimizer.nesterov=true needs optimizer.momentum > 0"),
+        (["optimizer.name=sgd", "optimizer.nesterov=true", "optimizer.momentum=0.0"], "needs optimizer.momentum > 0"),
         (["model.architecture=null", "model.pretrained=x"], "model.config cannot change a model"),
         (["model.architecture=null"], "set exactly one of them"),
         (["data.hub_name=x"], "data.source=text and data.hub_name=x"),
@@ -104,7 +104,7 @@ def test_settings_that_contradict_each_other(config_file: Path, overrides: list[
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["optimizer.nesterov=true", "optimizer.momentum=0.9"],
+        ["optimizer.name=sgd", "optimizer.nesterov=true", "optimizer.momentum=0.9"],
         ["data.source=hub", "data.paths=[]", "data.hub_name=x"],
         ["schedule.name=wsd", "schedule.decay_steps=10"],
         ["parallel.strategy=hsdp", "parallel.replicate=2"],
@@ -122,6 +122,10 @@ def test_the_nearest_settings_that_agree(config_file: Path, overrides: list[str]
     [
         ("stepz=3", "unknown key stepz; did you mean steps?"),
         ("tracking.wandb.projet=x", "unknown key tracking.wandb.projet; did you mean tracking.wandb.project?"),
+        (
+            "optimizer.groups=[{pattern: x, lr_scal: 2.0}]",
+            "unknown key optimizer.groups.0.lr_scal; did you mean optimizer.groups.0.lr_scale?",
+        ),
         ("batch.qqqq=3", "unknown key batch.qqqq; batch has global_size, micro_size."),
     ],
 )

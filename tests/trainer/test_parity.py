@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests.support import TINY_MODEL
 from trainer.config import parse_config
 from trainer.parity import ParityRow, parity_cases, run_parity
 from trainer.parity_cases import ParityCase
@@ -55,6 +56,16 @@ def test_every_strategy_trains_as_one_plain_process(values: dict[str, Any], tmp_
 def test_other_architectures_do_so_too(values: dict[str, Any], tmp_path: Path, model: dict[str, Any]) -> None:
     cases = [ParityCase(strategy, 2, 3, "sgd") for strategy in ("ddp", "zero1", "zero3")]
     rows = run_parity(parse_config(values | {"model": model}, "test"), cases, tmp_path)
+    assert [row for row in rows if not row.passed] == []
+
+
+@pytest.mark.timeout(400)
+def test_eight_bit_moments_are_the_same_in_every_layout(values: dict[str, Any], tmp_path: Path) -> None:
+    model = {"architecture": "llama", "config": TINY_MODEL["config"] | {"hidden_size": 96, "intermediate_size": 130}}
+    groups = [{"pattern": "*.layers.0.*", "lr_scale": 0.5}, {"pattern": "*embed*", "weight_decay": 0.0}]
+    optimizer = {"name": "adamw8bit", "lr": 1e-2, "groups": groups}
+    cases = [ParityCase(strategy, 3, 2, "adamw8bit") for strategy in ("ddp", "zero1", "zero2", "zero3")]
+    rows = run_parity(parse_config(values | {"model": model, "optimizer": optimizer}, "test"), cases, tmp_path)
     assert [row for row in rows if not row.passed] == []
 
 

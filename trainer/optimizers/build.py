@@ -1,0 +1,127 @@
+"""From settings to an optimizer: which parameters share which settings, and who updates them."""
+
+import difflib
+import logging
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+
+from sharding.engine import OptimizedParameter, OptimizerFactory
+from sharding.errors import UserError
+from trainer.optimizers.adafactor import Adafactor
+from trainer.optimizers.config import OptimizerConfig, OptimizerGroupConfig
+from trainer.optimizers.muon import Muon
+
+
+def optimizer_factory(config: OptimizerConfig) -> OptimizerFactory:
+    """What builds the configured optimizer once parameters lie where they stay.
+
+    All of them skip a step on the device when told that a gradient was not finite; torch's do so in their fused
+    kernels. The factory raises UserError where a pattern of ``optimizer.groups`` is left without parameters, or where
+    the model has nothing that the optimizer is for.
+    """
+
+    def build(parameters: Sequence[OptimizedParameter]) -> torch.optim.Optimizer:
+        groups = _Groups(config, parameters)
+        if config.name == "sgd":
+            return torch.optim.SGD(
+                groups.of(parameters), lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True
+            )
+        if config.name == "adamw":
+            return _adamw(config, groups.of(parameters))
+        if config.name == "adafactor":
+            return Adafactor(groups.of(parameters), parameters, config.lr, config.adafactor)
+        if config.name == "muon":
+            return _muon(config, parameters, groups)
+        return _adamw_8bit(config, parameters, groups)
+
+    return build
+
+
+def _adamw(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.optim.AdamW:
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def _muon(config: OptimizerConfig, parameters: Sequence[OptimizedParameter], groups: "_Groups") -> Muon:
+    own = [parameter for parameter in parameters if parameter.is_hidden_matrix]
+    rest = [parameter for parameter in parameters if not parameter.is_hidden_matrix]
+    if not own:
+        raise UserError(
+            "optimizer.name=muon is for matrices inside repeated blocks, but this model has none; "
+            "set optimizer.name to adamw."
+        )
+    adamw = _adamw(config, groups.of(rest)) if rest else None
+    return Muon(groups.of(own), own, adamw, config.lr, config.muon)
+
+
+def _adamw_8bit(
+    config: OptimizerConfig, parameters: Sequence[OptimizedParameter], groups: "_Groups"
+) -> torch.optim.Optimizer:
+    # At import torchao warns of kernels that do not fit this Python or torch; none of them is used here.
+    logging.getLogger("torchao").setLevel(logging.ERROR)
+    # Loads torchao, which only this optimizer needs.
+    from trainer.optimizers.adamw_8bit import AdamW8bit, quantization_block
+
+    own = [parameter for parameter in parameters if quantization_block(parameter.global_shape) is not None]
+    rest = [parameter for parameter in parameters if quantization_block(parameter.global_shape) is None]
+    if not own:
+        raise UserError(
+            "optimizer.name=adamw8bit keeps moments in 8 bits where a parameter has at least 4096 values and its rows "
+            "divide into blocks of 64 to 256, which is so for no parameter of this model; set optimizer.name to adamw."
+        )
+    adamw = _adamw(config, groups.of(rest)) if rest else None
+    return AdamW8bit(groups.of(own), own, adamw, config.lr, config.betas, config.eps)
+
+
+class _Groups:
+    """Which learning-rate factor and decay each parameter has."""
+
+    def __init__(self, config: OptimizerConfig, parameters: Sequence[OptimizedParameter]) -> None:
+        """Match patterns with names.
+
+        Raises:
+            UserError: a pattern is left without parameters.
+        """
+        # Matrices are decayed; vectors (norm gains, biases) are not.
+        decays = [config.weight_decay if len(parameter.global_shape) >= 2 else 0.0 for parameter in parameters]
+        self._settings = {p.name: (1.0, decay) for p, decay in zip(parameters, decays, strict=True)}
+        free = [parameter.name for parameter in parameters]
+        for index, group in enumerate(config.groups):
+            matched = self._apply(index, group, free)
+            free = [name for name in free if name not in matched]
+
+    def _apply(self, index: int, group: OptimizerGroupConfig, free: list[str]) -> set[str]:
+        """Give a group's settings to those of the free parameters that match; returns their names."""
+        matched = {name for name in free if fnmatchcase(name, group.pattern)}
+        if not matched:
+            raise UserError(_without_parameters(index, group.pattern, list(self._settings), free))
+        for name in matched:
+            decay = self._settings[name][1] if group.weight_decay is None else group.weight_decay
+            self._settings[name] = (group.lr_scale, decay)
+        return matched
+
+    def of(self, parameters: Sequence[OptimizedParameter]) -> list[dict[str, Any]]:
+        """Parameter groups for torch of some parameters: those with equal settings together."""
+        members: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+        for parameter in parameters:
+            members.setdefault(self._settings[parameter.name], []).append(parameter.tensor)
+        return [
+            {"params": tensors, "lr_scale": lr_scale, "weight_decay": decay}
+            for (lr_scale, decay), tensors in members.items()
+        ]
+
+
+def _without_parameters(index: int, pattern: str, names: list[str], free: list[str]) -> str:
+    taken = [name for name in names if fnmatchcase(name, pattern)]
+    if taken:
+        return (
+            f"optimizer.groups.{index}.pattern={pattern} matches only parameters that an earlier group has, such as "
+            f"{taken[0]}; put the narrower pattern first."
+        )
+    nearest = difflib.get_close_matches(pattern, free, n=3, cutoff=0.0)
+    return (
+        f"optimizer.groups.{index}.pattern={pattern} matches no parameter; the nearest names are "
+        f"{', '.join(nearest)}, and * stands for any characters."
+    )
