@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from sharding.config import Offload, ParallelConfig
+from sharding.config import ParallelConfig
 
 _STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
 
@@ -45,9 +45,9 @@ def deepspeed_config(parallel: ParallelConfig, batch: BatchArithmetic, clip_norm
     # gloo there is no stream to hide them behind.
     zero["overlap_comm"] = stage == 3
     if parallel.offload_optimizer != "none":
-        zero["offload_optimizer"] = _offload(parallel.offload_optimizer, parallel.nvme_path)
+        zero["offload_optimizer"] = {"device": parallel.offload_optimizer, "pin_memory": True}
     if parallel.offload_parameters != "none":
-        zero["offload_param"] = _offload(parallel.offload_parameters, parallel.nvme_path)
+        zero["offload_param"] = {"device": parallel.offload_parameters, "pin_memory": True}
     return {
         "train_micro_batch_size_per_gpu": batch.micro_size,
         "gradient_accumulation_steps": batch.accumulation_steps,
@@ -61,9 +61,3 @@ def deepspeed_config(parallel: ParallelConfig, batch: BatchArithmetic, clip_norm
         "steps_per_print": 1 << 62,
         "wall_clock_breakdown": False,
     }
-
-
-def _offload(device: Offload, nvme_path: str | None) -> dict[str, Any]:
-    if device == "nvme":
-        return {"device": "nvme", "nvme_path": nvme_path, "pin_memory": True}
-    return {"device": "cpu", "pin_memory": True}

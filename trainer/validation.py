@@ -111,15 +111,10 @@ def _validate_backend(parallel: "ParallelConfig") -> None:
             raise UserError(
                 f"parallel.{key}={place} needs parallel.backend=deepspeed, but it is {backend}; change one of them."
             )
-        if (place == "nvme" or (place == "cpu" and key == "offload_parameters")) and strategy != "zero3":
-            raise UserError(
-                f"parallel.{key}={place} needs parallel.strategy=zero3, but it is {strategy}; change one of them."
-            )
-    uses_nvme = "nvme" in (parallel.offload_optimizer, parallel.offload_parameters)
-    if uses_nvme != (parallel.nvme_path is not None):
+    if parallel.offload_parameters != "none" and strategy != "zero3":
         raise UserError(
-            f"parallel.nvme_path={parallel.nvme_path} and offloading to nvme go together: name a folder on a local "
-            "NVMe disk if and only if parallel.offload_optimizer or parallel.offload_parameters is nvme."
+            f"parallel.offload_parameters={parallel.offload_parameters} needs parallel.strategy=zero3, but it is "
+            f"{strategy}; change one of them."
         )
 
 

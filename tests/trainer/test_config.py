@@ -84,7 +84,6 @@ def test_refused(config_file: Path, override: str, message: str) -> None:
             ["parallel.offload_parameters=cpu", "parallel.backend=deepspeed"],
             "parallel.offload_parameters=cpu needs parallel.strategy=zero3, but it is zero2",
         ),
-        (["parallel.nvme_path=/disk"], "parallel.nvme_path=/disk and offloading to nvme go together"),
         (["parallel.tensor=2"], "parallel.tensor=2 is not there yet"),
         (["parallel.context=2"], "parallel.context=2 is not there yet"),
         (["parallel.pipeline=2"], "parallel.pipeline=2 is not there yet"),
