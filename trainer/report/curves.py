@@ -87,11 +87,14 @@ def read_curves(path: Path) -> Curves:
             row = len(curves.steps)
             curves.steps.append(values.pop("step"))
             for name, value in values.items():
-                if value is not None and not _is_number(value):
+                number = _number(value)
+                if number is None:
                     continue
-                column = curves.columns.setdefault(name, Column())
+                column = curves.columns.get(name)
+                if column is None:
+                    column = curves.columns[name] = Column()
                 column.rows.append(row)
-                column.values.append(_NULL if value is None or not math.isfinite(value) else value)
+                column.values.append(number)
     return curves
 
 
@@ -140,8 +143,11 @@ def _parse(line: str) -> dict[str, Any] | None:
     return values
 
 
-def _is_number(value: Any) -> bool:
-    """Whether it is a number that a double can hold, NaN and infinity included."""
-    if isinstance(value, float):
-        return True
-    return type(value) is int and abs(value) < 2**1000
+def _number(value: Any) -> float | None:
+    """A finite number as it is, NaN for null and what is not finite, and None for what is no number."""
+    if type(value) is float:
+        return value if math.isfinite(value) else _NULL
+    if value is None:
+        return _NULL
+    # Larger integers than a double holds raise in its place.
+    return float(value) if type(value) is int and abs(value) < 2**1000 else None

@@ -116,6 +116,7 @@
       paper_bgcolor: "rgba(0,0,0,0)",
       plot_bgcolor: "rgba(0,0,0,0)",
       font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: colour("ink") },
+      modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("muted"), activecolor: colour("ink") },
       hovermode: "x unified",
       hoverlabel: { bgcolor: colour("surface"), bordercolor: colour("edge"), font: { color: colour("ink"), size: 13 }, namelength: 40 },
       dragmode: state.drags ? "zoom" : false,
@@ -133,9 +134,11 @@
         title: title(panel.unit),
         type: isLog ? "log" : "linear",
         nticks: 6,
-        exponentformat: panel.tick_format ? undefined : "SI",
-        tickformat: panel.tick_format || (isLog ? "~g" : undefined),
-        hoverformat: panel.tick_format || ".5~g",
+        // SI would write 0.0004 as 400 micro.
+        exponentformat: panel.small ? "e" : "SI",
+        rangemode: panel.nonnegative ? "nonnegative" : "normal",
+        tickformat: panel.tick_format,
+        hoverformat: panel.tick_format ? ".4~p" : ".5~g",
       },
     };
   }

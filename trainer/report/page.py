@@ -11,11 +11,13 @@ from typing import Any
 from trainer.atomic_files import write_atomically
 from trainer.report.attempts import Attempt, flatten
 from trainer.report.curves import MAX_POINTS, Curves, thin, training_hours
-from trainer.report.panels import PanelView, panel_views
+from trainer.report.panels import PanelView, section_views
 from trainer.report.run_data import RunData, duration_text, read_runs
 
 _FOLDER = Path(__file__).resolve().parent
 _DIGITS = 7
+# As in page.css and page.js.
+_NUM_COLOURS = 8
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ def render(runs: list[RunData]) -> str:
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs
 
-    panels = panel_views([run.curves for run in runs])
+    sections = section_views([run.curves for run in runs])
+    panels = [panel for section in sections for panel in section.panels]
     page = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_FOLDER),
         autoescape=True,
@@ -67,13 +70,14 @@ def render(runs: list[RunData]) -> str:
     return page.render(
         runs=runs,
         title=runs[0].label if len(runs) == 1 else f"{len(runs)} runs compared",
-        panels=panels,
+        sections=sections,
         axes=_axes([run.curves for run in runs]),
         settings=table_rows([run.config for run in runs]),
         facts=table_rows([_facts(run) for run in runs]),
         attempts=[attempt_rows(run.attempts) for run in runs],
         num_thinned=max((len(run.curves.steps) for run in runs), default=0),
         max_points=MAX_POINTS,
+        num_colours=_NUM_COLOURS,
         num_damaged=sum(run.curves.num_damaged for run in runs),
         written_at=time.strftime("%Y-%m-%d %H:%M %Z"),
         # These are ours, and the data cannot end its element: see _embed.
@@ -154,7 +158,7 @@ def _axes(curves: list[Curves]) -> list[tuple[str, str]]:
     axes = [("step", "Step")]
     if any(one.last("train/tokens") for one in curves):
         axes.append(("tokens", "Tokens"))
-    if any(hours is not None for one in curves for hours in training_hours(one)):
+    if any(one.last("throughput/step_time_s") for one in curves):
         axes.append(("hours", "Hours"))
     return axes
 
@@ -167,6 +171,8 @@ def _plot_data(runs: list[RunData], panels: list[PanelView]) -> dict[str, Any]:
                 "unit": panel.unit,
                 "tick_format": panel.tick_format,
                 "log": panel.is_log,
+                "nonnegative": panel.nonnegative,
+                "small": panel.small,
                 "stacked": panel.stacked,
                 "lines": [
                     {"metric": line.metric, "label": line.label, "smooth": line.smooth, "marked": line.marked}

@@ -9,10 +9,11 @@ from trainer.report.curves import Column, Curves
 # A horizontal axis, and so no plot of its own.
 _AXIS = "train/tokens"
 # Drawn into the same plot, so that training and evaluation can be compared.
-_LOSS = Panel("Loss", ("train/loss", "eval/loss"), "nats per token")
+_LOSS = Panel("Training and held-out loss", ("train/loss", "eval/loss"), "nats per token")
+_LOSS_SECTION = "Loss and evaluation"
 _SECTION_OF_PREFIX = {
     "train": "Learning rate and gradient norm",
-    "eval": "Evaluation",
+    "eval": _LOSS_SECTION,
     "throughput": "Throughput",
     "memory": "Memory",
     "time": "Time shares",
@@ -63,64 +64,85 @@ class PanelView:
 
     Attributes:
         id: names it in the page.
-        order: place of its section.
-        section: heading above it.
         title: what is plotted.
         unit: unit of the vertical axis.
         tick_format: d3 format of the vertical axis; empty leaves it to plotly.
+        nonnegative: whether no value is below 0.
+        small: whether all values are below 1.
         can_be_log: whether all values are positive.
         is_log: whether it starts with a logarithmic axis.
         stacked: whether its lines are shares that add up to 1.
+        is_wide: whether it has a row of its own.
         lines: its curves.
     """
 
     id: str
-    order: int
-    section: str
     title: str
     unit: str
     tick_format: str
+    nonnegative: bool
+    small: bool
     can_be_log: bool
     is_log: bool
     stacked: bool
+    is_wide: bool
     lines: list[Line]
 
 
-def panel_views(runs: list[Curves]) -> list[PanelView]:
+@dataclass(frozen=True)
+class SectionView:
+    """Plots under one heading."""
+
+    title: str
+    panels: list[PanelView]
+
+
+def section_views(runs: list[Curves]) -> list[SectionView]:
     """The plots that these runs have numbers for, in order."""
     names = sorted({name for run in runs for name, column in run.columns.items() if column.finite()} - {_AXIS})
-    plots: list[tuple[int, str, Panel, list[str]]] = []
+    chosen: dict[str, list[tuple[Panel, list[str]]]] = {}
     shown: set[str] = set()
-    titles = [section.title for section in SECTIONS]
-    for order, section in enumerate(SECTIONS):
+    for section in SECTIONS:
+        title = _LOSS_SECTION if section.title in ("Loss", "Evaluation") else section.title
         for panel in section.panels:
-            found = (_LOSS if panel.metrics == ("train/loss",) else panel).matching(names)
-            if found:
-                plots.append((order, section.title, _LOSS if "train/loss" in panel.metrics else panel, found))
+            drawn = _LOSS if panel.metrics == ("train/loss",) else panel
+            if found := drawn.matching(names):
+                chosen.setdefault(title, []).append((drawn, found))
                 shown |= set(found)
+        chosen.setdefault(title, [])
     for name in names:
         if name not in shown:
-            section_title = _SECTION_OF_PREFIX.get(name.partition("/")[0], _OTHER)
-            order = titles.index(section_title) if section_title in titles else len(titles)
-            plots.append((order, section_title, Panel(_title(name), (name,), _unit(name)), [name]))
-    plots.sort(key=lambda plot: plot[0])
-    return [_view(f"p{number}", *plot, runs) for number, plot in enumerate(plots)]
+            title = _SECTION_OF_PREFIX.get(name.partition("/")[0], _OTHER)
+            chosen.setdefault(title, []).append((Panel(_title(name), (name,), _unit(name)), [name]))
+    sections: list[SectionView] = []
+    for title, plots in chosen.items():
+        first = sum(len(section.panels) for section in sections)
+        # Two in a row; what the last row would leave empty goes to the loss, else to the last plot.
+        wide = 0 if title == _LOSS_SECTION else len(plots) - 1
+        views = [
+            _view(f"p{first + place}", panel, found, runs, is_wide=len(plots) % 2 == 1 and place == wide)
+            for place, (panel, found) in enumerate(plots)
+        ]
+        sections.append(SectionView(title, views))
+    return [section for section in sections if section.panels]
 
 
-def _view(identity: str, order: int, section: str, panel: Panel, names: list[str], runs: list[Curves]) -> PanelView:
+def _view(identity: str, panel: Panel, names: list[str], runs: list[Curves], *, is_wide: bool) -> PanelView:
     values = [value for run in runs for name in names for value in run.columns.get(name, Column()).values]
     can_be_log = not panel.stacked and not any(value <= 0 for value in values)
     is_share = panel.unit.startswith("share") or all(name.endswith("_fraction") for name in names)
     return PanelView(
         id=identity,
-        order=order,
-        section=section,
         title=panel.title,
         unit=panel.unit,
-        tick_format=".1~%" if is_share else "",
+        # Percent of two significant digits.
+        tick_format=".2~p" if is_share else "",
+        nonnegative=not any(value < 0 for value in values),
+        small=not any(abs(value) >= 1 for value in values),
         can_be_log=can_be_log,
         is_log=can_be_log and panel.scale == "log",
         stacked=panel.stacked,
+        is_wide=is_wide,
         lines=[
             Line(
                 metric=name,
@@ -140,7 +162,7 @@ def _label(name: str, names: Iterable[str]) -> str:
         return _PREFIX_LABELS.get(prefix, prefix)
     if len(rest) > 1:
         return rest[0]
-    return name.rpartition("/")[2].removesuffix("_fraction").replace("_", " ")
+    return name.rpartition("/")[2].removesuffix("_fraction").replace("_", " ").replace("mfu", "MFU")
 
 
 def _title(name: str) -> str:

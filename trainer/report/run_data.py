@@ -10,6 +10,8 @@ from trainer.report.attempts import Attempt, flatten, read_attempts, read_json, 
 from trainer.report.curves import Curves, read_curves
 from trainer.report.samples import Sample, read_samples
 
+_BILLION = 1e9
+
 
 @dataclass(frozen=True)
 class Headline:
@@ -64,11 +66,17 @@ class RunData:
         return [
             _at_step("Final loss", curves.last("train/loss"), "{:.4f}"),
             _at_step("Best evaluation loss", curves.least("eval/loss"), "{:.4f}"),
-            _at_step("Tokens", curves.last("train/tokens"), "{:,.0f}"),
+            self._tokens(),
             self._tokens_per_s(),
             self._wall_time(),
             self._peak_memory(),
         ]
+
+    def _tokens(self) -> Headline:
+        point = self.curves.last("train/tokens")
+        if point is None or point[1] < _BILLION:
+            return _at_step("Tokens", point, "{:,.0f}")
+        return Headline("Tokens", f"{point[1] / _BILLION:,.2f} billion", f"step {point[0]:,}")
 
     def _tokens_per_s(self) -> Headline:
         values = self._finite("throughput/tokens_per_s")
