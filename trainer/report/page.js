@@ -6,8 +6,11 @@
   const NUM_COLOURS = 8;
   const DASHES = ["solid", "dash", "dot", "dashdot"];
   const SVG_DASHES = ["", "7 4", "2 3", "7 3 2 3"];
-  // Points of a curve up to which each is marked.
+  // Points of a curve up to which each is marked: of evaluations, which are few, and of all others.
+  const MARK_EVALUATIONS_UP_TO = 60;
   const MARK_UP_TO = 12;
+  // Points from which a curve is drawn thinner.
+  const THIN_FROM = 500;
   const AXES = { step: "Step", tokens: "Tokens", hours: "Hours of training" };
   const compares = data.runs.length > 1;
   const darkPreferred = matchMedia("(prefers-color-scheme: dark)");
@@ -69,19 +72,19 @@
         const stepText = state.axis === "step" ? "" : " at step %{customdata:,}";
         const style = {
           name: escapeText(name),
-          line: { color: ink, width: 2, dash: compares ? DASHES[lineIndex % DASHES.length] : "solid" },
+          line: { color: ink, width: series.values.length < THIN_FROM ? 2 : 1.25, dash: compares ? DASHES[lineIndex % DASHES.length] : "solid" },
           hovertemplate: `%{y}${stepText}`,
           // Shares add up to 1; of several runs they would lie upon one another.
           ...(panel.stacked && !compares ? { stackgroup: "shares" } : {}),
         };
-        if (line.marked || series.values.length <= MARK_UP_TO) {
+        if (series.values.length <= (line.marked ? MARK_EVALUATIONS_UP_TO : MARK_UP_TO)) {
           Object.assign(style, { mode: "lines+markers", marker: { color: ink, size: 6 } });
         }
         if (smooths) {
           const faint = { ...style, mode: "lines", opacity: 0.28, hoverinfo: "skip", hovertemplate: undefined, line: { ...style.line, width: 1 } };
           found.push(trace(run, series.rows, series.values, faint));
           const values = smooth(series.means ?? series.values, state.smoothing);
-          found.push(trace(run, series.mean_rows ?? series.rows, values, { ...style, mode: "lines" }));
+          found.push(trace(run, series.mean_rows ?? series.rows, values, { ...style, mode: "lines", line: { ...style.line, width: 2 } }));
         } else {
           found.push(trace(run, series.rows, series.values, style));
         }
