@@ -7,6 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import WebDriverWait
 
 from tests.support import (
     ROOT,
@@ -20,14 +25,6 @@ from tests.support import (
     wait_until,
     write_config,
 )
-
-selenium = pytest.importorskip("selenium", reason="selenium is not installed")
-
-from selenium import webdriver
-from selenium.webdriver.chrome.service import Service
-from selenium.webdriver.common.action_chains import ActionChains
-from selenium.webdriver.common.by import By
-from selenium.webdriver.support.ui import WebDriverWait
 
 _CHROMIUM, _DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 needs_browser = pytest.mark.skipif(
@@ -221,7 +218,7 @@ const seen = (element) => element.getClientRects().length > 0;
 const texts = [...document.querySelectorAll("h1, h2, h3, p, dt, dd b, dd span, button, summary, th, td, pre, label")]
   .filter((element) => seen(element) && element.textContent.trim());
 const curves = [...document.querySelectorAll(".scatterlayer .js-line")];
-const labels = [...document.querySelectorAll(".plot .xtick text, .plot .ytick text, .plot .g-xtitle text, .plot .g-ytitle text")];
+const labels = [...document.querySelectorAll(".plot :is(.xtick, .ytick, .g-xtitle, .g-ytitle) text")];
 const controls = [...document.querySelectorAll("button, summary, input")].filter(seen)
   .map((element) => (element.type === "checkbox" ? element.closest("label") : element));
 return {
