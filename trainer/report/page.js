@@ -149,6 +149,8 @@
   const CONFIG = {
     responsive: true,
     displaylogo: false,
+    // They would cover the theme button.
+    showTips: false,
     displayModeBar: isCoarse ? false : "hover",
     modeBarButtons: [["zoomIn2d", "zoomOut2d", "resetScale2d", "toImage"]],
     doubleClick: "reset",
