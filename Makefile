@@ -19,6 +19,7 @@ quickstart: setup
 	@test -e $(QUICKSTART)/sample.txt || { \
 		$(BIN)/shardline generate $(QUICKSTART) --prompt "$(PROMPT)" --temperature 0.5 > $(QUICKSTART)/sample.partial && \
 		mv $(QUICKSTART)/sample.partial $(QUICKSTART)/sample.txt && \
+		$(BIN)/shardline report $(QUICKSTART) && \
 		printf '\nsample:\n' && cat $(QUICKSTART)/sample.txt; }
 
 check: setup

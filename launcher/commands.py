@@ -110,6 +110,20 @@ def generate(
 
 
 @app.command()
+def report(
+    run_folders: Annotated[
+        list[str], typer.Argument(help="Folders of runs, output_dir/name.", metavar="RUN [RUN ...]")
+    ],
+    to: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Page to write; RUN/report.html, or comparison.html for several runs."),
+    ] = None,
+) -> None:
+    """Write a run's page of plots for a browser, or one that compares several runs."""
+    _become("trainer.report", *run_folders, *_option("--to", to))
+
+
+@app.command()
 def bench(
     name: Annotated[str, typer.Argument(help="data: the loader alone.", metavar="NAME")],
     arguments: Annotated[list[str] | None, typer.Argument(help="Options of that benchmark, after --.")] = None,

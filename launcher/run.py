@@ -13,6 +13,7 @@ from sharding.errors import EXIT_FINISHED, RunFailure, UserError
 from trainer.config import RunConfig
 from trainer.data.prepared import PreparedCorpus, find_prepared
 from trainer.lease import Lease
+from trainer.report.end_of_run import write_run_report
 from trainer.run_folder import RunFolder
 
 
@@ -47,7 +48,10 @@ def run(config_path: str, overrides: Sequence[str], nproc_per_node: int | None, 
             print(f"note: {sentence}")
         attempt = run_folder.begin_attempt(config, plan.world, sys.argv)
         variables = {variable.name: variable.value for variable in plan.variables}
-        return run_ranks(plan.command(port), variables, run_folder, attempt, lease.token)
+        exit_code = run_ranks(plan.command(port), variables, run_folder, attempt, lease.token)
+        # Rank 0 writes it, unless it died.
+        write_run_report(run_folder, lease.token, lambda sentence: print(f"warning: {sentence}", file=sys.stderr))
+        return exit_code
     finally:
         lease.release()
 

@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str | bytes) -> None:
     """Write a file so that a reader sees either the old contents or the new, even across a crash."""
     temporary = _write_beside(path, text)
     try:
@@ -39,12 +39,12 @@ def _create_exclusively(path: Path, text: str) -> bool:
     return True
 
 
-def _write_beside(path: Path, text: str) -> Path:
+def _write_beside(path: Path, text: str | bytes) -> Path:
     """A temporary file in the same folder, whose name is its own on every node that shares the folder."""
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     temporary = Path(name)
     try:
-        with os.fdopen(descriptor, "w") as file:
+        with os.fdopen(descriptor, "w" if isinstance(text, str) else "wb") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

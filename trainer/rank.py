@@ -23,6 +23,7 @@ from trainer.loop import Ending, Trainer
 from trainer.observers import Observers
 from trainer.randomness import use_deterministic_kernels
 from trainer.rank_logs import redirect_output
+from trainer.report.end_of_run import write_run_report
 from trainer.run_folder import RunFolder
 from trainer.stopping import StopRequest
 from trainer.threads import threads_per_rank
@@ -46,6 +47,11 @@ class _Progress:
     def step(self) -> int:
         return self.trainer.step if self.trainer is not None else 0
 
+    def warn(self, sentence: str) -> None:
+        """Tell a person, on the console where there is one."""
+        console = self.observers.console if self.observers is not None else None
+        (console.warning if console is not None else _log.warning)(sentence)
+
 
 def main(arguments: Sequence[str]) -> NoReturn:
     """Run one rank and exit with its status: 0 finished, 75 stopped and saved, 2 bad input, 1 failed."""
@@ -61,6 +67,9 @@ def main(arguments: Sequence[str]) -> NoReturn:
         if _log.handlers:
             _log.error("%s", traceback.format_exc())
         exit_code = _report(progress, "failed", EXIT_FAILED, f"{type(error).__name__}: {error}")
+    if progress.rank == 0 and progress.run_folder is not None:
+        token = progress.lease.token if progress.lease is not None else None
+        write_run_report(progress.run_folder, token, progress.warn)
     if progress.observers is not None:
         progress.observers.close(exit_code)
     if progress.lease is not None:

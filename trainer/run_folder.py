@@ -30,6 +30,7 @@ class RunFolder:
         self.checkpoints_dir = path / "checkpoints"
         self.stop_file = path / "stop"
         self.outcome_file = path / "outcome.json"
+        self.report_file = path / "report.html"
 
     def log_dir(self, attempt: int) -> Path:
         """Where the logs of one attempt go."""

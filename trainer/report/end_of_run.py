@@ -1,0 +1,32 @@
+"""The report that a run writes of itself when it ends. Nothing depends on it: whatever goes wrong is a warning."""
+
+from collections.abc import Callable
+
+from trainer.lease import is_taken_over
+from trainer.run_folder import RunFolder
+
+
+def write_run_report(run_folder: RunFolder, lease_token: str | None, warn: Callable[[str], None]) -> None:
+    """Write report.html, unless it is there and newer than the outcome, or the folder is another process's by now.
+
+    Args:
+        run_folder: the run's folder.
+        lease_token: proof that the folder is ours; None where no lease was taken.
+        warn: tells a person why there is no report.
+    """
+    try:
+        if is_taken_over(run_folder.path, lease_token) or _is_current(run_folder):
+            return
+        # Not needed until a run ends.
+        from trainer.report.page import write_report
+
+        write_report([run_folder.path], run_folder.report_file)
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - no report may change how a run ends
+        warn(f"{run_folder.report_file} was not written: {str(error) or type(error).__name__}")
+
+
+def _is_current(run_folder: RunFolder) -> bool:
+    try:
+        return run_folder.report_file.stat().st_mtime_ns > run_folder.outcome_file.stat().st_mtime_ns
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,156 @@
+"""What a report shows of one run, read from its folder."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from sharding.errors import UserError
+from trainer.report.attempts import Attempt, flatten, read_attempts, read_json, read_yaml
+from trainer.report.curves import Curves, read_curves
+from trainer.report.samples import Sample, read_samples
+
+_BILLION = 1e9
+
+
+@dataclass(frozen=True)
+class Headline:
+    """One number that sums up a run.
+
+    Attributes:
+        title: what it is.
+        value: the number, for people, with its unit.
+        note: where it comes from, such as its step.
+    """
+
+    title: str
+    value: str
+    note: str
+
+
+@dataclass(frozen=True)
+class RunData:
+    """One run.
+
+    Attributes:
+        label: what tells it from the other runs of the report.
+        path: its folder as it was given.
+        config: its configuration, flat.
+        outcome: how the last attempt ended; empty where nobody could say, or it has not ended.
+        attempts: its attempts.
+        curves: its metrics.
+        samples: texts.
+    """
+
+    label: str
+    path: Path
+    config: dict[str, Any]
+    outcome: dict[str, Any]
+    attempts: list[Attempt]
+    curves: Curves
+    samples: list[Sample]
+
+    @property
+    def status(self) -> str:
+        """How it ended, in a word."""
+        return str(self.outcome.get("status", "no outcome"))
+
+    @property
+    def description(self) -> str:
+        """What its log says of the model and how it is sharded."""
+        return next((attempt.model for attempt in reversed(self.attempts) if attempt.model), "")
+
+    def headlines(self) -> list[Headline]:
+        """The numbers at the top; those that nobody measured are a dash."""
+        curves = self.curves
+        return [
+            _at_step("Final loss", curves.last("train/loss"), "{:.4f}"),
+            _at_step("Best evaluation loss", curves.least("eval/loss"), "{:.4f}"),
+            self._tokens(),
+            self._tokens_per_s(),
+            self._wall_time(),
+            self._peak_memory(),
+        ]
+
+    def _tokens(self) -> Headline:
+        point = self.curves.last("train/tokens")
+        if point is None or point[1] < _BILLION:
+            return _at_step("Tokens", point, "{:,.0f}")
+        return Headline("Tokens", f"{point[1] / _BILLION:,.2f} billion", f"step {point[0]:,}")
+
+    def _tokens_per_s(self) -> Headline:
+        values = self._finite("throughput/tokens_per_s")
+        mfu = self._finite("throughput/mfu")
+        note = f"median, {median(mfu):.1%} MFU" if mfu else "median"
+        return Headline("Tokens/s", f"{median(values):,.0f}", note) if values else _missing("Tokens/s")
+
+    def _wall_time(self) -> Headline:
+        durations = [attempt.duration_s for attempt in self.attempts]
+        known = [duration for duration in durations if duration is not None]
+        if not known:
+            return _missing("Wall time")
+        count = f"{len(known)} of {len(durations)} attempts" if len(known) < len(durations) else ""
+        whole = "1 attempt" if len(durations) == 1 else f"{len(durations)} attempts"
+        return Headline("Wall time", duration_text(sum(known)), count or whole)
+
+    def _peak_memory(self) -> Headline:
+        values = self._finite("memory/peak_gib")
+        return Headline("Peak memory", f"{max(values):.2f} GiB", "one rank") if values else _missing("Peak memory")
+
+    def _finite(self, metric: str) -> list[float]:
+        column = self.curves.columns.get(metric)
+        return column.finite() if column is not None else []
+
+
+def read_runs(paths: list[Path]) -> list[RunData]:
+    """Read several run folders.
+
+    Raises:
+        UserError: a path is no run folder, or is given twice.
+    """
+    resolved = [path.resolve() for path in paths]
+    for path, place in zip(paths, resolved, strict=True):
+        if not (path / "config.yaml").exists():
+            raise UserError(f"{path} is not a run folder: it has no config.yaml; check the path.")
+        if resolved.count(place) > 1:
+            raise UserError(f"{path} is given twice; name each run once.")
+    labels = distinct_labels(resolved)
+    return [_read_run(path, label) for path, label in zip(paths, labels, strict=True)]
+
+
+def distinct_labels(paths: list[Path]) -> list[str]:
+    """The end of each path, as long as it takes to tell them apart."""
+    for length in range(1, max(len(path.parts) for path in paths)):
+        labels = ["/".join(path.parts[-length:]) for path in paths]
+        if len(set(labels)) == len(paths):
+            return labels
+    return [str(path) for path in paths]
+
+
+def duration_text(seconds: float) -> str:
+    """A duration for people: 42 s, 3 min 20 s, 5 h 07 min."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def _read_run(path: Path, label: str) -> RunData:
+    return RunData(
+        label=label,
+        path=path,
+        config=flatten(read_yaml(path / "config.yaml")),
+        outcome=read_json(path / "outcome.json"),
+        attempts=read_attempts(path),
+        curves=read_curves(path / "metrics.jsonl"),
+        samples=read_samples(path),
+    )
+
+
+def _at_step(title: str, point: tuple[int, float] | None, form: str) -> Headline:
+    return Headline(title, form.format(point[1]), f"step {point[0]:,}") if point is not None else _missing(title)
+
+
+def _missing(title: str) -> Headline:
+    return Headline(title, "-", "not measured")

@@ -1,0 +1,66 @@
+"""Text to show in a report: what the model wrote, and a document it was evaluated on."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from sharding.errors import UserError
+from trainer.config import load_config
+from trainer.data.prepared import PreparedCorpus, find_prepared
+
+_MAX_CHARACTERS = 4000
+_MAX_TOKENS = 1000
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A piece of text.
+
+    Attributes:
+        title: what it is.
+        text: the text.
+        is_cut: whether there is more of it than is shown.
+    """
+
+    title: str
+    text: str
+    is_cut: bool
+
+
+def read_samples(run_dir: Path) -> list[Sample]:
+    """A run's samples; those whose sources are gone are left out."""
+    return [sample for sample in (_generated(run_dir), _document(run_dir)) if sample is not None]
+
+
+def _generated(run_dir: Path) -> Sample | None:
+    try:
+        with (run_dir / "sample.txt").open(errors="replace") as file:
+            text = file.read(_MAX_CHARACTERS + 1)
+    except OSError:
+        return None
+    return Sample("Written by the model", text[:_MAX_CHARACTERS], len(text) > _MAX_CHARACTERS)
+
+
+def _document(run_dir: Path) -> Sample | None:
+    """The beginning of the first held-out document, or of the first training document where none is held out."""
+    try:
+        corpus = find_prepared(load_config(run_dir / "config.yaml").data)
+        if corpus is None:
+            return None
+        split = next(name for name in ("validation", "train") if corpus.manifest.splits[name].num_documents)
+        return _first_document(corpus, split)
+    except (UserError, OSError, KeyError, StopIteration):
+        return None
+
+
+def _first_document(corpus: PreparedCorpus, split: str) -> Sample | None:
+    from tokenizers import Tokenizer
+
+    path = corpus.tokenizer_dir / "tokenizer.json"
+    if not path.exists():
+        return None
+    stream = corpus.stream(split)
+    first = stream.documents_between(0, min(stream.num_tokens, _MAX_TOKENS))[0]
+    text = Tokenizer.from_file(str(path)).decode(stream.read(0, first.stop).tolist(), skip_special_tokens=True)
+    kind = "Held-out document" if split == "validation" else "Training document"
+    is_cut = first.stop == _MAX_TOKENS or len(text) > _MAX_CHARACTERS
+    return Sample(f"{kind}: {first.source_id}", text[:_MAX_CHARACTERS], is_cut)
