@@ -1,0 +1,214 @@
+"""What all contestants share: model, initial parameters, data, optimizer, schedule, and what they report."""
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.distributed import DistributedSampler
+
+from benchmarks.turns import StepEdge
+from sharding.process_group import Ranks
+from trainer.config import RunConfig
+from trainer.data.loader import IGNORED_LABEL, Batch, read_sequences
+from trainer.data.order import SampleOrder
+from trainer.data.prepare import PreparedCorpus
+from trainer.data.shards import TokenStream, num_samples
+from trainer.models import Vocabulary, build_model_config
+from trainer.optimizers import optimizer_factory
+from trainer.schedules import learning_rate
+from trainer.validation import accumulation_steps
+
+
+@dataclass(frozen=True)
+class Contest:
+    """One size of the contest on one rank.
+
+    Attributes:
+        config: the run that all contestants train.
+        ranks: this rank's place.
+        corpus: where sequences come from.
+        initial: the parameters that all start from, by name.
+        num_steps: steps that anyone will take at most.
+        compute_dtype: format of matrix products.
+        folder: scratch space of this rank's contestants.
+    """
+
+    config: RunConfig
+    ranks: Ranks
+    corpus: PreparedCorpus
+    initial: Mapping[str, torch.Tensor]
+    num_steps: int
+    compute_dtype: torch.dtype
+    folder: Path
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro-batches of one rank in one step."""
+        return accumulation_steps(self.config, self.ranks.world_size)
+
+    @property
+    def uses_bf16(self) -> bool:
+        """Whether matrix products are bf16; fp32 otherwise."""
+        return self.compute_dtype is torch.bfloat16
+
+    def is_logged(self, step: int) -> bool:
+        """Whether metrics of a step, counted from 1, are logged."""
+        return step % self.config.metrics.every_steps == 0
+
+    def build_model(self) -> nn.Module:
+        """A transformers model with the initial parameters, on this rank's device, in training mode."""
+        from transformers import AutoModelForCausalLM
+
+        vocabulary = Vocabulary(self.corpus.vocab_size, self.corpus.eos_token_id)
+        model_config = build_model_config(self.config.model, vocabulary, self.config.data.sequence_length)
+        model: nn.Module = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
+        model.to(self.ranks.device).train()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(self.initial[name])
+        return model
+
+    def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """Fused AdamW, vectors not decayed."""
+        return optimizer_factory(self.config.optimizer)(list(model.named_parameters()))
+
+    def build_schedule(
+        self, optimizer: torch.optim.Optimizer, calls_per_step: int = 1
+    ) -> torch.optim.lr_scheduler.LambdaLR:
+        """The run's learning rates as torch's scheduler.
+
+        Args:
+            optimizer: whose rate is set.
+            calls_per_step: how often the scheduler's ``step`` is called in one optimizer step.
+        """
+        peak, schedule = self.config.optimizer.lr, self.config.schedule
+
+        def factor(num_calls: int) -> float:
+            return learning_rate(num_calls // calls_per_step + 1, peak, schedule, schedule.total_steps) / peak
+
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+    def dataset(self, *, with_shift_labels: bool = False) -> "PackedSequences":
+        """All sequences of the contest, in the order in which Shardline visits them.
+
+        Args:
+            with_shift_labels: give the labels also under the name that transformers has for shifted ones.
+        """
+        length = self.config.data.sequence_length
+        stream = self.corpus.stream("train")
+        order = SampleOrder(self.config.seed, num_samples(stream.num_tokens, length), self.config.data.shuffle)
+        indices = order.indices(np.arange(self.num_steps * self.config.batch.global_size))
+        return PackedSequences(stream, indices.tolist(), length, with_shift_labels)
+
+    def build_loader(self) -> DataLoader[Batch]:
+        """Micro-batches of this rank as torch's documentation has it: DataLoader and DistributedSampler.
+
+        Within a step the ranks divide the sequences otherwise than Shardline does; the step's sequences are the same.
+        No worker processes: to read a batch from mapped memory costs less than to receive it from another process.
+        """
+        dataset = self.dataset()
+        world_size, rank = self.ranks.world_size, self.ranks.rank
+        sampler: DistributedSampler[Batch] = DistributedSampler(dataset, world_size, rank, shuffle=False)
+        return DataLoader(dataset, batch_size=self.config.batch.micro_size, sampler=sampler, collate_fn=as_read)
+
+
+class PackedSequences(Dataset[Batch]):
+    """Packed sequences by position; a whole batch is read at once, into pinned memory where there is a GPU."""
+
+    def __init__(
+        self, stream: TokenStream, indices: list[int], sequence_length: int, with_shift_labels: bool = False
+    ) -> None:
+        """Serve the stream's sequences ``indices[position]``."""
+        self._stream = stream
+        self._indices = indices
+        self._sequence_length = sequence_length
+        self._with_shift_labels = with_shift_labels
+
+    def __len__(self) -> int:
+        """Positions."""
+        return len(self._indices)
+
+    def __getitem__(self, position: int) -> Batch:
+        """One sequence as a batch of one."""
+        return self.__getitems__([position])
+
+    def __getitems__(self, positions: Sequence[int]) -> Batch:
+        """Called by DataLoader for a batch; see ``trainer.data.loader.read_sequences``."""
+        indices = [self._indices[position] for position in positions]
+        batch = read_sequences(self._stream, indices, self._sequence_length)
+        return batch | {"shift_labels": batch["labels"]} if self._with_shift_labels else batch
+
+
+def as_read(batch: Any) -> Any:
+    """Collates nothing: the data set reads whole batches."""
+    return batch
+
+
+def ddp_options() -> dict[str, Any]:
+    """DistributedDataParallel for speed: gradients are views of its buckets, buffers are not broadcast."""
+    parameters = inspect.signature(DistributedDataParallel.__init__).parameters
+    # torch 2.13 renamed the argument.
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
+    return {"gradient_as_bucket_view": True, buffers: False}
+
+
+def count_targets(batches: Sequence[Batch]) -> torch.Tensor:
+    """Valid targets of some micro-batches, an int64 scalar where the labels are."""
+    return torch.stack([(batch["labels"] != IGNORED_LABEL).sum() for batch in batches]).sum()
+
+
+def summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy summed over targets, in fp32; the loss that Shardline's task computes."""
+    return functional.cross_entropy(
+        logits.flatten(0, 1).float(), labels.flatten(), reduction="sum", ignore_index=IGNORED_LABEL
+    )
+
+
+@dataclass
+class StepLog:
+    """What a contestant logged, as it logged it.
+
+    Attributes:
+        losses: mean loss by step.
+        averaged_over: steps that one loss is the mean of.
+        others: gradient norm and learning rate by step.
+    """
+
+    losses: dict[int, float] = field(default_factory=dict)
+    averaged_over: int = 1
+    others: dict[int, tuple[float, float]] = field(default_factory=dict)
+
+    def add(self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor | None, rate: float | torch.Tensor) -> None:
+        """Keep one step's metrics; waits for the device."""
+        self.losses[step] = loss.item()
+        self.others[step] = (grad_norm.item() if grad_norm is not None else math.nan, float(rate))
+
+
+class Contestant(Protocol):
+    """One way to train.
+
+    Attributes:
+        name: what it is called in results.
+        settings: how it is set up, for the reader of a result.
+    """
+
+    name: str
+    settings: dict[str, Any]
+
+    def run(self, step_edge: StepEdge) -> None:
+        """Train; call ``step_edge`` after each step, for as long as it returns."""
+
+    def step_log(self) -> StepLog:
+        """What was logged so far; asked between steps, on rank 0."""
+
+
+BuildContestant = Callable[[Contest], Contestant]

@@ -1,0 +1,97 @@
+"""A plain PyTorch loop, the yardstick."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from benchmarks.contestants.contest import Contest, StepLog, count_targets, ddp_options, summed_loss
+from benchmarks.turns import StepEdge
+
+
+class PlainLoop:
+    """What someone who knows PyTorch writes by hand, and no more.
+
+    Included: DataLoader with DistributedSampler; the model in DistributedDataParallel with gradients as views of its
+    buckets and no buffer broadcast, silent until the last micro-batch (``no_sync``); a loss normalised by the valid
+    targets of the whole global batch, which takes an all-reduce of their number; bf16 autocast on GPUs; clipping by
+    ``clip_grad_norm_``; fused AdamW whose vectors are not decayed; a LambdaLR schedule; loss, gradient norm and rate
+    read and kept every so many steps.
+
+    Left out, though Shardline does them: agreement on stopping, skipping of steps that are not finite, random
+    generators seeded by the step, throughput and memory, metrics on disk, reading ahead. On one rank there is no
+    DistributedDataParallel.
+    """
+
+    name = "plain"
+
+    def __init__(self, contest: Contest) -> None:
+        """Set up model, optimizer and loader."""
+        self._contest = contest
+        self._log = StepLog()
+        device = contest.ranks.device
+        self._model: nn.Module = contest.build_model()
+        self._parameters = list(self._model.parameters())
+        self._optimizer = contest.build_optimizer(self._model)
+        self._schedule = contest.build_schedule(self._optimizer)
+        self._is_distributed = contest.ranks.world_size > 1
+        if self._is_distributed:
+            device_ids = [device.index] if device.type == "cuda" else None
+            self._model = DistributedDataParallel(self._model, device_ids=device_ids, **ddp_options())
+        self._step_losses: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.settings: dict[str, Any] = ddp_options() if self._is_distributed else {}
+
+    def run(self, step_edge: StepEdge) -> None:
+        """See Contestant."""
+        contest = self._contest
+        device, world_size = contest.ranks.device, contest.ranks.world_size
+        micro_batches = iter(contest.build_loader())
+        for step in range(1, contest.num_steps + 1):
+            batches = [
+                {name: tensor.to(device, non_blocking=True) for name, tensor in next(micro_batches).items()}
+                for _ in range(contest.accumulation_steps)
+            ]
+            num_targets = count_targets(batches)
+            if self._is_distributed:
+                dist.all_reduce(num_targets)
+            loss_sum = torch.zeros((), device=device)
+            for index, batch in enumerate(batches):
+                with self._communication(is_last=index == len(batches) - 1):
+                    with torch.autocast(device.type, torch.bfloat16, enabled=contest.uses_bf16):
+                        logits = self._model(input_ids=batch["input_ids"], use_cache=False).logits
+                        loss = summed_loss(logits, batch["labels"])
+                    # DDP averages gradients over ranks; the loss is a sum over them.
+                    (loss * world_size / num_targets).backward()
+                loss_sum += loss.detach()
+            grad_norm = nn.utils.clip_grad_norm_(self._parameters, contest.config.optimizer.clip_norm)
+            self._optimizer.step()
+            self._schedule.step()
+            self._optimizer.zero_grad()
+            self._step_losses.append((loss_sum, num_targets))
+            if contest.is_logged(step):
+                total = loss_sum.clone()
+                if self._is_distributed:
+                    dist.all_reduce(total)
+                self._log.add(step, total / num_targets, grad_norm, self._schedule.get_last_lr()[0])
+            step_edge()
+
+    def step_losses(self) -> torch.Tensor:
+        """The mean loss of every step so far, fp64 [steps] on the host; every rank must call it, between steps."""
+        if not self._step_losses:
+            return torch.empty(0, dtype=torch.float64)
+        sums = torch.stack([loss_sum for loss_sum, _ in self._step_losses]).double().cpu()
+        counts = torch.stack([num_targets for _, num_targets in self._step_losses]).double().cpu()
+        dist.all_reduce(sums)
+        return sums / counts
+
+    def step_log(self) -> StepLog:
+        """See Contestant."""
+        return self._log
+
+    def _communication(self, *, is_last: bool) -> AbstractContextManager[None]:
+        if is_last or not isinstance(self._model, DistributedDataParallel):
+            return nullcontext()
+        return self._model.no_sync()

@@ -1,0 +1,219 @@
+"""``shardline bench overhead``: a step of Shardline beside the same step of a plain loop and of its peers.
+
+``python -m benchmarks.overhead [--sizes tiny,quickstart] [--pairs 300] [--warmup 22] [--output FOLDER] [--nproc N]
+[key=value ...]``
+
+A plain PyTorch loop, Shardline, Accelerate, Lightning Fabric and the Trainer of transformers train the same model from
+the same parameters on the same batches, all in one process group, taking turns step by step. Each row of the result is
+a median step time and its ratio to the plain loop's. See docs/benchmarks.md.
+"""
+
+import argparse
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.assignment import Assignment
+from benchmarks.facts import collect_facts
+from benchmarks.overhead_table import markdown
+from sharding.errors import EXIT_BAD_INPUT, UserError
+from trainer.config import RunConfig, load_config
+from trainer.data.prepare import prepare_corpus
+from trainer.threads import threads_per_rank
+from trainer.validation import World, validate
+
+PACKAGES = ("torch", "transformers", "accelerate", "lightning-fabric", "numpy")
+
+SIZES: dict[str, list[str]] = {
+    # So little arithmetic that what a step costs is mostly what the host does around it.
+    "tiny": [
+        "model.config.hidden_size=64",
+        "model.config.intermediate_size=128",
+        "model.config.num_hidden_layers=2",
+        "model.config.num_attention_heads=2",
+        "model.config.num_key_value_heads=2",
+        "data.sequence_length=32",
+        "batch.micro_size=2",
+        "optimizer.lr=1e-3",
+    ],
+    "quickstart": [],
+}
+"""Changes to configs/quickstart.yaml."""
+
+_ACCUMULATION_STEPS = 2
+_LOG_EVERY_STEPS = 10
+# Two logged losses of every contestant lie within the warm-up; transformers writes one a step late.
+MIN_WARMUP = 2 * _LOG_EVERY_STEPS + 2
+_INTERRUPTED = 130
+_NUM_LOG_LINES = 40
+_POLL_EVERY_S = 0.5
+_QUICKSTART = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure, write raw times and a table, and print the table; returns the exit status."""
+    options = _parse(arguments)
+    try:
+        return _measure(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="shardline bench overhead")
+    parser.add_argument("--sizes", default=",".join(SIZES), help=f"of {', '.join(SIZES)}; separated by commas")
+    parser.add_argument("--pairs", type=int, default=300, help="measured steps of each contestant")
+    parser.add_argument("--warmup", type=int, default=MIN_WARMUP, help="steps of each contestant that are discarded")
+    parser.add_argument("--nproc", type=int, default=0, help="ranks; 0 means one per GPU, or 2 where there is none")
+    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="folder for the results")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the run that all train")
+    return parser.parse_intermixed_args(arguments)
+
+
+def _measure(options: argparse.Namespace) -> int:
+    num_ranks = options.nproc or torch.cuda.device_count() or 2
+    sizes = _sizes(options)
+    configs = {size: contest_config(size, num_ranks, options.overrides) for size in sizes}
+    if options.warmup < MIN_WARMUP or options.pairs < 1:
+        raise UserError(
+            f"--warmup {options.warmup} --pairs {options.pairs}: at least {MIN_WARMUP} steps of warm-up are needed, in "
+            "which losses are compared, and 1 pair; raise them."
+        )
+    for config in configs.values():
+        prepare_corpus(config.data)
+    device = "gpu" if torch.cuda.is_available() else "cpu"
+    options.output.mkdir(parents=True, exist_ok=True)
+    raw = options.output / f"overhead_{num_ranks}x{device}_{time.strftime('%Y%m%d_%H%M%S')}.jsonl"
+    facts = collect_facts(PACKAGES) | {"command": ["shardline", "bench", "overhead", *sys.argv[1:]]}
+    status = 0
+    for size, config in configs.items():
+        threads = threads_per_rank(config, num_ranks, os.environ)
+        assignment = Assignment(
+            size, config.model_dump(mode="json", by_alias=True), options.warmup, options.pairs, threads, str(raw)
+        )
+        _append(raw, {"size": size, "kind": "header", "num_ranks": num_ranks, **facts, **asdict(assignment)})
+        status = _run_ranks(assignment, num_ranks, raw.with_suffix(".log"))
+        _append(raw, {"size": size, "kind": "end", "exit_code": status, "load_average": os.getloadavg()})
+        if status:
+            break
+    table = markdown([json.loads(line) for line in raw.read_text().splitlines()], raw.name)
+    raw.with_suffix(".md").write_text(table)
+    print(f"\n{table}\nwritten to {raw} and .md; what libraries said is in .log")
+    return status
+
+
+def _sizes(options: argparse.Namespace) -> list[str]:
+    sizes = options.sizes.split(",")
+    unknown = [size for size in sizes if size not in SIZES]
+    if unknown:
+        raise UserError(f"--sizes {options.sizes}: there is no size {unknown[0]}; there are {', '.join(SIZES)}.")
+    return sizes
+
+
+def contest_config(size: str, num_ranks: int, overrides: Sequence[str]) -> RunConfig:
+    """The run that all contestants train: the quickstart's, cut to a size, under DDP (one rank: no strategy).
+
+    Args:
+        size: one of ``SIZES``.
+        num_ranks: ranks; the global batch grows with them, two micro-batches a rank.
+        overrides: ``key=value`` changes of the user's, last.
+
+    Raises:
+        UserError: the overrides do not fit.
+    """
+    fixed = [
+        f"name={size}",
+        "steps=1000000",
+        "schedule.total_steps=1000",
+        f"parallel.strategy={'ddp' if num_ranks > 1 else 'none'}",
+        f"metrics.every_steps={_LOG_EVERY_STEPS}",
+        "evaluation.every_steps=0",
+        "checkpoint.every_steps=0",
+        "tracking.wandb.mode=disabled",
+    ]
+    config = load_config(_QUICKSTART, [*SIZES[size], *fixed, *overrides])
+    global_size = config.batch.micro_size * _ACCUMULATION_STEPS * num_ranks
+    if not any(override.startswith("batch.global_size=") for override in overrides):
+        config = config.model_copy(update={"batch": config.batch.model_copy(update={"global_size": global_size})})
+    validate(config, World(num_ranks, has_gpu=torch.cuda.is_available()))
+    return config
+
+
+def _run_ranks(assignment: Assignment, num_ranks: int, log: Path) -> int:
+    """Start the ranks of one size and see them end; returns their exit status, or 130 if interrupted.
+
+    What libraries warn of goes to the log; the end of it is shown where a rank failed.
+    """
+    with tempfile.TemporaryDirectory(prefix="shardline-bench-") as folder, log.open("a") as stderr:
+        path = Path(folder) / "assignment.json"
+        path.write_text(json.dumps(asdict(assignment)))
+        command = [sys.executable, "-m", "benchmarks.overhead_rank", str(path)]
+        shared = {"OMP_NUM_THREADS": str(assignment.threads), "TOKENIZERS_PARALLELISM": "false"}
+        port = _free_port()
+        ranks = [
+            subprocess.Popen(command, env=os.environ | shared | _variables(rank, num_ranks, port), stderr=stderr)
+            for rank in range(num_ranks)
+        ]
+        try:
+            status = _wait(ranks)
+        except KeyboardInterrupt:
+            # What was measured so far stands in the file.
+            return _INTERRUPTED
+        finally:
+            for process in ranks:
+                process.kill()
+                process.wait()
+    if status:
+        print("\n".join(log.read_text().splitlines()[-_NUM_LOG_LINES:]), file=sys.stderr)
+    return status
+
+
+def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
+    """Wait until all have ended well, or one has not; returns its exit status."""
+    while True:
+        statuses = [process.poll() for process in ranks]
+        failed = [status for status in statuses if status]
+        if failed or None not in statuses:
+            return failed[0] if failed else 0
+        time.sleep(_POLL_EVERY_S)
+
+
+def _variables(rank: int, num_ranks: int, port: int) -> dict[str, str]:
+    """What torchrun sets for a rank of one machine."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _append(path: Path, row: dict[str, Any]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    # A batch system's request to end is an interrupt: the table of what was measured is still written.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.exit(main(sys.argv[1:]))
