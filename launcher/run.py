@@ -47,7 +47,7 @@ def run(config_path: str, overrides: Sequence[str], nproc_per_node: int | None, 
             print(f"note: {sentence}")
         attempt = run_folder.begin_attempt(config, plan.world, sys.argv)
         variables = {variable.name: variable.value for variable in plan.variables}
-        return run_ranks(plan.command(port), variables, run_folder, attempt, lease.token)
+        return run_ranks(launcher, plan.command(port), variables, run_folder, attempt, lease.token)
     finally:
         lease.release()
 

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Mapping
 
 LAUNCHER_PID_VARIABLE = "SHARDLINE_LAUNCHER_PID"
+# `accelerate launch` sets it in every process, and of a single process no rank.
+ACCELERATE_VARIABLE = "ACCELERATE_DYNAMO_BACKEND"
 _PR_SET_PDEATHSIG = 1
 
 
@@ -27,7 +29,7 @@ def die_with_parent() -> None:
 
 def is_started_by_launcher(environment: Mapping[str, str]) -> bool:
     """Whether a launcher started this rank. A rank that a person started from a shell should outlive the shell."""
-    return "RANK" in environment
+    return "RANK" in environment or ACCELERATE_VARIABLE in environment
 
 
 def _is_running(pid: int) -> bool:
