@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from sharding.process_lifetime import die_with_parent
+from sharding.process_lifetime import die_with_parent, stop_with_deepspeed
 from trainer.run_folder import RunFolder
 from trainer.stopping import StopRequest
 
@@ -19,6 +19,7 @@ BEHAVIOUR, FOLDER, RANK = sys.argv[-2], RunFolder(Path(sys.argv[-1])), int(os.en
 
 def main() -> int:
     die_with_parent()
+    stop_with_deepspeed()
     stop = StopRequest()
     stop.install_handlers()
     (FOLDER.path / f"pid-{RANK}.tmp").write_text(str(os.getpid()))

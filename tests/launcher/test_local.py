@@ -1,5 +1,6 @@
 """Supervision: a real launcher and each real agent over stand-in ranks, and every way they can end."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 
 from launcher import local
 from launcher.local import _StopSignals
-from tests.support import ROOT, command_environment, wait_until
+from tests.support import ROOT, command_environment, free_port, wait_until
 from trainer.run_folder import RunFolder
 
 pytestmark = pytest.mark.timeout(60)
@@ -144,6 +145,38 @@ def test_nothing_outlives_a_killed_agent(supervise: Callable[..., Supervised], l
     assert (status, last) == (1, f"error: {launcher}'s agent was killed by SIGKILL without a report")
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_ranks_save_and_stop_when_the_bare_deepspeed_command_is_killed(tmp_path: Path, number: signal.Signals) -> None:
+    """DeepSpeed itself would leave its launcher and the ranks running."""
+    folder = RunFolder(tmp_path)
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus=2", f"--master_port={free_port()}"]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [*command, "--module", "tests.launcher.stand_in_rank", "stoppable", str(tmp_path)],
+            cwd=ROOT,
+            env=command_environment(),
+            stdout=log,
+            stderr=log,
+        )
+    wait_until(lambda: all((tmp_path / f"pid-{rank}").exists() for rank in (0, 1)), what="ranks")
+    process.send_signal(number)
+    process.wait(10)
+    wait_until(lambda: not _alive_of(tmp_path), timeout_s=10, what="the end of launcher and ranks")
+    outcome = folder.read_outcome()
+    assert outcome is not None
+    assert outcome["exit_code"] == 75
+
+
+def _alive_of(path: Path) -> list[int]:
+    """Processes that have this folder on their command line; a zombie has none."""
+    alive = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if str(path) in (entry / "cmdline").read_text().split("\0"):
+                alive.append(int(entry.name))
+    return alive
+
+
 @each_agent
 def test_a_killed_rank_is_named_and_not_what_its_peers_make_of_it(
     supervise: Callable[..., Supervised], launcher: str
@@ -157,13 +190,13 @@ def test_a_killed_rank_is_named_and_not_what_its_peers_make_of_it(
     assert (outcome["status"], outcome["reason"], outcome["rank"]) == ("failed", reason, 1)
 
 
-@each_agent
 @pytest.mark.parametrize(
-    ("behaviour", "error"),
+    ("behaviour", "error", "launcher"),
     [
-        ("raise", "ValueError: a wrong number"),
+        ("raise", "ValueError: a wrong number", "torchrun"),
         # Before the rank could report anything.
-        ("import-error", "ModuleNotFoundError: No module named 'a_module_that_nobody_has'"),
+        ("import-error", "ModuleNotFoundError: No module named 'a_module_that_nobody_has'", "torchrun"),
+        ("import-error", "ModuleNotFoundError: No module named 'a_module_that_nobody_has'", "deepspeed"),
     ],
 )
 def test_the_failing_ranks_own_error_comes_last_and_soon(
