@@ -23,8 +23,8 @@ def start_child(
     Args:
         command: argv.
         environment: the child's whole environment.
-        shielded: whether it ignores the signals that ask a run to stop. Ranks take them up again; torchrun's agent
-            would end its ranks before they have saved.
+        shielded: whether the signals that ask a run to stop are held back from it. Ranks let them through again; a
+            launcher's agent would end its ranks before they have saved.
         options: further arguments of ``subprocess.Popen``.
     """
     # A session of its own, since a Ctrl-C on the terminal must reach the launcher alone.
@@ -42,8 +42,8 @@ def _become(arguments: Sequence[str]) -> None:
     die_with_parent()
     shielded = arguments[0] == _SHIELDED
     if shielded:
-        for number in _SHIELDED_FROM:
-            signal.signal(number, signal.SIG_IGN)
+        # Held back rather than ignored: the agents of DeepSpeed and Accelerate set handlers of their own.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SHIELDED_FROM)
     command = arguments[1:] if shielded else arguments
     os.execvp(command[0], list(command))  # noqa: S606 - no shell is what we want
 

@@ -1,40 +1,135 @@
-"""The command line that starts the ranks of this machine."""
+"""The command line that starts the ranks of this machine, under each launcher and in this interpreter."""
 
+import base64
+import json
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
 
 from sharding.errors import UserError
 
 _HOST = "127.0.0.1"
+_MODULE = "trainer"
+_ACCELERATE_DEFAULTS = Path(__file__).with_name("accelerate_defaults.yaml")
+_NO_DEVICE = "-1"
 
 
-def torchrun_command(config_path: str, overrides: Sequence[str], num_ranks: int, port: int) -> list[str]:
-    """Ranks under torch's elastic launcher, in this interpreter.
+def torchrun_command(arguments: Sequence[str], port: int, devices: Sequence[str]) -> list[str]:
+    """Ranks under torch's elastic launcher.
 
     Args:
-        config_path: the run's configuration file.
-        overrides: ``key=value`` arguments.
-        num_ranks: ranks on this machine.
+        arguments: the configuration file and ``key=value`` arguments.
         port: TCP port of the rendezvous, on the loopback interface alone.
+        devices: one entry a rank, see ``rank_devices``; ranks choose among the visible GPUs by themselves.
     """
     return [
         sys.executable,
         "-m",
         "torch.distributed.run",
         "--nnodes=1",
-        f"--nproc-per-node={num_ranks}",
+        f"--nproc-per-node={len(devices)}",
         f"--master-addr={_HOST}",
         f"--master-port={port}",
         "--max-restarts=0",
-        # The agent would end its ranks at a SIGTERM or SIGINT; launcher.child has it ignore both, and it must not take
-        # them up again.
-        "--signals-to-handle=SIGQUIT",
         "-m",
-        "trainer",
-        config_path,
-        *overrides,
+        _MODULE,
+        *arguments,
     ]
+
+
+def deepspeed_command(arguments: Sequence[str], port: int, devices: Sequence[str]) -> list[str]:
+    """Ranks under DeepSpeed's launcher of one node, which the ``deepspeed`` command starts on every node.
+
+    That command is left out: it reads a site's host file, drops CUDA_VISIBLE_DEVICES, leaves its launcher and ranks
+    running when it is killed, and exits with 0 when a signal killed its launcher.
+
+    Args:
+        arguments: the configuration file and ``key=value`` arguments.
+        port: TCP port of the rendezvous, on the loopback interface alone.
+        devices: one entry a rank, see ``rank_devices``; they become the ranks' CUDA_VISIBLE_DEVICES.
+    """
+    world = base64.urlsafe_b64encode(json.dumps({"localhost": list(devices)}).encode()).decode()
+    return [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.launch",
+        f"--world_info={world}",
+        f"--master_addr={_HOST}",
+        f"--master_port={port}",
+        # Its log goes to standard output, between the lines of rank 0's console.
+        "--log_level=critical",
+        "--module",
+        _MODULE,
+        *arguments,
+    ]
+
+
+def accelerate_command(arguments: Sequence[str], port: int, devices: Sequence[str]) -> list[str]:
+    """Ranks under ``accelerate launch``, which is torch's elastic launcher for several and a plain child for one.
+
+    Args:
+        arguments: the configuration file and ``key=value`` arguments.
+        port: TCP port of the rendezvous, on the loopback interface alone.
+        devices: one entry a rank, see ``rank_devices``; ranks choose among the visible GPUs by themselves.
+    """
+    return [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        f"--config_file={_ACCELERATE_DEFAULTS}",
+        f"--num_processes={len(devices)}",
+        # Without it a machine without GPUs gets one process, whatever the number; with it one process is refused.
+        *(["--multi_gpu"] if len(devices) > 1 else []),
+        f"--main_process_port={port}",
+        # For one process: its traceback alone, without the launcher's own.
+        "--quiet",
+        "--module",
+        _MODULE,
+        *arguments,
+    ]
+
+
+Command = Callable[[Sequence[str], int, Sequence[str]], list[str]]
+# Each launcher's argv and the package that it is part of.
+_LAUNCHERS: dict[str, tuple[Command, str]] = {
+    "torchrun": (torchrun_command, "torch"),
+    "deepspeed": (deepspeed_command, "deepspeed"),
+    "accelerate": (accelerate_command, "accelerate"),
+}
+
+
+def find_launcher(name: str) -> Command:
+    """What makes a launcher's argv.
+
+    Raises:
+        UserError: there is no such launcher, or its package is not installed.
+    """
+    if name not in _LAUNCHERS:
+        raise UserError(f"--launcher {name} is not known; choose one of {', '.join(_LAUNCHERS)}.")
+    command, package = _LAUNCHERS[name]
+    if find_spec(package) is None:
+        raise UserError(
+            f"--launcher {name} needs the package {package}, which is not installed; "
+            f"run pip install {package}, or choose another launcher."
+        )
+    return command
+
+
+def rank_devices(num_ranks: int, has_gpu: bool, environment: Mapping[str, str]) -> list[str]:
+    """The GPU of each rank as CUDA_VISIBLE_DEVICES would name it; -1, which names none, on a CPU.
+
+    Args:
+        num_ranks: ranks on this machine, at most as many as there are visible GPUs.
+        has_gpu: whether ranks compute on GPUs.
+        environment: CUDA_VISIBLE_DEVICES is read here.
+    """
+    if not has_gpu:
+        return [_NO_DEVICE] * num_ranks
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    names = [str(index) for index in range(num_ranks)] if visible is None else visible.split(",")
+    return [name.strip() for name in names[:num_ranks]]
 
 
 def rendezvous_port(configured: int) -> int:

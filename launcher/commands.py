@@ -58,7 +58,7 @@ def run(
     config: Config,
     overrides: Overrides = None,
     nproc_per_node: Annotated[int | None, typer.Option(min=1, help="Ranks on this machine.")] = None,
-    launcher: Annotated[str, typer.Option(help="torchrun (deepspeed and accelerate are not there yet).")] = "torchrun",
+    launcher: Annotated[str, typer.Option(help="torchrun, deepspeed or accelerate.")] = "torchrun",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be started, and start nothing.")] = False,
 ) -> None:
     """Train, or continue, a run: all GPUs of this machine, or two processes on a CPU.

@@ -1,12 +1,12 @@
-"""How a run ended: from what ranks wrote and what torchrun saw to one last line and an exit status."""
+"""How a run ended: from what ranks wrote and what their launcher saw to one last line and an exit status."""
 
 import re
 import signal
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launcher.rank_exits import CRASHES, RankFailure, root_cause
 from sharding.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED
 from trainer.run_folder import RunFolder
 
@@ -18,38 +18,27 @@ _FAILURE = re.compile(
 )
 _ERROR_LINE = re.compile(r"^(?:error: |[\w.]*(?:Error|Exception|Interrupt)\b)")
 _AGENT_ERROR = "torch.distributed.elastic.multiprocessing.errors.ChildFailedError"
-# Ways to end that no code of a rank can report. SIGABRT is left out: NCCL's watchdog raises it on ranks that another
-# rank's failure keeps waiting.
-_CRASHES = frozenset({signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE})
 
 
-@dataclass(frozen=True)
-class RankFailure:
-    """The rank that torchrun saw fail first.
-
-    Attributes:
-        rank: its number.
-        exit_code: as of ``subprocess``: negative is a signal.
-    """
-
-    rank: int
-    exit_code: int
-
-
-def conclude(agent_status: int, run_folder: RunFolder, log: Path) -> int:
+def conclude(agent: str, agent_status: int, seen: RankFailure | None, run_folder: RunFolder, log: Path) -> int:
     """Say how the run ended, the failing rank's own error last, and return the exit status.
 
     Args:
-        agent_status: exit status of torchrun's agent, negative for a signal.
+        agent: what to call the launcher's agent.
+        agent_status: its exit status, negative for a signal.
+        seen: the first failure that was seen from outside; the agent's own report, where it makes one, goes before it.
         run_folder: the run's folder; its outcome is written here where no rank could.
         log: what the agent and its ranks wrote to standard error.
     """
     first = first_failure(log.read_text(errors="replace"))
+    if first is None and agent_status >= 0:
+        # The end of an agent that was killed is the ranks' end too, and no failure of theirs.
+        first = seen
     outcome = run_folder.read_outcome()
     if outcome is None or _is_consequence(outcome, first):
         if outcome is not None:
             print(f"rank {outcome['rank']} reported: {outcome['reason']}", file=sys.stderr)
-        outcome = _overwrite_outcome(run_folder, outcome, first, _explain(agent_status, first, log))
+        outcome = _overwrite_outcome(run_folder, outcome, first, _explain(agent, agent_status, first, log))
     exit_code = int(outcome["exit_code"])
     if exit_code in (EXIT_FINISHED, EXIT_STOPPED):
         if first is not None and first.exit_code not in (EXIT_FINISHED, EXIT_STOPPED):
@@ -78,8 +67,7 @@ def conclude_by_force(run_folder: RunFolder) -> int:
 def first_failure(log_text: str) -> RankFailure | None:
     """The first failure in torchrun's report, if it made one.
 
-    Its times are whole seconds, and it calls the lowest rank of a second the first. Of failures in the same second a
-    crash is the cause and the others' exceptions, such as a closed connection, the consequence.
+    Its times are whole seconds, and it calls the lowest rank of a second the first.
     """
     failures = [(m["time"], RankFailure(int(m["rank"]), int(m["exitcode"]))) for m in _FAILURE.finditer(log_text)]
     if not failures:
@@ -87,19 +75,19 @@ def first_failure(log_text: str) -> RankFailure | None:
     first_time = min(time for time, _ in failures)
     # The report ends with torchrun's own choice.
     together = [failure for time, failure in reversed(failures) if time == first_time]
-    return next((failure for failure in together if -failure.exit_code in _CRASHES), together[0])
+    return root_cause(together)
 
 
 def _is_consequence(outcome: dict[str, Any], first: RankFailure | None) -> bool:
     """Whether a crash of another rank, of which nobody could write, led to the failure that was written down."""
     if first is None or outcome["status"] != "failed" or outcome["rank"] == first.rank:
         return False
-    return -first.exit_code in _CRASHES
+    return -first.exit_code in CRASHES
 
 
-def _explain(agent_status: int, first: RankFailure | None, log: Path) -> str:
+def _explain(agent: str, agent_status: int, first: RankFailure | None, log: Path) -> str:
     if first is None:
-        return _last_error(log) or f"torchrun's agent {_manner(agent_status)} without a report"
+        return _last_error(log) or f"{agent} {_manner(agent_status)} without a report"
     own_log = _rank_log(log, first.rank)
     reason = f"the process {_manner(first.exit_code)}"
     if first.exit_code == -signal.SIGKILL:

@@ -74,6 +74,23 @@ def rank_variables(
     return variables
 
 
+def launcher_variables(launcher: str, topology: Topology, num_ranks: int) -> list[Variable]:
+    """What a launcher needs beyond that.
+
+    Args:
+        launcher: torchrun, deepspeed or accelerate.
+        topology: this machine.
+        num_ranks: ranks on this machine.
+    """
+    if launcher == "deepspeed" and not topology.num_gpus:
+        return [Variable("DS_ACCELERATOR", "cpu", "DeepSpeed need not guess, and warns of no missing GPU")]
+    if launcher == "accelerate" and num_ranks == 1:
+        place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        why = "accelerate launch leaves a single process without a place; the other launchers give it one"
+        return [Variable(name, value, why) for name, value in place.items()]
+    return []
+
+
 def applied(variables: Sequence[Variable], environment: Mapping[str, str]) -> tuple[list[Variable], list[str]]:
     """The variables to add, and a sentence for each where the user's own value stays.
 

@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 from launcher.child import start_child
 from launcher.conclusion import conclude, conclude_by_force
+from launcher.rank_exits import RankExits
 from sharding.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED
 from trainer.lease import ATTEMPT_VARIABLE, LEASE_VARIABLE, is_taken_over
 from trainer.run_folder import RunFolder
@@ -20,10 +21,10 @@ from trainer.stopping import request_stop
 
 _POLL_EVERY_S = 0.1
 _LOOK_EVERY_S = 0.5
-# Once a rank has failed, what the others still write is of the failure. torchrun alone would give them 30 s.
+# Once a rank has failed, what the others still write is of the failure. The agents alone would give them 30 s.
 _GRACE_AFTER_FAILURE_S = 5.0
 _KILL_WITHIN_S = 5.0
-# What torchrun's agent logs when it ends the remaining ranks.
+# What torch's agent, also Accelerate's, logs when it ends the remaining ranks.
 _CLOSING_LINE = b"closing signal SIGTERM"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 # `timeout` and others send one signal to a process and once more to its group.
@@ -53,11 +54,12 @@ class _StopSignals:
 
 
 class _FailureWatch:
-    """Whether a rank has failed: it said so, or torchrun ends the others though nobody asked the run to stop."""
+    """Whether a rank has failed: it said so, or was seen to end so, or torch's agent ends the others unasked."""
 
-    def __init__(self, run_folder: RunFolder, agent_log: BinaryIO) -> None:
+    def __init__(self, run_folder: RunFolder, agent_log: BinaryIO, exits: RankExits) -> None:
         self._run_folder = run_folder
         self._agent_log = agent_log
+        self._exits = exits
         self._last_read = b""
         self._is_closing = False
 
@@ -68,11 +70,18 @@ class _FailureWatch:
         outcome = self._run_folder.read_outcome()
         if outcome is not None:
             return outcome["exit_code"] not in (EXIT_FINISHED, EXIT_STOPPED)
+        if self._exits.first_failure is not None:
+            return True
         return self._is_closing and not self._run_folder.stop_file.exists()
 
 
 def run_ranks(
-    command: Sequence[str], variables: Mapping[str, str], run_folder: RunFolder, attempt: int, lease_token: str
+    launcher: str,
+    command: Sequence[str],
+    variables: Mapping[str, str],
+    run_folder: RunFolder,
+    attempt: int,
+    lease_token: str,
 ) -> int:
     """Run an agent and its ranks to the end; call it from the main thread.
 
@@ -80,6 +89,7 @@ def run_ranks(
     this process itself is killed: the agent ends with it, and the ranks end with the agent.
 
     Args:
+        launcher: the launcher's name, to speak of its agent.
         command: the agent's argv.
         variables: what to add to the environment.
         run_folder: the run's folder.
@@ -96,8 +106,9 @@ def run_ranks(
     try:
         with log.open("ab") as stderr:
             agent = start_child(command, {**os.environ, **variables, **marks}, shielded=True, stderr=stderr)
-        with log.open("rb") as agent_log:
-            ended_by_force = _wait(agent, agent_log, signals, run_folder, lease_token)
+        exits = RankExits(agent.pid)
+        with log.open("rb") as agent_log, contextlib.closing(exits):
+            ended_by_force = _wait(agent, agent_log, exits, signals, run_folder, lease_token)
     finally:
         kill_marked(lease_token)
         for number, handler in previous.items():
@@ -108,19 +119,19 @@ def run_ranks(
         return EXIT_FAILED
     if ended_by_force:
         return conclude_by_force(run_folder)
-    return conclude(agent.returncode, run_folder, log)
+    return conclude(f"{launcher}'s agent", agent.returncode, exits.first_failure, run_folder, log)
 
 
-def kill_marked(token: str, *, ranks_only: bool = False) -> None:
+def kill_marked(token: str, *, spared_pid: int | None = None) -> None:
     """Kill the processes that were started with this lease's token, wherever they hang in the tree, and see them gone.
 
     Args:
         token: the lease's.
-        ranks_only: whether to spare torchrun's agent.
+        spared_pid: the launcher's agent, if it is to stay.
     """
     deadline = time.monotonic() + _KILL_WITHIN_S
     # Again until none is left: a process may have started another while the list was read.
-    while pids := list(_marked(token, ranks_only)):
+    while pids := list(_marked(token, spared_pid)):
         for pid in pids:
             _send(pid, signal.SIGKILL)
         if time.monotonic() > deadline:
@@ -130,18 +141,23 @@ def kill_marked(token: str, *, ranks_only: bool = False) -> None:
 
 
 def _wait(
-    agent: subprocess.Popen[bytes], agent_log: BinaryIO, signals: _StopSignals, run_folder: RunFolder, token: str
+    agent: subprocess.Popen[bytes],
+    agent_log: BinaryIO,
+    exits: RankExits,
+    signals: _StopSignals,
+    run_folder: RunFolder,
+    token: str,
 ) -> bool:
     """Wait for the agent; returns whether a second signal ended it."""
     asked = False
-    failures = _FailureWatch(run_folder, agent_log)
+    failures = _FailureWatch(run_folder, agent_log, exits)
     next_look_at = time.monotonic()
     failed_at: float | None = None
     while agent.poll() is None:
         if signals.stop and not asked:
             asked = True
             print("\nstopping after this step and saving; Ctrl-C again ends now", flush=True)
-            _ask_ranks_to_stop(run_folder, token)
+            _ask_ranks_to_stop(run_folder, token, agent.pid)
         if signals.at_once:
             kill_marked(token)
             agent.wait()
@@ -151,33 +167,34 @@ def _wait(
             next_look_at = now + _LOOK_EVERY_S
             failed_at = now if failures.has_failed() else None
         if failed_at is not None and now > failed_at + _GRACE_AFTER_FAILURE_S:
-            # The agent sees its ranks end, and ends with its report.
-            kill_marked(token, ranks_only=True)
-        time.sleep(_POLL_EVERY_S)
+            # The agent sees its ranks end, and ends with its report. What they end with now is our doing.
+            exits.close()
+            kill_marked(token, spared_pid=agent.pid)
+        exits.wait(_POLL_EVERY_S)
     return False
 
 
-def _ask_ranks_to_stop(run_folder: RunFolder, token: str) -> None:
+def _ask_ranks_to_stop(run_folder: RunFolder, token: str, agent_pid: int) -> None:
     try:
         request_stop(run_folder.stop_file, "signal to the launcher")
     except OSError:
         # A full disk, say. A signal asks the same, of ranks that are up.
-        for pid in _marked(token, ranks_only=True):
+        for pid in _marked(token, agent_pid):
             _send(pid, signal.SIGUSR1)
 
 
-def _marked(token: str, ranks_only: bool) -> Iterator[int]:
+def _marked(token: str, spared_pid: int | None = None) -> Iterator[int]:
     """Processes with this lease's token in their environment, this one left out; a zombie has none."""
     marker = f"{LEASE_VARIABLE}={token}".encode()
     for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+        if not entry.name.isdigit() or int(entry.name) in (os.getpid(), spared_pid):
             continue
         try:
             environment = (entry / "environ").read_bytes().split(b"\0")
         except OSError:
             # It ended meanwhile, or belongs to another user and so is none of ours.
             continue
-        if marker in environment and (not ranks_only or any(line.startswith(b"RANK=") for line in environment)):
+        if marker in environment:
             yield int(entry.name)
 
 

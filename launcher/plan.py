@@ -6,8 +6,8 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from launcher.command import torchrun_command
-from launcher.environment import Variable, applied, rank_variables
+from launcher.command import find_launcher, rank_devices
+from launcher.environment import Variable, applied, launcher_variables, rank_variables
 from launcher.topology import local_topology, ranks_per_node
 from sharding.errors import UserError
 from trainer.config import RunConfig, load_config
@@ -23,7 +23,9 @@ class Plan:
         config_path: the file as the user named it.
         overrides: the user's ``key=value`` arguments.
         config: both, loaded and checked.
+        launcher: what starts the ranks: torchrun, deepspeed or accelerate.
         world: the ranks.
+        devices: each rank's GPU, as ``launcher.command.rank_devices`` names it.
         variables: what is added to the environment.
         kept: a sentence for each variable of the user's that stays as it is.
     """
@@ -31,13 +33,15 @@ class Plan:
     config_path: str
     overrides: tuple[str, ...]
     config: RunConfig
+    launcher: str
     world: World
+    devices: list[str]
     variables: list[Variable]
     kept: list[str]
 
     def command(self, port: int) -> list[str]:
-        """Argv of torchrun's agent with its rendezvous on a port."""
-        return torchrun_command(self.config_path, self.overrides, self.world.num_ranks, port)
+        """Argv of the launcher's agent with the ranks' rendezvous on a port."""
+        return find_launcher(self.launcher)([self.config_path, *self.overrides], port, self.devices)
 
     def describe(self) -> str:
         """The plan as ``--dry-run`` prints it."""
@@ -77,8 +81,7 @@ def make_plan(config_path: str, overrides: Sequence[str], nproc_per_node: int | 
         UserError: they do not, or something in the configuration is wrong.
     """
     config = load_config(config_path, list(overrides))
-    if launcher != "torchrun":
-        raise UserError(f"--launcher {launcher} is not there yet; use torchrun.")
+    find_launcher(launcher)
     topology = local_topology()
     num_ranks = ranks_per_node(config, topology, nproc_per_node)
     world = World(num_ranks, has_gpu=topology.num_gpus > 0)
@@ -87,5 +90,7 @@ def make_plan(config_path: str, overrides: Sequence[str], nproc_per_node: int | 
         raise UserError(
             f"{num_ranks} ranks were asked for, but this machine has {topology.num_gpus} GPUs; start at most that many."
         )
-    variables, kept = applied(rank_variables(config, topology, num_ranks, os.environ), os.environ)
-    return Plan(config_path, tuple(overrides), config, world, variables, kept)
+    table = rank_variables(config, topology, num_ranks, os.environ) + launcher_variables(launcher, topology, num_ranks)
+    variables, kept = applied(table, os.environ)
+    devices = rank_devices(num_ranks, world.has_gpu, os.environ)
+    return Plan(config_path, tuple(overrides), config, launcher, world, devices, variables, kept)

@@ -48,7 +48,7 @@ def run(config_path: str, overrides: Sequence[str], nproc_per_node: int | None, 
             print(f"note: {sentence}")
         attempt = run_folder.begin_attempt(config, plan.world, sys.argv)
         variables = {variable.name: variable.value for variable in plan.variables}
-        exit_code = run_ranks(plan.command(port), variables, run_folder, attempt, lease.token)
+        exit_code = run_ranks(launcher, plan.command(port), variables, run_folder, attempt, lease.token)
         # Rank 0 writes it, unless it died.
         write_run_report(run_folder, lease.token, lambda sentence: print(f"warning: {sentence}", file=sys.stderr))
         return exit_code

@@ -10,8 +10,11 @@ import torch
 import torch.distributed as dist
 
 from sharding.errors import UserError
+from sharding.process_lifetime import ACCELERATE_VARIABLE
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+# DeepSpeed's launcher calls LOCAL_WORLD_SIZE so.
+_DEEPSPEED_LOCAL_WORLD_SIZE = "LOCAL_SIZE"
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,20 @@ class Ranks:
 def read_ranks(environment: Mapping[str, str]) -> tuple[int, int, int, int]:
     """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE as a launcher set them; one rank by itself where none is set.
 
+    torchrun, and ``accelerate launch`` of several processes, set all four. DeepSpeed's launcher says LOCAL_SIZE for the
+    last. ``accelerate launch`` of one process sets none.
+
     Raises:
-        UserError: only some are set, or they contradict one another.
+        UserError: only some are set, or they contradict one another, or the launcher started less than it was asked to.
     """
+    environment = _with_one_name_for_the_local_size(environment)
     missing = [name for name in _VARIABLES if name not in environment]
     if len(missing) == len(_VARIABLES):
+        if ACCELERATE_VARIABLE in environment and "MASTER_ADDR" in environment:
+            raise UserError(
+                "accelerate launch was asked for several processes and started one, as it does on a CPU; "
+                "add --multi_gpu, which starts them there too, or ask for --num_processes 1."
+            )
         return 0, 1, 0, 1
     if missing:
         present = ", ".join(f"{name}={environment[name]}" for name in _VARIABLES if name in environment)
@@ -60,6 +72,19 @@ def read_ranks(environment: Mapping[str, str]) -> tuple[int, int, int, int]:
         if not 0 <= value < limit:
             raise UserError(f"{name}={value} does not fit {limit_name}={environment[limit_name]}; check the launcher.")
     return rank, world_size, local_rank, local_world_size
+
+
+def _with_one_name_for_the_local_size(environment: Mapping[str, str]) -> Mapping[str, str]:
+    if "RANK" not in environment or _DEEPSPEED_LOCAL_WORLD_SIZE not in environment:
+        return environment
+    local_size = environment[_DEEPSPEED_LOCAL_WORLD_SIZE]
+    other = environment.get("LOCAL_WORLD_SIZE", local_size)
+    if other != local_size:
+        raise UserError(
+            f"LOCAL_WORLD_SIZE={other} does not fit {_DEEPSPEED_LOCAL_WORLD_SIZE}={local_size}; "
+            "one launcher was started inside another: unset what the outer one has set."
+        )
+    return {**environment, "LOCAL_WORLD_SIZE": local_size}
 
 
 @contextmanager
@@ -101,7 +126,8 @@ def _device(local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     num_gpus = torch.cuda.device_count()
-    if num_gpus == 1 and "SLURM_PROCID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
+    by_launcher = "TORCHELASTIC_RUN_ID" in os.environ or _DEEPSPEED_LOCAL_WORLD_SIZE in os.environ
+    if num_gpus == 1 and "SLURM_PROCID" in os.environ and not by_launcher:
         # Slurm can show each task just its own GPU, whatever the local rank.
         local_rank = 0
     if local_rank >= num_gpus:

@@ -2,12 +2,18 @@
 
 import ctypes
 import os
+import select
 import signal
 import sys
+import threading
 from collections.abc import Mapping
+from pathlib import Path
 
 LAUNCHER_PID_VARIABLE = "SHARDLINE_LAUNCHER_PID"
+# `accelerate launch` sets it in every process, and of a single process no rank.
+ACCELERATE_VARIABLE = "ACCELERATE_DYNAMO_BACKEND"
 _PR_SET_PDEATHSIG = 1
+_DEEPSPEED_COMMANDS = frozenset({"deepspeed", "ds", "deepspeed.pt", "deepspeed.launcher.runner"})
 
 
 def die_with_parent() -> None:
@@ -27,7 +33,45 @@ def die_with_parent() -> None:
 
 def is_started_by_launcher(environment: Mapping[str, str]) -> bool:
     """Whether a launcher started this rank. A rank that a person started from a shell should outlive the shell."""
-    return "RANK" in environment
+    return "RANK" in environment or ACCELERATE_VARIABLE in environment
+
+
+def stop_with_deepspeed() -> None:
+    """Ask this rank to save and stop when the ``deepspeed`` command above it ends first; Linux only.
+
+    That command dies of a signal alone. Its launcher, the ranks' parent, and the ranks would go on.
+    """
+    parent = _stat(os.getppid())
+    if not parent or not _is_deepspeed_command(int(parent[1])):
+        return
+    try:
+        descriptor = os.pidfd_open(int(parent[1]))
+    except OSError:
+        # Gone already, or a kernel older than 5.3.
+        return
+    threading.Thread(target=_stop_at_end_of, args=(descriptor,), name="deepspeed-watch", daemon=True).start()
+
+
+def _stop_at_end_of(descriptor: int) -> None:
+    select.select([descriptor], [], [])
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _is_deepspeed_command(pid: int) -> bool:
+    """Whether a process is DeepSpeed's outer launcher, ``deepspeed`` or ``python -m deepspeed.launcher.runner``."""
+    try:
+        arguments = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    except OSError:
+        return False
+    return any(Path(argument).name in _DEEPSPEED_COMMANDS for argument in arguments[:3])
+
+
+def _stat(pid: int) -> list[str]:
+    """State, parent and further fields of /proc/PID/stat; empty where there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
 
 
 def _is_running(pid: int) -> bool:

@@ -1,14 +1,15 @@
-"""Every rank's entry: ``python -m trainer CONFIG [key=value ...]`` under torchrun, ``shardline run`` or by itself."""
+"""Every rank's entry: ``python -m trainer CONFIG [key=value ...]`` under any launcher or by itself."""
 
 import os
 import sys
 
-from sharding.process_lifetime import die_with_parent, is_started_by_launcher
+from sharding.process_lifetime import die_with_parent, is_started_by_launcher, stop_with_deepspeed
 
 if __name__ == "__main__":
     # Before torch is imported, which takes seconds in which a launcher can be killed.
     if is_started_by_launcher(os.environ):
         die_with_parent()
+        stop_with_deepspeed()
 
     from trainer.rank import main
 

@@ -27,6 +27,8 @@ class StopRequest:
         """Let SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 ask this rank to stop; a second SIGINT interrupts it at once."""
         for number in _SIGNALS:
             signal.signal(number, self._on_signal)
+        # The launcher holds them back from its agent, and so from us until now.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
     def poll(self, stop_file: Path | None) -> bool:
         """Whether to stop; looks for the file, where one is given, at most every half second."""

@@ -4,6 +4,7 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 
 from tests.support import (
+    ROOT,
+    command_environment,
     read_metrics,
     shardline,
     start_shardline,
@@ -99,7 +102,22 @@ def test_settings(make_config: MakeConfig, overrides: list[str], words: list[str
 
 
 def test_an_unknown_launcher(make_config: MakeConfig) -> None:
-    _refused(shardline("run", make_config(), "--launcher", "deepspeed"), "--launcher deepspeed is not there yet")
+    _refused(shardline("run", make_config(), "--launcher", "mpirun"), "--launcher mpirun is not known; choose one of")
+
+
+@pytest.mark.parametrize("package", ["deepspeed", "accelerate"])
+def test_a_launcher_whose_package_is_missing(make_config: MakeConfig, package: str) -> None:
+    program = f"import sys; sys.modules[{package!r}] = None; from launcher.cli import main; main()"
+    finished = subprocess.run(
+        [sys.executable, "-c", program, "run", make_config(), f"--launcher={package}"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=ROOT,
+        env=command_environment(),
+        check=False,
+    )
+    _refused(finished, f"--launcher {package} needs the package {package}, which is not installed", "pip install")
 
 
 def test_an_empty_corpus(make_config: MakeConfig, tmp_path: Path) -> None:

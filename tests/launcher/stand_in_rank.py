@@ -1,6 +1,6 @@
-"""Stands in for a rank under a real torchrun agent; without torch it starts in a moment.
+"""Stands in for a rank under a real agent; without torch it starts in a moment.
 
-``stand_in_rank.py BEHAVIOUR RUN_FOLDER``; writes its process id to ``RUN_FOLDER/pid-RANK``.
+``python -m tests.launcher.stand_in_rank BEHAVIOUR RUN_FOLDER``; writes its process id to ``RUN_FOLDER/pid-RANK``.
 """
 
 import os
@@ -9,15 +9,17 @@ import sys
 import time
 from pathlib import Path
 
-from sharding.process_lifetime import die_with_parent
+from sharding.process_lifetime import die_with_parent, stop_with_deepspeed
 from trainer.run_folder import RunFolder
 from trainer.stopping import StopRequest
 
-BEHAVIOUR, FOLDER, RANK = sys.argv[1], RunFolder(Path(sys.argv[2])), int(os.environ["RANK"])
+# DeepSpeed's launcher puts --local_rank=N first.
+BEHAVIOUR, FOLDER, RANK = sys.argv[-2], RunFolder(Path(sys.argv[-1])), int(os.environ["RANK"])
 
 
 def main() -> int:
     die_with_parent()
+    stop_with_deepspeed()
     stop = StopRequest()
     stop.install_handlers()
     (FOLDER.path / f"pid-{RANK}.tmp").write_text(str(os.getpid()))

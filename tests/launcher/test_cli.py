@@ -38,10 +38,26 @@ def test_dry_run_shows_the_plan_and_writes_nothing(config_file: Path) -> None:
     assert list(config_file.parent.iterdir()) == [config_file]
 
 
+@pytest.mark.parametrize(
+    ("launcher", "agent", "variable"),
+    [
+        ("deepspeed", "-m deepspeed.launcher.launch ", "  DS_ACCELERATOR=cpu    # "),
+        ("accelerate", "-m accelerate.commands.launch ", "  OMP_NUM_THREADS="),
+    ],
+)
+def test_dry_run_shows_each_launcher(config_file: Path, launcher: str, agent: str, variable: str) -> None:
+    finished = shardline("run", config_file, "steps=9", "--dry-run", "--launcher", launcher)
+    assert finished.returncode == 0, finished.stderr
+    lines = finished.stdout.splitlines()
+    assert any(line.startswith(variable) for line in lines)
+    assert agent in lines[-1]
+    assert lines[-1].endswith(f"--module trainer {config_file} steps=9")
+
+
 def test_a_mistake_is_one_sentence_and_status_2(config_file: Path) -> None:
     for arguments, sentence in [
         (("run", config_file, "optimiser.lr=1"), "unknown key optimiser; did you mean optimizer?"),
-        (("run", config_file, "--launcher", "deepspeed"), "--launcher deepspeed is not there yet; use torchrun."),
+        (("run", config_file, "--launcher", "mpirun"), "--launcher mpirun is not known; choose one of torchrun, deep"),
         (("run", config_file, "parallel.strategy=none", "--nproc-per-node", "2"), "parallel.strategy=none runs on one"),
         (("run", "nowhere.yaml"), "cannot read the configuration nowhere.yaml: No such file or directory"),
         (("bench", "everything"), "there is no benchmark everything; there are: data, overhead."),

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.environment import applied, rank_variables
+from launcher.environment import applied, launcher_variables, rank_variables
 from launcher.topology import Topology
 from trainer.config import load_config
 
@@ -25,6 +25,16 @@ def test_golden_tables(config_file: Path) -> None:
         "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
         "NCCL_DEBUG": "WARN",
     }
+
+
+def test_what_a_launcher_needs_beyond_that() -> None:
+    def needed(launcher: str, topology: Topology, num_ranks: int) -> dict[str, str]:
+        return {v.name: v.value for v in launcher_variables(launcher, topology, num_ranks)}
+
+    assert needed("deepspeed", CPU, 2) == {"DS_ACCELERATOR": "cpu"}
+    one_rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    assert needed("accelerate", CPU, 1) == needed("accelerate", GPU, 1) == one_rank
+    assert needed("accelerate", CPU, 2) == needed("torchrun", CPU, 1) == needed("deepspeed", GPU, 1) == {}
 
 
 def test_every_variable_says_why_and_stands_once(config_file: Path) -> None:

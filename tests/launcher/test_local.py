@@ -1,5 +1,6 @@
-"""Supervision: a real launcher and a real torchrun agent over stand-in ranks, and every way they can end."""
+"""Supervision: a real launcher and each real agent over stand-in ranks, and every way they can end."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -12,20 +13,24 @@ import pytest
 
 from launcher import local
 from launcher.local import _StopSignals
-from tests.support import ROOT, command_environment, wait_until
+from tests.support import ROOT, command_environment, free_port, wait_until
 from trainer.run_folder import RunFolder
 
 pytestmark = pytest.mark.timeout(60)
+
+each_launcher = pytest.mark.parametrize("launcher", ["torchrun", "deepspeed", "accelerate"])
+# Accelerate's agent of several ranks is torchrun's.
+each_agent = pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 
 
 class Supervised:
     """A launcher over two ranks, and the processes below it."""
 
-    def __init__(self, behaviour: str, path: Path) -> None:
+    def __init__(self, behaviour: str, launcher: str, path: Path) -> None:
         self.folder = RunFolder(path)
         self.token = f"token-{behaviour}-{path}"
         self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("supervisor.py")), behaviour, str(path)],
+            [sys.executable, str(Path(__file__).with_name("supervisor.py")), launcher, behaviour, str(path)],
             cwd=ROOT,
             env=command_environment(),
             stdout=subprocess.PIPE,
@@ -37,7 +42,7 @@ class Supervised:
         wait_until(lambda: all((self.folder.path / f"pid-{rank}").exists() for rank in (0, 1)), what="ranks")
 
     def descendants(self) -> list[int]:
-        return list(local._marked(self.token, ranks_only=False))
+        return list(local._marked(self.token))
 
     def end(self, timeout_s: float = 30) -> tuple[int, str, str]:
         """Exit status, output and last line of standard error; asserts that nothing is left."""
@@ -48,11 +53,11 @@ class Supervised:
 
 
 @pytest.fixture
-def supervise(tmp_path: Path) -> Iterator[Callable[[str], Supervised]]:
+def supervise(tmp_path: Path) -> Iterator[Callable[..., Supervised]]:
     started: list[Supervised] = []
 
-    def start(behaviour: str) -> Supervised:
-        started.append(Supervised(behaviour, tmp_path))
+    def start(behaviour: str, launcher: str = "torchrun") -> Supervised:
+        started.append(Supervised(behaviour, launcher, tmp_path))
         return started[-1]
 
     yield start
@@ -62,15 +67,16 @@ def supervise(tmp_path: Path) -> Iterator[Callable[[str], Supervised]]:
         local.kill_marked(supervised.token)
 
 
-def test_finished(supervise: Callable[[str], Supervised]) -> None:
+def test_finished(supervise: Callable[..., Supervised]) -> None:
     supervised = supervise("finish")
     status, output, last = supervised.end()
     assert (status, last) == (0, "")
     assert output.splitlines()[-1] == f"finished at step 6: {supervised.folder.path}"
 
 
-def test_one_interrupt_saves_and_stops(supervise: Callable[[str], Supervised]) -> None:
-    supervised = supervise("stoppable")
+@each_launcher
+def test_one_interrupt_saves_and_stops(supervise: Callable[..., Supervised], launcher: str) -> None:
+    supervised = supervise("stoppable", launcher)
     supervised.wait_for_ranks()
     supervised.process.send_signal(signal.SIGINT)
     status, output, last = supervised.end()
@@ -80,9 +86,10 @@ def test_one_interrupt_saves_and_stops(supervise: Callable[[str], Supervised]) -
     assert supervised.folder.stop_file.read_text() == "signal to the launcher\n"
 
 
-def test_signals_to_every_process_save_and_stop_too(supervise: Callable[[str], Supervised]) -> None:
-    """As batch systems do: of SIGUSR1 torchrun's agent would die, at SIGTERM end its ranks, were it not shielded."""
-    supervised = supervise("stoppable")
+@each_launcher
+def test_signals_to_every_process_save_and_stop_too(supervise: Callable[..., Supervised], launcher: str) -> None:
+    """As batch systems do: of SIGUSR1 an agent would die, at SIGTERM end its ranks, were it not shielded."""
+    supervised = supervise("stoppable", launcher)
     supervised.wait_for_ranks()
     processes = [supervised.process.pid, *supervised.descendants()]
     for number in (signal.SIGUSR1, signal.SIGTERM):
@@ -91,7 +98,7 @@ def test_signals_to_every_process_save_and_stop_too(supervise: Callable[[str], S
     assert supervised.end()[0] == 75
 
 
-def test_ranks_that_cannot_be_asked_by_file_are_asked_by_signal(supervise: Callable[[str], Supervised]) -> None:
+def test_ranks_that_cannot_be_asked_by_file_are_asked_by_signal(supervise: Callable[..., Supervised]) -> None:
     supervised = supervise("stoppable-by-signal")
     supervised.wait_for_ranks()
     # A folder cannot be replaced by a file.
@@ -100,8 +107,9 @@ def test_ranks_that_cannot_be_asked_by_file_are_asked_by_signal(supervise: Calla
     assert supervised.end()[0] == 75
 
 
-def test_a_second_interrupt_ends_at_once(supervise: Callable[[str], Supervised]) -> None:
-    supervised = supervise("endless")
+@each_agent
+def test_a_second_interrupt_ends_at_once(supervise: Callable[..., Supervised], launcher: str) -> None:
+    supervised = supervise("endless", launcher)
     supervised.wait_for_ranks()
     supervised.process.send_signal(signal.SIGINT)
     wait_until(supervised.folder.stop_file.exists)
@@ -117,25 +125,63 @@ def test_a_second_interrupt_ends_at_once(supervise: Callable[[str], Supervised])
     assert (outcome["status"], outcome["exit_code"]) == ("failed", 130)
 
 
-def test_nothing_outlives_a_killed_launcher(supervise: Callable[[str], Supervised]) -> None:
-    supervised = supervise("endless")
+@each_launcher
+def test_nothing_outlives_a_killed_launcher(supervise: Callable[..., Supervised], launcher: str) -> None:
+    supervised = supervise("endless", launcher)
     supervised.wait_for_ranks()
     assert len(supervised.descendants()) == 3
     supervised.process.kill()
     wait_until(lambda: not supervised.descendants(), timeout_s=5, what="the end of agent and ranks")
 
 
-def test_nothing_outlives_a_killed_agent(supervise: Callable[[str], Supervised]) -> None:
-    supervised = supervise("endless")
+@each_agent
+def test_nothing_outlives_a_killed_agent(supervise: Callable[..., Supervised], launcher: str) -> None:
+    supervised = supervise("endless", launcher)
     supervised.wait_for_ranks()
-    agent = next(pid for pid in supervised.descendants() if pid not in local._marked(supervised.token, ranks_only=True))
+    ranks = [int((supervised.folder.path / f"pid-{rank}").read_text()) for rank in (0, 1)]
+    (agent,) = set(supervised.descendants()) - set(ranks)
     os.kill(agent, signal.SIGKILL)
     status, _, last = supervised.end()
-    assert (status, last) == (1, "error: torchrun's agent was killed by SIGKILL without a report")
+    assert (status, last) == (1, f"error: {launcher}'s agent was killed by SIGKILL without a report")
 
 
-def test_a_killed_rank_is_named_and_not_what_its_peers_make_of_it(supervise: Callable[[str], Supervised]) -> None:
-    supervised = supervise("killed")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_ranks_save_and_stop_when_the_bare_deepspeed_command_is_killed(tmp_path: Path, number: signal.Signals) -> None:
+    """DeepSpeed itself would leave its launcher and the ranks running."""
+    folder = RunFolder(tmp_path)
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus=2", f"--master_port={free_port()}"]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [*command, "--module", "tests.launcher.stand_in_rank", "stoppable", str(tmp_path)],
+            cwd=ROOT,
+            env=command_environment(),
+            stdout=log,
+            stderr=log,
+        )
+    wait_until(lambda: all((tmp_path / f"pid-{rank}").exists() for rank in (0, 1)), what="ranks")
+    process.send_signal(number)
+    process.wait(10)
+    wait_until(lambda: not _alive_of(tmp_path), timeout_s=10, what="the end of launcher and ranks")
+    outcome = folder.read_outcome()
+    assert outcome is not None
+    assert outcome["exit_code"] == 75
+
+
+def _alive_of(path: Path) -> list[int]:
+    """Processes that have this folder on their command line; a zombie has none."""
+    alive = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if str(path) in (entry / "cmdline").read_text().split("\0"):
+                alive.append(int(entry.name))
+    return alive
+
+
+@each_agent
+def test_a_killed_rank_is_named_and_not_what_its_peers_make_of_it(
+    supervise: Callable[..., Supervised], launcher: str
+) -> None:
+    supervised = supervise("killed", launcher)
     status, _, last = supervised.end()
     reason = "the process was killed by SIGKILL; the kernel does that when memory runs out"
     assert (status, last) == (1, f"error: rank 1: {reason}")
@@ -145,26 +191,28 @@ def test_a_killed_rank_is_named_and_not_what_its_peers_make_of_it(supervise: Cal
 
 
 @pytest.mark.parametrize(
-    ("behaviour", "error"),
+    ("behaviour", "error", "launcher"),
     [
-        ("raise", "ValueError: a wrong number"),
+        ("raise", "ValueError: a wrong number", "torchrun"),
         # Before the rank could report anything.
-        ("import-error", "ModuleNotFoundError: No module named 'a_module_that_nobody_has'"),
+        ("import-error", "ModuleNotFoundError: No module named 'a_module_that_nobody_has'", "torchrun"),
+        ("import-error", "ModuleNotFoundError: No module named 'a_module_that_nobody_has'", "deepspeed"),
     ],
 )
 def test_the_failing_ranks_own_error_comes_last_and_soon(
-    supervise: Callable[[str], Supervised], behaviour: str, error: str
+    supervise: Callable[..., Supervised], behaviour: str, error: str, launcher: str
 ) -> None:
-    """Also where the other rank hangs, as in a collective, and takes torchrun's SIGTERM for a request to stop."""
+    """Also where the other rank hangs, as in a collective, and takes the agent's SIGTERM for a request to stop."""
     started_at = time.monotonic()
-    status, _, last = supervise(behaviour).end()
+    status, _, last = supervise(behaviour, launcher).end()
     assert (status, last) == (1, f"error: rank 1: {error}")
-    # torchrun alone would wait 30 s for the other rank.
+    # The agent alone would wait 30 s for the other rank.
     assert time.monotonic() - started_at < 25
 
 
-def test_bad_input_that_only_ranks_can_see(supervise: Callable[[str], Supervised]) -> None:
-    supervised = supervise("bad-input")
+@each_agent
+def test_bad_input_that_only_ranks_can_see(supervise: Callable[..., Supervised], launcher: str) -> None:
+    supervised = supervise("bad-input", launcher)
     status, _, last = supervised.end()
     assert (status, last) == (2, "error: data.paths names no file; check the path.")
 

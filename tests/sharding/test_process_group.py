@@ -22,6 +22,12 @@ def variables(*values: object) -> dict[str, str]:
 def test_places() -> None:
     assert read_ranks({}) == (0, 1, 0, 1)
     assert read_ranks(variables(5, 8, 1, 4)) == (5, 8, 1, 4)
+    # As DeepSpeed's launcher sets them.
+    by_deepspeed = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_SIZE": "4"}
+    assert read_ranks(by_deepspeed | {"CROSS_RANK": "1", "CROSS_SIZE": "2"}) == (5, 8, 1, 4)
+    # As `accelerate launch` does for one process; and a LOCAL_SIZE of somebody else's.
+    assert read_ranks({"ACCELERATE_DYNAMO_BACKEND": "NO"}) == (0, 1, 0, 1)
+    assert read_ranks({"LOCAL_SIZE": "4"}) == (0, 1, 0, 1)
 
 
 @pytest.mark.parametrize(
@@ -32,6 +38,12 @@ def test_places() -> None:
         (variables(-1, 2, 0, 2), "RANK=-1 does not fit WORLD_SIZE=2"),
         (variables(0, 2, 2, 2), "LOCAL_RANK=2 does not fit LOCAL_WORLD_SIZE=2"),
         (variables(0, 2, 0, 4), "LOCAL_WORLD_SIZE=4 does not fit WORLD_SIZE=2"),
+        ({"RANK": "1", "LOCAL_SIZE": "2"}, "RANK=1, LOCAL_WORLD_SIZE=2 is set, but WORLD_SIZE, LOCAL_RANK is not"),
+        (variables(0, 2, 0, 2) | {"LOCAL_SIZE": "1"}, "LOCAL_WORLD_SIZE=2 does not fit LOCAL_SIZE=1; one launcher"),
+        (
+            {"ACCELERATE_DYNAMO_BACKEND": "NO", "MASTER_ADDR": "127.0.0.1"},
+            "accelerate launch was asked for several processes and started one, as it does on a CPU; add --multi_gpu",
+        ),
         (variables("first", 2, 0, 2), "RANK=first, WORLD_SIZE=2, LOCAL_RANK=0, LOCAL_WORLD_SIZE=2: not all"),
     ],
 )
@@ -48,6 +60,7 @@ def test_variables_that_make_no_sense_are_named(environment: dict[str, str], sen
         # One GPU shown to each task.
         (1, 1, {"SLURM_PROCID": "1"}, 0),
         (1, 1, {"SLURM_PROCID": "0", "TORCHELASTIC_RUN_ID": "x"}, None),
+        (1, 1, {"SLURM_PROCID": "0", "LOCAL_SIZE": "2"}, None),
         (1, 1, {}, None),
         (2, 2, {"SLURM_PROCID": "2"}, None),
     ],
@@ -61,7 +74,7 @@ def test_the_gpu_of_a_rank(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
-    for name in ("SLURM_PROCID", "TORCHELASTIC_RUN_ID"):
+    for name in ("SLURM_PROCID", "TORCHELASTIC_RUN_ID", "LOCAL_SIZE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

@@ -66,4 +66,5 @@ def test_a_launcher_that_is_gone_already_is_noticed() -> None:
 
 def test_a_rank_started_by_hand_outlives_its_shell() -> None:
     assert is_started_by_launcher({"RANK": "0"})
+    assert is_started_by_launcher({"ACCELERATE_DYNAMO_BACKEND": "NO"})
     assert not is_started_by_launcher({})

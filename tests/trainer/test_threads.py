@@ -20,6 +20,8 @@ CORES = len(os.sched_getaffinity(0))
         (0, {"OMP_NUM_THREADS": "many"}, max(1, CORES // 2)),
         # torchrun sets 1 where the user has said nothing; under `shardline run` the value is the user's or the table's.
         (0, {"OMP_NUM_THREADS": "64", "TORCHELASTIC_RUN_ID": "x"}, max(1, CORES // 2)),
+        # So does Accelerate, also for a single process.
+        (0, {"OMP_NUM_THREADS": "64", "ACCELERATE_DYNAMO_BACKEND": "NO"}, max(1, CORES // 2)),
         (0, {"OMP_NUM_THREADS": "3", "TORCHELASTIC_RUN_ID": "x", "SHARDLINE_ATTEMPT": "1"}, 3),
     ],
 )

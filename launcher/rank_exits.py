@@ -1,0 +1,116 @@
+"""How ranks ended, seen from outside: for launchers whose agents do not say which rank failed first."""
+
+import contextlib
+import os
+import select
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sharding.errors import EXIT_FINISHED, EXIT_STOPPED
+
+# Ways to end that no code of a rank can report. SIGABRT is left out: NCCL's watchdog raises it on ranks that another
+# rank's failure keeps waiting.
+CRASHES = frozenset({signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE})
+# Fields of /proc/PID/stat after the command's name.
+_STATE, _EXIT_STATUS = 0, 49
+
+
+@dataclass(frozen=True)
+class RankFailure:
+    """The rank that failed first.
+
+    Attributes:
+        rank: its number.
+        exit_code: as of ``subprocess``: negative is a signal.
+    """
+
+    rank: int
+    exit_code: int
+
+
+def root_cause(failures: Sequence[RankFailure]) -> RankFailure:
+    """Of failures at the same time: a crash is the cause, the others' exceptions, such as a lost connection, follow.
+
+    Args:
+        failures: at least one, the likeliest first.
+    """
+    return next((failure for failure in failures if -failure.exit_code in CRASHES), failures[0])
+
+
+class RankExits:
+    """Watches an agent's ranks, and keeps what the first to fail ended with.
+
+    The kernel wakes us at a rank's end, long before the agent looks; its exit status stays readable until then.
+    """
+
+    def __init__(self, agent_pid: int) -> None:
+        """Watch the children of an agent that have a rank."""
+        self._agent_pid = agent_pid
+        self._ranks: dict[int, tuple[int, int]] = {}
+        self._seen: set[int] = set()
+        self.first_failure: RankFailure | None = None
+
+    def close(self) -> None:
+        """Stop watching."""
+        for descriptor in self._ranks:
+            os.close(descriptor)
+        self._ranks.clear()
+
+    def wait(self, timeout_s: float) -> None:
+        """Look for new ranks, then wait; a rank's end is noted when it happens and does not shorten the wait."""
+        self._find_ranks()
+        deadline = time.monotonic() + timeout_s
+        while (left_s := deadline - time.monotonic()) > 0:
+            poller = select.poll()
+            for descriptor in self._ranks:
+                poller.register(descriptor, select.POLLIN)
+            ended = [self._end(descriptor) for descriptor, _ in poller.poll(1000 * left_s)]
+            failures = [failure for failure in ended if failure is not None]
+            if failures and self.first_failure is None:
+                self.first_failure = root_cause(failures)
+
+    def _find_ranks(self) -> None:
+        for pid in _children(self._agent_pid) - self._seen:
+            rank = _rank(pid)
+            if rank is not None:
+                self._seen.add(pid)
+                with contextlib.suppress(OSError):
+                    self._ranks[os.pidfd_open(pid)] = (pid, rank)
+
+    def _end(self, descriptor: int) -> RankFailure | None:
+        pid, rank = self._ranks.pop(descriptor)
+        os.close(descriptor)
+        status = _stat(pid)
+        if not status or status[_STATE] != "Z":
+            return None
+        exit_code = os.waitstatus_to_exitcode(int(status[_EXIT_STATUS]))
+        return None if exit_code in (EXIT_FINISHED, EXIT_STOPPED) else RankFailure(rank, exit_code)
+
+
+def _children(pid: int) -> set[int]:
+    found: set[int] = set()
+    for task in Path(f"/proc/{pid}/task").glob("*"):
+        # The agent or a thread of it ended meanwhile; some sandboxes have no such file.
+        with contextlib.suppress(OSError):
+            found |= set(map(int, (task / "children").read_text().split()))
+    return found
+
+
+def _rank(pid: int) -> int | None:
+    """RANK in a process's environment; a process that was only just forked still has its parent's."""
+    try:
+        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return None
+    return next((int(entry[5:]) for entry in environment if entry.startswith(b"RANK=") and entry[5:].isdigit()), None)
+
+
+def _stat(pid: int) -> list[str]:
+    """Fields of /proc/PID/stat from the state on; empty where there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []

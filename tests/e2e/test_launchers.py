@@ -1,0 +1,120 @@
+"""One run under every launcher, started by ``shardline run`` and by hand: the same losses, bit for bit."""
+
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.topology import _installed_gpus
+from tests.support import (
+    ROOT,
+    command_environment,
+    free_port,
+    processes_of,
+    rank_processes,
+    read_metrics,
+    shardline,
+    start_shardline,
+    tiny_values,
+    trained,
+    training_curve,
+    wait_until,
+    write_config,
+)
+
+MakeConfig = Callable[..., Path]
+pytestmark = pytest.mark.timeout(400)
+
+# Longer than any run here lasts until it is stopped.
+STEPS = 100
+_LONG: dict[str, Any] = {"steps": 400, "checkpoint": {"every_steps": 10}, "schedule": {"total_steps": 400}}
+BARE_COMMANDS = {
+    "torchrun": ["torch.distributed.run", "--nproc-per-node=2", "--master-port={port}", "-m"],
+    "deepspeed": ["deepspeed.launcher.runner", "--num_gpus=2", "--master_port={port}", "--module"],
+    "accelerate": [
+        "accelerate.commands.launch",
+        "--num_processes=2",
+        "--multi_gpu",
+        "--main_process_port={port}",
+        "-m",
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory, shared_corpus: tuple[Path, Path]) -> list[tuple[Any, ...]]:
+    """Step, loss, gradient norm, learning rate and tokens of each step under ``shardline run`` with torchrun."""
+    corpus, cache = shared_corpus
+    root = tmp_path_factory.mktemp("reference")
+    values = tiny_values(root / "runs", cache, corpus)
+    values |= {"steps": STEPS, "schedule": values["schedule"] | {"total_steps": 400}}
+    trained(shardline("run", write_config(root / "tiny.yaml", values), "--nproc-per-node", 2))
+    return _curve(root / "runs" / "tiny")
+
+
+def _curve(run_dir: Path) -> list[tuple[Any, ...]]:
+    """Evaluation is left out: where a run ends, there is one."""
+    return [row[:5] for row in training_curve(run_dir)]
+
+
+def _wait_for_step(run_dir: Path, step: int) -> None:
+    def is_there() -> bool:
+        lines = read_metrics(run_dir)
+        return bool(lines) and lines[-1]["step"] >= step
+
+    wait_until(is_there, timeout_s=180, what=f"step {step}")
+
+
+@pytest.mark.parametrize("launcher", BARE_COMMANDS)
+def test_a_bare_command_gives_the_same_losses(
+    make_config: MakeConfig, reference: list[tuple[Any, ...]], launcher: str
+) -> None:
+    if launcher == "deepspeed" and _installed_gpus():
+        pytest.skip("the deepspeed command shows its ranks the GPUs that the tests hide")
+    config = make_config("bare", **_LONG)
+    module, *options = BARE_COMMANDS[launcher]
+    options = [option.format(port=free_port()) for option in options]
+    finished = subprocess.run(
+        [sys.executable, "-m", module, *options, "trainer", config, "steps=3"],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        cwd=ROOT,
+        env=command_environment(),
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert _curve(config.parent / "runs" / "bare") == reference[:3]
+
+
+def test_a_run_moves_between_launchers_through_a_stop_and_a_kill(
+    make_config: MakeConfig, tmp_path: Path, reference: list[tuple[Any, ...]]
+) -> None:
+    config = make_config("moved", **_LONG)
+    run_dir = config.parent / "runs" / "moved"
+
+    process = start_shardline("run", config, "--nproc-per-node", 2, "--launcher", "deepspeed", log=tmp_path / "first")
+    _wait_for_step(run_dir, 3)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 75
+    assert processes_of(run_dir) == {}
+    stopped_at = read_metrics(run_dir)[-1]["step"]
+    shown = (tmp_path / "first").read_text()
+    assert shown.splitlines()[-1] == f"stopped at step {stopped_at}, saved; run the same command again to continue"
+    # The terminal is the run's own; what DeepSpeed says of itself is not on it.
+    assert "[INFO]" not in shown
+    assert "[WARNING]" not in shown
+
+    process = start_shardline("run", config, "--nproc-per-node", 2, "--launcher", "accelerate", log=tmp_path / "second")
+    _wait_for_step(run_dir, stopped_at + 12)
+    assert set(rank_processes(run_dir)) == {0, 1}
+    process.kill()
+    process.wait()
+    wait_until(lambda: not processes_of(run_dir), timeout_s=5, what="the end of agent and ranks")
+
+    trained(shardline("run", config, f"steps={STEPS}", "--nproc-per-node", 2, "--launcher", "torchrun"))
+    assert _curve(run_dir) == reference
