@@ -23,7 +23,7 @@ from trainer.data.order import SampleOrder
 from trainer.data.prepare import PreparedCorpus
 from trainer.data.shards import TokenStream, num_samples
 from trainer.models import Vocabulary, build_model_config
-from trainer.optimizers import optimizer_factory
+from trainer.optimizers.build import optimizer_factory
 from trainer.schedules import learning_rate
 from trainer.validation import accumulation_steps
 
