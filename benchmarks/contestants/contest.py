@@ -23,7 +23,6 @@ from trainer.data.order import SampleOrder
 from trainer.data.prepare import PreparedCorpus
 from trainer.data.shards import TokenStream, num_samples
 from trainer.models import Vocabulary, build_model_config
-from trainer.optimizers.build import optimizer_factory
 from trainer.schedules import learning_rate
 from trainer.validation import accumulation_steps
 
@@ -79,7 +78,12 @@ class Contest:
 
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """Fused AdamW, vectors not decayed."""
-        return optimizer_factory(self.config.optimizer)(list(model.named_parameters()))
+        settings = self.config.optimizer
+        groups = [
+            {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": settings.weight_decay},
+            {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
 
     def build_schedule(
         self, optimizer: torch.optim.Optimizer, calls_per_step: int = 1
