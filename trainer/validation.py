@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sharding.errors import UserError
+from trainer.trackers.packages import check_packages
 
 if TYPE_CHECKING:
     from trainer.config import RunConfig
@@ -123,3 +124,4 @@ def _validate_world(config: "RunConfig", world: World) -> None:
                 f"shard = ranks with shard >= 2; start {2 * parallel.replicate} ranks or change parallel.replicate."
             )
     accumulation_steps(config, num_ranks)
+    check_packages(config.tracking)
