@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+ATTEMPT_KEY = "attempt"
 _HEADER_BYTES = 7
 _BLOCK_BYTES = 1 << 15
 _CHUNK_HEADER_BYTES = 7
@@ -22,6 +23,7 @@ class WandbPart:
 
     Attributes:
         file: the ``.wandb`` file.
+        attempt: number of the attempt; None where the file ends before it says so.
         is_offline: whether it waits to be uploaded; else wandb uploaded it while it was written.
         is_synced: whether it was uploaded later.
         steps: logged steps, in the order of the file.
@@ -29,10 +31,21 @@ class WandbPart:
     """
 
     file: Path
+    attempt: int | None
     is_offline: bool
     is_synced: bool
     steps: tuple[int, ...]
     whole_bytes: int
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether it is still to be uploaded."""
+        return self.is_offline and not self.is_synced
+
+    @property
+    def last_step(self) -> int:
+        """The last logged step; 0 where there is none."""
+        return max(self.steps, default=0)
 
     @property
     def is_torn(self) -> bool:
@@ -64,15 +77,19 @@ def history_values(history: Any) -> dict[str, Any]:
 
 def _read_part(folder: Path, run_id: str) -> WandbPart:
     file = folder / f"run-{run_id}.wandb"
-    steps, whole_bytes = [], _HEADER_BYTES
+    steps, attempt, whole_bytes = [], None, _HEADER_BYTES
     for record, position in read_records(file):
         whole_bytes = position
         if record.HasField("history"):
             values = history_values(record.history)
             if "step" in values:
                 steps.append(int(values["step"]))
+        elif record.HasField("run"):
+            settings = {item.key: item.value_json for item in record.run.config.update}
+            attempt = int(settings[ATTEMPT_KEY]) if ATTEMPT_KEY in settings else attempt
     return WandbPart(
         file=file,
+        attempt=attempt,
         is_offline=folder.name.startswith("offline-"),
         is_synced=file.with_suffix(".wandb.synced").exists(),
         steps=tuple(steps),

@@ -5,7 +5,7 @@ import logging
 import netrc
 import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from urllib.parse import urlsplit
 from sharding.errors import EXIT_FINISHED, EXIT_STOPPED
 from trainer.atomic_files import write_atomically
 from trainer.config import RunConfig
-from trainer.trackers.wandb_files import read_parts
+from trainer.run_folder import RunFolder
+from trainer.trackers.wandb_files import ATTEMPT_KEY, WandbPart, read_parts
 
 _log = logging.getLogger("shardline")
 
@@ -78,7 +79,10 @@ class WandbTracker:
         server = wandb.setup(wandb.Settings(silent=True)).settings.base_url
         mode = self._mode(server)
         self._is_online = mode not in _WITHOUT_KEY
-        self._identity = self._find_identity()
+        self._identity = WandbIdentity.read(self._run_dir) or WandbIdentity(secrets.token_hex(4), 0)
+        self._identity.write(self._run_dir)
+        # Before this attempt adds one.
+        parts = read_parts(self._run_dir, self._identity.run_id)
         self._run = wandb.init(
             project=settings.project,
             entity=settings.entity,
@@ -90,10 +94,11 @@ class WandbTracker:
             tags=list(settings.tags),
             group=settings.group,
             notes=settings.notes,
-            config=self._config.model_dump(mode="json"),
+            config=self._config.model_dump(mode="json") | {ATTEMPT_KEY: RunFolder(self._run_dir).newest_attempt()},
             # Shardline has its own logs; capturing the console as well would fight over the terminal.
             settings=wandb.Settings(console="off", silent=True),
         )
+        self._identity = replace(self._identity, sent_step=self._find_sent_step(parts))
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
@@ -121,24 +126,22 @@ class WandbTracker:
         """The run's id."""
         return {"run_id": self._identity.run_id}
 
-    def _find_identity(self) -> WandbIdentity:
-        identity = WandbIdentity.read(self._run_dir)
-        if identity is None:
-            identity = WandbIdentity(secrets.token_hex(4), 0)
-        parts = read_parts(self._run_dir, identity.run_id)
-        # wandb writes its files with a delay, so a killed attempt may have left less than was sent: what is on disk
-        # counts, and the rest is sent again from metrics.jsonl.
-        identity = replace(
-            identity, sent_step=max([identity.sent_step, *(max(part.steps, default=0) for part in parts)])
-        )
-        identity.write(self._run_dir)
-        waiting = [part for part in parts if part.is_offline and not part.is_synced and part.steps]
-        if self._is_online and waiting:
+    def _find_sent_step(self, parts: Sequence[WandbPart]) -> int:
+        """The last step that is with wandb; what a killed attempt took for sent need not have arrived.
+
+        wandb writes its files, and sends, with a delay. What is on disk counts, or what the server has; the rest is
+        sent again from metrics.jsonl.
+        """
+        if not self._is_online:
+            return max([self._identity.sent_step, *(part.last_step for part in parts)])
+        waiting = [part.last_step for part in parts if part.is_waiting]
+        if waiting:
             self._warn(
                 f"wandb is online now, but {len(waiting)} offline parts of this run are not uploaded; "
                 f"stop, run shardline tracking sync {self._run_dir} and continue, to have its steps in order"
             )
-        return identity
+        # Steps are wandb's own here, see log().
+        return max([self._run.starting_step - 1, 0, *waiting])
 
     def _log_artifact(self) -> None:
         import wandb
