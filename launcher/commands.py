@@ -20,6 +20,8 @@ data_app = typer.Typer(help="Prepare a corpus, or look at what a step trains on.
 checkpoint_app = typer.Typer(help="List and verify a run's checkpoints.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(checkpoint_app, name="checkpoint")
+tracking_app = typer.Typer(help="Upload what was tracked offline, or build the wandb dashboard.", no_args_is_help=True)
+app.add_typer(tracking_app, name="tracking")
 
 _EXAMPLES = ("configs", "slurm")
 _EXAMPLE_SUFFIXES = (".yaml", ".sbatch", ".sh", ".md")
@@ -162,6 +164,24 @@ def checkpoint_list(run_folder: Run) -> None:
 def checkpoint_verify(run_folder: Run) -> None:
     """Compare every file of a run's checkpoints with its manifest; exit status 2 if one is damaged."""
     _become("trainer.checkpoint", "verify", run_folder)
+
+
+@tracking_app.command("sync")
+def tracking_sync(
+    run_folders: Annotated[list[str], typer.Argument(help="Folders of runs.", metavar="RUN...")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show parts and commands, and upload nothing.")] = False,
+) -> None:
+    """Join the offline parts of a run's attempts into its one wandb run."""
+    _become("trainer.trackers.sync", *run_folders, *(["--dry-run"] if dry_run else []))
+
+
+@tracking_app.command("dashboard")
+def tracking_dashboard(
+    source: Annotated[str | None, typer.Argument(help="Whose wandb project it is for.", metavar="CONFIG|RUN")] = None,
+    save: Annotated[bool, typer.Option("--save", help="Save it to the wandb server.")] = False,
+) -> None:
+    """Show the report's plots as a wandb workspace, in JSON, or save it."""
+    _become("trainer.trackers.dashboard", *([] if source is None else [source]), *(["--save"] if save else []))
 
 
 def _is_example(source: Path) -> bool:

@@ -74,7 +74,7 @@ def write_config(path: Path, values: dict[str, Any]) -> Path:
 
 def command_environment(**extra: str) -> dict[str, str]:
     """The environment for a command under test: this checkout, no tracker keys, no rank variables."""
-    dropped = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "WANDB_API_KEY", "WANDB_MODE")
+    dropped = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "WANDB_API_KEY", "WANDB_MODE", "WANDB_SERVICE")
     environment = {name: value for name, value in os.environ.items() if name not in dropped}
     return environment | {"PYTHONPATH": str(ROOT)} | extra
 

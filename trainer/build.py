@@ -1,5 +1,6 @@
 """From a RunConfig to a Trainer: the one place that puts a rank's parts together, in order."""
 
+import os
 from collections.abc import Callable
 
 from sharding.mesh import build_mesh
@@ -18,6 +19,7 @@ from trainer.models import Vocabulary
 from trainer.observers import Observers
 from trainer.profiling import StepProfiler
 from trainer.run_folder import RunFolder
+from trainer.system_metrics import SystemMeter
 from trainer.tasks.registry import build_task
 
 
@@ -88,6 +90,7 @@ def build_trainer(
         is_stop_requested=is_stop_requested,
         after_first_step=lambda: set_step_timeout(config.launch.step_timeout_s),
         profiler=StepProfiler(run_folder.path / "profile", config.metrics.profile_steps, ranks.rank, ranks.device),
+        meter=SystemMeter(ranks, os.environ, enabled=config.metrics.system),
         facts=facts,
         peak_flops=peak_flops(ranks.device, compute_dtype(config.precision, ranks.device)),
     )

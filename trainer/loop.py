@@ -31,6 +31,7 @@ from trainer.observers import Observers
 from trainer.profiling import StepProfiler
 from trainer.randomness import seed_step
 from trainer.schedules import learning_rate
+from trainer.system_metrics import SystemMeter
 from trainer.tasks.task import Task
 
 _GC_EVERY_STEPS = 100
@@ -59,6 +60,7 @@ class TrainerParts:
         is_stop_requested: whether this rank was asked to stop.
         after_first_step: called once; lowers the collectives' time limit.
         facts: size of the model.
+        meter: use of nodes and GPUs.
         peak_flops: dense peak of one device in FLOP/s, where known.
     """
 
@@ -73,6 +75,7 @@ class TrainerParts:
     is_stop_requested: Callable[[], bool]
     after_first_step: Callable[[], None]
     profiler: StepProfiler
+    meter: SystemMeter
     facts: ModelFacts
     peak_flops: float | None
 
@@ -195,11 +198,12 @@ class Trainer:
 
     def _log(self, record: StepRecord, *, evaluates: bool) -> None:
         parts = self._parts
-        metrics, longest_skip = summarize_step(record, self._skipped, self._clock, parts.ranks)
+        metrics, longest_skip = summarize_step(record, self._skipped, self._clock, parts.meter, parts.ranks)
         metrics["train/tokens"] = self._training.num_tokens
         metrics |= self._mfu(metrics)
         if evaluates:
             metrics |= self.evaluate()
+        metrics |= self._clock.time_shares(metrics["throughput/data_wait_fraction"] or 0.0)
         if self._metrics_file is not None:
             self._metrics_file.write(self.step, metrics)
             parts.observers.log(self.step, metrics)
@@ -231,7 +235,7 @@ class Trainer:
         """The task's metrics on the held-out split; every rank must call it. Empty where nothing is held out."""
         parts = self._parts
         sums: torch.Tensor | None = None
-        with self._clock.paused():
+        with self._clock.paused("evaluation"):
             for sequences in parts.evaluation_batches():
                 batch_sums = parts.engine.evaluate_batch(parts.task.make_batch(sequences))
                 sums = batch_sums if sums is None else sums + batch_sums
@@ -240,7 +244,7 @@ class Trainer:
             return parts.task.evaluation_metrics(sum_over_ranks(sums, parts.ranks))
 
     def _save(self) -> None:
-        with self._clock.paused():
+        with self._clock.paused("saving"):
             # Waits for the device, as saving does anyway.
             training = self._training.model_copy(
                 update={

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from sharding.process_group import Ranks
+from trainer.system_metrics import NUM_SYSTEM_VALUES, SystemMeter, system_metrics
 
 Metrics = dict[str, float | int | None]
 
@@ -45,7 +46,7 @@ class ThroughputClock:
     num_tokens: int = 0
     num_steps: int = 0
     data_wait_s: float = 0.0
-    _paused_s: float = 0.0
+    _paused_s: dict[str, float] = field(default_factory=dict)
     _started_at: float = field(default_factory=time.perf_counter)
 
     def add_step(self, num_tokens: int, data_wait_s: float) -> None:
@@ -55,22 +56,38 @@ class ThroughputClock:
         self.data_wait_s += data_wait_s
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave the time spent inside out of the account."""
+    def paused(self, work: str) -> Iterator[None]:
+        """Leave the time spent inside out of the account; ``work`` names what it is spent on."""
         started_at = time.perf_counter()
         try:
             yield
         finally:
-            self._paused_s += time.perf_counter() - started_at
+            self._paused_s[work] = self._paused_s.get(work, 0.0) + time.perf_counter() - started_at
 
     def elapsed_s(self) -> float:
         """Seconds of training since the last restart."""
-        return max(time.perf_counter() - self._started_at - self._paused_s, 1e-9)
+        return max(time.perf_counter() - self._started_at - sum(self._paused_s.values()), 1e-9)
+
+    def time_shares(self, data_wait_fraction: float) -> Metrics:
+        """What wall time since the last restart was spent on, in shares that add up to 1.
+
+        Args:
+            data_wait_fraction: share of training time in which the ranks waited for data.
+        """
+        training_s = self.elapsed_s()
+        total_s = training_s + sum(self._paused_s.values())
+        return {
+            "time/training_fraction": training_s * (1.0 - data_wait_fraction) / total_s,
+            "time/data_wait_fraction": training_s * data_wait_fraction / total_s,
+            "time/evaluation_fraction": self._paused_s.get("evaluation", 0.0) / total_s,
+            "time/saving_fraction": self._paused_s.get("saving", 0.0) / total_s,
+        }
 
     def restart(self) -> None:
         """Begin a new interval."""
         self.num_tokens = self.num_steps = 0
-        self.data_wait_s = self._paused_s = 0.0
+        self.data_wait_s = 0.0
+        self._paused_s = {}
         self._started_at = time.perf_counter()
 
 
@@ -92,7 +109,7 @@ class SkippedSteps:
 
 
 def summarize_step(
-    record: StepRecord, skipped: SkippedSteps, clock: ThroughputClock, ranks: Ranks
+    record: StepRecord, skipped: SkippedSteps, clock: ThroughputClock, meter: SystemMeter, ranks: Ranks
 ) -> tuple[Metrics, int]:
     """Turn device scalars into numbers: one host sync and one reduction over ranks; every rank must call it.
 
@@ -105,8 +122,8 @@ def summarize_step(
         device_scalars.append(record.loss_scale)
     loss_sum, grad_norm, num_skipped, longest_skip, *loss_scale = torch.stack(device_scalars).tolist()
     elapsed_s = clock.elapsed_s()
-    local = torch.tensor([loss_sum, clock.data_wait_s / elapsed_s, peak_memory_gib(ranks.device)], dtype=torch.float64)
-    rows = _all_gather(local, ranks)
+    own = [loss_sum, clock.data_wait_s / elapsed_s, peak_memory_gib(ranks.device), *meter.measure()]
+    rows = _all_gather(torch.tensor(own, dtype=torch.float64), ranks)
     tokens_per_s = clock.num_tokens / elapsed_s
     metrics: Metrics = {
         "train/loss": float(rows[:, 0].sum()) / max(record.num_targets, 1),
@@ -121,6 +138,7 @@ def summarize_step(
     }
     if loss_scale:
         metrics["train/loss_scale"] = loss_scale[0]
+    metrics |= system_metrics(rows[:, -NUM_SYSTEM_VALUES:])
     return metrics, int(longest_skip)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.console import Console
-from trainer.metrics import Metrics, finite_or_none
+from trainer.metrics import Metrics
 from trainer.trackers.composite import Trackers
 
 
@@ -23,17 +23,24 @@ class Observers:
     console: Console | None = None
     trackers: Trackers | None = None
 
+    def start(self, step: int) -> None:
+        """Training begins after ``step`` finished steps; metrics.jsonl has no line beyond it."""
+        if self.console is not None:
+            self.console.start(step)
+        if self.trackers is not None:
+            self.trackers.start(step)
+
     def advance(self, step: int) -> None:
         """A step is done that is not logged."""
         if self.console is not None:
             self.console.advance(step)
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """A step's metrics are known."""
+        """A step's metrics are known, and in metrics.jsonl."""
         if self.console is not None:
             self.console.log_metrics(step, metrics)
         if self.trackers is not None:
-            self.trackers.log(step, finite_or_none(metrics))
+            self.trackers.announce()
 
     def message(self, text: str) -> None:
         """Something worth a line happened."""

@@ -141,8 +141,7 @@ def _train(
     ranks: Ranks,
 ) -> Ending:
     trainer.resume_or_init()
-    if observers.console is not None:
-        observers.console.start(trainer.step)
+    observers.start(trainer.step)
     if trainer.step >= config.steps:
         observers.message(f"run {config.name} is complete at step {trainer.step}; nothing to do")
     elif trainer.step:
@@ -183,7 +182,8 @@ def _build_observers(config: RunConfig, run_folder: RunFolder, ranks: Ranks) -> 
     if ranks.rank != 0:
         return Observers(run_folder.metrics_file)
     console = Console(total_steps=config.steps)
-    return Observers(run_folder.metrics_file, console, build_trackers(config, run_folder.path, console.warning))
+    trackers = build_trackers(config, run_folder.path, run_folder.metrics_file, console.warning)
+    return Observers(run_folder.metrics_file, console, trackers)
 
 
 def _one_sentence(error: BaseException) -> str:

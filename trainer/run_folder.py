@@ -55,6 +55,21 @@ class RunFolder:
             raise UserError(f"{self.path} is not a run folder: it has no config.yaml; check the path.")
         return load_config(self.config_file)
 
+    def newest_attempt(self) -> int:
+        """Number of the latest attempt, from 1; 0 where there was none."""
+        return max((_number(folder) or 0 for folder in (self.path / "logs").glob("attempt-*")), default=0)
+
+    def newest_config(self) -> RunConfig:
+        """The configuration of the latest attempt that froze one.
+
+        Raises:
+            UserError: there is no run in this folder.
+        """
+        for attempt in range(self.newest_attempt(), 1, -1):
+            if (file := self.path / f"config.attempt-{attempt}.yaml").exists():
+                return load_config(file)
+        return self.frozen_config()
+
     def is_complete(self, config: RunConfig) -> bool:
         """Whether the newest checkpoint is at or beyond the last step."""
         newest = self.newest_checkpoint()
@@ -97,7 +112,7 @@ class RunFolder:
         """
         self.check(config)
         try:
-            attempt = max((_number(p) or 0 for p in (self.path / "logs").glob("attempt-*")), default=0) + 1
+            attempt = self.newest_attempt() + 1
             self.log_dir(attempt).mkdir(parents=True)
             suffix = "" if attempt == 1 else f".attempt-{attempt}"
             if self.newest_checkpoint() is None:

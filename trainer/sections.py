@@ -84,6 +84,9 @@ class MetricsConfig(StrictModel):
     parameter_hash: bool = True
     """Log a hash of the initial parameters, equal for any number of ranks and any strategy."""
 
+    system: bool = True
+    """Log how busy each node's processors, memory and GPUs are, in percent, as `system/node-N/...`."""
+
 
 class LaunchConfig(StrictModel):
     """How ranks are started on this machine."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from sharding.config import Backend, Strategy
 from sharding.errors import UserError
 from trainer.optimizers.config import validate_optimizer
+from trainer.trackers.packages import check_packages
 
 if TYPE_CHECKING:
     from sharding.config import ParallelConfig
@@ -163,3 +164,4 @@ def _validate_world(config: "RunConfig", world: World) -> None:
                 f"shard = ranks with shard >= 2; start {2 * parallel.replicate} ranks or change parallel.replicate."
             )
     accumulation_steps(config, num_ranks)
+    check_packages(config.tracking)

@@ -1,6 +1,7 @@
 """Metrics: rates against a known clock, one line a step, nothing that JSON does not have."""
 
 import json
+import math
 import time
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 
 from sharding.process_group import Ranks
 from trainer.metrics import MetricsFile, SkippedSteps, StepRecord, ThroughputClock, summarize_step
+from trainer.system_metrics import SystemMeter, node_number, system_metrics
 
 ONE_RANK = Ranks(0, 1, 0, 1, torch.device("cpu"))
 
@@ -25,9 +27,14 @@ def test_throughput_is_tokens_over_training_time(monkeypatch: pytest.MonkeyPatch
     for _ in range(4):
         clock.add_step(num_tokens=500, data_wait_s=0.5)
         now[0] += 2.0
-    with clock.paused():
-        now[0] += 1000.0
-    metrics, _ = summarize_step(_record(), SkippedSteps(torch.device("cpu")), clock, ONE_RANK)
+    with clock.paused("evaluation"):
+        now[0] += 10.0
+    with clock.paused("saving"):
+        now[0] += 1.0
+    with clock.paused("saving"):
+        now[0] += 1.0
+    meter = SystemMeter(ONE_RANK, {}, enabled=False)
+    metrics, _ = summarize_step(_record(), SkippedSteps(torch.device("cpu")), clock, meter, ONE_RANK)
     assert metrics["throughput/tokens_per_s"] == pytest.approx(2000 / 8)
     assert metrics["throughput/tokens_per_s_per_device"] == pytest.approx(2000 / 8)
     assert metrics["throughput/data_wait_fraction"] == pytest.approx(2 / 8)
@@ -35,8 +42,12 @@ def test_throughput_is_tokens_over_training_time(monkeypatch: pytest.MonkeyPatch
     assert metrics["train/loss"] == pytest.approx(3.0)
     assert metrics["train/grad_norm"] == 2.5
     assert metrics["train/learning_rate"] == 0.125
+    assert not any(name.startswith("system/") for name in metrics)
+    shares = clock.time_shares(2 / 8)
+    assert list(shares.values()) == pytest.approx([6 / 20, 2 / 20, 10 / 20, 2 / 20])
     clock.restart()
     assert clock.num_tokens == 0
+    assert clock.time_shares(0.0)["time/saving_fraction"] == 0.0
 
 
 def test_skipped_steps_are_counted_in_all_and_in_a_row() -> None:
@@ -73,3 +84,30 @@ def test_what_is_not_finite_becomes_null(tmp_path: Path) -> None:
     file.close()
     line = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert line == {"step": 1, "train/loss": None, "train/grad_norm": None, "train/tokens": 3}
+
+
+def test_nodes_and_gpus_are_measured_by_node() -> None:
+    meter = SystemMeter(ONE_RANK, {"GROUP_RANK": "3"}, enabled=True)
+    node, cpu, memory, gpu, gpu_memory = meter.measure()
+    assert node == 3
+    assert 0 <= cpu <= 100
+    assert 0 < memory <= 100
+    assert math.isnan(gpu)
+    assert math.isnan(gpu_memory)
+    nan = math.nan
+    rows = [[0, 50, 10, 80, 20], [10, 70, 30, nan, nan], [0, nan, nan, 60, 40], [10, nan, nan, nan, nan]]
+    assert system_metrics(torch.tensor(rows, dtype=torch.float64)) == {
+        "system/node-0/cpu_percent": 50,
+        "system/node-0/memory_percent": 10,
+        "system/node-0/gpu_percent": 70,
+        "system/node-0/gpu_memory_percent": 30,
+        "system/node-10/cpu_percent": 70,
+        "system/node-10/memory_percent": 30,
+    }
+
+
+def test_a_node_has_the_number_that_its_launcher_gives_it() -> None:
+    sixth = Ranks(6, 8, 0, 2, torch.device("cpu"))
+    assert node_number(sixth, {}) == 3
+    assert node_number(sixth, {"SLURM_NODEID": "1"}) == 1
+    assert node_number(sixth, {"SLURM_NODEID": "1", "GROUP_RANK": "2"}) == 2

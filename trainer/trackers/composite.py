@@ -1,91 +1,159 @@
-"""All trackers of a run behind a queue: slow ones do not hold up training, and broken ones do not end it."""
+"""All trackers of a run, each in a thread of its own: slow ones do not hold up training, broken ones do not end it."""
 
 import atexit
+import json
 import logging
 import os
-import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from trainer.config import RunConfig
+from trainer.trackers.summary import RunSummary
+from trainer.trackers.tensorboard_tracker import TensorBoardTracker
 from trainer.trackers.tracker import Tracker
+from trainer.trackers.trackio_tracker import TrackioTracker
 from trainer.trackers.wandb_tracker import WandbTracker
 
 _log = logging.getLogger("shardline")
 
-MAX_WAITING = 1000
 FINISH_TIMEOUT_S = 60.0
 
 
-class Trackers:
-    """Feeds trackers from a thread of its own."""
+class Follower:
+    """Feeds one tracker the lines of metrics.jsonl, from the first one on.
 
-    def __init__(self, trackers: list[Tracker], warn: Callable[[str], None] = _log.warning) -> None:
-        """Start the trackers in the background.
+    The file has every logged step once and in order, whatever ended earlier attempts; so a tracker that lost lines
+    when a process was killed gets them here again, and none has to be kept in memory for a slow tracker.
+    """
+
+    def __init__(self, tracker: Tracker, metrics_path: Path, warn: Callable[[str], None]) -> None:
+        """Plan the work; nothing happens yet."""
+        self.tracker = tracker
+        self.has_failed = False
+        self.state: dict[str, Any] | None = None
+        self._path = metrics_path
+        self._warn = warn
+        self._summary = RunSummary()
+        self._has_news = threading.Event()
+        self._exit_code: int | None = None
+        self._thread: threading.Thread | None = None
+
+    def start(self, step: int) -> None:
+        """Begin in the background; the file must be there, without lines beyond this step."""
+        # What earlier attempts logged.
+        self._has_news.set()
+        self._thread = threading.Thread(
+            target=self._work, args=(step,), name=f"tracker-{self.tracker.name}", daemon=True
+        )
+        self._thread.start()
+
+    def announce(self) -> None:
+        """A line was added."""
+        self._has_news.set()
+
+    def finish(self, exit_code: int) -> None:
+        """Nothing more will be added."""
+        self._exit_code = exit_code
+        self._has_news.set()
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait until all is sent and closed; whether it is."""
+        if self._thread is None:
+            return True
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _work(self, step: int) -> None:
+        try:
+            self.tracker.start(step)
+            self.state = self.tracker.state()
+            for line_step, metrics in self._lines():
+                self._summary.add(line_step, metrics)
+                self.tracker.log(line_step, metrics)
+            assert self._exit_code is not None
+            self.tracker.finish(self._exit_code, self._summary.values(self._exit_code))
+        except BaseException as error:  # noqa: BLE001 - no failure of a tracker may reach training
+            self.has_failed = True
+            reason = str(error) or type(error).__name__
+            self._warn(f"{self.tracker.name} failed and is left out from here on: {reason}")
+
+    def _lines(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        with self._path.open() as file:
+            line, is_over = "", False
+            while not is_over:
+                self._has_news.wait()
+                # In this order, so that no news is missed.
+                self._has_news.clear()
+                is_over = self._exit_code is not None
+                for piece in file:
+                    line += piece
+                    # Half a line may be there before it is announced.
+                    if line.endswith("\n"):
+                        values, line = json.loads(line), ""
+                        yield int(values.pop("step")), values
+
+
+class Trackers:
+    """The trackers of a run."""
+
+    def __init__(self, trackers: list[Tracker], metrics_path: Path, warn: Callable[[str], None] = _log.warning) -> None:
+        """Plan the work; nothing happens before ``start``.
 
         Args:
             trackers: what is fed; one that fails is left out from there on.
+            metrics_path: metrics.jsonl.
             warn: tells a person something that should not be overlooked.
         """
-        self._active = list(trackers)
+        self._followers = [Follower(tracker, metrics_path, warn) for tracker in trackers]
         self._warn = warn
-        self._states: dict[str, Any] = {}
-        self._waiting: queue.Queue[Callable[[Tracker], None] | None] = queue.Queue(maxsize=MAX_WAITING)
-        self._dropped = 0
-        self._has_failed = False
-        self._thread = threading.Thread(target=self._work, name="trackers", daemon=True)
-        self._waiting.put(lambda tracker: tracker.start())
-        self._thread.start()
+        self._is_started = False
 
-    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Hand over one step's metrics; they are dropped, with a warning, where trackers cannot keep up."""
-        try:
-            self._waiting.put_nowait(lambda tracker: tracker.log(step, metrics))
-        except queue.Full:
-            self._dropped += 1
-            if self._dropped == 1:
-                self._warn("trackers cannot keep up; some steps are missing there (metrics.jsonl has them all)")
+    def start(self, step: int) -> None:
+        """Open the trackers in the background; metrics.jsonl must end with this step or before."""
+        self._is_started = True
+        for follower in self._followers:
+            follower.start(step)
+
+    def announce(self) -> None:
+        """A line was added to metrics.jsonl."""
+        for follower in self._followers:
+            follower.announce()
 
     def state(self) -> dict[str, Any]:
         """Identities of the trackers' runs, for the checkpoint."""
-        return dict(self._states)
+        return {f.tracker.name: f.state for f in self._followers if f.state is not None}
 
     def finish(self, exit_code: int) -> None:
         """Send what is left, within a time limit, and close. The process is to end with this exit code soon after."""
+        if not self._is_started:
+            return
+        for follower in self._followers:
+            follower.finish(exit_code)
         deadline = time.monotonic() + FINISH_TIMEOUT_S
-        try:
-            self._waiting.put(lambda tracker: tracker.finish(exit_code), timeout=FINISH_TIMEOUT_S)
-            self._waiting.put(None, timeout=max(0.1, deadline - time.monotonic()))
-        except queue.Full:
-            pass
-        self._thread.join(max(0.1, deadline - time.monotonic()))
-        if self._thread.is_alive():
-            self._warn(f"trackers did not finish within {FINISH_TIMEOUT_S:g} s; what they lack is in metrics.jsonl")
-        if self._thread.is_alive() or self._has_failed:
+        late = [f.tracker.name for f in self._followers if not f.join(max(0.1, deadline - time.monotonic()))]
+        if late:
+            self._warn(
+                f"{' and '.join(late)} did not finish within {FINISH_TIMEOUT_S:g} s; what is lacking there is in "
+                "metrics.jsonl"
+            )
+        if late or any(follower.has_failed for follower in self._followers):
             # wandb waits for its server once more when the interpreter ends, without a limit. Handlers run last in,
             # first out, so this one comes before it.
             atexit.register(os._exit, exit_code)
 
-    def _work(self) -> None:
-        while (action := self._waiting.get()) is not None:
-            for tracker in list(self._active):
-                try:
-                    action(tracker)
-                    self._states[tracker.name] = tracker.state()
-                except BaseException as error:  # noqa: BLE001 - no failure of a tracker may reach training
-                    self._active.remove(tracker)
-                    self._has_failed = True
-                    self._warn(
-                        f"{tracker.name} failed and is left out from here on: {str(error) or type(error).__name__}"
-                    )
 
-
-def build_trackers(config: RunConfig, run_dir: Path, warn: Callable[[str], None] = _log.warning) -> Trackers:
-    """The configured trackers of a run, started; ``warn`` tells a person what became of one that fails."""
+def build_trackers(
+    config: RunConfig, run_dir: Path, metrics_path: Path, warn: Callable[[str], None] = _log.warning
+) -> Trackers:
+    """The configured trackers of a run; ``warn`` tells a person what became of one that fails."""
     trackers: list[Tracker] = []
     if config.tracking.wandb.mode != "disabled":
         trackers.append(WandbTracker(config, run_dir, warn))
-    return Trackers(trackers, warn)
+    if config.tracking.tensorboard.enabled:
+        trackers.append(TensorBoardTracker(config, run_dir))
+    if config.tracking.trackio.enabled:
+        trackers.append(TrackioTracker(config, run_dir))
+    return Trackers(trackers, metrics_path, warn)

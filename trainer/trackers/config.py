@@ -22,9 +22,41 @@ class WandbConfig(StrictModel):
     tags: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """Tags of the run."""
 
+    group: str | None = None
+    """Group that wandb shows the run in, such as the name of a sweep."""
+
+    notes: str | None = None
+    """Text about the run, for people."""
+
+    artifacts: bool = False
+    """Keep configuration, provenance, metrics and the newest checkpoint's manifest as an artifact at the end."""
+
+
+class TensorBoardConfig(StrictModel):
+    """TensorBoard; event files go to `tensorboard` in the run's folder."""
+
+    enabled: bool = False
+    """Write event files; needs the package tensorboard."""
+
+
+class TrackioConfig(StrictModel):
+    """trackio, a dashboard on this machine; data goes to `$TRACKIO_DIR`, else to `trackio` in the run's folder."""
+
+    enabled: bool = False
+    """Write to a trackio project; needs the package trackio."""
+
+    project: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] = "shardline"
+    """Project that runs appear under; letters, digits, `_` and `-`."""
+
 
 class TrackingConfig(StrictModel):
     """Experiment trackers; metrics.jsonl is always written."""
 
     wandb: WandbConfig = WandbConfig()
     """Weights & Biases settings."""
+
+    tensorboard: TensorBoardConfig = TensorBoardConfig()
+    """TensorBoard settings."""
+
+    trackio: TrackioConfig = TrackioConfig()
+    """Trackio settings."""

@@ -5,17 +5,49 @@ import logging
 import netrc
 import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from sharding.errors import EXIT_FINISHED, EXIT_STOPPED
 from trainer.atomic_files import write_atomically
 from trainer.config import RunConfig
+from trainer.run_folder import RunFolder
+from trainer.trackers.wandb_files import ATTEMPT_KEY, WandbPart, read_parts
 
 _log = logging.getLogger("shardline")
 
 _WITHOUT_KEY = ("offline", "dryrun", "disabled")
+
+
+@dataclass(frozen=True)
+class WandbIdentity:
+    """The wandb run of a Shardline run, kept in its folder.
+
+    Attributes:
+        run_id: wandb's id, the same in all attempts.
+        sent_step: last step that is certain to be with wandb.
+    """
+
+    run_id: str
+    sent_step: int
+
+    @classmethod
+    def read(cls, run_dir: Path) -> "WandbIdentity | None":
+        """What an earlier attempt has written; None where none did."""
+        try:
+            values = json.loads(_identity_file(run_dir).read_text())
+        except FileNotFoundError:
+            return None
+        return cls(values["run_id"], values["sent_step"])
+
+    def write(self, run_dir: Path) -> None:
+        """Keep it for later attempts."""
+        file = _identity_file(run_dir)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(asdict(self)))
 
 
 class WandbTracker:
@@ -34,52 +66,92 @@ class WandbTracker:
         self._config = config
         self._run_dir = run_dir
         self._warn = warn
-        self._state_file = run_dir / "wandb" / "shardline.json"
         self._run: Any = None
-        self._sent_step = 0
-        self._run_id = ""
+        self._is_online = False
+        self._identity = WandbIdentity("", 0)
 
-    def start(self) -> None:
+    def start(self, step: int) -> None:
         """Open the wandb run; its identity is kept in the run folder."""
         import wandb
 
         settings = self._config.tracking.wandb
         # Before anything else of wandb, which speaks to the terminal as soon as it finds a key.
         server = wandb.setup(wandb.Settings(silent=True)).settings.base_url
-        saved = self._read_state()
-        self._run_id, self._sent_step = saved["run_id"], saved["sent_step"]
+        mode = self._mode(server)
+        self._is_online = mode not in _WITHOUT_KEY
+        self._identity = WandbIdentity.read(self._run_dir) or WandbIdentity(secrets.token_hex(4), 0)
+        self._identity.write(self._run_dir)
+        # Before this attempt adds one.
+        parts = read_parts(self._run_dir, self._identity.run_id)
         self._run = wandb.init(
             project=settings.project,
             entity=settings.entity,
             name=self._config.name,
-            id=self._run_id,
+            id=self._identity.run_id,
             resume="allow",
-            mode=self._mode(server),
+            mode=mode,
             dir=str(self._run_dir),
             tags=list(settings.tags),
-            config=self._config.model_dump(mode="json"),
+            group=settings.group,
+            notes=settings.notes,
+            config=self._config.model_dump(mode="json") | {ATTEMPT_KEY: RunFolder(self._run_dir).newest_attempt()},
             # Shardline has its own logs; capturing the console as well would fight over the terminal.
             settings=wandb.Settings(console="off", silent=True),
         )
+        self._identity = replace(self._identity, sent_step=self._find_sent_step(parts))
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Send a step once: after a crash, steps that are taken again are not sent again."""
-        if step <= self._sent_step:
+        if step <= self._identity.sent_step:
             return
-        self._run.log({"step": step, **{name: value for name, value in metrics.items() if value is not None}})
-        self._sent_step = step
-        self._write_state()
+        values = {name: value for name, value in metrics.items() if value is not None}
+        # wandb's own counter would start at 0 in each offline part, and joined parts would overlap.
+        self._run.log({"step": step, **values}, step=step)
+        self._identity = replace(self._identity, sent_step=step)
+        if self._is_online:
+            self._identity.write(self._run_dir)
 
-    def finish(self, exit_code: int) -> None:
+    def finish(self, exit_code: int, summary: Mapping[str, Any]) -> None:
         """Close the run; one that was stopped on request has not failed."""
-        if self._run is not None:
-            self._run.finish(exit_code=0 if exit_code in (0, 75) else exit_code)
+        self._run.summary.update(dict(summary))
+        if self._config.tracking.wandb.artifacts:
+            self._log_artifact()
+        self._run.finish(exit_code=0 if exit_code in (EXIT_FINISHED, EXIT_STOPPED) else exit_code)
+        # Offline, only now is it certain that everything is on disk.
+        self._identity.write(self._run_dir)
 
     def state(self) -> dict[str, Any]:
         """The run's id."""
-        return {"run_id": self._run_id}
+        return {"run_id": self._identity.run_id}
+
+    def _find_sent_step(self, parts: Sequence[WandbPart]) -> int:
+        """The last step that is with wandb; what a killed attempt took for sent need not have arrived.
+
+        wandb writes its files, and sends, with a delay. What is on disk counts, or what the server has; the rest is
+        sent again from metrics.jsonl.
+        """
+        if not self._is_online:
+            return max([self._identity.sent_step, *(part.last_step for part in parts)])
+        waiting = [part.last_step for part in parts if part.is_waiting]
+        if waiting:
+            self._warn(
+                f"wandb is online now, but {len(waiting)} offline parts of this run are not uploaded; "
+                f"stop, run shardline tracking sync {self._run_dir} and continue, to have its steps in order"
+            )
+        # Steps are wandb's own here, see log().
+        return max([self._run.starting_step - 1, 0, *waiting])
+
+    def _log_artifact(self) -> None:
+        import wandb
+
+        artifact = wandb.Artifact(f"{self._config.name}-{self._identity.run_id}", type="run")
+        manifests = sorted((self._run_dir / "checkpoints").glob("step-*/manifest.json"))
+        patterns = ("config*.yaml", "provenance*.json", "metrics.jsonl")
+        for path in [*(file for pattern in patterns for file in sorted(self._run_dir.glob(pattern))), *manifests[-1:]]:
+            artifact.add_file(str(path), name=str(path.relative_to(self._run_dir)))
+        self._run.log_artifact(artifact)
 
     def _mode(self, server: str) -> Any:
         configured = self._config.tracking.wandb.mode
@@ -92,16 +164,16 @@ class WandbTracker:
             )
         return mode
 
-    def _read_state(self) -> dict[str, Any]:
-        if self._state_file.exists():
-            return json.loads(self._state_file.read_text())
-        self._state_file.parent.mkdir(parents=True, exist_ok=True)
-        self._run_id = secrets.token_hex(4)
-        self._write_state()
-        return {"run_id": self._run_id, "sent_step": 0}
 
-    def _write_state(self) -> None:
-        write_atomically(self._state_file, json.dumps({"run_id": self._run_id, "sent_step": self._sent_step}))
+def has_key(environment: Mapping[str, str], server: str) -> bool:
+    """Whether there is a key for a server: in the environment, or in netrc as ``wandb login`` leaves it there."""
+    if environment.get("WANDB_API_KEY") or environment.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    path = Path(environment.get("NETRC") or "~/.netrc").expanduser()
+    try:
+        return netrc.netrc(path).authenticators(urlsplit(server).netloc) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 def wandb_mode(configured: str, environment: Mapping[str, str], server: str) -> str:
@@ -113,14 +185,8 @@ def wandb_mode(configured: str, environment: Mapping[str, str], server: str) -> 
         server: address of the wandb server.
     """
     wanted = configured if configured != "auto" else environment.get("WANDB_MODE") or "online"
-    return wanted if wanted in _WITHOUT_KEY or _has_key(environment, server) else "offline"
+    return wanted if wanted in _WITHOUT_KEY or has_key(environment, server) else "offline"
 
 
-def _has_key(environment: Mapping[str, str], server: str) -> bool:
-    if environment.get("WANDB_API_KEY") or environment.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    path = Path(environment.get("NETRC") or "~/.netrc").expanduser()
-    try:
-        return netrc.netrc(path).authenticators(urlsplit(server).netloc) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+def _identity_file(run_dir: Path) -> Path:
+    return run_dir / "wandb" / "shardline.json"
