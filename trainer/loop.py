@@ -125,7 +125,7 @@ class Trainer:
             RunFailure: too many steps in a row were not finite.
             UserError: a checkpoint could not be written.
         """
-        if self.step >= self._config.steps:
+        if self.step >= self._config.num_steps:
             return Ending.FINISHED
         # Collections at different moments on different ranks would hold up one another at every collective.
         gc.disable()
@@ -145,7 +145,7 @@ class Trainer:
     def _fit(self, loader: BatchLoader) -> Ending:
         self._clock.restart()
         first_step = self.step + 1
-        for step in range(first_step, self._config.steps + 1):
+        for step in range(first_step, self._config.num_steps + 1):
             seed_step(self._config.seed, step, self._parts.dp_rank)
             waited_from = time.perf_counter()
             micro_batches = [self._parts.task.make_batch(sequences) for sequences in loader.next_step()]
@@ -183,7 +183,7 @@ class Trainer:
 
     def _after_step(self, record: StepRecord) -> None:
         step, config = self.step, self._config
-        is_last = step == config.steps
+        is_last = step == config.num_steps
         evaluates = is_last or is_due(step, config.evaluation.every_steps)
         if evaluates or is_due(step, config.metrics.every_steps):
             self._log(record, evaluates=evaluates)
@@ -253,7 +253,7 @@ class Trainer:
             num_tokens=0,
             num_skipped_steps=0,
             num_skipped_in_a_row=0,
-            schedule_total_steps=self._config.schedule.total_steps or self._config.steps,
+            schedule_total_steps=self._config.schedule.total_steps or self._config.num_steps,
             seed=self._config.seed,
         )
 

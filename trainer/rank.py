@@ -134,7 +134,7 @@ def _train(
     trainer.resume_or_init()
     if observers.console is not None:
         observers.console.start(trainer.step)
-    if trainer.step >= config.steps:
+    if trainer.step >= config.num_steps:
         observers.message(f"run {config.name} is complete at step {trainer.step}; nothing to do")
     elif trainer.step:
         observers.message(f"continuing after step {trainer.step}")
@@ -173,7 +173,7 @@ def _agree_on_attempt(attempt: int, ranks: Ranks) -> int:
 def _build_observers(config: RunConfig, run_folder: RunFolder, ranks: Ranks) -> Observers:
     if ranks.rank != 0:
         return Observers(run_folder.metrics_file)
-    console = Console(total_steps=config.steps)
+    console = Console(total_steps=config.num_steps)
     return Observers(run_folder.metrics_file, console, build_trackers(config, run_folder.path, console.warning))
 
 

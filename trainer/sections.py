@@ -71,23 +71,32 @@ class OptimizerConfig(StrictModel):
 class ScheduleConfig(StrictModel):
     """Learning rate over steps: linear warm-up, then the named curve."""
 
-    name: Literal["constant", "linear", "cosine", "wsd", "polynomial"] = "cosine"
-    """Curve after warm-up; `wsd` is warm-up, stable, linear decay."""
+    name: Literal["constant", "linear", "cosine", "wsd", "polynomial", "inverse_sqrt", "exponential", "step"] = "cosine"
+    """Curve after warm-up; `wsd` is warm-up, stable, linear decay; the last three and `constant` have no end."""
 
     warmup_steps: int = Field(default=0, ge=0)
     """Steps over which the rate rises linearly to its peak."""
 
     total_steps: int = Field(default=0, ge=0)
-    """Step at which the curve ends; 0 means the `steps` the run was first started with."""
+    """Step at which a curve with an end ends; 0 means the number of steps the run was first started with."""
 
     decay_steps: int = Field(default=0, ge=0)
     """Length in steps of the final decay under `wsd`; 0 means a tenth of total_steps."""
 
     final_lr_ratio: float = Field(default=0.1, ge=0.0, le=1.0)
-    """Rate at the end of the curve, as a share of the peak; `constant` ignores the end."""
+    """Lowest rate after warm-up, as a share of the peak: where a curve ends, or what one without an end stops at."""
 
     power: float = Field(default=1.0, gt=0.0)
     """Exponent of the `polynomial` curve in the share of steps that remains."""
+
+    decay_rate: float = Field(default=0.5, gt=0.0, lt=1.0)
+    """Factor of each decay under `exponential` and `step`."""
+
+    decay_every_steps: int = Field(default=0, ge=0)
+    """Steps after warm-up in which the rate falls by decay_rate, smoothly (`exponential`) or at their end (`step`)."""
+
+    milestones: Annotated[tuple[int, ...], Field(strict=False)] = ()
+    """Steps after which the rate falls by decay_rate under `step`, in place of decay_every_steps."""
 
 
 class EvaluationConfig(StrictModel):

@@ -1,12 +1,26 @@
 """Rules that span several settings of a run, and the arithmetic of ranks and batch; imports no torch."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from sharding.errors import UserError
 
 if TYPE_CHECKING:
     from trainer.config import RunConfig
+
+
+_CURVES_WITH_END = ("linear", "cosine", "wsd", "polynomial")
+# Settings of the schedule, and the curves that they change.
+_CURVES_OF_SETTING: dict[str, tuple[str, ...]] = {
+    "total_steps": _CURVES_WITH_END,
+    "final_lr_ratio": (*_CURVES_WITH_END, "inverse_sqrt", "exponential", "step"),
+    "decay_steps": ("wsd",),
+    "power": ("polynomial",),
+    "decay_rate": ("exponential", "step"),
+    "decay_every_steps": ("exponential", "step"),
+    "milestones": ("step",),
+}
 
 
 @dataclass(frozen=True)
@@ -41,6 +55,7 @@ def validate(config: "RunConfig", world: World | None = None) -> None:
     Raises:
         UserError: a rule is broken.
     """
+    _validate_budget(config)
     _validate_model_and_data(config)
     _validate_parallel(config)
     _validate_schedule(config)
@@ -90,17 +105,53 @@ def _validate_parallel(config: "RunConfig") -> None:
 
 def _validate_schedule(config: "RunConfig") -> None:
     schedule = config.schedule
-    total = schedule.total_steps or config.steps
+    _validate_curve(config)
+    total = schedule.total_steps or config.num_steps
     if schedule.warmup_steps > total:
         raise UserError(
             f"schedule.warmup_steps={schedule.warmup_steps} is more than the {total} steps of the schedule; lower it."
         )
-    if schedule.decay_steps and schedule.name != "wsd":
-        raise UserError(f"schedule.decay_steps has a meaning under wsd only, but schedule.name={schedule.name}.")
     if schedule.warmup_steps + schedule.decay_steps > total:
         raise UserError(
             f"schedule.warmup_steps={schedule.warmup_steps} + schedule.decay_steps={schedule.decay_steps} is more "
             f"than the {total} steps of the schedule; lower one of them."
+        )
+
+
+def _validate_curve(config: "RunConfig") -> None:
+    """What each curve needs, and what would have no effect under it."""
+    schedule, name = config.schedule, config.schedule.name
+    for setting, curves in _CURVES_OF_SETTING.items():
+        value, default = getattr(schedule, setting), type(schedule).model_fields[setting].default
+        if value != default and name not in curves:
+            raise UserError(
+                f"schedule.{setting} has a meaning under {', '.join(curves)} only, but schedule.name={name}; "
+                f"remove schedule.{setting}={value} or choose such a curve."
+            )
+    if name == "exponential" and not schedule.decay_every_steps:
+        raise UserError(
+            "schedule.name=exponential needs schedule.decay_every_steps, which is 0; set it to the number of steps "
+            f"in which the rate falls to {schedule.decay_rate:g} of what it was."
+        )
+    if name == "step" and bool(schedule.decay_every_steps) == bool(schedule.milestones):
+        raise UserError(
+            f"schedule.name=step takes schedule.decay_every_steps={schedule.decay_every_steps} or "
+            f"schedule.milestones={list(schedule.milestones)}: set exactly one of them."
+        )
+    bounds = (max(schedule.warmup_steps, 1), *schedule.milestones)
+    if any(later < earlier + (index > 0) for index, (earlier, later) in enumerate(pairwise(bounds))):
+        raise UserError(
+            f"schedule.milestones={list(schedule.milestones)} must rise, from schedule.warmup_steps="
+            f"{schedule.warmup_steps} (and 1) on; put them in order, each step once."
+        )
+
+
+def _validate_budget(config: "RunConfig") -> None:
+    if (config.steps is None) == (config.tokens is None):
+        found = "neither is set" if config.steps is None else f"steps={config.steps} and tokens={config.tokens}"
+        raise UserError(
+            f"a run has a budget of steps or of tokens, but {found}: set exactly one of them "
+            "(the other can be taken back with steps=null or tokens=null)."
         )
 
 
