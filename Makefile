@@ -3,6 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.shardline-setup
 QUICKSTART := runs/quickstart
+PROMPT = $$(printf 'class Reader:\n    """Reads lines from a file."""\n\n    def __init__(self, ')
 
 .PHONY: setup quickstart test check soak
 
@@ -16,7 +17,7 @@ $(STAMP): pyproject.toml constraints.txt scripts/setup
 quickstart: setup
 	@$(BIN)/shardline run configs/quickstart.yaml
 	@test -e $(QUICKSTART)/sample.txt || { \
-		$(BIN)/shardline generate $(QUICKSTART) --prompt "def " --temperature 0.5 > $(QUICKSTART)/sample.partial && \
+		$(BIN)/shardline generate $(QUICKSTART) --prompt "$(PROMPT)" --temperature 0.5 > $(QUICKSTART)/sample.partial && \
 		mv $(QUICKSTART)/sample.partial $(QUICKSTART)/sample.txt && \
 		printf '\nsample:\n' && cat $(QUICKSTART)/sample.txt; }
 

@@ -1,13 +1,18 @@
 """From a model on the meta device to an engine: the one place that knows the order of things."""
 
+from typing import Any
+
 import torch
 
+from sharding.accelerate_engine import AccelerateDdpEngine
 from sharding.activation_checkpointing import checkpoint_activations
 from sharding.blocks import find_blocks
 from sharding.config import ActivationCheckpointingConfig, CompileConfig, ParallelConfig, PrecisionConfig
 from sharding.ddp import DdpEngine
+from sharding.deepspeed_engine import DeepSpeedEngine, partition_block
 from sharding.engine import Engine, ModelDefinition, OptimizerFactory
 from sharding.initialization import Materializer, check_initialized, initialize_one, initialize_tree
+from sharding.loss_scaler import LossScaler
 from sharding.mesh import DataParallelMesh
 from sharding.precision import compute_dtype
 from sharding.torch_engine import TorchEngine
@@ -24,12 +29,24 @@ def build_engine(
     precision: PrecisionConfig,
     activation_checkpointing: ActivationCheckpointingConfig,
     compilation: CompileConfig,
+    deepspeed_settings: dict[str, Any],
 ) -> Engine:
     """Bring a model to life under a strategy.
 
     Block by block: memory, initial values, checkpointing, compilation, sharding. So a rank holds one whole block at a
     time beside its shards, and initial values do not depend on the layout. The optimizer comes last, when parameters
     lie where they will stay.
+
+    Args:
+        definition: the model and its functions.
+        mesh: the ranks.
+        device: where this rank computes.
+        build_optimizer: called once, when parameters lie where they stay.
+        parallel: strategy and backend.
+        precision: number formats.
+        activation_checkpointing: what is recomputed.
+        compilation: what is compiled.
+        deepspeed_settings: DeepSpeed's configuration, read under that backend alone.
 
     Raises:
         UserError: the precision is not there yet.
@@ -39,7 +56,8 @@ def build_engine(
     model = definition.model
     blocks = find_blocks(model)
     materializer = Materializer(device)
-    shards = parallel.strategy not in ("none", "ddp")
+    shards = parallel.backend == "torch" and parallel.strategy not in ("none", "ddp")
+    partitions = parallel.backend == "deepspeed" and parallel.strategy == "zero3"
 
     model.train()
     for index, (name, block) in enumerate(blocks):
@@ -52,14 +70,21 @@ def build_engine(
             block.compile(mode=None if compilation.mode == "default" else compilation.mode)
         if shards:
             shard_module(block, mesh, parallel.strategy, dtype)
+        if partitions:
+            partition_block(block, deepspeed_settings)
 
     _initialize_outside_blocks(definition, materializer, {id(block) for _, block in blocks})
+    loss_scaler = LossScaler(precision, device) if dtype is torch.float16 else None
     if shards:
         shard_module(model, mesh, parallel.strategy, dtype)
-        return ZeroEngine(definition, mesh, device, parallel.strategy, build_optimizer)
+        return ZeroEngine(definition, mesh, device, parallel.strategy, build_optimizer, loss_scaler)
     autocast_dtype = None if dtype is torch.float32 else dtype
-    engine = TorchEngine if parallel.strategy == "none" else DdpEngine
-    return engine(definition, mesh, device, autocast_dtype, build_optimizer)
+    if parallel.backend == "deepspeed":
+        return DeepSpeedEngine(
+            definition, mesh, device, autocast_dtype, build_optimizer, deepspeed_settings, loss_scaler
+        )
+    engine = {"none": TorchEngine, "ddp": AccelerateDdpEngine if parallel.backend == "accelerate" else DdpEngine}
+    return engine[parallel.strategy](definition, mesh, device, autocast_dtype, build_optimizer, loss_scaler)
 
 
 def _initialize_outside_blocks(definition: ModelDefinition, materializer: Materializer, block_ids: set[int]) -> None:

@@ -8,6 +8,7 @@ from sharding.strict_model import StrictModel
 
 Strategy = Literal["none", "ddp", "zero1", "zero2", "zero3", "hsdp"]
 Backend = Literal["torch", "deepspeed", "accelerate"]
+Offload = Literal["none", "cpu", "nvme"]
 ComputeDtype = Literal["auto", "fp32", "bf16", "fp16", "fp8"]
 
 
@@ -19,7 +20,19 @@ class ParallelConfig(StrictModel):
     groups, replicated across them)."""
 
     backend: Backend = "torch"
-    """Library that carries out the strategy; only `torch` is there now."""
+    """Library that carries out the strategy: `torch` (all strategies), `deepspeed` (zero1, zero2, zero3), or
+    `accelerate` (ddp; zero3 on GPUs)."""
+
+    offload_optimizer: Offload = "none"
+    """Where optimizer state and masters lie under `deepspeed`: on the device (`none`), in main memory (`cpu`), or,
+    under zero3, in files (`nvme`)."""
+
+    offload_parameters: Offload = "none"
+    """Where parameters lie between uses under `deepspeed` zero3: on the device (`none`), in main memory (`cpu`), or in
+    files (`nvme`)."""
+
+    nvme_path: str | None = None
+    """Folder on a local NVMe disk for what is offloaded to `nvme`."""
 
     replicate: int = Field(default=1, ge=1)
     """Number of replicas of the sharded model under `hsdp`; ranks / replicate is the shard degree."""
@@ -38,7 +51,14 @@ class PrecisionConfig(StrictModel):
     """Number formats of the forward and backward pass; masters, reduction and optimizer state are always fp32."""
 
     compute: ComputeDtype = "auto"
-    """Format of matrix products: `fp32`, `bf16`, or `auto` (bf16 where the device has it natively, else fp32)."""
+    """Format of matrix products: `fp32`, `bf16`, `fp16` (with a dynamic loss scale), or `auto` (bf16 where the device
+    has it natively, else fp32)."""
+
+    initial_loss_scale: float = Field(default=65536.0, ge=1.0)
+    """First factor of the loss under `fp16`; it halves after an overflow, whose step all ranks skip."""
+
+    loss_scale_growth_steps: int = Field(default=2000, ge=1)
+    """Steps without an overflow after which the loss scale of `fp16` doubles."""
 
 
 class CompileConfig(StrictModel):

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sharding.engine import ModelDefinition, OptimizerFactory
+from sharding.loss_scaler import LossScaler
 from sharding.mesh import DataParallelMesh
 from sharding.torch_engine import TorchEngine
 
@@ -23,9 +24,10 @@ class DdpEngine(TorchEngine):
         device: torch.device,
         autocast_dtype: torch.dtype | None,
         build_optimizer: OptimizerFactory,
+        loss_scaler: LossScaler | None = None,
     ) -> None:
         """See TorchEngine; the process group must be up."""
-        super().__init__(definition, mesh, device, autocast_dtype, build_optimizer)
+        super().__init__(definition, mesh, device, autocast_dtype, build_optimizer, loss_scaler)
         self._ddp = DistributedDataParallel(
             self._model,
             device_ids=[device.index] if device.type == "cuda" else None,

@@ -47,6 +47,10 @@ class ModelDefinition:
 class Engine(Protocol):
     """What every backend and strategy offers."""
 
+    @property
+    def loss_scale(self) -> torch.Tensor | None:
+        """Present loss scale under fp16, a scalar on the device; None elsewhere."""
+
     def train_batch(self, micro_batches: Sequence[Batch], denominator: int) -> torch.Tensor:
         """Run forward and backward over one rank's micro-batches and reduce the gradients.
 

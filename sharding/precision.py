@@ -5,7 +5,7 @@ import torch
 from sharding.config import PrecisionConfig
 from sharding.errors import UserError
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def compute_dtype(precision: PrecisionConfig, device: torch.device) -> torch.dtype:
@@ -21,5 +21,5 @@ def compute_dtype(precision: PrecisionConfig, device: torch.device) -> torch.dty
         native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
         return torch.bfloat16 if native else torch.float32
     if precision.compute not in _DTYPES:
-        raise UserError(f"precision.compute={precision.compute} is not there yet; use auto, fp32 or bf16.")
+        raise UserError(f"precision.compute={precision.compute} is not there yet; use auto, fp32, bf16 or fp16.")
     return _DTYPES[precision.compute]

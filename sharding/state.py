@@ -12,10 +12,10 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 @dataclass(frozen=True)
 class TensorSlice:
-    """This rank's part of one tensor of the canonical state.
+    """A part of one tensor of the canonical state that this rank holds; it may hold several of one tensor.
 
     Attributes:
-        name: ``model/PARAMETER`` or ``optimizer/PARAMETER/MOMENT``.
+        name: ``model/PARAMETER``, ``optimizer/PARAMETER/MOMENT`` or ``scaler/NAME``.
         tensor: the live local memory; writing to it changes the state.
         global_shape: shape of the whole tensor.
         offsets: index of the slice's first element in the whole tensor, per dim.
@@ -41,6 +41,59 @@ def slice_of(name: str, tensor: torch.Tensor, *, is_written_here: bool) -> Tenso
     _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     local = local_tensor(tensor.detach())
     return TensorSlice(name, local, tuple(tensor.shape), tuple(offsets), is_written_here and local.numel() > 0)
+
+
+def slices_of_flat_range(
+    name: str, flat: torch.Tensor, global_shape: tuple[int, ...], start: int, *, is_written_here: bool
+) -> list[TensorSlice]:
+    """Describe a run of a tensor's elements in row-major order, as flat partitions hold them, by boxes.
+
+    Args:
+        name: the tensor's name.
+        flat: live memory, [number of elements], contiguous.
+        global_shape: shape of the whole tensor.
+        start: position of the first element in the flattened tensor.
+        is_written_here: see TensorSlice.
+
+    Returns:
+        At most ``2 * dims - 1`` boxes, for example the end of one row, whole rows, and the beginning of another; their
+        tensors are views of ``flat``.
+    """
+    boxes = _boxes(global_shape, start, start + flat.numel())
+    slices, position = [], 0
+    for offsets, shape in boxes:
+        size = math.prod(shape)
+        tensor = flat[position : position + size].view(shape)
+        slices.append(TensorSlice(name, tensor, global_shape, offsets, is_written_here))
+        position += size
+    return slices
+
+
+_Box = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def _boxes(shape: tuple[int, ...], start: int, stop: int) -> list[_Box]:
+    """Offsets and shapes of the boxes that make up elements [start, stop) of a row-major tensor, in order."""
+    if start >= stop:
+        return []
+    if not shape:
+        return [((), ())]
+    row = math.prod(shape[1:])
+    first, last = start // row, stop // row
+    if start % row == 0 and stop % row == 0:
+        return [((first, *(0 for _ in shape[1:])), (last - first, *shape[1:]))]
+    if first == (stop - 1) // row:
+        return _inside_row(shape, first, start - first * row, stop - first * row)
+    head_stop = first * row if start % row == 0 else (first + 1) * row
+    return [
+        *_boxes(shape, start, head_stop),
+        *_boxes(shape, head_stop, last * row),
+        *_boxes(shape, last * row, stop),
+    ]
+
+
+def _inside_row(shape: tuple[int, ...], row: int, start: int, stop: int) -> list[_Box]:
+    return [((row, *offsets), (1, *box)) for offsets, box in _boxes(shape[1:], start, stop)]
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
@@ -75,12 +128,11 @@ def _name_key(name: str) -> int:
 
 
 def _elements(part: TensorSlice) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Bits and global linear indices of a slice, in bounded chunks; only dim 0 may be divided."""
+    """Bits and global linear indices of a slice, in bounded chunks; its elements must be a run of the whole's."""
     flat = part.tensor.contiguous().reshape(-1)
     integer = {4: torch.int32, 2: torch.int16, 8: torch.int64, 1: torch.uint8}[flat.element_size()]
     bits = flat.view(integer)
-    row = math.prod(part.global_shape[1:])
-    start = part.offsets[0] * row if part.offsets else 0
+    start = sum(offset * math.prod(part.global_shape[dim + 1 :]) for dim, offset in enumerate(part.offsets))
     for begin in range(0, bits.numel(), _HASH_CHUNK):
         chunk = bits[begin : begin + _HASH_CHUNK].to(torch.int64)
         yield chunk, torch.arange(start + begin, start + begin + chunk.numel(), device=chunk.device)

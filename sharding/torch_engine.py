@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from sharding.engine import Batch, ModelDefinition, OptimizerFactory
+from sharding.loss_scaler import LossScaler
 from sharding.mesh import DataParallelMesh
 from sharding.state import TensorSlice, local_tensor, slice_of
 
@@ -25,6 +26,7 @@ class TorchEngine:
         device: torch.device,
         autocast_dtype: torch.dtype | None,
         build_optimizer: OptimizerFactory,
+        loss_scaler: LossScaler | None = None,
     ) -> None:
         """Take a model whose parameters have memory and lie as the strategy wants them.
 
@@ -34,6 +36,7 @@ class TorchEngine:
             device: where this rank computes.
             autocast_dtype: format of matrix products under autocast; None where parameters are cast or fp32 is used.
             build_optimizer: called once, with the parameters as they lie now.
+            loss_scaler: for fp16; None elsewhere.
         """
         self._model = definition.model
         self._loss = definition.loss
@@ -48,11 +51,19 @@ class TorchEngine:
         ]
         self._optimizer = build_optimizer([(entry.name, entry.local) for entry in self._trainable])
         self._found_nonfinite = torch.zeros((), device=device)
+        self._loss_scaler = loss_scaler
+
+    @property
+    def loss_scale(self) -> torch.Tensor | None:
+        """See Engine."""
+        return None if self._loss_scaler is None else self._loss_scaler.scale
 
     def train_batch(self, micro_batches: Sequence[Batch], denominator: int) -> torch.Tensor:
         """See Engine."""
         total = torch.zeros((), device=self._device)
-        scale = self._gradient_scale() / max(denominator, 1)
+        scale: float | torch.Tensor = self._gradient_scale() / max(denominator, 1)
+        if self._loss_scaler is not None:
+            scale = self._loss_scaler.scale * scale
         for index, batch in enumerate(micro_batches):
             with self._accumulation_context(is_last=index == len(micro_batches) - 1):
                 with self._autocast():
@@ -60,7 +71,7 @@ class TorchEngine:
                 # A rank-local infinite loss can leave its gradients finite. Turned into NaN here, it reaches every
                 # rank through the gradient reduction, and all skip the step without another collective.
                 factor = torch.where(loss_sum.detach().isfinite(), scale, torch.nan)
-                (loss_sum * factor).backward()
+                self._backward(loss_sum * factor)
             total += loss_sum.detach()
         return total
 
@@ -81,8 +92,12 @@ class TorchEngine:
             # would make the clipped step depend on how the gradients are divided.
             squares = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float64)).square().sum()
         norm = self._sum_over_shards(squares).sqrt().float()
-        if max_norm > 0:
-            coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        if self._loss_scaler is not None:
+            norm = norm / self._loss_scaler.scale
+        coefficient = None if max_norm == 0 else (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        if self._loss_scaler is not None:
+            coefficient = (1.0 if coefficient is None else coefficient) / self._loss_scaler.scale
+        if coefficient is not None:
             torch._foreach_mul_(gradients, coefficient)
         self._found_nonfinite = (~norm.isfinite()).float()
         return norm
@@ -96,7 +111,9 @@ class TorchEngine:
                 entry.local.grad = local_tensor(entry.parameter.grad)
         # The fused kernels read this flag on the device and leave everything alone where it is 1: no host sync.
         self._optimizer.found_inf = self._found_nonfinite  # type: ignore[attr-defined]
-        self._optimizer.step()
+        self._apply_optimizer()
+        if self._loss_scaler is not None:
+            self._loss_scaler.update(self._found_nonfinite)
         for entry in self._trainable:
             entry.parameter.grad = entry.local.grad = None
         return 1.0 - self._found_nonfinite
@@ -106,6 +123,8 @@ class TorchEngine:
         slices = self._model_slices()
         if with_optimizer:
             slices += self._optimizer_slices()
+            if self._loss_scaler is not None:
+                slices += self._loss_scaler.slices(is_written_here=self._mesh.dp_rank == 0)
         return slices
 
     def load_state(self, read: Callable[[TensorSlice], None], *, with_optimizer: bool) -> None:
@@ -125,6 +144,12 @@ class TorchEngine:
 
     def _forward_module(self) -> nn.Module:
         return self._model
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+    def _apply_optimizer(self) -> None:
+        self._optimizer.step()
 
     def _gradient_scale(self) -> float:
         """Factor that turns the strategy's gradient reduction into a sum over ranks."""
@@ -185,6 +210,7 @@ class TorchEngine:
         for entry in self._trainable:
             entry.parameter.grad = torch.zeros_like(entry.parameter)
         self._found_nonfinite.zero_()
+        # It reads the checkpoint's scale afterwards.
         self.step(learning_rate=0.0)
         for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
             group["lr"] = rate

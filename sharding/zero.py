@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from sharding.config import Strategy
 from sharding.engine import Batch, ModelDefinition, OptimizerFactory
+from sharding.loss_scaler import LossScaler
 from sharding.mesh import DataParallelMesh
 from sharding.torch_engine import TorchEngine, sum_over
 
@@ -50,9 +51,10 @@ class ZeroEngine(TorchEngine):
         device: torch.device,
         strategy: Strategy,
         build_optimizer: OptimizerFactory,
+        loss_scaler: LossScaler | None = None,
     ) -> None:
         """See TorchEngine; every block and then the model must have been sharded."""
-        super().__init__(definition, mesh, device, None, build_optimizer)
+        super().__init__(definition, mesh, device, None, build_optimizer, loss_scaler)
         self._strategy = strategy
         self._sharded_modules = [m for m in self._model.modules() if isinstance(m, FSDPModule)]
         for module in self._sharded_modules:

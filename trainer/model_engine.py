@@ -9,6 +9,7 @@ from sharding.precision import compute_dtype
 from sharding.process_group import Ranks
 from sharding.state import layout_independent_hash
 from trainer.config import RunConfig
+from trainer.deepspeed_settings import deepspeed_settings
 from trainer.metrics import sum_integers_over_ranks
 from trainer.models import (
     ModelFacts,
@@ -50,6 +51,7 @@ def build_model_engine(
         precision=config.precision,
         activation_checkpointing=config.activation_checkpointing,
         compilation=config.compile,
+        deepspeed_settings=deepspeed_settings(config, mesh.dp_degree) if config.parallel.backend == "deepspeed" else {},
     )
     if config.model.pretrained is not None:
         load_pretrained(engine, config.model.pretrained)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
-from sharding.config import Strategy
+from sharding.config import Backend, Strategy
 from sharding.engine import Engine
 from sharding.mesh import build_mesh
 from sharding.process_group import Ranks, process_group
@@ -27,17 +27,18 @@ NUM_STEPS = 3
 
 @dataclass(frozen=True)
 class ParityCase:
-    """One way to train: strategy, ranks, micro-batches a step, optimizer."""
+    """One way to train: strategy, ranks, micro-batches a step, optimizer, backend."""
 
     strategy: Strategy
     num_ranks: int
     accumulation_steps: int
     optimizer: str
+    backend: Backend = "torch"
 
     @property
     def label(self) -> str:
         """A name for files."""
-        return f"{self.strategy}-{self.num_ranks}-{self.accumulation_steps}-{self.optimizer}"
+        return f"{self.backend}-{self.strategy}-{self.num_ranks}-{self.accumulation_steps}-{self.optimizer}"
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Trajectory:
 def case_config(config: RunConfig, case: ParityCase, num_sequences: int) -> RunConfig:
     """The run's configuration made comparable: fp32, constant rate, the case's strategy, batch and optimizer."""
     parallel = config.parallel.model_copy(
-        update={"strategy": case.strategy, "replicate": 2 if case.strategy == "hsdp" else 1}
+        update={"strategy": case.strategy, "backend": case.backend, "replicate": 2 if case.strategy == "hsdp" else 1}
     )
     micro_size = num_sequences // (case.num_ranks * case.accumulation_steps)
     # Plain SGD needs a larger rate than Adam to move at all in a few steps.

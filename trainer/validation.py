@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING
 from sharding.errors import UserError
 
 if TYPE_CHECKING:
+    from sharding.config import ParallelConfig
     from trainer.config import RunConfig
+
+BACKEND_STRATEGIES = {
+    "torch": ("none", "ddp", "zero1", "zero2", "zero3", "hsdp"),
+    "deepspeed": ("zero1", "zero2", "zero3"),
+    "accelerate": ("ddp", "zero3"),
+}
+"""Which strategies each backend carries out."""
 
 
 _CURVES_WITH_END = ("linear", "cosine", "wsd", "polynomial")
@@ -88,18 +96,43 @@ def _validate_model_and_data(config: "RunConfig") -> None:
 
 def _validate_parallel(config: "RunConfig") -> None:
     parallel = config.parallel
-    if parallel.backend != "torch":
-        raise UserError(f"parallel.backend={parallel.backend} is not there yet; use parallel.backend=torch.")
+    _validate_backend(parallel)
     for axis in ("tensor", "context", "pipeline"):
         degree = getattr(parallel, axis)
         if degree != 1:
             raise UserError(f"parallel.{axis}={degree} is not there yet; only 1 is accepted for now.")
-    if config.precision.compute in ("fp16", "fp8"):
-        raise UserError(f"precision.compute={config.precision.compute} is not there yet; use auto, fp32 or bf16.")
+    if config.precision.compute == "fp8":
+        raise UserError("precision.compute=fp8 is not there yet; use auto, fp32, bf16 or fp16.")
     if parallel.replicate > 1 and parallel.strategy != "hsdp":
         raise UserError(
             f"parallel.replicate={parallel.replicate} has a meaning under strategy hsdp only, but "
             f"parallel.strategy={parallel.strategy}; set it to hsdp or parallel.replicate to 1."
+        )
+
+
+def _validate_backend(parallel: "ParallelConfig") -> None:
+    backend, strategy = parallel.backend, parallel.strategy
+    if strategy not in BACKEND_STRATEGIES[backend]:
+        legal = ", ".join(BACKEND_STRATEGIES[backend])
+        raise UserError(
+            f"parallel.backend={backend} cannot do parallel.strategy={strategy}, only {legal}; choose one of these, or "
+            "parallel.backend=torch, which has all."
+        )
+    for key in ("offload_optimizer", "offload_parameters"):
+        place = getattr(parallel, key)
+        if place != "none" and backend != "deepspeed":
+            raise UserError(
+                f"parallel.{key}={place} needs parallel.backend=deepspeed, but it is {backend}; change one of them."
+            )
+        if (place == "nvme" or (place == "cpu" and key == "offload_parameters")) and strategy != "zero3":
+            raise UserError(
+                f"parallel.{key}={place} needs parallel.strategy=zero3, but it is {strategy}; change one of them."
+            )
+    uses_nvme = "nvme" in (parallel.offload_optimizer, parallel.offload_parameters)
+    if uses_nvme != (parallel.nvme_path is not None):
+        raise UserError(
+            f"parallel.nvme_path={parallel.nvme_path} and offloading to nvme go together: name a folder on a local "
+            "NVMe disk if and only if parallel.offload_optimizer or parallel.offload_parameters is nvme."
         )
 
 
@@ -157,6 +190,11 @@ def _validate_budget(config: "RunConfig") -> None:
 
 def _validate_world(config: "RunConfig", world: World) -> None:
     parallel, num_ranks = config.parallel, world.num_ranks
+    if parallel.backend == "accelerate" and parallel.strategy == "zero3" and not world.has_gpu:
+        raise UserError(
+            "parallel.backend=accelerate does parallel.strategy=zero3 on GPUs alone: without one it would train plain "
+            "DDP and say nothing; use parallel.backend=torch or deepspeed, or parallel.strategy=ddp."
+        )
     if parallel.strategy == "none" and num_ranks > 1:
         raise UserError(
             f"parallel.strategy=none runs on one rank, but there are {num_ranks}; "

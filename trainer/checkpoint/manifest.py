@@ -12,14 +12,17 @@ from sharding.errors import UserError
 from sharding.strict_model import StrictModel
 
 MANIFEST_NAME = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 class SliceEntry(StrictModel):
     """One stored part of a tensor."""
 
     file: str
-    """Name of the safetensors file in the checkpoint's folder; the key in it is the tensor's name."""
+    """Name of the safetensors file in the checkpoint's folder."""
+
+    key: str
+    """The part's key in that file."""
 
     offsets: list[int]
     """Index of the part's first element in the whole tensor, per dim."""

@@ -108,10 +108,10 @@ class CheckpointReader:
             target_index.append(slice(begin - want, end - want))
         source = self._file(stored.file)
         if not source_index:
-            part.tensor.copy_(source.get_tensor(part.name))
+            part.tensor.copy_(source.get_tensor(stored.key))
             return 1
         target = part.tensor[tuple(target_index)]
-        target.copy_(source.get_slice(part.name)[tuple(source_index)])
+        target.copy_(source.get_slice(stored.key)[tuple(source_index)])
         return target.numel()
 
     def _file(self, name: str) -> Any:

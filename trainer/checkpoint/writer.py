@@ -122,7 +122,7 @@ def _write_rank_file(folder: Path, slices: list[TensorSlice], ranks: Ranks) -> _
         return _RankReport(None)
     path = folder / file
     try:
-        save_file({part.name: part.tensor.contiguous() for part in written}, path)
+        save_file({_key(part): part.tensor.contiguous() for part in written}, path)
         with path.open("rb") as opened:
             os.fsync(opened.fileno())
         entry = FileEntry(num_bytes=path.stat().st_size, sha256=hash_file(path))
@@ -134,11 +134,16 @@ def _write_rank_file(folder: Path, slices: list[TensorSlice], ranks: Ranks) -> _
             part.name,
             str(part.tensor.dtype).removeprefix("torch."),
             list(part.global_shape),
-            SliceEntry(file=file, offsets=list(part.offsets), shape=list(part.tensor.shape)),
+            SliceEntry(file=file, key=_key(part), offsets=list(part.offsets), shape=list(part.tensor.shape)),
         )
         for part in written
     )
     return _RankReport(None, file, entry, entries)
+
+
+def _key(part: TensorSlice) -> str:
+    """The tensor's name where the part begins it, so that a file of whole tensors reads like any other."""
+    return f"{part.name}@{','.join(map(str, part.offsets))}" if any(part.offsets) else part.name
 
 
 def _commit(

@@ -1,0 +1,69 @@
+"""DeepSpeed's configuration, generated from ours; imports no torch, so that a launcher can show it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from sharding.config import Offload, ParallelConfig
+
+_STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
+
+
+@dataclass(frozen=True)
+class BatchArithmetic:
+    """How a step's sequences are divided.
+
+    Attributes:
+        micro_size: sequences in one forward and backward pass of one rank.
+        accumulation_steps: passes of one rank in one step.
+        num_ranks: data-parallel ranks.
+    """
+
+    micro_size: int
+    accumulation_steps: int
+    num_ranks: int
+
+
+def deepspeed_stage(parallel: ParallelConfig) -> int:
+    """ZeRO stage of a strategy."""
+    return _STAGES[parallel.strategy]
+
+
+def deepspeed_config(parallel: ParallelConfig, batch: BatchArithmetic, clip_norm: float) -> dict[str, Any]:
+    """What ``deepspeed.initialize`` is given.
+
+    Neither ``bf16`` nor ``fp16`` appears: both would reduce and accumulate gradients in 16 bits. Parameters stay fp32,
+    autocast computes in 16 bits, and the loss scale is ours.
+
+    Args:
+        parallel: strategy and offloading.
+        batch: the division of a step.
+        clip_norm: largest gradient norm; 0 means no clipping.
+    """
+    stage = deepspeed_stage(parallel)
+    zero: dict[str, Any] = {"stage": stage, "contiguous_gradients": True, "round_robin_gradients": False}
+    # Gradients that leave in the middle of the backward pass need the same order of collectives on every rank, and on
+    # gloo there is no stream to hide them behind.
+    zero["overlap_comm"] = stage == 3
+    if parallel.offload_optimizer != "none":
+        zero["offload_optimizer"] = _offload(parallel.offload_optimizer, parallel.nvme_path)
+    if parallel.offload_parameters != "none":
+        zero["offload_param"] = _offload(parallel.offload_parameters, parallel.nvme_path)
+    return {
+        "train_micro_batch_size_per_gpu": batch.micro_size,
+        "gradient_accumulation_steps": batch.accumulation_steps,
+        "train_batch_size": batch.micro_size * batch.accumulation_steps * batch.num_ranks,
+        "gradient_clipping": clip_norm,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        # torch's fused AdamW runs on the CPU too; DeepSpeed's own would have to be compiled first.
+        "zero_force_ds_cpu_optimizer": False,
+        # The console is Shardline's.
+        "steps_per_print": 1 << 62,
+        "wall_clock_breakdown": False,
+    }
+
+
+def _offload(device: Offload, nvme_path: str | None) -> dict[str, Any]:
+    if device == "nvme":
+        return {"device": "nvme", "nvme_path": nvme_path, "pin_memory": True}
+    return {"device": "cpu", "pin_memory": True}
