@@ -45,7 +45,7 @@ def build_trainer(
     Raises:
         UserError: model, task, tokenizer and data do not fit together.
     """
-    task = build_task(config.task.name)
+    task = build_task(config.task.name, config.task.z_loss)
     mesh = build_mesh(config.parallel, ranks)
     vocabulary = Vocabulary(corpus.vocab_size, corpus.eos_token_id)
     engine, facts = build_model_engine(config, task, mesh, ranks, vocabulary)

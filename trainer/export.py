@@ -80,6 +80,10 @@ def _write_configuration(config: RunConfig, vocabulary: Vocabulary, work: Path) 
     model_config.dtype = torch.float32
     model_config.save_pretrained(work)
     if getattr(model, "generation_config", None) is not None:
+        # Ids that pad the vocabulary stand for nothing: whoever generates with the model must not draw them.
+        padding = range(vocabulary.size, model_config.get_text_config().vocab_size)
+        suppressed = {*(model.generation_config.suppress_tokens or ()), *padding}
+        model.generation_config.suppress_tokens = sorted(suppressed) or None
         model.generation_config.save_pretrained(work)
 
 

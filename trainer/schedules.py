@@ -1,8 +1,22 @@
 """Learning rate as a pure function of the step."""
 
 import math
+from itertools import pairwise
 
+from sharding.errors import UserError
 from trainer.sections import ScheduleConfig
+
+_CURVES_WITH_END = ("linear", "cosine", "wsd", "polynomial")
+# Settings of the schedule, and the curves that they change.
+_CURVES_OF_SETTING: dict[str, tuple[str, ...]] = {
+    "total_steps": _CURVES_WITH_END,
+    "final_lr_ratio": (*_CURVES_WITH_END, "inverse_sqrt", "exponential", "step"),
+    "decay_steps": ("wsd",),
+    "power": ("polynomial",),
+    "decay_rate": ("exponential", "step"),
+    "decay_every_steps": ("exponential", "step"),
+    "milestones": ("step",),
+}
 
 
 def learning_rate(step: int, peak: float, schedule: ScheduleConfig, total_steps: int) -> float:
@@ -69,3 +83,35 @@ def _progress(step: int, start: int, end: int) -> float:
     if step >= end:
         return 1.0
     return max(0.0, (step - start) / (end - start))
+
+
+def validate_curve(schedule: ScheduleConfig) -> None:
+    """Check that the curve has what it needs, and nothing that would have no effect under it.
+
+    Raises:
+        UserError: one of these is not so.
+    """
+    name = schedule.name
+    for setting, curves in _CURVES_OF_SETTING.items():
+        value, default = getattr(schedule, setting), type(schedule).model_fields[setting].default
+        if value != default and name not in curves:
+            raise UserError(
+                f"schedule.{setting} has a meaning under {', '.join(curves)} only, but schedule.name={name}; "
+                f"remove schedule.{setting}={value} or choose such a curve."
+            )
+    if name == "exponential" and not schedule.decay_every_steps:
+        raise UserError(
+            "schedule.name=exponential needs schedule.decay_every_steps, which is 0; set it to the number of steps "
+            f"in which the rate falls to {schedule.decay_rate:g} of what it was."
+        )
+    if name == "step" and bool(schedule.decay_every_steps) == bool(schedule.milestones):
+        raise UserError(
+            f"schedule.name=step takes schedule.decay_every_steps={schedule.decay_every_steps} or "
+            f"schedule.milestones={list(schedule.milestones)}: set exactly one of them."
+        )
+    bounds = (max(schedule.warmup_steps, 1), *schedule.milestones)
+    if any(later < earlier + (index > 0) for index, (earlier, later) in enumerate(pairwise(bounds))):
+        raise UserError(
+            f"schedule.milestones={list(schedule.milestones)} must rise, from schedule.warmup_steps="
+            f"{schedule.warmup_steps} (and 1) on; put them in order, each step once."
+        )

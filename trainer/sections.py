@@ -13,6 +13,9 @@ class TaskConfig(StrictModel):
     name: str = "causal-lm"
     """`causal-lm`, or `module:Class` for a task of your own that is importable from the working folder."""
 
+    z_loss: float = Field(default=0.0, ge=0.0)
+    """Coefficient of log^2 Z, added to each token's training loss under `causal-lm`; 1e-4 is usual, 0 means none."""
+
 
 class ModelConfig(StrictModel):
     """Which model is trained, from scratch or from pretrained weights."""
@@ -25,6 +28,9 @@ class ModelConfig(StrictModel):
 
     pretrained: str | None = None
     """Folder or hub name of a model whose configuration and weights the run starts from."""
+
+    vocab_multiple: int = Field(default=0, ge=0)
+    """Round a from-scratch model's vocabulary up to a multiple of this many tokens; 0 and 1 leave it as it is."""
 
     attention: Literal["sdpa", "eager", "flex_attention", "flash_attention_2"] = "sdpa"
     """Attention implementation of `transformers`."""

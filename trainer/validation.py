@@ -1,10 +1,10 @@
 """Rules that span several settings of a run, and the arithmetic of ranks and batch; imports no torch."""
 
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from sharding.errors import UserError
+from trainer.schedules import validate_curve
 
 if TYPE_CHECKING:
     from sharding.config import ParallelConfig
@@ -16,19 +16,6 @@ BACKEND_STRATEGIES = {
     "accelerate": ("ddp", "zero3"),
 }
 """Which strategies each backend carries out."""
-
-
-_CURVES_WITH_END = ("linear", "cosine", "wsd", "polynomial")
-# Settings of the schedule, and the curves that they change.
-_CURVES_OF_SETTING: dict[str, tuple[str, ...]] = {
-    "total_steps": _CURVES_WITH_END,
-    "final_lr_ratio": (*_CURVES_WITH_END, "inverse_sqrt", "exponential", "step"),
-    "decay_steps": ("wsd",),
-    "power": ("polynomial",),
-    "decay_rate": ("exponential", "step"),
-    "decay_every_steps": ("exponential", "step"),
-    "milestones": ("step",),
-}
 
 
 @dataclass(frozen=True)
@@ -80,6 +67,16 @@ def _validate_model_and_data(config: "RunConfig") -> None:
     if (model.architecture is None) == (model.pretrained is None):
         raise UserError(
             f"model.architecture={model.architecture} and model.pretrained={model.pretrained}: set exactly one of them."
+        )
+    if config.task.z_loss and config.task.name != "causal-lm":
+        raise UserError(
+            f"task.z_loss={config.task.z_loss:g} has a meaning for task.name=causal-lm only, but it is "
+            f"{config.task.name}, whose loss is its own; remove task.z_loss."
+        )
+    if model.pretrained is not None and model.vocab_multiple > 1:
+        raise UserError(
+            f"model.vocab_multiple={model.vocab_multiple} pads a model that is trained from scratch, but "
+            f"model.pretrained={model.pretrained} has its vocabulary; remove model.vocab_multiple."
         )
     if model.pretrained is not None and model.config:
         raise UserError("model.config cannot change a model that model.pretrained names; remove model.config.")
@@ -138,7 +135,7 @@ def _validate_backend(parallel: "ParallelConfig") -> None:
 
 def _validate_schedule(config: "RunConfig") -> None:
     schedule = config.schedule
-    _validate_curve(config)
+    validate_curve(schedule)
     total = schedule.total_steps or config.num_steps
     if schedule.warmup_steps > total:
         raise UserError(
@@ -148,34 +145,6 @@ def _validate_schedule(config: "RunConfig") -> None:
         raise UserError(
             f"schedule.warmup_steps={schedule.warmup_steps} + schedule.decay_steps={schedule.decay_steps} is more "
             f"than the {total} steps of the schedule; lower one of them."
-        )
-
-
-def _validate_curve(config: "RunConfig") -> None:
-    """What each curve needs, and what would have no effect under it."""
-    schedule, name = config.schedule, config.schedule.name
-    for setting, curves in _CURVES_OF_SETTING.items():
-        value, default = getattr(schedule, setting), type(schedule).model_fields[setting].default
-        if value != default and name not in curves:
-            raise UserError(
-                f"schedule.{setting} has a meaning under {', '.join(curves)} only, but schedule.name={name}; "
-                f"remove schedule.{setting}={value} or choose such a curve."
-            )
-    if name == "exponential" and not schedule.decay_every_steps:
-        raise UserError(
-            "schedule.name=exponential needs schedule.decay_every_steps, which is 0; set it to the number of steps "
-            f"in which the rate falls to {schedule.decay_rate:g} of what it was."
-        )
-    if name == "step" and bool(schedule.decay_every_steps) == bool(schedule.milestones):
-        raise UserError(
-            f"schedule.name=step takes schedule.decay_every_steps={schedule.decay_every_steps} or "
-            f"schedule.milestones={list(schedule.milestones)}: set exactly one of them."
-        )
-    bounds = (max(schedule.warmup_steps, 1), *schedule.milestones)
-    if any(later < earlier + (index > 0) for index, (earlier, later) in enumerate(pairwise(bounds))):
-        raise UserError(
-            f"schedule.milestones={list(schedule.milestones)} must rise, from schedule.warmup_steps="
-            f"{schedule.warmup_steps} (and 1) on; put them in order, each step once."
         )
 
 
