@@ -19,6 +19,7 @@ from trainer.observers import Observers
 from trainer.profiling import StepProfiler
 from trainer.run_folder import RunFolder
 from trainer.tasks.registry import build_task
+from trainer.weight_average import WeightAverage
 
 
 def build_trainer(
@@ -69,6 +70,7 @@ def build_trainer(
             start_sample=start_sample,
         )
 
+    average = WeightAverage(engine, config.optimizer.ema_decay) if config.optimizer.ema_decay else None
     parts = TrainerParts(
         engine=engine,
         task=task,
@@ -83,12 +85,13 @@ def build_trainer(
             dp_degree=mesh.dp_degree,
             max_sequences=config.evaluation.max_sequences,
         ),
-        checkpointer=Checkpointer(config, run_folder, corpus.fingerprint, ranks, before_commit),
+        checkpointer=Checkpointer(config, run_folder, corpus.fingerprint, ranks, before_commit, average),
         observers=observers,
         is_stop_requested=is_stop_requested,
         after_first_step=lambda: set_step_timeout(config.launch.step_timeout_s),
         profiler=StepProfiler(run_folder.path / "profile", config.metrics.profile_steps, ranks.rank, ranks.device),
         facts=facts,
         peak_flops=peak_flops(ranks.device, compute_dtype(config.precision, ranks.device)),
+        weight_average=average,
     )
     return Trainer(config, parts)

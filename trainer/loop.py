@@ -26,11 +26,13 @@ from trainer.metrics import (
     summarize_step,
 )
 from trainer.models import ModelFacts
+from trainer.noise_scale import NoiseScale, train_and_measure
 from trainer.observers import Observers
 from trainer.profiling import StepProfiler
 from trainer.randomness import seed_step
 from trainer.schedules import learning_rate
 from trainer.tasks.task import Task
+from trainer.weight_average import WeightAverage
 
 _GC_EVERY_STEPS = 100
 
@@ -59,6 +61,7 @@ class TrainerParts:
         after_first_step: called once; lowers the collectives' time limit.
         facts: size of the model.
         peak_flops: dense peak of one device in FLOP/s, where known.
+        weight_average: moving average of the weights, where one is kept.
     """
 
     engine: Engine
@@ -74,6 +77,7 @@ class TrainerParts:
     profiler: StepProfiler
     facts: ModelFacts
     peak_flops: float | None
+    weight_average: WeightAverage | None = None
 
 
 class Trainer:
@@ -95,6 +99,7 @@ class Trainer:
         self._training = self._initial_state()
         self._skipped = SkippedSteps(parts.ranks.device)
         self._clock = ThroughputClock()
+        self._noise_scale = NoiseScale() if config.metrics.gradient_noise_scale else None
         self._metrics_file: MetricsFile | None = None
 
     @property
@@ -115,6 +120,8 @@ class Trainer:
             self._skipped = SkippedSteps(
                 self._parts.ranks.device, restored.num_skipped_steps, restored.num_skipped_in_a_row
             )
+            if self._noise_scale is not None:
+                self._noise_scale = NoiseScale(restored.noise_gradient_square, restored.noise_variance)
         if self._parts.ranks.rank == 0:
             self._metrics_file = MetricsFile(self._parts.observers.metrics_path, self.step)
 
@@ -169,9 +176,17 @@ class Trainer:
     def _train_step(self, step: int, micro_batches: list[Batch], num_targets: int) -> StepRecord:
         engine, optimizer = self._parts.engine, self._config.optimizer
         rate = learning_rate(step, optimizer.lr, self._config.schedule, self._training.schedule_total_steps)
-        loss_sum = engine.train_batch(micro_batches, num_targets)
+        noise = None
+        if self._noise_scale is not None and is_due(step, self._config.metrics.every_steps):
+            counts = [self._parts.task.num_targets(batch) for batch in micro_batches]
+            loss_sum, noise = train_and_measure(engine, micro_batches, counts, num_targets)
+        else:
+            loss_sum = engine.train_batch(micro_batches, num_targets)
         grad_norm = engine.clip_grad_norm(optimizer.clip_norm)
-        self._skipped.add(engine.step(rate))
+        stepped = engine.step(rate)
+        self._skipped.add(stepped)
+        if self._parts.weight_average is not None:
+            self._parts.weight_average.update(stepped)
         self._training = self._training.model_copy(
             update={
                 "step": step,
@@ -179,7 +194,7 @@ class Trainer:
                 "num_tokens": self._training.num_tokens + num_targets,
             }
         )
-        return StepRecord(loss_sum, num_targets, grad_norm, rate)
+        return StepRecord(loss_sum, num_targets, grad_norm, rate, noise)
 
     def _after_step(self, record: StepRecord) -> None:
         step, config = self.step, self._config
@@ -194,7 +209,7 @@ class Trainer:
 
     def _log(self, record: StepRecord, *, evaluates: bool) -> None:
         parts = self._parts
-        metrics, longest_skip = summarize_step(record, self._skipped, self._clock, parts.ranks)
+        metrics, longest_skip = summarize_step(record, self._skipped, self._clock, parts.ranks, self._noise_scale)
         metrics["train/tokens"] = self._training.num_tokens
         metrics |= self._mfu(metrics)
         if evaluates:
@@ -221,16 +236,26 @@ class Trainer:
         }
 
     def evaluate(self) -> Metrics:
-        """The task's metrics on the held-out split; every rank must call it. Empty where nothing is held out."""
+        """The task's metrics on the held-out split, and those of the averaged weights as ``eval/ema_...``.
+
+        Every rank must call it. Empty where nothing is held out.
+        """
+        average = self._parts.weight_average
+        with self._clock.paused():
+            metrics = self._evaluate_weights()
+            if average is not None and metrics:
+                with average.in_place_of_weights():
+                    averaged = self._evaluate_weights()
+                metrics |= {name.replace("eval/", "eval/ema_", 1): value for name, value in averaged.items()}
+        return metrics
+
+    def _evaluate_weights(self) -> Metrics:
         parts = self._parts
         sums: torch.Tensor | None = None
-        with self._clock.paused():
-            for sequences in parts.evaluation_batches():
-                batch_sums = parts.engine.evaluate_batch(parts.task.make_batch(sequences))
-                sums = batch_sums if sums is None else sums + batch_sums
-            if sums is None:
-                return {}
-            return parts.task.evaluation_metrics(sum_over_ranks(sums, parts.ranks))
+        for sequences in parts.evaluation_batches():
+            batch_sums = parts.engine.evaluate_batch(parts.task.make_batch(sequences))
+            sums = batch_sums if sums is None else sums + batch_sums
+        return {} if sums is None else parts.task.evaluation_metrics(sum_over_ranks(sums, parts.ranks))
 
     def _save(self) -> None:
         with self._clock.paused():
@@ -239,6 +264,8 @@ class Trainer:
                 update={
                     "num_skipped_steps": int(self._skipped.total.item()),
                     "num_skipped_in_a_row": int(self._skipped.in_a_row.item()),
+                    "noise_gradient_square": self._noise_scale.gradient_square if self._noise_scale else 0.0,
+                    "noise_variance": self._noise_scale.variance if self._noise_scale else 0.0,
                     "trackers": self._parts.observers.tracker_state(),
                 }
             )

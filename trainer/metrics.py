@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from sharding.process_group import Ranks
+from trainer.noise_scale import NoiseMeasurement, NoiseScale
 
 Metrics = dict[str, float | int | None]
 
@@ -28,12 +29,14 @@ class StepRecord:
         num_targets: valid targets of the global batch.
         grad_norm: global norm before clipping.
         learning_rate: rate of the step.
+        noise: measurement of the gradient noise, where the step has one.
     """
 
     loss_sum: torch.Tensor
     num_targets: int
     grad_norm: torch.Tensor
     learning_rate: float
+    noise: NoiseMeasurement | None = None
 
 
 @dataclass
@@ -90,19 +93,32 @@ class SkippedSteps:
 
 
 def summarize_step(
-    record: StepRecord, skipped: SkippedSteps, clock: ThroughputClock, ranks: Ranks
+    record: StepRecord,
+    skipped: SkippedSteps,
+    clock: ThroughputClock,
+    ranks: Ranks,
+    noise_scale: NoiseScale | None = None,
 ) -> tuple[Metrics, int]:
     """Turn device scalars into numbers: one host sync and one reduction over ranks; every rank must call it.
+
+    Args:
+        record: the step.
+        skipped: counts of skipped steps.
+        clock: time and tokens of the interval.
+        ranks: this rank's place.
+        noise_scale: takes in the step's measurement, where noise is measured.
 
     Returns:
         The interval's metrics, and the longest series of skipped steps so far.
     """
     # One transfer for all scalars: the only place in the loop that waits for the device.
-    scalars = torch.stack([record.loss_sum, record.grad_norm, skipped.total, skipped.longest]).tolist()
-    loss_sum, grad_norm, num_skipped, longest_skip = scalars
+    noise = record.noise or NoiseMeasurement(torch.zeros_like(record.loss_sum), 0)
+    scalars = (record.loss_sum, record.grad_norm, skipped.total, skipped.longest, noise.square)
+    loss_sum, grad_norm, num_skipped, longest_skip, micro_square = torch.stack([s.double() for s in scalars]).tolist()
     elapsed_s = clock.elapsed_s()
-    local = torch.tensor([loss_sum, clock.data_wait_s / elapsed_s, peak_memory_gib(ranks.device)], dtype=torch.float64)
-    rows = _all_gather(local, ranks)
+    waited = clock.data_wait_s / elapsed_s
+    local = [loss_sum, waited, peak_memory_gib(ranks.device), micro_square, noise.num_micro_batches]
+    rows = _all_gather(torch.tensor(local, dtype=torch.float64), ranks)
     tokens_per_s = clock.num_tokens / elapsed_s
     metrics: Metrics = {
         "train/loss": float(rows[:, 0].sum()) / max(record.num_targets, 1),
@@ -115,6 +131,9 @@ def summarize_step(
         "throughput/step_time_s": elapsed_s / max(clock.num_steps, 1),
         "memory/peak_gib": float(rows[:, 2].max()),
     }
+    if noise_scale is not None:
+        noise_scale.add(float(rows[:, 3].sum()), int(rows[:, 4].sum()), grad_norm, record.num_targets)
+        metrics["train/noise_scale_tokens"] = noise_scale.tokens
     return metrics, int(longest_skip)
 
 

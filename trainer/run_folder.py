@@ -14,8 +14,9 @@ from trainer.provenance import collect_provenance
 from trainer.validation import World
 
 _FROZEN_KEYS = ("task", "model", "data", "seed", "optimizer", "schedule", "batch.global_size", "precision.compute")
-# These change neither data nor arithmetic: where the cache lies, how fast it is made, and when the curve ends.
-_FREE_KEYS = ("data.cache_dir", "data.num_workers", "schedule.total_steps")
+# These change neither data nor arithmetic: where the cache lies, how fast it is made, when the curve ends, and what is
+# averaged beside training.
+_FREE_KEYS = ("data.cache_dir", "data.num_workers", "schedule.total_steps", "optimizer.ema_decay")
 _MIN_FREE_BYTES = 16 * 2**20
 
 

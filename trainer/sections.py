@@ -73,6 +73,9 @@ class OptimizerConfig(StrictModel):
     clip_norm: float = Field(default=1.0, ge=0.0)
     """Largest global gradient norm; longer gradients are scaled down to it; 0 means no clipping."""
 
+    ema_decay: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Share of a moving average of the weights that each step keeps, such as 0.999; 0 means no average."""
+
 
 class ScheduleConfig(StrictModel):
     """Learning rate over steps: linear warm-up, then the named curve."""
@@ -123,6 +126,9 @@ class MetricsConfig(StrictModel):
 
     profile_steps: int = Field(default=0, ge=0)
     """Steps to record with torch's profiler, from the fourth step of this attempt; 0 means none."""
+
+    gradient_noise_scale: bool = False
+    """Estimate the gradient noise scale (critical batch size, in tokens) at every every_steps-th step."""
 
     parameter_hash: bool = True
     """Log a hash of the initial parameters, equal for any number of ranks and any strategy."""

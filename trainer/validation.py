@@ -54,6 +54,16 @@ def validate(config: "RunConfig", world: World | None = None) -> None:
     _validate_model_and_data(config)
     _validate_parallel(config)
     _validate_schedule(config)
+    if config.metrics.gradient_noise_scale and config.metrics.every_steps == 0:
+        raise UserError(
+            "metrics.gradient_noise_scale=true is measured at every metrics.every_steps-th step, which is 0; set it to "
+            "10, say."
+        )
+    if config.metrics.gradient_noise_scale and config.parallel.backend == "deepspeed":
+        raise UserError(
+            "metrics.gradient_noise_scale=true needs each micro-batch's own gradient, which parallel.backend=deepspeed "
+            "does not show; use parallel.backend=torch."
+        )
     if config.optimizer.nesterov and config.optimizer.momentum == 0:
         raise UserError("optimizer.nesterov=true needs optimizer.momentum > 0, but it is 0; set it to 0.9, say.")
     if config.checkpoint.load == "weights" and config.checkpoint.from_ is None:
@@ -180,4 +190,9 @@ def _validate_world(config: "RunConfig", world: World) -> None:
                 f"parallel.replicate={parallel.replicate} does not fit {num_ranks} ranks: hsdp needs replicate x "
                 f"shard = ranks with shard >= 2; start {2 * parallel.replicate} ranks or change parallel.replicate."
             )
-    accumulation_steps(config, num_ranks)
+    if accumulation_steps(config, num_ranks) * num_ranks == 1 and config.metrics.gradient_noise_scale:
+        raise UserError(
+            "metrics.gradient_noise_scale=true compares micro-batches with the whole batch, but batch.global_size="
+            f"{config.batch.global_size} is one micro-batch of batch.micro_size={config.batch.micro_size} on 1 rank; "
+            "lower batch.micro_size or raise batch.global_size."
+        )

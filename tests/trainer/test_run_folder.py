@@ -124,6 +124,7 @@ def test_every_difference_is_listed(load: Callable[..., RunConfig]) -> None:
         "data.cache_dir=/elsewhere",
         "data.num_workers=3",
         "schedule.total_steps=24",
+        "optimizer.ema_decay=0.999",
         "launch.threads_per_rank=1",
     ],
 )
