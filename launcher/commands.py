@@ -32,6 +32,7 @@ Overrides = Annotated[
 ]
 Run = Annotated[str, typer.Argument(help="Folder of a run, output_dir/name.", metavar="RUN")]
 Step = Annotated[int | None, typer.Option(help="Step of the checkpoint; the newest if not given.")]
+Average = Annotated[bool, typer.Option("--ema", help="Take the moving average of the weights.")]
 
 
 @app.command()
@@ -83,9 +84,10 @@ def export(
     run_folder: Run,
     to: Annotated[Path, typer.Option(metavar="DIR", help="New folder for the model.")],
     step: Step = None,
+    ema: Average = False,
 ) -> None:
     """Write a checkpoint as a model and tokenizer that transformers loads."""
-    _become("trainer.export", run_folder, "--to", str(to), *_option("--step", step))
+    _become("trainer.export", run_folder, "--to", str(to), *_option("--step", step), *(["--ema"] if ema else []))
 
 
 @app.command()
@@ -97,6 +99,7 @@ def generate(
     top_k: Annotated[int, typer.Option(min=0, help="Choose among this many likeliest tokens; 0 means all.")] = 50,
     seed: Annotated[int, typer.Option(help="Seed of the choice.")] = 0,
     step: Step = None,
+    ema: Average = False,
 ) -> None:
     """Continue a text with a run's model."""
     _become(
@@ -108,6 +111,7 @@ def generate(
         *_option("--top-k", top_k),
         *_option("--seed", seed),
         *_option("--step", step),
+        *(["--ema"] if ema else []),
     )
 
 

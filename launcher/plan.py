@@ -47,7 +47,7 @@ class Plan:
         """The plan as ``--dry-run`` prints it."""
         config, num_ranks = self.config, self.world.num_ranks
         steps = accumulation_steps(config, num_ranks)
-        tokens = config.batch.global_size * config.data.sequence_length
+        tokens, total = config.tokens_per_step, config.num_steps
         free_port = " (port 0 becomes a free one)" if config.launch.master_port == 0 else ""
         device = "GPU, NCCL" if self.world.has_gpu else "CPU, gloo"
         return "\n".join(
@@ -57,7 +57,7 @@ class Plan:
                 f"data-parallel degree {num_ranks}",
                 f"batch         {config.batch.global_size} sequences = {config.batch.micro_size} x {steps} "
                 f"accumulation steps x {num_ranks} ranks",
-                f"tokens        {tokens:,} a step, {tokens * config.steps:,} in {config.steps:,} steps",
+                f"tokens        {tokens:,} a step, {tokens * total:,} in {total:,} steps",
                 "environment",
                 *(f"  {shlex.quote(f'{v.name}={v.value}')}    # {v.why}" for v in self.variables),
                 *(f"  # {sentence}" for sentence in self.kept),

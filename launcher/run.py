@@ -34,8 +34,8 @@ def run(config_path: str, overrides: Sequence[str], nproc_per_node: int | None, 
     run_folder.check(config)
     if run_folder.is_complete(config):
         print(
-            f"run {config.name} is complete at step {config.steps}; nothing to do. Its last checkpoint is "
-            f"{run_folder.checkpoint_path(config.steps)}; to train on, run it with steps={2 * config.steps}, say"
+            f"run {config.name} is complete at step {config.num_steps}; nothing to do. Its last checkpoint is "
+            f"{run_folder.checkpoint_path(config.num_steps)}; to train on, run it with {_longer_budget(config)}, say"
         )
         return EXIT_FINISHED
     port = rendezvous_port(config.launch.master_port)
@@ -54,6 +54,10 @@ def run(config_path: str, overrides: Sequence[str], nproc_per_node: int | None, 
         return exit_code
     finally:
         lease.release()
+
+
+def _longer_budget(config: RunConfig) -> str:
+    return f"tokens={2 * config.tokens}" if config.tokens is not None else f"steps={2 * config.num_steps}"
 
 
 def _prepared_corpus(plan: Plan) -> PreparedCorpus:

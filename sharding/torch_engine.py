@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from sharding.blocks import hidden_matrices
 from sharding.engine import Batch, ModelDefinition, OptimizedParameter, OptimizerFactory
+from sharding.gradient_noise import MicroBatchNorms
 from sharding.loss_scaler import LossScaler
 from sharding.mesh import DataParallelMesh
 from sharding.state import TensorSlice, local_tensor, slice_of
@@ -53,6 +54,7 @@ class TorchEngine:
         self._optimizer = build_optimizer(self._optimized_parameters())
         self._found_nonfinite = torch.zeros((), device=device)
         self._loss_scaler = loss_scaler
+        self._micro_batch_norms = MicroBatchNorms(self._model)
 
     @property
     def loss_scale(self) -> torch.Tensor | None:
@@ -75,6 +77,19 @@ class TorchEngine:
                 self._backward(loss_sum * factor)
             total += loss_sum.detach()
         return total
+
+    def train_batch_with_norms(
+        self, micro_batches: Sequence[Batch], denominator: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``train_batch``, and the squared norm of each micro-batch's share of the gradient, fp64 [micro-batches].
+
+        A share is the gradient of the micro-batch's summed loss over the global denominator: the shares of all ranks
+        add up to the gradient whose norm ``clip_grad_norm`` returns.
+        """
+        with self._micro_batch_norms.recording():
+            loss_sum = self.train_batch(micro_batches, denominator)
+        scale = self._gradient_scale() * (1.0 if self._loss_scaler is None else self._loss_scaler.scale)
+        return loss_sum, self._micro_batch_norms.squares() / scale**2
 
     def evaluate_batch(self, batch: Batch) -> torch.Tensor:
         """See Engine."""

@@ -21,6 +21,7 @@ from trainer.profiling import StepProfiler
 from trainer.run_folder import RunFolder
 from trainer.system_metrics import SystemMeter
 from trainer.tasks.registry import build_task
+from trainer.weight_average import WeightAverage
 
 
 def build_trainer(
@@ -47,7 +48,7 @@ def build_trainer(
     Raises:
         UserError: model, task, tokenizer and data do not fit together.
     """
-    task = build_task(config.task.name)
+    task = build_task(config.task.name, config.task.z_loss)
     mesh = build_mesh(config.parallel, ranks)
     vocabulary = Vocabulary(corpus.vocab_size, corpus.eos_token_id)
     engine, facts = build_model_engine(config, task, mesh, ranks, vocabulary)
@@ -71,6 +72,7 @@ def build_trainer(
             start_sample=start_sample,
         )
 
+    average = WeightAverage(engine, config.optimizer.ema_decay) if config.optimizer.ema_decay else None
     parts = TrainerParts(
         engine=engine,
         task=task,
@@ -85,7 +87,7 @@ def build_trainer(
             dp_degree=mesh.dp_degree,
             max_sequences=config.evaluation.max_sequences,
         ),
-        checkpointer=Checkpointer(config, run_folder, corpus.fingerprint, ranks, before_commit),
+        checkpointer=Checkpointer(config, run_folder, corpus.fingerprint, ranks, before_commit, average),
         observers=observers,
         is_stop_requested=is_stop_requested,
         after_first_step=lambda: set_step_timeout(config.launch.step_timeout_s),
@@ -93,5 +95,6 @@ def build_trainer(
         meter=SystemMeter(ranks, os.environ, enabled=config.metrics.system),
         facts=facts,
         peak_flops=peak_flops(ranks.device, compute_dtype(config.precision, ranks.device)),
+        weight_average=average,
     )
     return Trainer(config, parts)

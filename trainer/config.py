@@ -38,8 +38,11 @@ class RunConfig(StrictModel):
     seed: int = Field(default=1234, ge=0, lt=2**63)
     """Seed of initial parameters, data order and dropout."""
 
-    steps: int = Field(ge=1)
-    """Optimizer steps after which the run is finished."""
+    steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps after which the run is finished; either this or tokens must be set."""
+
+    tokens: int | None = Field(default=None, ge=1)
+    """Tokens, global_size x sequence_length of them a step, after which the run is finished; the last step is whole."""
 
     deterministic: bool = False
     """Use only deterministic kernels, so that a GPU run repeats bit for bit; CPU runs always do."""
@@ -99,6 +102,18 @@ class RunConfig(StrictModel):
     def run_dir(self) -> Path:
         """The run's folder, ``output_dir/name``."""
         return Path(self.output_dir) / self.name
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Token positions in one optimizer step, padding and other positions without a target included."""
+        return self.batch.global_size * self.data.sequence_length
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps after which the run is finished: ``steps``, or as many as ``tokens`` need."""
+        if self.steps is not None:
+            return self.steps
+        return -(-(self.tokens or 0) // self.tokens_per_step)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

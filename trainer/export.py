@@ -1,6 +1,6 @@
 """``shardline export``: a checkpoint as a folder that `transformers` loads.
 
-``python -m trainer.export RUN --to DIR [--step N]``
+``python -m trainer.export RUN --to DIR [--step N] [--ema]``
 """
 
 import argparse
@@ -26,7 +26,7 @@ from trainer.tasks.registry import build_task
 _MAX_FILE_BYTES = 4 * 2**30
 
 
-def export_model(reader: CheckpointReader, folder: Path) -> None:
+def export_model(reader: CheckpointReader, folder: Path, *, averaged: bool = False) -> None:
     """Write the model of a checkpoint, its configuration and tokenizer, so that `from_pretrained` loads them.
 
     Tensors pass through memory one file at a time. The folder appears whole or not at all.
@@ -34,12 +34,19 @@ def export_model(reader: CheckpointReader, folder: Path) -> None:
     Args:
         reader: the checkpoint.
         folder: where to; must be new or empty.
+        averaged: whether to take the moving average of the weights instead of the weights.
 
     Raises:
-        UserError: the folder has contents or cannot be written, or the run's corpus with its tokenizer is gone.
+        UserError: the folder has contents or cannot be written, the run's corpus with its tokenizer is gone, or the
+            checkpoint has no average.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--to {folder} is {'not empty' if folder.is_dir() else 'a file'}; name a new folder.")
+    if averaged and not reader.has_average:
+        raise UserError(
+            f"--ema: checkpoint {reader.folder} has no average of the weights; leave out --ema, or train with "
+            "optimizer.ema_decay above 0, such as 0.999."
+        )
     config = parse_config(reader.manifest.config, source=f"{reader.folder}")
     corpus = open_corpus(config)
     if corpus.fingerprint != reader.manifest.data_fingerprint:
@@ -55,7 +62,7 @@ def export_model(reader: CheckpointReader, folder: Path) -> None:
     try:
         shutil.copytree(corpus.tokenizer_dir, work, dirs_exist_ok=True)
         _write_configuration(config, Vocabulary(corpus.vocab_size, corpus.eos_token_id), work)
-        _write_weights(reader, work)
+        _write_weights(reader, work, averaged=averaged)
         # mkdtemp made it private.
         work.chmod(folder.parent.stat().st_mode & 0o777)
         if folder.exists():
@@ -80,11 +87,19 @@ def _write_configuration(config: RunConfig, vocabulary: Vocabulary, work: Path) 
     model_config.dtype = torch.float32
     model_config.save_pretrained(work)
     if getattr(model, "generation_config", None) is not None:
+        # Ids that pad the vocabulary stand for nothing: whoever generates with the model must not draw them.
+        padding = range(vocabulary.size, model_config.get_text_config().vocab_size)
+        suppressed = {*(model.generation_config.suppress_tokens or ()), *padding}
+        model.generation_config.suppress_tokens = sorted(suppressed) or None
         model.generation_config.save_pretrained(work)
 
 
-def _write_weights(reader: CheckpointReader, work: Path) -> None:
+def _write_weights(reader: CheckpointReader, work: Path, *, averaged: bool) -> None:
     """Shared tensors are in the checkpoint once, under the name that `transformers` ties the others to."""
+
+    def read(names: list[str]) -> dict[str, torch.Tensor]:
+        return {name: reader.read_parameter(name, averaged=averaged) for name in names}
+
     groups: list[list[str]] = [[]]
     num_bytes = 0
     for name in reader.parameter_names():
@@ -95,12 +110,12 @@ def _write_weights(reader: CheckpointReader, work: Path) -> None:
         groups[-1].append(name)
         num_bytes += size
     if len(groups) == 1:
-        save_file({n: reader.read_parameter(n) for n in groups[0]}, work / "model.safetensors", {"format": "pt"})
+        save_file(read(groups[0]), work / "model.safetensors", {"format": "pt"})
         return
     files: dict[str, str] = {}
     for index, names in enumerate(groups, start=1):
         file = f"model-{index:05d}-of-{len(groups):05d}.safetensors"
-        save_file({name: reader.read_parameter(name) for name in names}, work / file, {"format": "pt"})
+        save_file(read(names), work / file, {"format": "pt"})
         files |= dict.fromkeys(names, file)
     total = sum(reader.parameter_bytes(name) for name in files)
     index_text = json.dumps({"metadata": {"total_size": total}, "weight_map": files}, indent=2)
@@ -113,14 +128,16 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("run")
     parser.add_argument("--to", required=True, type=Path)
     parser.add_argument("--step", type=int)
+    parser.add_argument("--ema", action="store_true")
     options = parser.parse_args(arguments)
     try:
         reader = open_checkpoint(options.run, options.step)
-        export_model(reader, options.to)
+        export_model(reader, options.to, averaged=options.ema)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
-    print(f"exported step {reader.manifest.training.step} of {options.run} to {options.to}")
+    average = "the averaged weights of " if options.ema else ""
+    print(f"exported {average}step {reader.manifest.training.step} of {options.run} to {options.to}")
     return EXIT_FINISHED
 
 

@@ -17,22 +17,29 @@ from trainer.export import export_model
 from trainer.run_arguments import open_checkpoint
 
 
-def load_model(run: str, step: int | None) -> tuple[Any, Any]:
+def load_model(run: str, step: int | None, *, averaged: bool = False) -> tuple[Any, Any]:
     """Model and tokenizer of a run's checkpoint or of an exported folder, in evaluation mode.
 
+    Args:
+        run: the folder.
+        step: step of the run's checkpoint; the newest if None.
+        averaged: whether to take the moving average of the run's weights.
+
     Raises:
-        UserError: there is neither a run nor a model in the folder.
+        UserError: there is neither a run nor a model in the folder, or no average.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     if (Path(run) / "model.safetensors").exists() or (Path(run) / "model.safetensors.index.json").exists():
+        if averaged:
+            raise UserError(f"--ema: {run} is an exported model, which has one set of weights; name the run's folder.")
         return AutoModelForCausalLM.from_pretrained(run).eval(), AutoTokenizer.from_pretrained(run)
     reader = open_checkpoint(run, step)
     # By way of the exported form, so that what is shown here is what is served elsewhere.
     with tempfile.TemporaryDirectory(prefix="shardline-generate-") as folder:
-        export_model(reader, Path(folder) / "model")
+        export_model(reader, Path(folder) / "model", averaged=averaged)
         return load_model(str(Path(folder) / "model"), None)
 
 
@@ -80,9 +87,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--top-k", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--step", type=int)
+    parser.add_argument("--ema", action="store_true")
     options = parser.parse_args(arguments)
     try:
-        model, tokenizer = load_model(options.run, options.step)
+        model, tokenizer = load_model(options.run, options.step, averaged=options.ema)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT

@@ -27,12 +27,14 @@ from trainer.metrics import (
     summarize_step,
 )
 from trainer.models import ModelFacts
+from trainer.noise_scale import NoiseScale, train_and_measure
 from trainer.observers import Observers
 from trainer.profiling import StepProfiler
 from trainer.randomness import seed_step
 from trainer.schedules import learning_rate
 from trainer.system_metrics import SystemMeter
 from trainer.tasks.task import Task
+from trainer.weight_average import WeightAverage
 
 _GC_EVERY_STEPS = 100
 
@@ -62,6 +64,7 @@ class TrainerParts:
         facts: size of the model.
         meter: use of nodes and GPUs.
         peak_flops: dense peak of one device in FLOP/s, where known.
+        weight_average: moving average of the weights, where one is kept.
     """
 
     engine: Engine
@@ -78,6 +81,7 @@ class TrainerParts:
     meter: SystemMeter
     facts: ModelFacts
     peak_flops: float | None
+    weight_average: WeightAverage | None = None
 
 
 class Trainer:
@@ -99,6 +103,7 @@ class Trainer:
         self._training = self._initial_state()
         self._skipped = SkippedSteps(parts.ranks.device)
         self._clock = ThroughputClock()
+        self._noise_scale = NoiseScale() if config.metrics.gradient_noise_scale else None
         self._metrics_file: MetricsFile | None = None
 
     @property
@@ -119,6 +124,8 @@ class Trainer:
             self._skipped = SkippedSteps(
                 self._parts.ranks.device, restored.num_skipped_steps, restored.num_skipped_in_a_row
             )
+            if self._noise_scale is not None:
+                self._noise_scale = NoiseScale(restored.noise_gradient_square, restored.noise_variance)
         if self._parts.ranks.rank == 0:
             self._metrics_file = MetricsFile(self._parts.observers.metrics_path, self.step)
 
@@ -129,7 +136,7 @@ class Trainer:
             RunFailure: too many steps in a row were not finite.
             UserError: a checkpoint could not be written.
         """
-        if self.step >= self._config.steps:
+        if self.step >= self._config.num_steps:
             return Ending.FINISHED
         # Collections at different moments on different ranks would hold up one another at every collective.
         gc.disable()
@@ -149,7 +156,7 @@ class Trainer:
     def _fit(self, loader: BatchLoader) -> Ending:
         self._clock.restart()
         first_step = self.step + 1
-        for step in range(first_step, self._config.steps + 1):
+        for step in range(first_step, self._config.num_steps + 1):
             seed_step(self._config.seed, step, self._parts.dp_rank)
             waited_from = time.perf_counter()
             micro_batches = [self._parts.task.make_batch(sequences) for sequences in loader.next_step()]
@@ -173,9 +180,17 @@ class Trainer:
     def _train_step(self, step: int, micro_batches: list[Batch], num_targets: int) -> StepRecord:
         engine, optimizer = self._parts.engine, self._config.optimizer
         rate = learning_rate(step, optimizer.lr, self._config.schedule, self._training.schedule_total_steps)
-        loss_sum = engine.train_batch(micro_batches, num_targets)
+        noise = None
+        if self._noise_scale is not None and is_due(step, self._config.metrics.every_steps):
+            counts = [self._parts.task.num_targets(batch) for batch in micro_batches]
+            loss_sum, noise = train_and_measure(engine, micro_batches, counts, num_targets)
+        else:
+            loss_sum = engine.train_batch(micro_batches, num_targets)
         grad_norm = engine.clip_grad_norm(optimizer.clip_norm)
-        self._skipped.add(engine.step(rate))
+        stepped = engine.step(rate)
+        self._skipped.add(stepped)
+        if self._parts.weight_average is not None:
+            self._parts.weight_average.update(stepped)
         self._training = self._training.model_copy(
             update={
                 "step": step,
@@ -183,11 +198,11 @@ class Trainer:
                 "num_tokens": self._training.num_tokens + num_targets,
             }
         )
-        return StepRecord(loss_sum, num_targets, grad_norm, rate, engine.loss_scale)
+        return StepRecord(loss_sum, num_targets, grad_norm, rate, engine.loss_scale, noise)
 
     def _after_step(self, record: StepRecord) -> None:
         step, config = self.step, self._config
-        is_last = step == config.steps
+        is_last = step == config.num_steps
         evaluates = is_last or is_due(step, config.evaluation.every_steps)
         if evaluates or is_due(step, config.metrics.every_steps):
             self._log(record, evaluates=evaluates)
@@ -198,7 +213,9 @@ class Trainer:
 
     def _log(self, record: StepRecord, *, evaluates: bool) -> None:
         parts = self._parts
-        metrics, longest_skip = summarize_step(record, self._skipped, self._clock, parts.meter, parts.ranks)
+        metrics, longest_skip = summarize_step(
+            record, self._skipped, self._clock, parts.meter, parts.ranks, self._noise_scale
+        )
         metrics["train/tokens"] = self._training.num_tokens
         metrics |= self._mfu(metrics)
         if evaluates:
@@ -232,16 +249,26 @@ class Trainer:
         }
 
     def evaluate(self) -> Metrics:
-        """The task's metrics on the held-out split; every rank must call it. Empty where nothing is held out."""
+        """The task's metrics on the held-out split, and those of the averaged weights as ``eval/ema_...``.
+
+        Every rank must call it. Empty where nothing is held out.
+        """
+        average = self._parts.weight_average
+        with self._clock.paused("evaluation"):
+            metrics = self._evaluate_weights()
+            if average is not None and metrics:
+                with average.in_place_of_weights():
+                    averaged = self._evaluate_weights()
+                metrics |= {name.replace("eval/", "eval/ema_", 1): value for name, value in averaged.items()}
+        return metrics
+
+    def _evaluate_weights(self) -> Metrics:
         parts = self._parts
         sums: torch.Tensor | None = None
-        with self._clock.paused("evaluation"):
-            for sequences in parts.evaluation_batches():
-                batch_sums = parts.engine.evaluate_batch(parts.task.make_batch(sequences))
-                sums = batch_sums if sums is None else sums + batch_sums
-            if sums is None:
-                return {}
-            return parts.task.evaluation_metrics(sum_over_ranks(sums, parts.ranks))
+        for sequences in parts.evaluation_batches():
+            batch_sums = parts.engine.evaluate_batch(parts.task.make_batch(sequences))
+            sums = batch_sums if sums is None else sums + batch_sums
+        return {} if sums is None else parts.task.evaluation_metrics(sum_over_ranks(sums, parts.ranks))
 
     def _save(self) -> None:
         with self._clock.paused("saving"):
@@ -250,6 +277,8 @@ class Trainer:
                 update={
                     "num_skipped_steps": int(self._skipped.total.item()),
                     "num_skipped_in_a_row": int(self._skipped.in_a_row.item()),
+                    "noise_gradient_square": self._noise_scale.gradient_square if self._noise_scale else 0.0,
+                    "noise_variance": self._noise_scale.variance if self._noise_scale else 0.0,
                     "trackers": self._parts.observers.tracker_state(),
                 }
             )
@@ -264,7 +293,7 @@ class Trainer:
             num_tokens=0,
             num_skipped_steps=0,
             num_skipped_in_a_row=0,
-            schedule_total_steps=self._config.schedule.total_steps or self._config.steps,
+            schedule_total_steps=self._config.schedule.total_steps or self._config.num_steps,
             seed=self._config.seed,
         )
 

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from sharding.process_group import Ranks
+from trainer.noise_scale import NoiseMeasurement, NoiseScale
 from trainer.system_metrics import NUM_SYSTEM_VALUES, SystemMeter, system_metrics
 
 Metrics = dict[str, float | int | None]
@@ -30,6 +31,7 @@ class StepRecord:
         grad_norm: global norm before clipping.
         learning_rate: rate of the step.
         loss_scale: present loss scale under fp16; None elsewhere.
+        noise: measurement of the gradient noise, where the step has one.
     """
 
     loss_sum: torch.Tensor
@@ -37,6 +39,7 @@ class StepRecord:
     grad_norm: torch.Tensor
     learning_rate: float
     loss_scale: torch.Tensor | None = None
+    noise: NoiseMeasurement | None = None
 
 
 @dataclass
@@ -109,20 +112,37 @@ class SkippedSteps:
 
 
 def summarize_step(
-    record: StepRecord, skipped: SkippedSteps, clock: ThroughputClock, meter: SystemMeter, ranks: Ranks
+    record: StepRecord,
+    skipped: SkippedSteps,
+    clock: ThroughputClock,
+    meter: SystemMeter,
+    ranks: Ranks,
+    noise_scale: NoiseScale | None = None,
 ) -> tuple[Metrics, int]:
     """Turn device scalars into numbers: one host sync and one reduction over ranks; every rank must call it.
+
+    Args:
+        record: the step.
+        skipped: counts of skipped steps.
+        clock: time and tokens of the interval.
+        meter: use of nodes and GPUs.
+        ranks: this rank's place.
+        noise_scale: takes in the step's measurement, where noise is measured.
 
     Returns:
         The interval's metrics, and the longest series of skipped steps so far.
     """
     # One transfer for all scalars: the only place in the loop that waits for the device.
-    device_scalars = [record.loss_sum, record.grad_norm, skipped.total, skipped.longest]
+    noise = record.noise or NoiseMeasurement(torch.zeros_like(record.loss_sum), 0)
+    device_scalars = [record.loss_sum, record.grad_norm, skipped.total, skipped.longest, noise.square]
     if record.loss_scale is not None:
         device_scalars.append(record.loss_scale)
-    loss_sum, grad_norm, num_skipped, longest_skip, *loss_scale = torch.stack(device_scalars).tolist()
+    loss_sum, grad_norm, num_skipped, longest_skip, micro_square, *loss_scale = torch.stack(
+        [scalar.double() for scalar in device_scalars]
+    ).tolist()
     elapsed_s = clock.elapsed_s()
-    own = [loss_sum, clock.data_wait_s / elapsed_s, peak_memory_gib(ranks.device), *meter.measure()]
+    waited = clock.data_wait_s / elapsed_s
+    own = [loss_sum, waited, peak_memory_gib(ranks.device), micro_square, noise.num_micro_batches, *meter.measure()]
     rows = _all_gather(torch.tensor(own, dtype=torch.float64), ranks)
     tokens_per_s = clock.num_tokens / elapsed_s
     metrics: Metrics = {
@@ -139,6 +159,9 @@ def summarize_step(
     if loss_scale:
         metrics["train/loss_scale"] = loss_scale[0]
     metrics |= system_metrics(rows[:, -NUM_SYSTEM_VALUES:])
+    if noise_scale is not None:
+        noise_scale.add(float(rows[:, 3].sum()), int(rows[:, 4].sum()), grad_norm, record.num_targets)
+        metrics["train/noise_scale_tokens"] = noise_scale.tokens
     return metrics, int(longest_skip)
 
 

@@ -94,8 +94,11 @@ def _config_from_scratch(model: ModelConfig, vocabulary: Vocabulary, sequence_le
     positions = getattr(defaults, "max_position_embeddings", None)
     if positions is not None and positions < sequence_length:
         values["max_position_embeddings"] = sequence_length
+    values |= model.config
+    if model.vocab_multiple > 1 and isinstance(values["vocab_size"], int):
+        values["vocab_size"] = -(-values["vocab_size"] // model.vocab_multiple) * model.vocab_multiple
     try:
-        return config_class(**(values | model.config))
+        return config_class(**values)
     except (TypeError, ValueError, StrictDataclassError) as error:
         reason = str(error).splitlines()[-1].strip().removeprefix("ValueError: ")
         raise UserError(f"model.config is not accepted by {model.architecture}: {reason}") from None

@@ -98,6 +98,7 @@ def run_rank(
 def _run_case(config: RunConfig, case: ParityCase, vocabulary: Vocabulary, ranks: Ranks, folder: Path) -> None:
     batch = load_file(folder / "batch.safetensors")
     config = case_config(config, case, len(batch["labels"]))
+    # Without a z-loss, which the plain loop does not have.
     task = build_task(config.task.name)
     mesh = build_mesh(config.parallel, ranks)
     engine, _ = build_model_engine(config, task, mesh, ranks, vocabulary)

@@ -142,7 +142,7 @@ def _train(
 ) -> Ending:
     trainer.resume_or_init()
     observers.start(trainer.step)
-    if trainer.step >= config.steps:
+    if trainer.step >= config.num_steps:
         observers.message(f"run {config.name} is complete at step {trainer.step}; nothing to do")
     elif trainer.step:
         observers.message(f"continuing after step {trainer.step}")
@@ -181,7 +181,7 @@ def _agree_on_attempt(attempt: int, ranks: Ranks) -> int:
 def _build_observers(config: RunConfig, run_folder: RunFolder, ranks: Ranks) -> Observers:
     if ranks.rank != 0:
         return Observers(run_folder.metrics_file)
-    console = Console(total_steps=config.steps)
+    console = Console(total_steps=config.num_steps)
     trackers = build_trackers(config, run_folder.path, run_folder.metrics_file, console.warning)
     return Observers(run_folder.metrics_file, console, trackers)
 

@@ -14,8 +14,9 @@ from trainer.provenance import collect_provenance
 from trainer.validation import World
 
 _FROZEN_KEYS = ("task", "model", "data", "seed", "optimizer", "schedule", "batch.global_size", "precision.compute")
-# These change neither data nor arithmetic: where the cache lies, how fast it is made, and when the curve ends.
-_FREE_KEYS = ("data.cache_dir", "data.num_workers", "schedule.total_steps")
+# These change neither data nor arithmetic: where the cache lies, how fast it is made, when the curve ends, and what is
+# averaged beside training.
+_FREE_KEYS = ("data.cache_dir", "data.num_workers", "schedule.total_steps", "optimizer.ema_decay")
 _MIN_FREE_BYTES = 16 * 2**20
 
 
@@ -73,13 +74,13 @@ class RunFolder:
     def is_complete(self, config: RunConfig) -> bool:
         """Whether the newest checkpoint is at or beyond the last step."""
         newest = self.newest_checkpoint()
-        return newest is not None and newest[0] >= config.steps
+        return newest is not None and newest[0] >= config.num_steps
 
     def check(self, config: RunConfig) -> None:
         """Check that a run with this configuration may go on in this folder; changes nothing.
 
         Raises:
-            UserError: a frozen setting differs, ``steps`` is below the newest checkpoint, the folder may not be
+            UserError: a frozen setting differs, the budget ends below the newest checkpoint, the folder may not be
                 continued, cannot be written, or has no space.
         """
         self._check_space()
@@ -93,10 +94,13 @@ class RunFolder:
                 f"checkpoint.resume=never, but {self.path} has a checkpoint of step {newest[0]}; choose another name "
                 "or checkpoint.resume=auto."
             )
-        if config.steps < newest[0]:
+        if config.num_steps < newest[0]:
+            key, unit, size = "steps", 1, ""
+            if config.tokens is not None:
+                key, unit, size = "tokens", config.tokens_per_step, f" of {config.tokens_per_step} tokens"
             raise UserError(
-                f"steps={config.steps} is less than the {newest[0]} steps that {self.path} has done; "
-                f"set steps to at least {newest[0]}."
+                f"{key}={getattr(config, key)} is less than the {newest[0]} steps{size} that {self.path} has done; "
+                f"set {key} to at least {newest[0] * unit}."
             )
 
     def begin_attempt(self, config: RunConfig, world: World, argv: list[str]) -> int:

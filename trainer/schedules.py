@@ -1,22 +1,45 @@
 """Learning rate as a pure function of the step."""
 
 import math
+from itertools import pairwise
 
+from sharding.errors import UserError
 from trainer.sections import ScheduleConfig
+
+_CURVES_WITH_END = ("linear", "cosine", "wsd", "polynomial")
+# Settings of the schedule, and the curves that they change.
+_CURVES_OF_SETTING: dict[str, tuple[str, ...]] = {
+    "total_steps": _CURVES_WITH_END,
+    "final_lr_ratio": (*_CURVES_WITH_END, "inverse_sqrt", "exponential", "step"),
+    "decay_steps": ("wsd",),
+    "power": ("polynomial",),
+    "decay_rate": ("exponential", "step"),
+    "decay_every_steps": ("exponential", "step"),
+    "milestones": ("step",),
+}
 
 
 def learning_rate(step: int, peak: float, schedule: ScheduleConfig, total_steps: int) -> float:
     """The rate of one optimizer step.
 
+    With w = warmup_steps, the share of the peak is step / w during warm-up. Afterwards it falls from 1 to the floor
+    final_lr_ratio. A curve with an end (``linear``, ``cosine``, ``polynomial``, ``wsd``) is there at ``total_steps``
+    and stays; the others know no horizon and never go below it:
+
+    - ``inverse_sqrt``: sqrt(max(w, 1) / step), from Vaswani et al., "Attention Is All You Need" (2017), section 5.3,
+      with the constant in front chosen so that the peak is ``peak``.
+    - ``exponential``: decay_rate ^ ((step - w) / decay_every_steps).
+    - ``step``: decay_rate ^ (number of drops before the step), as torch's StepLR and MultiStepLR; milestones at 80 and
+      90 % of the run with a decay_rate of 0.316 are the curve of DeepSeek-AI, "DeepSeek LLM" (2024), section 2.3.
+
     Args:
         step: the step about to be taken, counted from 1.
         peak: rate at the end of warm-up.
         schedule: the curve.
-        total_steps: step at which the curve ends; later steps keep its last rate.
+        total_steps: step at which a curve with an end ends; later steps keep its last rate.
 
     Returns:
-        ``peak * step / warmup_steps`` during warm-up; afterwards the named curve from ``peak`` down to
-        ``peak * final_lr_ratio`` at ``total_steps``.
+        The rate, at most ``peak``.
     """
     if step < schedule.warmup_steps:
         return peak * step / schedule.warmup_steps
@@ -25,6 +48,8 @@ def learning_rate(step: int, peak: float, schedule: ScheduleConfig, total_steps:
     match schedule.name:
         case "constant":
             return peak
+        case "inverse_sqrt" | "exponential" | "step":
+            return peak * max(final, _endless_share(step, schedule))
         case "linear":
             share = remaining
         case "cosine":
@@ -33,8 +58,24 @@ def learning_rate(step: int, peak: float, schedule: ScheduleConfig, total_steps:
             share = remaining**schedule.power
         case "wsd":
             decay_steps = schedule.decay_steps or max(1, total_steps // 10)
-            share = 1.0 - _progress(step, total_steps - decay_steps, total_steps)
+            # A tenth of the steps may be more than warm-up leaves.
+            decay_start = max(total_steps - decay_steps, schedule.warmup_steps)
+            share = 1.0 - _progress(step, decay_start, total_steps)
     return peak * (final + (1.0 - final) * share)
+
+
+def _endless_share(step: int, schedule: ScheduleConfig) -> float:
+    """Share of the peak on a curve without a horizon, before the floor."""
+    after_warmup = step - schedule.warmup_steps
+    if schedule.name == "inverse_sqrt":
+        return math.sqrt(max(schedule.warmup_steps, 1) / step)
+    if schedule.name == "exponential":
+        return schedule.decay_rate ** (after_warmup / schedule.decay_every_steps)
+    if schedule.milestones:
+        num_drops = sum(milestone < step for milestone in schedule.milestones)
+    else:
+        num_drops = max(after_warmup - 1, 0) // schedule.decay_every_steps
+    return schedule.decay_rate**num_drops
 
 
 def _progress(step: int, start: int, end: int) -> float:
@@ -42,3 +83,35 @@ def _progress(step: int, start: int, end: int) -> float:
     if step >= end:
         return 1.0
     return max(0.0, (step - start) / (end - start))
+
+
+def validate_curve(schedule: ScheduleConfig) -> None:
+    """Check that the curve has what it needs, and nothing that would have no effect under it.
+
+    Raises:
+        UserError: one of these is not so.
+    """
+    name = schedule.name
+    for setting, curves in _CURVES_OF_SETTING.items():
+        value, default = getattr(schedule, setting), type(schedule).model_fields[setting].default
+        if value != default and name not in curves:
+            raise UserError(
+                f"schedule.{setting} has a meaning under {', '.join(curves)} only, but schedule.name={name}; "
+                f"remove schedule.{setting}={value} or choose such a curve."
+            )
+    if name == "exponential" and not schedule.decay_every_steps:
+        raise UserError(
+            "schedule.name=exponential needs schedule.decay_every_steps, which is 0; set it to the number of steps "
+            f"in which the rate falls to {schedule.decay_rate:g} of what it was."
+        )
+    if name == "step" and bool(schedule.decay_every_steps) == bool(schedule.milestones):
+        raise UserError(
+            f"schedule.name=step takes schedule.decay_every_steps={schedule.decay_every_steps} or "
+            f"schedule.milestones={list(schedule.milestones)}: set exactly one of them."
+        )
+    bounds = (max(schedule.warmup_steps, 1), *schedule.milestones)
+    if any(later < earlier + (index > 0) for index, (earlier, later) in enumerate(pairwise(bounds))):
+        raise UserError(
+            f"schedule.milestones={list(schedule.milestones)} must rise, from schedule.warmup_steps="
+            f"{schedule.warmup_steps} (and 1) on; put them in order, each step once."
+        )

@@ -1,6 +1,6 @@
 """Configuration sections of the step: task, model, batch, schedule, evaluation, metrics, launch, faults."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -12,6 +12,9 @@ class TaskConfig(StrictModel):
 
     name: str = "causal-lm"
     """`causal-lm`, or `module:Class` for a task of your own that is importable from the working folder."""
+
+    z_loss: float = Field(default=0.0, ge=0.0)
+    """Coefficient of log^2 Z, added to each token's training loss under `causal-lm`; 1e-4 is usual, 0 means none."""
 
 
 class ModelConfig(StrictModel):
@@ -25,6 +28,9 @@ class ModelConfig(StrictModel):
 
     pretrained: str | None = None
     """Folder or hub name of a model whose configuration and weights the run starts from."""
+
+    vocab_multiple: int = Field(default=0, ge=0)
+    """Round a from-scratch model's vocabulary up to a multiple of this many tokens; 0 and 1 leave it as it is."""
 
     attention: Literal["sdpa", "eager", "flex_attention", "flash_attention_2"] = "sdpa"
     """Attention implementation of `transformers`."""
@@ -43,23 +49,32 @@ class BatchConfig(StrictModel):
 class ScheduleConfig(StrictModel):
     """Learning rate over steps: linear warm-up, then the named curve."""
 
-    name: Literal["constant", "linear", "cosine", "wsd", "polynomial"] = "cosine"
-    """Curve after warm-up; `wsd` is warm-up, stable, linear decay."""
+    name: Literal["constant", "linear", "cosine", "wsd", "polynomial", "inverse_sqrt", "exponential", "step"] = "cosine"
+    """Curve after warm-up; `wsd` is warm-up, stable, linear decay; the last three and `constant` have no end."""
 
     warmup_steps: int = Field(default=0, ge=0)
     """Steps over which the rate rises linearly to its peak."""
 
     total_steps: int = Field(default=0, ge=0)
-    """Step at which the curve ends; 0 means the `steps` the run was first started with."""
+    """Step at which a curve with an end ends; 0 means the number of steps the run was first started with."""
 
     decay_steps: int = Field(default=0, ge=0)
     """Length in steps of the final decay under `wsd`; 0 means a tenth of total_steps."""
 
     final_lr_ratio: float = Field(default=0.1, ge=0.0, le=1.0)
-    """Rate at the end of the curve, as a share of the peak; `constant` ignores the end."""
+    """Lowest rate after warm-up, as a share of the peak: where a curve ends, or what one without an end stops at."""
 
     power: float = Field(default=1.0, gt=0.0)
     """Exponent of the `polynomial` curve in the share of steps that remains."""
+
+    decay_rate: float = Field(default=0.5, gt=0.0, lt=1.0)
+    """Factor of each decay under `exponential` and `step`."""
+
+    decay_every_steps: int = Field(default=0, ge=0)
+    """Steps after warm-up in which the rate falls by decay_rate, smoothly (`exponential`) or at their end (`step`)."""
+
+    milestones: Annotated[tuple[int, ...], Field(strict=False)] = ()
+    """Steps after which the rate falls by decay_rate under `step`, in place of decay_every_steps."""
 
 
 class EvaluationConfig(StrictModel):
@@ -80,6 +95,9 @@ class MetricsConfig(StrictModel):
 
     profile_steps: int = Field(default=0, ge=0)
     """Steps to record with torch's profiler, from the fourth step of this attempt; 0 means none."""
+
+    gradient_noise_scale: bool = False
+    """Estimate the gradient noise scale (critical batch size, in tokens) at every every_steps-th step."""
 
     parameter_hash: bool = True
     """Log a hash of the initial parameters, equal for any number of ranks and any strategy."""

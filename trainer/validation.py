@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from sharding.config import Backend, Strategy
 from sharding.errors import UserError
 from trainer.optimizers.config import validate_optimizer
+from trainer.schedules import validate_curve
 from trainer.trackers.packages import check_packages
 
 if TYPE_CHECKING:
@@ -53,10 +54,21 @@ def validate(config: "RunConfig", world: World | None = None) -> None:
     Raises:
         UserError: a rule is broken.
     """
+    _validate_budget(config)
     _validate_model_and_data(config)
     _validate_parallel(config)
     _validate_schedule(config)
     validate_optimizer(config.optimizer, config.parallel.backend)
+    if config.metrics.gradient_noise_scale and config.metrics.every_steps == 0:
+        raise UserError(
+            "metrics.gradient_noise_scale=true is measured at every metrics.every_steps-th step, which is 0; set it to "
+            "10, say."
+        )
+    if config.metrics.gradient_noise_scale and config.parallel.backend == "deepspeed":
+        raise UserError(
+            "metrics.gradient_noise_scale=true needs each micro-batch's own gradient, which parallel.backend=deepspeed "
+            "does not show; use parallel.backend=torch."
+        )
     if config.checkpoint.load == "weights" and config.checkpoint.from_ is None:
         raise UserError("checkpoint.load=weights needs checkpoint.from, which is not set; name the run to start from.")
     if world is not None:
@@ -68,6 +80,16 @@ def _validate_model_and_data(config: "RunConfig") -> None:
     if (model.architecture is None) == (model.pretrained is None):
         raise UserError(
             f"model.architecture={model.architecture} and model.pretrained={model.pretrained}: set exactly one of them."
+        )
+    if config.task.z_loss and config.task.name != "causal-lm":
+        raise UserError(
+            f"task.z_loss={config.task.z_loss:g} has a meaning for task.name=causal-lm only, but it is "
+            f"{config.task.name}, whose loss is its own; remove task.z_loss."
+        )
+    if model.pretrained is not None and model.vocab_multiple > 1:
+        raise UserError(
+            f"model.vocab_multiple={model.vocab_multiple} pads a model that is trained from scratch, but "
+            f"model.pretrained={model.pretrained} has its vocabulary; remove model.vocab_multiple."
         )
     if model.pretrained is not None and model.config:
         raise UserError("model.config cannot change a model that model.pretrained names; remove model.config.")
@@ -121,17 +143,25 @@ def _validate_backend(parallel: "ParallelConfig") -> None:
 
 def _validate_schedule(config: "RunConfig") -> None:
     schedule = config.schedule
-    total = schedule.total_steps or config.steps
+    validate_curve(schedule)
+    total = schedule.total_steps or config.num_steps
     if schedule.warmup_steps > total:
         raise UserError(
             f"schedule.warmup_steps={schedule.warmup_steps} is more than the {total} steps of the schedule; lower it."
         )
-    if schedule.decay_steps and schedule.name != "wsd":
-        raise UserError(f"schedule.decay_steps has a meaning under wsd only, but schedule.name={schedule.name}.")
     if schedule.warmup_steps + schedule.decay_steps > total:
         raise UserError(
             f"schedule.warmup_steps={schedule.warmup_steps} + schedule.decay_steps={schedule.decay_steps} is more "
             f"than the {total} steps of the schedule; lower one of them."
+        )
+
+
+def _validate_budget(config: "RunConfig") -> None:
+    if (config.steps is None) == (config.tokens is None):
+        found = "neither is set" if config.steps is None else f"steps={config.steps} and tokens={config.tokens}"
+        raise UserError(
+            f"a run has a budget of steps or of tokens, but {found}: set exactly one of them "
+            "(the other can be taken back with steps=null or tokens=null)."
         )
 
 
@@ -163,5 +193,10 @@ def _validate_world(config: "RunConfig", world: World) -> None:
                 f"parallel.replicate={parallel.replicate} does not fit {num_ranks} ranks: hsdp needs replicate x "
                 f"shard = ranks with shard >= 2; start {2 * parallel.replicate} ranks or change parallel.replicate."
             )
-    accumulation_steps(config, num_ranks)
+    if accumulation_steps(config, num_ranks) * num_ranks == 1 and config.metrics.gradient_noise_scale:
+        raise UserError(
+            "metrics.gradient_noise_scale=true compares micro-batches with the whole batch, but batch.global_size="
+            f"{config.batch.global_size} is one micro-batch of batch.micro_size={config.batch.micro_size} on 1 rank; "
+            "lower batch.micro_size or raise batch.global_size."
+        )
     check_packages(config.tracking)

@@ -30,7 +30,7 @@ class ShardlineTrainer:
         self._num_asked = 0
         self._is_first_rank = contest.ranks.rank == 0
         self._console_text = (contest.folder / "console.txt").open("w")
-        console = Console(contest.config.steps, self._console_text) if self._is_first_rank else None
+        console = Console(contest.config.num_steps, self._console_text) if self._is_first_rank else None
         self._trainer = build_trainer(
             contest.config,
             contest.ranks,

@@ -150,10 +150,11 @@ def test_fork_and_warm_start(straight: Path, make_config: MakeConfig) -> None:
     assert last[0] == 12
 
 
-def test_steps_may_grow_and_the_schedule_keeps_its_horizon(make_config: MakeConfig) -> None:
+def test_the_budget_may_grow_and_the_schedule_keeps_its_horizon(make_config: MakeConfig) -> None:
     config = make_config("grow", schedule={"name": "linear", "warmup_steps": 0, "total_steps": 0}, steps=2)
     _run(config)
-    _run(config, "steps=4")
+    # 12 sequences of 32 tokens are 384 a step: four steps.
+    _run(config, "steps=null", "tokens=1200")
     rates = [line["train/learning_rate"] for line in read_metrics(config.parent / "runs" / "grow")]
     assert rates == pytest.approx([0.0055, 0.001, 0.001, 0.001])
 

@@ -11,6 +11,7 @@ from trainer.validation import World, accumulation_steps, validate
 from trainer.yaml_files import parse_yaml
 
 MakeConfig = Callable[..., Path]
+_ENDLESS = "schedule.total_steps=0"
 
 
 def test_round_trip(config_file: Path, tmp_path: Path) -> None:
@@ -57,6 +58,13 @@ def test_nothing_changes_after_loading(config_file: Path) -> None:
         ("parallel.replicate=2", "has a meaning under strategy hsdp only"),
         ("schedule.warmup_steps=13", "schedule.warmup_steps=13 is more than the 12 steps"),
         ("schedule.decay_steps=3", "has a meaning under wsd only"),
+        ("schedule.power=2.0", "has a meaning under polynomial only"),
+        ("schedule.decay_rate=0.1", "has a meaning under exponential, step only"),
+        ("schedule.milestones=[3]", "has a meaning under step only"),
+        ("schedule.name=constant", "schedule.total_steps has a meaning under linear, cosine, wsd, polynomial only"),
+        ("task.z_loss=-1e-4", "task.z_loss=-0.0001: input should be greater than or equal to 0"),
+        ("steps=null", "but neither is set: set exactly one of them"),
+        ("tokens=1000", "but steps=6 and tokens=1000: set exactly one of them"),
         ("checkpoint.load=weights", "needs checkpoint.from"),
         ("data.validation_fraction=1.0", "less than 1"),
     ],
@@ -84,10 +92,24 @@ def test_refused(config_file: Path, override: str, message: str) -> None:
             ["parallel.offload_parameters=cpu", "parallel.backend=deepspeed"],
             "parallel.offload_parameters=cpu needs parallel.strategy=zero3, but it is zero2",
         ),
+        (
+            ["model.architecture=null", "model.config={}", "model.pretrained=x", "model.vocab_multiple=128"],
+            "model.vocab_multiple=128 pads a model that is trained from scratch, but model.pretrained=x",
+        ),
+        (["task.name=mine:Task", "task.z_loss=1e-4"], "task.z_loss=0.0001 has a meaning for task.name=causal-lm only"),
         (["parallel.tensor=2"], "parallel.tensor=2 is not there yet"),
         (["parallel.context=2"], "parallel.context=2 is not there yet"),
         (["parallel.pipeline=2"], "parallel.pipeline=2 is not there yet"),
         (["precision.compute=fp8"], "precision.compute=fp8 is not there yet"),
+        (["schedule.name=constant", _ENDLESS, "schedule.final_lr_ratio=0.0"], "schedule.final_lr_ratio has a meaning"),
+        (["schedule.name=exponential", _ENDLESS], "needs schedule.decay_every_steps, which is 0"),
+        (["schedule.name=step", _ENDLESS], "schedule.decay_every_steps=0 or schedule.milestones=[]: set exactly one"),
+        (
+            ["schedule.name=step", _ENDLESS, "schedule.milestones=[3]", "schedule.decay_every_steps=2"],
+            "schedule.decay_every_steps=2 or schedule.milestones=[3]: set exactly one",
+        ),
+        (["schedule.name=step", _ENDLESS, "schedule.milestones=[1]"], "must rise, from schedule.warmup_steps=2"),
+        (["schedule.name=step", _ENDLESS, "schedule.milestones=[4, 4]"], "schedule.milestones=[4, 4] must rise"),
         (
             ["schedule.name=wsd", "schedule.decay_steps=11"],
             "schedule.warmup_steps=2 + schedule.decay_steps=11 is more than the 12 steps",
@@ -106,6 +128,10 @@ def test_settings_that_contradict_each_other(config_file: Path, overrides: list[
         ["optimizer.name=sgd", "optimizer.nesterov=true", "optimizer.momentum=0.9"],
         ["data.source=hub", "data.paths=[]", "data.hub_name=x"],
         ["schedule.name=wsd", "schedule.decay_steps=10"],
+        ["schedule.name=inverse_sqrt", _ENDLESS, "schedule.final_lr_ratio=0.0"],
+        ["schedule.name=exponential", _ENDLESS, "schedule.decay_every_steps=3"],
+        ["schedule.name=step", _ENDLESS, "schedule.milestones=[2, 3, 5]", "schedule.decay_rate=0.1"],
+        ["schedule.name=constant", _ENDLESS],
         ["parallel.strategy=hsdp", "parallel.replicate=2"],
         ["parallel.backend=deepspeed", "parallel.offload_optimizer=cpu"],
         ["parallel.backend=accelerate", "parallel.strategy=ddp", "precision.compute=fp16"],
@@ -140,7 +166,7 @@ def test_an_unknown_key_names_the_nearest(config_file: Path, override: str, mess
         (b"steps: [1, 2\nname: x\n", r"x\.yaml line \d+: not valid YAML"),
         (b"- steps\n", r"the top level is list, but must be a mapping"),
         (b"name: \xff\n", r"cannot read the configuration .*x\.yaml: not UTF-8 text"),
-        (b"", r"steps is missing; set it in the file or with steps=VALUE"),
+        (b"", r"model is missing; set it in the file or with model=VALUE"),
     ],
     ids=["not YAML", "a list", "not UTF-8", "empty"],
 )
@@ -167,6 +193,22 @@ def test_several_problems_are_all_named(config_file: Path) -> None:
         load_config(config_file, ["stepz=3", "optimizer.lr=fast"])
     assert "stepz" in str(refused.value)
     assert "optimizer.lr='fast'" in str(refused.value)
+
+
+@pytest.mark.parametrize(("tokens", "steps"), [(1, 1), (384, 1), (385, 2), (12 * 384, 12), (10_000_000_001, 26041667)])
+def test_a_budget_of_tokens_becomes_whole_steps(config_file: Path, tmp_path: Path, tokens: int, steps: int) -> None:
+    # 12 sequences of 32 tokens are 384 a step.
+    config = load_config(config_file, ["steps=null", f"tokens={tokens}", "schedule.warmup_steps=0"])
+    assert (config.num_steps, config.tokens_per_step) == (steps, 384)
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(config_to_yaml(config))
+    assert load_config(copy) == config
+
+
+def test_a_schedule_is_measured_against_the_steps_that_tokens_make(config_file: Path) -> None:
+    overrides = ["steps=null", "tokens=1152", "schedule.total_steps=0", "schedule.warmup_steps=4"]
+    with pytest.raises(UserError, match=r"schedule\.warmup_steps=4 is more than the 3 steps"):
+        load_config(config_file, overrides)
 
 
 @pytest.mark.parametrize(("ranks", "steps"), [(1, 4), (2, 2), (4, 1)])

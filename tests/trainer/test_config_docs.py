@@ -55,7 +55,7 @@ def test_the_page_has_every_key_with_its_bounds_and_default() -> None:
     assert "| `checkpoint.from` | text or null | `null` |" in page
     assert "| `tracking.wandb.mode` | `auto`, `online`, `offline`, `disabled` | `auto` |" in page
     assert "| `data.validation_fraction` | number, >= 0, < 1 | `0.02` |" in page
-    assert "| `steps` | integer, >= 1 | must be set |" in page
+    assert "| `steps` | integer or null, >= 1 | `null` |" in page
     assert page.count("\n| `") == sum(len(model.model_fields) for _, model in sections(RunConfig))
 
 

@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sharding.errors import UserError
-from tests.support import shardline, tiny_values, trained, write_config
+from tests.support import TINY_MODEL, shardline, tiny_values, trained, write_config
 from trainer import export
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.export import export_model
-from trainer.generate import load_model, main
+from trainer.generate import generate_text, load_model, main
 from trainer.run_folder import RunFolder
 
 
@@ -75,6 +76,27 @@ def test_a_large_model_has_several_files(
     index = json.loads((tmp_path / "model" / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"]) == set(reader.parameter_names())
     _assert_loads(tmp_path / "model", reader)
+
+
+def test_ids_that_pad_the_vocabulary_are_never_drawn(
+    train: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train("padded", **TINY_MODEL, vocab_multiple=128)
+    export_model(CheckpointReader(RunFolder(run).checkpoint_path(1)), tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert (config["vocab_size"], len(AutoTokenizer.from_pretrained(tmp_path / "model"))) == (384, 301)
+    model, tokenizer = load_model(str(tmp_path / "model"), None)
+    # A model that likes the padding best by far, and is asked for what it likes, or for anything.
+    head = nn.Linear(30, 384)
+    nn.init.zeros_(head.weight)
+    head.bias.data = torch.where(torch.arange(384) < 301, 0.0, 50.0)
+    model.lm_head = head
+    for temperature in (0.0, 1.0):
+        generate = {"max_new_tokens": 20, "temperature": temperature, "top_k": 0, "seed": 0}
+        text = generate_text(model, tokenizer, "def ", **generate)
+        assert text.startswith("def ")
+        output = model.generate(torch.tensor([[5]]), max_new_tokens=20, do_sample=temperature > 0, top_k=0)
+        assert int(output.max()) < 301, temperature
 
 
 def test_gpt2(train: Callable[..., Path], tmp_path: Path) -> None:

@@ -44,6 +44,20 @@ def test_an_input_embedding_counts_only_as_the_output_projection(tied: bool) -> 
     assert facts.flops_per_token(16, causal=True) == dense + 6 * 2 * 8 * 16
 
 
+@pytest.mark.parametrize(
+    ("multiple", "asked", "expected"),
+    [(0, None, 100), (1, None, 100), (7, None, 105), (64, None, 128), (50, None, 100), (64, 130, 192), (64, 128, 128)],
+)
+def test_the_vocabulary_is_padded_to_a_multiple(multiple: int, asked: int | None, expected: int) -> None:
+    sizes = _LLAMA if asked is None else _LLAMA | {"vocab_size": asked}
+    model = ModelConfig(architecture="llama", config=sizes, vocab_multiple=multiple)
+    model_config = build_model_config(model, Vocabulary(100, 0), 16)
+    assert model_config.vocab_size == expected
+    facts = model_facts(build_model_on_meta(build_task("causal-lm"), model_config), model_config)
+    # The padded rows are multiplied like all others, and count as such.
+    assert facts.num_matrix_parameters == 2 * _BLOCK_MATRICES + expected * 8
+
+
 def test_position_embeddings_are_looked_up_and_not_multiplied() -> None:
     facts = _facts("gpt2", n_embd=8, n_layer=1, n_head=2)
     assert facts.num_matrix_parameters == 8 * 24 + 8 * 8 + 8 * 32 + 32 * 8 + 100 * 8

@@ -124,6 +124,7 @@ def test_every_difference_is_listed(load: Callable[..., RunConfig]) -> None:
         "data.cache_dir=/elsewhere",
         "data.num_workers=3",
         "schedule.total_steps=24",
+        "optimizer.ema_decay=0.999",
         "launch.threads_per_rank=1",
     ],
 )
@@ -153,6 +154,22 @@ def test_steps_may_not_shrink_below_what_is_done(load: Callable[..., RunConfig])
     folder.check(load("steps=4"))
     with pytest.raises(UserError, match=r"steps=3 is less than the 4 steps .*; set steps to at least 4"):
         folder.check(load("steps=3"))
+
+
+def test_a_budget_of_tokens_grows_and_shrinks_as_steps_do(load: Callable[..., RunConfig]) -> None:
+    def of_tokens(tokens: int) -> RunConfig:
+        return load("steps=null", f"tokens={tokens}")
+
+    # 12 sequences of 32 tokens are 384 a step.
+    folder, _ = begin(of_tokens(4 * 384))
+    add_checkpoint(folder, 4)
+    folder.check(of_tokens(8 * 384))
+    folder.check(load("steps=9"))
+    assert folder.is_complete(of_tokens(4 * 384))
+    assert not folder.is_complete(of_tokens(4 * 384 + 1))
+    message = r"tokens=1152 is less than the 4 steps of 384 tokens that .* has done; set tokens to at least 1536\."
+    with pytest.raises(UserError, match=message):
+        folder.check(of_tokens(3 * 384))
 
 
 def test_resume_never_refuses_a_folder_with_checkpoints(load: Callable[..., RunConfig]) -> None:

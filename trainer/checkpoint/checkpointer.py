@@ -14,6 +14,7 @@ from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.writer import CheckpointIdentity, prune_checkpoints, save_checkpoint
 from trainer.config import RunConfig
 from trainer.run_folder import RunFolder
+from trainer.weight_average import WeightAverage
 
 
 class Checkpointer:
@@ -26,6 +27,7 @@ class Checkpointer:
         data_fingerprint: str,
         ranks: Ranks,
         before_commit: Callable[[], None],
+        weight_average: WeightAverage | None = None,
     ) -> None:
         """Bind to a run.
 
@@ -35,12 +37,14 @@ class Checkpointer:
             data_fingerprint: identity of the prepared corpus.
             ranks: this rank's place.
             before_commit: called on rank 0 before a checkpoint is made valid; raises if the folder was lost.
+            weight_average: is saved and loaded with the engine's state.
         """
         self._config = config
         self._run_folder = run_folder
         self._data_fingerprint = data_fingerprint
         self._ranks = ranks
         self._before_commit = before_commit
+        self._weight_average = weight_average
         self._saved_step: int | None = None
 
     def resume(self, engine: Engine) -> TrainingState | None:
@@ -63,6 +67,10 @@ class Checkpointer:
                 "checkpoint.load=weights."
             )
         engine.load_state(reader.read_into, with_optimizer=not weights_only)
+        if self._weight_average is not None:
+            # A run that turns averaging on begins with the weights it has.
+            continues = reader.has_average and not weights_only
+            self._weight_average.load(reader.read_into if continues else None)
         if weights_only:
             return None
         if source.parent == self._run_folder.checkpoints_dir:
@@ -83,7 +91,10 @@ class Checkpointer:
             data_fingerprint=self._data_fingerprint,
             strategy=self._config.parallel.strategy,
         )
-        save_checkpoint(folder, engine.state(with_optimizer=True), training, identity, self._ranks, self._before_commit)
+        slices = engine.state(with_optimizer=True)
+        if self._weight_average is not None:
+            slices += self._weight_average.state()
+        save_checkpoint(folder, slices, training, identity, self._ranks, self._before_commit)
         self._saved_step = training.step
         if self._ranks.rank == 0:
             settings = self._config.checkpoint

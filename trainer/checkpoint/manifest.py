@@ -82,6 +82,12 @@ class TrainingState(StrictModel):
     seed: int
     """Seed of parameters, data order and random generators."""
 
+    noise_gradient_square: float = 0.0
+    """Moving average of the squared norm of the true gradient, where the gradient noise scale is measured."""
+
+    noise_variance: float = 0.0
+    """Moving average of the variance of one token's gradient, summed over parameters, where it is measured."""
+
     trackers: dict[str, Any] = {}
     """Identities of the tracker runs."""
 

@@ -11,8 +11,7 @@ from safetensors import SafetensorError, safe_open
 from sharding.errors import UserError
 from sharding.state import TensorSlice
 from trainer.checkpoint.manifest import Manifest, SliceEntry, TensorEntry, hash_file, read_manifest
-
-_PARAMETER_PREFIX = "model/"
+from trainer.weight_average import AVERAGE_PREFIX, MODEL_PREFIX
 
 
 class CheckpointReader:
@@ -49,19 +48,26 @@ class CheckpointReader:
                     "manifest; remove the folder to use an older checkpoint."
                 )
 
+    @property
+    def has_average(self) -> bool:
+        """Whether a moving average of the weights was saved."""
+        return any(name.startswith(AVERAGE_PREFIX) for name in self.manifest.tensors)
+
     def parameter_names(self) -> list[str]:
         """Names of the model's tensors, as the model names them."""
-        prefix = _PARAMETER_PREFIX
+        prefix = MODEL_PREFIX
         return [name.removeprefix(prefix) for name in self.manifest.tensors if name.startswith(prefix)]
 
     def parameter_bytes(self, name: str) -> int:
         """Size of a tensor of the model."""
-        entry = self._entry(f"{_PARAMETER_PREFIX}{name}")
+        entry = self._entry(f"{MODEL_PREFIX}{name}")
         return math.prod(entry.shape) * getattr(torch, entry.dtype).itemsize
 
-    def read_parameter(self, name: str) -> torch.Tensor:
-        """A whole tensor of the model, fp32, on the CPU."""
-        full_name = f"{_PARAMETER_PREFIX}{name}"
+    def read_parameter(self, name: str, *, averaged: bool = False) -> torch.Tensor:
+        """A whole tensor of the model, fp32, on the CPU; ``averaged`` takes its moving average, if it has one."""
+        full_name = f"{AVERAGE_PREFIX}{name}"
+        if not averaged or full_name not in self.manifest.tensors:
+            full_name = f"{MODEL_PREFIX}{name}"
         entry = self._entry(full_name)
         tensor = torch.empty(entry.shape, dtype=getattr(torch, entry.dtype))
         self.read_into(TensorSlice(full_name, tensor, tuple(entry.shape), (0,) * len(entry.shape), False))

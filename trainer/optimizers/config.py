@@ -93,6 +93,9 @@ class OptimizerConfig(StrictModel):
     clip_norm: float = Field(default=1.0, ge=0.0)
     """Largest global gradient norm; longer gradients are scaled down to it; 0 means no clipping."""
 
+    ema_decay: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Share of a moving average of the weights that each step keeps, such as 0.999; 0 means no average."""
+
 
 _OWN_SETTINGS: dict[OptimizerName, frozenset[str]] = {
     "adamw": frozenset({"betas", "eps"}),
