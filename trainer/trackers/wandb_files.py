@@ -62,17 +62,26 @@ def read_parts(run_dir: Path, run_id: str) -> list[WandbPart]:
 def read_records(file: Path) -> Iterator[tuple[Any, int]]:
     """The records of a ``.wandb`` file, as messages of wandb's schema, each with the position in bytes after it.
 
-    Half a record at the end, as a kill leaves it, ends the file.
+    Half a record at the end, as a kill leaves it, ends the file; so does one that cannot be read.
     """
+    from google.protobuf.message import DecodeError
     from wandb.proto.wandb_internal_pb2 import Record
 
     for message, position in _read_log(file.read_bytes()):
-        yield Record.FromString(message), position
+        try:
+            record = Record.FromString(message)
+        except DecodeError:
+            return
+        yield record, position
 
 
 def history_values(history: Any) -> dict[str, Any]:
     """What a history record logs, by metric name."""
-    return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in history.item}
+    return {_name(item): json.loads(item.value_json) for item in history.item}
+
+
+def _name(item: Any) -> str:
+    return item.key or "/".join(item.nested_key)
 
 
 def _read_part(folder: Path, run_id: str) -> WandbPart:
@@ -81,9 +90,7 @@ def _read_part(folder: Path, run_id: str) -> WandbPart:
     for record, position in read_records(file):
         whole_bytes = position
         if record.HasField("history"):
-            values = history_values(record.history)
-            if "step" in values:
-                steps.append(int(values["step"]))
+            steps += [int(item.value_json) for item in record.history.item if _name(item) == "step"]
         elif record.HasField("run"):
             settings = {item.key: item.value_json for item in record.run.config.update}
             attempt = int(settings[ATTEMPT_KEY]) if ATTEMPT_KEY in settings else attempt

@@ -1,0 +1,223 @@
+"""One run over three attempts, one of them killed: every logged step is with each tracker once, and can be joined."""
+
+import importlib
+import json
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.stand_in_wandb import StandInServer, stand_in_server
+from tests.support import (
+    kill,
+    rank_processes,
+    read_metrics,
+    shardline,
+    start_shardline,
+    tiny_values,
+    trained,
+    wait_until,
+    write_config,
+)
+from trainer.run_folder import RunFolder
+from trainer.trackers.wandb_files import WandbPart, history_values, read_parts, read_records
+from trainer.trackers.wandb_tracker import WandbIdentity
+
+# Of a machine that is busy with other things.
+_PATIENCE_S = 240
+
+
+def _parts(run_dir: Path) -> list[WandbPart]:
+    identity = WandbIdentity.read(run_dir)
+    return [] if identity is None else read_parts(run_dir, identity.run_id)
+
+
+def _last_step(run_dir: Path) -> int:
+    return int(read_metrics(run_dir)[-1]["step"])
+
+
+def _replays(run_dir: Path) -> bool:
+    """Whether steps are on wandb's disk that the next attempt takes again."""
+    newest = RunFolder(run_dir).newest_checkpoint()
+    return newest is not None and any(part.last_step > newest[0] + 2 for part in _parts(run_dir))
+
+
+@contextmanager
+def _started(config: Path, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A run in the background, which does not outlive a test that fails."""
+    launcher = start_shardline("run", config, "--nproc-per-node", 2, log=log)
+    try:
+        yield launcher
+    finally:
+        launcher.kill()
+        launcher.wait()
+
+
+@pytest.fixture(scope="module")
+def tracked(tmp_path_factory: pytest.TempPathFactory, shared_corpus: tuple[Path, Path]) -> Path:
+    """A run that was killed, continued, stopped, and continued to its end; returns its folder."""
+    corpus, cache = shared_corpus
+    root = tmp_path_factory.mktemp("tracked")
+    values = tiny_values(root / "runs", cache, corpus)
+    values |= {
+        "name": "tracked",
+        "steps": 4000,
+        "checkpoint": {"every_steps": 50},
+        "evaluation": {"every_steps": 20, "max_sequences": 2},
+        "tracking": {"wandb": {"mode": "offline", "project": "tests"}, "tensorboard": {"enabled": True}},
+    }
+    config, run_dir = write_config(root / "tracked.yaml", values), root / "runs" / "tracked"
+
+    # Else importing wandb would take as long as the moment that is waited for.
+    importlib.import_module("wandb")
+    with _started(config, root / "killed.log") as launcher:
+        wait_until(lambda: _replays(run_dir), _PATIENCE_S, what="steps of wandb beyond the checkpoint")
+        kill(rank_processes(run_dir)[0])
+        assert launcher.wait(_PATIENCE_S) == 1
+
+    (part,) = _parts(run_dir)
+    with _started(config, log := root / "stopped.log") as launcher:
+        wait_until(lambda: "continuing after step" in log.read_text(), _PATIENCE_S, what="continuation")
+        wait_until(lambda: _last_step(run_dir) > part.last_step + 2, _PATIENCE_S, what="steps that are new to wandb")
+        (run_dir / "stop").touch()
+        assert launcher.wait(_PATIENCE_S) == 75
+
+    trained(shardline("run", config, f"steps={_last_step(run_dir) + 5}", "--nproc-per-node", 2))
+    assert (run_dir / "metrics.discarded.jsonl").exists()
+    return run_dir
+
+
+@pytest.mark.timeout(900)
+def test_wandbs_offline_files_hold_every_logged_step_once(tracked: Path) -> None:
+    logged = {line["step"]: line for line in read_metrics(tracked)}
+    assert list(logged) == list(range(1, len(logged) + 1))
+    parts = _parts(tracked)
+    assert [part.attempt for part in parts] == [1, 2, 3]
+    assert [step for part in parts for step in part.steps] == list(logged)
+    found: dict[int, dict[str, Any]] = {}
+    for part in parts:
+        for record, _ in read_records(part.file):
+            if record.HasField("history"):
+                values = history_values(record.history)
+                found[values["step"]] = values
+    # Also where a step was taken twice, since it is the same step.
+    for name in ("train/loss", "train/grad_norm", "train/tokens"):
+        assert [found[step][name] for step in logged] == [line[name] for line in logged.values()]
+    summary: dict[str, Any] = {}
+    for record, _ in read_records(parts[-1].file):
+        if record.HasField("summary"):
+            summary |= {item.key: json.loads(item.value_json) for item in record.summary.update}
+    evaluations = {step: line["eval/loss"] for step, line in logged.items() if "eval/loss" in line}
+    best_step = min(evaluations, key=evaluations.__getitem__)
+    assert summary["summary/outcome"] == "finished"
+    assert summary["summary/final_loss"] == logged[len(logged)]["train/loss"]
+    assert summary["summary/tokens"] == logged[len(logged)]["train/tokens"]
+    assert (summary["summary/best_eval_step"], summary["summary/best_eval_loss"]) == (best_step, evaluations[best_step])
+
+
+def test_tensorboard_shows_every_logged_step_once(tracked: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tracked / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    lines = read_metrics(tracked)
+    losses = events.Scalars("train/loss")
+    assert [event.step for event in losses] == [line["step"] for line in lines]
+    assert [event.value for event in losses] == pytest.approx([line["train/loss"] for line in lines], rel=1e-6)
+
+
+def test_each_line_tells_shares_of_time_and_use_of_the_node(tracked: Path) -> None:
+    lines = read_metrics(tracked)
+    for line in lines:
+        shares = [value for name, value in line.items() if name.startswith("time/")]
+        assert sum(shares) == pytest.approx(1.0)
+    assert max(line["time/evaluation_fraction"] for line in lines) > 0
+    # Of the step after the one that was saved; the killed attempt had some of these.
+    discarded = (tracked / "metrics.discarded.jsonl").read_text().splitlines()
+    assert max(line["time/saving_fraction"] for line in (*lines, *map(json.loads, discarded))) > 0
+    # Both ranks are on one node.
+    names = {name for name in lines[-1] if name.startswith("system/")}
+    assert names == {"system/node-0/cpu_percent", "system/node-0/memory_percent"}
+
+
+@pytest.fixture
+def server() -> Iterator[StandInServer]:
+    with stand_in_server() as server:
+        yield server
+
+
+def test_sync_shows_the_parts_and_asks_for_a_key_in_one_sentence(tracked: Path, server: StandInServer) -> None:
+    no_key = {"NETRC": str(tracked / "none"), "WANDB_BASE_URL": server.url, "COLUMNS": "200"}
+    shown = shardline("tracking", "sync", tracked, "--dry-run", **no_key)
+    assert shown.returncode == 0, shown.stderr
+    parts = _parts(tracked)
+    for part in parts:
+        (row,) = [line for line in shown.stdout.splitlines() if "│" in line and part.file.parent.name in line]
+        cells = [cell.strip() for cell in row.strip("│").split("│")]
+        assert cells[:3] == [str(part.attempt), f"{part.steps[0]}-{part.steps[-1]}", str(len(part.steps))]
+        assert cells[3].startswith("waits")
+    commands = [line for line in shown.stdout.splitlines() if " -m wandb sync --id=" in line]
+    assert [command.rpartition("/")[2] for command in commands] == [part.file.parent.name for part in parts]
+    refused = shardline("tracking", "sync", tracked, **no_key)
+    assert refused.returncode == 2
+    (sentence,) = refused.stderr.strip().splitlines()
+    assert sentence.startswith(f"error: there is no wandb key for {server.url}; set WANDB_API_KEY")
+    assert server.runs == {}
+
+
+@pytest.mark.timeout(240)
+def test_sync_joins_all_parts_into_one_run_and_nothing_twice(tracked: Path, server: StandInServer) -> None:
+    server.refuses = True
+    failed = shardline("tracking", "sync", tracked, **server.environment)
+    assert failed.returncode == 1
+    assert "permission denied" in failed.stderr
+    server.refuses = False
+    for _ in range(2):
+        finished = shardline("tracking", "sync", tracked, **server.environment)
+        assert finished.returncode == 0, finished.stderr
+        assert server.environment["WANDB_API_KEY"] not in finished.stdout + finished.stderr
+        (run,) = server.runs.values()
+        assert run.steps == [line["step"] for line in read_metrics(tracked)]
+        assert [line["_step"] for _, line in sorted(run.history.items())] == run.steps
+        assert run.summary["summary/outcome"] == "finished"
+    assert "nothing to upload" in finished.stdout
+
+
+def test_the_dashboard_plots_what_training_logs(tracked: Path, server: StandInServer) -> None:
+    shown = shardline("tracking", "dashboard", tracked, NETRC=str(tracked / "none"))
+    assert shown.returncode == 0, shown.stderr
+    workspace = json.loads(shown.stdout)
+    assert workspace["project"] == "tests"
+    sections = workspace["spec"]["section"]["panelBankConfig"]["sections"]
+    assert [section["name"] for section in sections] == [
+        "Loss",
+        "Evaluation",
+        "Learning rate and gradient norm",
+        "Throughput",
+        "Memory",
+        "Time shares",
+        "System",
+    ]
+    plots = [panel["config"] for section in sections for panel in section["panels"]]
+    assert all(plot["xAxis"] == "step" for plot in plots)
+    logged = {name for line in read_metrics(tracked) for name in line}
+    plotted = {name for plot in plots for name in plot["metrics"]}
+    assert plotted
+    assert plotted - logged == set()
+    assert {name for name in logged if name.startswith(("train/", "eval/", "throughput/", "memory/", "time/"))} - {
+        "train/tokens",
+        "throughput/data_wait_fraction",
+    } == plotted
+
+    saved = shardline("tracking", "dashboard", tracked, "--save", **server.environment)
+    assert saved.returncode == 0, saved.stderr
+    (view,) = server.views
+    assert (view["projectName"], view["entityName"]) == ("tests", "tester")
+    assert json.loads(view["spec"])["section"]["panelBankConfig"]["sections"][0]["name"] == "Loss"
+    refused = shardline("tracking", "dashboard", "--save", NETRC=str(tracked / "none"), WANDB_BASE_URL=server.url)
+    assert refused.returncode == 2
+    (sentence,) = refused.stderr.strip().splitlines()
+    assert sentence.startswith(f"error: there is no wandb key for {server.url}; set WANDB_API_KEY")
