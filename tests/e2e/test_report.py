@@ -119,9 +119,10 @@ class Page:
         self.driver.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": is_phone})
         feature = {"name": "prefers-color-scheme", "value": theme}
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+        # All pages of a folder share what the theme button leaves there; a browser's first page has no storage.
+        self.run("try { localStorage.clear() } catch {}")
         self.logs("performance")
         self.driver.get(file.as_uri())
-        self.run("try { localStorage.clear() } catch {}")
 
     def run(self, script: str, *arguments: Any) -> Any:
         """Run a script in the page; returns what it returns."""

@@ -67,7 +67,7 @@
         const series = run.series[line.metric];
         if (!series || state.hiddenRuns.has(runIndex) || state.hiddenLines.has(`${id} ${lineIndex}`)) return;
         const ink = seriesColour(compares ? runIndex : lineIndex);
-        const name = [compares ? run.label : "", panel.lines.length > 1 || !compares ? line.label : ""].filter(Boolean).join(", ");
+        const name = [compares ? shorten(run.label) : "", panel.lines.length > 1 || !compares ? line.label : ""].filter(Boolean).join(", ");
         const smooths = state.smoothing > 0 && line.smooth && series.values.length > 2;
         const stepText = state.axis === "step" ? "" : " at step %{customdata:,}";
         const style = {
@@ -93,6 +93,12 @@
     return found;
   }
 
+  // Names beside a pointer must leave room for the plot.
+  function shorten(text) {
+    const room = innerWidth < 640 ? 16 : 40;
+    const kept = Math.floor(room / 2) - 1;
+    return text.length <= room ? text : `${text.slice(0, kept)}...${text.slice(-kept)}`;
+  }
   // Plotly reads a subset of HTML in names.
   const escapeText = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 
@@ -116,12 +122,12 @@
       margin: { l: 48, r: 12, t: 8, b: 40 },
       autosize: true,
       showlegend: false,
-      paper_bgcolor: "rgba(0,0,0,0)",
-      plot_bgcolor: "rgba(0,0,0,0)",
+      paper_bgcolor: colour("surface"),
+      plot_bgcolor: colour("surface"),
       font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: colour("ink") },
       modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("muted"), activecolor: colour("ink") },
       hovermode: "x unified",
-      hoverlabel: { bgcolor: colour("surface"), bordercolor: colour("edge"), font: { color: colour("ink"), size: 13 }, namelength: 40 },
+      hoverlabel: { bgcolor: colour("surface"), bordercolor: colour("edge"), font: { color: colour("ink"), size: innerWidth < 640 ? 11 : 13 }, namelength: 40 },
       dragmode: state.drags ? "zoom" : false,
       uirevision: `${state.axis} ${isLog}`,
       xaxis: {
@@ -129,8 +135,10 @@
         title: title(AXES[state.axis]),
         showgrid: false,
         nticks: 7,
-        hoverformat: state.axis === "hours" ? ".3f" : ",",
-        unifiedhovertitle: { text: { step: "step %{x}", tokens: "%{x} tokens", hours: "%{x} hours" }[state.axis] },
+        spikecolor: colour("muted"),
+        spikethickness: 1,
+        spikedash: "dot",
+        unifiedhovertitle: { text: { step: "step %{x:,}", tokens: "%{x:,} tokens", hours: "%{x:.3f} hours" }[state.axis] },
       },
       yaxis: {
         ...axis,

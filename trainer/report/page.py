@@ -112,7 +112,7 @@ def attempt_rows(attempts: list[Attempt]) -> list[AttemptRow]:
         rows.append(
             AttemptRow(
                 number=attempt.number,
-                started=str(attempt.provenance.get("time", "unknown")),
+                started=str(attempt.provenance.get("time", "unknown")).replace("T", " ", 1),
                 began_after=_began(attempt.began_after),
                 duration="unknown" if attempt.duration_s is None else duration_text(attempt.duration_s),
                 ranks=str(attempt.provenance.get("num_ranks", "unknown")),
@@ -129,19 +129,18 @@ def _began(step: int | None) -> str:
 
 
 def _facts(run: RunData) -> dict[str, Any]:
-    """Hardware and provenance of the last attempt that left any; a diff is summed up."""
+    """Hardware and provenance of the last attempt that left any; of a diff, the files."""
     provenance = next((attempt.provenance for attempt in reversed(run.attempts) if attempt.provenance), {})
     facts = flatten(provenance)
-    diff = facts.pop("code.git_diff", None)
-    if diff is not None:
-        files = [line.rpartition(" b/")[2] for line in str(diff).splitlines() if line.startswith("diff --git ")]
-        facts["code.uncommitted_changes"] = ", ".join(files) if files else "none"
-    untracked = facts.pop("code.git_untracked", None)
-    if untracked is not None:
-        facts["code.untracked_files"] = ", ".join(str(untracked).splitlines()) or "none"
-    argv = facts.get("argv")
-    if isinstance(argv, list):
-        facts["argv"] = " ".join(map(str, argv))
+    diff = facts.get("code.git_diff")
+    if isinstance(diff, str):
+        files = [line.rpartition(" b/")[2] for line in diff.splitlines() if line.startswith("diff --git ")]
+        facts["code.git_diff"] = ", ".join(files) or "nothing"
+    for key, separator in (("argv", " "), ("hardware.gpus", ", ")):
+        if isinstance(facts.get(key), list):
+            facts[key] = separator.join(map(str, facts[key])) or "none"
+    if facts.get("code.git_untracked") == "":
+        facts["code.git_untracked"] = "nothing"
     return facts
 
 
