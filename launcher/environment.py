@@ -43,7 +43,7 @@ def rank_variables(
         Variable(
             "OMP_NUM_THREADS",
             str(threads),
-            "usable cores / ranks, or launch.threads_per_rank; torchrun's own default of 1 leaves cores idle",
+            "usable cores / ranks, or launch.threads_per_rank; the launchers' own default of 1 leaves cores idle",
             is_configured=config.launch.threads_per_rank > 0,
         ),
         Variable("TOKENIZERS_PARALLELISM", "false", "ranks only decode; threads before a fork would warn"),

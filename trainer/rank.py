@@ -18,6 +18,7 @@ from trainer.build import build_trainer
 from trainer.config import RunConfig, load_config
 from trainer.console import Console
 from trainer.data.prepare import prepare_corpus
+from trainer.foreign_settings import refuse_foreign_settings
 from trainer.lease import Lease
 from trainer.loop import Ending, Trainer
 from trainer.observers import Observers
@@ -101,6 +102,7 @@ def _run(arguments: Sequence[str], progress: _Progress) -> int:
     rank, world_size, _, local_world_size = read_ranks(os.environ)
     world = World(num_ranks=world_size, has_gpu=torch.cuda.is_available())
     validate(config, world)
+    refuse_foreign_settings(os.environ)
     if config.deterministic:
         use_deterministic_kernels()
     torch.set_num_threads(threads_per_rank(config, local_world_size, os.environ))

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from sharding.process_lifetime import die_with_parent, stop_with_deepspeed
+from trainer.foreign_settings import refuse_foreign_settings
 from trainer.run_folder import RunFolder
 from trainer.stopping import StopRequest
 
@@ -25,6 +26,7 @@ def main() -> int:
     (FOLDER.path / f"pid-{RANK}.tmp").write_text(str(os.getpid()))
     (FOLDER.path / f"pid-{RANK}.tmp").rename(FOLDER.path / f"pid-{RANK}")
     if BEHAVIOUR == "finish":
+        refuse_foreign_settings(os.environ)
         if RANK == 0:
             FOLDER.write_outcome("finished", 0, 6, "all steps done")
         return 0

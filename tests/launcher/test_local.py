@@ -26,13 +26,13 @@ each_agent = pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 class Supervised:
     """A launcher over two ranks, and the processes below it."""
 
-    def __init__(self, behaviour: str, launcher: str, path: Path) -> None:
+    def __init__(self, behaviour: str, launcher: str, path: Path, **environment: str) -> None:
         self.folder = RunFolder(path)
         self.token = f"token-{behaviour}-{path}"
         self.process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("supervisor.py")), launcher, behaviour, str(path)],
             cwd=ROOT,
-            env=command_environment(),
+            env=command_environment(**environment),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -56,8 +56,8 @@ class Supervised:
 def supervise(tmp_path: Path) -> Iterator[Callable[..., Supervised]]:
     started: list[Supervised] = []
 
-    def start(behaviour: str, launcher: str = "torchrun") -> Supervised:
-        started.append(Supervised(behaviour, launcher, tmp_path))
+    def start(behaviour: str, launcher: str = "torchrun", **environment: str) -> Supervised:
+        started.append(Supervised(behaviour, launcher, tmp_path, **environment))
         return started[-1]
 
     yield start
@@ -72,6 +72,17 @@ def test_finished(supervise: Callable[..., Supervised]) -> None:
     status, output, last = supervised.end()
     assert (status, last) == (0, "")
     assert output.splitlines()[-1] == f"finished at step 6: {supervised.folder.path}"
+
+
+def test_a_users_defaults_of_accelerate_change_nothing(supervise: Callable[..., Supervised], tmp_path: Path) -> None:
+    folder = tmp_path / "home" / "accelerate"
+    folder.mkdir(parents=True)
+    (folder / "default_config.yaml").write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 3}\n"
+        "mixed_precision: bf16\nnum_machines: 3\nnum_processes: 12\nmachine_rank: 1\nmain_process_ip: 192.0.2.1\n"
+    )
+    status, _, last = supervise("finish", "accelerate", HF_HOME=str(tmp_path / "home")).end()
+    assert (status, last) == (0, "")
 
 
 @each_launcher
