@@ -1,4 +1,7 @@
-"""The moving average of a run's weights: saved, continued, moved to other ranks, evaluated, exported."""
+"""The moving average of a run's weights: saved, continued, moved to other ranks, evaluated, exported.
+
+The same runs measure their gradient noise, whose averages are continued as well.
+"""
 
 import shutil
 from collections.abc import Callable
@@ -41,6 +44,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory, shared_corpus: tuple[Path
     values = tiny_values(root / "runs", cache, corpus)
     values |= {"name": "straight", "steps": 4, "checkpoint": _SAVE_ALL, "evaluation": {"every_steps": 2}}
     values["optimizer"] |= {"ema_decay": _DECAY}
+    values["metrics"] |= {"gradient_noise_scale": True}
     trained(shardline("run", write_config(root / "straight.yaml", values), "--nproc-per-node", 2))
     return root / "runs" / "straight"
 
@@ -71,7 +75,11 @@ def test_a_continued_average_is_bit_for_bit_the_uninterrupted_one(straight: Path
     expected = _weights(straight, 4, averaged=True)
     for name, tensor in _weights(copy, 4, averaged=True).items():
         assert torch.equal(tensor, expected[name]), name
-    assert read_metrics(copy)[3]["eval/ema_loss"] == read_metrics(straight)[3]["eval/ema_loss"]
+    for name in ("eval/ema_loss", "train/noise_scale_tokens"):
+        assert read_metrics(copy)[3][name] == read_metrics(straight)[3][name]
+    training = _reader(copy, 4).manifest.training
+    assert training == _reader(straight, 4).manifest.training
+    assert training.noise_variance > 0
 
 
 @pytest.mark.parametrize(("strategy", "ranks"), [("ddp", 3), ("zero3", 1)])
@@ -83,6 +91,10 @@ def test_the_average_moves_to_other_ranks_and_strategies(
     trained(shardline("run", straight / "config.yaml", *overrides, "--nproc-per-node", ranks))
     _assert_next(_weights(copy, 3, averaged=True), _weights(copy, 4), _weights(copy, 4, averaged=True))
     assert read_metrics(copy)[3]["eval/ema_loss"] == pytest.approx(read_metrics(straight)[3]["eval/ema_loss"], rel=1e-5)
+    noise = [_reader(run, 4).manifest.training.noise_variance for run in (copy, straight)]
+    # Other micro-batches are other samples of the same noise.
+    assert noise[0] == pytest.approx(noise[1], rel=0.3)
+    assert noise[0] != noise[1]
 
 
 def test_averaging_may_begin_and_end_in_mid_run(make_config: Callable[..., Path]) -> None:

@@ -63,6 +63,7 @@ def test_nothing_changes_after_loading(config_file: Path) -> None:
         ("schedule.milestones=[3]", "has a meaning under step only"),
         ("schedule.name=constant", "schedule.total_steps has a meaning under linear, cosine, wsd, polynomial only"),
         ("task.z_loss=-1e-4", "task.z_loss=-0.0001: input should be greater than or equal to 0"),
+        ("optimizer.ema_decay=1.0", "optimizer.ema_decay=1.0: input should be less than 1"),
         ("steps=null", "but neither is set: set exactly one of them"),
         ("tokens=1000", "but steps=6 and tokens=1000: set exactly one of them"),
         ("checkpoint.load=weights", "needs checkpoint.from"),
@@ -95,6 +96,14 @@ def test_refused(config_file: Path, override: str, message: str) -> None:
         (
             ["model.architecture=null", "model.config={}", "model.pretrained=x", "model.vocab_multiple=128"],
             "model.vocab_multiple=128 pads a model that is trained from scratch, but model.pretrained=x",
+        ),
+        (
+            ["metrics.gradient_noise_scale=true", "metrics.every_steps=0"],
+            "metrics.gradient_noise_scale=true is measured at every metrics.every_steps-th step, which is 0",
+        ),
+        (
+            ["metrics.gradient_noise_scale=true", "parallel.backend=deepspeed"],
+            "metrics.gradient_noise_scale=true needs each micro-batch's own gradient, which parallel.backend=deepspeed",
         ),
         (["task.name=mine:Task", "task.z_loss=1e-4"], "task.z_loss=0.0001 has a meaning for task.name=causal-lm only"),
         (["parallel.tensor=2"], "parallel.tensor=2 is not there yet"),
@@ -243,3 +252,13 @@ def test_strategies_that_do_not_fit_the_ranks(
 @pytest.mark.parametrize("strategy", ["none", "ddp", "zero1", "zero2", "zero3"])
 def test_one_rank_is_enough_for_everything_but_hsdp(config_file: Path, strategy: str) -> None:
     validate(load_config(config_file, [f"parallel.strategy={strategy}"]), World(1, has_gpu=False))
+
+
+def test_noise_needs_a_batch_of_several_micro_batches(config_file: Path) -> None:
+    config = load_config(config_file, ["metrics.gradient_noise_scale=true", "batch.global_size=3"])
+    message = "but batch.global_size=3 is one micro-batch of batch.micro_size=3 on 1 rank; lower batch.micro_size"
+    with pytest.raises(UserError, match=message):
+        validate(config, World(1, has_gpu=False))
+    for overrides, ranks in ((["batch.micro_size=1"], 1), (["batch.global_size=6"], 2)):
+        config = load_config(config_file, ["metrics.gradient_noise_scale=true", "batch.global_size=3", *overrides])
+        validate(config, World(ranks, has_gpu=False))
