@@ -11,7 +11,7 @@ from launcher.local import run_ranks
 from launcher.plan import Plan, make_plan
 from sharding.errors import EXIT_FINISHED, RunFailure, UserError
 from trainer.config import RunConfig
-from trainer.data.prepared import PreparedCorpus, find_prepared
+from trainer.data.prepared import Prepared, find_prepared
 from trainer.lease import Lease
 from trainer.run_folder import RunFolder
 
@@ -52,7 +52,7 @@ def run(config_path: str, overrides: Sequence[str], nproc_per_node: int | None, 
         lease.release()
 
 
-def _prepared_corpus(plan: Plan) -> PreparedCorpus:
+def _prepared_corpus(plan: Plan) -> Prepared:
     """The prepared corpus; prepared in a process of its own, since it needs libraries that this one must not load."""
     found = find_prepared(plan.config.data)
     if found is not None:
@@ -76,7 +76,7 @@ def _prepared_corpus(plan: Plan) -> PreparedCorpus:
     return found
 
 
-def _check_vocabulary(config: RunConfig, corpus: PreparedCorpus) -> None:
+def _check_vocabulary(config: RunConfig, corpus: Prepared) -> None:
     wanted = config.model.config.get("vocab_size")
     if isinstance(wanted, int) and wanted < corpus.vocab_size:
         raise UserError(

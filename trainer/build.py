@@ -7,10 +7,9 @@ from sharding.precision import compute_dtype
 from sharding.process_group import Ranks, set_step_timeout
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.config import RunConfig
+from trainer.data.document_mask import check_architecture, check_engine
 from trainer.data.loader import BatchLoader, evaluation_batches
-from trainer.data.order import SampleOrder
-from trainer.data.prepare import PreparedCorpus
-from trainer.data.shards import num_samples
+from trainer.data.prepared import Prepared, describe_mixture
 from trainer.hardware import peak_flops
 from trainer.loop import Trainer, TrainerParts
 from trainer.model_engine import build_model_engine, describe_model, parameter_hash
@@ -24,7 +23,7 @@ from trainer.tasks.registry import build_task
 def build_trainer(
     config: RunConfig,
     ranks: Ranks,
-    corpus: PreparedCorpus,
+    corpus: Prepared,
     run_folder: RunFolder,
     observers: Observers,
     *,
@@ -36,7 +35,7 @@ def build_trainer(
     Args:
         config: a configuration that is valid for this world.
         ranks: this rank's place.
-        corpus: the prepared corpus.
+        corpus: the prepared corpus or mixture.
         run_folder: where the run lives.
         observers: who watches.
         is_stop_requested: whether this rank was asked to stop.
@@ -48,6 +47,8 @@ def build_trainer(
     task = build_task(config.task.name)
     mesh = build_mesh(config.parallel, ranks)
     vocabulary = Vocabulary(corpus.vocab_size, corpus.eos_token_id)
+    if config.data.document_mask:
+        check_architecture(config, task, vocabulary)
     engine, facts = build_model_engine(config, task, mesh, ranks, vocabulary)
     observers.message(describe_model(config, facts, ranks))
     if config.metrics.parameter_hash:
@@ -55,7 +56,11 @@ def build_trainer(
     corpus.check_sequence_length(config.data.sequence_length)
     train, validation = corpus.stream("train"), corpus.stream("validation")
     length = config.data.sequence_length
-    order = SampleOrder(config.seed, num_samples(train.num_tokens, length), config.data.shuffle)
+    order = corpus.order(config.seed, length, config.data.shuffle)
+    if config.data.document_mask:
+        check_engine(engine, config, task, vocabulary)
+    for line in describe_mixture(corpus, length, config.steps * config.batch.global_size):
+        observers.message(line)
 
     def build_loader(start_sample: int) -> BatchLoader:
         return BatchLoader(
@@ -67,6 +72,7 @@ def build_trainer(
             dp_rank=mesh.dp_rank,
             dp_degree=mesh.dp_degree,
             start_sample=start_sample,
+            document_mask=config.data.document_mask,
         )
 
     parts = TrainerParts(
@@ -82,6 +88,7 @@ def build_trainer(
             dp_rank=mesh.dp_rank,
             dp_degree=mesh.dp_degree,
             max_sequences=config.evaluation.max_sequences,
+            document_mask=config.data.document_mask,
         ),
         checkpointer=Checkpointer(config, run_folder, corpus.fingerprint, ranks, before_commit),
         observers=observers,

@@ -171,6 +171,9 @@ def _describe(problem: Any) -> str:
 def _nearest(location: list[str]) -> str:
     model: type[BaseModel] = RunConfig
     for part in location[:-1]:
+        if part.isdigit():
+            # The index in a list of sections.
+            continue
         inner = _section_of(model, part)
         if inner is None:
             return ""

@@ -47,12 +47,17 @@ def render_page() -> str:
 
 
 def sections(model: type[StrictModel], key: str = "") -> Iterator[tuple[str, type[StrictModel]]]:
-    """A model and all sections in it, with their dotted keys; the model itself has the empty key."""
+    """A model and all sections in it, with their dotted keys; the model itself has the empty key.
+
+    Sections that come as a list have ``[]`` behind their key.
+    """
     yield key, model
     for name, field in model.model_fields.items():
-        section = section_of(field)
+        section, item = section_of(field), item_section_of(field)
         if section is not None:
             yield from sections(section, _join(key, field.alias or name))
+        if item is not None:
+            yield from sections(item, f"{_join(key, field.alias or name)}[]")
 
 
 def section_of(field: FieldInfo) -> type[StrictModel] | None:
@@ -61,10 +66,18 @@ def section_of(field: FieldInfo) -> type[StrictModel] | None:
     return kind if inspect.isclass(kind) and issubclass(kind, StrictModel) else None
 
 
+def item_section_of(field: FieldInfo) -> type[StrictModel] | None:
+    """The model of each item of a field that is a list of sections; None for any other field."""
+    kind = get_args(field.annotation)[0] if get_origin(field.annotation) is tuple else None
+    return kind if inspect.isclass(kind) and issubclass(kind, StrictModel) else None
+
+
 def _row(section_key: str, name: str, field: FieldInfo) -> str:
     key = _join(section_key, field.alias or name)
     if section_of(field) is not None:
         kind, default = "section", "see below"
+    elif item_section_of(field) is not None:
+        kind, default = "list of sections, see below", _default(field)
     else:
         kind, default = _kind(field.annotation) + _bounds(field), _default(field)
     cells = (f"`{key}`", kind, default, _one_line(field.description or ""))

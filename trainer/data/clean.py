@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sharding.errors import UserError
-from trainer.data.config import DataConfig
+from trainer.data.config import DataConfig, SourceConfig
 from trainer.data.corpus import clean_text, read_documents
 from trainer.data.progress import StageProgress
 
@@ -59,8 +59,8 @@ class CleanedCorpus:
         self.spool.unlink()
 
 
-def clean_corpus(config: DataConfig, work: Path, stages: StageProgress) -> CleanedCorpus:
-    """Read, clean and divide the documents of a corpus; texts go to a file, so memory holds only their lengths.
+def clean_corpus(source: SourceConfig, config: DataConfig, work: Path, stages: StageProgress) -> CleanedCorpus:
+    """Read, clean and divide the documents of a source; texts go to a file, so memory holds only their lengths.
 
     A document is held out where a hash of its text falls below ``data.validation_fraction``: the division depends on
     the text alone, so adding documents moves none from one side to the other.
@@ -73,7 +73,7 @@ def clean_corpus(config: DataConfig, work: Path, stages: StageProgress) -> Clean
     hash_positions: list[float] = []
     digest = hashlib.sha256()
     with cleaned.spool.open("wb") as spool, stages.stage("reading documents") as advance:
-        for document in read_documents(config):
+        for document in read_documents(source):
             cleaned.num_read += 1
             advance(1)
             # A lone surrogate cannot be stored as UTF-8; JSON can bring one in.
@@ -94,7 +94,7 @@ def clean_corpus(config: DataConfig, work: Path, stages: StageProgress) -> Clean
     cleaned.sha256 = digest.hexdigest()
     if not cleaned.lengths:
         raise UserError(
-            f"data.source={config.source}: the corpus is empty ({cleaned.num_read} documents read, "
+            f"data.source={source.source}: the corpus is empty ({cleaned.num_read} documents read, "
             f"{cleaned.num_empty} of them empty); check data.paths and data.text_field."
         )
     cleaned.is_validation = _hold_out(hash_positions, config.validation_fraction)

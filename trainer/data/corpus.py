@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sharding.errors import UserError
-from trainer.data.config import DataConfig
+from trainer.data.config import SourceConfig
 from trainer.data.python_stdlib import stdlib_files, stdlib_folder
 
 _SUFFIXES = {"text": (".txt", ".md"), "jsonl": (".jsonl", ".json"), "parquet": (".parquet",)}
@@ -26,7 +26,7 @@ class Document:
     source_id: str
 
 
-def corpus_fingerprint(config: DataConfig) -> str:
+def corpus_fingerprint(config: SourceConfig) -> str:
     """Identity of the source: paths, sizes and times of its files, or its hub name. Reads no contents.
 
     Raises:
@@ -42,7 +42,7 @@ def corpus_fingerprint(config: DataConfig) -> str:
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
 
-def source_files(config: DataConfig) -> list[Path]:
+def source_files(config: SourceConfig) -> list[Path]:
     """The files that ``data.paths`` names, in the order given, those of a folder or pattern sorted.
 
     Raises:
@@ -66,7 +66,7 @@ def source_files(config: DataConfig) -> list[Path]:
     return files
 
 
-def read_documents(config: DataConfig) -> Iterator[Document]:
+def read_documents(config: SourceConfig) -> Iterator[Document]:
     """Every document of the corpus as it stands in the source.
 
     Raises:
@@ -89,7 +89,7 @@ def clean_text(text: str, normalize: str) -> str:
     return unicodedata.normalize(normalize, text.replace("\r\n", "\n").replace("\r", "\n"))  # type: ignore[arg-type]
 
 
-def _read_source(config: DataConfig) -> Iterator[Document]:
+def _read_source(config: SourceConfig) -> Iterator[Document]:
     if config.source == "python-stdlib":
         root = stdlib_folder()
         for path in stdlib_files():

@@ -35,7 +35,9 @@ class CausalLanguageModelling:
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """See Task; cross-entropy in nats, computed in fp32."""
-        logits = model(input_ids=batch["input_ids"], use_cache=False).logits
+        # Positions that start again within a row make transformers mask attention by document.
+        inputs = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
+        logits = model(**inputs, use_cache=False).logits
         return functional.cross_entropy(
             logits.flatten(0, 1).float(), batch["labels"].flatten(), reduction="sum", ignore_index=IGNORED_LABEL
         )
