@@ -2,14 +2,16 @@
 
 from collections.abc import Callable
 
-from sharding.mesh import build_mesh
+from sharding.mesh import DataParallelMesh, build_mesh
 from sharding.precision import compute_dtype
 from sharding.process_group import Ranks, set_step_timeout
 from trainer.checkpoint.checkpointer import Checkpointer
+from trainer.checkpoint.manifest import TrainingState
 from trainer.config import RunConfig
 from trainer.data.document_mask import check_architecture, check_engine
 from trainer.data.loader import BatchLoader, evaluation_batches
-from trainer.data.prepared import Prepared, describe_mixture
+from trainer.data.prepared import Prepared, PreparedStream, describe_mixture
+from trainer.data.streaming import StreamingLoader, state_of_rank
 from trainer.hardware import peak_flops
 from trainer.loop import Trainer, TrainerParts
 from trainer.model_engine import build_model_engine, describe_model, parameter_hash
@@ -54,33 +56,19 @@ def build_trainer(
     if config.metrics.parameter_hash:
         observers.message(f"initial parameters {parameter_hash(engine, ranks)}")
     corpus.check_sequence_length(config.data.sequence_length)
-    train, validation = corpus.stream("train"), corpus.stream("validation")
+    validation = corpus.stream("validation")
     length = config.data.sequence_length
-    order = corpus.order(config.seed, length, config.data.shuffle)
     if config.data.document_mask:
         check_engine(engine, config, task, vocabulary)
     for line in describe_mixture(corpus, length, config.steps * config.batch.global_size):
         observers.message(line)
-
-    def build_loader(start_sample: int) -> BatchLoader:
-        return BatchLoader(
-            train,
-            order,
-            sequence_length=length,
-            global_size=config.batch.global_size,
-            micro_size=config.batch.micro_size,
-            dp_rank=mesh.dp_rank,
-            dp_degree=mesh.dp_degree,
-            start_sample=start_sample,
-            document_mask=config.data.document_mask,
-        )
 
     parts = TrainerParts(
         engine=engine,
         task=task,
         ranks=ranks,
         dp_rank=mesh.dp_rank,
-        build_loader=build_loader,
+        build_loader=lambda training: _build_loader(config, corpus, mesh, training),
         evaluation_batches=lambda: evaluation_batches(
             validation,
             sequence_length=length,
@@ -99,3 +87,36 @@ def build_trainer(
         peak_flops=peak_flops(ranks.device, compute_dtype(config.precision, ranks.device)),
     )
     return Trainer(config, parts)
+
+
+def _build_loader(
+    config: RunConfig, corpus: Prepared, mesh: DataParallelMesh, training: TrainingState
+) -> BatchLoader | StreamingLoader:
+    """A loader that starts where the training is.
+
+    Raises:
+        UserError: the place in a stream is of another number of ranks.
+    """
+    data, batch = config.data, config.batch
+    if isinstance(corpus, PreparedStream):
+        return StreamingLoader(
+            corpus,
+            data,
+            seed=config.seed,
+            global_size=batch.global_size,
+            micro_size=batch.micro_size,
+            dp_rank=mesh.dp_rank,
+            dp_degree=mesh.dp_degree,
+            state=state_of_rank(training.loader_states, training.num_samples, mesh.dp_rank, mesh.dp_degree),
+        )
+    return BatchLoader(
+        corpus.stream("train"),
+        corpus.order(config.seed, data.sequence_length, data.shuffle),
+        sequence_length=data.sequence_length,
+        global_size=batch.global_size,
+        micro_size=batch.micro_size,
+        dp_rank=mesh.dp_rank,
+        dp_degree=mesh.dp_degree,
+        start_sample=training.num_samples,
+        document_mask=data.document_mask,
+    )

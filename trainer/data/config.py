@@ -49,6 +49,15 @@ class DataConfig(SourceConfig):
     mixture: Annotated[tuple[MixtureSource, ...], Field(strict=False)] = ()
     """Several sources with weights, each with the settings of a source, instead of the one that the keys above name."""
 
+    streaming: bool = False
+    """Read, tokenise and pack the source while training instead of preparing it, for corpora too large for that."""
+
+    sample_documents: int = Field(default=10_000, ge=1)
+    """Documents at the beginning of a streamed source that `train-bpe` is trained on and the held-out ones are from."""
+
+    shuffle_window: int = Field(default=1024, ge=1)
+    """Sequences of a rank's stream that are shuffled among themselves; a continued run packs as many again."""
+
     normalize: Literal["none", "NFC", "NFKC"] = "NFC"
     """Unicode normal form applied to each document; line ends become `\\n` unless `none`."""
 
@@ -75,7 +84,8 @@ class DataConfig(SourceConfig):
     """Tokens in one packed shard file."""
 
     num_workers: int = Field(default=0, ge=0)
-    """Processes that tokenise during preparation; 0 means one per usable core."""
+    """Threads that tokenise: in preparation, where 0 means one per usable core, and of each rank that streams, where
+    0 means one."""
 
     cache_dir: str | None = None
     """Folder of prepared corpora and trained tokenizers; `$SHARDLINE_CACHE` or `~/.cache/shardline` if not set."""

@@ -1,8 +1,5 @@
 """Batches of packed sequences, read ahead by a thread."""
 
-import contextlib
-import queue
-import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -10,6 +7,7 @@ import torch
 
 from trainer.data.mixture import MixtureOrder
 from trainer.data.order import SampleOrder
+from trainer.data.read_ahead import ReadAhead
 from trainer.data.shards import Sequences, StreamUnion
 
 IGNORED_LABEL = -100
@@ -62,48 +60,18 @@ class BatchLoader:
         first = dp_rank * micro_size
         starts = np.arange(first, global_size, dp_degree * micro_size)
         self._local_positions = (starts[:, None] + np.arange(micro_size)).reshape(-1)
-        self._steps = self._read_steps(start_sample)
-        self._queue: queue.Queue[list[Batch] | BaseException] | None = None
-        self._closed = threading.Event()
-        if prefetch_steps:
-            self._queue = queue.Queue(maxsize=prefetch_steps)
-            self._thread = threading.Thread(target=self._fill_queue, name="batch-loader", daemon=True)
-            self._thread.start()
+        self._steps = ReadAhead(self._read_steps(start_sample), prefetch_steps)
 
     def next_step(self) -> list[Batch]:
         """This rank's micro-batches of the next step, each as ``read_sequences`` gives it."""
-        if self._queue is None:
-            return next(self._steps)
-        item = self._queue.get()
-        if isinstance(item, BaseException):
-            raise item
-        return item
+        return self._steps.next()
+
+    def state(self) -> None:
+        """There is none: what a loader continues from is the number of sequences."""
 
     def close(self) -> None:
         """Stop reading ahead."""
-        self._closed.set()
-        if self._queue is not None:
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    self._queue.get_nowait()
-            self._thread.join()
-
-    def _fill_queue(self) -> None:
-        assert self._queue is not None
-        try:
-            for step in self._steps:
-                if not self._put(step):
-                    return
-        except BaseException as error:  # noqa: BLE001 - the training thread must hear of whatever ends this one
-            self._put(error)
-
-    def _put(self, item: list[Batch] | BaseException) -> bool:
-        assert self._queue is not None
-        while not self._closed.is_set():
-            with contextlib.suppress(queue.Full):
-                self._queue.put(item, timeout=0.1)
-                return True
-        return False
+        self._steps.close()
 
     def _read_steps(self, start_sample: int) -> Iterator[list[Batch]]:
         # The permutation of many positions costs little more than that of one, so steps are looked up in chunks.

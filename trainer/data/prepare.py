@@ -32,6 +32,8 @@ from trainer.data.prepared import (
     errors_of,
     find_prepared,
     named_sources,
+    open_prepared,
+    prepared_part,
 )
 from trainer.data.progress import StageProgress
 from trainer.data.tokenizer import (
@@ -59,17 +61,17 @@ def prepare_corpus(config: DataConfig, *, progress: bool = True) -> Prepared:
     Raises:
         UserError: the source cannot be read or is empty, the tokenizer cannot be had, or there is no space.
     """
-    found = find_prepared(config)
+    folder = corpus_folder(config)
+    found = open_prepared(folder, config)
     if found is not None:
         return found
-    folder = corpus_folder(config)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _exclusive(folder.with_suffix(".lock"), progress):
-            found = find_prepared(config)
+            found = open_prepared(folder, config)
             if found is None:
-                _prepare(config, folder, progress)
-                found = find_prepared(config)
+                _prepare(prepared_part(config), folder, progress)
+                found = open_prepared(folder, config)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.ENOTDIR):
             raise
@@ -77,8 +79,7 @@ def prepare_corpus(config: DataConfig, *, progress: bool = True) -> Prepared:
             f"the corpus cannot be prepared in {folder.parent}: {os.strerror(error.errno)}; free some space or set "
             "data.cache_dir to another folder."
         ) from None
-    if found is None:
-        raise UserError(f"the files of the corpus changed while {folder} was prepared; run again.")
+    assert found is not None, "what was prepared can be opened"
     return found
 
 
@@ -127,6 +128,7 @@ def _write_corpus(
         num_documents_read=cleaned.num_read,
         num_empty=cleaned.num_empty,
         num_duplicates=cleaned.num_duplicates,
+        validation_limit=cleaned.validation_limit,
         splits=splits,
     )
     write_atomically(work / MANIFEST_NAME, json.dumps(manifest.model_dump(mode="json")))

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from sharding.errors import UserError
 from sharding.strict_model import StrictModel
 from trainer.data.config import DataConfig, SourceConfig
-from trainer.data.corpus import corpus_fingerprint
+from trainer.data.corpus import all_files, corpus_fingerprint
 from trainer.data.mixture import MixtureOrder, WeightedInterleaving, integer_shares
 from trainer.data.order import SampleOrder
 from trainer.data.shards import SplitFacts, StreamUnion, TokenStream, check_files, hash_files
@@ -55,6 +55,9 @@ class CorpusManifest(StrictModel):
 
     num_duplicates: int
     """Documents dropped for being equal to an earlier one."""
+
+    validation_limit: float | None = None
+    """Documents are held out whose text's hash, as a share of all hashes, is below this; unknown in old corpora."""
 
     splits: dict[str, SplitFacts]
     """`train` and `validation`."""
@@ -207,6 +210,44 @@ class PreparedMixture:
             corpus.verify()
 
 
+class PreparedStream(PreparedCorpus):
+    """The prepared beginning of a streamed source, for its tokenizer and held-out documents."""
+
+    def __init__(self, folder: Path, config: DataConfig) -> None:
+        """Open it.
+
+        Raises:
+            UserError: see PreparedCorpus.
+        """
+        super().__init__(folder)
+        self._config = config
+
+    @property
+    def validation_limit(self) -> float:
+        """The stream's documents below it are held out, like those of the beginning."""
+        limit = self.manifest.validation_limit
+        return self._config.validation_fraction if limit is None else limit
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the stream: of its beginning, and of all settings that a position in it depends on.
+
+        Contents beyond the beginning are not read for it; of local files the names and sizes count.
+        """
+        config = self._config
+        settings = config.model_dump(
+            mode="json",
+            include={"source", "hub_name", "hub_config", "hub_split", "text_field", "normalize"}
+            | {"validation_fraction", "sequence_length", "shuffle", "shuffle_window"},
+        )
+        files = [] if config.source == "hub" else [(path.name, path.stat().st_size) for path in all_files(config)]
+        identity = json.dumps([super().fingerprint, settings, files], sort_keys=True)
+        return hashlib.sha256(identity.encode()).hexdigest()
+
+    def check_sequence_length(self, sequence_length: int) -> None:
+        """A stream has any number of sequences; its beginning is not what is trained on."""
+
+
 Prepared = PreparedCorpus | PreparedMixture
 
 
@@ -232,11 +273,26 @@ def find_prepared(config: DataConfig) -> Prepared | None:
     Raises:
         UserError: a source file is missing, or the prepared corpus is damaged.
     """
-    folder = corpus_folder(config)
+    return open_prepared(corpus_folder(config), config)
+
+
+def open_prepared(folder: Path, config: DataConfig) -> Prepared | None:
+    """What is prepared in a folder, if anything.
+
+    Raises:
+        UserError: it is damaged.
+    """
     # A mixture's folder gets its name when all of its corpora are whole.
     if not (folder if config.mixture else folder / MANIFEST_NAME).exists():
         return None
+    if config.streaming:
+        return PreparedStream(folder, config)
     return PreparedMixture(folder, config) if config.mixture else PreparedCorpus(folder)
+
+
+def prepared_part(config: DataConfig) -> DataConfig:
+    """What is prepared of a configuration: of a streamed source the beginning."""
+    return config.model_copy(update={"max_documents": config.sample_documents}) if config.streaming else config
 
 
 def named_sources(config: DataConfig) -> list[tuple[str, SourceConfig]]:
@@ -259,6 +315,7 @@ def corpus_folder(config: DataConfig) -> Path:
     Raises:
         UserError: a source file is missing.
     """
+    config = prepared_part(config)
     settings = config.model_dump(
         mode="json",
         include={"source", "text_field", "max_documents", "normalize", "validation_fraction", "shard_tokens"},

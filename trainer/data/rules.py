@@ -14,6 +14,7 @@ def validate_data(data: DataConfig) -> None:
         _validate_mixture(data)
     else:
         _validate_source(data, "data")
+    _validate_streaming(data)
 
 
 def _validate_mixture(data: DataConfig) -> None:
@@ -30,6 +31,24 @@ def _validate_mixture(data: DataConfig) -> None:
             raise UserError(f"data.mixture has {names.count(name)} sources named {name}; give each its own name.")
     for source in data.mixture:
         _validate_source(source, f"data.mixture {source.name}")
+
+
+def _validate_streaming(data: DataConfig) -> None:
+    if not data.streaming:
+        for name in ("sample_documents", "shuffle_window"):
+            if getattr(data, name) != DataConfig.model_fields[name].default:
+                raise UserError(f"data.{name} has an effect under data.streaming=true only; set that, or remove it.")
+        return
+    if data.mixture:
+        raise UserError(
+            "data.mixture cannot be streamed: a source's place in a mixture is computed from its number of sequences, "
+            "which a stream does not have; set data.streaming to false, or name one source."
+        )
+    if data.max_documents:
+        raise UserError(
+            f"data.max_documents={data.max_documents} has no meaning under data.streaming=true, which reads the "
+            "source to its end; remove it."
+        )
 
 
 def _validate_source(settings: SourceConfig, key: str) -> None:

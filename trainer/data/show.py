@@ -87,6 +87,11 @@ def main(arguments: Sequence[str]) -> int:
             raise UserError(f"--step {options.step}: steps are counted from 1.")
         run_folder = RunFolder(Path(options.run))
         config = run_folder.frozen_config()
+        if config.data.streaming:
+            raise UserError(
+                "data.streaming=true: what a stream gave at a step is known only by reading it again from its start; "
+                "data show works with prepared corpora and mixtures."
+            )
         start = first_position(run_folder, config, options.step)
         if start < 0:
             raise UserError(f"--step {options.step}: the run was forked after that step; ask the run it came from.")

@@ -30,9 +30,21 @@ MODELS: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 30, "n_layer": 2, "n_head": 3, "n_positions": 64, "resid_pdrop": 0.0},
     "qwen3": {"hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2},
     # A window of 5: documents are longer, so that both masks count.
-    "mistral": {"hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 4, "sliding_window": 5},
+    "mistral": {
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "sliding_window": 5,
+    },
     "gpt_neox": {"hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 4},
-    "mixtral": {"hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 4, "num_local_experts": 4},
+    "mixtral": {
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_local_experts": 4,
+    },
     "opt": {"hidden_size": 24, "ffn_dim": 40, "num_attention_heads": 4, "word_embed_proj_dim": 24},
     "xglm": {"d_model": 24, "ffn_dim": 40, "attention_heads": 4, "num_layers": 2},
     "bloom": {"hidden_size": 24, "n_layer": 2, "n_head": 4},
@@ -122,7 +134,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> PreparedCorpus:
     root = tmp_path_factory.mktemp("documents")
     for number in range(40):
         (root / f"{number:02d}.txt").write_text(f"document {number} " * (1 + number % 7))
-    config = _config("llama", source="text", paths=[str(root)], vocab_size=280, cache_dir=str(root / "cache"))
+    config = _config("llama", source="text", paths=[str(root / "*.txt")], vocab_size=280, cache_dir=str(root / "cache"))
     prepared = prepare_corpus(config.data, progress=False)
     assert isinstance(prepared, PreparedCorpus)
     return prepared
