@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def build_contest(assignment: Assignment, config: RunConfig, ranks: Ranks, folder: Path) -> Contest:
     """Corpus, initial parameters and sizes for all contestants."""
-    corpus = prepare_corpus(config.data)
+    (corpus,) = prepare_corpus(config.data).corpora
     alone = config.model_copy(update={"parallel": config.parallel.model_copy(update={"strategy": "none"})})
     vocabulary = Vocabulary(corpus.vocab_size, corpus.eos_token_id)
     task = build_task(config.task.name)

@@ -11,7 +11,7 @@ from launcher.local import run_ranks
 from launcher.plan import Plan, make_plan
 from sharding.errors import EXIT_FINISHED, RunFailure, UserError
 from trainer.config import RunConfig
-from trainer.data.prepared import PreparedCorpus, find_prepared
+from trainer.data.prepared import Prepared, find_prepared
 from trainer.lease import Lease
 from trainer.report.end_of_run import write_run_report
 from trainer.run_folder import RunFolder
@@ -60,7 +60,7 @@ def _longer_budget(config: RunConfig) -> str:
     return f"tokens={2 * config.tokens}" if config.tokens is not None else f"steps={2 * config.num_steps}"
 
 
-def _prepared_corpus(plan: Plan) -> PreparedCorpus:
+def _prepared_corpus(plan: Plan) -> Prepared:
     """The prepared corpus; prepared in a process of its own, since it needs libraries that this one must not load."""
     found = find_prepared(plan.config.data)
     if found is not None:
@@ -84,7 +84,7 @@ def _prepared_corpus(plan: Plan) -> PreparedCorpus:
     return found
 
 
-def _check_vocabulary(config: RunConfig, corpus: PreparedCorpus) -> None:
+def _check_vocabulary(config: RunConfig, corpus: Prepared) -> None:
     wanted = config.model.config.get("vocab_size")
     if isinstance(wanted, int) and wanted < corpus.vocab_size:
         raise UserError(

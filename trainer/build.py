@@ -3,15 +3,16 @@
 import os
 from collections.abc import Callable
 
-from sharding.mesh import build_mesh
+from sharding.mesh import DataParallelMesh, build_mesh
 from sharding.precision import compute_dtype
 from sharding.process_group import Ranks, set_step_timeout
 from trainer.checkpoint.checkpointer import Checkpointer
+from trainer.checkpoint.manifest import TrainingState
 from trainer.config import RunConfig
+from trainer.data.document_mask import check_architecture, check_engine
 from trainer.data.loader import BatchLoader, evaluation_batches
-from trainer.data.order import SampleOrder
-from trainer.data.prepare import PreparedCorpus
-from trainer.data.shards import num_samples
+from trainer.data.prepared import Prepared, PreparedStream, describe_mixture
+from trainer.data.streaming import StreamingLoader, state_of_rank
 from trainer.hardware import peak_flops
 from trainer.loop import Trainer, TrainerParts
 from trainer.model_engine import build_model_engine, describe_model, parameter_hash
@@ -27,7 +28,7 @@ from trainer.weight_average import WeightAverage
 def build_trainer(
     config: RunConfig,
     ranks: Ranks,
-    corpus: PreparedCorpus,
+    corpus: Prepared,
     run_folder: RunFolder,
     observers: Observers,
     *,
@@ -39,7 +40,7 @@ def build_trainer(
     Args:
         config: a configuration that is valid for this world.
         ranks: this rank's place.
-        corpus: the prepared corpus.
+        corpus: the prepared corpus or mixture.
         run_folder: where the run lives.
         observers: who watches.
         is_stop_requested: whether this rank was asked to stop.
@@ -51,26 +52,19 @@ def build_trainer(
     task = build_task(config.task.name, config.task.z_loss)
     mesh = build_mesh(config.parallel, ranks)
     vocabulary = Vocabulary(corpus.vocab_size, corpus.eos_token_id)
+    if config.data.document_mask:
+        check_architecture(config, task, vocabulary)
     engine, facts = build_model_engine(config, task, mesh, ranks, vocabulary)
     observers.message(describe_model(config, facts, ranks))
     if config.metrics.parameter_hash:
         observers.message(f"initial parameters {parameter_hash(engine, ranks)}")
     corpus.check_sequence_length(config.data.sequence_length)
-    train, validation = corpus.stream("train"), corpus.stream("validation")
+    validation = corpus.stream("validation")
     length = config.data.sequence_length
-    order = SampleOrder(config.seed, num_samples(train.num_tokens, length), config.data.shuffle)
-
-    def build_loader(start_sample: int) -> BatchLoader:
-        return BatchLoader(
-            train,
-            order,
-            sequence_length=length,
-            global_size=config.batch.global_size,
-            micro_size=config.batch.micro_size,
-            dp_rank=mesh.dp_rank,
-            dp_degree=mesh.dp_degree,
-            start_sample=start_sample,
-        )
+    if config.data.document_mask:
+        check_engine(engine, config, task, vocabulary)
+    for line in describe_mixture(corpus, length, config.num_steps * config.batch.global_size):
+        observers.message(line)
 
     average = WeightAverage(engine, config.optimizer.ema_decay) if config.optimizer.ema_decay else None
     parts = TrainerParts(
@@ -78,7 +72,7 @@ def build_trainer(
         task=task,
         ranks=ranks,
         dp_rank=mesh.dp_rank,
-        build_loader=build_loader,
+        build_loader=lambda training: _build_loader(config, corpus, mesh, training),
         evaluation_batches=lambda: evaluation_batches(
             validation,
             sequence_length=length,
@@ -86,6 +80,7 @@ def build_trainer(
             dp_rank=mesh.dp_rank,
             dp_degree=mesh.dp_degree,
             max_sequences=config.evaluation.max_sequences,
+            document_mask=config.data.document_mask,
         ),
         checkpointer=Checkpointer(config, run_folder, corpus.fingerprint, ranks, before_commit, average),
         observers=observers,
@@ -98,3 +93,36 @@ def build_trainer(
         weight_average=average,
     )
     return Trainer(config, parts)
+
+
+def _build_loader(
+    config: RunConfig, corpus: Prepared, mesh: DataParallelMesh, training: TrainingState
+) -> BatchLoader | StreamingLoader:
+    """A loader that starts where the training is.
+
+    Raises:
+        UserError: the place in a stream is of another number of ranks.
+    """
+    data, batch = config.data, config.batch
+    if isinstance(corpus, PreparedStream):
+        return StreamingLoader(
+            corpus,
+            data,
+            seed=config.seed,
+            global_size=batch.global_size,
+            micro_size=batch.micro_size,
+            dp_rank=mesh.dp_rank,
+            dp_degree=mesh.dp_degree,
+            state=state_of_rank(training.loader_states, training.num_samples, mesh.dp_rank, mesh.dp_degree),
+        )
+    return BatchLoader(
+        corpus.stream("train"),
+        corpus.order(config.seed, data.sequence_length, data.shuffle),
+        sequence_length=data.sequence_length,
+        global_size=batch.global_size,
+        micro_size=batch.micro_size,
+        dp_rank=mesh.dp_rank,
+        dp_degree=mesh.dp_degree,
+        start_sample=training.num_samples,
+        document_mask=data.document_mask,
+    )

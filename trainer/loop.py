@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import torch
 
@@ -17,6 +18,7 @@ from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.manifest import TrainingState
 from trainer.config import RunConfig
 from trainer.data.loader import BatchLoader
+from trainer.data.streaming import StreamingLoader, gather_states
 from trainer.metrics import (
     Metrics,
     MetricsFile,
@@ -55,7 +57,7 @@ class TrainerParts:
         task: batches and metrics.
         ranks: this rank's place.
         dp_rank: place among the ranks that read different data.
-        build_loader: a loader that starts at a number of consumed sequences.
+        build_loader: a loader that starts where the training is.
         evaluation_batches: this rank's share of the held-out sequences; equally many on every rank.
         checkpointer: saving and resuming.
         observers: console, trackers; silent on all ranks but the first.
@@ -71,7 +73,7 @@ class TrainerParts:
     task: Task
     ranks: Ranks
     dp_rank: int
-    build_loader: Callable[[int], BatchLoader]
+    build_loader: Callable[[TrainingState], BatchLoader | StreamingLoader]
     evaluation_batches: Callable[[], Iterable[Batch]]
     checkpointer: Checkpointer
     observers: Observers
@@ -105,6 +107,7 @@ class Trainer:
         self._clock = ThroughputClock()
         self._noise_scale = NoiseScale() if config.metrics.gradient_noise_scale else None
         self._metrics_file: MetricsFile | None = None
+        self._loader_state: dict[str, Any] | None = None
 
     @property
     def step(self) -> int:
@@ -140,7 +143,7 @@ class Trainer:
             return Ending.FINISHED
         # Collections at different moments on different ranks would hold up one another at every collective.
         gc.disable()
-        loader = self._parts.build_loader(self._training.num_samples)
+        loader = self._parts.build_loader(self._training)
         try:
             return self._fit(loader)
         finally:
@@ -153,8 +156,9 @@ class Trainer:
         if self._metrics_file is not None:
             self._metrics_file.close()
 
-    def _fit(self, loader: BatchLoader) -> Ending:
+    def _fit(self, loader: BatchLoader | StreamingLoader) -> Ending:
         self._clock.restart()
+        self._loader_state = loader.state()
         first_step = self.step + 1
         for step in range(first_step, self._config.num_steps + 1):
             seed_step(self._config.seed, step, self._parts.dp_rank)
@@ -168,6 +172,8 @@ class Trainer:
                 return Ending.STOPPED
             with self._parts.profiler.step():
                 record = self._train_step(step, micro_batches, agreed.num_targets)
+            # Not before: a step that was taken and then given up for a stop comes again.
+            self._loader_state = loader.state()
             self._clock.add_step(agreed.num_targets, data_wait_s)
             if step == first_step:
                 self._parts.after_first_step()
@@ -280,6 +286,7 @@ class Trainer:
                     "noise_gradient_square": self._noise_scale.gradient_square if self._noise_scale else 0.0,
                     "noise_variance": self._noise_scale.variance if self._noise_scale else 0.0,
                     "trackers": self._parts.observers.tracker_state(),
+                    "loader_states": gather_states(self._loader_state, self._parts.ranks),
                 }
             )
             folder = self._parts.checkpointer.save(self._parts.engine, training)

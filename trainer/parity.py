@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from rich.console import Console
@@ -24,9 +24,8 @@ from sharding.config import Backend, Strategy
 from sharding.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_FINISHED, UserError
 from trainer.config import RunConfig, load_config
 from trainer.data.loader import BatchLoader
-from trainer.data.order import SampleOrder
 from trainer.data.prepare import prepare_corpus
-from trainer.data.shards import num_samples
+from trainer.data.prepared import Prepared
 from trainer.models import Vocabulary
 from trainer.optimizers.config import OptimizerName, refused_optimizer
 from trainer.parity_cases import NUM_STEPS, ParityCase, Trajectory, run_plain, run_rank
@@ -127,7 +126,7 @@ def run_parity(config: RunConfig, cases: Sequence[ParityCase], folder: Path) -> 
     config = _without_dropout(config)
     corpus = prepare_corpus(config.data)
     vocabulary = Vocabulary(corpus.vocab_size, corpus.eos_token_id)
-    _write_ragged_batch(config, corpus.stream("train"), folder)
+    _write_ragged_batch(config, corpus, folder)
     for num_ranks in sorted({case.num_ranks for case in cases}):
         group = [case for case in cases if case.num_ranks == num_ranks]
         _run_group(config, vocabulary, group, num_ranks, folder)
@@ -151,17 +150,18 @@ def _without_dropout(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"model": config.model.model_copy(update={"config": config.model.config | zeros})})
 
 
-def _write_ragged_batch(config: RunConfig, stream: Any, folder: Path) -> None:
+def _write_ragged_batch(config: RunConfig, corpus: Prepared, folder: Path) -> None:
     """Real text, cut so that every sequence has another number of valid targets and one has none but the first."""
     length = config.data.sequence_length
     loader = BatchLoader(
-        stream,
-        SampleOrder(config.seed, num_samples(stream.num_tokens, length), config.data.shuffle),
+        corpus.stream("train"),
+        corpus.order(config.seed, length, config.data.shuffle),
         sequence_length=length,
         global_size=NUM_SEQUENCES,
         micro_size=NUM_SEQUENCES,
         dp_rank=0,
         dp_degree=1,
+        document_mask=config.data.document_mask,
     )
     (batch,) = loader.next_step()
     loader.close()

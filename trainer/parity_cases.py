@@ -160,7 +160,7 @@ def run_plain(
     num_targets = (batch["labels"] != -100).sum()
     losses, norms = [], []
     for _ in range(NUM_STEPS):
-        logits = model(input_ids=batch["input_ids"]).logits
+        logits = model(**{name: tensor for name, tensor in batch.items() if name != "labels"}, use_cache=False).logits
         loss = functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum") / num_targets
         loss.backward()
         norm = torch.cat([p.grad.double().flatten() for p in model.parameters() if p.grad is not None]).norm()

@@ -5,7 +5,7 @@ from pathlib import Path
 from sharding.errors import UserError
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.config import RunConfig
-from trainer.data.prepared import PreparedCorpus, find_prepared
+from trainer.data.prepared import Prepared, find_prepared
 from trainer.run_folder import RunFolder
 
 
@@ -25,7 +25,7 @@ def open_checkpoint(run: str, step: int | None) -> CheckpointReader:
     return CheckpointReader(newest[1])
 
 
-def open_corpus(config: RunConfig) -> PreparedCorpus:
+def open_corpus(config: RunConfig) -> Prepared:
     """The corpus that a run was trained on.
 
     Raises:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from sharding.config import Backend, Strategy
 from sharding.errors import UserError
+from trainer.data.rules import validate_data
 from trainer.optimizers.config import validate_optimizer
 from trainer.schedules import validate_curve
 from trainer.trackers.packages import check_packages
@@ -93,15 +94,7 @@ def _validate_model_and_data(config: "RunConfig") -> None:
         )
     if model.pretrained is not None and model.config:
         raise UserError("model.config cannot change a model that model.pretrained names; remove model.config.")
-    if data.source in ("text", "jsonl", "parquet") and not data.paths:
-        raise UserError(f"data.source={data.source} needs data.paths, which is empty; list the files.")
-    if data.source in ("python-stdlib", "hub") and data.paths:
-        raise UserError(
-            f"data.paths is set, but data.source={data.source} reads no files; "
-            "set data.source to text, jsonl or parquet, or remove data.paths."
-        )
-    if (data.source == "hub") != (data.hub_name is not None):
-        raise UserError(f"data.source={data.source} and data.hub_name={data.hub_name}: hub needs a name, others none.")
+    validate_data(data)
 
 
 def _validate_parallel(config: "RunConfig") -> None:

@@ -19,9 +19,8 @@ from benchmarks.turns import StepEdge
 from sharding.process_group import Ranks
 from trainer.config import RunConfig
 from trainer.data.loader import IGNORED_LABEL, Batch, read_sequences
-from trainer.data.order import SampleOrder
 from trainer.data.prepare import PreparedCorpus
-from trainer.data.shards import TokenStream, num_samples
+from trainer.data.shards import TokenStream
 from trainer.models import Vocabulary, build_model_config
 from trainer.schedules import learning_rate
 from trainer.validation import accumulation_steps
@@ -109,7 +108,7 @@ class Contest:
         """
         length = self.config.data.sequence_length
         stream = self.corpus.stream("train")
-        order = SampleOrder(self.config.seed, num_samples(stream.num_tokens, length), self.config.data.shuffle)
+        order = self.corpus.order(self.config.seed, length, self.config.data.shuffle)
         indices = order.indices(np.arange(self.num_steps * self.config.batch.global_size))
         return PackedSequences(stream, indices.tolist(), length, with_shift_labels)
 

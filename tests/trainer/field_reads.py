@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from sharding.strict_model import StrictModel
-from trainer.config_docs import section_of
+from trainer.config_docs import element_of, section_of
 
 
 @dataclass
@@ -24,12 +24,14 @@ class KnownTypes:
 
 
 def find_reads(trees: Iterable[ast.Module], models: Iterable[type[StrictModel]]) -> set[tuple[str, str]]:
-    """Pairs of model name and field name for every ``x.field`` whose ``x`` is of that model.
+    """Pairs of model name and field name for every ``x.field`` whose ``x`` is of that model; an inherited field counts
+    for the model that declares it.
 
     A type is known from an annotated parameter or attribute, from a function's annotated result, and from what was
     assigned; ``self.x`` is what ``__init__`` was given.
     """
-    known = KnownTypes({model.__name__: model for model in models})
+    bases = {base for model in models for base in model.__mro__ if issubclass(base, StrictModel)}
+    known = KnownTypes({model.__name__: model for model in bases})
     trees = list(trees)
     # Attributes may get their types from results and results from classes that come later: twice is enough.
     for _ in range(2):
@@ -102,6 +104,24 @@ class _Reader(ast.NodeVisitor):
         self._type_of(node)
         self.generic_visit(node)
 
+    def visit_For(self, node: ast.For) -> None:
+        self._set(node.target, self._item_type(node.iter))
+        self.generic_visit(node)
+
+    def visit_ListComp(self, node: ast.ListComp) -> None:
+        for generator in node.generators:
+            self._set(generator.target, self._item_type(generator.iter))
+        self.generic_visit(node)
+
+    def _item_type(self, node: ast.expr) -> str:
+        """Name of the section of each item of a field that is a list of sections."""
+        if isinstance(node, ast.Attribute):
+            model = self._known.sections.get(self._type_of(node.value))
+            if model is not None and node.attr in model.model_fields:
+                item = element_of(model.model_fields[node.attr])
+                return item.__name__ if item is not None else ""
+        return ""
+
     def _bind(self, target: ast.expr, value: ast.expr) -> None:
         if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
             for inner_target, inner_value in zip(target.elts, value.elts, strict=True):
@@ -129,9 +149,14 @@ class _Reader(ast.NodeVisitor):
         model = self._known.sections.get(holder)
         if model is None or node.attr not in model.model_fields:
             return self._known.attributes.get(holder, {}).get(node.attr, "")
-        self._reads.add((holder, node.attr))
+        self._reads.add((declaring_model(model, node.attr), node.attr))
         section = section_of(model.model_fields[node.attr])
         return section.__name__ if section is not None else ""
+
+
+def declaring_model(model: type[StrictModel], name: str) -> str:
+    """Name of the model among a model and its bases that declares a field."""
+    return next(base.__name__ for base in reversed(model.__mro__) if name in getattr(base, "__annotations__", {}))
 
 
 def annotated_type(annotation: ast.expr | None) -> str:

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from sharding.strict_model import StrictModel
 from tests.support import ROOT, shardline
-from tests.trainer.field_reads import find_reads
+from tests.trainer.field_reads import declaring_model, find_reads
 from trainer.config import RunConfig, load_config
 from trainer.config_docs import PAGE, main, render_page, section_of, sections
 
@@ -24,9 +24,9 @@ EXAMPLES = sorted((ROOT / "configs").rglob("*.yaml"))
 
 
 def _leaves() -> dict[tuple[str, str], str | None]:
-    """Model and field name to the sentence of every field that is a value."""
+    """Model that declares it and field name to the sentence of every field that is a value."""
     return {
-        (model.__name__, name): field.description
+        (declaring_model(model, name), name): field.description
         for _, model in sections(RunConfig)
         for name, field in model.model_fields.items()
         if section_of(field) is None

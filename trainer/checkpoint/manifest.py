@@ -91,6 +91,9 @@ class TrainingState(StrictModel):
     trackers: dict[str, Any] = {}
     """Identities of the tracker runs."""
 
+    loader_states: list[dict[str, Any]] = []
+    """Place of each data-parallel rank in a streamed source; empty where the corpus is prepared."""
+
 
 class Manifest(StrictModel):
     """A whole checkpoint."""

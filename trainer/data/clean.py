@@ -1,12 +1,13 @@
 """Cleaning: normalised documents without empty ones and exact duplicates, divided into splits."""
 
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from sharding.errors import UserError
-from trainer.data.config import DataConfig
+from trainer.data.config import DataConfig, SourceConfig
 from trainer.data.corpus import clean_text, read_documents
 from trainer.data.progress import StageProgress
 
@@ -22,6 +23,7 @@ class CleanedCorpus:
         lengths: bytes of each text.
         source_ids: where each came from.
         is_validation: which of them are held out.
+        validation_limit: those whose ``hash_position`` is below it.
         sha256: of all texts and their lengths.
         num_read: documents in the source.
         num_empty: of these, dropped for being empty.
@@ -32,6 +34,7 @@ class CleanedCorpus:
     lengths: list[int] = field(default_factory=list)
     source_ids: list[str] = field(default_factory=list)
     is_validation: list[bool] = field(default_factory=list)
+    validation_limit: float = 0.0
     sha256: str = ""
     num_read: int = 0
     num_empty: int = 0
@@ -59,8 +62,8 @@ class CleanedCorpus:
         self.spool.unlink()
 
 
-def clean_corpus(config: DataConfig, work: Path, stages: StageProgress) -> CleanedCorpus:
-    """Read, clean and divide the documents of a corpus; texts go to a file, so memory holds only their lengths.
+def clean_corpus(source: SourceConfig, config: DataConfig, work: Path, stages: StageProgress) -> CleanedCorpus:
+    """Read, clean and divide the documents of a source; texts go to a file, so memory holds only their lengths.
 
     A document is held out where a hash of its text falls below ``data.validation_fraction``: the division depends on
     the text alone, so adding documents moves none from one side to the other.
@@ -73,11 +76,10 @@ def clean_corpus(config: DataConfig, work: Path, stages: StageProgress) -> Clean
     hash_positions: list[float] = []
     digest = hashlib.sha256()
     with cleaned.spool.open("wb") as spool, stages.stage("reading documents") as advance:
-        for document in read_documents(config):
+        for document in read_documents(source):
             cleaned.num_read += 1
             advance(1)
-            # A lone surrogate cannot be stored as UTF-8; JSON can bring one in.
-            text = clean_text(document.text, config.normalize).encode("utf-8", errors="replace")
+            text = encode_text(document.text, config.normalize)
             if not text.strip():
                 cleaned.num_empty += 1
                 continue
@@ -90,23 +92,34 @@ def clean_corpus(config: DataConfig, work: Path, stages: StageProgress) -> Clean
             digest.update(len(text).to_bytes(8, "little") + key)
             cleaned.lengths.append(len(text))
             cleaned.source_ids.append(document.source_id)
-            hash_positions.append(int.from_bytes(key[:8], "little") / 2**64)
+            hash_positions.append(hash_position(key))
     cleaned.sha256 = digest.hexdigest()
     if not cleaned.lengths:
         raise UserError(
-            f"data.source={config.source}: the corpus is empty ({cleaned.num_read} documents read, "
+            f"data.source={source.source}: the corpus is empty ({cleaned.num_read} documents read, "
             f"{cleaned.num_empty} of them empty); check data.paths and data.text_field."
         )
-    cleaned.is_validation = _hold_out(hash_positions, config.validation_fraction)
+    cleaned.validation_limit = _validation_limit(hash_positions, config.validation_fraction)
+    cleaned.is_validation = [position < cleaned.validation_limit for position in hash_positions]
     return cleaned
 
 
-def _hold_out(hash_positions: list[float], fraction: float) -> list[bool]:
-    """Which documents are held out; with two or more, at least one on each side."""
-    held_out = [position < fraction for position in hash_positions]
-    if fraction > 0 and len(held_out) > 1:
-        if not any(held_out):
-            held_out[hash_positions.index(min(hash_positions))] = True
-        if all(held_out):
-            held_out[hash_positions.index(max(hash_positions))] = False
-    return held_out
+def encode_text(text: str, normalize: str) -> bytes:
+    """A document's cleaned text in UTF-8."""
+    # A lone surrogate cannot be stored as UTF-8; JSON can bring one in.
+    return clean_text(text, normalize).encode("utf-8", errors="replace")
+
+
+def hash_position(sha256: bytes) -> float:
+    """A hash as a number from 0 to 1."""
+    return int.from_bytes(sha256[:8], "little") / 2**64
+
+
+def _validation_limit(hash_positions: list[float], fraction: float) -> float:
+    """Documents below it are held out; of two or more, at least one on each side."""
+    if fraction > 0 and len(hash_positions) > 1:
+        if min(hash_positions) >= fraction:
+            return math.nextafter(min(hash_positions), 1.0)
+        if max(hash_positions) < fraction:
+            return max(hash_positions)
+    return fraction

@@ -7,8 +7,8 @@ from pydantic import Field
 from sharding.strict_model import StrictModel
 
 
-class DataConfig(StrictModel):
-    """Where text comes from and how it becomes sequences of tokens."""
+class SourceConfig(StrictModel):
+    """Where documents come from."""
 
     source: Literal["python-stdlib", "text", "jsonl", "parquet", "hub"] = "python-stdlib"
     """Kind of corpus: the embedded `python-stdlib`, local `text` (a file is a document), `jsonl` or `parquet`
@@ -32,6 +32,32 @@ class DataConfig(StrictModel):
     max_documents: int = Field(default=0, ge=0)
     """Use only this many documents, taken in source order; 0 means all."""
 
+
+class MixtureSource(SourceConfig):
+    """One source of a mixture: where its documents come from, and its share of the training sequences."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the source in logs and in `shardline data show`; letters, digits, `.`, `_` and `-`."""
+
+    weight: float = Field(gt=0.0, allow_inf_nan=False)
+    """Share of the training sequences that come from this source, relative to the weights of the others."""
+
+
+class DataConfig(SourceConfig):
+    """Where text comes from and how it becomes sequences of tokens."""
+
+    mixture: Annotated[tuple[MixtureSource, ...], Field(strict=False)] = ()
+    """Several sources with weights, each with the settings of a source, instead of the one that the keys above name."""
+
+    streaming: bool = False
+    """Read, tokenise and pack the source while training instead of preparing it, for corpora too large for that."""
+
+    sample_documents: int = Field(default=10_000, ge=1)
+    """Documents at the beginning of a streamed source that `train-bpe` is trained on and the held-out ones are from."""
+
+    shuffle_window: int = Field(default=1024, ge=1)
+    """Sequences of a rank's stream that are shuffled among themselves; a continued run packs as many again."""
+
     normalize: Literal["none", "NFC", "NFKC"] = "NFC"
     """Unicode normal form applied to each document; line ends become `\\n` unless `none`."""
 
@@ -50,11 +76,16 @@ class DataConfig(StrictModel):
     shuffle: bool = True
     """Visit sequences in a keyed random order, new in each epoch; false is corpus order."""
 
+    document_mask: bool = False
+    """Keep the documents of a sequence apart: attention stays within each, positions count from its start, and its
+    first token is not a target."""
+
     shard_tokens: int = Field(default=64 * 1024 * 1024, ge=1024)
     """Tokens in one packed shard file."""
 
     num_workers: int = Field(default=0, ge=0)
-    """Processes that tokenise during preparation; 0 means one per usable core."""
+    """Threads that tokenise: in preparation, where 0 means one per usable core, and of each rank that streams, where
+    0 means one."""
 
     cache_dir: str | None = None
     """Folder of prepared corpora and trained tokenizers; `$SHARDLINE_CACHE` or `~/.cache/shardline` if not set."""

@@ -1,15 +1,14 @@
 """Batches of packed sequences, read ahead by a thread."""
 
-import contextlib
-import queue
-import threading
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 
+from trainer.data.mixture import MixtureOrder
 from trainer.data.order import SampleOrder
-from trainer.data.shards import TokenStream, num_samples
+from trainer.data.read_ahead import ReadAhead
+from trainer.data.shards import Sequences, StreamUnion
 
 IGNORED_LABEL = -100
 _ORDER_CHUNK = 4096
@@ -26,8 +25,8 @@ class BatchLoader:
 
     def __init__(
         self,
-        stream: TokenStream,
-        order: SampleOrder,
+        stream: Sequences,
+        order: SampleOrder | MixtureOrder,
         *,
         sequence_length: int,
         global_size: int,
@@ -36,6 +35,7 @@ class BatchLoader:
         dp_degree: int,
         start_sample: int = 0,
         prefetch_steps: int = 2,
+        document_mask: bool = False,
     ) -> None:
         """Start reading ahead.
 
@@ -49,57 +49,29 @@ class BatchLoader:
             dp_degree: number of those ranks.
             start_sample: global position of the first step.
             prefetch_steps: steps that are read ahead; 0 reads on demand, in the caller's thread.
+            document_mask: see ``read_sequences``.
         """
         self._stream = stream
         self._order = order
         self._sequence_length = sequence_length
         self._global_size = global_size
         self._micro_size = micro_size
+        self._document_mask = document_mask
         first = dp_rank * micro_size
         starts = np.arange(first, global_size, dp_degree * micro_size)
         self._local_positions = (starts[:, None] + np.arange(micro_size)).reshape(-1)
-        self._steps = self._read_steps(start_sample)
-        self._queue: queue.Queue[list[Batch] | BaseException] | None = None
-        self._closed = threading.Event()
-        if prefetch_steps:
-            self._queue = queue.Queue(maxsize=prefetch_steps)
-            self._thread = threading.Thread(target=self._fill_queue, name="batch-loader", daemon=True)
-            self._thread.start()
+        self._steps = ReadAhead(self._read_steps(start_sample), prefetch_steps)
 
     def next_step(self) -> list[Batch]:
-        """This rank's micro-batches of the next step: ``input_ids`` and shifted ``labels``, int64 [micro, length]."""
-        if self._queue is None:
-            return next(self._steps)
-        item = self._queue.get()
-        if isinstance(item, BaseException):
-            raise item
-        return item
+        """This rank's micro-batches of the next step, each as ``read_sequences`` gives it."""
+        return self._steps.next()
+
+    def state(self) -> None:
+        """There is none: what a loader continues from is the number of sequences."""
 
     def close(self) -> None:
         """Stop reading ahead."""
-        self._closed.set()
-        if self._queue is not None:
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    self._queue.get_nowait()
-            self._thread.join()
-
-    def _fill_queue(self) -> None:
-        assert self._queue is not None
-        try:
-            for step in self._steps:
-                if not self._put(step):
-                    return
-        except BaseException as error:  # noqa: BLE001 - the training thread must hear of whatever ends this one
-            self._put(error)
-
-    def _put(self, item: list[Batch] | BaseException) -> bool:
-        assert self._queue is not None
-        while not self._closed.is_set():
-            with contextlib.suppress(queue.Full):
-                self._queue.put(item, timeout=0.1)
-                return True
-        return False
+        self._steps.close()
 
     def _read_steps(self, start_sample: int) -> Iterator[list[Batch]]:
         # The permutation of many positions costs little more than that of one, so steps are looked up in chunks.
@@ -108,48 +80,83 @@ class BatchLoader:
             starts = start_sample + self._global_size * np.arange(num_steps)
             positions = (starts[:, None] + self._local_positions).reshape(-1)
             for indices in self._order.indices(positions).reshape(num_steps, -1, self._micro_size):
-                yield [read_sequences(self._stream, micro.tolist(), self._sequence_length) for micro in indices]
+                yield [
+                    read_sequences(self._stream, micro.tolist(), self._sequence_length, self._document_mask)
+                    for micro in indices
+                ]
             start_sample += num_steps * self._global_size
 
 
-def read_sequences(stream: TokenStream, indices: list[int], sequence_length: int) -> Batch:
+def read_sequences(stream: Sequences, indices: list[int], sequence_length: int, document_mask: bool = False) -> Batch:
     """Read sequences by index.
 
+    Args:
+        stream: the tokens.
+        indices: which sequences.
+        sequence_length: tokens in a sequence.
+        document_mask: keep documents apart, see ``packed_batch``.
+
     Returns:
-        ``input_ids`` and ``labels``, int64 [len(indices), sequence_length]; a label is the token that follows, and -100
-        beyond the end of the stream.
+        See ``packed_batch``; a label beyond the end of the stream is -100.
     """
     tokens = np.empty((len(indices), sequence_length + 1), dtype=np.int64)
+    is_start = np.zeros(tokens.shape, dtype=bool) if document_mask else None
     short_rows = []
     for row, index in enumerate(indices):
-        start = index * sequence_length
+        source, local_index = stream.locate(index, sequence_length)
+        start = local_index * sequence_length
         stop = start + sequence_length + 1
-        if stop <= stream.num_tokens:
-            stream.read_into(start, stop, tokens[row])
+        if stop <= source.num_tokens:
+            source.read_into(start, stop, tokens[row])
         else:
-            num_read = stream.num_tokens - start
-            stream.read_into(start, stream.num_tokens, tokens[row, :num_read])
+            num_read = source.num_tokens - start
+            source.read_into(start, source.num_tokens, tokens[row, :num_read])
             tokens[row, num_read:] = 0
             short_rows.append((row, num_read))
+        if is_start is not None:
+            is_start[row, source.document_starts(start, stop) - start] = True
+    batch = packed_batch(tokens, is_start)
+    for row, num_read in short_rows:
+        batch["labels"][row, num_read - 1 :] = IGNORED_LABEL
+    return batch
+
+
+def packed_batch(tokens: np.ndarray, is_start: np.ndarray | None) -> Batch:
+    """A micro-batch from rows of packed tokens.
+
+    Args:
+        tokens: int64 [rows, length + 1].
+        is_start: bool, of the same shape: where documents start. Given, documents are kept apart: positions count from
+            each document's start, which is also how a model tells documents in attention apart, and the first token of
+            a document is nobody's target, as it would be were the document trained alone.
+
+    Returns:
+        ``input_ids`` and ``labels``, int64 [rows, length]; a label is the token that follows, or -100. With
+        ``is_start`` also ``position_ids`` of the same form.
+    """
     whole = torch.from_numpy(tokens)
     # A copy: masking labels in place must not reach the inputs.
-    input_ids, labels = whole[:, :-1], whole[:, 1:].clone()
-    for row, num_read in short_rows:
-        labels[row, num_read - 1 :] = IGNORED_LABEL
+    batch = {"input_ids": whole[:, :-1], "labels": whole[:, 1:].clone()}
+    if is_start is not None:
+        columns = np.arange(tokens.shape[1] - 1)
+        starts = np.maximum.accumulate(np.where(is_start[:, :-1], columns, 0), axis=1)
+        batch["position_ids"] = torch.from_numpy(columns - starts)
+        batch["labels"][torch.from_numpy(is_start[:, 1:])] = IGNORED_LABEL
     if torch.cuda.is_available():
         # From pinned memory the copy to the device does not make the host wait.
-        input_ids, labels = input_ids.contiguous().pin_memory(), labels.pin_memory()
-    return {"input_ids": input_ids, "labels": labels}
+        batch = {name: tensor.contiguous().pin_memory() for name, tensor in batch.items()}
+    return batch
 
 
 def evaluation_batches(
-    stream: TokenStream,
+    stream: Sequences,
     *,
     sequence_length: int,
     micro_size: int,
     dp_rank: int,
     dp_degree: int,
     max_sequences: int = 0,
+    document_mask: bool = False,
 ) -> Iterator[Batch]:
     """One rank's share of a split in stored order: equally many batches on every rank, every sequence once.
 
@@ -162,14 +169,17 @@ def evaluation_batches(
         micro_size: sequences in a batch.
         dp_rank: this rank among those that read different data.
         dp_degree: number of those ranks.
-        max_sequences: read only the first so many; 0 means all.
+        max_sequences: read only the first so many, of a mixture so many at equal distances; 0 means all.
+        document_mask: see ``read_sequences``.
     """
-    total = num_samples(stream.num_tokens, sequence_length)
-    if max_sequences:
-        total = min(total, max_sequences)
+    available = stream.num_sequences(sequence_length)
+    total = min(available, max_sequences or available)
+    # The first sequences of a mixture would all be of its first source.
+    spread = isinstance(stream, StreamUnion)
     for start in range(dp_rank * micro_size, _round_up(total, dp_degree * micro_size), dp_degree * micro_size):
-        indices = [min(index, total - 1) for index in range(start, start + micro_size)]
-        batch = read_sequences(stream, indices, sequence_length)
+        numbers = [min(number, total - 1) for number in range(start, start + micro_size)]
+        indices = [number * available // total for number in numbers] if spread else numbers
+        batch = read_sequences(stream, indices, sequence_length, document_mask)
         num_missing = max(0, start + micro_size - total)
         if num_missing:
             batch["labels"][max(0, micro_size - num_missing) :] = IGNORED_LABEL

@@ -46,6 +46,10 @@ class SampleOrder:
             result[chosen] = self._permute(offsets[chosen], int(epoch))
         return result
 
+    def epochs(self, positions: np.ndarray) -> np.ndarray:
+        """The epoch, from 0, that each global position is in."""
+        return positions // self.num_samples
+
     def _permute(self, offsets: np.ndarray, epoch: int) -> np.ndarray:
         keys = self._epoch_keys(epoch)
         values = self._feistel(offsets.astype(_U64), keys)

@@ -6,6 +6,7 @@
 import contextlib
 import errno
 import fcntl
+import itertools
 import json
 import os
 import platform
@@ -13,6 +14,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sharding.errors import EXIT_BAD_INPUT, EXIT_FINISHED, UserError
 from trainer.atomic_files import write_atomically
@@ -24,9 +26,14 @@ from trainer.data.prepared import (
     PREPARATION_VERSION,
     TOKENIZER_FOLDER,
     CorpusManifest,
+    Prepared,
     PreparedCorpus,
     corpus_folder,
+    errors_of,
     find_prepared,
+    named_sources,
+    open_prepared,
+    prepared_part,
 )
 from trainer.data.progress import StageProgress
 from trainer.data.tokenizer import (
@@ -37,9 +44,12 @@ from trainer.data.tokenizer import (
     use_worker_threads,
 )
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
-def prepare_corpus(config: DataConfig, *, progress: bool = True) -> PreparedCorpus:
-    """The prepared corpus of a configuration, made now if need be.
+
+def prepare_corpus(config: DataConfig, *, progress: bool = True) -> Prepared:
+    """The prepared corpus or mixture of a configuration, made now if need be.
 
     Several processes may ask at once: one works, the others wait for it. Work goes to a folder of its own that is
     renamed when it is whole, so a process that is killed leaves nothing that could be taken for a corpus.
@@ -51,16 +61,17 @@ def prepare_corpus(config: DataConfig, *, progress: bool = True) -> PreparedCorp
     Raises:
         UserError: the source cannot be read or is empty, the tokenizer cannot be had, or there is no space.
     """
-    found = find_prepared(config)
+    folder = corpus_folder(config)
+    found = open_prepared(folder, config)
     if found is not None:
         return found
-    folder = corpus_folder(config)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _exclusive(folder.with_suffix(".lock"), progress):
-            found = find_prepared(config)
+            found = open_prepared(folder, config)
             if found is None:
-                _prepare(config, folder, progress)
+                _prepare(prepared_part(config), folder, progress)
+                found = open_prepared(folder, config)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.ENOTDIR):
             raise
@@ -68,7 +79,8 @@ def prepare_corpus(config: DataConfig, *, progress: bool = True) -> PreparedCorp
             f"the corpus cannot be prepared in {folder.parent}: {os.strerror(error.errno)}; free some space or set "
             "data.cache_dir to another folder."
         ) from None
-    return found or PreparedCorpus(folder)
+    assert found is not None, "what was prepared can be opened"
+    return found
 
 
 def _prepare(config: DataConfig, folder: Path, progress: bool) -> None:
@@ -80,40 +92,55 @@ def _prepare(config: DataConfig, folder: Path, progress: bool) -> None:
     try:
         use_worker_threads(config.num_workers)
         with StageProgress(progress) as stages:
-            cleaned = clean_corpus(config, work, stages)
-            tokenizer = _tokenizer(config, cleaned, stages)
-            tokenizer.save_pretrained(work / TOKENIZER_FOLDER)
-            dtype = "<u2" if len(tokenizer) <= 1 << 16 else "<u4"
-            splits = {
-                name: pack_split(name, cleaned, tokenizer, dtype, config.shard_tokens, work, stages)
-                for name in ("train", "validation")
-            }
-        cleaned.remove_spool()
-        manifest = CorpusManifest(
-            preparation_version=PREPARATION_VERSION,
-            dtype=dtype,
-            vocab_size=len(tokenizer),
-            eos_token_id=tokenizer.eos_token_id,
-            tokenizer_sha256=tokenizer_fingerprint(tokenizer),
-            corpus_sha256=cleaned.sha256,
-            python_version=platform.python_version(),
-            num_documents_read=cleaned.num_read,
-            num_empty=cleaned.num_empty,
-            num_duplicates=cleaned.num_duplicates,
-            splits=splits,
-        )
-        write_atomically(work / MANIFEST_NAME, json.dumps(manifest.model_dump(mode="json")))
+            cleaned = {}
+            for name, source in named_sources(config):
+                (work / name).mkdir(exist_ok=True)
+                with errors_of(name):
+                    cleaned[name] = clean_corpus(source, config, work / name, stages)
+            tokenizer = _tokenizer(config, list(cleaned.values()), stages)
+            for name, corpus in cleaned.items():
+                _write_corpus(config, corpus, tokenizer, work / name, stages)
         work.rename(folder)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
 
 
-def _tokenizer(config: DataConfig, cleaned: CleanedCorpus, stages: StageProgress):  # type: ignore[no-untyped-def]
+def _write_corpus(
+    config: DataConfig, cleaned: CleanedCorpus, tokenizer: "PreTrainedTokenizerFast", work: Path, stages: StageProgress
+) -> None:
+    """Pack one source, with a copy of the tokenizer and with the manifest last."""
+    tokenizer.save_pretrained(work / TOKENIZER_FOLDER)
+    dtype = "<u2" if len(tokenizer) <= 1 << 16 else "<u4"
+    splits = {
+        name: pack_split(name, cleaned, tokenizer, dtype, config.shard_tokens, work, stages)
+        for name in ("train", "validation")
+    }
+    cleaned.remove_spool()
+    manifest = CorpusManifest(
+        preparation_version=PREPARATION_VERSION,
+        dtype=dtype,
+        vocab_size=len(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
+        tokenizer_sha256=tokenizer_fingerprint(tokenizer),
+        corpus_sha256=cleaned.sha256,
+        python_version=platform.python_version(),
+        num_documents_read=cleaned.num_read,
+        num_empty=cleaned.num_empty,
+        num_duplicates=cleaned.num_duplicates,
+        validation_limit=cleaned.validation_limit,
+        splits=splits,
+    )
+    write_atomically(work / MANIFEST_NAME, json.dumps(manifest.model_dump(mode="json")))
+
+
+def _tokenizer(config: DataConfig, cleaned: list[CleanedCorpus], stages: StageProgress) -> "PreTrainedTokenizerFast":
     if config.tokenizer != TRAINED:
         return load_tokenizer(config.tokenizer)
-    with stages.stage("training the tokenizer", cleaned.num_documents("train")) as advance:
-        return train_byte_level_bpe(_counted(cleaned.texts("train"), advance), config.vocab_size)
+    num_documents = sum(corpus.num_documents("train") for corpus in cleaned)
+    with stages.stage("training the tokenizer", num_documents) as advance:
+        texts = itertools.chain.from_iterable(corpus.texts("train") for corpus in cleaned)
+        return train_byte_level_bpe(_counted(texts, advance), config.vocab_size)
 
 
 def _counted(texts: Iterator[str], advance: Callable[[int], None]) -> Iterator[str]:
@@ -138,17 +165,21 @@ def _exclusive(path: Path, progress: bool) -> Iterator[None]:
         os.close(descriptor)
 
 
-def describe_corpus(corpus: PreparedCorpus) -> str:
+def describe_corpus(corpus: Prepared) -> str:
     """What became of the documents, in a few lines."""
-    manifest = corpus.manifest
-    lines = [
-        f"documents   {manifest.num_documents_read:,} read, {manifest.num_empty:,} empty and "
-        f"{manifest.num_duplicates:,} duplicates dropped"
-    ]
-    for name, split in manifest.splits.items():
-        lines.append(f"{name:<11} {split.num_documents:,} documents, {split.num_tokens:,} tokens")
-    lines.append(f"tokenizer   {manifest.vocab_size:,} tokens, {corpus.tokenizer_dir}")
-    lines.append(f"corpus      SHA-256 {manifest.corpus_sha256[:16]}, Python {manifest.python_version}")
+    lines = []
+    for part in corpus.corpora:
+        manifest = part.manifest
+        if part.name:
+            lines.append(f"source      {part.name}")
+        lines.append(
+            f"documents   {manifest.num_documents_read:,} read, {manifest.num_empty:,} empty and "
+            f"{manifest.num_duplicates:,} duplicates dropped"
+        )
+        for name, split in manifest.splits.items():
+            lines.append(f"{name:<11} {split.num_documents:,} documents, {split.num_tokens:,} tokens")
+        lines.append(f"corpus      SHA-256 {manifest.corpus_sha256[:16]}, Python {manifest.python_version}")
+    lines.append(f"tokenizer   {corpus.vocab_size:,} tokens, {corpus.tokenizer_dir}")
     lines.append(f"folder      {corpus.folder}")
     return "\n".join(lines)
 

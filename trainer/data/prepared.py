@@ -1,17 +1,21 @@
 """A prepared corpus: a folder with a manifest, found without loading any heavy library."""
 
+import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from sharding.errors import UserError
 from sharding.strict_model import StrictModel
-from trainer.data.config import DataConfig
-from trainer.data.corpus import corpus_fingerprint
-from trainer.data.shards import SplitFacts, TokenStream, check_files, hash_files
+from trainer.data.config import DataConfig, SourceConfig
+from trainer.data.corpus import all_files, corpus_fingerprint
+from trainer.data.mixture import MixtureOrder, WeightedInterleaving, integer_shares
+from trainer.data.order import SampleOrder
+from trainer.data.shards import SplitFacts, StreamUnion, TokenStream, check_files, hash_files
 from trainer.data.tokenizer import tokenizer_identity
 
 PREPARATION_VERSION = 1
@@ -52,6 +56,9 @@ class CorpusManifest(StrictModel):
     num_duplicates: int
     """Documents dropped for being equal to an earlier one."""
 
+    validation_limit: float | None = None
+    """Documents are held out whose text's hash, as a share of all hashes, is below this; unknown in old corpora."""
+
     splits: dict[str, SplitFacts]
     """`train` and `validation`."""
 
@@ -59,13 +66,18 @@ class CorpusManifest(StrictModel):
 class PreparedCorpus:
     """Tokens, documents and tokenizer of a corpus."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, name: str = "") -> None:
         """Open a prepared corpus.
+
+        Args:
+            folder: where it is.
+            name: what a mixture calls it.
 
         Raises:
             UserError: the manifest is damaged, or a file has another size than it says.
         """
         self.folder = folder
+        self.name = name
         try:
             self.manifest = CorpusManifest.model_validate(json.loads((folder / MANIFEST_NAME).read_bytes()))
         except (ValueError, ValidationError):
@@ -84,6 +96,11 @@ class PreparedCorpus:
     def eos_token_id(self) -> int:
         """Token that ends each document."""
         return self.manifest.eos_token_id
+
+    @property
+    def corpora(self) -> list["PreparedCorpus"]:
+        """The sources, here one."""
+        return [self]
 
     @property
     def tokenizer_dir(self) -> Path:
@@ -105,14 +122,19 @@ class PreparedCorpus:
         """
         num_tokens = self.manifest.splits["train"].num_tokens
         if num_tokens <= sequence_length:
+            which = f"that of {self.name}" if self.name else "this one"
             raise UserError(
                 f"data.sequence_length={sequence_length} needs a training split of at least {sequence_length + 1} "
-                f"tokens, but this one has {num_tokens}; lower it, add documents, or lower data.validation_fraction."
+                f"tokens, but {which} has {num_tokens}; lower it, add documents, or lower data.validation_fraction."
             )
 
     def stream(self, split: str) -> TokenStream:
         """The tokens of ``train`` or ``validation``."""
-        return TokenStream(self.folder, self.manifest.splits[split], self.manifest.dtype)
+        return TokenStream(self.folder, self.manifest.splits[split], self.manifest.dtype, self.name)
+
+    def order(self, seed: int, sequence_length: int, shuffle: bool) -> SampleOrder:
+        """The order in which training visits the sequences."""
+        return SampleOrder(seed, self.stream("train").num_sequences(sequence_length), shuffle)
 
     def verify(self) -> None:
         """Compare the contents of every file with the manifest.
@@ -124,25 +146,194 @@ class PreparedCorpus:
             hash_files(self.folder, [*split.shards, split.documents, split.source_offsets, split.sources])
 
 
-def find_prepared(config: DataConfig) -> PreparedCorpus | None:
-    """The prepared corpus of a configuration, if there is one. Imports neither torch nor datasets.
+class PreparedMixture:
+    """Several prepared corpora with one tokenizer; the weights belong to the run and not to what is prepared."""
+
+    def __init__(self, folder: Path, config: DataConfig) -> None:
+        """Open the corpora of a mixture.
+
+        Raises:
+            UserError: see PreparedCorpus.
+        """
+        self.folder = folder
+        self.corpora = [PreparedCorpus(folder / source.name, source.name) for source in config.mixture]
+        shares = integer_shares([source.weight for source in config.mixture])
+        self.interleaving = WeightedInterleaving([corpus.name for corpus in self.corpora], shares)
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens of the tokenizer."""
+        return self.corpora[0].vocab_size
+
+    @property
+    def eos_token_id(self) -> int:
+        """Token that ends each document."""
+        return self.corpora[0].eos_token_id
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        """Folder that `AutoTokenizer.from_pretrained` loads."""
+        return self.corpora[0].tokenizer_dir
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the tokens of all sources and of their weights."""
+        shares = zip(self.corpora, self.interleaving.shares, strict=True)
+        identity = sorted([corpus.name, share, corpus.fingerprint] for corpus, share in shares)
+        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+
+    def check_sequence_length(self, sequence_length: int) -> None:
+        """Assert that each source has at least one whole training sequence.
+
+        Raises:
+            UserError: one is shorter.
+        """
+        for corpus in self.corpora:
+            corpus.check_sequence_length(sequence_length)
+
+    def stream(self, split: str) -> StreamUnion:
+        """The tokens of ``train`` or ``validation`` of all sources, one source behind the other."""
+        return StreamUnion([corpus.stream(split) for corpus in self.corpora])
+
+    def order(self, seed: int, sequence_length: int, shuffle: bool) -> MixtureOrder:
+        """The order in which training visits the sequences of all sources."""
+        sizes = [corpus.stream("train").num_sequences(sequence_length) for corpus in self.corpora]
+        return MixtureOrder(seed, self.interleaving, sizes, shuffle)
+
+    def verify(self) -> None:
+        """Compare the contents of every file with the manifests.
+
+        Raises:
+            UserError: a file has changed.
+        """
+        for corpus in self.corpora:
+            corpus.verify()
+
+
+class PreparedStream(PreparedCorpus):
+    """The prepared beginning of a streamed source, for its tokenizer and held-out documents."""
+
+    def __init__(self, folder: Path, config: DataConfig) -> None:
+        """Open it.
+
+        Raises:
+            UserError: see PreparedCorpus.
+        """
+        super().__init__(folder)
+        self._config = config
+
+    @property
+    def validation_limit(self) -> float:
+        """The stream's documents below it are held out, like those of the beginning."""
+        limit = self.manifest.validation_limit
+        return self._config.validation_fraction if limit is None else limit
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the stream: of its beginning, and of all settings that a position in it depends on.
+
+        Contents beyond the beginning are not read for it; of local files the names and sizes count.
+        """
+        config = self._config
+        settings = config.model_dump(
+            mode="json",
+            include={"source", "hub_name", "hub_config", "hub_split", "text_field", "normalize"}
+            | {"validation_fraction", "sequence_length", "shuffle", "shuffle_window"},
+        )
+        files = [] if config.source == "hub" else [(path.name, path.stat().st_size) for path in all_files(config)]
+        identity = json.dumps([super().fingerprint, settings, files], sort_keys=True)
+        return hashlib.sha256(identity.encode()).hexdigest()
+
+    def check_sequence_length(self, sequence_length: int) -> None:
+        """A stream has any number of sequences; its beginning is not what is trained on."""
+
+
+Prepared = PreparedCorpus | PreparedMixture
+
+
+def describe_mixture(corpus: Prepared, sequence_length: int, num_positions: int) -> list[str]:
+    """For a mixture a line per source: its share, and how often training up to a position goes through it."""
+    if isinstance(corpus, PreparedCorpus):
+        return []
+    total = sum(corpus.interleaving.shares)
+    lines = []
+    for part, share in zip(corpus.corpora, corpus.interleaving.shares, strict=True):
+        num_sequences = part.stream("train").num_sequences(sequence_length)
+        num_epochs = num_positions * share / total / num_sequences
+        lines.append(
+            f"mixture: {part.name} {share / total:.4g} of the sequences, {num_sequences:,} in an epoch, "
+            f"{num_epochs:.3g} epochs by the last step"
+        )
+    return lines
+
+
+def find_prepared(config: DataConfig) -> Prepared | None:
+    """The prepared corpus or mixture of a configuration, if there is one. Imports neither torch nor datasets.
 
     Raises:
         UserError: a source file is missing, or the prepared corpus is damaged.
     """
-    folder = corpus_folder(config)
-    return PreparedCorpus(folder) if (folder / MANIFEST_NAME).exists() else None
+    return open_prepared(corpus_folder(config), config)
+
+
+def open_prepared(folder: Path, config: DataConfig) -> Prepared | None:
+    """What is prepared in a folder, if anything.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    # A mixture's folder gets its name when all of its corpora are whole.
+    if not (folder if config.mixture else folder / MANIFEST_NAME).exists():
+        return None
+    if config.streaming:
+        return PreparedStream(folder, config)
+    return PreparedMixture(folder, config) if config.mixture else PreparedCorpus(folder)
+
+
+def prepared_part(config: DataConfig) -> DataConfig:
+    """What is prepared of a configuration: of a streamed source the beginning."""
+    return config.model_copy(update={"max_documents": config.sample_documents}) if config.streaming else config
+
+
+def named_sources(config: DataConfig) -> list[tuple[str, SourceConfig]]:
+    """The sources with their names; one that is alone has the empty name."""
+    return [(source.name, source) for source in config.mixture] or [("", config)]
+
+
+@contextlib.contextmanager
+def errors_of(name: str) -> Iterator[None]:
+    """Put the name of a mixture's source before what is wrong with it."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"data.mixture {name}: {error}" if name else str(error)) from None
 
 
 def corpus_folder(config: DataConfig) -> Path:
-    """Where the prepared corpus of a configuration belongs: named by all that decides its contents."""
+    """Where the prepared corpus of a configuration belongs: named by all that decides its contents.
+
+    Raises:
+        UserError: a source file is missing.
+    """
+    config = prepared_part(config)
     settings = config.model_dump(
         mode="json",
         include={"source", "text_field", "max_documents", "normalize", "validation_fraction", "shard_tokens"},
     )
-    identity = [PREPARATION_VERSION, settings, corpus_fingerprint(config), tokenizer_identity(config)]
+    identity = [PREPARATION_VERSION, settings, _sources_identity(config), tokenizer_identity(config)]
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    return cache_root(config) / "corpora" / f"{config.source}-{key}"
+    return cache_root(config) / "corpora" / f"{'mixture' if config.mixture else config.source}-{key}"
+
+
+def _sources_identity(config: DataConfig) -> str:
+    if not config.mixture:
+        return corpus_fingerprint(config)
+    identities = []
+    for name, source in named_sources(config):
+        with errors_of(name):
+            settings = source.model_dump(mode="json", include={"source", "text_field", "max_documents"})
+            identities.append([name, settings, corpus_fingerprint(source)])
+    return hashlib.sha256(json.dumps(identities, sort_keys=True).encode()).hexdigest()
 
 
 def cache_root(config: DataConfig) -> Path:

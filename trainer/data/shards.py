@@ -2,6 +2,7 @@
 
 import bisect
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,20 +60,36 @@ class DocumentSpan:
 class TokenStream:
     """One split's tokens as one long array over memory-mapped shards."""
 
-    def __init__(self, folder: Path, split: SplitFacts, dtype: str) -> None:
+    def __init__(self, folder: Path, split: SplitFacts, dtype: str, name: str = "") -> None:
         """Map the shards of one split.
+
+        Args:
+            folder: where they are.
+            split: what the manifest says of them.
+            dtype: NumPy type of a token.
+            name: what a mixture calls the source.
 
         Raises:
             UserError: a file is missing or has another size than the manifest says.
         """
         self.num_tokens = split.num_tokens
+        self.name = name
         self._folder = folder
         self._split = split
         check_files(folder, [*split.shards, split.documents, split.source_offsets, split.sources])
         self._shards = [np.memmap(folder / shard.file, dtype=dtype, mode="r") for shard in split.shards]
+        self._document_starts = np.memmap(folder / split.documents.file, dtype="<i8", mode="r")
         self._starts = [0]
         for shard in self._shards:
             self._starts.append(self._starts[-1] + len(shard))
+
+    def num_sequences(self, sequence_length: int) -> int:
+        """Training sequences in the stream."""
+        return num_samples(self.num_tokens, sequence_length)
+
+    def locate(self, index: int, sequence_length: int) -> tuple["TokenStream", int]:
+        """See StreamUnion; here the stream is all there is."""
+        return self, index
 
     def read_into(self, start: int, stop: int, target: np.ndarray) -> None:
         """Copy tokens [start, stop) into an integer array of that length."""
@@ -92,9 +109,14 @@ class TokenStream:
             self.read_into(start, stop, tokens)
         return tokens
 
+    def document_starts(self, start: int, stop: int) -> np.ndarray:
+        """Positions in [start, stop) at which a document starts, int64."""
+        bounds = np.searchsorted(self._document_starts, [start, min(stop, self.num_tokens)])
+        return np.asarray(self._document_starts[bounds[0] : bounds[1]])
+
     def documents_between(self, start: int, stop: int) -> list[DocumentSpan]:
         """The documents, whole or in part, that tokens [start, stop) come from."""
-        starts = np.memmap(self._folder / self._split.documents.file, dtype="<i8", mode="r")
+        starts = self._document_starts
         offsets = np.memmap(self._folder / self._split.source_offsets.file, dtype="<i8", mode="r")
         first = int(np.searchsorted(starts, start, side="right")) - 1
         spans = []
@@ -107,6 +129,30 @@ class TokenStream:
                 begin, end = max(start, int(starts[index])), min(stop, int(starts[index + 1]))
                 spans.append(DocumentSpan(index, source_id, begin, end))
         return spans
+
+
+class StreamUnion:
+    """The streams of several sources side by side: a sequence of all has one index, and lies in one of them."""
+
+    def __init__(self, streams: Sequence[TokenStream]) -> None:
+        """Put streams side by side, in this order."""
+        self._streams = tuple(streams)
+
+    def num_sequences(self, sequence_length: int) -> int:
+        """Training sequences in all streams."""
+        return sum(stream.num_sequences(sequence_length) for stream in self._streams)
+
+    def locate(self, index: int, sequence_length: int) -> tuple[TokenStream, int]:
+        """The stream that holds a sequence, and the sequence's index in it."""
+        for stream in self._streams:
+            num_here = stream.num_sequences(sequence_length)
+            if index < num_here:
+                return stream, index
+            index -= num_here
+        raise IndexError("there is no such sequence")
+
+
+Sequences = TokenStream | StreamUnion
 
 
 def num_samples(num_tokens: int, sequence_length: int) -> int:

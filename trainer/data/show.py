@@ -17,9 +17,8 @@ from sharding.errors import EXIT_BAD_INPUT, EXIT_FINISHED, UserError
 from trainer.checkpoint.manifest import read_manifest
 from trainer.config import RunConfig
 from trainer.data.loader import IGNORED_LABEL, read_sequences
-from trainer.data.order import SampleOrder
-from trainer.data.prepared import PreparedCorpus
-from trainer.data.shards import DocumentSpan, num_samples
+from trainer.data.prepared import Prepared
+from trainer.data.shards import DocumentSpan
 from trainer.run_arguments import open_corpus
 from trainer.run_folder import RunFolder
 
@@ -30,14 +29,16 @@ class ShownSequence:
 
     Attributes:
         position: global sample position since the start of the run.
-        epoch: epoch that the position is in, from 0.
-        index: which sequence of the stream it is.
+        source: name of its source in a mixture, else empty.
+        epoch: epoch of the source that the position is in, from 0.
+        index: which sequence of the source's stream it is.
         documents: the documents that it covers; positions are tokens of the stream.
         token_ids: the tokens that the model reads.
         num_targets: how many of them have a target.
     """
 
     position: int
+    source: str
     epoch: int
     index: int
     documents: list[DocumentSpan]
@@ -58,18 +59,20 @@ def first_position(run_folder: RunFolder, config: RunConfig, step: int) -> int:
     return training.num_samples + (step - 1 - training.step) * config.batch.global_size
 
 
-def sequences_from(config: RunConfig, corpus: PreparedCorpus, start: int) -> Iterator[ShownSequence]:
+def sequences_from(config: RunConfig, corpus: Prepared, start: int) -> Iterator[ShownSequence]:
     """The sequences of the step that begins at a global sample position."""
     stream, length = corpus.stream("train"), config.data.sequence_length
-    order = SampleOrder(config.seed, num_samples(stream.num_tokens, length), config.data.shuffle)
+    order = corpus.order(config.seed, length, config.data.shuffle)
     positions = np.arange(start, start + config.batch.global_size)
-    for position, index in zip(positions.tolist(), order.indices(positions).tolist(), strict=True):
-        batch = read_sequences(stream, [index], length)
+    places = zip(positions.tolist(), order.epochs(positions).tolist(), order.indices(positions).tolist(), strict=True)
+    for position, epoch, global_index in places:
+        source, index = stream.locate(global_index, length)
+        batch = read_sequences(source, [index], length)
         num_targets = int((batch["labels"] != IGNORED_LABEL).sum())
         begin = index * length
         token_ids = batch["input_ids"][0, :num_targets].tolist()
-        documents = stream.documents_between(begin, begin + num_targets)
-        yield ShownSequence(position, position // order.num_samples, index, documents, token_ids, num_targets)
+        documents = source.documents_between(begin, begin + num_targets)
+        yield ShownSequence(position, source.name, epoch, index, documents, token_ids, num_targets)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -84,6 +87,11 @@ def main(arguments: Sequence[str]) -> int:
             raise UserError(f"--step {options.step}: steps are counted from 1.")
         run_folder = RunFolder(Path(options.run))
         config = run_folder.frozen_config()
+        if config.data.streaming:
+            raise UserError(
+                "data.streaming=true: what a stream gave at a step is known only by reading it again from its start; "
+                "data show works with prepared corpora and mixtures."
+            )
         start = first_position(run_folder, config, options.step)
         if start < 0:
             raise UserError(f"--step {options.step}: the run was forked after that step; ask the run it came from.")
@@ -94,7 +102,7 @@ def main(arguments: Sequence[str]) -> int:
     return EXIT_FINISHED
 
 
-def _print_step(config: RunConfig, corpus: PreparedCorpus, step: int, start: int, limit: int) -> None:
+def _print_step(config: RunConfig, corpus: Prepared, step: int, start: int, limit: int) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(corpus.tokenizer_dir)
@@ -102,7 +110,9 @@ def _print_step(config: RunConfig, corpus: PreparedCorpus, step: int, start: int
     for number, shown in enumerate(sequences_from(config, corpus, start)):
         if limit and number == limit:
             break
-        title = f"step {step}, sequence {number}: position {shown.position}, epoch {shown.epoch}, index {shown.index}"
+        source = f"source {shown.source}, " if shown.source else ""
+        place = f"{source}epoch {shown.epoch}, index {shown.index}"
+        title = f"step {step}, sequence {number}: position {shown.position}, {place}"
         console.print(Rule(title) if console.is_terminal else title)
         for span in shown.documents:
             console.print(f"  {span.source_id}  tokens {span.start}-{span.stop}", markup=False, style="dim")

@@ -43,9 +43,10 @@ def _generated(run_dir: Path) -> Sample | None:
 def _document(run_dir: Path) -> Sample | None:
     """The beginning of the first held-out document, or of the first training document where none is held out."""
     try:
-        corpus = find_prepared(load_config(run_dir / "config.yaml").data)
-        if corpus is None:
+        prepared = find_prepared(load_config(run_dir / "config.yaml").data)
+        if prepared is None:
             return None
+        corpus = prepared.corpora[0]
         split = next(name for name in ("validation", "train") if corpus.manifest.splits[name].num_documents)
         return _first_document(corpus, split)
     except (UserError, OSError, KeyError, StopIteration):

@@ -68,7 +68,9 @@ class CausalLanguageModelling:
 
     def _logits_and_labels(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits in fp32, [positions, vocabulary], and labels, [positions]."""
-        logits = model(input_ids=batch["input_ids"], use_cache=False).logits
+        # Positions that start again within a row make transformers mask attention by document.
+        inputs = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
+        logits = model(**inputs, use_cache=False).logits
         return logits.flatten(0, 1).float(), batch["labels"].flatten()
 
 

@@ -23,7 +23,10 @@ class Task(Protocol):
         """The model for this task, from a configuration, on torch's current default device."""
 
     def make_batch(self, sequences: Batch) -> Batch:
-        """Turn packed sequences (``input_ids`` and shifted ``labels``, int64 [micro, length]) into a batch.
+        """Turn packed sequences into a batch.
+
+        They are ``input_ids`` and shifted ``labels``, int64 [micro, length], and under ``data.document_mask`` also
+        ``position_ids``, which start again with each document and must reach the model.
 
         Runs on the host, before the step; may draw from torch's default generator, which is seeded by step and rank.
         """

@@ -1,0 +1,293 @@
+"""Streaming: a source that is read, tokenised and packed while training, and continued exactly where it was.
+
+Nothing is stored. A rank's position is a place in its part of the source, from which the tokens that follow are made
+again: reading, cleaning, tokenising and packing depend on the source alone. So a state is small and exact.
+"""
+
+import hashlib
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch.distributed as dist
+
+from sharding.errors import UserError
+from sharding.process_group import Ranks
+from trainer.data.clean import encode_text, hash_position
+from trainer.data.config import DataConfig
+from trainer.data.corpus import all_files, dataset_arguments, reading, text_of
+from trainer.data.loader import Batch, packed_batch
+from trainer.data.order import SampleOrder
+from trainer.data.prepared import PreparedStream
+from trainer.data.read_ahead import ReadAhead
+from trainer.data.tokenizer import use_worker_threads
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_BATCH_DOCUMENTS = 32
+
+State = dict[str, Any]
+
+
+class DocumentStream:
+    """One rank's part of a source, over and over, without the documents that are held out.
+
+    Ranks share out whole files where their number allows it, else every rank reads all and takes each n-th row.
+    """
+
+    def __init__(
+        self, config: DataConfig, validation_limit: float, dp_rank: int, dp_degree: int, state: State | None
+    ) -> None:
+        """Begin at the start of the source, or at a state."""
+        self._config = config
+        self._validation_limit = validation_limit
+        self._place = (dp_rank, dp_degree)
+        self._name = config.hub_name or ", ".join(config.paths) or config.source
+        self._epoch = 0 if state is None else int(state["epoch"])
+        self._num_kept = 0 if state is None else int(state["num_kept"])
+        self._loaded: State | None = None
+        self._rows: Any = None
+        self._iterator: Iterator[dict[str, Any]] = iter(())
+        self._open(None if state is None else state["source"])
+
+    def state(self) -> State:
+        """Where the next document is."""
+        # Until the first row is read, datasets does not give back the state that it was given.
+        source = self._rows.state_dict() if self._loaded is None else self._loaded
+        return {"epoch": self._epoch, "num_kept": self._num_kept, "source": source}
+
+    def next_texts(self, num_documents: int) -> list[str]:
+        """The next documents, cleaned; fewer at the end of an epoch.
+
+        Raises:
+            UserError: the source cannot be read, or this rank's part of it has no documents.
+        """
+        texts: list[str] = []
+        with reading(self._config, self._name):
+            while len(texts) < num_documents:
+                row = next(self._iterator, None)
+                self._loaded = None
+                if row is None:
+                    if self._num_kept + len(texts) == 0:
+                        raise UserError(self._nothing())
+                    self._epoch += 1
+                    self._num_kept = 0
+                    self._open(None)
+                    return texts
+                text = self._kept_text(row)
+                if text is not None:
+                    texts.append(text)
+        self._num_kept += len(texts)
+        return texts
+
+    def _open(self, state: State | None) -> None:
+        import datasets
+        from datasets.distributed import split_dataset_by_node
+
+        config = self._config
+        files = [] if config.source == "hub" else all_files(config)
+        with reading(config, self._name):
+            rows = datasets.load_dataset(streaming=True, **dataset_arguments(config, files))
+            self._rows = split_dataset_by_node(rows, *self._place)
+            self._loaded = state
+            if state is not None:
+                self._rows.load_state_dict(state)
+            self._iterator = iter(self._rows)
+
+    def _kept_text(self, row: dict[str, Any]) -> str | None:
+        text = text_of(row, self._config, f"a row of {self._name}")
+        encoded = encode_text(text or "", self._config.normalize)
+        if not encoded.strip() or hash_position(hashlib.sha256(encoded).digest()) < self._validation_limit:
+            return None
+        return encoded.decode()
+
+    def _nothing(self) -> str:
+        rank, degree = self._place
+        return (
+            f"data.streaming=true: {self._name} has no documents to train on for data-parallel rank {rank} of "
+            f"{degree}, less the empty and the held-out ones; start fewer ranks, or lower data.validation_fraction."
+        )
+
+
+@dataclass
+class _Chunk:
+    """Tokens of some documents, where they start, and the state of the documents before them."""
+
+    before: State
+    tokens: np.ndarray
+    is_start: np.ndarray
+
+
+class PackedStream:
+    """The tokens of a stream of documents, cut into rows."""
+
+    def __init__(self, documents: DocumentStream, tokenizer: "PreTrainedTokenizerFast", num_skipped: int = 0) -> None:
+        """Begin a number of tokens after the place where the documents are."""
+        self._documents = documents
+        self._tokenizer = tokenizer
+        self._chunks: deque[_Chunk] = deque()
+        self._num_available = 0
+        self._num_read = num_skipped
+
+    def state(self) -> State:
+        """Where the next row begins: documents, and tokens after them."""
+        if not self._chunks:
+            return {"documents": self._documents.state(), "num_tokens": self._num_read}
+        return {"documents": self._chunks[0].before, "num_tokens": self._num_read}
+
+    def next_row(self, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens, int64 [length + 1], and where documents start; the last token is the next row's first."""
+        while self._num_available - self._num_read < length + 1:
+            self._tokenise()
+        start, stop = self._num_read, self._num_read + length + 1
+        pieces = []
+        for chunk in self._chunks:
+            pieces.append((chunk.tokens[max(start, 0) : stop], chunk.is_start[max(start, 0) : stop]))
+            start, stop = start - len(chunk.tokens), stop - len(chunk.tokens)
+            if stop <= 0:
+                break
+        self._num_read += length
+        while self._num_read >= len(self._chunks[0].tokens):
+            num_tokens = len(self._chunks.popleft().tokens)
+            self._num_read -= num_tokens
+            self._num_available -= num_tokens
+        tokens, is_start = zip(*pieces, strict=True)
+        return np.concatenate(tokens), np.concatenate(is_start)
+
+    def _tokenise(self) -> None:
+        before = self._documents.state()
+        texts = self._documents.next_texts(_BATCH_DOCUMENTS)
+        tokens: list[int] = []
+        starts = []
+        for encoding in self._tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False):
+            starts.append(len(tokens))
+            tokens += [*encoding.ids, self._tokenizer.eos_token_id]
+        is_start = np.zeros(len(tokens), dtype=bool)
+        is_start[starts] = True
+        self._chunks.append(_Chunk(before, np.array(tokens, dtype=np.int64), is_start))
+        self._num_available += len(tokens)
+
+
+class StreamingLoader:
+    """One rank's micro-batches from a stream.
+
+    Rows are shuffled within windows: a window is packed whole and visited in a permutation that is keyed by seed, rank
+    and window. A state is where the window began and how far it was visited.
+    """
+
+    def __init__(
+        self,
+        corpus: PreparedStream,
+        config: DataConfig,
+        *,
+        seed: int,
+        global_size: int,
+        micro_size: int,
+        dp_rank: int,
+        dp_degree: int,
+        state: State | None = None,
+        prefetch_steps: int = 2,
+    ) -> None:
+        """Start reading ahead.
+
+        Args:
+            corpus: tokenizer and what is held out.
+            config: the source, and how it is cut and shuffled.
+            seed: the run's seed.
+            global_size: sequences in a step over all ranks, a multiple of ``micro_size * dp_degree``.
+            micro_size: sequences in a micro-batch.
+            dp_rank: this rank among those that read different data.
+            dp_degree: number of those ranks.
+            state: where to continue; None begins.
+            prefetch_steps: steps that are read ahead; 0 reads on demand, in the caller's thread.
+        """
+        from transformers import AutoTokenizer
+
+        # Beside training, the library must not take all cores for itself, as it does when left alone.
+        use_worker_threads(max(1, config.num_workers))
+        self._config = config
+        self._micro_size = micro_size
+        self._num_local = global_size // dp_degree
+        self._window = 0 if state is None else int(state["window"])
+        self._position = 0 if state is None else int(state["position"])
+        stream_state: State = {"documents": None, "num_tokens": 0} if state is None else state["stream"]
+        documents = DocumentStream(config, corpus.validation_limit, dp_rank, dp_degree, stream_state["documents"])
+        tokenizer = AutoTokenizer.from_pretrained(corpus.tokenizer_dir)
+        self._stream = PackedStream(documents, tokenizer, stream_state["num_tokens"])
+        rank_seed = int.from_bytes(hashlib.blake2b(f"{seed}:{dp_rank}".encode(), digest_size=7).digest(), "little")
+        self._order = SampleOrder(rank_seed, config.shuffle_window, config.shuffle)
+        self._rows: list[tuple[np.ndarray, np.ndarray]] = []
+        self._state: State = self._new_state(self._stream.state())
+        self._steps = ReadAhead(self._read_steps(), prefetch_steps)
+
+    def next_step(self) -> list[Batch]:
+        """This rank's micro-batches of the next step, each as ``packed_batch`` gives it."""
+        batches, self._state = self._steps.next()
+        return batches
+
+    def state(self) -> State:
+        """What a loader continues from after the steps that were handed out, not those that were read ahead."""
+        return self._state
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        self._steps.close()
+
+    def _read_steps(self) -> Iterator[tuple[list[Batch], State]]:
+        window_start = self._stream.state()
+        while True:
+            rows = []
+            for _ in range(self._num_local):
+                if not self._rows:
+                    self._rows = [
+                        self._stream.next_row(self._config.sequence_length) for _ in range(self._config.shuffle_window)
+                    ]
+                position = np.array([self._window * self._config.shuffle_window + self._position])
+                rows.append(self._rows[int(self._order.indices(position)[0])])
+                self._position += 1
+                if self._position == self._config.shuffle_window:
+                    self._window, self._position, self._rows = self._window + 1, 0, []
+                    window_start = self._stream.state()
+            yield self._micro_batches(rows), self._new_state(window_start)
+
+    def _micro_batches(self, rows: list[tuple[np.ndarray, np.ndarray]]) -> list[Batch]:
+        batches = []
+        for start in range(0, len(rows), self._micro_size):
+            tokens, is_start = zip(*rows[start : start + self._micro_size], strict=True)
+            batches.append(packed_batch(np.stack(tokens), np.stack(is_start) if self._config.document_mask else None))
+        return batches
+
+    def _new_state(self, window_start: State) -> State:
+        return {"window": self._window, "position": self._position, "stream": window_start}
+
+
+def gather_states(state: State | None, ranks: Ranks) -> list[State]:
+    """The states of all ranks' loaders, none where loaders have no state; every rank must call it."""
+    if state is None:
+        return []
+    states: list[Any] = [state]
+    if ranks.world_size > 1:
+        states = [None] * ranks.world_size
+        dist.all_gather_object(states, state)
+    return states
+
+
+def state_of_rank(states: list[State], num_samples: int, dp_rank: int, dp_degree: int) -> State | None:
+    """A rank's state from a checkpoint; None at the start of a run.
+
+    Raises:
+        UserError: the checkpoint has states for another number of ranks.
+    """
+    if num_samples == 0:
+        return None
+    if len(states) != dp_degree:
+        raise UserError(
+            f"data.streaming=true: the checkpoint holds the places of {len(states)} data-parallel ranks in the stream, "
+            f"and there are {dp_degree} now; each rank reads a part of its own, so the places cannot be divided "
+            f"otherwise: start {len(states)} ranks, or begin the data anew in another run with checkpoint.from and "
+            "checkpoint.load=weights."
+        )
+    return states[dp_rank]
