@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from sharding.errors import UserError
+from tests.stand_in_wandb import stand_in_server
 from tests.support import ROOT, command_environment, wait_until
 from trainer.config import RunConfig, config_to_yaml, parse_config
 from trainer.metrics import MetricsFile
@@ -316,6 +317,51 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert before.steps + after.steps == tuple(range(1, 111))
     # Else this test would not show anything.
     assert len(before.steps) < 100
+
+
+_ONLINE_ATTEMPT = """
+import os, signal, sys, time
+from pathlib import Path
+from trainer.config import load_config
+from trainer.trackers.wandb_tracker import WandbTracker
+
+first, last, ending = int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
+tracker = WandbTracker(load_config(sys.argv[1], ["tracking.wandb.mode=online"]), Path(sys.argv[2]), print)
+tracker.start(first)
+for step in range(1, last + 1):
+    tracker.log(step, {"train/loss": 1 / step})
+    if step == first:
+        # Until the first lines have arrived.
+        time.sleep(4)
+if ending == "kill":
+    os.kill(os.getpid(), signal.SIGKILL)
+tracker.finish(0, {})
+"""
+
+
+@pytest.mark.timeout(180)
+def test_online_a_killed_attempts_unsent_steps_are_sent_and_none_twice(config: RunConfig, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(config_to_yaml(config))
+    with stand_in_server() as server:
+        for *steps, ending in ((20, 60, "kill"), (40, 70, "finish"), (70, 75, "finish")):
+            arguments = [tmp_path / "run.yaml", tmp_path, *map(str, steps), ending]
+            finished = subprocess.run(
+                [sys.executable, "-c", _ONLINE_ATTEMPT, *arguments],
+                capture_output=True,
+                text=True,
+                timeout=100,
+                cwd=ROOT,
+                env=command_environment(WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL="1", **server.environment),
+                check=False,
+            )
+            assert finished.returncode == (-signal.SIGKILL if ending == "kill" else 0), finished.stderr
+            assert finished.stdout == ""
+            (run,) = server.runs.values()
+            if ending == "kill":
+                # Else this test would not show anything.
+                assert 20 <= len(run.steps) < 60
+            else:
+                assert run.steps == list(range(1, steps[1] + 1))
 
 
 @pytest.mark.timeout(120)
