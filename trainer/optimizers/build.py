@@ -1,7 +1,6 @@
 """From settings to an optimizer: which parameters share which settings, and who updates them."""
 
 import difflib
-import logging
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -59,8 +58,6 @@ def _muon(config: OptimizerConfig, parameters: Sequence[OptimizedParameter], gro
 def _adamw_8bit(
     config: OptimizerConfig, parameters: Sequence[OptimizedParameter], groups: "_Groups"
 ) -> torch.optim.Optimizer:
-    # At import torchao warns of kernels that do not fit this Python or torch; none of them is used here.
-    logging.getLogger("torchao").setLevel(logging.ERROR)
     # Loads torchao, which only this optimizer needs.
     from trainer.optimizers.adamw_8bit import AdamW8bit, quantization_block
 
