@@ -20,7 +20,18 @@ ALLOWED = {
 }
 OURS = {*ALLOWED, "tests"}
 HEAVY = {"torch", "transformers", "datasets", "wandb", "deepspeed", "accelerate", "tokenizers", "safetensors"}
-UNUSED_BY_A_RANK = {"datasets", "wandb", "deepspeed", "accelerate", "pandas", "pyarrow", "launcher", "benchmarks"}
+# Accelerate is not among them: transformers loads it wherever it is installed.
+UNUSED_BY_A_RANK = {
+    "datasets",
+    "wandb",
+    "deepspeed",
+    "tensorboard",
+    "trackio",
+    "plotly",
+    "pandas",
+    "pyarrow",
+    "launcher",
+}
 
 
 def _sources(package: str) -> Iterator[Path]:
