@@ -20,17 +20,17 @@ ALLOWED = {
 }
 OURS = {*ALLOWED, "tests"}
 HEAVY = {"torch", "transformers", "datasets", "wandb", "deepspeed", "accelerate", "tokenizers", "safetensors"}
-# Accelerate is not among them: transformers loads it wherever it is installed.
+# Accelerate is not among them, since transformers loads it wherever it is installed; nor is plotly, for the report.
 UNUSED_BY_A_RANK = {
     "datasets",
     "wandb",
     "deepspeed",
     "tensorboard",
     "trackio",
-    "plotly",
     "pandas",
     "pyarrow",
     "launcher",
+    "benchmarks",
 }
 
 
