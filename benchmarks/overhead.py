@@ -43,6 +43,7 @@ SIZES: dict[str, list[str]] = {
         "model.config.num_key_value_heads=2",
         "data.sequence_length=32",
         "batch.micro_size=2",
+        "optimizer.lr=1e-3",
     ],
     "quickstart": [],
 }
