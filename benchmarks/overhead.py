@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.assignment import Assignment
 from benchmarks.facts import collect_facts
-from benchmarks.overhead_rank import Assignment
 from benchmarks.overhead_table import markdown
 from sharding.errors import EXIT_BAD_INPUT, UserError
 from trainer.config import RunConfig, load_config
@@ -76,7 +76,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--nproc", type=int, default=0, help="ranks; 0 means one per GPU, or 2 where there is none")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="folder for the results")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the run that all train")
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)
 
 
 def _measure(options: argparse.Namespace) -> int:

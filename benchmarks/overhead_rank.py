@@ -7,13 +7,13 @@ import tempfile
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from benchmarks.assignment import Assignment
 from benchmarks.contestants.contest import Contest, Contestant
 from benchmarks.contestants.field import BUILDERS
 from benchmarks.contestants.plain_loop import PlainLoop
@@ -37,32 +37,6 @@ _COLLECT_EVERY_ROUNDS = 50
 _NUM_PROGRESS_LINES = 10
 
 
-@dataclass(frozen=True)
-class Assignment:
-    """What a rank is told.
-
-    Attributes:
-        size: name of the size.
-        config: the run, as plain values.
-        num_warmup: rounds that are discarded.
-        num_pairs: rounds that count.
-        threads: CPU threads of each contestant's operators.
-        output: JSONL file that rank 0 appends to.
-    """
-
-    size: str
-    config: dict[str, Any]
-    num_warmup: int
-    num_pairs: int
-    threads: int
-    output: str
-
-    @property
-    def num_rounds(self) -> int:
-        """All rounds."""
-        return self.num_warmup + self.num_pairs
-
-
 def main(arguments: Sequence[str]) -> None:
     """Measure one size; the only argument is a JSON file with an Assignment."""
     assignment = Assignment(**json.loads(Path(arguments[0]).read_text()))
@@ -70,7 +44,7 @@ def main(arguments: Sequence[str]) -> None:
     torch.set_num_threads(assignment.threads)
     try:
         with process_group(config.launch.init_timeout_s) as ranks, tempfile.TemporaryDirectory() as folder:
-            _Race(assignment, build_contest(assignment, config, ranks, Path(folder))).run()
+            Race(assignment, build_contest(assignment, config, ranks, Path(folder))).run()
     except BaseException:  # noqa: BLE001 - whatever it was, contestants in the middle of a step must not hold us up
         traceback.print_exc()
         end_process(EXIT_FAILED)
@@ -90,7 +64,7 @@ def build_contest(assignment: Assignment, config: RunConfig, ranks: Ranks, folde
     return Contest(config, ranks, corpus, initial, assignment.num_rounds + 2, dtype, folder)
 
 
-class _Race:
+class Race:
     """Gives turns, and keeps times."""
 
     def __init__(self, assignment: Assignment, contest: Contest) -> None:

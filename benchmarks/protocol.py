@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 
 CONFIDENCE = 0.95
-_NUM_RESAMPLES = 10_000
 # Medians of this many resamples at a time: what is indexed stays within some ten megabytes.
 _CHUNK = 500
 
@@ -57,7 +56,9 @@ class Ratio:
     high: float
 
 
-def ratio_of_medians(numerator_s: Sequence[float], denominator_s: Sequence[float], seed: int = 0) -> Ratio:
+def ratio_of_medians(
+    numerator_s: Sequence[float], denominator_s: Sequence[float], seed: int = 0, num_resamples: int = 10_000
+) -> Ratio:
     """Median over median of paired times, with a percentile bootstrap interval over pairs.
 
     A resample draws whole pairs, so what slowed both sides of a pair stays on both sides (Efron and Tibshirani, "An
@@ -67,13 +68,14 @@ def ratio_of_medians(numerator_s: Sequence[float], denominator_s: Sequence[float
         numerator_s: one time per pair, in seconds.
         denominator_s: the other time of each pair.
         seed: of the resamples.
+        num_resamples: how many.
     """
     pairs = np.array([numerator_s, denominator_s], dtype=np.float64)
     num_pairs = pairs.shape[1]
     generator = np.random.default_rng(seed)
     ratios = []
-    for start in range(0, _NUM_RESAMPLES, _CHUNK):
-        size = min(_CHUNK, _NUM_RESAMPLES - start)
+    for start in range(0, num_resamples, _CHUNK):
+        size = min(_CHUNK, num_resamples - start)
         chosen = generator.integers(0, num_pairs, size=(size, num_pairs))
         above, below = np.median(pairs[:, chosen], axis=2)
         ratios.append(above / below)

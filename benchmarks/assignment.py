@@ -1,0 +1,30 @@
+"""What a rank of ``shardline bench overhead`` is told. Imports no torch."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What a rank is told.
+
+    Attributes:
+        size: name of the size.
+        config: the run, as plain values.
+        num_warmup: rounds that are discarded.
+        num_pairs: rounds that count.
+        threads: CPU threads of each contestant's operators.
+        output: JSONL file that rank 0 appends to.
+    """
+
+    size: str
+    config: dict[str, Any]
+    num_warmup: int
+    num_pairs: int
+    threads: int
+    output: str
+
+    @property
+    def num_rounds(self) -> int:
+        """All rounds."""
+        return self.num_warmup + self.num_pairs

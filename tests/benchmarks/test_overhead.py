@@ -1,0 +1,140 @@
+"""``shardline bench overhead``, the whole of it, at the tiny size; and contestants that do other work are found."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.overhead import contest_config, main
+from benchmarks.overhead_table import markdown, step_times
+from sharding.errors import UserError
+from sharding.process_group import Ranks
+from tests.support import run_on_ranks, shardline
+
+NAMES = {"plain", "shardline", "accelerate", "fabric", "transformers"}
+
+
+def _data(shared_corpus: tuple[Path, Path]) -> list[str]:
+    corpus, cache = shared_corpus
+    return [
+        "data.source=text",
+        f"data.paths=[{corpus}]",
+        f"data.cache_dir={cache}",
+        "data.vocab_size=301",
+        "data.validation_fraction=0.2",
+    ]
+
+
+@pytest.mark.timeout(400)
+def test_all_contestants_do_the_same_work_in_turn(tmp_path: Path, shared_corpus: tuple[Path, Path]) -> None:
+    finished = shardline(
+        *("bench", "overhead", "--", "--sizes", "tiny", "--pairs", "10", "--output", tmp_path),
+        *_data(shared_corpus),
+        timeout_s=380,
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    (raw,) = tmp_path.glob("overhead_2xcpu_*.jsonl")
+    rows = [json.loads(line) for line in raw.read_text().splitlines()]
+    header, settings = rows[0], rows[1]
+    assert header["hardware"]["cpu"]
+    assert header["config"]["parallel"]["strategy"] == "ddp"
+    assert header["packages"]["lightning-fabric"]
+    assert set(settings["contestants"]) == NAMES
+
+    rounds = [row for row in rows if row["kind"] == "round"]
+    assert len(rounds) == 10
+    assert len([row for row in rows if row["kind"] == "warmup"]) == 22
+    for row in rounds:
+        assert sorted(row["order"]) == sorted(NAMES)
+        assert all(len(row["wall_s"][name]) == 2 and min(row["wall_s"][name]) > 0 for name in NAMES)
+        assert all(min(row["cpu_s"][name]) > 0 for name in NAMES)
+    assert len({tuple(row["order"]) for row in rounds}) > 1
+
+    first, last = (
+        {row["contestant"]: row for row in rows if row["kind"] == "losses" and row["at_end_of_warmup"] is early}
+        for early in (True, False)
+    )
+    assert set(first) == set(last) == NAMES
+    for name in NAMES:
+        assert first[name]["largest_difference"] <= 1e-4
+        assert {"10", "20"} <= set(first[name]["losses"])
+        assert {"10", "20", "30"} <= set(last[name]["losses"])
+        assert last[name]["losses"]["30"] < last[name]["losses"]["10"], "it learns"
+    assert rows[-1]["exit_code"] == 0
+
+    table = raw.with_suffix(".md").read_text()
+    assert table in finished.stdout
+    assert all(f"| {name} |" in table for name in NAMES)
+    assert "10 pairs, after 22 rounds" in table
+    assert {len(times) for times in step_times(rows, "tiny").values()} == {10}
+
+    # An interrupted contest has a table of what it measured.
+    half = markdown(rows[: rows.index(rounds[5])], raw.name)
+    assert "5 pairs of 10 planned: interrupted" in half
+
+
+def _contest_with_a_cheat(ranks: Ranks, values: dict[str, Any], folder: Path) -> None:
+    """One contestant trains with another learning rate."""
+    from benchmarks import overhead_rank
+    from benchmarks.assignment import Assignment
+    from benchmarks.contestants.contest import Contest
+    from benchmarks.contestants.plain_loop import PlainLoop
+    from trainer.config import parse_config
+
+    class Cheat(PlainLoop):
+        def __init__(self, contest: Contest) -> None:
+            optimizer = contest.config.optimizer.model_copy(update={"lr": 2 * contest.config.optimizer.lr})
+            super().__init__(replace(contest, config=contest.config.model_copy(update={"optimizer": optimizer})))
+
+    config = parse_config(values, "test")
+    assignment = Assignment("tiny", values, 22, 1, 1, str(folder / "raw.jsonl"))
+    for builders, complaint in (
+        ({"plain": PlainLoop}, None),
+        ({"plain": PlainLoop, "cheat": Cheat}, "cheat does other"),
+    ):
+        overhead_rank.BUILDERS = builders
+        race = overhead_rank.Race(assignment, overhead_rank.build_contest(assignment, config, ranks, folder))
+        if complaint is None:
+            race.run()
+        else:
+            with pytest.raises(RuntimeError, match=complaint):
+                race.run()
+
+
+@pytest.mark.timeout(200)
+def test_other_work_ends_the_contest(tmp_path: Path, shared_corpus: tuple[Path, Path]) -> None:
+    config = contest_config("tiny", 1, _data(shared_corpus))
+    assert config.parallel.strategy == "none"
+    run_on_ranks(_contest_with_a_cheat, 1, config.model_dump(mode="json", by_alias=True), tmp_path, timeout_s=180)
+    rows = [json.loads(line) for line in (tmp_path / "raw.jsonl").read_text().splitlines()]
+    cheats = [row for row in rows if row["kind"] == "losses" and row["contestant"] == "cheat"]
+    assert cheats[0]["largest_difference"] > 1e-4
+
+
+@pytest.mark.parametrize(("size", "per_rank"), [("tiny", 4), ("quickstart", 8)])
+def test_batch_grows_with_the_ranks(size: str, per_rank: int) -> None:
+    for num_ranks in (1, 2, 8):
+        config = contest_config(size, num_ranks, [])
+        assert config.batch.global_size == per_rank * num_ranks
+        assert config.parallel.strategy == ("none" if num_ranks == 1 else "ddp")
+    assert contest_config(size, 2, ["batch.global_size=24", "batch.micro_size=3"]).batch.global_size == 24
+    with pytest.raises(UserError, match=r"batch\.global_size=24"):
+        contest_config(size, 5, ["batch.global_size=24"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("--sizes", "huge"), "--sizes huge: there is no size huge; there are tiny, quickstart."),
+        (("--warmup", "3"), "--warmup 3 --pairs 300: at least 22 steps of warm-up"),
+        (("optimizer.rate=1",), "optimizer.rate"),
+    ],
+)
+def test_bad_input_is_named(
+    arguments: tuple[str, ...], complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments, "--output", str(tmp_path / "out")]) == 2
+    assert complaint in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
