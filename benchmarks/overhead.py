@@ -11,6 +11,8 @@ a median step time and its ratio to the plain loop's. See docs/benchmarks.md.
 import argparse
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -55,6 +57,7 @@ _LOG_EVERY_STEPS = 10
 MIN_WARMUP = 2 * _LOG_EVERY_STEPS + 2
 _INTERRUPTED = 130
 _NUM_LOG_LINES = 40
+_POLL_EVERY_S = 0.5
 _QUICKSTART = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
 
 
@@ -149,26 +152,60 @@ def contest_config(size: str, num_ranks: int, overrides: Sequence[str]) -> RunCo
 
 
 def _run_ranks(assignment: Assignment, num_ranks: int, log: Path) -> int:
-    """Start the ranks of one size and wait; returns their exit status, or 130 if interrupted.
+    """Start the ranks of one size and see them end; returns their exit status, or 130 if interrupted.
 
     What libraries warn of goes to the log; the end of it is shown where a rank failed.
     """
     with tempfile.TemporaryDirectory(prefix="shardline-bench-") as folder, log.open("a") as stderr:
         path = Path(folder) / "assignment.json"
         path.write_text(json.dumps(asdict(assignment)))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
-        command += ["-m", "benchmarks.overhead_rank", str(path)]
-        environment = os.environ | {"OMP_NUM_THREADS": str(assignment.threads), "TOKENIZERS_PARALLELISM": "false"}
-        with subprocess.Popen(command, env=environment, stderr=stderr) as agent:
-            try:
-                status = agent.wait()
-            except KeyboardInterrupt:
-                # The terminal has told the ranks, too; what was measured so far stands in the file.
-                agent.wait()
-                return _INTERRUPTED
+        command = [sys.executable, "-m", "benchmarks.overhead_rank", str(path)]
+        shared = {"OMP_NUM_THREADS": str(assignment.threads), "TOKENIZERS_PARALLELISM": "false"}
+        port = _free_port()
+        ranks = [
+            subprocess.Popen(command, env=os.environ | shared | _variables(rank, num_ranks, port), stderr=stderr)
+            for rank in range(num_ranks)
+        ]
+        try:
+            status = _wait(ranks)
+        except KeyboardInterrupt:
+            # What was measured so far stands in the file.
+            return _INTERRUPTED
+        finally:
+            for process in ranks:
+                process.kill()
+                process.wait()
     if status:
         print("\n".join(log.read_text().splitlines()[-_NUM_LOG_LINES:]), file=sys.stderr)
     return status
+
+
+def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
+    """Wait until all have ended well, or one has not; returns its exit status."""
+    while True:
+        statuses = [process.poll() for process in ranks]
+        failed = [status for status in statuses if status]
+        if failed or None not in statuses:
+            return failed[0] if failed else 0
+        time.sleep(_POLL_EVERY_S)
+
+
+def _variables(rank: int, num_ranks: int, port: int) -> dict[str, str]:
+    """What torchrun sets for a rank of one machine."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def _append(path: Path, row: dict[str, Any]) -> None:
@@ -177,4 +214,6 @@ def _append(path: Path, row: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    # A batch system's request to end is an interrupt: the table of what was measured is still written.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main(sys.argv[1:]))

@@ -23,6 +23,7 @@ from sharding.errors import EXIT_FAILED, EXIT_FINISHED
 from sharding.mesh import build_mesh
 from sharding.precision import compute_dtype
 from sharding.process_group import Ranks, process_group
+from sharding.process_lifetime import die_with_parent
 from trainer.config import RunConfig, parse_config
 from trainer.data.prepare import prepare_corpus
 from trainer.model_engine import build_model_engine
@@ -34,11 +35,12 @@ LOSS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 """Largest relative difference of a contestant's loss from the plain loop's, up to the end of the warm-up."""
 
 _COLLECT_EVERY_ROUNDS = 50
-_NUM_PROGRESS_LINES = 10
+_NUM_PROGRESS_LINES = 20
 
 
 def main(arguments: Sequence[str]) -> None:
     """Measure one size; the only argument is a JSON file with an Assignment."""
+    die_with_parent()
     assignment = Assignment(**json.loads(Path(arguments[0]).read_text()))
     config = parse_config(assignment.config, source=assignment.size)
     torch.set_num_threads(assignment.threads)
@@ -119,9 +121,9 @@ class Race:
             times[name] = turns[name].take()
         wall_s = self._gather([times[name].wall_s for name in self._names])
         cpu_s = self._gather([times[name].cpu_s for name in self._names])
-        num_measured = index + 1 - self._assignment.num_warmup
-        self._write(kind="round" if num_measured > 0 else "warmup", order=order, wall_s=wall_s, cpu_s=cpu_s)
-        self._show_progress(num_measured)
+        kind = "warmup" if index < self._assignment.num_warmup else "round"
+        self._write(kind=kind, order=order, wall_s=wall_s, cpu_s=cpu_s)
+        self._show_progress(index + 1)
 
     def _gather(self, values: list[float]) -> dict[str, list[float]]:
         """By contestant, the values of all ranks."""
@@ -165,12 +167,16 @@ class Race:
                     f"loop's {expected}; they may differ by {tolerance:.0e}, relative"
                 )
 
-    def _show_progress(self, num_measured: int) -> None:
-        num_pairs = self._assignment.num_pairs
-        every = max(1, num_pairs // _NUM_PROGRESS_LINES)
-        if self._ranks.rank == 0 and num_measured >= 0 and num_measured % every == 0:
-            elapsed_s = time.monotonic() - self._started_at
-            print(f"{self._assignment.size}: {num_measured} of {num_pairs} pairs, {elapsed_s:.0f} s", flush=True)
+    def _show_progress(self, num_done: int) -> None:
+        assignment = self._assignment
+        num_measured = num_done - assignment.num_warmup
+        every = max(1, assignment.num_rounds // _NUM_PROGRESS_LINES)
+        if self._ranks.rank or num_done % every:
+            return
+        what = "warming up" if num_measured <= 0 else f"{num_measured} of {assignment.num_pairs} pairs"
+        elapsed_s = time.monotonic() - self._started_at
+        left_s = elapsed_s / num_done * (assignment.num_rounds - num_done)
+        print(f"{assignment.size}: {what}, {elapsed_s:.0f} s, about {left_s:.0f} s left", flush=True)
 
     def _write(self, **row: Any) -> None:
         if self._ranks.rank == 0:
