@@ -9,6 +9,7 @@ a median step time and its ratio to the plain loop's. See docs/benchmarks.md.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import signal
@@ -92,6 +93,8 @@ def _measure(options: argparse.Namespace) -> int:
             f"--warmup {options.warmup} --pairs {options.pairs}: at least {MIN_WARMUP} steps of warm-up are needed, in "
             "which losses are compared, and 1 pair; raise them."
         )
+    if importlib.util.find_spec("lightning_fabric") is None:
+        raise UserError("lightning-fabric is not installed, and is one of the peers; pip install lightning-fabric.")
     for config in configs.values():
         prepare_corpus(config.data)
     device = "gpu" if torch.cuda.is_available() else "cpu"
