@@ -14,6 +14,7 @@ class Assignment:
         num_warmup: rounds that are discarded.
         num_pairs: rounds that count.
         threads: CPU threads of each contestant's operators.
+        with_control: whether a second copy of the plain loop takes part.
         output: JSONL file that rank 0 appends to.
     """
 
@@ -22,6 +23,7 @@ class Assignment:
     num_warmup: int
     num_pairs: int
     threads: int
+    with_control: bool
     output: str
 
     @property

@@ -1,7 +1,7 @@
 """``shardline bench overhead``: a step of Shardline beside the same step of a plain loop and of its peers.
 
-``python -m benchmarks.overhead [--sizes tiny,quickstart] [--pairs 300] [--warmup 22] [--output FOLDER] [--nproc N]
-[key=value ...]``
+``python -m benchmarks.overhead [--sizes tiny,quickstart] [--pairs 300] [--warmup 22] [--control] [--output FOLDER]
+[--nproc N] [key=value ...]``
 
 A plain PyTorch loop, Shardline, Accelerate, Lightning Fabric and the Trainer of transformers train the same model from
 the same parameters on the same batches, all in one process group, taking turns step by step. Each row of the result is
@@ -9,6 +9,7 @@ a median step time and its ratio to the plain loop's. See docs/benchmarks.md.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import signal
@@ -76,6 +77,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--sizes", default=",".join(SIZES), help=f"of {', '.join(SIZES)}; separated by commas")
     parser.add_argument("--pairs", type=int, default=300, help="measured steps of each contestant")
     parser.add_argument("--warmup", type=int, default=MIN_WARMUP, help="steps of each contestant that are discarded")
+    parser.add_argument("--control", action="store_true", help="let a second copy of the plain loop take part")
     parser.add_argument("--nproc", type=int, default=0, help="ranks; 0 means one per GPU, or 2 where there is none")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="folder for the results")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the run that all train")
@@ -91,6 +93,8 @@ def _measure(options: argparse.Namespace) -> int:
             f"--warmup {options.warmup} --pairs {options.pairs}: at least {MIN_WARMUP} steps of warm-up are needed, in "
             "which losses are compared, and 1 pair; raise them."
         )
+    if importlib.util.find_spec("lightning_fabric") is None:
+        raise UserError("lightning-fabric is not installed, and is one of the peers; pip install lightning-fabric.")
     for config in configs.values():
         prepare_corpus(config.data)
     device = "gpu" if torch.cuda.is_available() else "cpu"
@@ -101,7 +105,13 @@ def _measure(options: argparse.Namespace) -> int:
     for size, config in configs.items():
         threads = threads_per_rank(config, num_ranks, os.environ)
         assignment = Assignment(
-            size, config.model_dump(mode="json", by_alias=True), options.warmup, options.pairs, threads, str(raw)
+            size=size,
+            config=config.model_dump(mode="json", by_alias=True),
+            num_warmup=options.warmup,
+            num_pairs=options.pairs,
+            threads=threads,
+            with_control=options.control,
+            output=str(raw),
         )
         _append(raw, {"size": size, "kind": "header", "num_ranks": num_ranks, **facts, **asdict(assignment)})
         status = _run_ranks(assignment, num_ranks, raw.with_suffix(".log"))

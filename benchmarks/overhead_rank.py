@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from benchmarks.assignment import Assignment
 from benchmarks.contestants.contest import Contest, Contestant
-from benchmarks.contestants.field import BUILDERS
+from benchmarks.contestants.field import BUILDERS, CONTROL
 from benchmarks.contestants.plain_loop import PlainLoop
 from benchmarks.protocol import order_of_round
 from benchmarks.turns import StepEdge, StepTime, Turns
@@ -73,7 +73,8 @@ class Race:
         self._assignment = assignment
         self._contest = contest
         self._ranks = contest.ranks
-        self._contestants: dict[str, Contestant] = {name: build(contest) for name, build in BUILDERS.items()}
+        builders = BUILDERS | ({CONTROL: PlainLoop} if assignment.with_control else {})
+        self._contestants: dict[str, Contestant] = {name: build(contest) for name, build in builders.items()}
         self._names = list(self._contestants)
         self._started_at = time.monotonic()
 

@@ -11,7 +11,7 @@ OURS = "shardline"
 TARGETS = {"tiny": 1.10, "quickstart": 1.03}
 """Upper end of the interval of Shardline's ratio to the plain loop."""
 
-_SHOWN = (REFERENCE, OURS, "accelerate", "fabric", "transformers")
+_ORDER = (REFERENCE, OURS, "accelerate", "fabric", "transformers")
 
 
 def step_times(rows: Iterable[Mapping[str, Any]], size: str, clock: str = "wall_s") -> dict[str, list[float]]:
@@ -22,12 +22,14 @@ def step_times(rows: Iterable[Mapping[str, Any]], size: str, clock: str = "wall_
         size: which of its sizes.
         clock: ``wall_s``, or ``cpu_s`` for processor time.
     """
-    times: dict[str, list[float]] = {name: [] for name in _SHOWN}
-    for row in rows:
-        if row["size"] == size and row["kind"] == "round":
-            for name in _SHOWN:
-                times[name].append(max(row[clock][name]))
-    return times
+    rounds = [row for row in rows if row["size"] == size and row["kind"] == "round"]
+    names = rounds[0][clock] if rounds else _ORDER
+    return {name: [max(row[clock][name]) for row in rounds] for name in sorted(names, key=_place)}
+
+
+def _place(name: str) -> int:
+    """Where a contestant stands in the table; a control comes last."""
+    return _ORDER.index(name) if name in _ORDER else len(_ORDER)
 
 
 def markdown(rows: Sequence[Mapping[str, Any]], file: str) -> str:
@@ -129,7 +131,7 @@ def _verdict(size: str, found: Sequence[Standing]) -> str:
     ours = by_name[OURS].ratio
     assert ours is not None
     met = "met" if ours.high <= TARGETS[size] else "missed"
-    slower = [row.name for row in found if row.name not in (REFERENCE, OURS) and row.median_s <= by_name[OURS].median_s]
+    slower = [row.name for row in found if row.name in _ORDER[2:] and row.median_s <= by_name[OURS].median_s]
     peers = f"not below {', '.join(slower)}" if slower else "below every peer"
     return (
         f"Target {met}: upper end {ours.high:.3f}, at most {TARGETS[size]:.2f} wanted. Shardline's median is {peers}."

@@ -7,6 +7,9 @@ from benchmarks.contestants.plain_loop import PlainLoop
 from benchmarks.contestants.shardline_trainer import ShardlineTrainer
 from benchmarks.contestants.transformers_trainer import TransformersTrainer
 
+CONTROL = "plain again"
+"""A second plain loop: how far its ratio is from 1 is how far any ratio may be from the truth."""
+
 # The arguments of transformers' Trainer reset state that Accelerate shares within a process, so it comes first.
 BUILDERS: dict[str, BuildContestant] = {
     "transformers": TransformersTrainer,

@@ -13,7 +13,7 @@ from sharding.errors import UserError
 from sharding.process_group import Ranks
 from tests.support import run_on_ranks, shardline
 
-NAMES = {"plain", "shardline", "accelerate", "fabric", "transformers"}
+NAMES = {"plain", "plain again", "shardline", "accelerate", "fabric", "transformers"}
 
 
 def _data(shared_corpus: tuple[Path, Path]) -> list[str]:
@@ -30,7 +30,7 @@ def _data(shared_corpus: tuple[Path, Path]) -> list[str]:
 @pytest.mark.timeout(400)
 def test_all_contestants_do_the_same_work_in_turn(tmp_path: Path, shared_corpus: tuple[Path, Path]) -> None:
     finished = shardline(
-        *("bench", "overhead", "--", "--sizes", "tiny", "--pairs", "10", "--output", tmp_path),
+        *("bench", "overhead", "--", "--sizes", "tiny", "--pairs", "10", "--control", "--output", tmp_path),
         *_data(shared_corpus),
         timeout_s=380,
     )
@@ -89,7 +89,7 @@ def _contest_with_a_cheat(ranks: Ranks, values: dict[str, Any], folder: Path) ->
             super().__init__(replace(contest, config=contest.config.model_copy(update={"optimizer": optimizer})))
 
     config = parse_config(values, "test")
-    assignment = Assignment("tiny", values, 22, 1, 1, str(folder / "raw.jsonl"))
+    assignment = Assignment("tiny", values, 22, 1, 1, False, str(folder / "raw.jsonl"))
     for builders, complaint in (
         ({"plain": PlainLoop}, None),
         ({"plain": PlainLoop, "cheat": Cheat}, "cheat does other"),
