@@ -102,11 +102,7 @@ class TorchEngine:
     def clip_grad_norm(self, max_norm: float) -> torch.Tensor:
         """See Engine."""
         gradients = self._local_gradients()
-        squares = torch.zeros((), device=self._device, dtype=torch.float64)
-        if gradients:
-            # In fp64: a CPU adds up millions of fp32 squares one after the other and loses the fourth digit, which
-            # would make the clipped step depend on how the gradients are divided.
-            squares = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float64)).square().sum()
+        squares = _sum_of_squares(gradients) if gradients else torch.zeros((), device=self._device, dtype=torch.float64)
         norm = self._sum_over_shards(squares).sqrt().float()
         if self._loss_scaler is not None:
             norm = norm / self._loss_scaler.scale
@@ -250,6 +246,18 @@ class TorchEngine:
         self.step(learning_rate=0.0)
         for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
+
+
+def _sum_of_squares(gradients: list[torch.Tensor]) -> torch.Tensor:
+    """Sum of the squares of all elements, an fp64 scalar.
+
+    A CPU that adds up millions of fp32 squares one after the other loses the fourth digit, which would make the clipped
+    step depend on how the gradients are divided. Rows are short enough for fp32, and their norms are added up in fp64.
+    """
+    if gradients[0].device.type != "cpu":
+        return torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float64)).square().sum()
+    row_norms = [torch.linalg.vector_norm(gradient, dim=-1).reshape(-1) for gradient in gradients]
+    return torch.cat(row_norms).double().square().sum()
 
 
 def sum_over(group: dist.ProcessGroup | None, value: torch.Tensor) -> torch.Tensor:
