@@ -70,6 +70,8 @@ class StandInServer:
             return {
                 "upsertBucket": {"bucket": _bucket(variables["name"], run) | {"project": project}, "inserted": is_new}
             }
+        if "query Run(" in query or "RunHistoryKeys" in query:
+            return {"project": {"run": _public_run(variables["name"], self.runs.get(variables["name"]))}}
         if "CreateRunFiles" in query:
             files = [{"name": name, "uploadUrl": f"{self.url}/upload/{name}"} for name in variables["files"]]
             return {"createRunFiles": {"runID": "r", "uploadHeaders": [], "files": files}}
@@ -111,6 +113,29 @@ def _bucket(run_id: str, run: StoredRun) -> dict[str, Any]:
         # Tells that the run has started.
         "wandbConfig": json.dumps({"t": {}}),
     }
+
+
+def _public_run(run_id: str, run: StoredRun | None) -> dict[str, Any] | None:
+    if run is None:
+        return None
+    known = {
+        "id": run_id,
+        "name": run_id,
+        "displayName": run_id,
+        "state": "finished",
+        "tags": [],
+        "createdAt": "2026-01-01T00:00:00",
+        "config": json.dumps(run.config),
+        "summaryMetrics": json.dumps(run.summary),
+        "systemMetrics": "{}",
+        "historyLineCount": len(run.history),
+        "historyKeys": {"lastStep": max((line["_step"] for line in run.history.values()), default=-1)},
+        "user": {"name": ENTITY, "username": ENTITY},
+        "projectId": "1",
+        "readOnly": False,
+    }
+    unknown = ("sweepName", "group", "jobType", "commit", "heartbeatAt", "description", "notes")
+    return known | dict.fromkeys(unknown)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.stand_in_wandb import StandInServer, stand_in_server
+from tests.stand_in_wandb import StandInServer, StoredRun, stand_in_server
 from tests.support import (
     kill,
     rank_processes,
@@ -168,20 +169,29 @@ def test_sync_shows_the_parts_and_asks_for_a_key_in_one_sentence(tracked: Path, 
     assert server.runs == {}
 
 
-@pytest.mark.timeout(240)
-def test_sync_joins_all_parts_into_one_run_and_nothing_twice(tracked: Path, server: StandInServer) -> None:
+@pytest.mark.timeout(400)
+def test_sync_joins_all_parts_into_one_run_and_nothing_twice(
+    tracked: Path, tmp_path: Path, server: StandInServer
+) -> None:
+    copy = shutil.copytree(tracked, tmp_path / "copy", symlinks=True)
+    steps = [line["step"] for line in read_metrics(copy)]
     server.refuses = True
-    failed = shardline("tracking", "sync", tracked, **server.environment)
+    failed = shardline("tracking", "sync", copy, **server.environment)
     assert failed.returncode == 1
-    assert "permission denied" in failed.stderr
+    (sentence,) = failed.stderr.strip().splitlines()
+    assert sentence.startswith("error: nothing was uploaded; wandb says: ")
     server.refuses = False
+    # An upload that broke off in the middle of the first part has left this.
+    assert _parts(copy)[0].last_step > 30
+    history = {step - 1: {"step": step, "_step": step} for step in range(1, 31)}
+    server.runs[WandbIdentity.read(copy).run_id] = run = StoredRun(history)  # type: ignore[union-attr]
     for _ in range(2):
-        finished = shardline("tracking", "sync", tracked, **server.environment)
+        finished = shardline("tracking", "sync", copy, **server.environment)
         assert finished.returncode == 0, finished.stderr
         assert server.environment["WANDB_API_KEY"] not in finished.stdout + finished.stderr
-        (run,) = server.runs.values()
-        assert run.steps == [line["step"] for line in read_metrics(tracked)]
-        assert [line["_step"] for _, line in sorted(run.history.items())] == run.steps
+        assert list(server.runs.values()) == [run]
+        assert run.steps == steps
+        assert [line["_step"] for _, line in sorted(run.history.items())] == steps
         assert run.summary["summary/outcome"] == "finished"
     assert "nothing to upload" in finished.stdout
 

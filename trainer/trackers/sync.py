@@ -7,10 +7,10 @@ import argparse
 import json
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -20,7 +20,7 @@ from sharding.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_FINISHED, RunFailu
 from trainer.lease import Lease
 from trainer.run_folder import RunFolder
 from trainer.trackers.config import WandbConfig
-from trainer.trackers.wandb_files import WandbPart, read_parts
+from trainer.trackers.wandb_files import WandbPart, drop_from_part, read_parts
 from trainer.trackers.wandb_tracker import WandbIdentity, has_key
 
 
@@ -55,8 +55,18 @@ def sync_run(run_dir: Path, console: Console, *, dry_run: bool) -> None:
     # Nobody may write to a part while it is mended and read.
     lease = Lease.acquire(run_dir)
     try:
+        # Where some attempts were online, what the server has tells nothing about the parts of others.
+        is_all_offline = all(part.is_offline for part in parts)
+        sent_step = _server_step(identity.run_id, settings) if is_all_offline else 0
         for part in waiting:
+            # wandb would take half a record for a failure, and would send lines twice of which an upload that broke off
+            # has sent some.
+            if part.is_torn or min(part.steps, default=sent_step + 1) <= sent_step:
+                drop_from_part(part, sent_step)
             _upload(part, identity.run_id, settings)
+            # Remembered, since uploaded parts may be deleted.
+            identity = replace(identity, sent_step=max(identity.sent_step, part.last_step))
+            identity.write(run_dir)
             console.print(f"uploaded {part.file.parent.name}", highlight=False)
     finally:
         lease.release()
@@ -71,7 +81,6 @@ def sync_command(part: WandbPart, run_id: str, settings: WandbConfig) -> list[st
 
 
 def _upload(part: WandbPart, run_id: str, settings: WandbConfig) -> None:
-    _mend(part)
     # An offline mode from the environment would keep wandb from uploading; resuming makes it add to earlier parts.
     environment = {name: value for name, value in os.environ.items() if name not in ("WANDB_MODE", "WANDB_SERVICE")}
     environment |= {"WANDB_RESUME": "allow", "WANDB_SILENT": "false"}
@@ -83,16 +92,22 @@ def _upload(part: WandbPart, run_id: str, settings: WandbConfig) -> None:
         said = [line.strip() for line in (finished.stdout + finished.stderr).splitlines() if line.strip()]
         raise RunFailure(
             f"{part.file.parent} was not uploaded; wandb says: {' '.join(said[-3:]) or 'nothing'}; "
-            "the same command tries again from this part."
+            "the same command goes on from here."
         )
 
 
-def _mend(part: WandbPart) -> None:
-    """Cut half a record off the end of a file: wandb would take it for a failure, and leave later parts out."""
-    if part.is_torn:
-        torn = part.file.with_suffix(".wandb.torn")
-        shutil.copy2(part.file, torn)
-        os.truncate(part.file, part.whole_bytes)
+def _server_step(run_id: str, settings: WandbConfig) -> int:
+    """The last step that the server has of a run; 0 where it does not know the run."""
+    import wandb
+
+    try:
+        api = wandb.Api()
+        run = api.run(f"{settings.entity or api.default_entity}/{settings.project}/{run_id}")
+        return max(run.lastHistoryStep, 0)
+    except (wandb.errors.Error, ValueError) as error:
+        if "Could not find" in str(error):
+            return 0
+        raise RunFailure(f"nothing was uploaded; wandb says: {' '.join(str(error).split())}") from None
 
 
 def _check_key() -> None:
@@ -109,7 +124,7 @@ def _check_key() -> None:
 def _table(run_dir: Path, run_id: str, parts: Sequence[WandbPart]) -> Table:
     table = Table(title=f"wandb run {run_id} of {run_dir}")
     for header in ("attempt", "steps", "lines", "state", "folder"):
-        table.add_column(header, justify="right" if header in ("attempt", "lines") else "left")
+        table.add_column(header, justify="right" if header in ("attempt", "lines") else "left", overflow="fold")
     for part in parts:
         steps = f"{part.steps[0]}-{part.steps[-1]}" if part.steps else "none"
         state = "uploaded while it ran" if not part.is_offline else "uploaded" if part.is_synced else "waits"

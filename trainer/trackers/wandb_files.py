@@ -5,7 +5,10 @@ wandb writes it from another process, with a delay: what was sent before a kill 
 """
 
 import json
-from collections.abc import Iterator
+import os
+import shutil
+import zlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,9 +78,36 @@ def read_records(file: Path) -> Iterator[tuple[Any, int]]:
         yield record, position
 
 
+def drop_from_part(part: WandbPart, sent_step: int) -> None:
+    """Rewrite a part without half a record at its end and without the history up to a step.
+
+    What was there before stays beside it as ``.wandb.original``.
+
+    Args:
+        part: a part that nobody writes to.
+        sent_step: last step that is with the server already.
+    """
+    messages = [
+        record.SerializeToString()
+        for record, _ in read_records(part.file)
+        if not record.HasField("history") or max(_steps_of(record.history), default=sent_step + 1) > sent_step
+    ]
+    content = part.file.read_bytes()[:_HEADER_BYTES] + b"".join(_log_chunks(messages))
+    original = part.file.with_suffix(".wandb.original")
+    if not original.exists():
+        shutil.copy2(part.file, original)
+    temporary = part.file.with_suffix(".partial")
+    temporary.write_bytes(content)
+    os.replace(temporary, part.file)
+
+
 def history_values(history: Any) -> dict[str, Any]:
     """What a history record logs, by metric name."""
     return {_name(item): json.loads(item.value_json) for item in history.item}
+
+
+def _steps_of(history: Any) -> list[int]:
+    return [int(item.value_json) for item in history.item if _name(item) == "step"]
 
 
 def _name(item: Any) -> str:
@@ -90,7 +120,7 @@ def _read_part(folder: Path, run_id: str) -> WandbPart:
     for record, position in read_records(file):
         whole_bytes = position
         if record.HasField("history"):
-            steps += [int(item.value_json) for item in record.history.item if _name(item) == "step"]
+            steps += _steps_of(record.history)
         elif record.HasField("run"):
             settings = {item.key: item.value_json for item in record.run.config.update}
             attempt = int(settings[ATTEMPT_KEY]) if ATTEMPT_KEY in settings else attempt
@@ -121,3 +151,21 @@ def _read_log(content: bytes) -> Iterator[tuple[bytes, int]]:
         position = start + size
         if kind in (_WHOLE, _LAST):
             yield message, position
+
+
+def _log_chunks(messages: Iterable[bytes]) -> Iterator[bytes]:
+    position = _HEADER_BYTES
+    for message in messages:
+        start, is_last = 0, False
+        while not is_last:
+            left = _BLOCK_BYTES - position % _BLOCK_BYTES
+            if left < _CHUNK_HEADER_BYTES:
+                yield bytes(left)
+                position, left = position + left, _BLOCK_BYTES
+            size = min(left - _CHUNK_HEADER_BYTES, len(message) - start)
+            is_last = start + size == len(message)
+            kind = (_WHOLE if is_last else _FIRST) if start == 0 else (_LAST if is_last else _MIDDLE)
+            # The checksum is of kind and content.
+            checked = kind + message[start : start + size]
+            yield zlib.crc32(checked).to_bytes(4, "little") + size.to_bytes(2, "little") + checked
+            start, position = start + size, position + _CHUNK_HEADER_BYTES + size
