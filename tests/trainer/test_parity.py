@@ -13,7 +13,7 @@ from trainer.parity_cases import ParityCase
 from trainer.validation import BACKEND_STRATEGIES
 
 
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(800)
 def test_every_strategy_trains_as_one_plain_process(values: dict[str, Any], tmp_path: Path) -> None:
     cases = parity_cases([1, 2, 3, 4])
     assert {case.strategy for case in cases} == {"none", "ddp", "zero1", "zero2", "zero3", "hsdp"}
