@@ -330,38 +330,41 @@ tracker = WandbTracker(load_config(sys.argv[1], ["tracking.wandb.mode=online"]),
 tracker.start(first)
 for step in range(1, last + 1):
     tracker.log(step, {"train/loss": 1 / step})
-    if step == first:
-        # Until the first lines have arrived.
-        time.sleep(4)
+    while step == first and not Path(sys.argv[2], "go").exists():
+        time.sleep(0.1)
 if ending == "kill":
     os.kill(os.getpid(), signal.SIGKILL)
 tracker.finish(0, {})
 """
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 def test_online_a_killed_attempts_unsent_steps_are_sent_and_none_twice(config: RunConfig, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(config_to_yaml(config))
     with stand_in_server() as server:
-        for *steps, ending in ((20, 60, "kill"), (40, 70, "finish"), (70, 75, "finish")):
-            arguments = [tmp_path / "run.yaml", tmp_path, *map(str, steps), ending]
-            finished = subprocess.run(
-                [sys.executable, "-c", _ONLINE_ATTEMPT, *arguments],
-                capture_output=True,
-                text=True,
-                timeout=100,
-                cwd=ROOT,
-                env=command_environment(WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL="1", **server.environment),
-                check=False,
-            )
-            assert finished.returncode == (-signal.SIGKILL if ending == "kill" else 0), finished.stderr
-            assert finished.stdout == ""
-            (run,) = server.runs.values()
-            if ending == "kill":
-                # Else this test would not show anything.
-                assert 20 <= len(run.steps) < 60
-            else:
-                assert run.steps == list(range(1, steps[1] + 1))
+        environment = command_environment(WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL="1", **server.environment)
+
+        def attempt(first: int, last: int, ending: str) -> subprocess.Popen[str]:
+            arguments = [tmp_path / "run.yaml", tmp_path, str(first), str(last), ending]
+            command = [sys.executable, "-c", _ONLINE_ATTEMPT, *arguments]
+            return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
+
+        with attempt(20, 60, "kill") as killed:
+            wait_until(lambda: any(len(run.steps) >= 20 for run in server.runs.values()), what="the first lines")
+            # Nothing that comes from now on arrives.
+            server.refuses = True
+            (tmp_path / "go").touch()
+            assert killed.wait(60) == -signal.SIGKILL
+        (run,) = server.runs.values()
+        assert run.steps == list(range(1, 21))
+        server.refuses = False
+        # From a checkpoint of step 40.
+        for first, last in ((40, 70), (70, 75)):
+            with attempt(first, last, "finish") as finished:
+                said, _ = finished.communicate(timeout=100)
+            assert (finished.returncode, said) == (0, "")
+            assert list(server.runs.values()) == [run]
+            assert run.steps == list(range(1, last + 1))
 
 
 @pytest.mark.timeout(120)

@@ -33,7 +33,6 @@ class Follower:
         """Plan the work; nothing happens yet."""
         self.tracker = tracker
         self.has_failed = False
-        self.state: dict[str, Any] | None = None
         self._path = metrics_path
         self._warn = warn
         self._summary = RunSummary()
@@ -69,7 +68,6 @@ class Follower:
     def _work(self, step: int) -> None:
         try:
             self.tracker.start(step)
-            self.state = self.tracker.state()
             for line_step, metrics in self._lines():
                 self._summary.add(line_step, metrics)
                 self.tracker.log(line_step, metrics)
@@ -124,7 +122,9 @@ class Trackers:
 
     def state(self) -> dict[str, Any]:
         """Identities of the trackers' runs, for the checkpoint."""
-        return {f.tracker.name: f.state for f in self._followers if f.state is not None}
+        if not self._is_started:
+            return {}
+        return {f.tracker.name: state for f in self._followers if (state := f.tracker.state())}
 
     def finish(self, exit_code: int) -> None:
         """Send what is left, within a time limit, and close. The process is to end with this exit code soon after."""

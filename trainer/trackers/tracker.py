@@ -32,4 +32,4 @@ class Tracker(Protocol):
         """
 
     def state(self) -> dict[str, Any]:
-        """What identifies the tracker's run, for the checkpoint."""
+        """What identifies the tracker's run, for the checkpoint; empty where that is not known yet; any thread asks."""

@@ -35,6 +35,8 @@ class TrackioTracker:
     def start(self, step: int) -> None:
         """Open the trackio run; its identity is kept in the run folder."""
         self._folder.mkdir(parents=True, exist_ok=True)
+        saved = json.loads(self._state_file.read_text()) if self._state_file.exists() else {}
+        self._run_id = saved.get("run_id") or uuid.uuid4().hex
         # trackio reads it at its import.
         os.environ.setdefault("TRACKIO_DIR", str(self._folder.absolute()))
         from trackio import Run
@@ -47,8 +49,6 @@ class TrackioTracker:
                 return None
 
         project = self._config.tracking.trackio.project
-        saved = json.loads(self._state_file.read_text()) if self._state_file.exists() else {}
-        self._run_id = saved.get("run_id") or uuid.uuid4().hex
         # trackio writes twice a second, so a killed attempt may have left less than was sent: what is in its database
         # counts, and the rest is sent again from metrics.jsonl.
         in_database = SQLiteStorage.get_max_step_for_run(project, run_id=self._run_id) or 0
@@ -78,7 +78,7 @@ class TrackioTracker:
 
     def state(self) -> dict[str, Any]:
         """The run's id."""
-        return {"run_id": self._run_id}
+        return {"run_id": self._run_id} if self._run_id else {}
 
     def _write_state(self, sent_step: int) -> None:
         write_atomically(self._state_file, json.dumps({"run_id": self._run_id, "sent_step": sent_step}))

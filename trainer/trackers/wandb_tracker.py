@@ -72,6 +72,8 @@ class WandbTracker:
 
     def start(self, step: int) -> None:
         """Open the wandb run; its identity is kept in the run folder."""
+        self._identity = WandbIdentity.read(self._run_dir) or WandbIdentity(secrets.token_hex(4), 0)
+        self._identity.write(self._run_dir)
         import wandb
 
         settings = self._config.tracking.wandb
@@ -79,8 +81,6 @@ class WandbTracker:
         server = wandb.setup(wandb.Settings(silent=True)).settings.base_url
         mode = self._mode(server)
         self._is_online = mode not in _WITHOUT_KEY
-        self._identity = WandbIdentity.read(self._run_dir) or WandbIdentity(secrets.token_hex(4), 0)
-        self._identity.write(self._run_dir)
         # Before this attempt adds one.
         parts = read_parts(self._run_dir, self._identity.run_id)
         self._run = wandb.init(
@@ -124,7 +124,7 @@ class WandbTracker:
 
     def state(self) -> dict[str, Any]:
         """The run's id."""
-        return {"run_id": self._identity.run_id}
+        return {"run_id": self._identity.run_id} if self._identity.run_id else {}
 
     def _find_sent_step(self, parts: Sequence[WandbPart]) -> int:
         """The last step that is with wandb; what a killed attempt took for sent need not have arrived.
