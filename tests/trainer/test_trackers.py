@@ -1,5 +1,6 @@
 """Trackers: each step reaches them once, and none of them can hold up or end training."""
 
+import contextlib
 import json
 import logging
 import signal
@@ -349,7 +350,8 @@ def test_online_a_killed_attempts_unsent_steps_are_sent_and_none_twice(config: R
             command = [sys.executable, "-c", _ONLINE_ATTEMPT, *arguments]
             return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
 
-        with attempt(20, 60, "kill") as killed:
+        with attempt(20, 60, "kill") as killed, contextlib.ExitStack() as at_the_end:
+            at_the_end.callback(killed.kill)
             wait_until(lambda: any(len(run.steps) >= 20 for run in server.runs.values()), what="the first lines")
             # Nothing that comes from now on arrives.
             server.refuses = True

@@ -107,8 +107,9 @@ class WandbTracker:
         if step <= self._identity.sent_step:
             return
         values = {name: value for name, value in metrics.items() if value is not None}
-        # wandb's own counter would start at 0 in each offline part, and joined parts would overlap.
-        self._run.log({"step": step, **values}, step=step)
+        # wandb's own counter would start at 0 in each offline part, and joined parts would overlap. Without commit,
+        # wandb would hold the line back until the next step.
+        self._run.log({"step": step, **values}, step=step, commit=True)
         self._identity = replace(self._identity, sent_step=step)
         if self._is_online:
             self._identity.write(self._run_dir)
