@@ -9,7 +9,7 @@ from launcher.command import rendezvous_port
 from launcher.conclusion import EXIT_INTERRUPTED
 from launcher.local import run_ranks
 from launcher.plan import Plan, make_plan
-from sharding.errors import EXIT_FINISHED, RunFailure, UserError
+from sharding.errors import EXIT_FINISHED, EXIT_STOPPED, RunFailure, UserError
 from trainer.config import RunConfig
 from trainer.data.prepared import Prepared, find_prepared
 from trainer.lease import Lease
@@ -49,8 +49,14 @@ def run(config_path: str, overrides: Sequence[str], nproc_per_node: int | None, 
         attempt = run_folder.begin_attempt(config, plan.world, sys.argv)
         variables = {variable.name: variable.value for variable in plan.variables}
         exit_code = run_ranks(launcher, plan.command(port), variables, run_folder, attempt, lease.token)
+
+        def warn(sentence: str) -> None:
+            # After a failure the last line is the failing rank's own error.
+            if exit_code in (EXIT_FINISHED, EXIT_STOPPED):
+                print(f"warning: {sentence}", file=sys.stderr)
+
         # Rank 0 writes it, unless it died.
-        write_run_report(run_folder, lease.token, lambda sentence: print(f"warning: {sentence}", file=sys.stderr))
+        write_run_report(run_folder, lease.token, warn)
         return exit_code
     finally:
         lease.release()
