@@ -13,6 +13,7 @@ import pytest
 
 from tests.stand_in_wandb import StandInServer, StoredRun, stand_in_server
 from tests.support import (
+    ROOT,
     kill,
     rank_processes,
     read_metrics,
@@ -194,6 +195,9 @@ def test_sync_joins_all_parts_into_one_run_and_nothing_twice(
         assert [line["_step"] for _, line in sorted(run.history.items())] == steps
         assert run.summary["summary/outcome"] == "finished"
     assert "nothing to upload" in finished.stdout
+    # wandb's own logs are with the run, not where the command was started.
+    assert list(copy.glob("wandb/logs/debug-sync*.log"))
+    assert not (ROOT / "wandb").exists()
 
 
 def test_the_dashboard_plots_what_training_logs(tracked: Path, server: StandInServer) -> None:

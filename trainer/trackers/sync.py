@@ -84,6 +84,8 @@ def _upload(part: WandbPart, run_id: str, settings: WandbConfig) -> None:
     # An offline mode from the environment would keep wandb from uploading; resuming makes it add to earlier parts.
     environment = {name: value for name, value in os.environ.items() if name not in ("WANDB_MODE", "WANDB_SERVICE")}
     environment |= {"WANDB_RESUME": "allow", "WANDB_SILENT": "false"}
+    # wandb's logs about uploads go to the run as well, not to wherever this was started.
+    environment["WANDB_DIR"] = str(part.file.parent.parent.parent.absolute())
     finished = subprocess.run(
         sync_command(part, run_id, settings), env=environment, capture_output=True, text=True, check=False
     )
