@@ -249,6 +249,8 @@ class DeepSpeedEngine:
         if self._stage != 3:
             self._zero.update_lp_params()
             return
+        # Parameters that a forward pass left gathered would not be gathered again.
+        self._zero._partition_all_parameters()
         for index in range(len(self._zero.fp16_groups)):
             self._zero._reassign_or_swap_out_partitioned_parameters(index)
         persistent = self._zero.persistent_parameters

@@ -1,5 +1,6 @@
 """The gradient noise scale against problems whose answer is known, and against itself under every strategy."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 
 from sharding.config import ParallelConfig
-from sharding.engine import Batch, ModelDefinition
+from sharding.engine import Batch, ModelDefinition, OptimizedParameter
 from sharding.mesh import build_mesh
 from sharding.process_group import Ranks
 from sharding.torch_engine import TorchEngine
@@ -40,8 +41,8 @@ def _mean_engine(ranks: Ranks) -> TorchEngine:
     )
     mesh = build_mesh(ParallelConfig(strategy="none"), ranks)
 
-    def build(named: Any) -> torch.optim.Optimizer:
-        return torch.optim.SGD([parameter for _, parameter in named], lr=0.1, fused=True)
+    def build(parameters: Iterable[OptimizedParameter]) -> torch.optim.Optimizer:
+        return torch.optim.SGD([parameter.tensor for parameter in parameters], lr=0.1, fused=True)
 
     return TorchEngine(definition, mesh, ranks.device, None, build)
 
@@ -165,7 +166,7 @@ def _shares_on_ranks(ranks: Ranks, folder: Any) -> None:
     expected = eval((folder / "expected").read_text())
     cases = [(strategy, {}) for strategy in ("ddp", "zero1", "zero2", "zero3")]
     cases.append(("zero3", {"activation_checkpointing": {"mode": "full"}}))
-    cases.append(("ddp", {"parallel": {"strategy": "ddp", "backend": "accelerate"}}))
+    cases.append(("ddp", {"backend": "accelerate"}))
     for strategy, sections in cases:
         engine = tiny_engine(ranks, strategy, **sections)
         found = _measure(engine, ranks)

@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 
 from sharding.engine import Batch, Engine
@@ -97,3 +98,37 @@ def test_the_average_follows_the_weights_on_two_ranks() -> None:
 
 def test_the_average_follows_the_weights_in_one_process() -> None:
     run_on_ranks(_average_on_ranks, 1)
+
+
+def _average_under_deepspeed(ranks: Ranks) -> None:
+    for strategy in ("zero2", "zero3"):
+        sections = {"backend": "deepspeed"}
+        engine = tiny_engine(ranks, strategy, **sections)
+        average = WeightAverage(engine, _DECAY)
+        masters = {(part.name, part.offsets): part for part in engine.state(with_optimizer=False)}
+        expected = {key: part.tensor.clone() for key, part in masters.items()}
+        for step in range(2):
+            average.update(_step(engine, ranks, 10 * step))
+            for key, part in masters.items():
+                expected[key] += (1 - _DECAY) * (part.tensor - expected[key])
+        found = {(part.name.replace("ema/", "model/"), part.offsets): part.tensor for part in average.state()}
+        assert found.keys() == expected.keys()
+        assert all(torch.allclose(tensor, expected[key], rtol=1e-6, atol=1e-8) for key, tensor in found.items())
+        held = sum(shard.numel() for shard in engine.named_local_shards().values())
+        assert sum(tensor.numel() for tensor in found.values()) == held, strategy
+        # DeepSpeed computes with copies of the masters, which must follow the exchange both ways.
+        batch, before = random_batch(99), _evaluate(engine, random_batch(99))
+        with average.in_place_of_weights():
+            inside = _evaluate(engine, batch)
+        assert inside[0] != before[0], strategy
+        assert _evaluate(engine, batch) == before, strategy
+        other = tiny_engine(ranks, strategy, **sections)
+        other.load_state(
+            lambda part: part.tensor.copy_(expected[part.name, part.offsets]),  # type: ignore[arg-type, return-value]  # noqa: B023
+            with_optimizer=False,
+        )
+        assert _evaluate(other, batch) == pytest.approx(inside, rel=1e-6), strategy
+
+
+def test_the_average_follows_deepspeeds_masters() -> None:
+    run_on_ranks(_average_under_deepspeed, 2, timeout_s=200)
