@@ -49,8 +49,8 @@ SECTIONS = (
     PanelSection(
         "Evaluation",
         (
-            Panel("Held-out loss", ("eval/loss",), "nats per token"),
-            Panel("Held-out perplexity", ("eval/perplexity",), "perplexity", scale="log"),
+            Panel("Held-out loss", ("eval/loss", "eval/ema_loss"), "nats per token"),
+            Panel("Held-out perplexity", ("eval/perplexity", "eval/ema_perplexity"), "perplexity", scale="log"),
         ),
     ),
     PanelSection(
@@ -59,6 +59,8 @@ SECTIONS = (
             Panel("Learning rate", ("train/learning_rate",), "per step"),
             Panel("Gradient norm before clipping", ("train/grad_norm",), "L2 norm", scale="log"),
             Panel("Skipped steps", ("train/skipped_steps",), "steps so far"),
+            Panel("Loss scale of fp16", ("train/loss_scale",), "factor", scale="log"),
+            Panel("Gradient noise scale", ("train/noise_scale_tokens",), "tokens", scale="log"),
         ),
     ),
     PanelSection(
