@@ -8,6 +8,7 @@ from sharding.strict_model import StrictModel
 
 Strategy = Literal["none", "ddp", "zero1", "zero2", "zero3", "hsdp"]
 Backend = Literal["torch", "deepspeed", "accelerate"]
+Offload = Literal["none", "cpu"]
 ComputeDtype = Literal["auto", "fp32", "bf16", "fp16", "fp8"]
 
 
@@ -22,15 +23,11 @@ class ParallelConfig(StrictModel):
     """Library that carries out the strategy: `torch` (all strategies), `deepspeed` (zero1, zero2, zero3), or
     `accelerate` (ddp; zero3 on GPUs)."""
 
-    offload_optimizer: Literal["none", "cpu"] = "none"
+    offload_optimizer: Offload = "none"
     """Where optimizer state and masters lie under `deepspeed`: on the device (`none`) or in main memory (`cpu`)."""
 
-    offload_parameters: Literal["none", "cpu", "nvme"] = "none"
-    """Where parameters lie between uses under `deepspeed` zero3: on the device (`none`), in main memory (`cpu`), or in
-    files (`nvme`)."""
-
-    nvme_path: str | None = None
-    """Folder on a local NVMe disk for parameters that are offloaded to `nvme`."""
+    offload_parameters: Offload = "none"
+    """Where parameters lie between uses under `deepspeed` zero3: on the device (`none`) or in main memory (`cpu`)."""
 
     replicate: int = Field(default=1, ge=1)
     """Number of replicas of the sharded model under `hsdp`; ranks / replicate is the shard degree."""

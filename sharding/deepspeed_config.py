@@ -48,8 +48,6 @@ def deepspeed_config(parallel: ParallelConfig, batch: BatchArithmetic, clip_norm
         zero["offload_optimizer"] = {"device": parallel.offload_optimizer, "pin_memory": True}
     if parallel.offload_parameters != "none":
         zero["offload_param"] = {"device": parallel.offload_parameters, "pin_memory": True}
-    if parallel.offload_parameters == "nvme":
-        zero["offload_param"]["nvme_path"] = parallel.nvme_path
     return {
         "train_micro_batch_size_per_gpu": batch.micro_size,
         "gradient_accumulation_steps": batch.accumulation_steps,

@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch import nn
 
 from sharding.engine import Batch, ModelDefinition, OptimizedParameter, OptimizerFactory
-from sharding.errors import UserError
 from sharding.loss_scaler import LossScaler
 from sharding.mesh import DataParallelMesh
 from sharding.state import TensorSlice, slice_of, slices_of_flat_range
@@ -19,7 +18,7 @@ from sharding.state import TensorSlice, slice_of, slices_of_flat_range
 
 def partition_block(block: nn.Module, settings: dict[str, Any]) -> None:
     """Divide a block's parameters over all ranks as ZeRO-3 wants them, in place; frees what this rank does not keep."""
-    deepspeed = _import_deepspeed(settings)
+    deepspeed = _import_deepspeed()
     deepspeed.zero.Init(module=block, config_dict_or_path=settings, dtype=torch.float32)
 
 
@@ -52,7 +51,7 @@ class DeepSpeedEngine:
             settings: DeepSpeed's configuration.
             loss_scaler: for fp16; None elsewhere.
         """
-        deepspeed = _import_deepspeed(settings)
+        deepspeed = _import_deepspeed()
         self._definition = definition
         self._mesh = mesh
         self._device = device
@@ -276,27 +275,8 @@ def _autocast_forward(model: nn.Module, device: torch.device, dtype: torch.dtype
     model.forward = autocast_forward
 
 
-def _check_file_access() -> None:
-    """Assert that DeepSpeed can read and write files without waiting.
-
-    Raises:
-        UserError: it cannot be compiled here.
-    """
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
-    if not AsyncIOBuilder().is_compatible():
-        raise UserError(
-            "parallel.offload_parameters=nvme needs DeepSpeed's async_io, which cannot be compiled here; install "
-            "libaio with its headers (Debian: libaio-dev), or set parallel.offload_parameters=cpu."
-        )
-
-
-def _import_deepspeed(settings: dict[str, Any]) -> Any:
-    """DeepSpeed without its chatter, and without an extension for inference that it would compile first.
-
-    Raises:
-        UserError: a setting needs what this machine lacks.
-    """
+def _import_deepspeed() -> Any:
+    """DeepSpeed without its chatter, and without an extension for inference that it would compile first."""
     # It warns where it has to find out by itself that there is no GPU.
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     import deepspeed
@@ -311,6 +291,4 @@ def _import_deepspeed(settings: dict[str, Any]) -> Any:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # Until it knows of the process group, it takes itself for one rank.
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
-    if settings["zero_optimization"].get("offload_param", {}).get("device") == "nvme":
-        _check_file_access()
     return deepspeed

@@ -132,11 +132,6 @@ def _validate_backend(parallel: "ParallelConfig") -> None:
             f"parallel.offload_parameters={parallel.offload_parameters} needs parallel.strategy=zero3, but it is "
             f"{strategy}; change one of them."
         )
-    if (parallel.offload_parameters == "nvme") != (parallel.nvme_path is not None):
-        raise UserError(
-            f"parallel.nvme_path={parallel.nvme_path} and parallel.offload_parameters={parallel.offload_parameters}: a "
-            "folder is named if and only if parameters are offloaded to nvme; change one of them."
-        )
 
 
 def _validate_schedule(config: "RunConfig") -> None:

@@ -93,7 +93,6 @@ def test_refused(config_file: Path, override: str, message: str) -> None:
             ["parallel.offload_parameters=cpu", "parallel.backend=deepspeed"],
             "parallel.offload_parameters=cpu needs parallel.strategy=zero3, but it is zero2",
         ),
-        (["parallel.nvme_path=/disk"], "parallel.nvme_path=/disk and parallel.offload_parameters=none"),
         (
             ["model.architecture=null", "model.config={}", "model.pretrained=x", "model.vocab_multiple=128"],
             "model.vocab_multiple=128 pads a model that is trained from scratch, but model.pretrained=x",
