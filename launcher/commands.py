@@ -75,7 +75,7 @@ def run(
 
 @app.command()
 def parity(config: Config, overrides: Overrides = None) -> None:
-    """Prove that every strategy trains as one plain process does; exit status 1 if one does not."""
+    """Prove that every backend, strategy and optimizer trains as one plain process does; exit status 1 if not."""
     _become("trainer.parity", config, *(overrides or []))
 
 
