@@ -53,7 +53,7 @@ class Plan:
         return "\n".join(
             [
                 f"run folder    {config.run_dir}",
-                f"ranks         {num_ranks} ({device}), strategy {config.parallel.strategy} of {config.parallel.backend}, "
+                f"ranks         {num_ranks} ({device}), {config.parallel.backend} {config.parallel.strategy}, "
                 f"data-parallel degree {num_ranks}",
                 f"batch         {config.batch.global_size} sequences = {config.batch.micro_size} x {steps} "
                 f"accumulation steps x {num_ranks} ranks",
