@@ -88,9 +88,9 @@ def test_dropout_masks_continue_bit_for_bit(make_config: MakeConfig) -> None:
     ("strategy", "ranks", "extra"),
     [
         ("none", 1, ()),
-        ("ddp", 2, ()),
+        pytest.param("ddp", 2, (), marks=pytest.mark.slow),
         ("zero1", 3, ("batch.micro_size=2",)),
-        ("zero3", 2, ("batch.micro_size=2",)),
+        pytest.param("zero3", 2, ("batch.micro_size=2",), marks=pytest.mark.slow),
         ("hsdp", 4, ("parallel.replicate=2", "batch.micro_size=1")),
     ],
 )
@@ -198,7 +198,12 @@ def test_a_run_moves_between_backends_and_ranks(make_config: MakeConfig) -> None
 
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(
-    ("backend", "strategy"), [("deepspeed", "zero1"), ("deepspeed", "zero3"), ("accelerate", "ddp")]
+    ("backend", "strategy"),
+    [
+        pytest.param("deepspeed", "zero1", marks=pytest.mark.slow),
+        ("deepspeed", "zero3"),
+        pytest.param("accelerate", "ddp", marks=pytest.mark.slow),
+    ],
 )
 def test_another_backend_continues_bit_for_bit(make_config: MakeConfig, backend: str, strategy: str) -> None:
     parallel = {"backend": backend, "strategy": strategy}

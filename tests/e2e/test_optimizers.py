@@ -12,7 +12,7 @@ MakeConfig = Callable[..., Path]
 
 
 @pytest.mark.timeout(500)
-@pytest.mark.parametrize(("name", "lr"), [("muon", 1e-2), ("adafactor", 0.3)])
+@pytest.mark.parametrize(("name", "lr"), [("muon", 1e-2), pytest.param("adafactor", 0.3, marks=pytest.mark.slow)])
 def test_a_run_continues_bit_for_bit_and_on_three_ranks(name: str, lr: float, make_config: MakeConfig) -> None:
     groups = [{"pattern": "*.mlp.*", "lr_scale": 0.5}, {"pattern": "*norm*", "weight_decay": 0.1}]
     sections = {

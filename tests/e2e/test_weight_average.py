@@ -82,7 +82,7 @@ def test_a_continued_average_is_bit_for_bit_the_uninterrupted_one(straight: Path
     assert training.noise_variance > 0
 
 
-@pytest.mark.parametrize(("strategy", "ranks"), [("ddp", 3), ("zero3", 1)])
+@pytest.mark.parametrize(("strategy", "ranks"), [("ddp", 3), pytest.param("zero3", 1, marks=pytest.mark.slow)])
 def test_the_average_moves_to_other_ranks_and_strategies(
     straight: Path, tmp_path: Path, strategy: str, ranks: int
 ) -> None:
@@ -97,6 +97,7 @@ def test_the_average_moves_to_other_ranks_and_strategies(
     assert noise[0] != noise[1]
 
 
+@pytest.mark.slow
 def test_averaging_may_begin_and_end_in_mid_run(make_config: Callable[..., Path]) -> None:
     config = make_config("later", checkpoint=_SAVE_ALL, steps=1)
     run_dir = config.parent / "runs" / "later"

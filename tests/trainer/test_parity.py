@@ -59,6 +59,7 @@ def test_other_architectures_do_so_too(values: dict[str, Any], tmp_path: Path, m
     assert [row for row in rows if not row.passed] == []
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_eight_bit_moments_are_the_same_in_every_layout(values: dict[str, Any], tmp_path: Path) -> None:
     model = {"architecture": "llama", "config": TINY_MODEL["config"] | {"hidden_size": 96, "intermediate_size": 130}}
