@@ -107,7 +107,7 @@ def _whole_state(folder: Path) -> dict[str, torch.Tensor]:
         whole = torch.empty(entry.shape, dtype=getattr(torch, entry.dtype))
         num_elements = 0
         for part in entry.slices:
-            tensor = reader._file(part.file).get_tensor(name)
+            tensor = reader._file(part.file).get_tensor(part.key)
             whole[tuple(slice(o, o + n) for o, n in zip(part.offsets, part.shape, strict=True))] = tensor
             num_elements += tensor.numel()
         assert num_elements == whole.numel(), name
