@@ -135,3 +135,8 @@ def test_examples_can_be_planned(path: str, num_ranks: int, tmp_path: Path) -> N
     )
     assert finished.returncode == 0, finished.stderr
     assert f"x {num_ranks} ranks" in finished.stdout
+
+
+def test_the_quickstart_can_be_tried_in_a_few_steps() -> None:
+    config = load_config(ROOT / "configs" / "quickstart.yaml", ["steps=20"])
+    assert config.schedule.total_steps == load_config(ROOT / "configs" / "quickstart.yaml").num_steps
