@@ -11,36 +11,24 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 from sharding.blocks import find_blocks
+from sharding.ddp import DdpEngine
 from sharding.engine import ModelDefinition, OptimizerFactory
 from sharding.loss_scaler import LossScaler
 from sharding.mesh import DataParallelMesh
-from sharding.torch_engine import TorchEngine
 from sharding.zero import ZeroEngine
 
 
-class AccelerateDdpEngine(TorchEngine):
+class AccelerateDdpEngine(DdpEngine):
     """A model and optimizer prepared by an Accelerator as DDP."""
 
-    def __init__(
-        self,
-        definition: ModelDefinition,
-        mesh: DataParallelMesh,
-        device: torch.device,
-        autocast_dtype: torch.dtype | None,
-        build_optimizer: OptimizerFactory,
-        loss_scaler: LossScaler | None = None,
-    ) -> None:
-        """See TorchEngine; the process group must be up."""
-        super().__init__(definition, mesh, device, autocast_dtype, build_optimizer, loss_scaler)
-        self._accelerator = build_accelerator(device)
+    def _wrap(self) -> Any:
+        self._accelerator = build_accelerator(self._device)
         with warnings.catch_warnings():
             # Newer torch has another name for broadcast_buffers; the plugin's is the old one.
             warnings.simplefilter("ignore", FutureWarning)
-            self._ddp, self._prepared_optimizer = self._accelerator.prepare(self._model, self._optimizer)
-        _check_wrapped(self._ddp, self._accelerator, mesh)
-
-    def _forward_module(self) -> nn.Module:
-        return self._ddp
+            model, self._prepared_optimizer = self._accelerator.prepare(self._model, self._optimizer)
+        _check_wrapped(model, self._accelerator, self._mesh)
+        return model
 
     def _backward(self, loss: torch.Tensor) -> None:
         self._accelerator.backward(loss)
@@ -48,15 +36,9 @@ class AccelerateDdpEngine(TorchEngine):
     def _apply_optimizer(self) -> None:
         self._prepared_optimizer.step()
 
-    def _gradient_scale(self) -> float:
-        # DDP averages over ranks; the loss is a global sum over a global count.
-        return float(self._mesh.dp_degree)
-
     def _accumulation_context(self, *, is_last: bool) -> AbstractContextManager[Any]:
+        # By way of the accelerator, since on one rank the model is not wrapped.
         return nullcontext() if is_last else self._accelerator.no_sync(self._ddp)
-
-    def _is_written_here(self, index: int) -> bool:
-        return index % self._mesh.dp_degree == self._mesh.dp_rank
 
 
 class AccelerateZero3Engine(ZeroEngine):

@@ -28,10 +28,13 @@ class DdpEngine(TorchEngine):
     ) -> None:
         """See TorchEngine; the process group must be up."""
         super().__init__(definition, mesh, device, autocast_dtype, build_optimizer, loss_scaler)
-        self._ddp = DistributedDataParallel(
+        self._ddp = self._wrap()
+
+    def _wrap(self) -> Any:
+        return DistributedDataParallel(
             self._model,
-            device_ids=[device.index] if device.type == "cuda" else None,
-            process_group=mesh.shard_group,
+            device_ids=[self._device.index] if self._device.type == "cuda" else None,
+            process_group=self._mesh.shard_group,
             gradient_as_bucket_view=True,
             **_no_buffer_sync(),
         )
