@@ -18,6 +18,7 @@ from trainer.loop import Trainer, TrainerParts
 from trainer.model_engine import build_model_engine, describe_model, parameter_hash
 from trainer.models import Vocabulary
 from trainer.observers import Observers
+from trainer.phases import Phases
 from trainer.profiling import StepProfiler
 from trainer.run_folder import RunFolder
 from trainer.system_metrics import SystemMeter
@@ -31,6 +32,7 @@ def build_trainer(
     corpus: Prepared,
     run_folder: RunFolder,
     observers: Observers,
+    phases: Phases,
     *,
     is_stop_requested: Callable[[], bool],
     before_commit: Callable[[], None],
@@ -43,6 +45,7 @@ def build_trainer(
         corpus: the prepared corpus or mixture.
         run_folder: where the run lives.
         observers: who watches.
+        phases: what this rank is doing.
         is_stop_requested: whether this rank was asked to stop.
         before_commit: see Checkpointer.
 
@@ -84,6 +87,7 @@ def build_trainer(
         ),
         checkpointer=Checkpointer(config, run_folder, corpus.fingerprint, ranks, before_commit, average),
         observers=observers,
+        phases=phases,
         is_stop_requested=is_stop_requested,
         after_first_step=lambda: set_step_timeout(config.launch.step_timeout_s),
         profiler=StepProfiler(run_folder.path / "profile", config.metrics.profile_steps, ranks.rank, ranks.device),

@@ -31,6 +31,7 @@ from trainer.metrics import (
 from trainer.models import ModelFacts
 from trainer.noise_scale import NoiseScale, train_and_measure
 from trainer.observers import Observers
+from trainer.phases import Phase, Phases
 from trainer.profiling import StepProfiler
 from trainer.randomness import seed_step
 from trainer.schedules import learning_rate
@@ -61,6 +62,7 @@ class TrainerParts:
         evaluation_batches: this rank's share of the held-out sequences; equally many on every rank.
         checkpointer: saving and resuming.
         observers: console, trackers; silent on all ranks but the first.
+        phases: what this rank is doing; the loop tells it.
         is_stop_requested: whether this rank was asked to stop.
         after_first_step: called once; lowers the collectives' time limit.
         facts: size of the model.
@@ -77,6 +79,7 @@ class TrainerParts:
     evaluation_batches: Callable[[], Iterable[Batch]]
     checkpointer: Checkpointer
     observers: Observers
+    phases: Phases
     is_stop_requested: Callable[[], bool]
     after_first_step: Callable[[], None]
     profiler: StepProfiler
@@ -120,6 +123,7 @@ class Trainer:
         Raises:
             UserError: the checkpoint cannot be used.
         """
+        self._parts.phases.enter(Phase.LOAD)
         restored = self._parts.checkpointer.resume(self._parts.engine)
         if restored is not None:
             total_steps = self._config.schedule.total_steps or restored.schedule_total_steps
@@ -160,16 +164,20 @@ class Trainer:
         self._clock.restart()
         self._loader_state = loader.state()
         first_step = self.step + 1
+        phases = self._parts.phases
         for step in range(first_step, self._config.num_steps + 1):
             seed_step(self._config.seed, step, self._parts.dp_rank)
+            phases.enter(Phase.DATA, step)
             waited_from = time.perf_counter()
             micro_batches = [self._parts.task.make_batch(sequences) for sequences in loader.next_step()]
             data_wait_s = time.perf_counter() - waited_from
             num_targets = sum(self._parts.task.num_targets(batch) for batch in micro_batches)
+            phases.enter(Phase.AGREE)
             agreed = agree_on_step(num_targets, self._parts.is_stop_requested())
             if agreed.stop:
                 self._save()
                 return Ending.STOPPED
+            phases.enter(Phase.TRAIN)
             with self._parts.profiler.step():
                 record = self._train_step(step, micro_batches, agreed.num_targets)
             # Not before: a step that was taken and then given up for a stop comes again.
@@ -219,6 +227,7 @@ class Trainer:
 
     def _log(self, record: StepRecord, *, evaluates: bool) -> None:
         parts = self._parts
+        parts.phases.enter(Phase.LOG)
         metrics, longest_skip = summarize_step(
             record, self._skipped, self._clock, parts.meter, parts.ranks, self._noise_scale
         )
@@ -260,7 +269,7 @@ class Trainer:
         Every rank must call it. Empty where nothing is held out.
         """
         average = self._parts.weight_average
-        with self._clock.paused("evaluation"):
+        with self._parts.phases.during(Phase.EVALUATE), self._clock.paused("evaluation"):
             metrics = self._evaluate_weights()
             if average is not None and metrics:
                 with average.in_place_of_weights():
@@ -277,6 +286,7 @@ class Trainer:
         return {} if sums is None else parts.task.evaluation_metrics(sum_over_ranks(sums, parts.ranks))
 
     def _save(self) -> None:
+        self._parts.phases.enter(Phase.SAVE)
         with self._clock.paused("saving"):
             # Waits for the device, as saving does anyway.
             training = self._training.model_copy(

@@ -19,9 +19,11 @@ from trainer.config import RunConfig, load_config
 from trainer.console import Console
 from trainer.data.prepare import prepare_corpus
 from trainer.foreign_settings import refuse_foreign_settings
+from trainer.injection import inject_faults, read_faults
 from trainer.lease import Lease
 from trainer.loop import Ending, Trainer
 from trainer.observers import Observers
+from trainer.phases import Phase, Phases
 from trainer.randomness import use_deterministic_kernels
 from trainer.rank_logs import redirect_output
 from trainer.report.end_of_run import write_run_report
@@ -43,6 +45,7 @@ class _Progress:
     trainer: Trainer | None = None
     observers: Observers | None = None
     lease: Lease | None = field(default=None)
+    phases: Phases = field(default_factory=Phases)
 
     @property
     def step(self) -> int:
@@ -117,10 +120,13 @@ def _run(arguments: Sequence[str], progress: _Progress) -> int:
     # Every rank asks; a file lock lets one of them work while the others wait. No collective has begun, so however
     # long it takes, nothing times out.
     corpus = prepare_corpus(config.data, progress=rank == 0)
+    progress.phases.enter(Phase.JOIN)
     with process_group(config.launch.init_timeout_s) as ranks:
         attempt = _agree_on_attempt(attempt, ranks)
         progress.run_folder = run_folder
         redirect_output(run_folder.log_dir(attempt), ranks.rank)
+        inject_faults(read_faults(os.environ), progress.phases, ranks.rank, attempt)
+        progress.phases.enter(Phase.BUILD)
         progress.observers = observers = _build_observers(config, run_folder, ranks)
         progress.trainer = trainer = build_trainer(
             config,
@@ -128,10 +134,11 @@ def _run(arguments: Sequence[str], progress: _Progress) -> int:
             corpus,
             run_folder,
             observers,
+            progress.phases,
             is_stop_requested=lambda: stop_request.poll(run_folder.stop_file if ranks.rank == 0 else None),
             before_commit=lambda: progress.lease.check() if progress.lease is not None else None,
         )
-        ending = _train(trainer, config, run_folder, observers, ranks)
+        ending = _train(trainer, config, run_folder, observers, ranks, progress.phases)
     return EXIT_FINISHED if ending is Ending.FINISHED else EXIT_STOPPED
 
 
@@ -141,6 +148,7 @@ def _train(
     run_folder: RunFolder,
     observers: Observers,
     ranks: Ranks,
+    phases: Phases,
 ) -> Ending:
     trainer.resume_or_init()
     observers.start(trainer.step)
@@ -149,6 +157,7 @@ def _train(
     elif trainer.step:
         observers.message(f"continuing after step {trainer.step}")
     ending = trainer.fit()
+    phases.enter(Phase.FINISH)
     trainer.close()
     if ranks.rank == 0:
         exit_code = EXIT_FINISHED if ending is Ending.FINISHED else EXIT_STOPPED

@@ -8,6 +8,7 @@ from benchmarks.turns import StepEdge
 from trainer.build import build_trainer
 from trainer.console import Console
 from trainer.observers import Observers
+from trainer.phases import Phases
 from trainer.run_folder import RunFolder
 from trainer.stopping import StopRequest
 
@@ -37,6 +38,7 @@ class ShardlineTrainer:
             contest.corpus,
             self._run_folder,
             Observers(self._run_folder.metrics_file, console),
+            Phases(),
             is_stop_requested=self._is_stop_requested,
             before_commit=lambda: None,
         )

@@ -1,0 +1,89 @@
+"""Faults on purpose, for drills and tests: what ``SHARDLINE_INJECT`` asks for happens at a phase of a step.
+
+The variable holds a JSON list of faults, such as ``[{"fault": "kill", "rank": 1, "step": 7, "phase": "train"}]``.
+Without it nothing here runs.
+"""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Mapping
+from typing import Literal
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from sharding.errors import UserError
+from sharding.strict_model import StrictModel
+from trainer.phases import Moment, Phase, Phases
+
+INJECT_VARIABLE = "SHARDLINE_INJECT"
+
+
+class Fault(StrictModel):
+    """One fault."""
+
+    fault: Literal["kill", "term", "hang", "slow", "raise"]
+    """`kill` and `term` send the rank SIGKILL or SIGTERM, `hang` never returns, `slow` sleeps, `raise` is an error."""
+
+    rank: int = Field(default=0, ge=0)
+    """Rank that it strikes."""
+
+    step: int = Field(default=1, ge=0)
+    """Step at which it strikes."""
+
+    num_steps: int = Field(default=1, ge=1)
+    """Steps in a row that it strikes at."""
+
+    phase: Phase = Field(default=Phase.TRAIN, strict=False)
+    """Phase at whose beginning it strikes."""
+
+    attempt: int | None = None
+    """Attempt that it strikes in; None means every one."""
+
+    seconds: float = Field(default=0.0, ge=0.0)
+    """Length of each sleep of `slow`."""
+
+
+def read_faults(environment: Mapping[str, str]) -> list[Fault]:
+    """The faults that the environment asks for.
+
+    Raises:
+        UserError: the variable is not a list of faults.
+    """
+    text = environment.get(INJECT_VARIABLE)
+    if not text:
+        return []
+    try:
+        return TypeAdapter(list[Fault]).validate_python(json.loads(text))
+    except (ValueError, ValidationError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{INJECT_VARIABLE} is not a list of faults ({reason}); unset it.") from None
+
+
+def inject_faults(faults: list[Fault], phases: Phases, rank: int, attempt: int) -> None:
+    """Have the faults that concern this rank and attempt happen when their phase begins."""
+    mine = [fault for fault in faults if fault.rank == rank and fault.attempt in (None, attempt)]
+    if mine:
+        phases.listen(lambda _, begun: _strike(mine, begun))
+
+
+def _strike(faults: list[Fault], begun: Moment) -> None:
+    for fault in faults:
+        if begun.phase is fault.phase and fault.step <= begun.step < fault.step + fault.num_steps:
+            _happen(fault, begun)
+
+
+def _happen(fault: Fault, begun: Moment) -> None:
+    match fault.fault:
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "term":
+            os.kill(os.getpid(), signal.SIGTERM)
+        case "hang":
+            while True:
+                time.sleep(3600)
+        case "slow":
+            time.sleep(fault.seconds)
+        case "raise":
+            raise RuntimeError(f"injected at the beginning of {begun.phase} of step {begun.step}")
