@@ -1,12 +1,13 @@
 """Metrics of a run: gathered without waiting for the device, written at log intervals."""
 
+import errno
 import json
 import math
 import os
 import resource
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -197,8 +198,8 @@ class MetricsFile:
         """
         if path.exists():
             _discard_after(path, last_step)
-        # Line buffering: a killed run loses no finished line.
-        self._file = path.open("a", buffering=1)
+        # No buffer: a killed run loses no finished line.
+        self._file = path.open("ab", buffering=0)
 
     def write(self, step: int, metrics: Metrics) -> None:
         """Append one step's metrics; numbers that are not finite become null.
@@ -206,19 +207,21 @@ class MetricsFile:
         Raises:
             UserError: the disk is full, say.
         """
+        line = (json.dumps({"step": step} | finite_or_none(metrics)) + "\n").encode()
         try:
-            self._file.write(json.dumps({"step": step} | finite_or_none(metrics)) + "\n")
+            # The next attempt takes out a line that is not whole.
+            reason = None if self._file.write(line) == len(line) else os.strerror(errno.ENOSPC)
         except OSError as error:
+            reason = error.strerror
+        if reason is not None:
             raise UserError(
-                f"{self._file.name} cannot be written: {error.strerror}; free some space, then run again to continue "
-                "from the last checkpoint."
-            ) from None
+                f"{self._file.name} cannot be written: {reason}; free some space, then run again to continue from the "
+                "last checkpoint."
+            )
 
     def close(self) -> None:
         """Close the file."""
-        # What could not be written was said when it was.
-        with suppress(OSError):
-            self._file.close()
+        self._file.close()
 
 
 def finite_or_none(metrics: Metrics) -> Metrics:
