@@ -85,7 +85,9 @@ def build_trainer(
             max_sequences=config.evaluation.max_sequences,
             document_mask=config.data.document_mask,
         ),
-        checkpointer=Checkpointer(config, run_folder, corpus.fingerprint, ranks, before_commit, average),
+        checkpointer=Checkpointer(
+            config, run_folder, corpus.fingerprint, ranks, before_commit, average, observers.warning
+        ),
         observers=observers,
         phases=phases,
         is_stop_requested=is_stop_requested,
