@@ -29,9 +29,11 @@ def check_sizes(folder: Path, manifest: Manifest) -> None:
     """Compare the sizes of all files with the manifest.
 
     Raises:
-        DamagedCheckpoint: a file is missing, or has another size.
+        DamagedCheckpoint: a file is missing, has another size, or a name that leads out of the checkpoint's folder.
     """
     for name, entry in manifest.files.items():
+        if name in ("", ".", "..") or "/" in name or "\0" in name:
+            raise DamagedCheckpoint(folder, f"the manifest lists {name!r}, which is not a name of a file in it")
         try:
             num_bytes = (folder / name).stat().st_size
         except OSError as error:
@@ -40,15 +42,12 @@ def check_sizes(folder: Path, manifest: Manifest) -> None:
             raise DamagedCheckpoint(folder, f"{name} has {num_bytes} bytes instead of {entry.num_bytes}")
 
 
-def check_files(folder: Path, manifest: Manifest) -> None:
-    """Check that files are named plainly, and that no stored part is in a file of which the manifest does not speak.
+def check_parts(folder: Path, manifest: Manifest) -> None:
+    """Check that no stored part is in a file of which the manifest does not speak.
 
     Raises:
-        DamagedCheckpoint: a name leads out of the checkpoint's folder, or a file is not listed.
+        DamagedCheckpoint: a file is not listed.
     """
-    for name in manifest.files:
-        if name in ("", ".", "..") or "/" in name or "\0" in name:
-            raise DamagedCheckpoint(folder, f"the manifest lists {name!r}, which is not a name of a file in it")
     named = {part.file for entry in manifest.tensors.values() for part in entry.slices}
     if unlisted := sorted(named - manifest.files.keys()):
         raise DamagedCheckpoint(folder, f"the manifest does not list {unlisted[0]}, in which it says that tensors are")

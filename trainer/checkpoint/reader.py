@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 
 from sharding.errors import UserError
 from sharding.state import TensorSlice
-from trainer.checkpoint.layout import check_files, check_header, check_sizes, check_tensors, parts_by_file
+from trainer.checkpoint.layout import check_header, check_parts, check_sizes, check_tensors, parts_by_file
 from trainer.checkpoint.manifest import (
     DamagedCheckpoint,
     Manifest,
@@ -50,7 +50,7 @@ class CheckpointReader:
         manifest = self.manifest
         if fingerprint(manifest.config) != manifest.config_fingerprint:
             raise DamagedCheckpoint(self.folder, "the configuration does not have its fingerprint")
-        check_files(self.folder, manifest)
+        check_parts(self.folder, manifest)
         check_tensors(self.folder, manifest, sorted(manifest.tensors)[index::num_shares])
         parts = parts_by_file(manifest)
         for name in sorted(manifest.files)[index::num_shares]:

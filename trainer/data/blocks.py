@@ -7,7 +7,7 @@ import numpy as np
 
 # What the kernel reads ahead in any case; 32 bytes of hash for it are 0.05 % of a corpus.
 BLOCK_BYTES = 1 << 16
-_HASH_BYTES = hashlib.sha256().digest_size
+HASH_BYTES = hashlib.sha256().digest_size
 
 
 def hash_blocks(contents: bytes | memoryview) -> bytes:
@@ -60,6 +60,6 @@ class BlockCheck:
             self._hashes = self._read_hashes()
         stop = min(start + BLOCK_BYTES, len(self._files[file]))
         digest = hashlib.sha256(self._files[file][start:stop]).digest()
-        if digest != self._hashes[block * _HASH_BYTES : (block + 1) * _HASH_BYTES]:
+        if digest != self._hashes[block * HASH_BYTES : (block + 1) * HASH_BYTES]:
             self._report(file, start, stop)
         self._is_compared[block] = 1

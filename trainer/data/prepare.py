@@ -100,6 +100,8 @@ def _prepare(config: DataConfig, folder: Path, progress: bool) -> None:
             tokenizer = _tokenizer(config, list(cleaned.values()), stages)
             for name, corpus in cleaned.items():
                 _write_corpus(config, corpus, tokenizer, work / name, stages)
+        # Without a manifest it is no corpus, and a mixture without a folder is none.
+        shutil.rmtree(folder, ignore_errors=True)
         work.rename(folder)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
@@ -129,7 +131,9 @@ def _write_corpus(
         num_empty=cleaned.num_empty,
         num_duplicates=cleaned.num_duplicates,
         validation_limit=cleaned.validation_limit,
-        tokenizer_files=[describe_file(path, work) for path in sorted((work / TOKENIZER_FOLDER).iterdir())],
+        tokenizer_files=[
+            describe_file(path, work) for path in sorted((work / TOKENIZER_FOLDER).rglob("*")) if path.is_file()
+        ],
         splits=splits,
     )
     write_atomically(work / MANIFEST_NAME, dump_checked(manifest.model_dump(mode="json")))

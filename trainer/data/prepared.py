@@ -6,8 +6,9 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from sharding.errors import UserError
 from sharding.strict_model import StrictModel
@@ -30,7 +31,7 @@ class CorpusManifest(StrictModel):
     preparation_version: int
     """Version of this layout and of the cleaning rules."""
 
-    dtype: str
+    dtype: str = Field(pattern="^<u[24]$")
     """NumPy type of a token: `<u2` or `<u4`."""
 
     vocab_size: int
@@ -65,6 +66,16 @@ class CorpusManifest(StrictModel):
 
     splits: dict[str, SplitFacts]
     """`train` and `validation`."""
+
+    @model_validator(mode="after")
+    def _sizes_agree(self) -> Self:
+        if self.splits.keys() != {"train", "validation"}:
+            raise ValueError(f"its splits are {', '.join(self.splits)}")
+        for name, split in self.splits.items():
+            num_bytes = sum(shard.num_bytes for shard in split.shards)
+            if num_bytes != split.num_tokens * int(self.dtype[-1]):
+                raise ValueError(f"the shards of {name} do not have {split.num_tokens} tokens")
+        return self
 
 
 class PreparedCorpus:

@@ -6,21 +6,23 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import numpy as np
+from pydantic import Field, model_validator
 
 from sharding.errors import UserError
 from sharding.strict_model import StrictModel
-from trainer.data.blocks import BLOCK_BYTES, BlockCheck
+from trainer.data.blocks import BLOCK_BYTES, HASH_BYTES, BlockCheck
 
 
 class FileFacts(StrictModel):
     """A file of a prepared corpus."""
 
-    file: str
-    """Name in the corpus folder."""
+    file: str = Field(pattern=r"^[\w-][\w.-]*(/[\w-][\w.-]*)*$")
+    """Name in the corpus folder; no part of it begins with a dot."""
 
-    num_bytes: int
+    num_bytes: int = Field(ge=0)
     """Size."""
 
     sha256: str
@@ -55,6 +57,16 @@ class SplitFacts(StrictModel):
     def files(self) -> list[FileFacts]:
         """All files."""
         return [*self.shards, self.documents, self.source_offsets, self.sources, self.blocks]
+
+    @model_validator(mode="after")
+    def _sizes_agree(self) -> Self:
+        num_blocks = sum(-(-shard.num_bytes // BLOCK_BYTES) for shard in self.shards)
+        if self.blocks.num_bytes != num_blocks * HASH_BYTES:
+            raise ValueError(f"{self.blocks.file} does not have a hash for each of {num_blocks} blocks")
+        for facts in (self.documents, self.source_offsets):
+            if facts.num_bytes != 8 * (self.num_documents + 1):
+                raise ValueError(f"{facts.file} does not speak of {self.num_documents} documents")
+        return self
 
 
 @dataclass(frozen=True)
