@@ -6,7 +6,7 @@ import os
 import resource
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from sharding.errors import UserError
 from sharding.process_group import Ranks
 from trainer.noise_scale import NoiseMeasurement, NoiseScale
 from trainer.system_metrics import NUM_SYSTEM_VALUES, SystemMeter, system_metrics
@@ -200,12 +201,24 @@ class MetricsFile:
         self._file = path.open("a", buffering=1)
 
     def write(self, step: int, metrics: Metrics) -> None:
-        """Append one step's metrics; numbers that are not finite become null."""
-        self._file.write(json.dumps({"step": step} | finite_or_none(metrics)) + "\n")
+        """Append one step's metrics; numbers that are not finite become null.
+
+        Raises:
+            UserError: the disk is full, say.
+        """
+        try:
+            self._file.write(json.dumps({"step": step} | finite_or_none(metrics)) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"{self._file.name} cannot be written: {error.strerror}; free some space, then run again to continue "
+                "from the last checkpoint."
+            ) from None
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        # What could not be written was said when it was.
+        with suppress(OSError):
+            self._file.close()
 
 
 def finite_or_none(metrics: Metrics) -> Metrics:

@@ -125,7 +125,7 @@ def _run(arguments: Sequence[str], progress: _Progress) -> int:
         attempt = _agree_on_attempt(attempt, ranks)
         progress.run_folder = run_folder
         redirect_output(run_folder.log_dir(attempt), ranks.rank)
-        inject_faults(read_faults(os.environ), progress.phases, ranks.rank, attempt)
+        inject_faults(read_faults(os.environ), progress.phases, run_folder.path, ranks.rank, attempt)
         progress.phases.enter(Phase.BUILD)
         progress.observers = observers = _build_observers(config, run_folder, ranks)
         progress.trainer = trainer = build_trainer(

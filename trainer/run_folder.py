@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ _FROZEN_KEYS = ("task", "model", "data", "seed", "optimizer", "schedule", "batch
 # averaged beside training.
 _FREE_KEYS = ("data.cache_dir", "data.num_workers", "schedule.total_steps", "optimizer.ema_decay")
 _MIN_FREE_BYTES = 16 * 2**20
+_RESERVE_BYTES = 64 * 2**10
 
 
 class RunFolder:
@@ -36,6 +38,7 @@ class RunFolder:
         self.stop_file = path / "stop"
         self.outcome_file = path / "outcome.json"
         self.report_file = path / "report.html"
+        self._reserve_file = path / ".reserve"
 
     def log_dir(self, attempt: int) -> Path:
         """Where the logs of one attempt go."""
@@ -159,6 +162,8 @@ class RunFolder:
             self.stop_file.unlink(missing_ok=True)
             self.outcome_file.unlink(missing_ok=True)
             record_attempt(self.path, attempt)
+            # Room to say how the attempt ended, should the disk be full by then.
+            write_atomically(self._reserve_file, bytes(_RESERVE_BYTES))
         except OSError as error:
             raise UserError(
                 f"run folder {self.path} cannot be written: {error.strerror}; choose another output_dir."
@@ -173,7 +178,14 @@ class RunFolder:
         if is_taken_over(self.path, os.environ.get(LEASE_VARIABLE)):
             return
         outcome = {"status": status, "exit_code": exit_code, "step": step, "reason": reason, "rank": rank}
-        create_once(self.outcome_file, json.dumps(outcome) + "\n")
+        try:
+            create_once(self.outcome_file, json.dumps(outcome) + "\n")
+        except OSError as error:
+            self._reserve_file.unlink(missing_ok=True)
+            try:
+                create_once(self.outcome_file, json.dumps(outcome) + "\n")
+            except OSError:
+                print(f"warning: {self.outcome_file} cannot be written: {error.strerror}", file=sys.stderr)
 
     def read_outcome(self) -> dict[str, Any] | None:
         """How the last attempt ended; None where nobody could say."""
