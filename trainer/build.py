@@ -62,7 +62,7 @@ def build_trainer(
     if config.metrics.parameter_hash:
         observers.message(f"initial parameters {parameter_hash(engine, ranks)}")
     corpus.check_sequence_length(config.data.sequence_length)
-    validation = corpus.stream("validation")
+    validation = corpus.stream("validation", verify=config.faults.verify_data)
     length = config.data.sequence_length
     if config.data.document_mask:
         check_engine(engine, config, task, vocabulary)
@@ -85,7 +85,9 @@ def build_trainer(
             max_sequences=config.evaluation.max_sequences,
             document_mask=config.data.document_mask,
         ),
-        checkpointer=Checkpointer(config, run_folder, corpus.fingerprint, ranks, before_commit, average),
+        checkpointer=Checkpointer(
+            config, run_folder, corpus.fingerprint, ranks, before_commit, average, observers.warning
+        ),
         observers=observers,
         phases=phases,
         is_stop_requested=is_stop_requested,
@@ -120,7 +122,7 @@ def _build_loader(
             state=state_of_rank(training.loader_states, training.num_samples, mesh.dp_rank, mesh.dp_degree),
         )
     return BatchLoader(
-        corpus.stream("train"),
+        corpus.stream("train", verify=config.faults.verify_data),
         corpus.order(config.seed, data.sequence_length, data.shuffle),
         sequence_length=data.sequence_length,
         global_size=batch.global_size,

@@ -47,6 +47,11 @@ class Observers:
         if self.console is not None:
             self.console.message(text)
 
+    def warning(self, text: str) -> None:
+        """Something happened that a person should know."""
+        if self.console is not None:
+            self.console.warning(text)
+
     def tracker_state(self) -> dict[str, Any]:
         """Identities of tracker runs, for the checkpoint."""
         return self.trackers.state() if self.trackers is not None else {}

@@ -131,3 +131,6 @@ class FaultsConfig(StrictModel):
     max_nonfinite_steps: int = Field(default=5, ge=1)
     """Consecutive steps with a non-finite loss or gradient, each skipped by all ranks, before the run stops; under
     fp16 the steps that it takes to halve the loss scale down to 1 come on top."""
+
+    verify_data: bool = True
+    """Compare each block of a prepared corpus with its SHA-256 when it is first read; one that differs ends the run."""
