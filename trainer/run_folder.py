@@ -9,6 +9,7 @@ from typing import Any
 from sharding.errors import UserError
 from trainer.atomic_files import create_once, write_atomically
 from trainer.config import RunConfig, config_to_yaml, load_config
+from trainer.failure import set_failure_aside
 from trainer.lease import LEASE_VARIABLE, is_taken_over, record_attempt
 from trainer.provenance import collect_provenance
 from trainer.validation import World
@@ -127,6 +128,7 @@ class RunFolder:
             write_atomically(self.path / f"provenance{suffix}.json", provenance + "\n")
             self.stop_file.unlink(missing_ok=True)
             self.outcome_file.unlink(missing_ok=True)
+            set_failure_aside(self.path)
             record_attempt(self.path, attempt)
         except OSError as error:
             raise UserError(
