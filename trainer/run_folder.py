@@ -13,6 +13,7 @@ from trainer.checkpoint.layout import check_sizes
 from trainer.checkpoint.manifest import read_manifest
 from trainer.config import RunConfig, config_to_yaml, load_config
 from trainer.events import read_events
+from trainer.failure import set_failure_aside
 from trainer.lease import LEASE_VARIABLE, is_taken_over, record_attempt
 from trainer.provenance import collect_provenance
 from trainer.validation import World
@@ -161,6 +162,7 @@ class RunFolder:
             write_atomically(self.path / f"provenance{suffix}.json", provenance + "\n")
             self.stop_file.unlink(missing_ok=True)
             self.outcome_file.unlink(missing_ok=True)
+            set_failure_aside(self.path)
             record_attempt(self.path, attempt)
             # Room to say how the attempt ended, should the disk be full by then.
             write_atomically(self._reserve_file, bytes(_RESERVE_BYTES))
