@@ -11,7 +11,12 @@ from sharding.errors import UserError
 from sharding.process_group import Ranks
 from trainer.checkpoint.manifest import TrainingState
 from trainer.checkpoint.reader import CheckpointReader
-from trainer.checkpoint.writer import CheckpointIdentity, prune_checkpoints, save_checkpoint
+from trainer.checkpoint.writer import (
+    CheckpointIdentity,
+    prune_checkpoints,
+    remove_checkpoints_after,
+    save_checkpoint,
+)
 from trainer.config import RunConfig
 from trainer.run_folder import RunFolder
 from trainer.weight_average import WeightAverage
@@ -53,9 +58,36 @@ class Checkpointer:
         Raises:
             UserError: a checkpoint is damaged, or of another model or corpus.
         """
-        source, weights_only = self._agree_on_source()
+        source, weights_only = self._agree_on(self._choose_source)
         if source is None:
             return None
+        training = self._load(engine, source, weights_only)
+        if weights_only:
+            return None
+        if source.parent == self._run_folder.checkpoints_dir:
+            self._saved_step = training.step
+        return training
+
+    def roll_back(self, engine: Engine, last_step: int) -> TrainingState | None:
+        """Load the run's newest checkpoint of ``last_step`` or before, and remove those after it.
+
+        Returns:
+            What training continues from; None, and nothing has changed, where there is no such checkpoint.
+
+        Raises:
+            UserError: the checkpoint is damaged.
+        """
+        source, _ = self._agree_on(lambda: (self._newest_until(last_step), False))
+        if source is None:
+            return None
+        training = self._load(engine, source, weights_only=False)
+        if self._ranks.rank == 0:
+            # They are of a training that did not happen: were the run killed now, it must not continue from them.
+            remove_checkpoints_after(self._run_folder.checkpoints_dir, training.step)
+        self._saved_step = training.step
+        return training
+
+    def _load(self, engine: Engine, source: Path, weights_only: bool) -> TrainingState:
         reader = CheckpointReader(source)
         # Each rank hashes its share of the files; a damaged one ends the start for all.
         reader.verify(sorted(reader.manifest.files)[self._ranks.rank :: self._ranks.world_size])
@@ -71,10 +103,6 @@ class Checkpointer:
             # A run that turns averaging on begins with the weights it has.
             continues = reader.has_average and not weights_only
             self._weight_average.load(reader.read_into if continues else None)
-        if weights_only:
-            return None
-        if source.parent == self._run_folder.checkpoints_dir:
-            self._saved_step = reader.manifest.training.step
         return reader.manifest.training
 
     def save(self, engine: Engine, training: TrainingState) -> Path | None:
@@ -101,14 +129,18 @@ class Checkpointer:
             prune_checkpoints(self._run_folder.checkpoints_dir, settings.keep_last, settings.keep_every)
         return folder
 
-    def _agree_on_source(self) -> tuple[Path | None, bool]:
+    def _agree_on(self, choose: Callable[[], tuple[Path | None, bool]]) -> tuple[Path | None, bool]:
         """Rank 0 chooses, since a shared file system may show ranks different listings."""
         choice: list[Any] = [None, False]
         if self._ranks.rank == 0:
-            choice = list(self._choose_source())
+            choice = list(choose())
         if self._ranks.world_size > 1:
             dist.broadcast_object_list(choice, src=0)
         return choice[0], choice[1]
+
+    def _newest_until(self, last_step: int) -> Path | None:
+        newest = self._run_folder.newest_checkpoint(last_step)
+        return newest[1] if newest is not None else None
 
     def _choose_source(self) -> tuple[Path | None, bool]:
         newest = self._run_folder.newest_checkpoint()
