@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from sharding.strict_model import StrictModel
 
@@ -132,7 +132,11 @@ class FaultsConfig(StrictModel):
     """Consecutive steps with a non-finite loss or gradient, each skipped by all ranks, before the run stops; under
     fp16 the steps that it takes to halve the loss scale down to 1 come on top."""
 
-    spike_policy: Literal["off", "warn", "skip", "rollback"] = "warn"
+    # YAML takes a bare off for false.
+    spike_policy: Annotated[
+        Literal["off", "warn", "skip", "rollback"],
+        BeforeValidator(lambda value: "off" if value is False else value),
+    ] = "warn"
     """What is done about a step whose loss or gradient norm is far above that of the steps before it: `warn` says so,
     `skip` takes the step again with the samples that follow, `rollback` returns to the checkpoint before it and leaves
     its samples out. `skip` waits for the device once a step."""

@@ -9,6 +9,8 @@ from typing import Literal
 
 # The standard deviation of a normal distribution in median absolute deviations.
 _DEVIATION_OF_MAD = 1.4826
+# Long enough for a median that one step does not move, and short beside what a loss takes to fall.
+_BLOCK_STEPS = 32
 # A loss that hardly moves has a spread of nearly nothing, and any wiggle would be far out: below half a percent of the
 # median, or of the norm, a spread does not count as smaller.
 _LEAST_SPREAD = 0.005
@@ -22,8 +24,8 @@ class Spike:
     Attributes:
         quantity: what it is a value of.
         value: the value.
-        median: median of the recent values.
-        scale: their robust standard deviation; of a gradient norm, that of its natural logarithm.
+        median: median of the latest values.
+        scale: robust standard deviation of the recent ones; of a gradient norm, that of its natural logarithm.
         deviations: how many of these the value is above the median.
     """
 
@@ -37,11 +39,12 @@ class Spike:
 class SpikeDetector:
     """Judges each step by the steps that were taken before it.
 
-    A value is a spike where it is more than ``threshold`` robust standard deviations above the median of a window:
+    A value is a spike where it is more than ``threshold`` robust standard deviations above the median of the latest 32:
     Hampel's identifier, with 1.4826 times the median absolute deviation in place of the standard deviation (Davies and
-    Gather, "The Identification of Multiple Outliers" (1993)), which a spike inside the window does not inflate. Norms
-    are compared by logarithm, since they vary in proportion. Threshold, window and warm-up have the values that OLMo 2
-    uses with mean and standard deviation (``SkipStepOptimizer`` of OLMo-core).
+    Gather, "The Identification of Multiple Outliers" (1993)), which a spike inside the window does not inflate. The
+    deviations are those of the whole window, each from the median of its own 32 steps, so that a loss that falls fast
+    is not taken for one that scatters. Norms are compared by logarithm, since they vary in proportion. Threshold,
+    window and warm-up have the values that OLMo-core's ``SkipStepOptimizer`` uses with mean and standard deviation.
     """
 
     def __init__(
@@ -85,10 +88,10 @@ class SpikeDetector:
         """
         if len(self._losses) < self._warmup_steps:
             return None
-        middle, scale = _median_and_scale(self._losses)
+        middle, scale = _level_and_scale(self._losses)
         scale = max(scale, _LEAST_SPREAD * abs(middle), _LEAST_NORM)
         spikes = [Spike("loss", loss, middle, scale, (loss - middle) / scale)]
-        middle, scale = _median_and_scale([_logarithm(norm) for norm in self._grad_norms])
+        middle, scale = _level_and_scale([_logarithm(norm) for norm in self._grad_norms])
         scale = max(scale, _LEAST_SPREAD)
         deviations = (_logarithm(grad_norm) - middle) / scale
         spikes.append(Spike("grad_norm", grad_norm, math.exp(middle), scale, deviations))
@@ -101,11 +104,15 @@ class SpikeDetector:
         self._grad_norms.append(grad_norm)
 
 
-def _median_and_scale(values: Iterable[float]) -> tuple[float, float]:
-    """Median, and robust standard deviation."""
+def _level_and_scale(values: Iterable[float]) -> tuple[float, float]:
+    """Median of the latest values, and robust standard deviation of all from the medians of their blocks."""
     values = list(values)
-    middle = median(values)
-    return middle, _DEVIATION_OF_MAD * median([abs(value - middle) for value in values])
+    level, deviations = 0.0, list[float]()
+    for end in range(len(values) % _BLOCK_STEPS or _BLOCK_STEPS, len(values) + 1, _BLOCK_STEPS):
+        block = values[max(0, end - _BLOCK_STEPS) : end]
+        level = median(block)
+        deviations += [abs(value - level) for value in block]
+    return level, _DEVIATION_OF_MAD * median(deviations)
 
 
 def _logarithm(norm: float) -> float:
