@@ -74,6 +74,22 @@ def run(
 
 
 @app.command()
+def drill(
+    name: Annotated[str, typer.Argument(help="A drill's name, or all; a wrong name lists them.", metavar="NAME")],
+    config: Config,
+    overrides: Overrides = None,
+    nproc_per_node: Annotated[int | None, typer.Option(min=1, help="Ranks on this machine.")] = None,
+    folder: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where runs and results go; runs/drills/NAME.")
+    ] = None,
+) -> None:
+    """Strike a short run with a fault and prove that it ends as the undisturbed run does; exit status 1 if not."""
+    from launcher.drills.catalogue import run_drills
+
+    raise typer.Exit(run_drills(name, config, overrides or [], nproc_per_node, folder))
+
+
+@app.command()
 def parity(config: Config, overrides: Overrides = None) -> None:
     """Prove that every backend, strategy and optimizer trains as one plain process does; exit status 1 if not."""
     _become("trainer.parity", config, *(overrides or []))

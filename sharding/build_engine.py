@@ -9,7 +9,7 @@ from sharding.activation_checkpointing import checkpoint_activations
 from sharding.blocks import find_blocks
 from sharding.config import ActivationCheckpointingConfig, CompileConfig, ParallelConfig, PrecisionConfig
 from sharding.ddp import DdpEngine
-from sharding.deepspeed_engine import DeepSpeedEngine, partition_block
+from sharding.deepspeed_engine import BlockPartitioner, DeepSpeedEngine
 from sharding.engine import Engine, ModelDefinition, OptimizerFactory
 from sharding.initialization import Materializer, check_initialized, initialize_one, initialize_tree
 from sharding.loss_scaler import LossScaler
@@ -59,6 +59,8 @@ def build_engine(
     shards = parallel.backend == "torch" and parallel.strategy not in ("none", "ddp")
     partitions = parallel.backend == "deepspeed" and parallel.strategy == "zero3"
 
+    partitioner = BlockPartitioner(deepspeed_settings, model, mesh.dp_degree) if partitions else None
+
     model.train()
     for index, (name, block) in enumerate(blocks):
         for module in block.modules():
@@ -70,8 +72,8 @@ def build_engine(
             block.compile(mode=None if compilation.mode == "default" else compilation.mode)
         if shards:
             shard_module(block, mesh, parallel.strategy, dtype)
-        if partitions:
-            partition_block(block, deepspeed_settings)
+        if partitioner is not None:
+            partitioner.partition(block)
 
     _initialize_outside_blocks(definition, materializer, {id(block) for _, block in blocks})
     loss_scaler = LossScaler(precision, device) if dtype is torch.float16 else None

@@ -8,7 +8,7 @@ from sharding.strict_model import StrictModel
 
 Strategy = Literal["none", "ddp", "zero1", "zero2", "zero3", "hsdp"]
 Backend = Literal["torch", "deepspeed", "accelerate"]
-Offload = Literal["none", "cpu"]
+Offload = Literal["none", "cpu", "nvme"]
 ComputeDtype = Literal["auto", "fp32", "bf16", "fp16", "fp8"]
 
 
@@ -24,10 +24,15 @@ class ParallelConfig(StrictModel):
     `accelerate` (ddp; zero3 on GPUs)."""
 
     offload_optimizer: Offload = "none"
-    """Where optimizer state and masters lie under `deepspeed`: on the device (`none`) or in main memory (`cpu`)."""
+    """Where optimizer state and masters lie under `deepspeed`: on the device (`none`), in main memory (`cpu`), or in
+    files (`nvme`, zero3 alone)."""
 
     offload_parameters: Offload = "none"
-    """Where parameters lie between uses under `deepspeed` zero3: on the device (`none`) or in main memory (`cpu`)."""
+    """Where parameters lie between uses under `deepspeed` zero3: on the device (`none`), in main memory (`cpu`), or in
+    files (`nvme`)."""
+
+    nvme_path: str | None = None
+    """Folder on a local NVMe disk for what is offloaded to `nvme`."""
 
     replicate: int = Field(default=1, ge=1)
     """Number of replicas of the sharded model under `hsdp`; ranks / replicate is the shard degree."""

@@ -44,10 +44,23 @@ def deepspeed_config(parallel: ParallelConfig, batch: BatchArithmetic, clip_norm
     # Gradients that leave in the middle of the backward pass need the same order of collectives on every rank, and on
     # gloo there is no stream to hide them behind.
     zero["overlap_comm"] = stage == 3
-    if parallel.offload_optimizer != "none":
-        zero["offload_optimizer"] = {"device": parallel.offload_optimizer, "pin_memory": True}
-    if parallel.offload_parameters != "none":
-        zero["offload_param"] = {"device": parallel.offload_parameters, "pin_memory": True}
+    for key, place in (
+        ("offload_optimizer", parallel.offload_optimizer),
+        ("offload_param", parallel.offload_parameters),
+    ):
+        if place != "none":
+            zero[key] = {"device": place, "pin_memory": True}
+        if place == "nvme":
+            zero[key]["nvme_path"] = parallel.nvme_path
+            # Four buffers of this many fp32 elements pass between files and the step: 0.8 GB. By default a partition
+            # has up to 10^9 elements, and all of it would be in memory.
+            zero["sub_group_size"] = 50_000_000
+    if parallel.offload_parameters == "nvme":
+        # By default the first 10^9 elements of a rank would stay in main memory.
+        zero["offload_param"]["max_in_cpu"] = 0
+        # Reading ahead fails where a parameter is used twice in a short time, and parameters that are not released at
+        # once use up the buffers.
+        zero |= {"stage3_prefetch_bucket_size": 0, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
     return {
         "train_micro_batch_size_per_gpu": batch.micro_size,
         "gradient_accumulation_steps": batch.accumulation_steps,

@@ -3,23 +3,44 @@
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from sharding.deepspeed_files import check_file_access, in_memory, keeps_files, size_buffers
 from sharding.engine import Batch, ModelDefinition, OptimizedParameter, OptimizerFactory
 from sharding.loss_scaler import LossScaler
 from sharding.mesh import DataParallelMesh
 from sharding.state import TensorSlice, slice_of, slices_of_flat_range
 
 
-def partition_block(block: nn.Module, settings: dict[str, Any]) -> None:
-    """Divide a block's parameters over all ranks as ZeRO-3 wants them, in place; frees what this rank does not keep."""
-    deepspeed = _import_deepspeed()
-    deepspeed.zero.Init(module=block, config_dict_or_path=settings, dtype=torch.float32)
+class BlockPartitioner:
+    """Divides blocks over all ranks as ZeRO-3 wants them."""
+
+    def __init__(self, settings: dict[str, Any], model: nn.Module, num_ranks: int) -> None:
+        """Bind to DeepSpeed's configuration.
+
+        Raises:
+            UserError: a setting needs what this machine lacks.
+        """
+        self._settings = settings
+        self._deepspeed = _import_deepspeed(settings)
+        self._swapper: Any = None
+        size_buffers(settings, model, num_ranks)
+
+    def partition(self, block: nn.Module) -> None:
+        """Divide a block's parameters in place; frees what this rank does not keep."""
+        # The configuration's type is fp32. One that is given here is ignored on a CPU, in favour of bf16.
+        context = self._deepspeed.zero.Init(
+            module=block, config_dict_or_path=self._settings, param_swapper=self._swapper
+        )
+        # Each swapper empties the folder of the parameters' files when it is made: one for all blocks.
+        self._swapper = context.param_swapper
 
 
 class DeepSpeedEngine:
@@ -51,7 +72,7 @@ class DeepSpeedEngine:
             settings: DeepSpeed's configuration.
             loss_scaler: for fp16; None elsewhere.
         """
-        deepspeed = _import_deepspeed()
+        deepspeed = _import_deepspeed(settings)
         self._definition = definition
         self._mesh = mesh
         self._device = device
@@ -69,6 +90,7 @@ class DeepSpeedEngine:
         if self._stage != settings["zero_optimization"]["stage"]:
             raise RuntimeError(f"DeepSpeed trains with stage {self._stage}, not as configured: {settings}")
         self._trainable = trainable
+        self._members = self._members_of_flat_partitions()
 
     @property
     def loss_scale(self) -> torch.Tensor | None:
@@ -136,20 +158,16 @@ class DeepSpeedEngine:
             del self._zero.__dict__["_get_norm_groups" if self._stage == 3 else "scaled_global_norm"]
 
     def state(self, *, with_optimizer: bool) -> list[TensorSlice]:
-        """See Engine; a rank's part of a flat partition becomes boxes of each tensor."""
-        slices = [part for name, p in self._trainable for part in self._slices(f"model/{name}", p, None)]
-        slices += self._replicated_slices()
-        if not with_optimizer:
-            return slices
-        for name, parameter in self._trainable:
-            for key, value in sorted(self._moments(parameter).items()):
-                if value.ndim:
-                    slices += self._slices(f"optimizer/{name}/{key}", parameter, key)
-                else:
-                    # A count of steps: one for each flat partition, the same on every rank.
-                    written = self._mesh.dp_rank == 0
-                    slices.append(slice_of(f"optimizer/{name}/{key}", value, is_written_here=written))
-        if self._loss_scaler is not None:
+        """See Engine; a rank's part of a flat partition becomes boxes of each tensor.
+
+        What is kept in files is copied to memory, all of it at once.
+        """
+        slices = self._replicated_slices()
+        for group in range(len(self._members)):
+            with self._in_memory(group, changes=False) as is_borrowed:
+                parts = self._slices_of_partition(group, with_optimizer=with_optimizer)
+                slices += [replace(p, tensor=p.tensor.clone()) for p in parts] if is_borrowed else parts
+        if with_optimizer and self._loss_scaler is not None:
             slices += self._loss_scaler.slices(is_written_here=self._mesh.dp_rank == 0)
         return slices
 
@@ -157,13 +175,30 @@ class DeepSpeedEngine:
         """See Engine."""
         if with_optimizer:
             self._allocate_optimizer_state()
-        for part in self.state(with_optimizer=with_optimizer):
+        for part in self._replicated_slices():
             read(part)
+        if self._stage == 3:
+            # Parameters that a forward pass left gathered would not be gathered again.
+            self._zero._partition_all_parameters()
+        for group in range(len(self._members)):
+            with self._in_memory(group, changes=True):
+                for part in self._slices_of_partition(group, with_optimizer=with_optimizer):
+                    read(part)
+                if self._stage == 3:
+                    self._zero._reassign_or_swap_out_partitioned_parameters(group)
+        if with_optimizer and self._loss_scaler is not None:
+            for part in self._loss_scaler.slices(is_written_here=False):
+                read(part)
         self._publish_masters()
 
     def named_local_shards(self) -> dict[str, torch.Tensor]:
         """See Engine; a flat run of the parameter's elements."""
-        return {name: self._run(parameter, None)[0] for name, parameter in self._trainable}
+        shards = {}
+        for master, members in zip(self._masters, self._members, strict=True):
+            for name, parameter in members:
+                offset, size, _ = self._run(parameter)
+                shards[name] = master.detach()[offset : offset + size]
+        return shards
 
     def named_parameters(self) -> list[tuple[str, Any]]:
         """See Engine."""
@@ -187,10 +222,37 @@ class DeepSpeedEngine:
         # DeepSpeed's word for a norm that is not finite is -1.
         return torch.where(norm < 0, torch.inf, norm)
 
-    def _slices(self, name: str, parameter: nn.Parameter, key: str | None) -> list[TensorSlice]:
-        run, start = self._run(parameter, key)
-        shape = _whole_shape(parameter)
-        return slices_of_flat_range(name, run, shape, start, is_written_here=True)
+    def _members_of_flat_partitions(self) -> list[list[tuple[str, Any]]]:
+        """Names and parameters by the flat partition that holds this rank's part of them."""
+        members: list[list[tuple[str, Any]]] = [[] for _ in self._masters]
+        if self._stage == 3:
+            for name, parameter in self._trainable:
+                members[self._zero.grad_position[self._zero.get_param_id(parameter)][0]].append((name, parameter))
+            return members
+        group_of = {id(p): index for index, group in enumerate(self._zero.bit16_groups) for p in group}
+        for name, parameter in self._trainable:
+            members[group_of[id(parameter)]].append((name, parameter))
+        return members
+
+    def _in_memory(self, group: int, *, changes: bool) -> AbstractContextManager[bool]:
+        return in_memory(self._zero, group, changes=changes) if self._stage == 3 else nullcontext(enter_result=False)
+
+    def _slices_of_partition(self, group: int, *, with_optimizer: bool) -> list[TensorSlice]:
+        master = self._masters[group]
+        moments = self._base_optimizer.state.get(master, {}) if with_optimizer else {}
+        slices = []
+        for name, parameter in self._members[group]:
+            offset, size, start = self._run(parameter)
+            tensors = {f"model/{name}": master.detach()}
+            tensors |= {f"optimizer/{name}/{key}": v for key, v in sorted(moments.items()) if v is not None}
+            for tensor_name, tensor in tensors.items():
+                if tensor.ndim:
+                    run, shape = tensor[offset : offset + size], _whole_shape(parameter)
+                    slices += slices_of_flat_range(tensor_name, run, shape, start, is_written_here=True)
+                else:
+                    # A count of steps: one for each flat partition, the same on every rank.
+                    slices.append(slice_of(tensor_name, tensor, is_written_here=self._mesh.dp_rank == 0))
+        return slices
 
     def _replicated_slices(self) -> list[TensorSlice]:
         model, written = self._definition.model, self._mesh.dp_rank == 0
@@ -199,48 +261,30 @@ class DeepSpeedEngine:
         frozen = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
         return [slice_of(f"model/{name}", tensor, is_written_here=written) for name, tensor in buffers + frozen]
 
-    def _run(self, parameter: Any, key: str | None) -> tuple[torch.Tensor, int]:
-        """This rank's live run of a parameter's elements in its master or a moment, and where the run starts."""
+    def _run(self, parameter: Any) -> tuple[int, int, int]:
+        """This rank's run of a parameter: its offset and size in the flat partition, and its start in the parameter."""
         if self._stage == 3:
-            group, offset, _ = self._zero.grad_position[self._zero.get_param_id(parameter)]
-            flat = self._zero.fp32_partitioned_groups_flat[group]
+            _, offset, _ = self._zero.grad_position[self._zero.get_param_id(parameter)]
             partition = parameter.ds_tensor.ds_numel
             start = self._mesh.dp_rank * partition
-            size = max(0, min(partition, parameter.ds_numel - start))
-        else:
-            mapping = parameter._hp_mapping
-            group = self._group_index(parameter)
-            flat = self._zero.single_partition_of_fp32_groups[group]
-            if mapping is None:
-                return flat.detach()[:0], 0
-            offset, size = mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
-            start = mapping.lp_fragment_address.start
-        source = flat if key is None else self._base_optimizer.state[flat][key]
-        return source.detach()[offset : offset + size], start
+            return offset, max(0, min(partition, parameter.ds_numel - start)), start
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return 0, 0, 0
+        address = mapping.hp_fragment_address
+        return address.start, address.numel, mapping.lp_fragment_address.start
 
-    def _moments(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
-        if self._stage == 3:
-            flat = self._zero.fp32_partitioned_groups_flat[
-                self._zero.grad_position[self._zero.get_param_id(parameter)][0]
-            ]
-        else:
-            flat = self._zero.single_partition_of_fp32_groups[self._group_index(parameter)]
-        return {key: value for key, value in self._base_optimizer.state.get(flat, {}).items() if value is not None}
+    @property
+    def _masters(self) -> list[torch.Tensor]:
+        """The flat partitions of fp32 masters."""
+        return (
+            self._zero.fp32_partitioned_groups_flat if self._stage == 3 else self._zero.single_partition_of_fp32_groups
+        )
 
-    def _group_index(self, parameter: nn.Parameter) -> int:
-        for index, group in enumerate(self._zero.bit16_groups):
-            if any(parameter is member for member in group):
-                return index
-        raise RuntimeError("DeepSpeed does not hold a parameter that it was given")
-
-    def _flat_masters(self) -> Iterator[tuple[dict[str, Any], torch.Tensor]]:
-        """Each flat master with the optimizer's group that it belongs to."""
-        groups = self._base_optimizer.param_groups
-        if self._stage == 3:
-            for index, flat in enumerate(self._zero.fp32_partitioned_groups_flat):
-                yield groups[self._zero.sub_group_to_group_id[index]], flat
-        else:
-            yield from zip(groups, self._zero.single_partition_of_fp32_groups, strict=True)
+    def _optimizer_group(self, partition: int) -> dict[str, Any]:
+        """The optimizer's group that a flat partition belongs to."""
+        index = self._zero.sub_group_to_group_id[partition] if self._stage == 3 else partition
+        return self._base_optimizer.param_groups[index]
 
     def _allocate_optimizer_state(self) -> None:
         """Make the optimizer create its moments, by a step that changes nothing: zero gradients, zero rate."""
@@ -248,27 +292,23 @@ class DeepSpeedEngine:
             return
         groups = self._base_optimizer.param_groups
         saved = [(group["params"], group["lr"]) for group in groups]
-        for own_group, flat in list(self._flat_masters()):
+        for index, flat in enumerate(self._masters):
+            own_group = self._optimizer_group(index)
             for group in groups:
                 group["params"] = [flat] if group is own_group else []
             own_group["lr"] = 0.0
-            gradient, flat.grad = flat.grad, torch.zeros_like(flat)
-            self._base_optimizer.step()
-            flat.grad = gradient
+            with self._in_memory(index, changes=True):
+                gradient, flat.grad = flat.grad, torch.zeros_like(flat)
+                self._base_optimizer.step()
+                flat.grad = gradient
         for group, (parameters, rate) in zip(groups, saved, strict=True):
             group["params"], group["lr"] = parameters, rate
 
     def _publish_masters(self) -> None:
-        """Copy masters that were written from outside to the parameters that the forward pass uses."""
+        """Copy masters that were written from outside to the whole parameters that the forward pass uses."""
         if self._stage != 3:
             self._zero.update_lp_params()
-            return
-        # Parameters that a forward pass left gathered would not be gathered again.
-        self._zero._partition_all_parameters()
-        for index in range(len(self._zero.fp16_groups)):
-            self._zero._reassign_or_swap_out_partitioned_parameters(index)
-        persistent = self._zero.persistent_parameters
-        if persistent:
+        elif persistent := self._zero.persistent_parameters:
             persistent[0].all_gather(persistent)
 
 
@@ -290,8 +330,12 @@ def _autocast_forward(model: nn.Module, device: torch.device, dtype: torch.dtype
     model.forward = autocast_forward
 
 
-def _import_deepspeed() -> Any:
-    """DeepSpeed without its chatter, and without an extension for inference that it would compile first."""
+def _import_deepspeed(settings: dict[str, Any]) -> Any:
+    """DeepSpeed without its chatter, and without an extension for inference that it would compile first.
+
+    Raises:
+        UserError: a setting needs what this machine lacks.
+    """
     # It warns where it has to find out by itself that there is no GPU.
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     import deepspeed
@@ -306,4 +350,6 @@ def _import_deepspeed() -> Any:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # Until it knows of the process group, it takes itself for one rank.
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+    if keeps_files(settings):
+        check_file_access()
     return deepspeed

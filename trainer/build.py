@@ -16,6 +16,7 @@ from trainer.data.loader import BatchLoader, evaluation_batches
 from trainer.data.prepared import Prepared, PreparedStream, describe_mixture
 from trainer.data.skipped_samples import SkippedSamples
 from trainer.data.streaming import StreamingLoader, state_of_rank
+from trainer.events import record_event
 from trainer.hardware import peak_flops
 from trainer.injection import Fault
 from trainer.loop import Trainer, TrainerParts
@@ -61,7 +62,19 @@ def build_trainer(
     """
     task = build_task(config.task.name, config.task.z_loss)
     if faults:
-        task = SpoiledTask(task, faults, config.batch.global_size)
+        task = SpoiledTask(
+            task,
+            faults,
+            config.batch.global_size,
+            lambda fault: record_event(
+                run_folder.path,
+                "injected",
+                attempt=observers.attempt,
+                step=phases.now.step,
+                fault=fault,
+                rank=ranks.rank,
+            ),
+        )
     mesh = build_mesh(config.parallel, ranks)
     vocabulary = Vocabulary(corpus.vocab_size, corpus.eos_token_id)
     if config.data.document_mask:

@@ -9,12 +9,14 @@ import os
 import signal
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
 from sharding.errors import UserError
 from sharding.strict_model import StrictModel
+from trainer.events import record_event
 from trainer.phases import Moment, Phase, Phases
 
 INJECT_VARIABLE = "SHARDLINE_INJECT"
@@ -70,17 +72,21 @@ def faults_of(faults: list[Fault], rank: int, attempt: int) -> list[Fault]:
     return [fault for fault in faults if fault.rank == rank and fault.attempt in (None, attempt)]
 
 
-def inject_faults(faults: list[Fault], phases: Phases, rank: int, attempt: int) -> None:
-    """Have the faults that concern this rank and attempt happen when their phase begins."""
-    momentary = [fault for fault in faults_of(faults, rank, attempt) if fault.fault not in SPOILING_FAULTS]
-    if momentary:
-        phases.listen(lambda _, begun: _strike(momentary, begun))
+def inject_faults(faults: list[Fault], phases: Phases, run_dir: Path, rank: int, attempt: int) -> None:
+    """Have the faults that concern this rank and attempt happen when their phase begins.
 
+    Each is an event ``injected`` first, so that no fault on purpose is ever taken for one that happened.
+    """
+    mine = [fault for fault in faults_of(faults, rank, attempt) if fault.fault not in SPOILING_FAULTS]
 
-def _strike(faults: list[Fault], begun: Moment) -> None:
-    for fault in faults:
-        if begun.phase is fault.phase and fault.step <= begun.step < fault.step + fault.num_steps:
-            _happen(fault, begun)
+    def strike(_: Moment, begun: Moment) -> None:
+        for fault in mine:
+            if begun.phase is fault.phase and fault.step <= begun.step < fault.step + fault.num_steps:
+                record_event(run_dir, "injected", attempt=attempt, step=begun.step, fault=fault.fault, rank=rank)
+                _happen(fault, begun)
+
+    if mine:
+        phases.listen(strike)
 
 
 def _happen(fault: Fault, begun: Moment) -> None:

@@ -126,7 +126,7 @@ def _run(arguments: Sequence[str], progress: _Progress) -> int:
         progress.run_folder = run_folder
         redirect_output(run_folder.log_dir(attempt), ranks.rank)
         faults = read_faults(os.environ)
-        inject_faults(faults, progress.phases, ranks.rank, attempt)
+        inject_faults(faults, progress.phases, run_folder.path, ranks.rank, attempt)
         progress.phases.enter(Phase.BUILD)
         progress.observers = observers = _build_observers(config, run_folder, ranks, attempt)
         progress.trainer = trainer = build_trainer(
@@ -193,7 +193,7 @@ def _agree_on_attempt(attempt: int, ranks: Ranks) -> int:
 
 def _build_observers(config: RunConfig, run_folder: RunFolder, ranks: Ranks, attempt: int) -> Observers:
     if ranks.rank != 0:
-        return Observers(run_folder.metrics_file)
+        return Observers(run_folder.metrics_file, attempt=attempt)
     console = Console(total_steps=config.num_steps)
     trackers = build_trackers(config, run_folder.path, run_folder.metrics_file, console.warning)
     return Observers(run_folder.metrics_file, console, trackers, attempt)

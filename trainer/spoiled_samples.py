@@ -24,20 +24,25 @@ class SpoiledTask:
     The fault belongs to the samples, as that of a bad document does: it does not come again where they are left out.
     """
 
-    def __init__(self, task: Task, faults: Sequence[Fault], global_size: int) -> None:
+    def __init__(
+        self, task: Task, faults: Sequence[Fault], global_size: int, report: Callable[[str], None] = lambda _: None
+    ) -> None:
         """Spoil what the faults name.
 
         Args:
             task: does everything else.
             faults: those that strike this rank; others than ``nan`` and ``spike`` are not looked at.
             global_size: sequences in a step.
+            report: hears of each step that is spoiled, by the fault's name.
         """
         self._task = task
         self._spoiled = [
-            ((fault.step - 1) * global_size, (fault.step - 1 + fault.num_steps) * global_size, _FACTORS[fault.fault])
+            ((fault.step - 1) * global_size, (fault.step - 1 + fault.num_steps) * global_size, fault.fault)
             for fault in faults
             if fault.fault in SPOILING_FAULTS
         ]
+        self._report = report
+        self._reported: list[SampleRange] = []
         self._factor = 1.0
         self.next_samples: Callable[[], list[SampleRange]] = list
 
@@ -48,10 +53,13 @@ class SpoiledTask:
     def make_batch(self, sequences: Batch) -> Batch:
         """See Task; comes before the batch's loss."""
         self._factor = 1.0
-        for first, end in self.next_samples():
-            for start, stop, factor in self._spoiled:
-                if first < stop and start < end:
-                    self._factor = factor
+        samples = self.next_samples()
+        for start, stop, fault in self._spoiled:
+            if any(first < stop and start < end for first, end in samples):
+                self._factor = _FACTORS[fault]
+                if samples != self._reported:
+                    self._report(fault)
+                    self._reported = samples
         return self._task.make_batch(sequences)
 
     def num_targets(self, batch: Batch) -> int:

@@ -61,6 +61,11 @@ def validate(config: "RunConfig", world: World | None = None) -> None:
     _validate_schedule(config)
     _validate_faults(config)
     validate_optimizer(config.optimizer, config.parallel.backend)
+    if config.optimizer.ema_decay and config.parallel.offload_optimizer == "nvme":
+        raise UserError(
+            f"optimizer.ema_decay={config.optimizer.ema_decay:g} reads the masters at every step, but "
+            "parallel.offload_optimizer=nvme keeps them in files; offload to cpu, or set optimizer.ema_decay=0."
+        )
     if config.metrics.gradient_noise_scale and config.metrics.every_steps == 0:
         raise UserError(
             "metrics.gradient_noise_scale=true is measured at every metrics.every_steps-th step, which is 0; set it to "
@@ -132,6 +137,17 @@ def _validate_backend(parallel: "ParallelConfig") -> None:
         raise UserError(
             f"parallel.offload_parameters={parallel.offload_parameters} needs parallel.strategy=zero3, but it is "
             f"{strategy}; change one of them."
+        )
+    uses_files = "nvme" in (parallel.offload_parameters, parallel.offload_optimizer)
+    if uses_files != (parallel.nvme_path is not None):
+        raise UserError(
+            f"parallel.nvme_path={parallel.nvme_path}, parallel.offload_parameters={parallel.offload_parameters} and "
+            f"parallel.offload_optimizer={parallel.offload_optimizer}: a folder is named if and only if something is "
+            "offloaded to nvme; change one of them."
+        )
+    if parallel.offload_optimizer == "nvme" and strategy != "zero3":
+        raise UserError(
+            f"parallel.offload_optimizer=nvme needs parallel.strategy=zero3, but it is {strategy}; change one of them."
         )
 
 

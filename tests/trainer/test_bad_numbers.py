@@ -193,10 +193,13 @@ def _check_warn(runs: _Runs, undisturbed: RunFolder) -> None:
         assert (spike["step"], spike["action"], spike["samples"]) == (9, "none", [[96, 108]])
         assert spike["value"] > 100 * spike["median"]
         assert spike["deviations"] > spike["threshold"] == 50.0
-        assert {"nonfinite", "spike"} == events.keys()
+        assert {"injected", "nonfinite", "spike"} == events.keys()
+        # What was done on purpose says so.
+        found = [(event["step"], event["fault"], event["rank"]) for event in events["injected"]]
+        assert found == [(6, "nan", 1), (9, "spike", 1)]
         assert "nothing was done about it" in runs.console("warn")
     silent = runs.train("off", _spike(step=9), faults={"spike_policy": "off"})
-    assert _events(silent) == {}
+    assert _events(silent).keys() == {"injected"}
 
 
 def _bad_numbers(ranks: Ranks, root: Path, corpus: Path) -> None:

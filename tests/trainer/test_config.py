@@ -93,6 +93,21 @@ def test_refused(config_file: Path, override: str, message: str) -> None:
             ["parallel.offload_parameters=cpu", "parallel.backend=deepspeed"],
             "parallel.offload_parameters=cpu needs parallel.strategy=zero3, but it is zero2",
         ),
+        (["parallel.nvme_path=/disk"], "parallel.nvme_path=/disk, parallel.offload_parameters=none and"),
+        (
+            ["parallel.nvme_path=/disk", "parallel.offload_optimizer=nvme", "parallel.backend=deepspeed"],
+            "parallel.offload_optimizer=nvme needs parallel.strategy=zero3, but it is zero2",
+        ),
+        (
+            [
+                "parallel.nvme_path=/disk",
+                "parallel.offload_optimizer=nvme",
+                "parallel.backend=deepspeed",
+                "parallel.strategy=zero3",
+                "optimizer.ema_decay=0.9",
+            ],
+            "optimizer.ema_decay=0.9 reads the masters at every step",
+        ),
         (
             ["model.architecture=null", "model.config={}", "model.pretrained=x", "model.vocab_multiple=128"],
             "model.vocab_multiple=128 pads a model that is trained from scratch, but model.pretrained=x",

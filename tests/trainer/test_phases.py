@@ -43,18 +43,20 @@ def test_events_are_read_back_in_order_and_a_torn_line_is_left_out(tmp_path: Pat
     ]
 
 
-def test_a_fault_strikes_its_rank_step_phase_and_attempt_alone() -> None:
+def test_a_fault_strikes_its_rank_step_phase_and_attempt_alone(tmp_path: Path) -> None:
     faults = read_faults({INJECT_VARIABLE: json.dumps([{"fault": "raise", "rank": 1, "step": 5, "attempt": 2}])})
     for rank, attempt in ((0, 2), (1, 1)):
         spared = Phases()
-        inject_faults(faults, spared, rank, attempt)
+        inject_faults(faults, spared, tmp_path, rank, attempt)
         spared.enter(Phase.TRAIN, 5)
     struck = Phases()
-    inject_faults(faults, struck, 1, 2)
+    inject_faults(faults, struck, tmp_path, 1, 2)
     struck.enter(Phase.TRAIN, 4)
     struck.enter(Phase.DATA, 5)
+    assert read_events(tmp_path) == []
     with pytest.raises(RuntimeError, match="train of step 5"):
         struck.enter(Phase.TRAIN)
+    assert [(event["kind"], event["step"], event["rank"]) for event in read_events(tmp_path)] == [("injected", 5, 1)]
 
 
 def test_a_misspelt_fault_is_a_sentence() -> None:

@@ -1,0 +1,86 @@
+"""Drills of runs that are interrupted, hang or slow down."""
+
+import os
+import signal
+import time
+
+from launcher.drills.observed_run import ObservedRun
+from launcher.drills.outcome import Outcome
+from launcher.drills.stage import STRIKE_AT, Stage
+from sharding.errors import EXIT_FINISHED, EXIT_STOPPED
+
+
+def kill(stage: Stage) -> Outcome:
+    """SIGKILL strikes a rank in the middle of a step."""
+    outcome = Outcome("kill")
+    run = stage.disturbed("kill", "faults.max_restarts=1")
+    ended = run.run_until_finished(environment=stage.faults({"fault": "kill", "attempt": 1}))
+    outcome.expect("the run finishes", ended.exit_code == EXIT_FINISHED, f"exit status {ended.exit_code}")
+    _expect_failure(outcome, run, kind="killed", rank=stage.victim)
+    stage.compare(outcome, run)
+    stage.time(outcome, run, struck_at=run.struck_at(), detected_at=run.noticed_at())
+    return outcome
+
+
+def term(stage: Stage) -> Outcome:
+    """SIGTERM reaches the launcher, as from a batch system: save, stop, and go on later."""
+    outcome = Outcome("term")
+    run = stage.disturbed("term")
+    asked_at: list[float] = []
+
+    def terminate(pid: int) -> None:
+        os.kill(pid, signal.SIGTERM)
+        asked_at.append(time.time())
+
+    slow = stage.faults({"fault": "slow", "seconds": 0.5, "step": 2, "num_steps": 10, "attempt": 1})
+    ended = run.run(environment=slow, when=lambda: run.has_reached(STRIKE_AT - 2), then=terminate)
+    outcome.expect("it saves and ends with 75", ended.exit_code == EXIT_STOPPED, f"exit status {ended.exit_code}")
+    saved = run.folder.newest_checkpoint()
+    last = run.lines()[-1]["step"]
+    outcome.expect("no step is lost", saved is not None and saved[0] == last, f"saved after step {last}")
+    again = run.run_until_finished()
+    outcome.expect("the same command finishes it", again.exit_code == EXIT_FINISHED, f"exit status {again.exit_code}")
+    stage.compare(outcome, run)
+    stage.time(outcome, run, struck_at=asked_at[0], detected_at=ended.at)
+    return outcome
+
+
+def hang(stage: Stage) -> Outcome:
+    """A rank stops in the middle of a step and says nothing."""
+    outcome = Outcome("hang")
+    run = stage.disturbed("hang", "faults.max_restarts=1", "faults.watchdog_min_s=5")
+    ended = run.run_until_finished(environment=stage.faults({"fault": "hang", "attempt": 1}))
+    outcome.expect("the run finishes", ended.exit_code == EXIT_FINISHED, f"exit status {ended.exit_code}")
+    failure = _expect_failure(outcome, run, kind="hang", rank=stage.victim)
+    outcome.expect("it names the step", failure.get("step") == STRIKE_AT, f"step {failure.get('step')}")
+    stage.compare(outcome, run)
+    stage.time(outcome, run, struck_at=run.struck_at(), detected_at=run.noticed_at())
+    return outcome
+
+
+def slow(stage: Stage) -> Outcome:
+    """A rank is slow, but alive: it is named, and nothing is ended."""
+    outcome = Outcome("slow")
+    run = stage.disturbed("slow")
+    ended = run.run(environment=stage.faults({"fault": "slow", "seconds": 1.5, "step": 3, "num_steps": 9}))
+    outcome.expect("the run finishes at once", ended.exit_code == EXIT_FINISHED, f"exit status {ended.exit_code}")
+    named = run.events("straggler")
+    outcome.expect(
+        "the slow rank is named",
+        bool(named) and all(event["rank"] == stage.victim for event in named),
+        f"rank {named[0]['rank']} at step {named[0]['step']}" if named else "no rank named",
+    )
+    stage.compare(outcome, run)
+    if named:
+        outcome.detect_s = named[0]["time"] - run.struck_at()
+    return outcome
+
+
+def _expect_failure(outcome: Outcome, run: ObservedRun, *, kind: str, rank: int) -> dict[str, object]:
+    """Claim that the first attempt's failure report names kind and rank; returns the report."""
+    failure = run.failure(attempt=1)
+    found = f"{failure.get('kind')}, rank {failure.get('rank')}" if failure else "no report"
+    outcome.expect(
+        f"failure.json says {kind} and rank {rank}", failure.get("kind") == kind and failure.get("rank") == rank, found
+    )
+    return failure

@@ -1,0 +1,162 @@
+"""Where a drill takes place: a short run that nothing disturbs, and beside it the one that the fault strikes."""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from launcher.drills.observed_run import ObservedRun
+from launcher.drills.outcome import Outcome
+from launcher.plan import make_plan
+from sharding.errors import EXIT_FINISHED, RunFailure, UserError
+from trainer.atomic_files import write_atomically
+from trainer.config import RunConfig
+from trainer.injection import INJECT_VARIABLE
+from trainer.run_folder import RunFolder
+
+STEPS = 12
+SAVE_EVERY = 4
+# Behind a checkpoint, so that steps are lost and trained again.
+STRIKE_AT = 7
+_MARKER = "drill.json"
+_DETECT_WITHIN_S = 10.0
+_RECOVER_WITHIN_S = 30.0
+
+
+@dataclass
+class Stage:
+    """What all drills work with.
+
+    Attributes:
+        config_path: configuration file of the run.
+        overrides: the user's own settings; they win.
+        nproc_per_node: ranks, or None for the configuration's own number.
+        folder: where runs and results go.
+    """
+
+    config_path: str
+    overrides: Sequence[str]
+    nproc_per_node: int | None
+    folder: Path
+    _disturbed: list[ObservedRun] = field(default_factory=list)
+
+    @cached_property
+    def config(self) -> RunConfig:
+        """The run's configuration with a drill's settings."""
+        return self._plan(self._settings("plan")).config
+
+    @cached_property
+    def num_ranks(self) -> int:
+        """Ranks of the run."""
+        return self._plan(self._settings("plan")).world.num_ranks
+
+    @property
+    def victim(self) -> int:
+        """The rank that a fault strikes: the last, since rank 0 is the special one."""
+        return self.num_ranks - 1
+
+    @cached_property
+    def undisturbed(self) -> ObservedRun:
+        """The run without a fault, trained once for all drills of a stage.
+
+        Raises:
+            RunFailure: it does not finish.
+        """
+        return self.told("undisturbed")
+
+    def told(self, name: str, *settings: str) -> ObservedRun:
+        """A run without a fault, with further settings, trained to its end.
+
+        Raises:
+            RunFailure: it does not finish.
+        """
+        run = self._observe(name, settings)
+        ended = run.run()
+        if ended.exit_code != EXIT_FINISHED:
+            raise RunFailure(f"the run without a fault ended with {ended.exit_code}:\n{ended.text[-2000:]}")
+        return run
+
+    def disturbed(self, name: str, *settings: str) -> ObservedRun:
+        """A run that a fault is to strike; nothing is started yet."""
+        return self._observe(name, settings)
+
+    def faults(self, *faults: Mapping[str, Any]) -> dict[str, str]:
+        """The variables that make faults happen, each in the first attempt and on the victim unless it says other."""
+        return {INJECT_VARIABLE: json.dumps([{"rank": self.victim, "step": STRIKE_AT, **fault} for fault in faults])}
+
+    def compare(self, outcome: Outcome, run: ObservedRun, other: ObservedRun | None = None) -> None:
+        """Claim that a run ended as another did, the undisturbed one unless given: bit for bit, each step once."""
+        other = other or self.undisturbed
+        states = run.final_state(), other.final_state()
+        differences = [key for key in states[1] if states[0].get(key) != states[1][key]]
+        outcome.expect(
+            f"after step {STEPS} parameters, optimizer and counters are bit for bit those of {other.folder.path.name}",
+            bool(states[1]) and not differences,
+            f"differs: {', '.join(differences)}" if differences else f"{len(states[1].get('files', ()))} files equal",
+        )
+        steps = [line["step"] for line in run.lines()]
+        outcome.expect(
+            "metrics.jsonl has each step once, with the same losses",
+            steps == sorted(set(steps)) and run.curve() == other.curve(),
+            f"{len(steps)} steps",
+        )
+
+    def time(self, outcome: Outcome, run: ObservedRun, *, struck_at: float, detected_at: float | None) -> None:
+        """Note how long it took to detect a fault and to train again, and claim that both were soon."""
+        again_at = run.first_seen(after=detected_at or struck_at)
+        outcome.detect_s = None if detected_at is None else detected_at - struck_at
+        outcome.recover_s = None if again_at is None else again_at - struck_at
+        if outcome.detect_s is not None:
+            outcome.expect(f"detected within {_DETECT_WITHIN_S:g} s", outcome.detect_s <= _DETECT_WITHIN_S)
+        outcome.expect(
+            f"training again within {_RECOVER_WITHIN_S:g} s of being detected",
+            again_at is not None and again_at - (detected_at or struck_at) <= _RECOVER_WITHIN_S,
+        )
+
+    def open(self) -> None:
+        """Make the folder, empty.
+
+        Raises:
+            UserError: it holds something that no drill left there.
+        """
+        marker = self.folder / _MARKER
+        if self.folder.exists() and any(self.folder.iterdir()) and not marker.exists():
+            raise UserError(f"--folder {self.folder} holds something else than an earlier drill; name another folder.")
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        write_atomically(marker, "{}\n")
+
+    def write(self, outcomes: Sequence[Outcome]) -> None:
+        """Write what was found to ``drill.json``."""
+        write_atomically(self.folder / _MARKER, json.dumps([o.values() for o in outcomes], indent=2) + "\n")
+
+    def _observe(self, name: str, settings: Sequence[str]) -> ObservedRun:
+        return ObservedRun(
+            self.config_path,
+            [*self._settings(name), *settings],
+            RunFolder(self.folder / name),
+            self.nproc_per_node,
+        )
+
+    def _settings(self, name: str) -> list[str]:
+        base = self._plan(()).config
+        settings = [
+            f"steps={STEPS}",
+            f"checkpoint.every_steps={SAVE_EVERY}",
+            "metrics.every_steps=1",
+            "evaluation.every_steps=0",
+            "evaluation.max_sequences=4",
+            "tracking.wandb.mode=disabled",
+            "checkpoint.keep_last=0",
+        ]
+        if base.tokens is not None:
+            settings.append("tokens=null")
+        if base.schedule.total_steps == 0:
+            settings.append(f"schedule.total_steps={base.num_steps}")
+        return [*settings, *self.overrides, f"output_dir={self.folder}", f"name={name}"]
+
+    def _plan(self, settings: Sequence[str]) -> Any:
+        return make_plan(self.config_path, list(settings) or list(self.overrides), self.nproc_per_node, "torchrun")
