@@ -2,7 +2,9 @@
 
 import os
 from collections.abc import Callable
+from typing import Any
 
+from sharding.engine import Engine
 from sharding.mesh import DataParallelMesh, build_mesh
 from sharding.precision import compute_dtype
 from sharding.process_group import Ranks, set_step_timeout
@@ -13,6 +15,7 @@ from trainer.data.document_mask import check_architecture, check_engine
 from trainer.data.loader import BatchLoader, evaluation_batches
 from trainer.data.prepared import Prepared, PreparedStream, describe_mixture
 from trainer.data.streaming import StreamingLoader, state_of_rank
+from trainer.events import record_event
 from trainer.hardware import peak_flops
 from trainer.loop import Trainer, TrainerParts
 from trainer.model_engine import build_model_engine, describe_model, parameter_hash
@@ -20,6 +23,7 @@ from trainer.models import Vocabulary
 from trainer.observers import Observers
 from trainer.phases import Phases
 from trainer.profiling import StepProfiler
+from trainer.replica_check import ReplicaCheck
 from trainer.run_folder import RunFolder
 from trainer.system_metrics import SystemMeter
 from trainer.tasks.registry import build_task
@@ -97,8 +101,19 @@ def build_trainer(
         facts=facts,
         peak_flops=peak_flops(ranks.device, compute_dtype(config.precision, ranks.device)),
         weight_average=average,
+        compare_replicas=_replica_check(engine, ranks, run_folder).run
+        if config.faults.replica_check_every_steps
+        else None,
     )
     return Trainer(config, parts)
+
+
+def _replica_check(engine: Engine, ranks: Ranks, run_folder: RunFolder) -> ReplicaCheck:
+    def record(step: int, details: dict[str, Any]) -> None:
+        attempt = run_folder.newest_attempt()
+        record_event(run_folder.path, "replica_mismatch", attempt=attempt, step=step, **details)
+
+    return ReplicaCheck(engine, ranks, record)
 
 
 def _build_loader(

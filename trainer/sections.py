@@ -134,3 +134,7 @@ class FaultsConfig(StrictModel):
 
     verify_data: bool = True
     """Compare each block of a prepared corpus with its SHA-256 when it is first read; one that differs ends the run."""
+
+    replica_check_every_steps: int = Field(default=0, ge=0)
+    """Compare the parameters that ranks hold alike (ddp, hsdp, deepspeed zero1 and zero2) after every this many steps
+    and before each checkpoint; 0 means never."""

@@ -77,6 +77,7 @@ def validate(config: "RunConfig", world: World | None = None) -> None:
         )
     if config.checkpoint.load == "weights" and config.checkpoint.from_ is None:
         raise UserError("checkpoint.load=weights needs checkpoint.from, which is not set; name the run to start from.")
+    _validate_replica_check(config)
     if world is not None:
         _validate_world(config, world)
 
@@ -150,6 +151,17 @@ def _validate_backend(parallel: "ParallelConfig") -> None:
         )
 
 
+def _validate_replica_check(config: "RunConfig") -> None:
+    every_steps, parallel = config.faults.replica_check_every_steps, config.parallel
+    whole_on_each = ("ddp", "hsdp", "zero1", "zero2") if parallel.backend == "deepspeed" else ("ddp", "hsdp")
+    if every_steps and parallel.strategy not in whole_on_each:
+        raise UserError(
+            f"faults.replica_check_every_steps={every_steps} compares copies of parameters, but under "
+            f"parallel.backend={parallel.backend} parallel.strategy={parallel.strategy} no rank holds between steps "
+            "what another one holds; set it to 0, or use parallel.strategy=ddp or hsdp."
+        )
+
+
 def _validate_schedule(config: "RunConfig") -> None:
     schedule = config.schedule
     validate_curve(schedule)
@@ -190,6 +202,11 @@ def _validate_world(config: "RunConfig", world: World) -> None:
         raise UserError(
             f"parallel.strategy=none runs on one rank, but there are {num_ranks}; "
             "choose ddp or zero1-3, or start one rank (--nproc-per-node 1)."
+        )
+    if config.faults.replica_check_every_steps and num_ranks == 1:
+        raise UserError(
+            f"faults.replica_check_every_steps={config.faults.replica_check_every_steps} compares ranks, but there is "
+            "1; set it to 0, or start more ranks (--nproc-per-node)."
         )
     if parallel.strategy == "hsdp":
         if parallel.replicate < 2:
