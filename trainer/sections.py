@@ -29,6 +29,9 @@ class ModelConfig(StrictModel):
     pretrained: str | None = None
     """Folder or hub name of a model whose configuration and weights the run starts from."""
 
+    trust_remote_code: bool = False
+    """Run Python code that a `pretrained` model brings along with its weights; false refuses such a model."""
+
     vocab_multiple: int = Field(default=0, ge=0)
     """Round a from-scratch model's vocabulary up to a multiple of this many tokens; 0 and 1 leave it as it is."""
 

@@ -98,6 +98,10 @@ def _validate_model_and_data(config: "RunConfig") -> None:
             f"model.vocab_multiple={model.vocab_multiple} pads a model that is trained from scratch, but "
             f"model.pretrained={model.pretrained} has its vocabulary; remove model.vocab_multiple."
         )
+    if model.trust_remote_code and model.pretrained is None:
+        raise UserError(
+            "model.trust_remote_code=true has a meaning with model.pretrained only, which is not set; remove it."
+        )
     if model.pretrained is not None and model.config:
         raise UserError("model.config cannot change a model that model.pretrained names; remove model.config.")
     validate_data(data)
