@@ -1,12 +1,13 @@
 """Metrics of a run: gathered without waiting for the device, written at log intervals."""
 
+import errno
 import json
 import math
 import os
 import resource
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -144,7 +145,7 @@ def summarize_step(
     elapsed_s = clock.elapsed_s()
     waited = clock.data_wait_s / elapsed_s
     own = [loss_sum, waited, peak_memory_gib(ranks.device), micro_square, noise.num_micro_batches, *meter.measure()]
-    rows = _all_gather(torch.tensor(own, dtype=torch.float64), ranks)
+    rows = gather_rows(torch.tensor(own, dtype=torch.float64), ranks)
     tokens_per_s = clock.num_tokens / elapsed_s
     metrics: Metrics = {
         "train/loss": float(rows[:, 0].sum()) / max(record.num_targets, 1),
@@ -168,7 +169,7 @@ def summarize_step(
 
 def sum_over_ranks(sums: torch.Tensor, ranks: Ranks) -> list[float]:
     """Add up a vector over all ranks, as numbers; waits for the device."""
-    return _all_gather(sums.double().cpu(), ranks).sum(dim=0).tolist()
+    return gather_rows(sums.double().cpu(), ranks).sum(dim=0).tolist()
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -178,8 +179,8 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def _all_gather(row: torch.Tensor, ranks: Ranks) -> torch.Tensor:
-    """Rows of all ranks in rank order, so that sums over them come out the same everywhere."""
+def gather_rows(row: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """Vectors of all ranks, on the host, in rank order, so that sums over them come out the same everywhere."""
     if ranks.world_size == 1:
         return row[None]
     rows = [torch.empty_like(row) for _ in range(ranks.world_size)]
@@ -197,8 +198,8 @@ class MetricsFile:
         """
         if path.exists():
             _discard_after(path, last_step)
-        # Line buffering: a killed run loses no finished line.
-        self._file = path.open("a", buffering=1)
+        # No buffer: a killed run loses no finished line.
+        self._file = path.open("ab", buffering=0)
 
     def write(self, step: int, metrics: Metrics) -> None:
         """Append one step's metrics; numbers that are not finite become null.
@@ -206,19 +207,21 @@ class MetricsFile:
         Raises:
             UserError: the disk is full, say.
         """
+        line = (json.dumps({"step": step} | finite_or_none(metrics)) + "\n").encode()
         try:
-            self._file.write(json.dumps({"step": step} | finite_or_none(metrics)) + "\n")
+            # The next attempt takes out a line that is not whole.
+            reason = None if self._file.write(line) == len(line) else os.strerror(errno.ENOSPC)
         except OSError as error:
+            reason = error.strerror
+        if reason is not None:
             raise UserError(
-                f"{self._file.name} cannot be written: {error.strerror}; free some space, then run again to continue "
-                "from the last checkpoint."
-            ) from None
+                f"{self._file.name} cannot be written: {reason}; free some space, then run again to continue from the "
+                "last checkpoint."
+            )
 
     def close(self) -> None:
         """Close the file."""
-        # What could not be written was said when it was.
-        with suppress(OSError):
-            self._file.close()
+        self._file.close()
 
 
 def finite_or_none(metrics: Metrics) -> Metrics:

@@ -13,6 +13,7 @@ from trainer.checkpoint.layout import check_sizes
 from trainer.checkpoint.manifest import read_manifest
 from trainer.config import RunConfig, config_to_yaml, load_config
 from trainer.events import read_events
+from trainer.failure import set_failure_aside
 from trainer.lease import LEASE_VARIABLE, is_taken_over, record_attempt
 from trainer.provenance import collect_provenance
 from trainer.validation import World
@@ -48,10 +49,11 @@ class RunFolder:
         """The folder of the checkpoint after a step."""
         return self.checkpoints_dir / f"step-{step:08d}"
 
-    def newest_checkpoint(self) -> tuple[int, Path] | None:
-        """Step and folder of the newest checkpoint; one without a manifest does not exist."""
+    def newest_checkpoint(self, last_step: int | None = None) -> tuple[int, Path] | None:
+        """Step and folder of the newest checkpoint, up to a step if given; one without a manifest does not exist."""
         folders = (manifest.parent for manifest in self.checkpoints_dir.glob("step-*/manifest.json"))
-        return max(((step, folder) for folder in folders if (step := _number(folder)) is not None), default=None)
+        found = ((step, folder) for folder in folders if (step := _number(folder)) is not None)
+        return max((item for item in found if last_step is None or item[0] <= last_step), default=None)
 
     def frozen_config(self) -> RunConfig:
         """The configuration that the run was first started with.
@@ -161,6 +163,7 @@ class RunFolder:
             write_atomically(self.path / f"provenance{suffix}.json", provenance + "\n")
             self.stop_file.unlink(missing_ok=True)
             self.outcome_file.unlink(missing_ok=True)
+            set_failure_aside(self.path)
             record_attempt(self.path, attempt)
             # Room to say how the attempt ended, should the disk be full by then.
             write_atomically(self._reserve_file, bytes(_RESERVE_BYTES))

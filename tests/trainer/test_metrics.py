@@ -117,7 +117,8 @@ def test_a_node_has_the_number_that_its_launcher_gives_it() -> None:
 def test_a_full_disk_is_a_sentence(tmp_path: Path) -> None:
     file = MetricsFile(tmp_path / "metrics.jsonl", last_step=0)
     # Whatever is written there meets a full disk.
-    file._file = Path("/dev/full").open("a", buffering=1)
-    with pytest.raises(UserError, match=r"/dev/full cannot be written: No space left on device; free some space"):
-        file.write(1, {"train/loss": 2.0})
     file.close()
+    with Path("/dev/full").open("ab", buffering=0) as full:
+        file._file = full
+        with pytest.raises(UserError, match=r"/dev/full cannot be written: No space left on device; free some space"):
+            file.write(1, {"train/loss": 2.0})
