@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from trainer.data.blocks import hash_blocks
 from trainer.data.loader import BatchLoader
 from trainer.data.order import SampleOrder
 from trainer.data.pack import write_file
@@ -32,11 +33,12 @@ _DOCUMENT_TOKENS = 1000
 def make_stream(folder: Path, total_tokens: int, shard_tokens: int) -> TokenStream:
     """A stream of random uint16 tokens in shards, its pages in the cache."""
     generator = np.random.default_rng(0)
-    shards = []
+    shards, hashes = [], b""
     for index in range(-(-total_tokens // shard_tokens)):
         size = min(shard_tokens, total_tokens - index * shard_tokens)
         tokens = generator.integers(0, 1 << 16, size=size, dtype=np.uint16)
         shards.append(write_file(folder / f"train-{index:05d}.bin", tokens.tobytes()))
+        hashes += hash_blocks(tokens.tobytes())
     starts = np.append(np.arange(0, total_tokens, _DOCUMENT_TOKENS), total_tokens).astype("<i8")
     empty_offsets = np.zeros(len(starts), dtype="<i8")
     facts = SplitFacts(
@@ -46,6 +48,7 @@ def make_stream(folder: Path, total_tokens: int, shard_tokens: int) -> TokenStre
         documents=write_file(folder / "train-documents.i64", starts.tobytes()),
         source_offsets=write_file(folder / "train-source-offsets.i64", empty_offsets.tobytes()),
         sources=write_file(folder / "train-sources.txt", b""),
+        blocks=write_file(folder / "train-blocks.sha256", hashes),
     )
     for shard in shards:
         (folder / shard.file).read_bytes()

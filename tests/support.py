@@ -66,6 +66,27 @@ def write_corpus(folder: Path, num_documents: int = 24) -> Path:
     return folder
 
 
+def write_empty_checkpoint(folder: Path, step: int = 0) -> Path:
+    """A checkpoint without tensors, for tests that look only at what there is; returns its folder."""
+    from trainer.checkpoint.manifest import FORMAT_VERSION, Manifest, TrainingState, fingerprint, write_manifest
+
+    counters = dict.fromkeys(("num_samples", "num_tokens", "num_skipped_steps", "num_skipped_in_a_row"), 0)
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        training=TrainingState(step=step, schedule_total_steps=12, seed=7, **counters),
+        config={},
+        config_fingerprint=fingerprint({}),
+        data_fingerprint="",
+        num_ranks=1,
+        strategy="none",
+        tensors={},
+        files={},
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_manifest(folder, manifest)
+    return folder
+
+
 def write_config(path: Path, values: dict[str, Any]) -> Path:
     """Write settings as a configuration file."""
     path.write_text(yaml.safe_dump(values, sort_keys=False))

@@ -218,7 +218,7 @@ class BadNumbers:
     def _tell(self, bad: BadStep, training: TrainingState, done: str, samples: list[SampleRange] | None = None) -> None:
         """Say in a line what was bad, and what was done."""
         ranges = ", ".join(f"{first}-{end - 1}" for first, end in samples or self._samples_of(bad, training))
-        self._observers.warn(f"step {bad.step}: {_what(bad)}; samples {ranges} (events.jsonl names them); {done}")
+        self._observers.warning(f"step {bad.step}: {_what(bad)}; samples {ranges} (events.jsonl names them); {done}")
 
     def _judge(self, taken: TakenStep, loss: float, grad_norm: float) -> BadStep | None:
         if not math.isfinite(loss) or not math.isfinite(grad_norm):

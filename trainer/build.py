@@ -84,7 +84,7 @@ def build_trainer(
     if config.metrics.parameter_hash:
         observers.message(f"initial parameters {parameter_hash(engine, ranks)}")
     corpus.check_sequence_length(config.data.sequence_length)
-    validation = corpus.stream("validation")
+    validation = corpus.stream("validation", verify=config.faults.verify_data)
     length = config.data.sequence_length
     if config.data.document_mask:
         check_engine(engine, config, task, vocabulary)
@@ -107,7 +107,9 @@ def build_trainer(
             max_sequences=config.evaluation.max_sequences,
             document_mask=config.data.document_mask,
         ),
-        checkpointer=Checkpointer(config, run_folder, corpus.fingerprint, ranks, before_commit, average),
+        checkpointer=Checkpointer(
+            config, run_folder, corpus.fingerprint, ranks, before_commit, average, observers.warning
+        ),
         observers=observers,
         bad_numbers=BadNumbers(
             config,
@@ -152,7 +154,7 @@ def _build_loader(
             state=state_of_rank(training.loader_states, training.num_samples, mesh.dp_rank, mesh.dp_degree),
         )
     return BatchLoader(
-        corpus.stream("train"),
+        corpus.stream("train", verify=config.faults.verify_data),
         corpus.order(config.seed, data.sequence_length, data.shuffle),
         sequence_length=data.sequence_length,
         global_size=batch.global_size,

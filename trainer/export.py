@@ -38,7 +38,7 @@ def export_model(reader: CheckpointReader, folder: Path, *, averaged: bool = Fal
 
     Raises:
         UserError: the folder has contents or cannot be written, the run's corpus with its tokenizer is gone, or the
-            checkpoint has no average.
+            checkpoint has no average or is damaged.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--to {folder} is {'not empty' if folder.is_dir() else 'a file'}; name a new folder.")
@@ -47,6 +47,7 @@ def export_model(reader: CheckpointReader, folder: Path, *, averaged: bool = Fal
             f"--ema: checkpoint {reader.folder} has no average of the weights; leave out --ema, or train with "
             "optimizer.ema_decay above 0, such as 0.999."
         )
+    reader.verify()
     config = parse_config(reader.manifest.config, source=f"{reader.folder}")
     corpus = open_corpus(config)
     if corpus.fingerprint != reader.manifest.data_fingerprint:

@@ -1,5 +1,6 @@
 """Metrics of a run: gathered without waiting for the device, written at log intervals."""
 
+import errno
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from sharding.errors import UserError
 from sharding.process_group import Ranks
 from trainer.noise_scale import NoiseMeasurement, NoiseScale
 from trainer.system_metrics import NUM_SYSTEM_VALUES, SystemMeter, system_metrics
@@ -196,12 +198,26 @@ class MetricsFile:
         """
         if path.exists():
             _discard_after(path, last_step)
-        # Line buffering: a killed run loses no finished line.
-        self._file = path.open("a", buffering=1)
+        # No buffer: a killed run loses no finished line.
+        self._file = path.open("ab", buffering=0)
 
     def write(self, step: int, metrics: Metrics) -> None:
-        """Append one step's metrics; numbers that are not finite become null."""
-        self._file.write(json.dumps({"step": step} | finite_or_none(metrics)) + "\n")
+        """Append one step's metrics; numbers that are not finite become null.
+
+        Raises:
+            UserError: the disk is full, say.
+        """
+        line = (json.dumps({"step": step} | finite_or_none(metrics)) + "\n").encode()
+        try:
+            # The next attempt takes out a line that is not whole.
+            reason = None if self._file.write(line) == len(line) else os.strerror(errno.ENOSPC)
+        except OSError as error:
+            reason = error.strerror
+        if reason is not None:
+            raise UserError(
+                f"{self._file.name} cannot be written: {reason}; free some space, then run again to continue from the "
+                "last checkpoint."
+            )
 
     def close(self) -> None:
         """Close the file."""

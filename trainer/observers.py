@@ -55,8 +55,8 @@ class Observers:
         if self.console is not None:
             self.console.message(text)
 
-    def warn(self, text: str) -> None:
-        """Something happened that should not be overlooked."""
+    def warning(self, text: str) -> None:
+        """Something happened that a person should know."""
         if self.console is not None:
             self.console.warning(text)
 

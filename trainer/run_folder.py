@@ -3,12 +3,17 @@
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 from sharding.errors import UserError
 from trainer.atomic_files import create_once, write_atomically
+from trainer.checkpoint.layout import check_sizes
+from trainer.checkpoint.manifest import read_manifest
 from trainer.config import RunConfig, config_to_yaml, load_config
+from trainer.events import read_events
+from trainer.failure import set_failure_aside
 from trainer.lease import LEASE_VARIABLE, is_taken_over, record_attempt
 from trainer.provenance import collect_provenance
 from trainer.validation import World
@@ -18,6 +23,7 @@ _FROZEN_KEYS = ("task", "model", "data", "seed", "optimizer", "schedule", "batch
 # averaged beside training.
 _FREE_KEYS = ("data.cache_dir", "data.num_workers", "schedule.total_steps", "optimizer.ema_decay")
 _MIN_FREE_BYTES = 16 * 2**20
+_RESERVE_BYTES = 64 * 2**10
 
 
 class RunFolder:
@@ -29,9 +35,11 @@ class RunFolder:
         self.config_file = path / "config.yaml"
         self.metrics_file = path / "metrics.jsonl"
         self.checkpoints_dir = path / "checkpoints"
+        self.damaged_dir = self.checkpoints_dir / "damaged"
         self.stop_file = path / "stop"
         self.outcome_file = path / "outcome.json"
         self.report_file = path / "report.html"
+        self._reserve_file = path / ".reserve"
 
     def log_dir(self, attempt: int) -> Path:
         """Where the logs of one attempt go."""
@@ -73,9 +81,35 @@ class RunFolder:
         return self.frozen_config()
 
     def is_complete(self, config: RunConfig) -> bool:
-        """Whether the newest checkpoint is at or beyond the last step."""
+        """Whether the newest checkpoint is at or beyond the last step, and whole as far as sizes tell.
+
+        What files contain is compared by the ranks and by ``shardline checkpoint verify``.
+        """
         newest = self.newest_checkpoint()
-        return newest is not None and newest[0] >= config.num_steps
+        if newest is None or newest[0] < config.num_steps:
+            return False
+        try:
+            check_sizes(newest[1], read_manifest(newest[1]))
+        except UserError:
+            # The ranks know what to do about it.
+            return False
+        return True
+
+    def check_damaged(self) -> None:
+        """Assert that a run without a checkpoint has lost none.
+
+        Raises:
+            UserError: all that it had were damaged; to begin again at step 0 is not ours to decide.
+        """
+        damaged = sorted(self.damaged_dir.glob("step-*"))
+        if damaged and self.newest_checkpoint() is None:
+            reasons = {event.get("path"): event.get("reason") for event in read_events(self.path)}
+            described = "; ".join(f"{path.name}: {reasons.get(str(path), 'damaged')}" for path in damaged)
+            raise UserError(
+                f"{self.path} has no checkpoint left, only damaged ones that were moved to {self.damaged_dir} "
+                f"({described}); restore one of them to {self.checkpoints_dir} from a copy, or delete "
+                f"{self.damaged_dir} to begin at step 0."
+            )
 
     def check(self, config: RunConfig) -> None:
         """Check that a run with this configuration may go on in this folder; changes nothing.
@@ -87,6 +121,7 @@ class RunFolder:
         self._check_space()
         newest = self.newest_checkpoint()
         if newest is None:
+            self.check_damaged()
             # Nothing to continue: whoever mends a mistake in the settings of a first attempt may start over here.
             return
         self._check_frozen(config)
@@ -128,7 +163,10 @@ class RunFolder:
             write_atomically(self.path / f"provenance{suffix}.json", provenance + "\n")
             self.stop_file.unlink(missing_ok=True)
             self.outcome_file.unlink(missing_ok=True)
+            set_failure_aside(self.path)
             record_attempt(self.path, attempt)
+            # Room to say how the attempt ended, should the disk be full by then.
+            write_atomically(self._reserve_file, bytes(_RESERVE_BYTES))
         except OSError as error:
             raise UserError(
                 f"run folder {self.path} cannot be written: {error.strerror}; choose another output_dir."
@@ -143,7 +181,14 @@ class RunFolder:
         if is_taken_over(self.path, os.environ.get(LEASE_VARIABLE)):
             return
         outcome = {"status": status, "exit_code": exit_code, "step": step, "reason": reason, "rank": rank}
-        create_once(self.outcome_file, json.dumps(outcome) + "\n")
+        try:
+            create_once(self.outcome_file, json.dumps(outcome) + "\n")
+        except OSError as error:
+            self._reserve_file.unlink(missing_ok=True)
+            try:
+                create_once(self.outcome_file, json.dumps(outcome) + "\n")
+            except OSError:
+                print(f"warning: {self.outcome_file} cannot be written: {error.strerror}", file=sys.stderr)
 
     def read_outcome(self) -> dict[str, Any] | None:
         """How the last attempt ended; None where nobody could say."""

@@ -132,6 +132,9 @@ class FaultsConfig(StrictModel):
     """Consecutive steps with a non-finite loss or gradient, each skipped by all ranks, before the run stops; under
     fp16 the steps that it takes to halve the loss scale down to 1 come on top."""
 
+    verify_data: bool = True
+    """Compare each block of a prepared corpus with its SHA-256 when it is first read; one that differs ends the run."""
+
     # YAML takes a bare off for false.
     spike_policy: Annotated[
         Literal["off", "warn", "skip", "rollback"],

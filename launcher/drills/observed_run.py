@@ -18,7 +18,7 @@ from trainer.run_folder import RunFolder
 _LOOK_EVERY_S = 0.1
 _GIVE_UP_AFTER_S = 600.0
 # What training computed; times and bytes are left out.
-_CURVE = ("step", "train/loss", "train/grad_norm", "train/learning_rate", "train/tokens", "eval/loss")
+_CURVE = ("step", "train/loss", "train/grad_norm", "train/learning_rate", "train/tokens")
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from tests.support import (
     write_config,
 )
 from trainer.checkpoint.reader import CheckpointReader
+from trainer.events import read_events
 from trainer.run_folder import RunFolder
 
 MakeConfig = Callable[..., Path]
@@ -42,6 +43,16 @@ def _final_state(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
             whole[tuple(slice(o, o + n) for o, n in zip(part.offsets, part.shape, strict=True))] = tensor
         state[name] = whole
     return state
+
+
+def _cut_short(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-7])
+
+
+def _flip_a_bit(file: Path) -> None:
+    contents = bytearray(file.read_bytes())
+    contents[-1000] ^= 1
+    file.write_bytes(contents)
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +110,9 @@ def test_any_ranks_and_any_strategy_continue_with_the_same_samples(
 ) -> None:
     copy = tmp_path / "runs" / "straight"
     shutil.copytree(straight, copy)
-    for step in (9, 12):
-        shutil.rmtree(copy / "checkpoints" / f"step-{step:08d}")
+    # The two newest are damaged, one so that its size tells and one by a bit of its contents.
+    _cut_short(copy / "checkpoints" / "step-00000012" / "rank-00001.safetensors")
+    _flip_a_bit(copy / "checkpoints" / "step-00000009" / "rank-00001.safetensors")
     overrides = (f"output_dir={tmp_path / 'runs'}", f"parallel.strategy={strategy}", *extra)
     _run(straight / "config.yaml", *overrides, ranks=ranks)
     expected, found = training_curve(straight), training_curve(copy)
@@ -115,6 +127,10 @@ def test_any_ranks_and_any_strategy_continue_with_the_same_samples(
     # What had been trained after the checkpoint and was trained again is kept aside: every step appears once.
     discarded = (copy / "metrics.discarded.jsonl").read_text().splitlines()
     assert len(discarded) == 6
+    damaged = [(event["kind"], event["step"], event["path"]) for event in read_events(copy)]
+    aside = copy / "checkpoints" / "damaged"
+    assert damaged == [("checkpoint_damaged", step, str(aside / f"step-{step:08d}")) for step in (12, 9)]
+    assert {path.name for path in aside.iterdir()} == {"step-00000009", "step-00000012"}
 
 
 def test_torchrun_alone_gives_the_losses_of_shardline_run(straight: Path, tmp_path: Path) -> None:

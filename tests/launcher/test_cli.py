@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launcher.cli import find_intruder
-from tests.support import ROOT, command_environment, shardline
+from tests.support import ROOT, command_environment, shardline, write_empty_checkpoint
 from trainer.run_folder import RunFolder
 
 pytestmark = pytest.mark.timeout(60)
@@ -78,8 +78,7 @@ def test_a_complete_run_is_left_alone(config_file: Path, make_config: Callable[.
     config = load_config(config_file)
     folder = RunFolder(config.run_dir)
     folder.begin_attempt(config, World(2, has_gpu=False), [])
-    folder.checkpoint_path(6).mkdir(parents=True)
-    (folder.checkpoint_path(6) / "manifest.json").write_text("{}")
+    write_empty_checkpoint(folder.checkpoint_path(6), 6)
     before = sorted(folder.path.rglob("*"))
     finished = shardline("run", config_file)
     assert finished.returncode == 0

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sharding.errors import UserError
 from tests.support import TINY_MODEL, shardline, tiny_values, trained, write_config
 from trainer import export
+from trainer.checkpoint.manifest import write_manifest
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.export import export_model
 from trainer.generate import generate_text, load_model, main
@@ -167,8 +168,6 @@ def test_a_damaged_checkpoint_leaves_nothing_behind(reader: CheckpointReader, tm
 def test_the_tokenizer_of_another_corpus_is_refused(reader: CheckpointReader, tmp_path: Path) -> None:
     copy = tmp_path / "step-00000001"
     shutil.copytree(reader.folder, copy)
-    manifest = json.loads((copy / "manifest.json").read_text())
-    manifest["data_fingerprint"] = "0" * 64
-    (copy / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(copy, reader.manifest.model_copy(update={"data_fingerprint": "0" * 64}))
     with pytest.raises(UserError, match="was trained on another corpus"):
         export_model(CheckpointReader(copy), tmp_path / "model")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sharding.errors import UserError
 from sharding.process_group import Ranks
 from trainer.metrics import MetricsFile, SkippedSteps, StepRecord, ThroughputClock, summarize_step
 from trainer.system_metrics import SystemMeter, node_number, system_metrics
@@ -111,3 +112,13 @@ def test_a_node_has_the_number_that_its_launcher_gives_it() -> None:
     assert node_number(sixth, {}) == 3
     assert node_number(sixth, {"SLURM_NODEID": "1"}) == 1
     assert node_number(sixth, {"SLURM_NODEID": "1", "GROUP_RANK": "2"}) == 2
+
+
+def test_a_full_disk_is_a_sentence(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl", last_step=0)
+    # Whatever is written there meets a full disk.
+    file.close()
+    with Path("/dev/full").open("ab", buffering=0) as full:
+        file._file = full
+        with pytest.raises(UserError, match=r"/dev/full cannot be written: No space left on device; free some space"):
+            file.write(1, {"train/loss": 2.0})

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import stat
 import threading
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from sharding.errors import UserError
+from tests.support import write_empty_checkpoint
 from trainer.config import RunConfig, load_config
 from trainer.lease import Lease
 from trainer.run_folder import RunFolder
@@ -32,10 +34,7 @@ def begin(config: RunConfig, argv: tuple[str, ...] = ("shardline", "run")) -> tu
 
 
 def add_checkpoint(folder: RunFolder, step: int) -> Path:
-    path = folder.checkpoint_path(step)
-    path.mkdir(parents=True)
-    (path / "manifest.json").write_text("{}")
-    return path
+    return write_empty_checkpoint(folder.checkpoint_path(step), step)
 
 
 def test_first_attempt_freezes_configuration_and_provenance(load: Callable[..., RunConfig]) -> None:
@@ -143,9 +142,25 @@ def test_a_checkpoint_exists_if_its_manifest_does(load: Callable[..., RunConfig]
     add_checkpoint(folder, 5).rename(folder.checkpoints_dir / "step-mine")
     assert folder.newest_checkpoint() == (4, folder.checkpoints_dir / "step-00000004")
     assert not folder.is_complete(load())
-    (folder.checkpoint_path(6) / "manifest.json").write_text("{}")
+    add_checkpoint(folder, 6)
     assert folder.is_complete(load())
     assert not folder.is_complete(load("steps=7"))
+    manifest = folder.checkpoint_path(6) / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes()[:-1] + b" ")
+    assert not folder.is_complete(load())
+
+
+def test_a_run_that_has_only_damaged_checkpoints_does_not_begin_anew(load: Callable[..., RunConfig]) -> None:
+    folder, _ = begin(load())
+    add_checkpoint(folder, 4)
+    folder.damaged_dir.mkdir()
+    folder.checkpoint_path(4).rename(folder.damaged_dir / "step-00000004")
+    with pytest.raises(UserError, match=r"no checkpoint left, only damaged ones .*step-00000004.*begin at step 0"):
+        begin(load())
+    add_checkpoint(folder, 2)
+    folder.check(load())
+    shutil.rmtree(folder.damaged_dir)
+    begin(load())
 
 
 def test_steps_may_not_shrink_below_what_is_done(load: Callable[..., RunConfig]) -> None:

@@ -8,7 +8,10 @@ from rich.console import Console
 from rich.table import Table
 
 from sharding.errors import EXIT_BAD_INPUT, EXIT_FINISHED, UserError
+from trainer.checkpoint.manifest import MANIFEST_NAME
 from trainer.checkpoint.reader import CheckpointReader
+from trainer.config import parse_config
+from trainer.data.prepared import find_prepared
 from trainer.run_folder import RunFolder
 
 
@@ -35,16 +38,45 @@ def list_checkpoints(run_folder: RunFolder, console: Console) -> int:
 
 
 def verify_checkpoints(run_folder: RunFolder, console: Console) -> int:
-    """Compare all files of all checkpoints with their manifests; returns the exit status."""
+    """Compare all of all checkpoints with their manifests, and those with the corpus; returns the exit status."""
     exit_code = EXIT_FINISHED
     for folder in _folders(run_folder):
         try:
-            CheckpointReader(folder).verify()
-            console.print(f"{folder.name}: whole", highlight=False)
+            reader = CheckpointReader(folder)
+            reader.verify()
+            note = _compare_corpus(reader)
+            extra = sorted({path.name for path in folder.iterdir()} - reader.manifest.files.keys() - {MANIFEST_NAME})
+            if extra:
+                note += f"; not part of it: {', '.join(extra)}"
+            console.print(f"{folder.name}: whole{note}", highlight=False)
         except UserError as error:
             console.print(f"{folder.name}: {error}", highlight=False)
             exit_code = EXIT_BAD_INPUT
+    for folder in sorted(run_folder.damaged_dir.glob("*")):
+        console.print(f"damaged/{folder.name}: was found damaged and moved there", highlight=False)
     return exit_code
+
+
+def _compare_corpus(reader: CheckpointReader) -> str:
+    """Hold the data fingerprint against the prepared corpus; returns what is to be said where there is none.
+
+    Raises:
+        UserError: it is another corpus.
+    """
+    config = parse_config(reader.manifest.config, source=f"{reader.folder}")
+    try:
+        corpus = find_prepared(config.data)
+    except UserError:
+        corpus = None
+    if corpus is None:
+        return "; its corpus is not prepared here, so the data fingerprint was not compared"
+    if corpus.fingerprint != reader.manifest.data_fingerprint:
+        raise UserError(
+            f"checkpoint {reader.folder} was trained on another corpus (fingerprint "
+            f"{reader.manifest.data_fingerprint[:12]}) than {corpus.folder} ({corpus.fingerprint[:12]}); restore the "
+            "corpus, or continue with checkpoint.load=weights in another run."
+        )
+    return ""
 
 
 def main(arguments: Sequence[str]) -> int:

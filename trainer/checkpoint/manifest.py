@@ -10,10 +10,20 @@ from pydantic import Field, ValidationError
 
 from sharding.errors import UserError
 from sharding.strict_model import StrictModel
+from trainer.checked_json import dump_checked, load_checked
 from trainer.data.config import SampleRange
 
 MANIFEST_NAME = "manifest.json"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+
+
+class DamagedCheckpoint(UserError):
+    """A checkpoint that is not as it was written; an older one may still be whole."""
+
+    def __init__(self, folder: object, reason: str) -> None:
+        """Say what is wrong with which."""
+        super().__init__(f"checkpoint {folder} is damaged: {reason}; choose another step, or restore it from a copy.")
+        self.reason = reason
 
 
 class SliceEntry(StrictModel):
@@ -150,34 +160,57 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     The contents reach the disk before the name does, so that a crash leaves either no manifest or a whole one.
     """
     temporary = folder / f".{MANIFEST_NAME}.partial"
-    with temporary.open("w") as file:
-        json.dump(manifest.model_dump(mode="json"), file)
+    with temporary.open("wb") as file:
+        file.write(render_manifest(manifest))
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, folder / MANIFEST_NAME)
     sync_folder(folder)
 
 
+def render_manifest(manifest: Manifest) -> bytes:
+    """The contents of a manifest's file, with a checksum of their own."""
+    return dump_checked(manifest.model_dump(mode="json"))
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Read a checkpoint's manifest.
 
     Raises:
-        UserError: there is none, or it is damaged or of another version.
+        UserError: there is none, or it is of another version.
+        DamagedCheckpoint: it is not as it was written.
     """
-    path = folder / MANIFEST_NAME
     try:
-        manifest = Manifest.model_validate(json.loads(path.read_bytes()))
+        raw = (folder / MANIFEST_NAME).read_bytes()
     except FileNotFoundError:
         raise UserError(f"{folder} is not a checkpoint: it has no {MANIFEST_NAME}; name another step.") from None
+    except OSError as error:
+        raise DamagedCheckpoint(folder, f"{MANIFEST_NAME} cannot be read ({error.strerror})") from None
+    return parse_manifest(raw, folder)
+
+
+def parse_manifest(raw: bytes, folder: object) -> Manifest:
+    """The manifest that the contents of its file say.
+
+    Args:
+        raw: the contents.
+        folder: the checkpoint, to speak of.
+
+    Raises:
+        UserError: it is of another version.
+        DamagedCheckpoint: it is not as it was written.
+    """
+    try:
+        # Earlier versions had no checksum, and began with their number.
+        values = {} if raw.startswith(b'{"format_version": ') else load_checked(raw)
+        if values.get("format_version") == FORMAT_VERSION:
+            return Manifest.model_validate(values)
     except (ValueError, ValidationError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path} is damaged ({reason}); remove the folder {folder} to use an older one.") from None
-    if manifest.format_version != FORMAT_VERSION:
-        raise UserError(
-            f"{path} has format version {manifest.format_version}, but this Shardline reads {FORMAT_VERSION}; "
-            "use the release that wrote it."
-        )
-    return manifest
+        raise DamagedCheckpoint(folder, f"{MANIFEST_NAME}: {str(error).splitlines()[0]}") from None
+    raise UserError(
+        f"{folder} has {MANIFEST_NAME} of format version {values.get('format_version', 'below 3')}, but this Shardline "
+        f"reads {FORMAT_VERSION}; use the release that wrote it."
+    )
 
 
 def sync_folder(folder: Path) -> None:

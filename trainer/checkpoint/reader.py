@@ -1,7 +1,6 @@
 """Reading any part of a checkpoint, by any layout."""
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,16 @@ from safetensors import SafetensorError, safe_open
 
 from sharding.errors import UserError
 from sharding.state import TensorSlice
-from trainer.checkpoint.manifest import Manifest, SliceEntry, TensorEntry, hash_file, read_manifest
+from trainer.checkpoint.layout import check_header, check_parts, check_sizes, check_tensors, parts_by_file
+from trainer.checkpoint.manifest import (
+    DamagedCheckpoint,
+    Manifest,
+    SliceEntry,
+    TensorEntry,
+    fingerprint,
+    hash_file,
+    read_manifest,
+)
 from trainer.weight_average import AVERAGE_PREFIX, MODEL_PREFIX
 
 
@@ -21,32 +29,36 @@ class CheckpointReader:
         """Open a checkpoint.
 
         Raises:
-            UserError: there is none, or a file of it is missing or has another size than the manifest says.
+            UserError: there is none, or it is of another version.
+            DamagedCheckpoint: the manifest is damaged, or a file is missing or has another size than it says.
         """
         self.folder = folder
         self.manifest: Manifest = read_manifest(folder)
         self._open_files: dict[str, Any] = {}
-        for name, entry in self.manifest.files.items():
-            path = folder / name
-            num_bytes = path.stat().st_size if path.exists() else 0
-            if num_bytes != entry.num_bytes:
-                raise UserError(
-                    f"checkpoint {folder} is damaged: {name} has {num_bytes} bytes instead of {entry.num_bytes}; "
-                    f"remove the folder to use an older checkpoint."
-                )
+        check_sizes(folder, self.manifest)
 
-    def verify(self, names: Sequence[str] | None = None) -> None:
-        """Compare the SHA-256 of files, all by default, with the manifest.
+    def verify(self, index: int = 0, num_shares: int = 1) -> None:
+        """Compare everything with the manifest, or one share of several of it: layout, headers and SHA-256.
+
+        Args:
+            index: which share, from 0.
+            num_shares: how many there are; all of them together are the whole.
 
         Raises:
-            UserError: a file's contents have changed.
+            DamagedCheckpoint: something is not as the manifest says, or the manifest contradicts itself.
         """
-        for name in self.manifest.files if names is None else names:
-            if hash_file(self.folder / name) != self.manifest.files[name].sha256:
-                raise UserError(
-                    f"checkpoint {self.folder} is damaged: the contents of {name} do not have the SHA-256 of the "
-                    "manifest; remove the folder to use an older checkpoint."
+        manifest = self.manifest
+        if fingerprint(manifest.config) != manifest.config_fingerprint:
+            raise DamagedCheckpoint(self.folder, "the configuration does not have its fingerprint")
+        check_parts(self.folder, manifest)
+        check_tensors(self.folder, manifest, sorted(manifest.tensors)[index::num_shares])
+        parts = parts_by_file(manifest)
+        for name in sorted(manifest.files)[index::num_shares]:
+            if self._hash(name) != manifest.files[name].sha256:
+                raise DamagedCheckpoint(
+                    self.folder, f"the contents of {name} do not have the SHA-256 that the manifest says"
                 )
+            check_header(self.folder, name, parts[name], self._file(name))
 
     @property
     def has_average(self) -> bool:
@@ -89,8 +101,8 @@ class CheckpointReader:
         for stored in entry.slices:
             num_filled += self._copy_overlap(part, stored)
         if num_filled != part.tensor.numel():
-            raise UserError(
-                f"checkpoint {self.folder} is damaged: {part.name} has {num_filled} of {part.tensor.numel()} elements."
+            raise DamagedCheckpoint(
+                self.folder, f"{part.name} has {num_filled} of {part.tensor.numel()} elements of a slice"
             )
 
     def _entry(self, name: str) -> TensorEntry:
@@ -112,18 +124,28 @@ class CheckpointReader:
                 return 0
             source_index.append(slice(begin - have, end - have))
             target_index.append(slice(begin - want, end - want))
-        source = self._file(stored.file)
-        if not source_index:
-            part.tensor.copy_(source.get_tensor(stored.key))
-            return 1
-        target = part.tensor[tuple(target_index)]
-        target.copy_(source.get_slice(stored.key)[tuple(source_index)])
+        file = self._file(stored.file)
+        try:
+            if not source_index:
+                part.tensor.copy_(file.get_tensor(stored.key))
+                return 1
+            target = part.tensor[tuple(target_index)]
+            target.copy_(file.get_slice(stored.key)[tuple(source_index)])
+        except (SafetensorError, OSError, RuntimeError) as error:
+            # RuntimeError: the stored tensor has another shape than the manifest says.
+            raise DamagedCheckpoint(self.folder, f"{stored.key} in {stored.file}: {error}") from None
         return target.numel()
+
+    def _hash(self, name: str) -> str:
+        try:
+            return hash_file(self.folder / name)
+        except OSError as error:
+            raise DamagedCheckpoint(self.folder, f"{name} cannot be read ({error.strerror})") from None
 
     def _file(self, name: str) -> Any:
         if name not in self._open_files:
             try:
                 self._open_files[name] = safe_open(self.folder / name, framework="pt", device="cpu")
             except (SafetensorError, OSError) as error:
-                raise UserError(f"checkpoint {self.folder} is damaged: {name}: {error}.") from None
+                raise DamagedCheckpoint(self.folder, f"{name}: {error}") from None
         return self._open_files[name]

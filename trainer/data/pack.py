@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from trainer.data.blocks import hash_blocks
 from trainer.data.clean import CleanedCorpus
 from trainer.data.progress import StageProgress
 from trainer.data.shards import FileFacts, SplitFacts
@@ -57,6 +58,7 @@ def pack_split(
         documents=write_file(folder / f"{name}-documents.i64", np.array(starts, dtype="<i8").tobytes()),
         source_offsets=write_file(folder / f"{name}-source-offsets.i64", source_offsets.astype("<i8").tobytes()),
         sources=write_file(folder / f"{name}-sources.txt", b"".join(sources)),
+        blocks=write_file(folder / f"{name}-blocks.sha256", writer.block_hashes),
     )
 
 
@@ -72,6 +74,7 @@ class _ShardWriter:
 
     def __init__(self, folder: Path, name: str, dtype: str, shard_tokens: int) -> None:
         self.num_tokens = 0
+        self.block_hashes = b""
         self._folder = folder
         self._name = name
         self._shard_bytes = shard_tokens * np.dtype(dtype).itemsize
@@ -91,11 +94,22 @@ class _ShardWriter:
 
     def _flush(self, num_bytes: int) -> None:
         path = self._folder / f"{self._name}-{len(self._shards):05d}.bin"
-        self._shards.append(write_file(path, bytes(self._pending[:num_bytes])))
+        contents = bytes(self._pending[:num_bytes])
+        self._shards.append(write_file(path, contents))
+        self.block_hashes += hash_blocks(contents)
         del self._pending[:num_bytes]
 
 
 def write_file(path: Path, contents: bytes) -> FileFacts:
     """Write a file of a corpus and describe it."""
     path.write_bytes(contents)
-    return FileFacts(file=path.name, num_bytes=len(contents), sha256=hashlib.sha256(contents).hexdigest())
+    return _facts(path.name, contents)
+
+
+def describe_file(path: Path, folder: Path) -> FileFacts:
+    """Describe a file that somebody else has written below a corpus folder."""
+    return _facts(str(path.relative_to(folder)), path.read_bytes())
+
+
+def _facts(name: str, contents: bytes) -> FileFacts:
+    return FileFacts(file=name, num_bytes=len(contents), sha256=hashlib.sha256(contents).hexdigest())

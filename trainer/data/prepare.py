@@ -7,7 +7,6 @@ import contextlib
 import errno
 import fcntl
 import itertools
-import json
 import os
 import platform
 import shutil
@@ -18,9 +17,10 @@ from typing import TYPE_CHECKING
 
 from sharding.errors import EXIT_BAD_INPUT, EXIT_FINISHED, UserError
 from trainer.atomic_files import write_atomically
+from trainer.checked_json import dump_checked
 from trainer.data.clean import CleanedCorpus, clean_corpus
 from trainer.data.config import DataConfig
-from trainer.data.pack import pack_split
+from trainer.data.pack import describe_file, pack_split
 from trainer.data.prepared import (
     MANIFEST_NAME,
     PREPARATION_VERSION,
@@ -100,6 +100,8 @@ def _prepare(config: DataConfig, folder: Path, progress: bool) -> None:
             tokenizer = _tokenizer(config, list(cleaned.values()), stages)
             for name, corpus in cleaned.items():
                 _write_corpus(config, corpus, tokenizer, work / name, stages)
+        # Without a manifest it is no corpus, and a mixture without a folder is none.
+        shutil.rmtree(folder, ignore_errors=True)
         work.rename(folder)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
@@ -129,9 +131,12 @@ def _write_corpus(
         num_empty=cleaned.num_empty,
         num_duplicates=cleaned.num_duplicates,
         validation_limit=cleaned.validation_limit,
+        tokenizer_files=[
+            describe_file(path, work) for path in sorted((work / TOKENIZER_FOLDER).rglob("*")) if path.is_file()
+        ],
         splits=splits,
     )
-    write_atomically(work / MANIFEST_NAME, json.dumps(manifest.model_dump(mode="json")))
+    write_atomically(work / MANIFEST_NAME, dump_checked(manifest.model_dump(mode="json")))
 
 
 def _tokenizer(config: DataConfig, cleaned: list[CleanedCorpus], stages: StageProgress) -> "PreTrainedTokenizerFast":

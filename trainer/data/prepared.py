@@ -6,19 +6,21 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from sharding.errors import UserError
 from sharding.strict_model import StrictModel
+from trainer.checked_json import load_checked
 from trainer.data.config import DataConfig, SourceConfig
 from trainer.data.corpus import all_files, corpus_fingerprint
 from trainer.data.mixture import MixtureOrder, WeightedInterleaving, integer_shares
 from trainer.data.order import SampleOrder
-from trainer.data.shards import SplitFacts, StreamUnion, TokenStream, check_files, hash_files
+from trainer.data.shards import FileFacts, SplitFacts, StreamUnion, TokenStream, check_files, hash_files
 from trainer.data.tokenizer import tokenizer_identity
 
-PREPARATION_VERSION = 1
+PREPARATION_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
 
@@ -29,7 +31,7 @@ class CorpusManifest(StrictModel):
     preparation_version: int
     """Version of this layout and of the cleaning rules."""
 
-    dtype: str
+    dtype: str = Field(pattern="^<u[24]$")
     """NumPy type of a token: `<u2` or `<u4`."""
 
     vocab_size: int
@@ -59,8 +61,21 @@ class CorpusManifest(StrictModel):
     validation_limit: float | None = None
     """Documents are held out whose text's hash, as a share of all hashes, is below this; unknown in old corpora."""
 
+    tokenizer_files: list[FileFacts]
+    """The tokenizer, its files named from the corpus folder."""
+
     splits: dict[str, SplitFacts]
     """`train` and `validation`."""
+
+    @model_validator(mode="after")
+    def _sizes_agree(self) -> Self:
+        if self.splits.keys() != {"train", "validation"}:
+            raise ValueError(f"its splits are {', '.join(self.splits)}")
+        for name, split in self.splits.items():
+            num_bytes = sum(shard.num_bytes for shard in split.shards)
+            if num_bytes != split.num_tokens * int(self.dtype[-1]):
+                raise ValueError(f"the shards of {name} do not have {split.num_tokens} tokens")
+        return self
 
 
 class PreparedCorpus:
@@ -74,18 +89,22 @@ class PreparedCorpus:
             name: what a mixture calls it.
 
         Raises:
-            UserError: the manifest is damaged, or a file has another size than it says.
+            UserError: the manifest or the tokenizer is damaged, or a file has another size than the manifest says.
         """
         self.folder = folder
         self.name = name
         try:
-            self.manifest = CorpusManifest.model_validate(json.loads((folder / MANIFEST_NAME).read_bytes()))
-        except (ValueError, ValidationError):
+            self.manifest = CorpusManifest.model_validate(load_checked((folder / MANIFEST_NAME).read_bytes()))
+        except (OSError, ValueError, ValidationError) as error:
+            reason = str(error).splitlines()[0]
             raise UserError(
-                f"{folder / MANIFEST_NAME} is damaged; delete the folder {folder} to prepare again."
+                f"{folder / MANIFEST_NAME} is damaged ({reason}); delete the folder {folder} to prepare again."
             ) from None
         for split in self.manifest.splits.values():
-            check_files(folder, [*split.shards, split.documents, split.source_offsets, split.sources])
+            check_files(folder, split.files)
+        check_files(folder, self.manifest.tokenizer_files)
+        # Small, and read by libraries that would not say so.
+        hash_files(folder, self.manifest.tokenizer_files)
 
     @property
     def vocab_size(self) -> int:
@@ -128,9 +147,9 @@ class PreparedCorpus:
                 f"tokens, but {which} has {num_tokens}; lower it, add documents, or lower data.validation_fraction."
             )
 
-    def stream(self, split: str) -> TokenStream:
-        """The tokens of ``train`` or ``validation``."""
-        return TokenStream(self.folder, self.manifest.splits[split], self.manifest.dtype, self.name)
+    def stream(self, split: str, *, verify: bool = True) -> TokenStream:
+        """The tokens of ``train`` or ``validation``; ``verify`` is TokenStream's."""
+        return TokenStream(self.folder, self.manifest.splits[split], self.manifest.dtype, self.name, verify=verify)
 
     def order(self, seed: int, sequence_length: int, shuffle: bool) -> SampleOrder:
         """The order in which training visits the sequences."""
@@ -143,7 +162,7 @@ class PreparedCorpus:
             UserError: a file has changed.
         """
         for split in self.manifest.splits.values():
-            hash_files(self.folder, [*split.shards, split.documents, split.source_offsets, split.sources])
+            hash_files(self.folder, split.files)
 
 
 class PreparedMixture:
@@ -191,9 +210,9 @@ class PreparedMixture:
         for corpus in self.corpora:
             corpus.check_sequence_length(sequence_length)
 
-    def stream(self, split: str) -> StreamUnion:
+    def stream(self, split: str, *, verify: bool = True) -> StreamUnion:
         """The tokens of ``train`` or ``validation`` of all sources, one source behind the other."""
-        return StreamUnion([corpus.stream(split) for corpus in self.corpora])
+        return StreamUnion([corpus.stream(split, verify=verify) for corpus in self.corpora])
 
     def order(self, seed: int, sequence_length: int, shuffle: bool) -> MixtureOrder:
         """The order in which training visits the sequences of all sources."""

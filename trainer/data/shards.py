@@ -1,24 +1,28 @@
 """Packed token shards on disk and the streams that read them."""
 
 import bisect
+import contextlib
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import numpy as np
+from pydantic import Field, model_validator
 
 from sharding.errors import UserError
 from sharding.strict_model import StrictModel
+from trainer.data.blocks import BLOCK_BYTES, HASH_BYTES, BlockCheck
 
 
 class FileFacts(StrictModel):
     """A file of a prepared corpus."""
 
-    file: str
-    """Name in the corpus folder."""
+    file: str = Field(pattern=r"^[\w-][\w.-]*(/[\w-][\w.-]*)*$")
+    """Name in the corpus folder; no part of it begins with a dot."""
 
-    num_bytes: int
+    num_bytes: int = Field(ge=0)
     """Size."""
 
     sha256: str
@@ -46,6 +50,24 @@ class SplitFacts(StrictModel):
     sources: FileFacts
     """Source ids, UTF-8, one behind the other."""
 
+    blocks: FileFacts
+    """SHA-256 of each block of the token files, see ``trainer.data.blocks``."""
+
+    @property
+    def files(self) -> list[FileFacts]:
+        """All files."""
+        return [*self.shards, self.documents, self.source_offsets, self.sources, self.blocks]
+
+    @model_validator(mode="after")
+    def _sizes_agree(self) -> Self:
+        num_blocks = sum(-(-shard.num_bytes // BLOCK_BYTES) for shard in self.shards)
+        if self.blocks.num_bytes != num_blocks * HASH_BYTES:
+            raise ValueError(f"{self.blocks.file} does not have a hash for each of {num_blocks} blocks")
+        for facts in (self.documents, self.source_offsets):
+            if facts.num_bytes != 8 * (self.num_documents + 1):
+                raise ValueError(f"{facts.file} does not speak of {self.num_documents} documents")
+        return self
+
 
 @dataclass(frozen=True)
 class DocumentSpan:
@@ -60,7 +82,7 @@ class DocumentSpan:
 class TokenStream:
     """One split's tokens as one long array over memory-mapped shards."""
 
-    def __init__(self, folder: Path, split: SplitFacts, dtype: str, name: str = "") -> None:
+    def __init__(self, folder: Path, split: SplitFacts, dtype: str, name: str = "", *, verify: bool = True) -> None:
         """Map the shards of one split.
 
         Args:
@@ -68,6 +90,7 @@ class TokenStream:
             split: what the manifest says of them.
             dtype: NumPy type of a token.
             name: what a mixture calls the source.
+            verify: compare what is read with the hashes that were taken when the corpus was prepared.
 
         Raises:
             UserError: a file is missing or has another size than the manifest says.
@@ -76,12 +99,17 @@ class TokenStream:
         self.name = name
         self._folder = folder
         self._split = split
-        check_files(folder, [*split.shards, split.documents, split.source_offsets, split.sources])
-        self._shards = [np.memmap(folder / shard.file, dtype=dtype, mode="r") for shard in split.shards]
+        check_files(folder, split.files)
+        # Plain arrays: a slice of NumPy's own class for mapped files costs more than most copies.
+        self._shards = [np.asarray(np.memmap(folder / s.file, dtype=dtype, mode="r")) for s in split.shards]
+        self._token_bytes = np.dtype(dtype).itemsize
         self._document_starts = np.memmap(folder / split.documents.file, dtype="<i8", mode="r")
         self._starts = [0]
         for shard in self._shards:
             self._starts.append(self._starts[-1] + len(shard))
+        self._blocks = BlockCheck(self._read_block_hashes, self._shards, self._report_block) if verify else None
+        # Small beside the tokens, and searched all over: compared as wholes, when they are first used.
+        self._unverified = {facts.file for facts in (split.documents, split.source_offsets, split.sources) if verify}
 
     def num_sequences(self, sequence_length: int) -> int:
         """Training sequences in the stream."""
@@ -92,15 +120,20 @@ class TokenStream:
         return self, index
 
     def read_into(self, start: int, stop: int, target: np.ndarray) -> None:
-        """Copy tokens [start, stop) into an integer array of that length."""
+        """Copy tokens [start, stop) into an integer array of that length.
+
+        Raises:
+            UserError: they are not what was prepared.
+        """
         index = bisect.bisect_right(self._starts, start) - 1
-        shard_start = self._starts[index]
-        if stop <= self._starts[index + 1]:
-            target[:] = self._shards[index][start - shard_start : stop - shard_start]
-            return
-        middle = self._starts[index + 1]
-        target[: middle - start] = self._shards[index][start - shard_start :]
-        self.read_into(middle, stop, target[middle - start :])
+        shard_start, shard_stop = self._starts[index], self._starts[index + 1]
+        here = min(stop, shard_stop)
+        if self._blocks is not None:
+            size = self._token_bytes
+            self._blocks.compare(index, (start - shard_start) * size, (here - shard_start) * size)
+        target[: here - start] = self._shards[index][start - shard_start : here - shard_start]
+        if here < stop:
+            self.read_into(here, stop, target[here - start :])
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) as int64."""
@@ -110,12 +143,23 @@ class TokenStream:
         return tokens
 
     def document_starts(self, start: int, stop: int) -> np.ndarray:
-        """Positions in [start, stop) at which a document starts, int64."""
+        """Positions in [start, stop) at which a document starts, int64.
+
+        Raises:
+            UserError: they are not what was prepared.
+        """
+        self._verify(self._split.documents)
         bounds = np.searchsorted(self._document_starts, [start, min(stop, self.num_tokens)])
         return np.asarray(self._document_starts[bounds[0] : bounds[1]])
 
     def documents_between(self, start: int, stop: int) -> list[DocumentSpan]:
-        """The documents, whole or in part, that tokens [start, stop) come from."""
+        """The documents, whole or in part, that tokens [start, stop) come from.
+
+        Raises:
+            UserError: what is known of them is not what was prepared.
+        """
+        for facts in (self._split.documents, self._split.source_offsets, self._split.sources):
+            self._verify(facts)
         starts = self._document_starts
         offsets = np.memmap(self._folder / self._split.source_offsets.file, dtype="<i8", mode="r")
         first = int(np.searchsorted(starts, start, side="right")) - 1
@@ -129,6 +173,38 @@ class TokenStream:
                 begin, end = max(start, int(starts[index])), min(stop, int(starts[index + 1]))
                 spans.append(DocumentSpan(index, source_id, begin, end))
         return spans
+
+    def _verify(self, facts: FileFacts) -> None:
+        """Compare a whole file with the manifest when it is first used."""
+        if facts.file in self._unverified:
+            hash_files(self._folder, [facts])
+            self._unverified.remove(facts.file)
+
+    def _read_block_hashes(self) -> bytes:
+        hash_files(self._folder, [self._split.blocks])
+        return (self._folder / self._split.blocks.file).read_bytes()
+
+    def _report_block(self, shard: int, start: int, stop: int) -> None:
+        """Say which block of a shard has changed, and which documents are in it.
+
+        Raises:
+            UserError: always.
+        """
+        size = self._token_bytes
+        documents = "documents that cannot be named, since the list of them is damaged too"
+        with contextlib.suppress(UserError, ValueError):
+            spans = self.documents_between(self._starts[shard] + start // size, self._starts[shard] + stop // size)
+            first, last = spans[0], spans[-1]
+            documents = f"document {first.document_index} ({first.source_id})"
+            if len(spans) > 1:
+                documents = (
+                    f"documents {first.document_index} ({first.source_id}) to {last.document_index} ({last.source_id})"
+                )
+        raise UserError(
+            f"prepared corpus {self._folder} is damaged: {self._split.shards[shard].file} has changed since it was "
+            f"prepared, in block {start // BLOCK_BYTES} (bytes {start} to {stop}), which holds {documents}; delete the "
+            "folder, and the same command prepares it again and goes on."
+        )
 
 
 class StreamUnion:
@@ -167,13 +243,12 @@ def check_files(folder: Path, files: list[FileFacts]) -> None:
         UserError: a file is missing, truncated or too long.
     """
     for facts in files:
-        path = folder / facts.file
-        num_bytes = path.stat().st_size if path.exists() else 0
-        if num_bytes != facts.num_bytes:
-            raise UserError(
-                f"prepared corpus {folder} is damaged: {facts.file} has {num_bytes} bytes instead of "
-                f"{facts.num_bytes}; delete the folder, and it is prepared again."
-            )
+        try:
+            num_bytes = (folder / facts.file).stat().st_size
+        except OSError:
+            num_bytes = 0
+        if num_bytes != facts.num_bytes or not (folder / facts.file).is_file():
+            raise _damaged(folder, f"{facts.file} has {num_bytes} bytes instead of {facts.num_bytes}")
 
 
 def hash_files(folder: Path, files: list[FileFacts]) -> None:
@@ -183,10 +258,16 @@ def hash_files(folder: Path, files: list[FileFacts]) -> None:
         UserError: a file's contents have changed.
     """
     for facts in files:
-        with (folder / facts.file).open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        try:
+            with (folder / facts.file).open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise _damaged(folder, f"{facts.file} cannot be read ({error.strerror})") from None
         if digest != facts.sha256:
-            raise UserError(
-                f"prepared corpus {folder} is damaged: {facts.file} does not have the SHA-256 of the manifest; "
-                "delete the folder, and it is prepared again."
-            )
+            raise _damaged(folder, f"{facts.file} does not have the SHA-256 of the manifest")
+
+
+def _damaged(folder: Path, reason: str) -> UserError:
+    return UserError(
+        f"prepared corpus {folder} is damaged: {reason}; delete the folder, and the same command prepares it again."
+    )

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from sharding.errors import UserError
 from tests.support import ROOT, command_environment
-from trainer.metrics import MetricsFile
 from trainer.events import record_event
+from trainer.metrics import MetricsFile
 from trainer.report.attempts import read_attempts
 from trainer.report.curves import Curves, read_curves, thin, training_hours
 from trainer.report.end_of_run import write_run_report

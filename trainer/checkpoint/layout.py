@@ -1,0 +1,142 @@
+"""What a manifest says of files and tensors, held against itself, against file sizes and against safetensors headers.
+
+Imports no torch, so that the launcher may look before it starts ranks.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from trainer.checkpoint.manifest import DamagedCheckpoint, Manifest, SliceEntry, TensorEntry
+
+# torch's names of the element types that a checkpoint may hold, as a safetensors header has them.
+_HEADER_DTYPES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
+
+
+def check_sizes(folder: Path, manifest: Manifest) -> None:
+    """Compare the sizes of all files with the manifest.
+
+    Raises:
+        DamagedCheckpoint: a file is missing, has another size, or a name that leads out of the checkpoint's folder.
+    """
+    for name, entry in manifest.files.items():
+        if name in ("", ".", "..") or "/" in name or "\0" in name:
+            raise DamagedCheckpoint(folder, f"the manifest lists {name!r}, which is not a name of a file in it")
+        try:
+            num_bytes = (folder / name).stat().st_size
+        except OSError as error:
+            raise DamagedCheckpoint(folder, f"{name} cannot be found ({error.strerror})") from None
+        if num_bytes != entry.num_bytes:
+            raise DamagedCheckpoint(folder, f"{name} has {num_bytes} bytes instead of {entry.num_bytes}")
+
+
+def check_parts(folder: Path, manifest: Manifest) -> None:
+    """Check that no stored part is in a file of which the manifest does not speak.
+
+    Raises:
+        DamagedCheckpoint: a file is not listed.
+    """
+    named = {part.file for entry in manifest.tensors.values() for part in entry.slices}
+    if unlisted := sorted(named - manifest.files.keys()):
+        raise DamagedCheckpoint(folder, f"the manifest does not list {unlisted[0]}, in which it says that tensors are")
+
+
+def check_tensors(folder: Path, manifest: Manifest, names: Sequence[str]) -> None:
+    """Check that the stored parts of tensors cover each of them exactly once.
+
+    Raises:
+        DamagedCheckpoint: there is a gap or an overlap, or the type of elements is unknown.
+    """
+    for name in names:
+        entry = manifest.tensors[name]
+        if entry.dtype not in _HEADER_DTYPES:
+            raise DamagedCheckpoint(folder, f"{name} has elements of an unknown type {entry.dtype!r}")
+        fault = _tiling_fault(entry.shape, entry.slices)
+        if fault is not None:
+            raise DamagedCheckpoint(folder, f"{name}: {fault}")
+
+
+def parts_by_file(manifest: Manifest) -> dict[str, list[tuple[TensorEntry, SliceEntry]]]:
+    """The stored parts of tensors, with the tensor that each is of, by file."""
+    parts: dict[str, list[tuple[TensorEntry, SliceEntry]]] = {name: [] for name in manifest.files}
+    for entry in manifest.tensors.values():
+        for part in entry.slices:
+            parts[part.file].append((entry, part))
+    return parts
+
+
+def check_header(folder: Path, file: str, parts: list[tuple[TensorEntry, SliceEntry]], opened: Any) -> None:
+    """Check that a safetensors file holds just the parts that the manifest says are in it.
+
+    Args:
+        folder: the checkpoint.
+        file: name of the file.
+        parts: what is in it by the manifest.
+        opened: what ``safetensors.safe_open`` returns for it.
+
+    Raises:
+        DamagedCheckpoint: a key is missing, not listed or listed twice, or has another type or shape.
+    """
+    wanted = {part.key: (_HEADER_DTYPES.get(entry.dtype), part.shape) for entry, part in parts}
+    if len(wanted) < len(parts):
+        raise DamagedCheckpoint(folder, f"the manifest has one part of {file} twice")
+    found = {}
+    for key in opened.keys():  # noqa: SIM118 - not a mapping
+        header = opened.get_slice(key)
+        found[key] = (header.get_dtype(), list(header.get_shape()))
+    if found != wanted:
+        differing = next(key for key in [*wanted, *found] if wanted.get(key) != found.get(key))
+        raise DamagedCheckpoint(
+            folder,
+            f"{file} has {differing} as {_describe(found.get(differing))}, and the manifest says "
+            f"{_describe(wanted.get(differing))}",
+        )
+
+
+def _describe(entry: tuple[str | None, list[int]] | None) -> str:
+    return "nothing" if entry is None else f"{entry[0]} {entry[1]}"
+
+
+def _tiling_fault(shape: list[int], parts: list[SliceEntry]) -> str | None:
+    """What keeps boxes from covering a whole exactly once; None where they do."""
+    num_elements = 0
+    for part in parts:
+        if not len(part.offsets) == len(part.shape) == len(shape) or not all(
+            offset >= 0 and size >= 0 and offset + size <= whole
+            for offset, size, whole in zip(part.offsets, part.shape, shape, strict=True)
+        ):
+            return f"a part at {part.offsets} of shape {part.shape} is not inside {shape}"
+        num_elements += math.prod(part.shape)
+    if num_elements != math.prod(shape):
+        return f"its parts have {num_elements} elements, and {shape} has {math.prod(shape)}"
+    # Inside the whole and together as large, boxes that do not overlap leave no gap.
+    return _overlap([part for part in parts if math.prod(part.shape)])
+
+
+def _overlap(parts: list[SliceEntry]) -> str | None:
+    """Sweep along dim 0: a box is compared only with those that have not ended before it begins."""
+    if parts and not parts[0].shape:
+        return "it has several parts" if len(parts) > 1 else None
+    open_parts: list[SliceEntry] = []
+    for part in sorted(parts, key=lambda part: part.offsets):
+        open_parts = [other for other in open_parts if other.offsets[0] + other.shape[0] > part.offsets[0]]
+        for other in open_parts:
+            if all(
+                max(a, b) < min(a + size_a, b + size_b)
+                for a, size_a, b, size_b in zip(part.offsets, part.shape, other.offsets, other.shape, strict=True)
+            ):
+                return f"its parts at {other.offsets} and {part.offsets} overlap"
+        open_parts.append(part)
+    return None
