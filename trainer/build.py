@@ -108,7 +108,7 @@ def build_trainer(
             document_mask=config.data.document_mask,
         ),
         checkpointer=Checkpointer(
-            config, run_folder, corpus.fingerprint, ranks, before_commit, average, observers.warning
+            config, run_folder, corpus.fingerprint, ranks, before_commit, average, observers.warn
         ),
         observers=observers,
         bad_numbers=BadNumbers(

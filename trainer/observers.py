@@ -55,8 +55,8 @@ class Observers:
         if self.console is not None:
             self.console.message(text)
 
-    def warning(self, text: str) -> None:
-        """Something happened that a person should know."""
+    def warn(self, text: str) -> None:
+        """Something happened that should not be overlooked."""
         if self.console is not None:
             self.console.warning(text)
 

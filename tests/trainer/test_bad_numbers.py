@@ -236,6 +236,10 @@ def _skip_under_every_engine(ranks: Ranks, root: Path, corpus: Path) -> None:
         for policy in ("skip", "rollback") if backend == "deepspeed" else ("skip",):
             faults = {"spike_policy": policy, **_JUDGED}
             _assert_same_end(runs.train(f"{policy}-{name}", _spike(), parallel=parallel, faults=faults), told)
+    # The loss scale makes the spike's gradients overflow, and stays what it would be without it.
+    scaled: dict[str, Any] = {"precision": {"compute": "fp16"}}
+    told = runs.train("told-fp16", data={"skip_samples": _SPOILED}, faults=_JUDGED, **scaled)
+    _assert_same_end(runs.train("fp16", _spike(), faults={"spike_policy": "skip", **_JUDGED}, **scaled), told)
 
 
 @pytest.mark.timeout(300)

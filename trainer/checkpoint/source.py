@@ -51,10 +51,10 @@ def open_source(
         ranks: this rank's place.
         before_change: called on rank 0 before anything is moved; raises if the folder was lost.
         warn: tells a person, on rank 0.
-        last_step: look only among the run's own checkpoints up to this step.
+        last_step: look among the run's own checkpoints alone, up to this step.
 
     Returns:
-        None where the run starts from nothing, or has no such checkpoint.
+        None where the run starts from nothing.
 
     Raises:
         UserError: all checkpoints of this run are damaged, or the one of another run is, or there is none.
@@ -107,9 +107,11 @@ def _choose(
 ) -> tuple[Path | None, bool, str | None]:
     """The checkpoint to try, whether it is the run's own, and why there can be none."""
     newest = run_folder.newest_checkpoint(last_step)
+    if last_step is not None:
+        return (None if newest is None else newest[1]), True, None
     try:
-        if newest is not None or last_step is not None:
-            return (None if newest is None else newest[1]), True, None
+        if newest is not None:
+            return newest[1], True, None
         run_folder.check_damaged()
         return (None if settings.from_ is None else resolve_checkpoint(settings.from_)), False, None
     except UserError as error:
