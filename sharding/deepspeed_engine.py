@@ -142,6 +142,21 @@ class DeepSpeedEngine:
             self._loss_scaler.update(skipped)
         return 1.0 - skipped
 
+    def drop_gradients(self) -> None:
+        """See Engine."""
+        # DeepSpeed keeps gradients in many places, and only its own step forgets all of them: it does so, and changes
+        # nothing else, where the norm that it computes is not finite.
+        infinite = torch.full((), torch.inf, device=self._device)
+        if self._stage == 3:
+            self._zero._get_norm_groups = lambda: [infinite]
+        else:
+            self._zero.scaled_global_norm = lambda: infinite
+        try:
+            self._module.step()
+        finally:
+            # The class's own method is behind it.
+            del self._zero.__dict__["_get_norm_groups" if self._stage == 3 else "scaled_global_norm"]
+
     def state(self, *, with_optimizer: bool) -> list[TensorSlice]:
         """See Engine; a rank's part of a flat partition becomes boxes of each tensor.
 

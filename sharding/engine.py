@@ -110,6 +110,9 @@ class Engine(Protocol):
             1.0 where the parameters were updated and 0.0 where all ranks skipped, a scalar on the device.
         """
 
+    def drop_gradients(self) -> None:
+        """Forget the gradients in place of a step: nothing else changes. Every rank must call it."""
+
     def state(self, *, with_optimizer: bool) -> list[TensorSlice]:
         """This rank's slices of the canonical state; the tensors are live."""
 

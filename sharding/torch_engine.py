@@ -126,9 +126,13 @@ class TorchEngine:
         self._apply_optimizer()
         if self._loss_scaler is not None:
             self._loss_scaler.update(self._found_nonfinite)
+        self.drop_gradients()
+        return 1.0 - self._found_nonfinite
+
+    def drop_gradients(self) -> None:
+        """See Engine."""
         for entry in self._trainable:
             entry.parameter.grad = entry.local.grad = None
-        return 1.0 - self._found_nonfinite
 
     def state(self, *, with_optimizer: bool) -> list[TensorSlice]:
         """See Engine."""

@@ -1,19 +1,24 @@
 """From a RunConfig to a Trainer: the one place that puts a rank's parts together, in order."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from sharding.mesh import DataParallelMesh, build_mesh
 from sharding.precision import compute_dtype
 from sharding.process_group import Ranks, set_step_timeout
+from trainer.bad_numbers import BadNumbers
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.manifest import TrainingState
 from trainer.config import RunConfig
 from trainer.data.document_mask import check_architecture, check_engine
+from trainer.data.documents import documents_in
 from trainer.data.loader import BatchLoader, evaluation_batches
 from trainer.data.prepared import Prepared, PreparedStream, describe_mixture
+from trainer.data.skipped_samples import SkippedSamples
 from trainer.data.streaming import StreamingLoader, state_of_rank
+from trainer.events import record_event
 from trainer.hardware import peak_flops
+from trainer.injection import Fault
 from trainer.loop import Trainer, TrainerParts
 from trainer.model_engine import build_model_engine, describe_model, parameter_hash
 from trainer.models import Vocabulary
@@ -21,6 +26,7 @@ from trainer.observers import Observers
 from trainer.phases import Phases
 from trainer.profiling import StepProfiler
 from trainer.run_folder import RunFolder
+from trainer.spoiled_samples import SpoiledTask
 from trainer.system_metrics import SystemMeter
 from trainer.tasks.registry import build_task
 from trainer.weight_average import WeightAverage
@@ -34,6 +40,7 @@ def build_trainer(
     observers: Observers,
     phases: Phases,
     *,
+    faults: Sequence[Fault] = (),
     is_stop_requested: Callable[[], bool],
     before_commit: Callable[[], None],
 ) -> Trainer:
@@ -46,6 +53,7 @@ def build_trainer(
         run_folder: where the run lives.
         observers: who watches.
         phases: what this rank is doing.
+        faults: what strikes this rank on purpose.
         is_stop_requested: whether this rank was asked to stop.
         before_commit: see Checkpointer.
 
@@ -53,6 +61,20 @@ def build_trainer(
         UserError: model, task, tokenizer and data do not fit together.
     """
     task = build_task(config.task.name, config.task.z_loss)
+    if faults:
+        task = SpoiledTask(
+            task,
+            faults,
+            config.batch.global_size,
+            lambda fault: record_event(
+                run_folder.path,
+                "injected",
+                attempt=observers.attempt,
+                step=phases.now.step,
+                fault=fault,
+                rank=ranks.rank,
+            ),
+        )
     mesh = build_mesh(config.parallel, ranks)
     vocabulary = Vocabulary(corpus.vocab_size, corpus.eos_token_id)
     if config.data.document_mask:
@@ -86,9 +108,16 @@ def build_trainer(
             document_mask=config.data.document_mask,
         ),
         checkpointer=Checkpointer(
-            config, run_folder, corpus.fingerprint, ranks, before_commit, average, observers.warning
+            config, run_folder, corpus.fingerprint, ranks, before_commit, average, observers.warn
         ),
         observers=observers,
+        bad_numbers=BadNumbers(
+            config,
+            ranks,
+            observers,
+            lambda ranges: [] if config.data.streaming else documents_in(config, corpus, ranges),
+            scales_loss=engine.loss_scale is not None,
+        ),
         phases=phases,
         is_stop_requested=is_stop_requested,
         after_first_step=lambda: set_step_timeout(config.launch.step_timeout_s),
@@ -98,7 +127,10 @@ def build_trainer(
         peak_flops=peak_flops(ranks.device, compute_dtype(config.precision, ranks.device)),
         weight_average=average,
     )
-    return Trainer(config, parts)
+    trainer = Trainer(config, parts)
+    if isinstance(task, SpoiledTask):
+        task.next_samples = lambda: trainer.next_samples
+    return trainer
 
 
 def _build_loader(
@@ -130,5 +162,6 @@ def _build_loader(
         dp_rank=mesh.dp_rank,
         dp_degree=mesh.dp_degree,
         start_sample=training.num_samples,
+        skipped=SkippedSamples(training.skipped_samples),
         document_mask=data.document_mask,
     )

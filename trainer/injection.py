@@ -21,18 +21,22 @@ from trainer.phases import Moment, Phase, Phases
 
 INJECT_VARIABLE = "SHARDLINE_INJECT"
 
+SPOILING_FAULTS: tuple[str, ...] = ("nan", "spike")
+"""Faults of samples and not of moments: see ``trainer.spoiled_samples``."""
+
 
 class Fault(StrictModel):
     """One fault."""
 
-    fault: Literal["kill", "term", "hang", "slow", "raise"]
-    """`kill` and `term` send the rank SIGKILL or SIGTERM, `hang` never returns, `slow` sleeps, `raise` is an error."""
+    fault: Literal["kill", "term", "hang", "slow", "raise", "nan", "spike"]
+    """`kill` and `term` send the rank SIGKILL or SIGTERM, `hang` never returns, `slow` sleeps, `raise` is an error;
+    `nan` and `spike` spoil the loss of the samples that are a step's in a run that leaves none out."""
 
     rank: int = Field(default=0, ge=0)
     """Rank that it strikes."""
 
     step: int = Field(default=1, ge=0)
-    """Step at which it strikes."""
+    """Step at which it strikes, or whose samples it spoils."""
 
     num_steps: int = Field(default=1, ge=1)
     """Steps in a row that it strikes at."""
@@ -63,12 +67,17 @@ def read_faults(environment: Mapping[str, str]) -> list[Fault]:
         raise UserError(f"{INJECT_VARIABLE} is not a list of faults ({reason}); unset it.") from None
 
 
+def faults_of(faults: list[Fault], rank: int, attempt: int) -> list[Fault]:
+    """The faults that concern a rank and attempt."""
+    return [fault for fault in faults if fault.rank == rank and fault.attempt in (None, attempt)]
+
+
 def inject_faults(faults: list[Fault], phases: Phases, run_dir: Path, rank: int, attempt: int) -> None:
     """Have the faults that concern this rank and attempt happen when their phase begins.
 
     Each is an event ``injected`` first, so that no fault on purpose is ever taken for one that happened.
     """
-    mine = [fault for fault in faults if fault.rank == rank and fault.attempt in (None, attempt)]
+    mine = [fault for fault in faults_of(faults, rank, attempt) if fault.fault not in SPOILING_FAULTS]
 
     def strike(_: Moment, begun: Moment) -> None:
         for fault in mine:

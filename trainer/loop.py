@@ -14,10 +14,12 @@ from sharding.engine import Batch, Engine
 from sharding.errors import NonFiniteFailure
 from sharding.process_group import Ranks
 from trainer.accumulation import agree_on_step
+from trainer.bad_numbers import BadNumbers, TakenStep, leave_out_as_told
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.manifest import TrainingState
 from trainer.config import RunConfig
 from trainer.data.loader import BatchLoader
+from trainer.data.skipped_samples import SampleRange, SkippedSamples
 from trainer.data.streaming import StreamingLoader, gather_states
 from trainer.metrics import (
     Metrics,
@@ -62,6 +64,7 @@ class TrainerParts:
         evaluation_batches: this rank's share of the held-out sequences; equally many on every rank.
         checkpointer: saving and resuming.
         observers: console, trackers; silent on all ranks but the first.
+        bad_numbers: judges each step's loss and gradient norm.
         phases: what this rank is doing; the loop tells it.
         is_stop_requested: whether this rank was asked to stop.
         after_first_step: called once; lowers the collectives' time limit.
@@ -79,6 +82,7 @@ class TrainerParts:
     evaluation_batches: Callable[[], Iterable[Batch]]
     checkpointer: Checkpointer
     observers: Observers
+    bad_numbers: BadNumbers
     phases: Phases
     is_stop_requested: Callable[[], bool]
     after_first_step: Callable[[], None]
@@ -107,15 +111,24 @@ class Trainer:
         self._parts = parts
         self._training = self._initial_state()
         self._skipped = SkippedSteps(parts.ranks.device)
+        self._bad_numbers = parts.bad_numbers
         self._clock = ThroughputClock()
         self._noise_scale = NoiseScale() if config.metrics.gradient_noise_scale else None
         self._metrics_file: MetricsFile | None = None
+        self._loader: BatchLoader | StreamingLoader | None = None
         self._loader_state: dict[str, Any] | None = None
 
     @property
     def step(self) -> int:
         """Finished steps."""
         return self._training.step
+
+    @property
+    def next_samples(self) -> list[SampleRange]:
+        """Global positions of the samples of the step that is being taken."""
+        first = self._training.num_samples
+        skipped = SkippedSamples(self._training.skipped_samples)
+        return skipped.ranges_between(first, first + self._config.batch.global_size)
 
     def resume_or_init(self) -> None:
         """Continue from a checkpoint where there is one.
@@ -126,15 +139,8 @@ class Trainer:
         self._parts.phases.enter(Phase.LOAD)
         restored = self._parts.checkpointer.resume(self._parts.engine)
         if restored is not None:
-            total_steps = self._config.schedule.total_steps or restored.schedule_total_steps
-            self._training = restored.model_copy(update={"schedule_total_steps": total_steps})
-            self._skipped = SkippedSteps(
-                self._parts.ranks.device, restored.num_skipped_steps, restored.num_skipped_in_a_row
-            )
-            if self._noise_scale is not None:
-                self._noise_scale = NoiseScale(restored.noise_gradient_square, restored.noise_variance)
-        if self._parts.ranks.rank == 0:
-            self._metrics_file = MetricsFile(self._parts.observers.metrics_path, self.step)
+            self._restore(leave_out_as_told(restored, self._config.data.skip_samples))
+        self._open_metrics_file()
 
     def fit(self) -> Ending:
         """Train up to ``steps``, or until a stop is agreed; either way the last step is saved.
@@ -147,11 +153,10 @@ class Trainer:
             return Ending.FINISHED
         # Collections at different moments on different ranks would hold up one another at every collective.
         gc.disable()
-        loader = self._parts.build_loader(self._training)
         try:
-            return self._fit(loader)
+            return self._fit()
         finally:
-            loader.close()
+            self._close_loader()
             self._parts.profiler.close()
             gc.enable()
 
@@ -160,12 +165,14 @@ class Trainer:
         if self._metrics_file is not None:
             self._metrics_file.close()
 
-    def _fit(self, loader: BatchLoader | StreamingLoader) -> Ending:
+    def _fit(self) -> Ending:
         self._clock.restart()
-        self._loader_state = loader.state()
         first_step = self.step + 1
         phases = self._parts.phases
-        for step in range(first_step, self._config.num_steps + 1):
+        # The step after this one is not always the next: one may be taken again, and the run may go back.
+        while self.step < self._config.num_steps:
+            step = self.step + 1
+            loader = self._open_loader()
             seed_step(self._config.seed, step, self._parts.dp_rank)
             phases.enter(Phase.DATA, step)
             waited_from = time.perf_counter()
@@ -175,11 +182,14 @@ class Trainer:
             phases.enter(Phase.AGREE)
             agreed = agree_on_step(num_targets, self._parts.is_stop_requested())
             if agreed.stop:
+                self._judge_steps()
                 self._save()
                 return Ending.STOPPED
             phases.enter(Phase.TRAIN)
             with self._parts.profiler.step():
                 record = self._train_step(step, micro_batches, agreed.num_targets)
+            if record is None:
+                continue
             # Not before: a step that was taken and then given up for a stop comes again.
             self._loader_state = loader.state()
             self._clock.add_step(agreed.num_targets, data_wait_s)
@@ -191,7 +201,8 @@ class Trainer:
         self._save()
         return Ending.FINISHED
 
-    def _train_step(self, step: int, micro_batches: list[Batch], num_targets: int) -> StepRecord:
+    def _train_step(self, step: int, micro_batches: list[Batch], num_targets: int) -> StepRecord | None:
+        """Take one step; None where its samples were left out instead, and nothing else has changed."""
         engine, optimizer = self._parts.engine, self._config.optimizer
         rate = learning_rate(step, optimizer.lr, self._config.schedule, self._training.schedule_total_steps)
         noise = None
@@ -201,8 +212,18 @@ class Trainer:
         else:
             loss_sum = engine.train_batch(micro_batches, num_targets)
         grad_norm = engine.clip_grad_norm(optimizer.clip_norm)
+        taken = TakenStep(step, self._training.num_samples, loss_sum, grad_norm, num_targets)
+        if self._bad_numbers.judges_at_once:
+            bad = self._bad_numbers.judge_at_once(taken)
+            if bad is not None:
+                engine.drop_gradients()
+                # The step is taken again, as if these samples had never been there.
+                self._training = self._bad_numbers.leave_out(bad, self._training)
+                self._close_loader()
+                return None
         stepped = engine.step(rate)
         self._skipped.add(stepped)
+        self._bad_numbers.add(taken)
         if self._parts.weight_average is not None:
             self._parts.weight_average.update(stepped)
         self._training = self._training.model_copy(
@@ -218,12 +239,59 @@ class Trainer:
         step, config = self.step, self._config
         is_last = step == config.num_steps
         evaluates = is_last or is_due(step, config.evaluation.every_steps)
-        if evaluates or is_due(step, config.metrics.every_steps):
+        logs = evaluates or is_due(step, config.metrics.every_steps)
+        saves = is_due(step, config.checkpoint.every_steps)
+        if (logs or saves or self._bad_numbers.is_overdue) and self._judge_steps():
+            return
+        if logs:
             self._log(record, evaluates=evaluates)
         elif self._parts.ranks.rank == 0:
             self._parts.observers.advance(step)
-        if is_due(step, config.checkpoint.every_steps) and not is_last:
+        if saves and not is_last:
             self._save()
+
+    def _judge_steps(self) -> bool:
+        """Judge the steps since the last time; whether the run has gone back to a checkpoint."""
+        restored = self._bad_numbers.judge(self._training, self._load_until)
+        if restored is None:
+            return False
+        self._restore(restored)
+        self._open_metrics_file()
+        self._parts.observers.rewound()
+        self._close_loader()
+        self._clock.restart()
+        return True
+
+    def _load_until(self, last_step: int) -> TrainingState | None:
+        self._parts.phases.enter(Phase.LOAD)
+        return self._parts.checkpointer.roll_back(self._parts.engine, last_step)
+
+    def _restore(self, restored: TrainingState) -> None:
+        """Go on from the counters of a checkpoint whose tensors were loaded."""
+        total_steps = self._config.schedule.total_steps or restored.schedule_total_steps
+        self._training = restored.model_copy(update={"schedule_total_steps": total_steps})
+        self._skipped = SkippedSteps(
+            self._parts.ranks.device, restored.num_skipped_steps, restored.num_skipped_in_a_row
+        )
+        self._bad_numbers.restore(restored)
+        if self._noise_scale is not None:
+            self._noise_scale = NoiseScale(restored.noise_gradient_square, restored.noise_variance)
+
+    def _open_metrics_file(self) -> None:
+        self.close()
+        if self._parts.ranks.rank == 0:
+            self._metrics_file = MetricsFile(self._parts.observers.metrics_path, self.step)
+
+    def _open_loader(self) -> BatchLoader | StreamingLoader:
+        if self._loader is None:
+            self._loader = self._parts.build_loader(self._training)
+            self._loader_state = self._loader.state()
+        return self._loader
+
+    def _close_loader(self) -> None:
+        if self._loader is not None:
+            self._loader.close()
+            self._loader = None
 
     def _log(self, record: StepRecord, *, evaluates: bool) -> None:
         parts = self._parts
@@ -295,6 +363,7 @@ class Trainer:
                     "num_skipped_in_a_row": int(self._skipped.in_a_row.item()),
                     "noise_gradient_square": self._noise_scale.gradient_square if self._noise_scale else 0.0,
                     "noise_variance": self._noise_scale.variance if self._noise_scale else 0.0,
+                    **self._bad_numbers.state(),
                     "trackers": self._parts.observers.tracker_state(),
                     "loader_states": gather_states(self._loader_state, self._parts.ranks),
                 }
@@ -312,6 +381,7 @@ class Trainer:
             num_skipped_in_a_row=0,
             schedule_total_steps=self._config.schedule.total_steps or self._config.num_steps,
             seed=self._config.seed,
+            skipped_samples=list(SkippedSamples(self._config.data.skip_samples).ranges),
         )
 
 

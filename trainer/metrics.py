@@ -145,7 +145,7 @@ def summarize_step(
     elapsed_s = clock.elapsed_s()
     waited = clock.data_wait_s / elapsed_s
     own = [loss_sum, waited, peak_memory_gib(ranks.device), micro_square, noise.num_micro_batches, *meter.measure()]
-    rows = _all_gather(torch.tensor(own, dtype=torch.float64), ranks)
+    rows = gather_rows(torch.tensor(own, dtype=torch.float64), ranks)
     tokens_per_s = clock.num_tokens / elapsed_s
     metrics: Metrics = {
         "train/loss": float(rows[:, 0].sum()) / max(record.num_targets, 1),
@@ -169,7 +169,7 @@ def summarize_step(
 
 def sum_over_ranks(sums: torch.Tensor, ranks: Ranks) -> list[float]:
     """Add up a vector over all ranks, as numbers; waits for the device."""
-    return _all_gather(sums.double().cpu(), ranks).sum(dim=0).tolist()
+    return gather_rows(sums.double().cpu(), ranks).sum(dim=0).tolist()
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -179,8 +179,8 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def _all_gather(row: torch.Tensor, ranks: Ranks) -> torch.Tensor:
-    """Rows of all ranks in rank order, so that sums over them come out the same everywhere."""
+def gather_rows(row: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """Vectors of all ranks, on the host, in rank order, so that sums over them come out the same everywhere."""
     if ranks.world_size == 1:
         return row[None]
     rows = [torch.empty_like(row) for _ in range(ranks.world_size)]

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.console import Console
+from trainer.events import record_event
 from trainer.metrics import Metrics
 from trainer.trackers.composite import Trackers
 
@@ -17,11 +18,18 @@ class Observers:
         metrics_path: where metrics.jsonl is written.
         console: progress for a person; None on all ranks but the first.
         trackers: wandb and others; None on all ranks but the first.
+        attempt: number of the run's attempt.
     """
 
     metrics_path: Path
     console: Console | None = None
     trackers: Trackers | None = None
+    attempt: int = 0
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether anybody watches; so it is on rank 0."""
+        return self.console is not None
 
     def start(self, step: int) -> None:
         """Training begins after ``step`` finished steps; metrics.jsonl has no line beyond it."""
@@ -47,10 +55,20 @@ class Observers:
         if self.console is not None:
             self.console.message(text)
 
-    def warning(self, text: str) -> None:
-        """Something happened that a person should know."""
+    def warn(self, text: str) -> None:
+        """Something happened that should not be overlooked."""
         if self.console is not None:
             self.console.warning(text)
+
+    def event(self, kind: str, step: int, **details: Any) -> None:
+        """Something out of the ordinary happened: it goes to events.jsonl."""
+        if self.is_watched:
+            record_event(self.metrics_path.parent, kind, attempt=self.attempt, step=step, **details)
+
+    def rewound(self) -> None:
+        """The run has gone back; lines of later steps were taken out of metrics.jsonl."""
+        if self.trackers is not None:
+            self.trackers.announce()
 
     def tracker_state(self) -> dict[str, Any]:
         """Identities of tracker runs, for the checkpoint."""

@@ -22,9 +22,13 @@ from trainer.deadlines import Deadlines
 from trainer.failure_report import Sources, write_failure
 from trainer.flight_recorder import dump_flight_recorder
 from trainer.foreign_settings import refuse_foreign_settings
+<<<<<<< HEAD
 from trainer.hang import Hang
 from trainer.heartbeat import read_heartbeats
 from trainer.injection import inject_faults, read_faults
+=======
+from trainer.injection import faults_of, inject_faults, read_faults
+>>>>>>> main
 from trainer.lease import Lease
 from trainer.loop import Ending, Trainer
 from trainer.observers import Observers
@@ -135,10 +139,15 @@ def _run(arguments: Sequence[str], progress: _Progress) -> int:
         attempt = _agree_on_attempt(attempt, ranks)
         progress.run_folder, progress.attempt = run_folder, attempt
         redirect_output(run_folder.log_dir(attempt), ranks.rank)
-        inject_faults(read_faults(os.environ), progress.phases, run_folder.path, ranks.rank, attempt)
+        faults = read_faults(os.environ)
+        inject_faults(faults, progress.phases, run_folder.path, ranks.rank, attempt)
         progress.phases.enter(Phase.BUILD)
+<<<<<<< HEAD
         _start_watchdog(config, ranks, progress)
         progress.observers = observers = _build_observers(config, run_folder, ranks)
+=======
+        progress.observers = observers = _build_observers(config, run_folder, ranks, attempt)
+>>>>>>> main
         progress.trainer = trainer = build_trainer(
             config,
             ranks,
@@ -146,6 +155,7 @@ def _run(arguments: Sequence[str], progress: _Progress) -> int:
             run_folder,
             observers,
             progress.phases,
+            faults=faults_of(faults, ranks.rank, attempt),
             is_stop_requested=lambda: stop_request.poll(run_folder.stop_file if ranks.rank == 0 else None),
             before_commit=lambda: progress.lease.check() if progress.lease is not None else None,
         )
@@ -202,12 +212,12 @@ def _agree_on_attempt(attempt: int, ranks: Ranks) -> int:
     return int(number)
 
 
-def _build_observers(config: RunConfig, run_folder: RunFolder, ranks: Ranks) -> Observers:
+def _build_observers(config: RunConfig, run_folder: RunFolder, ranks: Ranks, attempt: int) -> Observers:
     if ranks.rank != 0:
-        return Observers(run_folder.metrics_file)
+        return Observers(run_folder.metrics_file, attempt=attempt)
     console = Console(total_steps=config.num_steps)
     trackers = build_trackers(config, run_folder.path, run_folder.metrics_file, console.warning)
-    return Observers(run_folder.metrics_file, console, trackers)
+    return Observers(run_folder.metrics_file, console, trackers, attempt)
 
 
 def _one_sentence(error: BaseException) -> str:

@@ -49,10 +49,11 @@ class RunFolder:
         """The folder of the checkpoint after a step."""
         return self.checkpoints_dir / f"step-{step:08d}"
 
-    def newest_checkpoint(self) -> tuple[int, Path] | None:
-        """Step and folder of the newest checkpoint; one without a manifest does not exist."""
+    def newest_checkpoint(self, last_step: int | None = None) -> tuple[int, Path] | None:
+        """Step and folder of the newest checkpoint, up to a step if given; one without a manifest does not exist."""
         folders = (manifest.parent for manifest in self.checkpoints_dir.glob("step-*/manifest.json"))
-        return max(((step, folder) for folder in folders if (step := _number(folder)) is not None), default=None)
+        found = ((step, folder) for folder in folders if (step := _number(folder)) is not None)
+        return max((item for item in found if last_step is None or item[0] <= last_step), default=None)
 
     def frozen_config(self) -> RunConfig:
         """The configuration that the run was first started with.

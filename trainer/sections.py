@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from sharding.strict_model import StrictModel
 
@@ -144,3 +144,31 @@ class FaultsConfig(StrictModel):
     watchdog_min_s: float = Field(default=120.0, gt=0.0)
     """Seconds that a phase may last in any case; `launch.init_timeout_s` is the limit of start-up, the first step and,
     at the least, of loading and saving."""
+
+    # YAML takes a bare off for false.
+    spike_policy: Annotated[
+        Literal["off", "warn", "skip", "rollback"],
+        BeforeValidator(lambda value: "off" if value is False else value),
+    ] = "warn"
+    """What is done about a step whose loss or gradient norm is far above that of the steps before it: `warn` says so,
+    `skip` takes the step again with the samples that follow, `rollback` returns to the checkpoint before it and leaves
+    its samples out. `skip` waits for the device once a step."""
+
+    spike_threshold: float = Field(default=6.0, gt=0.0)
+    """Distance above the median of the recent steps from which a value is a spike, in robust standard deviations."""
+
+    spike_window_steps: int = Field(default=128, ge=2)
+    """Recent steps that a step is compared with."""
+
+    spike_warmup_steps: int = Field(default=64, ge=2)
+    """Steps that a run takes before any is judged; at most spike_window_steps."""
+
+    max_consecutive_skips: int = Field(default=5, ge=1)
+    """Batches in a row that `skip` may leave out before the run stops."""
+
+    rollback_skip_steps: int = Field(default=1, ge=1)
+    """Steps whose samples `rollback` leaves out: the one that spiked and those just before it; the checkpoint that it
+    returns to is from before them all."""
+
+    max_rollbacks: int = Field(default=10, ge=1)
+    """Rollbacks in a run before the next spike stops it."""

@@ -59,6 +59,7 @@ def validate(config: "RunConfig", world: World | None = None) -> None:
     _validate_model_and_data(config)
     _validate_parallel(config)
     _validate_schedule(config)
+    _validate_faults(config)
     validate_optimizer(config.optimizer, config.parallel.backend)
     if config.optimizer.ema_decay and config.parallel.offload_optimizer == "nvme":
         raise UserError(
@@ -162,6 +163,44 @@ def _validate_schedule(config: "RunConfig") -> None:
         raise UserError(
             f"schedule.warmup_steps={schedule.warmup_steps} + schedule.decay_steps={schedule.decay_steps} is more "
             f"than the {total} steps of the schedule; lower one of them."
+        )
+
+
+# Settings of the faults section, and the spike policies under which they are read.
+_POLICIES_OF_SETTING: dict[str, tuple[str, ...]] = {
+    "spike_threshold": ("warn", "skip", "rollback"),
+    "spike_window_steps": ("warn", "skip", "rollback"),
+    "spike_warmup_steps": ("warn", "skip", "rollback"),
+    "max_consecutive_skips": ("skip",),
+    "rollback_skip_steps": ("rollback",),
+    "max_rollbacks": ("rollback",),
+}
+
+
+def _validate_faults(config: "RunConfig") -> None:
+    faults = config.faults
+    policy = faults.spike_policy
+    for setting, policies in _POLICIES_OF_SETTING.items():
+        value, default = getattr(faults, setting), type(faults).model_fields[setting].default
+        if value != default and policy not in policies:
+            raise UserError(
+                f"faults.{setting}={value} has an effect under faults.spike_policy={' or '.join(policies)} only, but "
+                f"it is {policy}; set that, or remove faults.{setting}."
+            )
+    if faults.spike_warmup_steps > faults.spike_window_steps:
+        raise UserError(
+            f"faults.spike_warmup_steps={faults.spike_warmup_steps} is more than faults.spike_window_steps="
+            f"{faults.spike_window_steps}, so that no step would ever be judged; lower it, or widen the window."
+        )
+    if policy in ("skip", "rollback") and config.data.streaming:
+        raise UserError(
+            f"faults.spike_policy={policy} leaves samples out by their position, which those of a stream do not have "
+            "(data.streaming=true); use faults.spike_policy=warn, or prepare the corpus."
+        )
+    if policy == "rollback" and config.checkpoint.every_steps == 0:
+        raise UserError(
+            "faults.spike_policy=rollback returns to a checkpoint, but checkpoint.every_steps=0 saves none before the "
+            "end; set it to 100, say, or use faults.spike_policy=skip."
         )
 
 

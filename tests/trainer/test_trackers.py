@@ -170,6 +170,26 @@ def test_half_a_line_is_left_until_it_is_whole(tmp_path: Path) -> None:
     assert tracker.told[1:-1] == [(1, {"a": 1}), (2, {"a": 2})]
 
 
+def test_a_run_that_goes_back_puts_another_file_in_place(tmp_path: Path) -> None:
+    path, tracker = tmp_path / "metrics.jsonl", RecordingTracker("one")
+    first = MetricsFile(path, last_step=0)
+    trackers = Trackers([tracker], path)
+    trackers.start(0)
+    for step in (1, 2, 3):
+        first.write(step, {"a": 1})
+    trackers.announce()
+    wait_until(lambda: len(tracker.told) == 4, what="the first lines")
+    first.close()
+    second = MetricsFile(path, last_step=1)
+    trackers.announce()
+    second.write(2, {"a": 2})
+    trackers.announce()
+    trackers.finish(0)
+    second.close()
+    # Trackers send a step once; which lines there are is for the file to say.
+    assert tracker.told[4:-1] == [(1, {"a": 1}), (2, {"a": 2})]
+
+
 def test_a_run_ends_in_time_and_with_its_own_status_when_a_tracker_never_returns() -> None:
     script = """
 import atexit, sys, time

@@ -7,8 +7,13 @@ from sharding.engine import Engine
 from sharding.errors import UserError
 from sharding.process_group import Ranks
 from trainer.checkpoint.manifest import TrainingState
-from trainer.checkpoint.source import open_source
-from trainer.checkpoint.writer import CheckpointIdentity, prune_checkpoints, save_checkpoint
+from trainer.checkpoint.source import Source, open_source
+from trainer.checkpoint.writer import (
+    CheckpointIdentity,
+    prune_checkpoints,
+    remove_checkpoints_after,
+    save_checkpoint,
+)
 from trainer.config import RunConfig
 from trainer.run_folder import RunFolder
 from trainer.weight_average import WeightAverage
@@ -55,9 +60,37 @@ class Checkpointer:
         Raises:
             UserError: a checkpoint is of another model or corpus, or none is whole.
         """
-        source = open_source(self._config.checkpoint, self._run_folder, self._ranks, self._before_commit, self._warn)
+        source = self._open(None)
         if source is None:
             return None
+        training = self._load(engine, source)
+        if source.weights_only:
+            return None
+        if source.is_own:
+            self._saved_step = training.step
+        return training
+
+    def roll_back(self, engine: Engine, last_step: int) -> TrainingState | None:
+        """Load the run's newest whole checkpoint of ``last_step`` or before, and remove those after it.
+
+        Returns:
+            What training continues from; None, and nothing has changed, where there is no such checkpoint.
+        """
+        source = self._open(last_step)
+        if source is None:
+            return None
+        training = self._load(engine, source)
+        if self._ranks.rank == 0:
+            # They are of a training that did not happen: were the run killed now, it must not continue from them.
+            remove_checkpoints_after(self._run_folder.checkpoints_dir, training.step)
+        self._saved_step = training.step
+        return training
+
+    def _open(self, last_step: int | None) -> Source | None:
+        settings = self._config.checkpoint
+        return open_source(settings, self._run_folder, self._ranks, self._before_commit, self._warn, last_step)
+
+    def _load(self, engine: Engine, source: Source) -> TrainingState:
         reader, weights_only = source.reader, source.weights_only
         if not weights_only and reader.manifest.data_fingerprint != self._data_fingerprint:
             raise UserError(
@@ -71,10 +104,6 @@ class Checkpointer:
             # A run that turns averaging on begins with the weights it has.
             continues = reader.has_average and not weights_only
             self._weight_average.load(reader.read_into if continues else None)
-        if weights_only:
-            return None
-        if source.is_own:
-            self._saved_step = reader.manifest.training.step
         return reader.manifest.training
 
     def save(self, engine: Engine, training: TrainingState) -> Path | None:

@@ -4,13 +4,14 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from sharding.errors import UserError
 from sharding.strict_model import StrictModel
 from trainer.checked_json import dump_checked, load_checked
+from trainer.data.config import SampleRange
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 3
@@ -75,7 +76,7 @@ class TrainingState(StrictModel):
     """Finished optimizer steps."""
 
     num_samples: int
-    """Sequences consumed since the start of the run."""
+    """Sequences consumed since the start of the run; those that are left out do not count."""
 
     num_tokens: int
     """Valid training targets consumed since the start of the run."""
@@ -97,6 +98,18 @@ class TrainingState(StrictModel):
 
     noise_variance: float = 0.0
     """Moving average of the variance of one token's gradient, summed over parameters, where it is measured."""
+
+    skipped_samples: Annotated[list[SampleRange], Field(strict=False)] = []
+    """Global sample positions that are left out, by configuration or after a spike, as ranges without their end."""
+
+    num_rollbacks: int = 0
+    """Times that the run returned to a checkpoint because of a spike."""
+
+    recent_losses: list[float] = []
+    """Losses of the latest steps that were finite, oldest first, which the next ones are compared with."""
+
+    recent_grad_norms: list[float] = []
+    """Gradient norms of the same steps."""
 
     trackers: dict[str, Any] = {}
     """Identities of the tracker runs."""

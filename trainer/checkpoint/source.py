@@ -38,6 +38,7 @@ def open_source(
     ranks: Ranks,
     before_change: Callable[[], None],
     warn: Callable[[str], None],
+    last_step: int | None = None,
 ) -> Source | None:
     """Find the checkpoint to start from and verify it; every rank must call it.
 
@@ -50,6 +51,7 @@ def open_source(
         ranks: this rank's place.
         before_change: called on rank 0 before anything is moved; raises if the folder was lost.
         warn: tells a person, on rank 0.
+        last_step: look among the run's own checkpoints alone, up to this step.
 
     Returns:
         None where the run starts from nothing.
@@ -59,7 +61,9 @@ def open_source(
     """
     while True:
         # Rank 0 chooses, since a shared file system may show ranks different listings.
-        folder, is_own, refusal = _broadcast(_choose(settings, run_folder) if ranks.rank == 0 else None, ranks)
+        folder, is_own, refusal = _broadcast(
+            _choose(settings, run_folder, last_step) if ranks.rank == 0 else None, ranks
+        )
         if refusal is not None:
             raise UserError(refusal)
         if folder is None:
@@ -98,9 +102,13 @@ def resolve_checkpoint(reference: str) -> Path:
     return newest[1]
 
 
-def _choose(settings: CheckpointConfig, run_folder: RunFolder) -> tuple[Path | None, bool, str | None]:
+def _choose(
+    settings: CheckpointConfig, run_folder: RunFolder, last_step: int | None
+) -> tuple[Path | None, bool, str | None]:
     """The checkpoint to try, whether it is the run's own, and why there can be none."""
-    newest = run_folder.newest_checkpoint()
+    newest = run_folder.newest_checkpoint(last_step)
+    if last_step is not None:
+        return (None if newest is None else newest[1]), True, None
     try:
         if newest is not None:
             return newest[1], True, None

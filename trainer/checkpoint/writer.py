@@ -101,6 +101,13 @@ def prune_checkpoints(checkpoints_dir: Path, keep_last: int, keep_every: int) ->
             remove_checkpoint(checkpoints_dir / f"step-{step:08d}")
 
 
+def remove_checkpoints_after(checkpoints_dir: Path, step: int) -> None:
+    """Delete the checkpoints of later steps."""
+    for manifest in checkpoints_dir.glob("step-*/manifest.json"):
+        if int(manifest.parent.name.removeprefix("step-")) > step:
+            remove_checkpoint(manifest.parent)
+
+
 def _prepare_folder(folder: Path, slices: list[TensorSlice], ranks: Ranks) -> _RankReport:
     """Check for space before anything is written: a full disk found half-way costs the time of the whole save."""
     if ranks.rank == 0:

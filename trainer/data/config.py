@@ -6,6 +6,9 @@ from pydantic import Field
 
 from sharding.strict_model import StrictModel
 
+# First global sample position, and the one after the last.
+SampleRange = Annotated[tuple[int, int], Field(strict=False)]
+
 
 class SourceConfig(StrictModel):
     """Where documents come from."""
@@ -75,6 +78,9 @@ class DataConfig(SourceConfig):
 
     shuffle: bool = True
     """Visit sequences in a keyed random order, new in each epoch; false is corpus order."""
+
+    skip_samples: Annotated[tuple[SampleRange, ...], Field(strict=False)] = ()
+    """Ranges of global sample positions, `[[first, end], ...]` with the end not included, that training leaves out."""
 
     document_mask: bool = False
     """Keep the documents of a sequence apart: attention stays within each, positions count from its start, and its

@@ -9,6 +9,7 @@ from trainer.data.mixture import MixtureOrder
 from trainer.data.order import SampleOrder
 from trainer.data.read_ahead import ReadAhead
 from trainer.data.shards import Sequences, StreamUnion
+from trainer.data.skipped_samples import SkippedSamples
 
 IGNORED_LABEL = -100
 _ORDER_CHUNK = 4096
@@ -19,8 +20,9 @@ Batch = dict[str, torch.Tensor]
 class BatchLoader:
     """One rank's micro-batches, step by step.
 
-    A step that begins at global sample position p covers positions [p, p + global_size) whatever the layout;
-    micro-batch j of rank r takes the ``micro_size`` positions from ``p + (j * dp_degree + r) * micro_size``.
+    A step that begins with sample p covers samples [p, p + global_size) whatever the layout; micro-batch j of rank r
+    takes the ``micro_size`` samples from ``p + (j * dp_degree + r) * micro_size``. Samples are those that remain where
+    some are left out.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class BatchLoader:
         dp_rank: int,
         dp_degree: int,
         start_sample: int = 0,
+        skipped: SkippedSamples | None = None,
         prefetch_steps: int = 2,
         document_mask: bool = False,
     ) -> None:
@@ -47,7 +50,8 @@ class BatchLoader:
             micro_size: sequences in a micro-batch.
             dp_rank: this rank among those that read different data.
             dp_degree: number of those ranks.
-            start_sample: global position of the first step.
+            start_sample: samples that were consumed before.
+            skipped: global positions that are left out; none by default.
             prefetch_steps: steps that are read ahead; 0 reads on demand, in the caller's thread.
             document_mask: see ``read_sequences``.
         """
@@ -57,6 +61,7 @@ class BatchLoader:
         self._global_size = global_size
         self._micro_size = micro_size
         self._document_mask = document_mask
+        self._skipped = skipped or SkippedSamples()
         first = dp_rank * micro_size
         starts = np.arange(first, global_size, dp_degree * micro_size)
         self._local_positions = (starts[:, None] + np.arange(micro_size)).reshape(-1)
@@ -78,7 +83,7 @@ class BatchLoader:
         num_steps = max(1, _ORDER_CHUNK // len(self._local_positions))
         while True:
             starts = start_sample + self._global_size * np.arange(num_steps)
-            positions = (starts[:, None] + self._local_positions).reshape(-1)
+            positions = self._skipped.positions((starts[:, None] + self._local_positions).reshape(-1))
             for indices in self._order.indices(positions).reshape(num_steps, -1, self._micro_size):
                 yield [
                     read_sequences(self._stream, micro.tolist(), self._sequence_length, self._document_mask)

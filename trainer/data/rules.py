@@ -14,6 +14,12 @@ def validate_data(data: DataConfig) -> None:
         _validate_mixture(data)
     else:
         _validate_source(data, "data")
+    for first, end in data.skip_samples:
+        if not 0 <= first < end:
+            raise UserError(
+                f"data.skip_samples: [{first}, {end}] is no range: the first number is a position from 0, and the "
+                "second the position after the last sample that is left out; raise it above the first."
+            )
     _validate_streaming(data)
 
 
@@ -43,6 +49,11 @@ def _validate_streaming(data: DataConfig) -> None:
         raise UserError(
             "data.mixture cannot be streamed: a source's place in a mixture is computed from its number of sequences, "
             "which a stream does not have; set data.streaming to false, or name one source."
+        )
+    if data.skip_samples:
+        raise UserError(
+            "data.skip_samples has no meaning under data.streaming=true: a stream's samples have no positions that "
+            "could be jumped over without reading them; remove it, or set data.streaming to false."
         )
     if data.max_documents:
         raise UserError(

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from trainer.config import RunConfig
 from trainer.trackers.summary import RunSummary
@@ -79,19 +79,31 @@ class Follower:
             self._warn(f"{self.tracker.name} failed and is left out from here on: {reason}")
 
     def _lines(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        with self._path.open() as file:
-            line, is_over = "", False
-            while not is_over:
-                self._has_news.wait()
-                # In this order, so that no news is missed.
-                self._has_news.clear()
-                is_over = self._exit_code is not None
-                for piece in file:
-                    line += piece
-                    # Half a line may be there before it is announced.
-                    if line.endswith("\n"):
-                        values, line = json.loads(line), ""
-                        yield int(values.pop("step")), values
+        while True:
+            with self._path.open() as file:
+                line = ""
+                while self._is_in_place(file):
+                    self._has_news.wait()
+                    # In this order, so that no news is missed.
+                    self._has_news.clear()
+                    is_over = self._exit_code is not None
+                    for piece in file:
+                        line += piece
+                        # Half a line may be there before it is announced.
+                        if line.endswith("\n"):
+                            values, line = json.loads(line), ""
+                            yield int(values.pop("step")), values
+                    if is_over and self._is_in_place(file):
+                        return
+            # All of it is news; a tracker knows which steps it has.
+            self._has_news.set()
+
+    def _is_in_place(self, file: TextIO) -> bool:
+        """Whether the file is still the one with that name: a run that goes back puts another one there."""
+        try:
+            return os.path.samestat(os.fstat(file.fileno()), self._path.stat())
+        except FileNotFoundError:
+            return True
 
 
 class Trackers:

@@ -13,6 +13,7 @@ from benchmarks.data import make_stream
 from trainer.data.loader import BatchLoader, evaluation_batches, read_sequences
 from trainer.data.order import SampleOrder
 from trainer.data.shards import TokenStream, num_samples
+from trainer.data.skipped_samples import SkippedSamples
 
 LENGTH = 7
 GLOBAL_SIZE = 24
@@ -25,7 +26,13 @@ def stream(tmp_path_factory: pytest.TempPathFactory) -> TokenStream:
 
 
 def _loader(
-    stream: TokenStream, rank: int, degree: int, micro_size: int, start: int = 0, ahead: int = 0
+    stream: TokenStream,
+    rank: int,
+    degree: int,
+    micro_size: int,
+    start: int = 0,
+    ahead: int = 0,
+    skipped: SkippedSamples | None = None,
 ) -> BatchLoader:
     order = SampleOrder(5, num_samples(stream.num_tokens, LENGTH))
     return BatchLoader(
@@ -37,6 +44,7 @@ def _loader(
         dp_rank=rank,
         dp_degree=degree,
         start_sample=start,
+        skipped=skipped,
         prefetch_steps=ahead,
     )
 
@@ -67,6 +75,22 @@ def test_a_step_has_the_same_samples_under_every_layout(
         # Micro-batch by micro-batch and rank by rank, positions follow one another.
         in_order = [row for micro in zip(*steps, strict=True) for batch in micro for row in _rows([batch])]
         assert in_order == _rows(plain.next_step())
+
+
+def test_samples_are_left_out_alike_under_every_layout(stream: TokenStream) -> None:
+    every = _loader(stream, 0, 1, 1)
+    rows = [row for _ in range(8) for row in _rows(every.next_step())]
+    skipped = SkippedSamples([(0, 3), (GLOBAL_SIZE, 2 * GLOBAL_SIZE), (100, 101)])
+    remaining = [row for position, row in enumerate(rows) if position not in {0, 1, 2, *range(24, 48), 100}]
+    for degree, micro_size in ((1, 24), (2, 3), (3, 2)):
+        # The second step, in a run that is continued after the first.
+        loaders = [_loader(stream, rank, degree, micro_size, GLOBAL_SIZE, 1, skipped) for rank in range(degree)]
+        for step in (1, 2, 3):
+            steps = [loader.next_step() for loader in loaders]
+            in_order = [row for micro in zip(*steps, strict=True) for batch in micro for row in _rows([batch])]
+            assert in_order == remaining[step * GLOBAL_SIZE : (step + 1) * GLOBAL_SIZE]
+        for loader in loaders:
+            loader.close()
 
 
 @given(num_done=st.integers(0, 20), ahead=st.sampled_from([0, 1, 3]))

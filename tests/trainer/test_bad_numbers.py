@@ -1,0 +1,242 @@
+"""Spikes and non-finite steps on two ranks, in whole runs: what is told, left out and gone back to."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from sharding.errors import RunFailure
+from sharding.process_group import Ranks
+from sharding.state import TensorSlice
+from tests.support import read_metrics, run_on_ranks, tiny_values
+from trainer.build import build_trainer
+from trainer.checkpoint.manifest import TrainingState
+from trainer.checkpoint.reader import CheckpointReader
+from trainer.config import parse_config
+from trainer.console import Console
+from trainer.data.prepare import prepare_corpus
+from trainer.data.show import positions_of_step
+from trainer.events import read_events
+from trainer.injection import Fault
+from trainer.observers import Observers
+from trainer.phases import Phases
+from trainer.run_folder import RunFolder
+from trainer.validation import World
+
+_STEPS = 10
+_CURVE = ("step", "train/loss", "train/grad_norm", "train/learning_rate", "train/tokens")
+# Judged from the fifth step on; only a multiplied loss is that far out in so young a run.
+_JUDGED = {"spike_window_steps": 8, "spike_warmup_steps": 4, "spike_threshold": 50.0}
+# Step 7 of 12 sequences each.
+_SPOILED = [[72, 84]]
+
+
+@dataclass
+class _Runs:
+    """Starts runs one after another in this process group."""
+
+    ranks: Ranks
+    root: Path
+    corpus: Path
+
+    def train(self, name: str, injected: Sequence[Fault] = (), steps: int = _STEPS, **sections: Any) -> RunFolder:
+        """Train, or continue, to a number of steps."""
+        values = tiny_values(self.root / "runs", self.root / "cache", self.corpus)
+        values |= {"name": name, "steps": steps, "checkpoint": {"every_steps": 3, "keep_last": 0}}
+        for key, section in sections.items():
+            values[key] = values.get(key, {}) | section
+        config = parse_config(values, name)
+        folder = RunFolder(config.run_dir)
+        observers = Observers(folder.metrics_file)
+        if self.ranks.rank == 0:
+            folder.begin_attempt(config, World(self.ranks.world_size, has_gpu=False), [])
+            console = Console(steps, (self.root / f"{name}.log").open("a"))
+            observers = Observers(folder.metrics_file, console, attempt=folder.newest_attempt())
+        trainer = build_trainer(
+            config,
+            self.ranks,
+            # A file lock lets one rank work.
+            prepare_corpus(config.data),
+            folder,
+            observers,
+            Phases(),
+            faults=[fault for fault in injected if fault.rank == self.ranks.rank],
+            is_stop_requested=lambda: False,
+            before_commit=lambda: None,
+        )
+        trainer.resume_or_init()
+        try:
+            trainer.fit()
+        finally:
+            trainer.close()
+        dist.barrier()
+        return folder
+
+    def console(self, name: str) -> str:
+        """What a person saw of a run."""
+        return (self.root / f"{name}.log").read_text()
+
+
+def _final(folder: RunFolder, step: int = _STEPS) -> tuple[TrainingState, dict[str, torch.Tensor]]:
+    """State and every tensor, optimizer included, of the last checkpoint."""
+    reader = CheckpointReader(folder.checkpoint_path(step))
+    tensors = {}
+    for name, entry in reader.manifest.tensors.items():
+        tensors[name] = torch.empty(entry.shape, dtype=getattr(torch, entry.dtype))
+        whole = TensorSlice(name, tensors[name], tuple(entry.shape), (0,) * len(entry.shape), is_written_here=False)
+        reader.read_into(whole)
+    return reader.manifest.training, tensors
+
+
+def _assert_same_end(folder: RunFolder, told: RunFolder) -> None:
+    (state, tensors), (told_state, told_tensors) = _final(folder), _final(told)
+    assert tensors.keys() == told_tensors.keys()
+    for name, tensor in told_tensors.items():
+        assert torch.equal(tensors[name], tensor), (folder.path.name, name)
+    # All counters, what later steps are compared with, and the samples that are left out.
+    assert state.model_copy(update={"num_rollbacks": 0}) == told_state, folder.path.name
+    assert _curve(folder) == _curve(told)
+
+
+def _curve(folder: RunFolder) -> list[tuple[Any, ...]]:
+    return [tuple(line[name] for name in _CURVE) for line in read_metrics(folder.path)]
+
+
+def _events(folder: RunFolder) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for event in read_events(folder.path):
+        found.setdefault(event["kind"], []).append(event)
+    return found
+
+
+def _spike(step: int = 7, num_steps: int = 1, kind: Any = "spike") -> list[Fault]:
+    return [Fault(fault=kind, rank=1, step=step, num_steps=num_steps)]
+
+
+def _check_skip(runs: _Runs, told: RunFolder) -> None:
+    """A step that is bad on one rank is taken again by all with the samples that follow."""
+    faults = {"spike_policy": "skip", **_JUDGED}
+    for kind in ("spike", "nan"):
+        skipped = runs.train(f"skip-{kind}", _spike(kind=kind), faults=faults)
+        _assert_same_end(skipped, told)
+        assert [line["train/skipped_steps"] for line in read_metrics(skipped.path)] == [0] * _STEPS
+        if runs.ranks.rank == 0:
+            events = _events(skipped)
+            (bad,) = events["spike" if kind == "spike" else "nonfinite"]
+            (left_out,) = events["samples_skipped"]
+            assert (bad["step"], bad["action"], bad["samples"]) == (7, "skip", _SPOILED)
+            assert left_out["samples"] == _SPOILED
+            assert left_out["documents"] == bad["documents"] != []
+            assert all(Path(document["id"]).parent.name == "documents" for document in left_out["documents"])
+            assert "warning: step 7: " in runs.console(f"skip-{kind}")
+    with pytest.raises(RunFailure, match="3 batches in a row were bad at step 7"):
+        runs.train("skip-all", _spike(num_steps=9), faults=faults | {"max_consecutive_skips": 2})
+
+
+def _check_rollback(runs: _Runs, told: RunFolder) -> None:
+    """The run goes back, leaves the samples out, and is continued as if they had never been there."""
+    faults = {"spike_policy": "rollback", **_JUDGED}
+    # Judged after step 9, once the checkpoints of steps 3 and 6 are there and that of step 9 is not yet.
+    logging = {"metrics": {"every_steps": 0}, "faults": faults}
+    folder = runs.train("rollback", _spike(), steps=9, **logging)
+    if runs.ranks.rank == 0:
+        events = _events(folder)
+        assert [(event["step"], event["action"], event["samples"]) for event in events["spike"]] == [
+            (7, "rollback", _SPOILED)
+        ]
+        assert [(event["step"], event["to_step"]) for event in events["rollback"]] == [(7, 6)]
+        assert [event["samples"] for event in events["samples_skipped"]] == [_SPOILED]
+        assert "the run goes back to step 6" in runs.console("rollback")
+        config = folder.frozen_config()
+        # Step 6 as ever, and step 7 with the samples that follow the spoiled ones.
+        assert positions_of_step(folder, config, 6).tolist() == list(range(60, 72))
+        assert positions_of_step(folder, config, 7).tolist() == list(range(84, 96))
+    dist.barrier()
+    # The fault is still there for whoever reads these samples.
+    folder = runs.train("rollback", _spike(), **logging)
+    (state, tensors), (told_state, told_tensors) = _final(folder), _final(told)
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in told_tensors.items())
+    assert state == told_state.model_copy(update={"num_rollbacks": 1})
+
+    # Lines of steps that are trained again are written anew; the spike itself never is.
+    every_step = runs.train("rollback-logged", _spike(step=9), faults=faults | {"rollback_skip_steps": 2})
+    _assert_same_end(every_step, runs.train("told-two", data={"skip_samples": [[84, 108]]}, faults=_JUDGED))
+    if runs.ranks.rank == 0:
+        discarded = (every_step.path / "metrics.discarded.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in discarded] == [7, 8]
+        assert [event["to_step"] for event in _events(every_step)["rollback"]] == [6]
+
+    with pytest.raises(RunFailure, match="has gone back 2 times before"):
+        runs.train("rollback-all", _spike(num_steps=9), faults=faults | {"max_rollbacks": 2})
+    first = runs.train("rollback-none", _spike(step=5), steps=6, checkpoint={"every_steps": 5}, faults=faults)
+    if runs.ranks.rank == 0:
+        assert [event["action"] for event in _events(first)["spike"]] == ["no_checkpoint"]
+
+
+def _check_warn(runs: _Runs, undisturbed: RunFolder) -> None:
+    """By default a spike is only told, and a step that is not finite on one rank is skipped by all."""
+    faults = {**_JUDGED}
+    folder = runs.train("warn", [*_spike(step=6, kind="nan"), *_spike(step=9)], faults=faults)
+    lines = read_metrics(folder.path)
+    assert [line["train/skipped_steps"] for line in lines] == [0] * 5 + [1] * 5
+    assert _curve(folder)[:5] == _curve(undisturbed)[:5]
+    assert lines[5]["train/loss"] is None
+    if runs.ranks.rank == 0:
+        events = _events(folder)
+        assert [(event["step"], event["samples"]) for event in events["nonfinite"]] == [(6, [[60, 72]])]
+        (spike,) = events["spike"]
+        assert (spike["step"], spike["action"], spike["samples"]) == (9, "none", [[96, 108]])
+        assert spike["value"] > 100 * spike["median"]
+        assert spike["deviations"] > spike["threshold"] == 50.0
+        assert {"injected", "nonfinite", "spike"} == events.keys()
+        # What was done on purpose says so.
+        found = [(event["step"], event["fault"], event["rank"]) for event in events["injected"]]
+        assert found == [(6, "nan", 1), (9, "spike", 1)]
+        assert "nothing was done about it" in runs.console("warn")
+    silent = runs.train("off", _spike(step=9), faults={"spike_policy": "off"})
+    assert _events(silent).keys() == {"injected"}
+
+
+def _bad_numbers(ranks: Ranks, root: Path, corpus: Path) -> None:
+    runs = _Runs(ranks, root, corpus)
+    undisturbed = runs.train("undisturbed", faults=_JUDGED)
+    if ranks.rank == 0:
+        assert _events(undisturbed) == {}
+    told = runs.train("told", data={"skip_samples": _SPOILED}, faults=_JUDGED)
+    assert _curve(told)[:6] == _curve(undisturbed)[:6]
+    assert _curve(told)[6] != _curve(undisturbed)[6]
+    _check_skip(runs, told)
+    _check_rollback(runs, told)
+    _check_warn(runs, undisturbed)
+
+
+@pytest.mark.timeout(300)
+def test_bad_steps_are_told_left_out_or_gone_back_from(tmp_path: Path, shared_corpus: tuple[Path, Path]) -> None:
+    run_on_ranks(_bad_numbers, 2, tmp_path, shared_corpus[0], timeout_s=280)
+
+
+def _skip_under_every_engine(ranks: Ranks, root: Path, corpus: Path) -> None:
+    runs = _Runs(ranks, root, corpus)
+    for backend, strategy in (
+        ("torch", "ddp"),
+        ("torch", "zero3"),
+        ("deepspeed", "zero1"),
+        ("deepspeed", "zero2"),
+        ("deepspeed", "zero3"),
+        ("accelerate", "ddp"),
+    ):
+        parallel, name = {"backend": backend, "strategy": strategy}, f"{backend}-{strategy}"
+        told = runs.train(f"told-{name}", parallel=parallel, data={"skip_samples": _SPOILED}, faults=_JUDGED)
+        for policy in ("skip", "rollback"):
+            faults = {"spike_policy": policy, **_JUDGED}
+            _assert_same_end(runs.train(f"{policy}-{name}", _spike(), parallel=parallel, faults=faults), told)
+
+
+@pytest.mark.timeout(300)
+def test_every_engine_leaves_samples_out_alike(tmp_path: Path, shared_corpus: tuple[Path, Path]) -> None:
+    run_on_ranks(_skip_under_every_engine, 2, tmp_path, shared_corpus[0], timeout_s=280)

@@ -1,0 +1,70 @@
+"""Which documents are at which positions of training."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from trainer.config import RunConfig
+from trainer.data.loader import IGNORED_LABEL, read_sequences
+from trainer.data.prepared import Prepared
+from trainer.data.shards import DocumentSpan
+
+
+@dataclass(frozen=True)
+class ShownSequence:
+    """One training sequence and where it comes from.
+
+    Attributes:
+        position: global sample position since the start of the run.
+        source: name of its source in a mixture, else empty.
+        epoch: epoch of the source that the position is in, from 0.
+        index: which sequence of the source's stream it is.
+        documents: the documents that it covers; positions are tokens of the stream.
+        token_ids: the tokens that the model reads.
+        num_targets: how many of them have a target.
+    """
+
+    position: int
+    source: str
+    epoch: int
+    index: int
+    documents: list[DocumentSpan]
+    token_ids: list[int]
+    num_targets: int
+
+
+def sequences_at(config: RunConfig, corpus: Prepared, positions: np.ndarray) -> Iterator[ShownSequence]:
+    """The sequences at global sample positions, int64 [n]."""
+    stream, length = corpus.stream("train"), config.data.sequence_length
+    order = corpus.order(config.seed, length, config.data.shuffle)
+    places = zip(positions.tolist(), order.epochs(positions).tolist(), order.indices(positions).tolist(), strict=True)
+    for position, epoch, global_index in places:
+        source, index = stream.locate(global_index, length)
+        batch = read_sequences(source, [index], length)
+        num_targets = int((batch["labels"] != IGNORED_LABEL).sum())
+        begin = index * length
+        token_ids = batch["input_ids"][0, :num_targets].tolist()
+        documents = source.documents_between(begin, begin + num_targets)
+        yield ShownSequence(position, source.name, epoch, index, documents, token_ids, num_targets)
+
+
+def documents_in(config: RunConfig, corpus: Prepared, ranges: Iterable[Sequence[int]]) -> list[dict[str, Any]]:
+    """The documents that ranges of global sample positions touch, each once, in order of training.
+
+    Returns:
+        For each its index in its source, its id there (a path, or file and row) and, in a mixture, the source's name.
+    """
+    stream, length = corpus.stream("train"), config.data.sequence_length
+    order = corpus.order(config.seed, length, config.data.shuffle)
+    documents: dict[tuple[str, int], dict[str, Any]] = {}
+    for first, end in ranges:
+        for global_index in order.indices(np.arange(first, end)).tolist():
+            source, index = stream.locate(global_index, length)
+            named = {"source": source.name} if source.name else {}
+            # The last token of the stream is nobody's input.
+            for span in source.documents_between(index * length, min((index + 1) * length, source.num_tokens - 1)):
+                entry = named | {"document": span.document_index, "id": span.source_id}
+                documents.setdefault((source.name, span.document_index), entry)
+    return list(documents.values())
