@@ -22,13 +22,9 @@ from trainer.deadlines import Deadlines
 from trainer.failure_report import Sources, write_failure
 from trainer.flight_recorder import dump_flight_recorder
 from trainer.foreign_settings import refuse_foreign_settings
-<<<<<<< HEAD
 from trainer.hang import Hang
 from trainer.heartbeat import read_heartbeats
-from trainer.injection import inject_faults, read_faults
-=======
 from trainer.injection import faults_of, inject_faults, read_faults
->>>>>>> main
 from trainer.lease import Lease
 from trainer.loop import Ending, Trainer
 from trainer.observers import Observers
@@ -142,12 +138,8 @@ def _run(arguments: Sequence[str], progress: _Progress) -> int:
         faults = read_faults(os.environ)
         inject_faults(faults, progress.phases, run_folder.path, ranks.rank, attempt)
         progress.phases.enter(Phase.BUILD)
-<<<<<<< HEAD
         _start_watchdog(config, ranks, progress)
-        progress.observers = observers = _build_observers(config, run_folder, ranks)
-=======
         progress.observers = observers = _build_observers(config, run_folder, ranks, attempt)
->>>>>>> main
         progress.trainer = trainer = build_trainer(
             config,
             ranks,
