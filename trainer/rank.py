@@ -19,6 +19,7 @@ from trainer.config import RunConfig, load_config
 from trainer.console import Console
 from trainer.data.prepare import prepare_corpus
 from trainer.deadlines import Deadlines
+from trainer.events import record_event
 from trainer.failure_report import Sources, write_failure
 from trainer.flight_recorder import dump_flight_recorder
 from trainer.foreign_settings import refuse_foreign_settings
@@ -251,6 +252,8 @@ def _end_hanging(progress: _Progress, hang: Hang) -> NoReturn:
     with contextlib.suppress(OSError):
         late = hang.late[0] if hang.late else None
         if run_folder.write_outcome("failed", EXIT_FAILED, progress.step, hang.reason, late):
+            attempt, step = progress.attempt, progress.phases.now.step
+            record_event(run_folder.path, "hang", attempt=attempt, step=step, rank=late, reason=hang.reason)
             _write_failure(progress)
     _log.error("hang: %s", hang.reason)
     print(f"error: {hang.reason}", file=sys.stderr)
