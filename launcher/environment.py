@@ -47,6 +47,12 @@ def rank_variables(
             is_configured=config.launch.threads_per_rank > 0,
         ),
         Variable("TOKENIZERS_PARALLELISM", "false", "ranks only decode; threads before a fork would warn"),
+        Variable(
+            "TORCH_NCCL_TRACE_BUFFER_SIZE",
+            "2000",
+            "keeps the latest collectives, of gloo too, for the report of a hang (torch's default, stated)",
+            other_names=("TORCH_FR_BUFFER_SIZE",),
+        ),
         Variable("PYTHONFAULTHANDLER", "1", "a crash in native code leaves the Python line it came from in the log"),
     ]
     if topology.num_gpus:
@@ -62,12 +68,6 @@ def rank_variables(
                 "3",
                 "a failed or late collective ends the rank, without a clean-up that may hang (torch's default, stated)",
                 other_names=("NCCL_ASYNC_ERROR_HANDLING",),
-            ),
-            Variable(
-                "TORCH_NCCL_TRACE_BUFFER_SIZE",
-                "2000",
-                "keeps the latest collectives for a report after a hang (torch's default, stated)",
-                other_names=("TORCH_FR_BUFFER_SIZE",),
             ),
             Variable("NCCL_DEBUG", "WARN", "NCCL's own reason for a failure is in the log"),
         ]
