@@ -11,7 +11,7 @@ from launcher.rank_exits import CRASHES, RankExits, RankFailure, root_cause
 from sharding.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED
 from trainer.failure import FAILURE_TEXT_NAME, Evidence
 from trainer.failure_report import Sources, write_failure
-from trainer.hang import read_alarm
+from trainer.hang import read_verdict
 from trainer.rank_error import is_of_a_peer, read_rank_errors
 from trainer.run_folder import RunFolder
 
@@ -42,7 +42,7 @@ def conclude(agent: str, agent_status: int, seen: RankExits, oom: OomWatch, run_
         first = seen.first_failure
     oom_kill = oom.find(seen.pids.values())
     outcome = run_folder.read_outcome()
-    if outcome is None or (not read_alarm(log.parent) and _is_consequence(outcome, first, log)):
+    if outcome is None or (read_verdict(log.parent) is None and _is_consequence(outcome, first, log)):
         if outcome is not None:
             print(f"rank {outcome['rank']} reported: {outcome['reason']}", file=sys.stderr)
         outcome = _overwrite_outcome(run_folder, outcome, first, _explain(agent, agent_status, first, log, oom_kill))

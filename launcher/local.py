@@ -174,8 +174,8 @@ def _wait(
             failed_at = now if failures.has_failed() else None
         if failed_at is not None and now > failed_at + _GRACE_AFTER_FAILURE_S:
             # The agent sees its ranks end, and ends with its report. What they end with now is our doing.
-            hangs.keep_stacks()
             exits.close()
+            hangs.keep_stacks()
             kill_marked(token, spared_pid=agent.pid)
         exits.wait(_POLL_EVERY_S)
     return False

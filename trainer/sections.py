@@ -138,8 +138,9 @@ class FaultsConfig(StrictModel):
     watchdog: bool = True
     """End the run when a rank hangs, and say which one, where, and what the others waited for."""
 
-    watchdog_factor: float = Field(default=5.0, gt=1.0)
-    """A rank hangs when a phase of its step lasts this many times longer than the longest of the latest 64 did."""
+    watchdog_factor: float = Field(default=10.0, gt=1.0)
+    """A rank hangs when a phase of its step lasts this many times longer than the median of the latest 64 did, and
+    twice as long as the longest of them."""
 
     watchdog_min_s: float = Field(default=120.0, gt=0.0)
     """Seconds that a phase may last in any case; `launch.init_timeout_s` is the limit of start-up, the first step and,

@@ -1,7 +1,6 @@
 """The watchdog of one rank: it beats, looks at the others when things take long, and ends a rank that hangs."""
 
 import contextlib
-import json
 import os
 import socket
 import sys
@@ -11,10 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from trainer.atomic_files import create_once
 from trainer.deadlines import Deadlines, is_hang
 from trainer.flight_recorder import dump_flight_recorder
-from trainer.hang import ALARM_NAME, Hang, judge, read_traces
+from trainer.hang import ALARM_NAME, Hang, conclude_hang, raise_alarm
 from trainer.heartbeat import (
     Heartbeat,
     HeartbeatFile,
@@ -27,7 +25,7 @@ from trainer.heartbeat import (
 )
 from trainer.lease import process_space
 from trainer.phases import Phases
-from trainer.rank_process import am_i_debugged, ask_for_stacks, is_debugged, process_state
+from trainer.rank_process import am_i_debugged, ask_for_stacks, is_debugged
 from trainer.stacks import StacksFile
 
 _BEAT_EVERY_S = 1.0
@@ -112,9 +110,6 @@ class Watchdog:
                 self._look_for_debugger(now)
                 self._beat(self._state)
             own = self._heartbeat(self._state)
-            if tick % _TICKS_PER_BEAT == 0:
-                # For the case that native code keeps the interpreter to itself, and with it this thread.
-                self._stacks.dump_unless_cancelled_within(max(own.allowance_s - own.in_phase_s, 0.0) + 1.0)
             if self._is_hang(own, now) and not self._stopped.is_set():
                 self._end()
 
@@ -139,7 +134,7 @@ class Watchdog:
             return False
         if self._state == "debugged" or not is_hang(own, others.values()):
             return False
-        raise_alarm(self._log_dir, own, [beat for beat, _ in others.values()])
+        raise_alarm(self._log_dir, own, others)
         return True
 
     def _end(self) -> None:
@@ -160,7 +155,7 @@ class Watchdog:
             ask_for_stacks(heartbeat)
         if silent:
             time.sleep(_STACKS_WITHIN_S)
-        self._on_hang(judge(read_traces(self._log_dir)))
+        self._on_hang(conclude_hang(self._log_dir))
 
     def _beat(self, state: State) -> None:
         self._num_beats += 1
@@ -185,22 +180,3 @@ class Watchdog:
             peak_rss_gib=peak_rss_gib(),
             state=state,
         )
-
-
-def raise_alarm(log_dir: Path, seen_by: Heartbeat | None, suspects: list[Heartbeat]) -> None:
-    """Let every rank know of a hang, unless it is known; with what the kernel says of ranks of this machine.
-
-    Args:
-        log_dir: the attempt's.
-        seen_by: the rank that raises it; None for the launcher.
-        suspects: ranks to ask the kernel about.
-    """
-    processes = {str(beat.rank): state for beat in suspects if (state := process_state(beat))}
-    alarm = {
-        "seen_by": "the launcher" if seen_by is None else f"rank {seen_by.rank}",
-        "time": time.time(),
-        "processes": processes,
-    }
-    if seen_by is not None:
-        alarm |= {"phase": seen_by.phase, "step": seen_by.step, "allowance_s": seen_by.allowance_s}
-    create_once(log_dir / ALARM_NAME, json.dumps(alarm) + "\n")
