@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sharding.engine import ModelDefinition, OptimizerFactory
 from sharding.loss_scaler import LossScaler
 from sharding.mesh import DataParallelMesh
+from sharding.replicas import Replicas
 from sharding.torch_engine import TorchEngine
 
 
@@ -38,6 +39,10 @@ class DdpEngine(TorchEngine):
             gradient_as_bucket_view=True,
             **_no_buffer_sync(),
         )
+
+    def replicas(self) -> Replicas | None:
+        """See Engine."""
+        return Replicas(self.named_local_shards(), group=0)
 
     def _forward_module(self) -> nn.Module:
         return self._ddp

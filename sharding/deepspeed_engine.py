@@ -16,6 +16,7 @@ from sharding.deepspeed_files import check_file_access, in_memory, keeps_files, 
 from sharding.engine import Batch, ModelDefinition, OptimizedParameter, OptimizerFactory
 from sharding.loss_scaler import LossScaler
 from sharding.mesh import DataParallelMesh
+from sharding.replicas import Replicas
 from sharding.state import TensorSlice, slice_of, slices_of_flat_range
 
 
@@ -199,6 +200,12 @@ class DeepSpeedEngine:
                 offset, size, _ = self._run(parameter)
                 shards[name] = master.detach()[offset : offset + size]
         return shards
+
+    def replicas(self) -> Replicas | None:
+        """See Engine; under stages 1 and 2 every rank computes with all parameters, gathered after each step."""
+        if self._stage == 3:
+            return None
+        return Replicas({name: parameter.detach() for name, parameter in self.named_parameters()}, group=0)
 
     def named_parameters(self) -> list[tuple[str, Any]]:
         """See Engine."""

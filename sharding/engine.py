@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from sharding.initialization import InitializeModule
+from sharding.replicas import Replicas
 from sharding.state import TensorSlice
 
 Batch = dict[str, torch.Tensor]
@@ -121,6 +122,9 @@ class Engine(Protocol):
 
     def named_local_shards(self) -> dict[str, torch.Tensor]:
         """Parameter name to this rank's live part of the fp32 master."""
+
+    def replicas(self) -> Replicas | None:
+        """Parameters of which other ranks hold copies between steps; None where each rank's are its own."""
 
     def named_parameters(self) -> list[tuple[str, Any]]:
         """Parameter name to the parameter as the strategy holds it."""

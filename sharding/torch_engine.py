@@ -15,6 +15,7 @@ from sharding.engine import Batch, ModelDefinition, OptimizedParameter, Optimize
 from sharding.gradient_noise import MicroBatchNorms
 from sharding.loss_scaler import LossScaler
 from sharding.mesh import DataParallelMesh
+from sharding.replicas import Replicas
 from sharding.state import TensorSlice, local_tensor, slice_of
 
 
@@ -153,6 +154,10 @@ class TorchEngine:
     def named_local_shards(self) -> dict[str, torch.Tensor]:
         """See Engine."""
         return {name: local_tensor(parameter.detach()) for name, parameter in self.named_parameters()}
+
+    def replicas(self) -> Replicas | None:
+        """See Engine."""
+        return None
 
     def named_parameters(self) -> list[tuple[str, Any]]:
         """See Engine."""

@@ -16,7 +16,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from sharding.config import Strategy
 from sharding.engine import Batch, ModelDefinition, OptimizerFactory
 from sharding.loss_scaler import LossScaler
-from sharding.mesh import DataParallelMesh
+from sharding.mesh import SHARD_AXIS, DataParallelMesh
+from sharding.replicas import Replicas
 from sharding.torch_engine import TorchEngine, sum_over
 
 
@@ -73,6 +74,12 @@ class ZeroEngine(TorchEngine):
             for module in self._sharded_modules:
                 module.reshard()
         return sums
+
+    def replicas(self) -> Replicas | None:
+        """See Engine; whole parameters are there only while they are used, gathered anew from one rank's each."""
+        if self._strategy != "hsdp" or self._mesh.device_mesh is None:
+            return None
+        return Replicas(self.named_local_shards(), group=self._mesh.device_mesh.get_local_rank(SHARD_AXIS))
 
     def _accumulation_context(self, *, is_last: bool) -> AbstractContextManager[Any]:
         for module in self._sharded_modules:

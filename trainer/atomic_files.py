@@ -49,14 +49,15 @@ def _write_beside(path: Path, text: str | bytes) -> Path:
             file.flush()
             os.fsync(file.fileno())
         # mkstemp makes files that nobody else can read; give this one what the umask allows.
-        temporary.chmod(0o666 & ~_umask())
+        temporary.chmod(0o666 & ~umask())
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     return temporary
 
 
-def _umask() -> int:
+def umask() -> int:
+    """The permission bits that new files of this process do not get."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("Umask:"):
             return int(line.split()[1], 8)

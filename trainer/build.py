@@ -2,7 +2,9 @@
 
 import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
+from sharding.engine import Engine
 from sharding.mesh import DataParallelMesh, build_mesh
 from sharding.precision import compute_dtype
 from sharding.process_group import Ranks, set_step_timeout
@@ -25,6 +27,7 @@ from trainer.models import Vocabulary
 from trainer.observers import Observers
 from trainer.phases import Phases
 from trainer.profiling import StepProfiler
+from trainer.replica_check import ReplicaCheck
 from trainer.run_folder import RunFolder
 from trainer.spoiled_samples import SpoiledTask
 from trainer.system_metrics import SystemMeter
@@ -126,11 +129,22 @@ def build_trainer(
         facts=facts,
         peak_flops=peak_flops(ranks.device, compute_dtype(config.precision, ranks.device)),
         weight_average=average,
+        compare_replicas=_replica_check(engine, ranks, run_folder).run
+        if config.faults.replica_check_every_steps
+        else None,
     )
     trainer = Trainer(config, parts)
     if isinstance(task, SpoiledTask):
         task.next_samples = lambda: trainer.next_samples
     return trainer
+
+
+def _replica_check(engine: Engine, ranks: Ranks, run_folder: RunFolder) -> ReplicaCheck:
+    def record(step: int, details: dict[str, Any]) -> None:
+        attempt = run_folder.newest_attempt()
+        record_event(run_folder.path, "replica_mismatch", attempt=attempt, step=step, **details)
+
+    return ReplicaCheck(engine, ranks, record)
 
 
 def _build_loader(

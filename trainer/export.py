@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from sharding.errors import EXIT_BAD_INPUT, EXIT_FINISHED, UserError
+from trainer.atomic_files import umask
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.config import RunConfig, parse_config
 from trainer.models import Vocabulary, build_model_config, build_model_on_meta
@@ -65,7 +66,7 @@ def export_model(reader: CheckpointReader, folder: Path, *, averaged: bool = Fal
         _write_configuration(config, Vocabulary(corpus.vocab_size, corpus.eos_token_id), work)
         _write_weights(reader, work, averaged=averaged)
         # mkdtemp made it private.
-        work.chmod(folder.parent.stat().st_mode & 0o777)
+        work.chmod(0o777 & ~umask())
         if folder.exists():
             folder.rmdir()
         work.rename(folder)

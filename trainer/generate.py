@@ -35,7 +35,8 @@ def load_model(run: str, step: int | None, *, averaged: bool = False) -> tuple[A
     if (Path(run) / "model.safetensors").exists() or (Path(run) / "model.safetensors.index.json").exists():
         if averaged:
             raise UserError(f"--ema: {run} is an exported model, which has one set of weights; name the run's folder.")
-        return AutoModelForCausalLM.from_pretrained(run).eval(), AutoTokenizer.from_pretrained(run)
+        tokenizer = AutoTokenizer.from_pretrained(run, trust_remote_code=False)
+        return AutoModelForCausalLM.from_pretrained(run, trust_remote_code=False).eval(), tokenizer
     reader = open_checkpoint(run, step)
     # By way of the exported form, so that what is shown here is what is served elsewhere.
     with tempfile.TemporaryDirectory(prefix="shardline-generate-") as folder:

@@ -72,6 +72,7 @@ class TrainerParts:
         meter: use of nodes and GPUs.
         peak_flops: dense peak of one device in FLOP/s, where known.
         weight_average: moving average of the weights, where one is kept.
+        compare_replicas: called with a step, raises where ranks hold different parameters; None leaves it out.
     """
 
     engine: Engine
@@ -91,6 +92,7 @@ class TrainerParts:
     facts: ModelFacts
     peak_flops: float | None
     weight_average: WeightAverage | None = None
+    compare_replicas: Callable[[int], None] | None = None
 
 
 class Trainer:
@@ -238,6 +240,8 @@ class Trainer:
     def _after_step(self, record: StepRecord) -> None:
         step, config = self.step, self._config
         is_last = step == config.num_steps
+        if is_due(step, config.faults.replica_check_every_steps):
+            self._compare_replicas()
         evaluates = is_last or is_due(step, config.evaluation.every_steps)
         logs = evaluates or is_due(step, config.metrics.every_steps)
         saves = is_due(step, config.checkpoint.every_steps)
@@ -353,7 +357,14 @@ class Trainer:
             sums = batch_sums if sums is None else sums + batch_sums
         return {} if sums is None else parts.task.evaluation_metrics(sum_over_ranks(sums, parts.ranks))
 
+    def _compare_replicas(self) -> None:
+        if self._parts.compare_replicas is not None:
+            self._parts.phases.enter(Phase.COMPARE)
+            self._parts.compare_replicas(self.step)
+
     def _save(self) -> None:
+        # A damaged copy must not go into a checkpoint.
+        self._compare_replicas()
         self._parts.phases.enter(Phase.SAVE)
         with self._clock.paused("saving"):
             # Waits for the device, as saving does anyway.

@@ -60,10 +60,15 @@ def build_model_config(model: ModelConfig, vocabulary: Vocabulary, sequence_leng
 
     if model.pretrained is not None:
         try:
-            config = AutoConfig.from_pretrained(model.pretrained)
+            config = AutoConfig.from_pretrained(model.pretrained, trust_remote_code=model.trust_remote_code)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
+            if "trust_remote_code" in str(error):
+                reason = "it needs Python code of its own; read that, and set model.trust_remote_code=true to run it."
             raise UserError(f"model.pretrained={model.pretrained} cannot be loaded: {reason}") from None
+        if not model.trust_remote_code and hasattr(config, "auto_map"):
+            # Where transformers has a class of its own too, that one is meant.
+            del config.auto_map
     else:
         config = _config_from_scratch(model, vocabulary, sequence_length)
     config._attn_implementation = model.attention

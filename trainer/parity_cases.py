@@ -152,7 +152,9 @@ def run_plain(
 
     batch, clip_norm = load_file(folder / "batch.safetensors"), config.optimizer.clip_norm
     model_config = build_model_config(config.model, vocabulary, config.data.sequence_length)
-    model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(
+        model_config, dtype=torch.float32, trust_remote_code=config.model.trust_remote_code
+    )
     model.load_state_dict(load_file(initial), strict=False)
     model.tie_weights()
     lr = case_lr(config, optimizer_name)

@@ -31,6 +31,9 @@ class Phase(StrEnum):
     TRAIN = "train"
     """Forward, backward, clipping, optimizer step."""
 
+    COMPARE = "compare"
+    """Comparing the copies of parameters on all ranks."""
+
     LOG = "log"
     """Reducing and writing metrics."""
 

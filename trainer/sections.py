@@ -29,6 +29,9 @@ class ModelConfig(StrictModel):
     pretrained: str | None = None
     """Folder or hub name of a model whose configuration and weights the run starts from."""
 
+    trust_remote_code: bool = False
+    """Run Python code that a `pretrained` model brings along with its weights; false refuses such a model."""
+
     vocab_multiple: int = Field(default=0, ge=0)
     """Round a from-scratch model's vocabulary up to a multiple of this many tokens; 0 and 1 leave it as it is."""
 
@@ -134,6 +137,10 @@ class FaultsConfig(StrictModel):
 
     verify_data: bool = True
     """Compare each block of a prepared corpus with its SHA-256 when it is first read; one that differs ends the run."""
+
+    replica_check_every_steps: int = Field(default=0, ge=0)
+    """Compare the parameters that ranks hold alike (ddp, hsdp, deepspeed zero1 and zero2) after every this many steps
+    and before each checkpoint; 0 means never."""
 
     watchdog: bool = True
     """End the run when a rank hangs, and say which one, where, and what the others waited for."""

@@ -78,6 +78,7 @@ def validate(config: "RunConfig", world: World | None = None) -> None:
         )
     if config.checkpoint.load == "weights" and config.checkpoint.from_ is None:
         raise UserError("checkpoint.load=weights needs checkpoint.from, which is not set; name the run to start from.")
+    _validate_replica_check(config)
     if world is not None:
         _validate_world(config, world)
 
@@ -97,6 +98,10 @@ def _validate_model_and_data(config: "RunConfig") -> None:
         raise UserError(
             f"model.vocab_multiple={model.vocab_multiple} pads a model that is trained from scratch, but "
             f"model.pretrained={model.pretrained} has its vocabulary; remove model.vocab_multiple."
+        )
+    if model.trust_remote_code and model.pretrained is None:
+        raise UserError(
+            "model.trust_remote_code=true has a meaning with model.pretrained only, which is not set; remove it."
         )
     if model.pretrained is not None and model.config:
         raise UserError("model.config cannot change a model that model.pretrained names; remove model.config.")
@@ -148,6 +153,17 @@ def _validate_backend(parallel: "ParallelConfig") -> None:
     if parallel.offload_optimizer == "nvme" and strategy != "zero3":
         raise UserError(
             f"parallel.offload_optimizer=nvme needs parallel.strategy=zero3, but it is {strategy}; change one of them."
+        )
+
+
+def _validate_replica_check(config: "RunConfig") -> None:
+    every_steps, parallel = config.faults.replica_check_every_steps, config.parallel
+    whole_on_each = ("ddp", "hsdp", "zero1", "zero2") if parallel.backend == "deepspeed" else ("ddp", "hsdp")
+    if every_steps and parallel.strategy not in whole_on_each:
+        raise UserError(
+            f"faults.replica_check_every_steps={every_steps} compares copies of parameters, but under "
+            f"parallel.backend={parallel.backend} parallel.strategy={parallel.strategy} no rank holds between steps "
+            "what another one holds; set it to 0, or use parallel.strategy=ddp or hsdp."
         )
 
 
@@ -229,6 +245,11 @@ def _validate_world(config: "RunConfig", world: World) -> None:
         raise UserError(
             f"parallel.strategy=none runs on one rank, but there are {num_ranks}; "
             "choose ddp or zero1-3, or start one rank (--nproc-per-node 1)."
+        )
+    if config.faults.replica_check_every_steps and num_ranks == 1:
+        raise UserError(
+            f"faults.replica_check_every_steps={config.faults.replica_check_every_steps} compares ranks, but there is "
+            "1; set it to 0, or start more ranks (--nproc-per-node)."
         )
     if parallel.strategy == "hsdp":
         if parallel.replicate < 2:

@@ -27,6 +27,7 @@ from tests.support import (
     training_curve,
     wait_until,
 )
+from trainer.events import read_events
 
 MakeConfig = Callable[..., Path]
 # Long enough to be caught in the middle, and slowed down a little by metrics at each step.
@@ -184,6 +185,43 @@ def test_a_failing_ranks_own_error_is_seen_last_with_its_rank(make_config: MakeC
     log = config.parent / "runs" / "failing" / "logs" / "attempt-1" / "rank-1.log"
     assert "failing_task.py" in log.read_text()
     assert _outcome(config.parent / "runs" / "failing")["status"] == "failed"
+
+
+_FLIPPING_TASK = """
+import torch
+import torch.distributed as dist
+from trainer.tasks.causal_lm import CausalLanguageModelling
+
+class FlipsABit(CausalLanguageModelling):
+    calls = 0
+
+    def loss(self, model, batch):
+        self.calls += 1
+        # Each step has two micro-batches; the fifth step's first.
+        if dist.get_rank() == 1 and self.calls == 9:
+            weight = next(iter(model.parameters()))
+            weight.data.view(torch.int32).view(-1)[5] ^= 1 << 20
+        return super().loss(model, batch)
+"""
+
+
+def test_a_rank_whose_parameters_changed_by_themselves_ends_the_run(make_config: MakeConfig, tmp_path: Path) -> None:
+    (tmp_path / "flipping_task.py").write_text(_FLIPPING_TASK)
+    config = make_config(
+        "flipped",
+        task={"name": "flipping_task:FlipsABit"},
+        parallel={"strategy": "ddp"},
+        checkpoint={"every_steps": 3},
+        faults={"replica_check_every_steps": 100},
+    )
+    finished = shardline("run", config, "--nproc-per-node", 2, PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}")
+    run_dir = config.parent / "runs" / "flipped"
+    assert finished.returncode == 1
+    assert "parameters did not after step 6: rank 0 (" in finished.stderr.strip().splitlines()[-1]
+    event = read_events(run_dir)[-1]
+    assert (event["kind"], event["step"], event["ranks"]) == ("replica_mismatch", 6, [0, 1])
+    # What differs was not saved.
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-00000003"]
 
 
 def test_a_diverging_run_skips_together_and_stops_with_the_reason(make_config: MakeConfig) -> None:

@@ -56,6 +56,7 @@ def test_nothing_changes_after_loading(config_file: Path) -> None:
         ("data.source=python-stdlib", "reads no files"),
         ("data.paths=[]", "needs data.paths"),
         ("parallel.replicate=2", "has a meaning under strategy hsdp only"),
+        ("faults.replica_check_every_steps=5", "parallel.strategy=zero2 no rank holds between steps"),
         ("schedule.warmup_steps=13", "schedule.warmup_steps=13 is more than the 12 steps"),
         ("schedule.decay_steps=3", "has a meaning under wsd only"),
         ("schedule.power=2.0", "has a meaning under polynomial only"),
@@ -262,6 +263,7 @@ def test_a_batch_that_does_not_divide_names_every_factor(config_file: Path) -> N
     ("overrides", "ranks", "message"),
     [
         (["parallel.strategy=none"], 2, "parallel.strategy=none runs on one rank"),
+        (["parallel.strategy=ddp", "faults.replica_check_every_steps=5"], 1, "compares ranks, but there is 1"),
         (["parallel.strategy=hsdp"], 4, "needs parallel.replicate >= 2"),
         (["parallel.strategy=hsdp", "parallel.replicate=4"], 4, "start 8 ranks"),
         (["parallel.strategy=hsdp", "parallel.replicate=2"], 3, "start 4 ranks"),

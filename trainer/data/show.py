@@ -70,7 +70,7 @@ def main(arguments: Sequence[str]) -> int:
 def _print_step(config: RunConfig, corpus: Prepared, step: int, positions: np.ndarray, limit: int) -> None:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(corpus.tokenizer_dir)
+    tokenizer = AutoTokenizer.from_pretrained(corpus.tokenizer_dir, trust_remote_code=False)
     console = Console(highlight=False, soft_wrap=True)
     for number, shown in enumerate(sequences_at(config, corpus, positions)):
         if limit and number == limit:

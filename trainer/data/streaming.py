@@ -215,7 +215,7 @@ class StreamingLoader:
         self._position = 0 if state is None else int(state["position"])
         stream_state: State = {"documents": None, "num_tokens": 0} if state is None else state["stream"]
         documents = DocumentStream(config, corpus.validation_limit, dp_rank, dp_degree, stream_state["documents"])
-        tokenizer = AutoTokenizer.from_pretrained(corpus.tokenizer_dir)
+        tokenizer = AutoTokenizer.from_pretrained(corpus.tokenizer_dir, trust_remote_code=False)
         self._stream = PackedStream(documents, tokenizer, stream_state["num_tokens"])
         rank_seed = int.from_bytes(hashlib.blake2b(f"{seed}:{dp_rank}".encode(), digest_size=7).digest(), "little")
         self._order = SampleOrder(rank_seed, config.shuffle_window, config.shuffle)

@@ -51,7 +51,7 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # noqa: BLE001 - transformers raises many kinds for a missing or broken tokenizer
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(

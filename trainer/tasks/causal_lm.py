@@ -27,7 +27,9 @@ class CausalLanguageModelling:
         """See Task."""
         from transformers import AutoModelForCausalLM
 
-        return AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
+        # A configuration has it only where model.trust_remote_code says that its code may run.
+        trusted = hasattr(model_config, "auto_map")
+        return AutoModelForCausalLM.from_config(model_config, dtype=torch.float32, trust_remote_code=trusted)
 
     def make_batch(self, sequences: Batch) -> Batch:
         """See Task; packed sequences are the batch."""
