@@ -16,6 +16,7 @@ from trainer.deadlines import position
 from trainer.flight_recorder import Collective, read_collectives
 from trainer.heartbeat import Heartbeat, read_heartbeats
 from trainer.phases import Phase
+from trainer.places import Place
 from trainer.rank_process import process_state
 from trainer.stacks import Frame, innermost, read_stack
 
@@ -69,12 +70,17 @@ class Hang(StrictModel):
     """One sentence."""
 
 
-def read_traces(log_dir: Path) -> dict[int, Traces]:
-    """What the ranks of an attempt left, by rank."""
+def read_traces(log_dir: Path, places: Mapping[int, Place]) -> dict[int, Traces]:
+    """What the ranks of an attempt left, by rank.
+
+    Args:
+        log_dir: the attempt's.
+        places: phase and step of ranks, where they are known to the moment.
+    """
     suspects = read_alarm(log_dir).get("suspects", {})
     return {
         rank: Traces(
-            heartbeat,
+            _at(heartbeat, places.get(rank)),
             read_collectives(log_dir, rank),
             innermost(read_stack(log_dir, rank, heartbeat.main_thread)),
             suspects.get(str(rank), {}).get("process"),
@@ -83,6 +89,13 @@ def read_traces(log_dir: Path) -> dict[int, Traces]:
         for rank, heartbeat in read_heartbeats(log_dir).items()
         if heartbeat.state != "ended"
     }
+
+
+def _at(heartbeat: Heartbeat, place: Place | None) -> Heartbeat:
+    """The heartbeat, with the place where a rank that has written nothing since then really is."""
+    if place is None or heartbeat.state != "running":
+        return heartbeat
+    return heartbeat.model_copy(update={"phase": place[0], "step": place[1]})
 
 
 def raise_alarm(log_dir: Path, seen_by: Heartbeat | None, suspects: Mapping[int, tuple[Heartbeat, float]]) -> None:
@@ -106,11 +119,11 @@ def raise_alarm(log_dir: Path, seen_by: Heartbeat | None, suspects: Mapping[int,
     create_once(log_dir / ALARM_NAME, json.dumps(alarm) + "\n")
 
 
-def conclude_hang(log_dir: Path) -> Hang:
+def conclude_hang(log_dir: Path, places: Mapping[int, Place]) -> Hang:
     """Judge, and write the verdict down, unless somebody has done so: ranks may come to life again."""
-    create_once(log_dir / VERDICT_NAME, judge(read_traces(log_dir)).model_dump_json() + "\n")
-    verdict = read_verdict(log_dir)
-    return verdict if verdict is not None else judge(read_traces(log_dir))
+    hang = judge(read_traces(log_dir, places))
+    create_once(log_dir / VERDICT_NAME, hang.model_dump_json() + "\n")
+    return read_verdict(log_dir) or hang
 
 
 def read_verdict(log_dir: Path) -> Hang | None:
@@ -204,7 +217,7 @@ def _describe_late(one: Traces) -> str:
     collective = f" in {one.pending}" if one.pending is not None else ""
     moment = f"in phase {beat.phase} of step {beat.step}{where}{collective}"
     if beat.state == "running":
-        return f"{place} {stood} for {one.silent_s:.1f} s; by its last heartbeat it was {moment}{state}"
+        return f"{place} {stood} for {one.silent_s:.1f} s, and was last {moment}{state}"
     return f"{place} {stood} {moment}, after {beat.in_phase_s:.1f} s there (deadline {beat.allowance_s:.1f} s)"
 
 

@@ -8,11 +8,11 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from trainer.deadlines import Deadlines, is_hang
 from trainer.flight_recorder import dump_flight_recorder
-from trainer.hang import ALARM_NAME, Hang, conclude_hang, raise_alarm
+from trainer.hang import ALARM_NAME, Hang, conclude_hang, raise_alarm, read_alarm
 from trainer.heartbeat import (
     Heartbeat,
     HeartbeatFile,
@@ -25,6 +25,7 @@ from trainer.heartbeat import (
 )
 from trainer.lease import process_space
 from trainer.phases import Phases
+from trainer.places import publish_place, read_places
 from trainer.rank_process import am_i_debugged, ask_for_stacks, is_debugged
 from trainer.stacks import StacksFile
 
@@ -35,6 +36,8 @@ _TICKS_PER_BEAT = 2
 # A rank that is alive has seen the alarm and written its dumps within this time; whoever has not is not.
 _GATHER_WITHIN_S = 4.0
 _STACKS_WITHIN_S = 0.5
+# Whose heartbeat had stood still for so long at the alarm is not waited for.
+_SILENT_AFTER_S = 3.0
 
 
 class Watchdog:
@@ -88,6 +91,7 @@ class Watchdog:
     def start(self) -> None:
         """Begin to watch."""
         self._phases.listen(self._deadlines.listen)
+        publish_place(self._phases, self._rank, os.environ)
         self._beat("running")
         self._thread.start()
 
@@ -144,18 +148,18 @@ class Watchdog:
         with contextlib.suppress(Exception):
             dump_flight_recorder(self._log_dir, self._rank)
         self._beat("dumped")
+        suspects = read_alarm(self._log_dir).get("suspects", {})
+        awaited = {rank for rank in range(self._world_size) if not _is_silent(suspects.get(str(rank)))}
         deadline = time.monotonic() + _GATHER_WITHIN_S
-        while time.monotonic() < deadline:
-            states = [beat.state for beat in read_heartbeats(self._log_dir).values()]
-            if len(states) == self._world_size and all(state in ("dumped", "ended") for state in states):
-                break
+        while awaited and time.monotonic() < deadline:
             time.sleep(0.1)
+            awaited -= {rank for rank, beat in read_heartbeats(self._log_dir).items() if beat.state != "running"}
         silent = [beat for beat in read_heartbeats(self._log_dir).values() if beat.state == "running"]
         for heartbeat in silent:
             ask_for_stacks(heartbeat)
         if silent:
             time.sleep(_STACKS_WITHIN_S)
-        self._on_hang(conclude_hang(self._log_dir))
+        self._on_hang(conclude_hang(self._log_dir, read_places(os.environ)))
 
     def _beat(self, state: State) -> None:
         self._num_beats += 1
@@ -180,3 +184,7 @@ class Watchdog:
             peak_rss_gib=peak_rss_gib(),
             state=state,
         )
+
+
+def _is_silent(suspect: dict[str, Any] | None) -> bool:
+    return suspect is not None and suspect["silent_s"] >= _SILENT_AFTER_S
