@@ -80,7 +80,16 @@ def is_hang(own: Heartbeat, others: Iterable[tuple[Heartbeat, float]]) -> bool:
         own: this rank's heartbeat.
         others: the other ranks' last, each with the seconds for which it has not changed.
     """
-    behind = [(other, unchanged_s) for other, unchanged_s in others if position(other) < position(own)]
-    return is_overdue(own) and all(
-        other.state != "running" or is_overdue(other, unchanged_s) for other, unchanged_s in behind
-    )
+    return is_overdue(own) and not any(_may_take_longer(other, unchanged_s, own) for other, unchanged_s in others)
+
+
+def _may_take_longer(other: Heartbeat, unchanged_s: float, own: Heartbeat) -> bool:
+    """Whether a rank is behind this one, and in time."""
+    if other.state != "running" or position(other) >= position(own):
+        return False
+    # No rank leaves the agreement of a step before all have come to it.
+    agreed_step = own.step if _ORDER[own.phase] > _ORDER[Phase.AGREE] else own.step - 1
+    if position(other) < (agreed_step, _ORDER[Phase.AGREE]):
+        # It has left the phase of its last heartbeat, and said nothing since: what it was allowed there is void.
+        return unchanged_s <= own.allowance_s
+    return not is_overdue(other, unchanged_s)

@@ -217,7 +217,7 @@ def _describe_late(one: Traces) -> str:
     collective = f" in {one.pending}" if one.pending is not None else ""
     moment = f"in phase {beat.phase} of step {beat.step}{where}{collective}"
     if beat.state == "running":
-        return f"{place} {stood} for {one.silent_s:.1f} s, and was last {moment}{state}"
+        return f"{place} {stood} for {one.silent_s:.1f} s, and was last seen {moment}{state}"
     return f"{place} {stood} {moment}, after {beat.in_phase_s:.1f} s there (deadline {beat.allowance_s:.1f} s)"
 
 
