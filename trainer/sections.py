@@ -149,6 +149,10 @@ class FaultsConfig(StrictModel):
     """Compare the parameters that ranks hold alike (ddp, hsdp, deepspeed zero1 and zero2) after every this many steps
     and before each checkpoint; 0 means never."""
 
+    straggler_ratio: float = Field(default=1.5, ge=0.0)
+    """Name a rank, in `events.jsonl` and on the console, that makes steps this many times longer for three log
+    intervals in a row; 0 names none."""
+
     watchdog: bool = True
     """End the run when a rank hangs, and say which one, where, and what the others waited for."""
 

@@ -87,7 +87,7 @@ def test_a_verdict_comes_from_files_and_stays(tmp_path: Path) -> None:
         stacks_path(tmp_path, rank).write_text(STACKS)
     assert read_collectives(tmp_path, 0) == [Collective("gloo default_pg", 9, "all_reduce", "long [2]", True)]
     raise_alarm(tmp_path, beat(0), {})
-    hang = conclude_hang(tmp_path)
+    hang = conclude_hang(tmp_path, {})
     assert (hang.late, hang.step, hang.phase) == ((1,), 5, "train")
     assert hang.where == "user/my_task.py:12 in make_batch"
     assert hang.collective == "all_reduce #9 of gloo default_pg (long [2])"
@@ -97,7 +97,7 @@ def test_a_verdict_comes_from_files_and_stays(tmp_path: Path) -> None:
     )
     # A rank that comes to life changes nothing any more.
     HeartbeatFile(tmp_path, 1).write(beat(1, step=6))
-    assert conclude_hang(tmp_path) == hang == read_verdict(tmp_path)
+    assert conclude_hang(tmp_path, {}) == hang == read_verdict(tmp_path)
 
 
 def test_a_heartbeat_that_stands_still_is_measured_on_our_own_clock(tmp_path: Path) -> None:
