@@ -47,6 +47,9 @@ def rank_variables(
             is_configured=config.launch.threads_per_rank > 0,
         ),
         Variable("TOKENIZERS_PARALLELISM", "false", "ranks only decode; threads before a fork would warn"),
+        Variable(
+            "GLOO_SOCKET_IFNAME", "lo", "ranks of one machine need no other interface, and nobody else reaches them"
+        ),
         Variable("PYTHONFAULTHANDLER", "1", "a crash in native code leaves the Python line it came from in the log"),
     ]
     if topology.num_gpus:
@@ -69,6 +72,7 @@ def rank_variables(
                 "keeps the latest collectives for a report after a hang (torch's default, stated)",
                 other_names=("TORCH_FR_BUFFER_SIZE",),
             ),
+            Variable("NCCL_SOCKET_IFNAME", "lo", "as for gloo; data goes over NVLink, PCIe or shared memory"),
             Variable("NCCL_DEBUG", "WARN", "NCCL's own reason for a failure is in the log"),
         ]
     return variables

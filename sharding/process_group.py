@@ -5,11 +5,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from sharding.errors import UserError
+from sharding.loopback import HOSTS, loopback_store
 from sharding.process_lifetime import ACCELERATE_VARIABLE
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -107,11 +109,30 @@ def process_group(init_timeout_s: float) -> Iterator[Ranks]:
     if world_size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
-        dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
+        device_id = device if device.type == "cuda" else None
+        dist.init_process_group(
+            backend, timeout=timeout, device_id=device_id, **_own_store(rank, world_size, timeout, os.environ)
+        )
     yield Ranks(rank, world_size, local_rank, local_world_size, device)
     # Only on the way out of a clean run: after an error on this rank the others may be inside a collective that will
     # never complete, and tearing NCCL down can wait for them.
     dist.destroy_process_group()
+
+
+def _own_store(rank: int, world_size: int, timeout: timedelta, environment: Mapping[str, str]) -> dict[str, Any]:
+    """A store on the loopback interface where ranks are told to meet there; torchrun's agent brings one of its own.
+
+    Raises:
+        UserError: the port is in use.
+    """
+    host, port = environment.get("MASTER_ADDR", ""), environment.get("MASTER_PORT", "")
+    if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or host not in HOSTS or not port.isdigit():
+        return {}
+    try:
+        store = loopback_store(host, int(port), world_size, rank == 0, timeout)
+    except OSError as error:
+        raise UserError(f"MASTER_PORT={port} cannot be used ({error.strerror}); choose another.") from None
+    return {"store": store, "rank": rank, "world_size": world_size}
 
 
 def set_step_timeout(timeout_s: float) -> None:
