@@ -140,7 +140,7 @@ def _replica_check(
     config: RunConfig, engine: Engine, ranks: Ranks, observers: Observers, phases: Phases
 ) -> Callable[[int], None]:
     if config.faults.replica_check_every_steps == 0:
-        return lambda step: None
+        return lambda _step: None
     check = ReplicaCheck(engine, ranks, lambda step, details: observers.event("replica_mismatch", step, **details))
 
     def compare(step: int) -> None:
