@@ -6,8 +6,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from launcher.rank_exits import CRASHES, RankFailure, root_cause
+from launcher.oom_evidence import OomWatch
+from launcher.rank_exits import CRASHES, RankExits, RankFailure, root_cause
 from sharding.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED
+from trainer.failure import FAILURE_TEXT_NAME, Evidence
+from trainer.failure_report import Sources, write_failure
+from trainer.hang import read_alarm
+from trainer.rank_error import is_of_a_peer, read_rank_errors
 from trainer.run_folder import RunFolder
 
 EXIT_INTERRUPTED = 130
@@ -20,25 +25,27 @@ _ERROR_LINE = re.compile(r"^(?:error: |[\w.]*(?:Error|Exception|Interrupt)\b)")
 _AGENT_ERROR = "torch.distributed.elastic.multiprocessing.errors.ChildFailedError"
 
 
-def conclude(agent: str, agent_status: int, seen: RankFailure | None, run_folder: RunFolder, log: Path) -> int:
+def conclude(agent: str, agent_status: int, seen: RankExits, oom: OomWatch, run_folder: RunFolder, log: Path) -> int:
     """Say how the run ended, the failing rank's own error last, and return the exit status.
 
     Args:
         agent: what to call the launcher's agent.
         agent_status: its exit status, negative for a signal.
-        seen: the first failure that was seen from outside; the agent's own report, where it makes one, goes before it.
+        seen: how ranks were seen to end; the agent's own report of the first failure, where it makes one, goes before.
+        oom: what the kernel said at the beginning of running out of memory.
         run_folder: the run's folder; its outcome is written here where no rank could.
         log: what the agent and its ranks wrote to standard error.
     """
     first = first_failure(log.read_text(errors="replace"))
     if first is None and agent_status >= 0:
         # The end of an agent that was killed is the ranks' end too, and no failure of theirs.
-        first = seen
+        first = seen.first_failure
+    oom_kill = oom.find(seen.pids.values())
     outcome = run_folder.read_outcome()
-    if outcome is None or _is_consequence(outcome, first):
+    if outcome is None or (not read_alarm(log.parent) and _is_consequence(outcome, first, log)):
         if outcome is not None:
             print(f"rank {outcome['rank']} reported: {outcome['reason']}", file=sys.stderr)
-        outcome = _overwrite_outcome(run_folder, outcome, first, _explain(agent, agent_status, first, log))
+        outcome = _overwrite_outcome(run_folder, outcome, first, _explain(agent, agent_status, first, log, oom_kill))
     exit_code = int(outcome["exit_code"])
     if exit_code in (EXIT_FINISHED, EXIT_STOPPED):
         if first is not None and first.exit_code not in (EXIT_FINISHED, EXIT_STOPPED):
@@ -48,7 +55,10 @@ def conclude(agent: str, agent_status: int, seen: RankFailure | None, run_folder
         else:
             print(f"stopped at step {outcome['step']}, saved; run the same command again to continue")
     else:
-        _print_failure(outcome, log)
+        looked = Evidence(source="the kernel", text=f"looked for OOM kills in {oom.describe()}")
+        ends, first_rank = seen.ends, first.rank if first is not None else None
+        sources = Sources(run_folder.path, _attempt(log), outcome, ends, first_rank, oom_kill, [looked])
+        _print_failure(outcome, log, _write_report(sources))
     return exit_code
 
 
@@ -78,20 +88,24 @@ def first_failure(log_text: str) -> RankFailure | None:
     return root_cause(together)
 
 
-def _is_consequence(outcome: dict[str, Any], first: RankFailure | None) -> bool:
-    """Whether a crash of another rank, of which nobody could write, led to the failure that was written down."""
+def _is_consequence(outcome: dict[str, Any], first: RankFailure | None, log: Path) -> bool:
+    """Whether the end of another rank, of which nobody could write, led to the failure that was written down."""
     if first is None or outcome["status"] != "failed" or outcome["rank"] == first.rank:
         return False
-    return -first.exit_code in CRASHES
+    if -first.exit_code in CRASHES:
+        return True
+    return is_of_a_peer(outcome["reason"]) and first.rank not in read_rank_errors(log.parent)
 
 
-def _explain(agent: str, agent_status: int, first: RankFailure | None, log: Path) -> str:
+def _explain(agent: str, agent_status: int, first: RankFailure | None, log: Path, oom_kill: Evidence | None) -> str:
     if first is None:
         return _last_error(log) or f"{agent} {_manner(agent_status)} without a report"
     own_log = _rank_log(log, first.rank)
     reason = f"the process {_manner(first.exit_code)}"
     if first.exit_code == -signal.SIGKILL:
-        return f"{reason}; the kernel does that when memory runs out"
+        if oom_kill is None:
+            return f"{reason}, from outside or by the kernel: no trace of the OOM killer was found"
+        return f"{reason}; memory had run out: {oom_kill.source} says {oom_kill.text!r}"
     error = _last_error(own_log) or _last_error(log)
     return error if error and first.exit_code > 0 else f"{reason}{f' ({error})' if error else ''}"
 
@@ -129,14 +143,32 @@ def _saved_step(run_folder: RunFolder) -> int:
     return 0 if newest is None else newest[0]
 
 
-def _print_failure(outcome: dict[str, Any], log: Path) -> None:
+def _write_report(sources: Sources) -> Path | None:
+    """Write failure.json and failure.md; returns the latter."""
+    try:
+        write_failure(sources)
+    except OSError as error:
+        print(f"warning: failure.json and failure.md were not written: {error.strerror}", file=sys.stderr)
+        return None
+    return sources.run_dir / FAILURE_TEXT_NAME
+
+
+def _print_failure(outcome: dict[str, Any], log: Path, report: Path | None) -> None:
     rank, reason = outcome["rank"], outcome["reason"]
     if outcome["exit_code"] == EXIT_BAD_INPUT:
         print(f"error: {reason}", file=sys.stderr)
         return
     own_log = log if rank is None else _rank_log(log, rank)
     print(f"logs: {own_log if own_log.exists() else log}", file=sys.stderr)
-    print(f"error: {reason}" if rank is None else f"error: rank {rank}: {reason}", file=sys.stderr)
+    if report is not None:
+        print(f"report: {report}", file=sys.stderr)
+    # A hang's reason names the rank itself.
+    prefix = "" if rank is None or reason.startswith("rank ") else f"rank {rank}: "
+    print(f"error: {prefix}{reason}", file=sys.stderr)
+
+
+def _attempt(log: Path) -> int:
+    return int(log.parent.name.rpartition("-")[2])
 
 
 def _rank_log(log: Path, rank: int) -> Path:

@@ -50,6 +50,12 @@ def rank_variables(
         Variable(
             "GLOO_SOCKET_IFNAME", "lo", "ranks of one machine need no other interface, and nobody else reaches them"
         ),
+        Variable(
+            "TORCH_NCCL_TRACE_BUFFER_SIZE",
+            "2000",
+            "keeps the latest collectives, of gloo too, for the report of a hang (torch's default, stated)",
+            other_names=("TORCH_FR_BUFFER_SIZE",),
+        ),
         Variable("PYTHONFAULTHANDLER", "1", "a crash in native code leaves the Python line it came from in the log"),
     ]
     if topology.num_gpus:
@@ -65,12 +71,6 @@ def rank_variables(
                 "3",
                 "a failed or late collective ends the rank, without a clean-up that may hang (torch's default, stated)",
                 other_names=("NCCL_ASYNC_ERROR_HANDLING",),
-            ),
-            Variable(
-                "TORCH_NCCL_TRACE_BUFFER_SIZE",
-                "2000",
-                "keeps the latest collectives for a report after a hang (torch's default, stated)",
-                other_names=("TORCH_FR_BUFFER_SIZE",),
             ),
             Variable("NCCL_SOCKET_IFNAME", "lo", "as for gloo; data goes over NVLink, PCIe or shared memory"),
             Variable("NCCL_DEBUG", "WARN", "NCCL's own reason for a failure is in the log"),

@@ -13,6 +13,8 @@ from typing import BinaryIO
 
 from launcher.child import start_child
 from launcher.conclusion import conclude, conclude_by_force
+from launcher.hang_watch import HangWatch
+from launcher.oom_evidence import OomWatch
 from launcher.rank_exits import RankExits
 from sharding.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED
 from trainer.lease import ATTEMPT_VARIABLE, LEASE_VARIABLE, is_taken_over
@@ -105,10 +107,12 @@ def run_ranks(
     previous = {number: signal.signal(number, signals.receive) for number in _SIGNALS}
     try:
         with log.open("ab") as stderr:
+            oom = OomWatch()
             agent = start_child(command, {**os.environ, **variables, **marks}, shielded=True, stderr=stderr)
         exits = RankExits(agent.pid)
         with log.open("rb") as agent_log, contextlib.closing(exits):
-            ended_by_force = _wait(agent, agent_log, exits, signals, run_folder, lease_token)
+            hangs = HangWatch(run_folder, log.parent)
+            ended_by_force = _wait(agent, agent_log, exits, hangs, signals, run_folder, lease_token)
     finally:
         kill_marked(lease_token)
         for number, handler in previous.items():
@@ -119,7 +123,7 @@ def run_ranks(
         return EXIT_FAILED
     if ended_by_force:
         return conclude_by_force(run_folder)
-    return conclude(f"{launcher}'s agent", agent.returncode, exits.first_failure, run_folder, log)
+    return conclude(f"{launcher}'s agent", agent.returncode, exits, oom, run_folder, log)
 
 
 def kill_marked(token: str, *, spared_pid: int | None = None) -> None:
@@ -144,6 +148,7 @@ def _wait(
     agent: subprocess.Popen[bytes],
     agent_log: BinaryIO,
     exits: RankExits,
+    hangs: HangWatch,
     signals: _StopSignals,
     run_folder: RunFolder,
     token: str,
@@ -165,9 +170,11 @@ def _wait(
         now = time.monotonic()
         if failed_at is None and now >= next_look_at:
             next_look_at = now + _LOOK_EVERY_S
+            hangs.look(_LOOK_EVERY_S)
             failed_at = now if failures.has_failed() else None
         if failed_at is not None and now > failed_at + _GRACE_AFTER_FAILURE_S:
             # The agent sees its ranks end, and ends with its report. What they end with now is our doing.
+            hangs.keep_stacks()
             exits.close()
             kill_marked(token, spared_pid=agent.pid)
         exits.wait(_POLL_EVERY_S)

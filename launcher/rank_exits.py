@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sharding.errors import EXIT_FINISHED, EXIT_STOPPED
+from trainer.failure_report import ProcessEnd
 
 # Ways to end that no code of a rank can report. SIGABRT is left out: NCCL's watchdog raises it on ranks that another
 # rank's failure keeps waiting.
@@ -44,6 +45,11 @@ class RankExits:
     """Watches an agent's ranks, and keeps what the first to fail ended with.
 
     The kernel wakes us at a rank's end, long before the agent looks; its exit status stays readable until then.
+
+    Attributes:
+        first_failure: the first rank that failed.
+        ends: how each rank ended, and when.
+        pids: process of each rank.
     """
 
     def __init__(self, agent_pid: int) -> None:
@@ -52,6 +58,8 @@ class RankExits:
         self._ranks: dict[int, tuple[int, int]] = {}
         self._seen: set[int] = set()
         self.first_failure: RankFailure | None = None
+        self.ends: dict[int, ProcessEnd] = {}
+        self.pids: dict[int, int] = {}
 
     def close(self) -> None:
         """Stop watching."""
@@ -77,6 +85,7 @@ class RankExits:
             rank = _rank(pid)
             if rank is not None:
                 self._seen.add(pid)
+                self.pids[rank] = pid
                 with contextlib.suppress(OSError):
                     self._ranks[os.pidfd_open(pid)] = (pid, rank)
 
@@ -87,6 +96,7 @@ class RankExits:
         if not status or status[_STATE] != "Z":
             return None
         exit_code = os.waitstatus_to_exitcode(int(status[_EXIT_STATUS]))
+        self.ends[rank] = ProcessEnd(exit_code, time.time())
         return None if exit_code in (EXIT_FINISHED, EXIT_STOPPED) else RankFailure(rank, exit_code)
 
 

@@ -15,3 +15,7 @@ class UserError(Exception):
 
 class RunFailure(Exception):
     """The run cannot go on, and one sentence says why and what to do; exits with ``EXIT_FAILED``."""
+
+
+class NonFiniteFailure(RunFailure):
+    """Too many steps in a row had a loss or a gradient that was not finite."""

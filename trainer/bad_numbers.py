@@ -117,7 +117,7 @@ class BadNumbers:
         """
         ((loss, grad_norm),) = self._read([taken])
         bad = self._judge(taken, loss, grad_norm)
-        if bad is None or (bad.spike is None and self._scales_loss):
+        if bad is None:
             self._accept(loss, grad_norm)
             self._num_left_out_in_a_row = 0
             return None
@@ -160,7 +160,7 @@ class BadNumbers:
                 restored = self._roll_back(bad, training, load_until)
                 if restored is not None:
                     return restored
-            elif bad is not None and not (bad.spike is None and self._scales_loss):
+            elif bad is not None:
                 self._record(bad, training, "none" if bad.spike else "not_applied")
                 told.append(bad)
             self._accept(loss, grad_norm)
@@ -221,10 +221,14 @@ class BadNumbers:
         self._observers.warn(f"step {bad.step}: {_what(bad)}; samples {ranges} (events.jsonl names them); {done}")
 
     def _judge(self, taken: TakenStep, loss: float, grad_norm: float) -> BadStep | None:
-        if not math.isfinite(loss) or not math.isfinite(grad_norm):
-            return BadStep(taken.step, taken.first_sample, None)
-        spike = self._detector.judge(loss, grad_norm)
-        return BadStep(taken.step, taken.first_sample, spike) if spike is not None else None
+        is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        spike = None
+        # Under fp16 the gradients of an ordinary loss may overflow; those of one that leaps are no fault of the scale.
+        if is_finite or (self._scales_loss and math.isfinite(loss)):
+            spike = self._detector.judge(loss, grad_norm)
+        if spike is not None:
+            return BadStep(taken.step, taken.first_sample, spike)
+        return None if is_finite or self._scales_loss else BadStep(taken.step, taken.first_sample, None)
 
     def _accept(self, loss: float, grad_norm: float) -> None:
         if math.isfinite(loss) and math.isfinite(grad_norm):

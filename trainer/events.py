@@ -32,7 +32,7 @@ def record_event(run_dir: Path, kind: str, *, attempt: int, step: int, **details
 def read_events(run_dir: Path) -> list[dict[str, Any]]:
     """All events of a run, oldest first; a line that a crash cut short is left out."""
     try:
-        lines = (run_dir / EVENTS_NAME).read_text().splitlines()
+        lines = (run_dir / EVENTS_NAME).read_text(errors="replace").splitlines()
     except FileNotFoundError:
         return []
     events = []

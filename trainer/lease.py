@@ -120,7 +120,7 @@ def record_attempt(folder: Path, attempt: int) -> None:
 def _new_holder(token: str) -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
-        "process_space": _process_space(),
+        "process_space": process_space(),
         "pid": os.getpid(),
         "process_started": _process_start(os.getpid()),
         "attempt": None,
@@ -168,12 +168,12 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def _is_alive(holder: dict[str, Any]) -> bool:
     """Where its process can be seen, the process itself tells; elsewhere only the heartbeat does."""
-    if holder["process_space"] == _process_space():
+    if holder["process_space"] == process_space():
         return _process_start(holder["pid"]) == holder["process_started"]
     return time.time() - holder["heartbeat"] < STALE_AFTER_S
 
 
-def _process_space() -> str:
+def process_space() -> str:
     """What process ids refer to: this boot of this kernel, and the container. A host name does not tell that."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()

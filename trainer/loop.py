@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from sharding.engine import Batch, Engine
-from sharding.errors import RunFailure
+from sharding.errors import NonFiniteFailure
 from sharding.process_group import Ranks
 from trainer.accumulation import agree_on_step
 from trainer.bad_numbers import BadNumbers, TakenStep, leave_out_as_told
@@ -312,7 +312,7 @@ class Trainer:
             self._metrics_file.write(self.step, metrics)
             parts.observers.log(self.step, metrics)
         if longest_skip >= self._config.faults.max_nonfinite_steps + self._num_halvings():
-            raise RunFailure(
+            raise NonFiniteFailure(
                 f"the loss or a gradient was not finite in {longest_skip} steps in a row before step {self.step + 1} "
                 f"(faults.max_nonfinite_steps={self._config.faults.max_nonfinite_steps}), all of them skipped; "
                 "lower optimizer.lr, lengthen schedule.warmup_steps or look at the data of these steps."

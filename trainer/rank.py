@@ -18,20 +18,29 @@ from trainer.build import build_trainer
 from trainer.config import RunConfig, load_config
 from trainer.console import Console
 from trainer.data.prepare import prepare_corpus
+from trainer.deadlines import Deadlines
+from trainer.events import record_event
+from trainer.failure_report import Sources, write_failure
+from trainer.flight_recorder import dump_flight_recorder
 from trainer.foreign_settings import refuse_foreign_settings
+from trainer.hang import Hang
+from trainer.heartbeat import read_heartbeats
 from trainer.injection import faults_of, inject_faults, read_faults
 from trainer.lease import Lease
 from trainer.loop import Ending, Trainer
 from trainer.observers import Observers
 from trainer.phases import Phase, Phases
 from trainer.randomness import use_deterministic_kernels
+from trainer.rank_error import describe_error, write_rank_error
 from trainer.rank_logs import redirect_output
+from trainer.rank_process import kill
 from trainer.report.end_of_run import write_run_report
 from trainer.run_folder import RunFolder
 from trainer.stopping import StopRequest
 from trainer.threads import threads_per_rank
 from trainer.trackers.composite import build_trackers
 from trainer.validation import World, validate
+from trainer.watchdog import Watchdog
 
 _log = logging.getLogger("shardline")
 
@@ -46,6 +55,8 @@ class _Progress:
     observers: Observers | None = None
     lease: Lease | None = field(default=None)
     phases: Phases = field(default_factory=Phases)
+    attempt: int = 0
+    watchdog: Watchdog | None = None
 
     @property
     def step(self) -> int:
@@ -63,14 +74,14 @@ def main(arguments: Sequence[str]) -> NoReturn:
     try:
         exit_code = _run(arguments, progress)
     except UserError as error:
-        exit_code = _report(progress, "bad_input", EXIT_BAD_INPUT, str(error))
+        exit_code = _report(progress, error, "bad_input", EXIT_BAD_INPUT, str(error))
     except (RunFailure, torch.OutOfMemoryError) as error:
-        exit_code = _report(progress, "failed", EXIT_FAILED, _one_sentence(error))
+        exit_code = _report(progress, error, "failed", EXIT_FAILED, _one_sentence(error))
     except BaseException as error:  # noqa: BLE001 - whatever ends a rank must reach outcome.json
         traceback.print_exc()
         if _log.handlers:
             _log.error("%s", traceback.format_exc())
-        exit_code = _report(progress, "failed", EXIT_FAILED, f"{type(error).__name__}: {error}")
+        exit_code = _report(progress, error, "failed", EXIT_FAILED, f"{type(error).__name__}: {error}")
     if progress.rank == 0 and progress.run_folder is not None:
         token = progress.lease.token if progress.lease is not None else None
         write_run_report(progress.run_folder, token, progress.warn)
@@ -123,11 +134,12 @@ def _run(arguments: Sequence[str], progress: _Progress) -> int:
     progress.phases.enter(Phase.JOIN)
     with process_group(config.launch.init_timeout_s) as ranks:
         attempt = _agree_on_attempt(attempt, ranks)
-        progress.run_folder = run_folder
+        progress.run_folder, progress.attempt = run_folder, attempt
         redirect_output(run_folder.log_dir(attempt), ranks.rank)
         faults = read_faults(os.environ)
         inject_faults(faults, progress.phases, run_folder.path, ranks.rank, attempt)
         progress.phases.enter(Phase.BUILD)
+        _start_watchdog(config, ranks, progress)
         progress.observers = observers = _build_observers(config, run_folder, ranks, attempt)
         progress.trainer = trainer = build_trainer(
             config,
@@ -141,6 +153,8 @@ def _run(arguments: Sequence[str], progress: _Progress) -> int:
             before_commit=lambda: progress.lease.check() if progress.lease is not None else None,
         )
         ending = _train(trainer, config, run_folder, observers, ranks, progress.phases)
+        # What comes now is each rank's own, and may take its time: trackers that send what they have.
+        _stop_watchdog(progress)
     return EXIT_FINISHED if ending is Ending.FINISHED else EXIT_STOPPED
 
 
@@ -210,9 +224,71 @@ def _one_sentence(error: BaseException) -> str:
     return str(error)
 
 
-def _report(progress: _Progress, status: str, exit_code: int, reason: str) -> int:
-    if progress.run_folder is not None and progress.run_folder.path.exists():
-        progress.run_folder.write_outcome(status, exit_code, progress.step, reason, rank=progress.rank)
+def _start_watchdog(config: RunConfig, ranks: Ranks, progress: _Progress) -> None:
+    faults = config.faults
+    if not faults.watchdog or progress.run_folder is None:
+        return
+    progress.watchdog = Watchdog(
+        progress.phases,
+        Deadlines(factor=faults.watchdog_factor, min_s=faults.watchdog_min_s, startup_s=config.launch.init_timeout_s),
+        progress.run_folder.log_dir(progress.attempt),
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        min_s=faults.watchdog_min_s,
+        on_hang=lambda hang: _end_hanging(progress, hang),
+    )
+    progress.watchdog.start()
+
+
+def _stop_watchdog(progress: _Progress) -> None:
+    if progress.watchdog is not None:
+        progress.watchdog.stop()
+
+
+def _end_hanging(progress: _Progress, hang: Hang) -> NoReturn:
+    """End this rank, whose main thread may be stuck; called in the watchdog's thread."""
+    run_folder = progress.run_folder
+    assert run_folder is not None
+    with contextlib.suppress(OSError):
+        late = hang.late[0] if hang.late else None
+        if run_folder.write_outcome("failed", EXIT_FAILED, progress.step, hang.reason, late):
+            attempt, step = progress.attempt, progress.phases.now.step
+            record_event(run_folder.path, "hang", attempt=attempt, step=step, rank=late, reason=hang.reason)
+            _write_failure(progress)
+    _log.error("hang: %s", hang.reason)
+    print(f"error: {hang.reason}", file=sys.stderr)
+    for heartbeat in read_heartbeats(run_folder.log_dir(progress.attempt)).values():
+        # It would not answer an agent's SIGTERM either, and the agent would wait for half a minute.
+        if heartbeat.state == "running":
+            kill(heartbeat)
+    end_process(EXIT_FAILED)
+
+
+def _write_failure(progress: _Progress) -> None:
+    """Say what this rank can see; under our launcher, which sees more, the launcher will do it again."""
+    run_folder = progress.run_folder
+    outcome = run_folder.read_outcome() if run_folder is not None else None
+    if run_folder is not None and outcome is not None and progress.attempt:
+        with contextlib.suppress(OSError):
+            write_failure(Sources(run_folder.path, progress.attempt, outcome))
+
+
+def _report(progress: _Progress, error: BaseException, status: str, exit_code: int, reason: str) -> int:
+    run_folder = progress.run_folder
+    log_dir = run_folder.log_dir(progress.attempt) if run_folder is not None and progress.attempt else None
+    write_rank_error(log_dir, describe_error(error, progress.rank, progress.phases.now))
+    if log_dir is not None and progress.watchdog is not None:
+        # What this rank waited in, if it was another that failed.
+        with contextlib.suppress(Exception):
+            dump_flight_recorder(log_dir, progress.rank)
+    is_first = (
+        run_folder is not None
+        and run_folder.path.exists()
+        and run_folder.write_outcome(status, exit_code, progress.step, reason, rank=progress.rank)
+    )
+    if is_first:
+        _write_failure(progress)
+    _stop_watchdog(progress)
     # Every rank finds the same mistake in a configuration; one of them saying so is enough.
     if status != "bad_input" or progress.rank == 0 or progress.trainer is not None:
         print(f"error: rank {progress.rank}: {reason}" if progress.rank else f"error: {reason}", file=sys.stderr)

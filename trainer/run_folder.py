@@ -174,22 +174,26 @@ class RunFolder:
             ) from None
         return attempt
 
-    def write_outcome(self, status: str, exit_code: int, step: int, reason: str, rank: int | None = None) -> None:
+    def write_outcome(self, status: str, exit_code: int, step: int, reason: str, rank: int | None = None) -> bool:
         """Say how the attempt ended, unless a rank has said so before: the first to fail knows best.
 
         A rank whose folder was taken over stays silent: it would speak for the new owner's attempt.
+
+        Returns:
+            Whether this call has said it.
         """
         if is_taken_over(self.path, os.environ.get(LEASE_VARIABLE)):
-            return
+            return False
         outcome = {"status": status, "exit_code": exit_code, "step": step, "reason": reason, "rank": rank}
         try:
-            create_once(self.outcome_file, json.dumps(outcome) + "\n")
+            return create_once(self.outcome_file, json.dumps(outcome) + "\n")
         except OSError as error:
             self._reserve_file.unlink(missing_ok=True)
             try:
-                create_once(self.outcome_file, json.dumps(outcome) + "\n")
+                return create_once(self.outcome_file, json.dumps(outcome) + "\n")
             except OSError:
                 print(f"warning: {self.outcome_file} cannot be written: {error.strerror}", file=sys.stderr)
+                return False
 
     def read_outcome(self) -> dict[str, Any] | None:
         """How the last attempt ended; None where nobody could say."""

@@ -142,6 +142,16 @@ class FaultsConfig(StrictModel):
     """Compare the parameters that ranks hold alike (ddp, hsdp, deepspeed zero1 and zero2) after every this many steps
     and before each checkpoint; 0 means never."""
 
+    watchdog: bool = True
+    """End the run when a rank hangs, and say which one, where, and what the others waited for."""
+
+    watchdog_factor: float = Field(default=5.0, gt=1.0)
+    """A rank hangs when a phase of its step lasts this many times longer than the longest of the latest 64 did."""
+
+    watchdog_min_s: float = Field(default=120.0, gt=0.0)
+    """Seconds that a phase may last in any case; `launch.init_timeout_s` is the limit of start-up, the first step and,
+    at the least, of loading and saving."""
+
     # YAML takes a bare off for false.
     spike_policy: Annotated[
         Literal["off", "warn", "skip", "rollback"],

@@ -84,17 +84,18 @@ class SpikeDetector:
 
         Args:
             loss: the step's mean loss, finite.
-            grad_norm: its gradient norm, finite.
+            grad_norm: its gradient norm; left out of account where it is not finite, as it may be under fp16.
         """
         if len(self._losses) < self._warmup_steps:
             return None
         middle, scale = _level_and_scale(self._losses)
         scale = max(scale, _LEAST_SPREAD * abs(middle), _LEAST_NORM)
         spikes = [Spike("loss", loss, middle, scale, (loss - middle) / scale)]
-        middle, scale = _level_and_scale([_logarithm(norm) for norm in self._grad_norms])
-        scale = max(scale, _LEAST_SPREAD)
-        deviations = (_logarithm(grad_norm) - middle) / scale
-        spikes.append(Spike("grad_norm", grad_norm, math.exp(middle), scale, deviations))
+        if math.isfinite(grad_norm):
+            middle, scale = _level_and_scale([_logarithm(norm) for norm in self._grad_norms])
+            scale = max(scale, _LEAST_SPREAD)
+            deviations = (_logarithm(grad_norm) - middle) / scale
+            spikes.append(Spike("grad_norm", grad_norm, math.exp(middle), scale, deviations))
         worst = max(spikes, key=lambda spike: spike.deviations)
         return worst if worst.deviations > self._threshold else None
 

@@ -17,6 +17,7 @@ DRILLS: dict[str, Callable[[Stage], Outcome]] = {
     "hang": interruptions.hang,
     "slow": interruptions.slow,
     "nan": numbers.nan,
+    "spike": numbers.spike,
     "corrupt-checkpoint": damage.corrupt_checkpoint,
     "truncate-checkpoint": damage.truncate_checkpoint,
     "disk-full": damage.disk_full,

@@ -41,7 +41,7 @@ class Stage:
     overrides: Sequence[str]
     nproc_per_node: int | None
     folder: Path
-    _disturbed: list[ObservedRun] = field(default_factory=list)
+    _told: dict[str, ObservedRun] = field(default_factory=dict)
 
     @cached_property
     def config(self) -> RunConfig:
@@ -58,9 +58,9 @@ class Stage:
         """The rank that a fault strikes: the last, since rank 0 is the special one."""
         return self.num_ranks - 1
 
-    @cached_property
+    @property
     def undisturbed(self) -> ObservedRun:
-        """The run without a fault, trained once for all drills of a stage.
+        """The run without a fault and further settings.
 
         Raises:
             RunFailure: it does not finish.
@@ -68,12 +68,14 @@ class Stage:
         return self.told("undisturbed")
 
     def told(self, name: str, *settings: str) -> ObservedRun:
-        """A run without a fault, with further settings, trained to its end.
+        """A run without a fault, with further settings, trained to its end; of one name once for all drills.
 
         Raises:
             RunFailure: it does not finish.
         """
-        run = self._observe(name, settings)
+        if name in self._told:
+            return self._told[name]
+        self._told[name] = run = self._observe(name, settings)
         ended = run.run()
         if ended.exit_code != EXIT_FINISHED:
             raise RunFailure(f"the run without a fault ended with {ended.exit_code}:\n{ended.text[-2000:]}")
@@ -104,16 +106,38 @@ class Stage:
             f"{len(steps)} steps",
         )
 
-    def time(self, outcome: Outcome, run: ObservedRun, *, struck_at: float, detected_at: float | None) -> None:
-        """Note how long it took to detect a fault and to train again, and claim that both were soon."""
+    def time(
+        self,
+        outcome: Outcome,
+        run: ObservedRun,
+        *,
+        struck_at: float,
+        detected_at: float | None,
+        deadline_s: float = 0.0,
+    ) -> None:
+        """Note how long it took to detect a fault and to train again, and claim that both were soon.
+
+        Args:
+            outcome: gets both.
+            run: the run that was struck.
+            struck_at: when, wall clock in seconds.
+            detected_at: when it was known; None where nobody noticed.
+            deadline_s: seconds that have to pass before anything can be known.
+        """
         again_at = run.first_seen(after=detected_at or struck_at)
         outcome.detect_s = None if detected_at is None else detected_at - struck_at
         outcome.recover_s = None if again_at is None else again_at - struck_at
-        if outcome.detect_s is not None:
-            outcome.expect(f"detected within {_DETECT_WITHIN_S:g} s", outcome.detect_s <= _DETECT_WITHIN_S)
+        limit_s = _DETECT_WITHIN_S + deadline_s
+        beyond = f" beyond the deadline of {deadline_s:.1f} s" if deadline_s else ""
+        outcome.expect(
+            f"detected within {_DETECT_WITHIN_S:g} s{beyond}",
+            outcome.detect_s is not None and outcome.detect_s <= limit_s,
+            f"{outcome.detect_s:.1f} s" if outcome.detect_s is not None else "not at all",
+        )
         outcome.expect(
             f"training again within {_RECOVER_WITHIN_S:g} s of being detected",
             again_at is not None and again_at - (detected_at or struck_at) <= _RECOVER_WITHIN_S,
+            "not at all" if again_at is None else f"{again_at - (detected_at or struck_at):.1f} s",
         )
 
     def open(self) -> None:

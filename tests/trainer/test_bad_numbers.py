@@ -207,7 +207,9 @@ def _bad_numbers(ranks: Ranks, root: Path, corpus: Path) -> None:
     undisturbed = runs.train("undisturbed", faults=_JUDGED)
     if ranks.rank == 0:
         assert _events(undisturbed) == {}
-    told = runs.train("told", data={"skip_samples": _SPOILED}, faults=_JUDGED)
+    # In two pieces, the second of which begins behind what is left out.
+    for steps in (8, _STEPS):
+        told = runs.train("told", steps=steps, data={"skip_samples": _SPOILED}, faults=_JUDGED)
     assert _curve(told)[:6] == _curve(undisturbed)[:6]
     assert _curve(told)[6] != _curve(undisturbed)[6]
     _check_skip(runs, told)
@@ -225,16 +227,19 @@ def _skip_under_every_engine(ranks: Ranks, root: Path, corpus: Path) -> None:
     for backend, strategy in (
         ("torch", "ddp"),
         ("torch", "zero3"),
-        ("deepspeed", "zero1"),
         ("deepspeed", "zero2"),
         ("deepspeed", "zero3"),
         ("accelerate", "ddp"),
     ):
         parallel, name = {"backend": backend, "strategy": strategy}, f"{backend}-{strategy}"
         told = runs.train(f"told-{name}", parallel=parallel, data={"skip_samples": _SPOILED}, faults=_JUDGED)
-        for policy in ("skip", "rollback"):
+        for policy in ("skip", "rollback") if backend == "deepspeed" else ("skip",):
             faults = {"spike_policy": policy, **_JUDGED}
             _assert_same_end(runs.train(f"{policy}-{name}", _spike(), parallel=parallel, faults=faults), told)
+    # The loss scale makes the spike's gradients overflow, and stays what it would be without it.
+    scaled: dict[str, Any] = {"precision": {"compute": "fp16"}}
+    told = runs.train("told-fp16", data={"skip_samples": _SPOILED}, faults=_JUDGED, **scaled)
+    _assert_same_end(runs.train("fp16", _spike(), faults={"spike_policy": "skip", **_JUDGED}, **scaled), told)
 
 
 @pytest.mark.timeout(300)

@@ -1,11 +1,13 @@
 """The spike detector against series whose spikes are known."""
 
+import json
 import math
 import random
 from collections.abc import Iterable
 
 import pytest
 
+from tests.support import ROOT
 from trainer.spike_detector import Spike, SpikeDetector
 
 
@@ -53,6 +55,18 @@ def test_outliers_are_found_and_nothing_else(take_all: bool) -> None:
     assert (spike.quantity, spike.value) == ("grad_norm", 30.0)
     assert spike.median == pytest.approx(1.0, abs=0.4)
     assert spike.deviations == pytest.approx((math.log(30.0) - math.log(spike.median)) / spike.scale)
+
+
+def test_a_run_that_was_measured_has_no_spike() -> None:
+    path = ROOT / "benchmarks" / "results" / "quickstart_every_step_cpu_20261125.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    values = [(line["train/loss"], line["train/grad_norm"]) for line in lines]
+    assert len(values) == 300
+    assert _spikes(_detector(), values, take_all=True) == {}
+    # Not because it would find none there.
+    values[200] = (values[200][0] * 1.5, values[200][1])
+    values[250] = (values[250][0], values[250][1] * 10)
+    assert list(_spikes(_detector(), values, take_all=True)) == [200, 250]
 
 
 def test_nothing_is_judged_during_the_warm_up() -> None:

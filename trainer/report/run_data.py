@@ -8,6 +8,7 @@ from typing import Any
 from sharding.errors import UserError
 from trainer.report.attempts import Attempt, flatten, read_attempts, read_json, read_yaml
 from trainer.report.curves import Curves, read_curves
+from trainer.report.event_rows import EventRow, event_rows
 from trainer.report.samples import Sample, read_samples
 
 _BILLION = 1e9
@@ -40,6 +41,7 @@ class RunData:
         attempts: its attempts.
         curves: its metrics.
         samples: texts.
+        events: what was out of the ordinary.
     """
 
     label: str
@@ -49,6 +51,7 @@ class RunData:
     attempts: list[Attempt]
     curves: Curves
     samples: list[Sample]
+    events: list[EventRow]
 
     @property
     def status(self) -> str:
@@ -145,6 +148,7 @@ def _read_run(path: Path, label: str) -> RunData:
         attempts=read_attempts(path),
         curves=read_curves(path / "metrics.jsonl"),
         samples=read_samples(path),
+        events=event_rows(path),
     )
 
 

@@ -16,11 +16,13 @@ from sharding.errors import UserError
 from tests.support import shardline, tiny_values, trained, write_config, write_corpus
 from trainer.config import load_config, parse_config
 from trainer.data.config import DataConfig
+from trainer.data.documents import documents_in
 from trainer.data.loader import BatchLoader, evaluation_batches
 from trainer.data.mixture import MixtureOrder, WeightedInterleaving, integer_shares
 from trainer.data.prepare import prepare_corpus
 from trainer.data.prepared import PreparedCorpus, PreparedMixture, corpus_folder, describe_mixture
 from trainer.data.show import main as show
+from trainer.run_arguments import open_corpus
 from trainer.run_folder import RunFolder
 
 weights_lists = st.lists(
@@ -281,6 +283,12 @@ def test_a_run_on_a_mixture_says_what_a_step_trained_on(tmp_path: Path) -> None:
     assert sum("source files, epoch 0" in title for title in titles) == 9
     assert sum("source lines, epoch 0" in title for title in titles) == 3
     assert "lines.jsonl#" in output.getvalue()
+    # The audit of samples that are left out names the same documents.
+    frozen = RunFolder(tmp_path / "runs" / "tiny").frozen_config()
+    documents = documents_in(frozen, open_corpus(frozen), [(12, 20), (20, 24)])
+    assert {document["source"] for document in documents} == {"files", "lines"}
+    shown = {line.split("  tokens ")[0].strip() for line in output.getvalue().splitlines() if "  tokens " in line}
+    assert {document["id"] for document in documents} == shown
     # Another weight is another run.
     values["data"]["mixture"][0]["weight"] = 0.5
     write_config(tmp_path / "mixture.yaml", values)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from sharding.errors import UserError
 from tests.support import ROOT, command_environment
+from trainer.events import record_event
 from trainer.metrics import MetricsFile
 from trainer.report.attempts import read_attempts
 from trainer.report.curves import Curves, read_curves, thin, training_hours
@@ -220,11 +221,13 @@ def test_nothing_of_a_run_can_leave_its_place(tmp_path: Path) -> None:
     (run / "config.yaml").write_text(f"name: {json.dumps(HOSTILE)}\n")
     (run / "sample.txt").write_text(HOSTILE)
     (run / "outcome.json").write_text(json.dumps({"status": HOSTILE, "reason": HOSTILE}))
+    record_event(run, HOSTILE, attempt=1, step=3, documents=[{"id": HOSTILE}], samples=[[0, 12]], value=9.5)
     (run / "provenance.json").write_text(json.dumps({"time": HOSTILE, "argv": [HOSTILE], "num_ranks": "\ud800"}))
     write_report([run], tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     markup, _, scripts = page.partition('<script type="application/json"')
     assert "<img" not in markup
+    assert "samples: [[0, 12]]; value: 9.5</td>" in markup
     assert "<img" not in scripts.partition("</script>")[0]
     assert "&lt;/script&gt;" in page
     # The page's own: data, plotly, script.
@@ -242,7 +245,7 @@ def test_wrong_folders_are_named(tmp_path: Path) -> None:
 
 def test_damaged_files_of_a_run_are_left_out(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", [])
-    for name in ("outcome.json", "provenance.json", "config.yaml", "metrics.jsonl", "sample.txt"):
+    for name in ("outcome.json", "provenance.json", "config.yaml", "metrics.jsonl", "sample.txt", "events.jsonl"):
         (run / name).write_bytes(b"{\xff\x00[")
     write_report([run], tmp_path / "page.html")
     assert "No metrics were logged" in (tmp_path / "page.html").read_text()

@@ -1,0 +1,68 @@
+"""Ranks that cannot watch themselves: the launcher sees that all of their heartbeats stand still."""
+
+import time
+from pathlib import Path
+
+from sharding.errors import EXIT_FAILED
+from trainer.deadlines import is_overdue
+from trainer.events import record_event
+from trainer.hang import judge, read_traces
+from trainer.heartbeat import Heartbeat, Pulse, RunningTime, read_heartbeats
+from trainer.rank_process import ask_for_stacks, is_debugged
+from trainer.run_folder import RunFolder
+from trainer.watchdog import raise_alarm
+
+# A rank that beats within this time judges for itself, and for the others.
+_SILENT_AFTER_S = 5.0
+_STACKS_WITHIN_S = 0.5
+
+
+class HangWatch:
+    """Looks at the heartbeats of an attempt's ranks, all of them on this machine."""
+
+    def __init__(self, run_folder: RunFolder, log_dir: Path) -> None:
+        """Look from now on."""
+        self._run_folder = run_folder
+        self._log_dir = log_dir
+        self._running = RunningTime(time.monotonic())
+        self._pulse = Pulse(log_dir, self._running)
+        self._has_stacks = False
+
+    def look(self, since_last_s: float) -> None:
+        """Raise the alarm, and say how the run ended, where no rank is left to do it.
+
+        Args:
+            since_last_s: seconds that were to lie between this look and the one before.
+        """
+        now = time.monotonic()
+        self._running.tick(now, since_last_s)
+        pulses = [(beat, still_s) for beat, still_s in self._pulse.look(now).values() if beat.state != "ended"]
+        if not pulses or not all(_is_lost(beat, still_s) for beat, still_s in pulses):
+            return
+        beats = [beat for beat, _ in pulses]
+        raise_alarm(self._log_dir, None, beats)
+        _ask_for_stacks(beats)
+        hang = judge(read_traces(self._log_dir))
+        step = min(beat.step for beat in beats)
+        late = hang.late[0] if hang.late else None
+        if self._run_folder.write_outcome("failed", EXIT_FAILED, max(step - 1, 0), hang.reason, late):
+            attempt = int(self._log_dir.name.rpartition("-")[2])
+            record_event(self._run_folder.path, "hang", attempt=attempt, step=step, rank=late, reason=hang.reason)
+
+    def keep_stacks(self) -> None:
+        """Have the ranks that a failure has left write their stacks, once, before they are ended."""
+        if not self._has_stacks:
+            self._has_stacks = True
+            _ask_for_stacks([beat for beat in read_heartbeats(self._log_dir).values() if beat.state == "running"])
+
+
+def _ask_for_stacks(beats: list[Heartbeat]) -> None:
+    """Have ranks of this machine write their stacks, and give them a moment for it."""
+    for beat in beats:
+        ask_for_stacks(beat)
+    if beats:
+        time.sleep(_STACKS_WITHIN_S)
+
+
+def _is_lost(beat: Heartbeat, still_s: float) -> bool:
+    return still_s > _SILENT_AFTER_S and is_overdue(beat, still_s) and not is_debugged(beat)
