@@ -82,6 +82,14 @@ def test_a_crash_is_told_and_the_others_report_before_it(folder: RunFolder, caps
     assert (outcome["rank"], outcome["step"], outcome["reason"]) == (1, 5, "the process was killed by SIGSEGV")
 
 
+def test_a_mapped_file_that_was_cut_short(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    assert conclude("torchrun's agent", 1, None, folder, log_of(folder, report(("50:56", 1, -7)))) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(
+        "error: rank 1: the process was killed by SIGBUS: a file that it had mapped, such as a shard"
+    )
+
+
 def test_what_a_rank_reported_of_itself_stays(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     folder.write_outcome("failed", 1, 5, "RuntimeError: of its own", 1)
     assert conclude("torchrun's agent", 1, None, folder, log_of(folder, report(("50:56", 1, 1), ("51:02", 0, -9)))) == 1
