@@ -29,6 +29,7 @@ from trainer.profiling import StepProfiler
 from trainer.replica_check import ReplicaCheck
 from trainer.run_folder import RunFolder
 from trainer.spoiled_samples import SpoiledTask
+from trainer.stragglers import BusyMeter
 from trainer.system_metrics import SystemMeter
 from trainer.tasks.registry import build_task
 from trainer.weight_average import WeightAverage
@@ -81,7 +82,8 @@ def build_trainer(
     vocabulary = Vocabulary(corpus.vocab_size, corpus.eos_token_id)
     if config.data.document_mask:
         check_architecture(config, task, vocabulary)
-    engine, facts = build_model_engine(config, task, mesh, ranks, vocabulary)
+    busy = BusyMeter(phases, config.parallel.strategy)
+    engine, facts = build_model_engine(config, task, mesh, ranks, vocabulary, busy)
     observers.message(describe_model(config, facts, ranks))
     if config.metrics.parameter_hash:
         observers.message(f"initial parameters {parameter_hash(engine, ranks)}")
@@ -127,6 +129,7 @@ def build_trainer(
         profiler=StepProfiler(run_folder.path / "profile", config.metrics.profile_steps, ranks.rank, ranks.device),
         meter=SystemMeter(ranks, os.environ, enabled=config.metrics.system),
         facts=facts,
+        busy=busy,
         peak_flops=peak_flops(ranks.device, compute_dtype(config.precision, ranks.device)),
         weight_average=average,
     )

@@ -27,6 +27,7 @@ from trainer.metrics import (
     SkippedSteps,
     StepRecord,
     ThroughputClock,
+    mfu_metrics,
     sum_over_ranks,
     summarize_step,
 )
@@ -37,6 +38,7 @@ from trainer.phases import Phase, Phases
 from trainer.profiling import StepProfiler
 from trainer.randomness import seed_step
 from trainer.schedules import learning_rate
+from trainer.stragglers import BusyMeter
 from trainer.system_metrics import SystemMeter
 from trainer.tasks.task import Task
 from trainer.weight_average import WeightAverage
@@ -70,6 +72,7 @@ class TrainerParts:
         compare_replicas: called with a step; raises where ranks hold different parameters, if that is looked for.
         after_first_step: called once; lowers the collectives' time limit.
         facts: size of the model.
+        busy: this rank's own time in a step.
         meter: use of nodes and GPUs.
         peak_flops: dense peak of one device in FLOP/s, where known.
         weight_average: moving average of the weights, where one is kept.
@@ -91,6 +94,7 @@ class TrainerParts:
     profiler: StepProfiler
     meter: SystemMeter
     facts: ModelFacts
+    busy: BusyMeter
     peak_flops: float | None
     weight_average: WeightAverage | None = None
 
@@ -114,7 +118,7 @@ class Trainer:
         self._training = self._initial_state()
         self._skipped = SkippedSteps(parts.ranks.device)
         self._bad_numbers = parts.bad_numbers
-        self._clock = ThroughputClock()
+        self._clock = ThroughputClock(take_busy_s=parts.busy.take_s)
         self._noise_scale = NoiseScale() if config.metrics.gradient_noise_scale else None
         self._metrics_file: MetricsFile | None = None
         self._loader: BatchLoader | StreamingLoader | None = None
@@ -304,7 +308,7 @@ class Trainer:
             record, self._skipped, self._clock, parts.meter, parts.ranks, self._noise_scale
         )
         metrics["train/tokens"] = self._training.num_tokens
-        metrics |= self._mfu(metrics)
+        metrics |= mfu_metrics(metrics, parts.facts, self._config.data.sequence_length, parts.peak_flops)
         if evaluates:
             metrics |= self.evaluate()
         metrics |= self._clock.time_shares(metrics["throughput/data_wait_fraction"] or 0.0)
@@ -324,16 +328,6 @@ class Trainer:
         if self._parts.engine.loss_scale is None:
             return 0
         return math.ceil(math.log2(self._config.precision.initial_loss_scale))
-
-    def _mfu(self, metrics: Metrics) -> Metrics:
-        rate, peak = metrics["throughput/tokens_per_s_per_device"], self._parts.peak_flops
-        length = self._config.data.sequence_length
-        if peak is None or rate is None:
-            return {"throughput/mfu": None, "throughput/mfu_causal": None}
-        return {
-            "throughput/mfu": rate * self._parts.facts.flops_per_token(length, causal=False) / peak,
-            "throughput/mfu_causal": rate * self._parts.facts.flops_per_token(length, causal=True) / peak,
-        }
 
     def evaluate(self) -> Metrics:
         """The task's metrics on the held-out split, and those of the averaged weights as ``eval/ema_...``.
