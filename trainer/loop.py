@@ -27,6 +27,7 @@ from trainer.metrics import (
     SkippedSteps,
     StepRecord,
     ThroughputClock,
+    finite_or_none,
     sum_over_ranks,
     summarize_step,
 )
@@ -236,6 +237,7 @@ class Trainer:
                 "step": step,
                 "num_samples": self._training.num_samples + self._config.batch.global_size,
                 "num_tokens": self._training.num_tokens + num_targets,
+                "eval_loss": None,
             }
         )
         return StepRecord(loss_sum, num_targets, grad_norm, rate, engine.loss_scale, noise)
@@ -310,7 +312,11 @@ class Trainer:
         metrics |= self._mfu(metrics)
         if evaluates:
             metrics |= self.evaluate()
+            self._training = self._training.model_copy(update={"eval_loss": finite_or_none(metrics).get("eval/loss")})
         metrics |= self._clock.time_shares(metrics["throughput/data_wait_fraction"] or 0.0)
+        metrics["checkpoint/blocking_s"] = self._clock.paused_s("saving")
+        if parts.checkpointer.last_write_s is not None:
+            metrics["checkpoint/write_s"] = parts.checkpointer.last_write_s
         if self._metrics_file is not None:
             self._metrics_file.write(self.step, metrics)
             parts.observers.log(self.step, metrics)
