@@ -27,6 +27,7 @@ from trainer.metrics import (
     SkippedSteps,
     StepRecord,
     ThroughputClock,
+    finite_or_none,
     mfu_metrics,
     sum_over_ranks,
     summarize_step,
@@ -186,10 +187,13 @@ class Trainer:
             data_wait_s = time.perf_counter() - waited_from
             num_targets = sum(self._parts.task.num_targets(batch) for batch in micro_batches)
             phases.enter(Phase.AGREE)
-            agreed = agree_on_step(num_targets, self._parts.is_stop_requested())
+            checkpointer = self._parts.checkpointer
+            agreed = agree_on_step(num_targets, self._parts.is_stop_requested(), checkpointer.has_written)
+            if agreed.all_have_written:
+                self._finish_saving()
             if agreed.stop:
                 self._judge_steps()
-                self._save()
+                self._save(waits=True)
                 return Ending.STOPPED
             phases.enter(Phase.TRAIN)
             with self._parts.profiler.step():
@@ -204,7 +208,7 @@ class Trainer:
             self._after_step(record)
             if step % _GC_EVERY_STEPS == 0:
                 gc.collect(1)
-        self._save()
+        self._save(waits=True)
         return Ending.FINISHED
 
     def _train_step(self, step: int, micro_batches: list[Batch], num_targets: int) -> StepRecord | None:
@@ -237,6 +241,7 @@ class Trainer:
                 "step": step,
                 "num_samples": self._training.num_samples + self._config.batch.global_size,
                 "num_tokens": self._training.num_tokens + num_targets,
+                "eval_loss": None,
             }
         )
         return StepRecord(loss_sum, num_targets, grad_norm, rate, engine.loss_scale, noise)
@@ -256,7 +261,7 @@ class Trainer:
         elif self._parts.ranks.rank == 0:
             self._parts.observers.advance(step)
         if saves and not is_last:
-            self._save()
+            self._save(waits=False)
 
     def _judge_steps(self) -> bool:
         """Judge the steps since the last time; whether the run has gone back to a checkpoint."""
@@ -311,7 +316,11 @@ class Trainer:
         metrics |= mfu_metrics(metrics, parts.facts, self._config.data.sequence_length, parts.peak_flops)
         if evaluates:
             metrics |= self.evaluate()
+            self._training = self._training.model_copy(update={"eval_loss": finite_or_none(metrics).get("eval/loss")})
         metrics |= self._clock.time_shares(metrics["throughput/data_wait_fraction"] or 0.0)
+        metrics["checkpoint/blocking_s"] = self._clock.paused_s("saving")
+        if parts.checkpointer.last_write_s is not None:
+            metrics["checkpoint/write_s"] = parts.checkpointer.last_write_s
         if self._metrics_file is not None:
             self._metrics_file.write(self.step, metrics)
             parts.observers.log(self.step, metrics)
@@ -351,7 +360,8 @@ class Trainer:
             sums = batch_sums if sums is None else sums + batch_sums
         return {} if sums is None else parts.task.evaluation_metrics(sum_over_ranks(sums, parts.ranks))
 
-    def _save(self) -> None:
+    def _save(self, *, waits: bool) -> None:
+        """Save this step; ``waits`` until it is written, also where training could go on meanwhile."""
         # A damaged copy must not go into a checkpoint.
         self._parts.compare_replicas(self.step)
         self._parts.phases.enter(Phase.SAVE)
@@ -368,9 +378,13 @@ class Trainer:
                     "loader_states": gather_states(self._loader_state, self._parts.ranks),
                 }
             )
-            folder = self._parts.checkpointer.save(self._parts.engine, training)
-        if folder is not None and self._parts.ranks.rank == 0:
-            self._parts.observers.message(f"saved {folder}")
+            checkpointer = self._parts.checkpointer
+            (checkpointer.save if waits else checkpointer.start_saving)(self._parts.engine, training)
+
+    def _finish_saving(self) -> None:
+        self._parts.phases.enter(Phase.SAVE)
+        with self._clock.paused("saving"):
+            self._parts.checkpointer.finish()
 
     def _initial_state(self) -> TrainingState:
         return TrainingState(
