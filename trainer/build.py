@@ -20,7 +20,7 @@ from trainer.data.streaming import StreamingLoader, state_of_rank
 from trainer.events import record_event
 from trainer.hardware import peak_flops
 from trainer.injection import Fault
-from trainer.loop import Trainer, TrainerParts
+from trainer.loop import Trainer
 from trainer.model_engine import build_model_engine, describe_model, parameter_hash
 from trainer.models import Vocabulary
 from trainer.observers import Observers
@@ -32,6 +32,7 @@ from trainer.spoiled_samples import SpoiledTask
 from trainer.stragglers import BusyMeter
 from trainer.system_metrics import SystemMeter
 from trainer.tasks.registry import build_task
+from trainer.trainer_parts import TrainerParts
 from trainer.weight_average import WeightAverage
 
 

@@ -3,19 +3,15 @@
 import gc
 import math
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 import torch
 
-from sharding.engine import Batch, Engine
+from sharding.engine import Batch
 from sharding.errors import NonFiniteFailure
-from sharding.process_group import Ranks
 from trainer.accumulation import agree_on_step
-from trainer.bad_numbers import BadNumbers, TakenStep, leave_out_as_told
-from trainer.checkpoint.checkpointer import Checkpointer
+from trainer.bad_numbers import TakenStep, leave_out_as_told
 from trainer.checkpoint.manifest import TrainingState
 from trainer.config import RunConfig
 from trainer.data.loader import BatchLoader
@@ -32,17 +28,11 @@ from trainer.metrics import (
     sum_over_ranks,
     summarize_step,
 )
-from trainer.models import ModelFacts
 from trainer.noise_scale import NoiseScale, train_and_measure
-from trainer.observers import Observers
-from trainer.phases import Phase, Phases
-from trainer.profiling import StepProfiler
+from trainer.phases import Phase
 from trainer.randomness import seed_step
 from trainer.schedules import learning_rate
-from trainer.stragglers import BusyMeter
-from trainer.system_metrics import SystemMeter
-from trainer.tasks.task import Task
-from trainer.weight_average import WeightAverage
+from trainer.trainer_parts import TrainerParts
 
 _GC_EVERY_STEPS = 100
 
@@ -52,52 +42,6 @@ class Ending(Enum):
 
     FINISHED = "finished"
     STOPPED = "stopped"
-
-
-@dataclass(frozen=True)
-class TrainerParts:
-    """What the loop works with; built in ``trainer.build``.
-
-    Attributes:
-        engine: the sharded model and optimizer.
-        task: batches and metrics.
-        ranks: this rank's place.
-        dp_rank: place among the ranks that read different data.
-        build_loader: a loader that starts where the training is.
-        evaluation_batches: this rank's share of the held-out sequences; equally many on every rank.
-        checkpointer: saving and resuming.
-        observers: console, trackers; silent on all ranks but the first.
-        bad_numbers: judges each step's loss and gradient norm.
-        phases: what this rank is doing; the loop tells it.
-        is_stop_requested: whether this rank was asked to stop.
-        compare_replicas: called with a step; raises where ranks hold different parameters, if that is looked for.
-        after_first_step: called once; lowers the collectives' time limit.
-        facts: size of the model.
-        busy: this rank's own time in a step.
-        meter: use of nodes and GPUs.
-        peak_flops: dense peak of one device in FLOP/s, where known.
-        weight_average: moving average of the weights, where one is kept.
-    """
-
-    engine: Engine
-    task: Task
-    ranks: Ranks
-    dp_rank: int
-    build_loader: Callable[[TrainingState], BatchLoader | StreamingLoader]
-    evaluation_batches: Callable[[], Iterable[Batch]]
-    checkpointer: Checkpointer
-    observers: Observers
-    bad_numbers: BadNumbers
-    phases: Phases
-    is_stop_requested: Callable[[], bool]
-    compare_replicas: Callable[[int], None]
-    after_first_step: Callable[[], None]
-    profiler: StepProfiler
-    meter: SystemMeter
-    facts: ModelFacts
-    busy: BusyMeter
-    peak_flops: float | None
-    weight_average: WeightAverage | None = None
 
 
 class Trainer:
