@@ -88,6 +88,7 @@ SECTIONS = (
                 "share of wall time",
                 stacked=True,
             ),
+            Panel("Saving checkpoints", ("checkpoint/blocking_s", "checkpoint/write_s"), "s"),
         ),
     ),
     PanelSection(

@@ -3,19 +3,15 @@
 import gc
 import math
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 import torch
 
-from sharding.engine import Batch, Engine
+from sharding.engine import Batch
 from sharding.errors import NonFiniteFailure
-from sharding.process_group import Ranks
 from trainer.accumulation import agree_on_step
-from trainer.bad_numbers import BadNumbers, TakenStep, leave_out_as_told
-from trainer.checkpoint.checkpointer import Checkpointer
+from trainer.bad_numbers import TakenStep, leave_out_as_told
 from trainer.checkpoint.manifest import TrainingState
 from trainer.config import RunConfig
 from trainer.data.loader import BatchLoader
@@ -27,21 +23,16 @@ from trainer.metrics import (
     SkippedSteps,
     StepRecord,
     ThroughputClock,
+    finite_or_none,
     mfu_metrics,
     sum_over_ranks,
     summarize_step,
 )
-from trainer.models import ModelFacts
 from trainer.noise_scale import NoiseScale, train_and_measure
-from trainer.observers import Observers
-from trainer.phases import Phase, Phases
-from trainer.profiling import StepProfiler
+from trainer.phases import Phase
 from trainer.randomness import seed_step
 from trainer.schedules import learning_rate
-from trainer.stragglers import BusyMeter
-from trainer.system_metrics import SystemMeter
-from trainer.tasks.task import Task
-from trainer.weight_average import WeightAverage
+from trainer.trainer_parts import TrainerParts
 
 _GC_EVERY_STEPS = 100
 
@@ -51,52 +42,6 @@ class Ending(Enum):
 
     FINISHED = "finished"
     STOPPED = "stopped"
-
-
-@dataclass(frozen=True)
-class TrainerParts:
-    """What the loop works with; built in ``trainer.build``.
-
-    Attributes:
-        engine: the sharded model and optimizer.
-        task: batches and metrics.
-        ranks: this rank's place.
-        dp_rank: place among the ranks that read different data.
-        build_loader: a loader that starts where the training is.
-        evaluation_batches: this rank's share of the held-out sequences; equally many on every rank.
-        checkpointer: saving and resuming.
-        observers: console, trackers; silent on all ranks but the first.
-        bad_numbers: judges each step's loss and gradient norm.
-        phases: what this rank is doing; the loop tells it.
-        is_stop_requested: whether this rank was asked to stop.
-        after_first_step: called once; lowers the collectives' time limit.
-        facts: size of the model.
-        busy: this rank's own time in a step.
-        meter: use of nodes and GPUs.
-        peak_flops: dense peak of one device in FLOP/s, where known.
-        weight_average: moving average of the weights, where one is kept.
-        compare_replicas: called with a step, raises where ranks hold different parameters; None leaves it out.
-    """
-
-    engine: Engine
-    task: Task
-    ranks: Ranks
-    dp_rank: int
-    build_loader: Callable[[TrainingState], BatchLoader | StreamingLoader]
-    evaluation_batches: Callable[[], Iterable[Batch]]
-    checkpointer: Checkpointer
-    observers: Observers
-    bad_numbers: BadNumbers
-    phases: Phases
-    is_stop_requested: Callable[[], bool]
-    after_first_step: Callable[[], None]
-    profiler: StepProfiler
-    meter: SystemMeter
-    facts: ModelFacts
-    busy: BusyMeter
-    peak_flops: float | None
-    weight_average: WeightAverage | None = None
-    compare_replicas: Callable[[int], None] | None = None
 
 
 class Trainer:
@@ -186,10 +131,13 @@ class Trainer:
             data_wait_s = time.perf_counter() - waited_from
             num_targets = sum(self._parts.task.num_targets(batch) for batch in micro_batches)
             phases.enter(Phase.AGREE)
-            agreed = agree_on_step(num_targets, self._parts.is_stop_requested())
+            checkpointer = self._parts.checkpointer
+            agreed = agree_on_step(num_targets, self._parts.is_stop_requested(), checkpointer.has_written)
+            if agreed.all_have_written:
+                self._finish_saving()
             if agreed.stop:
                 self._judge_steps()
-                self._save()
+                self._save(waits=True)
                 return Ending.STOPPED
             phases.enter(Phase.TRAIN)
             with self._parts.profiler.step():
@@ -204,7 +152,7 @@ class Trainer:
             self._after_step(record)
             if step % _GC_EVERY_STEPS == 0:
                 gc.collect(1)
-        self._save()
+        self._save(waits=True)
         return Ending.FINISHED
 
     def _train_step(self, step: int, micro_batches: list[Batch], num_targets: int) -> StepRecord | None:
@@ -237,6 +185,7 @@ class Trainer:
                 "step": step,
                 "num_samples": self._training.num_samples + self._config.batch.global_size,
                 "num_tokens": self._training.num_tokens + num_targets,
+                "eval_loss": None,
             }
         )
         return StepRecord(loss_sum, num_targets, grad_norm, rate, engine.loss_scale, noise)
@@ -245,7 +194,7 @@ class Trainer:
         step, config = self.step, self._config
         is_last = step == config.num_steps
         if is_due(step, config.faults.replica_check_every_steps):
-            self._compare_replicas()
+            self._parts.compare_replicas(step)
         evaluates = is_last or is_due(step, config.evaluation.every_steps)
         logs = evaluates or is_due(step, config.metrics.every_steps)
         saves = is_due(step, config.checkpoint.every_steps)
@@ -256,7 +205,7 @@ class Trainer:
         elif self._parts.ranks.rank == 0:
             self._parts.observers.advance(step)
         if saves and not is_last:
-            self._save()
+            self._save(waits=False)
 
     def _judge_steps(self) -> bool:
         """Judge the steps since the last time; whether the run has gone back to a checkpoint."""
@@ -311,7 +260,11 @@ class Trainer:
         metrics |= mfu_metrics(metrics, parts.facts, self._config.data.sequence_length, parts.peak_flops)
         if evaluates:
             metrics |= self.evaluate()
+            self._training = self._training.model_copy(update={"eval_loss": finite_or_none(metrics).get("eval/loss")})
         metrics |= self._clock.time_shares(metrics["throughput/data_wait_fraction"] or 0.0)
+        metrics["checkpoint/blocking_s"] = self._clock.paused_s("saving")
+        if parts.checkpointer.last_write_s is not None:
+            metrics["checkpoint/write_s"] = parts.checkpointer.last_write_s
         if self._metrics_file is not None:
             self._metrics_file.write(self.step, metrics)
             parts.observers.log(self.step, metrics)
@@ -351,14 +304,10 @@ class Trainer:
             sums = batch_sums if sums is None else sums + batch_sums
         return {} if sums is None else parts.task.evaluation_metrics(sum_over_ranks(sums, parts.ranks))
 
-    def _compare_replicas(self) -> None:
-        if self._parts.compare_replicas is not None:
-            self._parts.phases.enter(Phase.COMPARE)
-            self._parts.compare_replicas(self.step)
-
-    def _save(self) -> None:
+    def _save(self, *, waits: bool) -> None:
+        """Save this step; ``waits`` until it is written, also where training could go on meanwhile."""
         # A damaged copy must not go into a checkpoint.
-        self._compare_replicas()
+        self._parts.compare_replicas(self.step)
         self._parts.phases.enter(Phase.SAVE)
         with self._clock.paused("saving"):
             # Waits for the device, as saving does anyway.
@@ -373,9 +322,13 @@ class Trainer:
                     "loader_states": gather_states(self._loader_state, self._parts.ranks),
                 }
             )
-            folder = self._parts.checkpointer.save(self._parts.engine, training)
-        if folder is not None and self._parts.ranks.rank == 0:
-            self._parts.observers.message(f"saved {folder}")
+            checkpointer = self._parts.checkpointer
+            (checkpointer.save if waits else checkpointer.start_saving)(self._parts.engine, training)
+
+    def _finish_saving(self) -> None:
+        self._parts.phases.enter(Phase.SAVE)
+        with self._clock.paused("saving"):
+            self._parts.checkpointer.finish()
 
     def _initial_state(self) -> TrainingState:
         return TrainingState(

@@ -79,6 +79,10 @@ class ThroughputClock:
         """Seconds of training since the last restart."""
         return max(time.perf_counter() - self._started_at - sum(self._paused_s.values()), 1e-9)
 
+    def paused_s(self, work: str) -> float:
+        """Seconds spent on ``work`` since the last restart."""
+        return self._paused_s.get(work, 0.0)
+
     def time_shares(self, data_wait_fraction: float) -> Metrics:
         """What wall time since the last restart was spent on, in shares that add up to 1.
 
@@ -90,8 +94,8 @@ class ThroughputClock:
         return {
             "time/training_fraction": training_s * (1.0 - data_wait_fraction) / total_s,
             "time/data_wait_fraction": training_s * data_wait_fraction / total_s,
-            "time/evaluation_fraction": self._paused_s.get("evaluation", 0.0) / total_s,
-            "time/saving_fraction": self._paused_s.get("saving", 0.0) / total_s,
+            "time/evaluation_fraction": self.paused_s("evaluation") / total_s,
+            "time/saving_fraction": self.paused_s("saving") / total_s,
         }
 
     def restart(self) -> None:

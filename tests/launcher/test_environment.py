@@ -20,6 +20,7 @@ def test_golden_tables(config_file: Path) -> None:
     cpu = {
         "OMP_NUM_THREADS": "3",
         "TOKENIZERS_PARALLELISM": "false",
+        "GLOO_SOCKET_IFNAME": "lo",
         "TORCH_FR_BUFFER_SIZE": "2000",
         "PYTHONFAULTHANDLER": "1",
     }
@@ -27,6 +28,7 @@ def test_golden_tables(config_file: Path) -> None:
     assert table(config_file, GPU, {}, "launch.threads_per_rank=3") == cpu | {
         "PYTORCH_ALLOC_CONF": "expandable_segments:True",
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",
+        "NCCL_SOCKET_IFNAME": "lo",
         "NCCL_DEBUG": "WARN",
     }
 
