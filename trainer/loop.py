@@ -4,6 +4,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from sharding.engine import Batch, Engine
-from sharding.errors import NonFiniteFailure
+from sharding.errors import NonFiniteFailure, RunFailure, UserError
 from sharding.process_group import Ranks
 from trainer.accumulation import agree_on_step
 from trainer.bad_numbers import BadNumbers, TakenStep, leave_out_as_told
@@ -158,6 +159,12 @@ class Trainer:
         gc.disable()
         try:
             return self._fit()
+        except RunFailure:
+            # All ranks have come to it alike, so what was saved before it can still be made valid. It is the reason
+            # that counts, also where that fails.
+            with suppress(UserError):
+                self._finish_saving()
+            raise
         finally:
             self._close_loader()
             self._parts.profiler.close()
