@@ -3,13 +3,14 @@
 import gc
 import math
 import time
+from contextlib import suppress
 from enum import Enum
 from typing import Any
 
 import torch
 
 from sharding.engine import Batch
-from sharding.errors import NonFiniteFailure
+from sharding.errors import NonFiniteFailure, RunFailure, UserError
 from trainer.accumulation import agree_on_step
 from trainer.bad_numbers import TakenStep, leave_out_as_told
 from trainer.checkpoint.manifest import TrainingState
@@ -106,6 +107,12 @@ class Trainer:
         gc.disable()
         try:
             return self._fit()
+        except RunFailure:
+            # All ranks have come to it alike, so what was saved before it can still be made valid. It is the reason
+            # that counts, also where that fails.
+            with suppress(UserError):
+                self._finish_saving()
+            raise
         finally:
             self._close_loader()
             self._parts.profiler.close()

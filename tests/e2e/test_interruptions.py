@@ -92,6 +92,21 @@ def test_a_rank_then_the_launcher_are_killed_and_losses_stay_equal(make_config: 
     assert len(found) == 60 > resumed_from
 
 
+def test_a_rank_that_is_killed_while_it_writes_leaves_no_checkpoint(make_config: MakeConfig) -> None:
+    config = make_config("writing", steps=8, checkpoint={"every_steps": 3, "keep_last": 0})
+    checkpoints = config.parent / "runs" / "writing" / "checkpoints"
+    fault = {"fault": "kill", "rank": 1, "step": 6, "phase": "write", "attempt": 1}
+    killed = shardline("run", config, "--nproc-per-node", 2, SHARDLINE_INJECT=json.dumps([fault]))
+    assert killed.returncode == 1
+    assert "rank 1: the process was killed by SIGKILL" in killed.stderr
+    assert [path.parent.name for path in checkpoints.glob("*/manifest.json")] == ["step-00000003"]
+    continued = shardline("run", config, "--nproc-per-node", 2)
+    assert "continuing after step 3" in continued.stdout
+    # What the killed attempt had written of it is not part of it.
+    verified = shardline("checkpoint", "verify", checkpoints.parent)
+    assert verified.stdout.splitlines() == [f"step-{step:08d}: whole" for step in (3, 6, 8)]
+
+
 def test_ctrl_c_saves_and_the_same_command_continues(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config("stopped", **_LONG)
     run_dir = config.parent / "runs" / "stopped"
