@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 
 from sharding.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, RunFailure, UserError
-from sharding.process_group import Ranks, process_group, read_ranks
+from sharding.process_group import Ranks, process_group
+from sharding.rank_place import note_on_place, place_variables, read_ranks
 from trainer.build import build_trainer
 from trainer.config import RunConfig, load_config
 from trainer.console import Console
@@ -70,8 +71,11 @@ class _Progress:
 
 def main(arguments: Sequence[str]) -> NoReturn:
     """Run one rank and exit with its status: 0 finished, 75 stopped and saved, 2 bad input, 1 failed."""
-    progress = _Progress(rank=int(os.environ.get("RANK", "0")))
+    progress = _Progress()
     try:
+        # Before all else, so that whatever looks at the environment from here on finds torch's names.
+        os.environ.update(place_variables(os.environ))
+        progress.rank = read_ranks(os.environ)[0]
         exit_code = _run(arguments, progress)
     except UserError as error:
         exit_code = _report(progress, error, "bad_input", EXIT_BAD_INPUT, str(error))
@@ -117,6 +121,8 @@ def _run(arguments: Sequence[str], progress: _Progress) -> int:
     world = World(num_ranks=world_size, has_gpu=torch.cuda.is_available())
     validate(config, world)
     refuse_foreign_settings(os.environ)
+    if note := note_on_place(os.environ):
+        print(f"note: {note}", file=sys.stderr)
     if config.deterministic:
         use_deterministic_kernels()
     torch.set_num_threads(threads_per_rank(config, local_world_size, os.environ))
