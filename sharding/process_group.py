@@ -54,11 +54,31 @@ def process_group(init_timeout_s: float) -> Iterator[Ranks]:
     if world_size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
-        dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
+        device_id = device if device.type == "cuda" else None
+        store = _store_after_restart(rank, world_size, timeout)
+        if store is None:
+            dist.init_process_group(backend, timeout=timeout, device_id=device_id)
+        else:
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=device_id
+            )
     yield Ranks(rank, world_size, local_rank, local_world_size, device)
     # Only on the way out of a clean run: after an error on this rank the others may be inside a collective that will
     # never complete, and tearing NCCL down can wait for them.
     dist.destroy_process_group()
+
+
+def _store_after_restart(rank: int, world_size: int, timeout: timedelta) -> dist.Store | None:
+    """The agent's store for ranks that it has started again, with names of their own; None for the first start.
+
+    Under torchrun's static rendezvous the store outlives a restart, and ranks would find the addresses of those before
+    them in it.
+    """
+    num_restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if num_restarts == "0":
+        return None
+    store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
+    return dist.PrefixStore(f"restart-{num_restarts}", store)
 
 
 def set_step_timeout(timeout_s: float) -> None:
