@@ -163,7 +163,7 @@ def _run(arguments: Sequence[str], progress: _Progress) -> int:
             is_stop_requested=lambda: stop_request.poll(run_folder.stop_file if ranks.rank == 0 else None),
             before_commit=lambda: progress.lease.check() if progress.lease is not None else None,
         )
-        ending = _train(trainer, config, run_folder, observers, ranks, progress.phases)
+        ending = _train(trainer, config, run_folder, observers, ranks, progress.phases, stop_request)
         # What comes now is each rank's own, and may take its time: trackers that send what they have.
         _stop_watchdog(progress)
     return EXIT_FINISHED if ending is Ending.FINISHED else EXIT_STOPPED
@@ -176,6 +176,7 @@ def _train(
     observers: Observers,
     ranks: Ranks,
     phases: Phases,
+    stop_request: StopRequest,
 ) -> Ending:
     trainer.resume_or_init()
     observers.start(trainer.step)
@@ -188,7 +189,9 @@ def _train(
     trainer.close()
     if ranks.rank == 0:
         exit_code = EXIT_FINISHED if ending is Ending.FINISHED else EXIT_STOPPED
-        reason = "all steps done" if ending is Ending.FINISHED else "stopped on request; run again to continue"
+        cause = stop_request.describe(run_folder.stop_file)
+        stopped = f"stopped {f'by {cause}' if cause else 'on request'}; run again to continue"
+        reason = "all steps done" if ending is Ending.FINISHED else stopped
         run_folder.write_outcome(ending.value, exit_code, trainer.step, reason)
     if ranks.world_size > 1:
         # torchrun takes the first rank that exits with 75 for a failure and ends the others: not before the outcome is
