@@ -79,7 +79,7 @@ prepare() {
     local output pid status=0
     output=$(mktemp)
     srun --nodes=1 --ntasks=1 --ntasks-per-node=1 --cpus-per-task="$cpus_per_node" "${container[@]}" "${inside[@]}" \
-        "$SHARDLINE_PYTHON" -m launcher.slurm_job "$@" "${arguments[@]}" > "$output" &
+        "$SHARDLINE_PYTHON" -m launcher.slurm.job "$@" "${arguments[@]}" > "$output" &
     pid=$!
     see_through "$pid" || status=$?
     if ((status == 0)); then

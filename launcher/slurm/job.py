@@ -1,4 +1,4 @@
-"""First step of a Slurm job: ``python -m launcher.slurm_job torchrun|deepspeed|srun CONFIG [key=value ...]``.
+"""First step of a Slurm job: ``python -m launcher.slurm.job torchrun|deepspeed|srun CONFIG [key=value ...]``.
 
 It checks what can be known before ranks start, prepares the corpus, and prints what ``slurm/job.sh`` needs to know, as
 shell assignments on standard output; all else goes to standard error.
@@ -12,8 +12,8 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 
-from launcher.allocation import RANKS_VARIABLE, Allocation, ranks_of, read_allocation
 from launcher.environment import applied, rank_variables
+from launcher.slurm.allocation import RANKS_VARIABLE, Allocation, ranks_of, read_allocation
 from launcher.topology import local_topology
 from sharding.errors import EXIT_BAD_INPUT, UserError
 from sharding.slurm_step import job_port

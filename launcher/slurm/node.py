@@ -1,4 +1,4 @@
-"""One node's part of a Slurm job: ``python -m launcher.slurm_node torchrun|deepspeed CONFIG [key=value ...]``.
+"""One node's part of a Slurm job: ``python -m launcher.slurm.node torchrun|deepspeed CONFIG [key=value ...]``.
 
 It starts the launcher's agent of its node. Slurm signals a step's tasks, and an agent would end its ranks before they
 have saved, or die and leave them; so the signal becomes the run's stop file, and the agent never sees it.
@@ -13,12 +13,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from types import FrameType
 
-from launcher.allocation import RANKS_VARIABLE
 from launcher.child import start_child
 from launcher.command import Place, deepspeed_command, rank_devices, torchrun_command
 from launcher.conclusion import record_crash
 from launcher.environment import applied, launcher_variables, rank_variables
 from launcher.rank_exits import RankExits
+from launcher.slurm.allocation import RANKS_VARIABLE
 from launcher.topology import local_topology
 from sharding.errors import EXIT_BAD_INPUT, UserError
 from sharding.slurm_step import first_host
