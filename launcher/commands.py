@@ -8,6 +8,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from launcher.slurm.commands import app as slurm_app
 from sharding.errors import UserError
 
 app = typer.Typer(
@@ -22,6 +23,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(checkpoint_app, name="checkpoint")
 tracking_app = typer.Typer(help="Upload what was tracked offline, or build the wandb dashboard.", no_args_is_help=True)
 app.add_typer(tracking_app, name="tracking")
+app.add_typer(slurm_app, name="slurm")
 
 _EXAMPLES = ("configs", "slurm")
 _EXAMPLE_SUFFIXES = (".yaml", ".sbatch", ".sh", ".md")
