@@ -29,6 +29,7 @@ from trainer.metrics import (
     ThroughputClock,
     sum_over_ranks,
     summarize_step,
+    utilization,
 )
 from trainer.models import ModelFacts
 from trainer.noise_scale import NoiseScale, train_and_measure
@@ -299,16 +300,19 @@ class Trainer:
 
     def _log(self, record: StepRecord, *, evaluates: bool) -> None:
         parts = self._parts
+        self._wait_for_device()
         parts.phases.enter(Phase.LOG)
         metrics, longest_skip = summarize_step(
             record, self._skipped, self._clock, parts.meter, parts.ranks, self._noise_scale
         )
         metrics["train/tokens"] = self._training.num_tokens
-        metrics |= self._mfu(metrics)
+        length = self._config.data.sequence_length
+        metrics |= utilization(metrics["throughput/tokens_per_s_per_device"], parts.facts, length, parts.peak_flops)
         if evaluates:
             metrics |= self.evaluate()
         metrics |= self._clock.time_shares(metrics["throughput/data_wait_fraction"] or 0.0)
         if self._metrics_file is not None:
+            metrics |= parts.observers.goodput()
             self._metrics_file.write(self.step, metrics)
             parts.observers.log(self.step, metrics)
         if longest_skip >= self._config.faults.max_nonfinite_steps + self._num_halvings():
@@ -324,16 +328,6 @@ class Trainer:
         if self._parts.engine.loss_scale is None:
             return 0
         return math.ceil(math.log2(self._config.precision.initial_loss_scale))
-
-    def _mfu(self, metrics: Metrics) -> Metrics:
-        rate, peak = metrics["throughput/tokens_per_s_per_device"], self._parts.peak_flops
-        length = self._config.data.sequence_length
-        if peak is None or rate is None:
-            return {"throughput/mfu": None, "throughput/mfu_causal": None}
-        return {
-            "throughput/mfu": rate * self._parts.facts.flops_per_token(length, causal=False) / peak,
-            "throughput/mfu_causal": rate * self._parts.facts.flops_per_token(length, causal=True) / peak,
-        }
 
     def evaluate(self) -> Metrics:
         """The task's metrics on the held-out split, and those of the averaged weights as ``eval/ema_...``.
@@ -359,12 +353,14 @@ class Trainer:
 
     def _compare_replicas(self) -> None:
         if self._parts.compare_replicas is not None:
+            self._wait_for_device()
             self._parts.phases.enter(Phase.COMPARE)
             self._parts.compare_replicas(self.step)
 
     def _save(self) -> None:
         # A damaged copy must not go into a checkpoint.
         self._compare_replicas()
+        self._wait_for_device()
         self._parts.phases.enter(Phase.SAVE)
         with self._clock.paused("saving"):
             # Waits for the device, as saving does anyway.
@@ -382,6 +378,10 @@ class Trainer:
             folder = self._parts.checkpointer.save(self._parts.engine, training)
         if folder is not None and self._parts.ranks.rank == 0:
             self._parts.observers.message(f"saved {folder}")
+
+    def _wait_for_device(self) -> None:
+        """Wait until all steps are computed, so that the phase that follows, which would wait, is not blamed for it."""
+        self._skipped.total.item()
 
     def _initial_state(self) -> TrainingState:
         return TrainingState(

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from sharding.errors import UserError
 from sharding.process_group import Ranks
+from trainer.models import ModelFacts
 from trainer.noise_scale import NoiseMeasurement, NoiseScale
 from trainer.system_metrics import NUM_SYSTEM_VALUES, SystemMeter, system_metrics
 
@@ -165,6 +166,23 @@ def summarize_step(
         noise_scale.add(float(rows[:, 3].sum()), int(rows[:, 4].sum()), grad_norm, record.num_targets)
         metrics["train/noise_scale_tokens"] = noise_scale.tokens
     return metrics, int(longest_skip)
+
+
+def utilization(tokens_per_s: float | None, facts: ModelFacts, length: int, peak_flops: float | None) -> Metrics:
+    """Model FLOPs utilization of one device; None where its peak is not known.
+
+    Args:
+        tokens_per_s: rate of one device.
+        facts: size of the model.
+        length: tokens of a sequence.
+        peak_flops: dense peak of the device, in FLOP/s.
+    """
+    if peak_flops is None or tokens_per_s is None:
+        return {"throughput/mfu": None, "throughput/mfu_causal": None}
+    return {
+        "throughput/mfu": tokens_per_s * facts.flops_per_token(length, causal=False) / peak_flops,
+        "throughput/mfu_causal": tokens_per_s * facts.flops_per_token(length, causal=True) / peak_flops,
+    }
 
 
 def sum_over_ranks(sums: torch.Tensor, ranks: Ranks) -> list[float]:

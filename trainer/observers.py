@@ -6,6 +6,7 @@ from typing import Any
 
 from trainer.console import Console
 from trainer.events import record_event
+from trainer.goodput_ledger import GoodputLedger
 from trainer.metrics import Metrics
 from trainer.trackers.composite import Trackers
 
@@ -19,12 +20,14 @@ class Observers:
         console: progress for a person; None on all ranks but the first.
         trackers: wandb and others; None on all ranks but the first.
         attempt: number of the run's attempt.
+        ledger: what the run's time is spent on; None on all ranks but the first.
     """
 
     metrics_path: Path
     console: Console | None = None
     trackers: Trackers | None = None
     attempt: int = 0
+    ledger: GoodputLedger | None = None
 
     @property
     def is_watched(self) -> bool:
@@ -64,6 +67,10 @@ class Observers:
         """Something out of the ordinary happened: it goes to events.jsonl."""
         if self.is_watched:
             record_event(self.metrics_path.parent, kind, attempt=self.attempt, step=step, **details)
+
+    def goodput(self) -> Metrics:
+        """Share of training in the run's time so far, over all attempts, where that is known."""
+        return {"goodput/fraction": self.ledger.fraction()} if self.ledger is not None else {}
 
     def rewound(self) -> None:
         """The run has gone back; lines of later steps were taken out of metrics.jsonl."""
