@@ -106,6 +106,8 @@ def _explain(agent: str, agent_status: int, first: RankFailure | None, log: Path
         if oom_kill is None:
             return f"{reason}, from outside or by the kernel: no trace of the OOM killer was found"
         return f"{reason}; memory had run out: {oom_kill.source} says {oom_kill.text!r}"
+    if first.exit_code == -signal.SIGBUS:
+        return f"{reason}: a file that it had mapped, such as a shard of the corpus, was cut short or cannot be read"
     error = _last_error(own_log) or _last_error(log)
     return error if error and first.exit_code > 0 else f"{reason}{f' ({error})' if error else ''}"
 

@@ -9,6 +9,7 @@ from launcher.command import rendezvous_port
 from launcher.conclusion import EXIT_INTERRUPTED
 from launcher.local import run_ranks
 from launcher.plan import Plan, make_plan
+from launcher.restarts import Restarts
 from sharding.errors import EXIT_FINISHED, EXIT_STOPPED, RunFailure, UserError
 from trainer.config import RunConfig
 from trainer.data.prepared import Prepared, find_prepared
@@ -46,9 +47,7 @@ def run(config_path: str, overrides: Sequence[str], nproc_per_node: int | None, 
         _check_vocabulary(config, corpus)
         for sentence in plan.kept:
             print(f"note: {sentence}")
-        attempt = run_folder.begin_attempt(config, plan.world, sys.argv)
-        variables = {variable.name: variable.value for variable in plan.variables}
-        exit_code = run_ranks(launcher, plan.command(port), variables, run_folder, attempt, lease.token)
+        exit_code = _run_attempts(plan, run_folder, lease, port)
 
         def warn(sentence: str) -> None:
             # After a failure the last line is the failing rank's own error.
@@ -60,6 +59,20 @@ def run(config_path: str, overrides: Sequence[str], nproc_per_node: int | None, 
         return exit_code
     finally:
         lease.release()
+
+
+def _run_attempts(plan: Plan, run_folder: RunFolder, lease: Lease, port: int) -> int:
+    """One attempt after another until one ends the run; returns its exit status."""
+    variables = {variable.name: variable.value for variable in plan.variables}
+    restarts = Restarts(plan.config.faults, run_folder)
+    while True:
+        attempt = run_folder.begin_attempt(plan.config, plan.world, sys.argv)
+        exit_code = run_ranks(plan.launcher, plan.command(port), variables, run_folder, attempt, lease.token)
+        ended = restarts.after(attempt, exit_code)
+        if ended is not None:
+            return ended
+        # Another process may have taken the port meanwhile.
+        port = rendezvous_port(plan.config.launch.master_port)
 
 
 def _longer_budget(config: RunConfig) -> str:

@@ -68,12 +68,12 @@ class TrainerParts:
         bad_numbers: judges each step's loss and gradient norm.
         phases: what this rank is doing; the loop tells it.
         is_stop_requested: whether this rank was asked to stop.
+        compare_replicas: called with a step; raises where ranks hold different parameters, if that is looked for.
         after_first_step: called once; lowers the collectives' time limit.
         facts: size of the model.
         meter: use of nodes and GPUs.
         peak_flops: dense peak of one device in FLOP/s, where known.
         weight_average: moving average of the weights, where one is kept.
-        compare_replicas: called with a step, raises where ranks hold different parameters; None leaves it out.
     """
 
     engine: Engine
@@ -87,13 +87,13 @@ class TrainerParts:
     bad_numbers: BadNumbers
     phases: Phases
     is_stop_requested: Callable[[], bool]
+    compare_replicas: Callable[[int], None]
     after_first_step: Callable[[], None]
     profiler: StepProfiler
     meter: SystemMeter
     facts: ModelFacts
     peak_flops: float | None
     weight_average: WeightAverage | None = None
-    compare_replicas: Callable[[int], None] | None = None
 
 
 class Trainer:
@@ -242,7 +242,8 @@ class Trainer:
         step, config = self.step, self._config
         is_last = step == config.num_steps
         if is_due(step, config.faults.replica_check_every_steps):
-            self._compare_replicas()
+            self._wait_for_device()
+            self._parts.compare_replicas(step)
         evaluates = is_last or is_due(step, config.evaluation.every_steps)
         logs = evaluates or is_due(step, config.metrics.every_steps)
         saves = is_due(step, config.checkpoint.every_steps)
@@ -351,16 +352,10 @@ class Trainer:
             sums = batch_sums if sums is None else sums + batch_sums
         return {} if sums is None else parts.task.evaluation_metrics(sum_over_ranks(sums, parts.ranks))
 
-    def _compare_replicas(self) -> None:
-        if self._parts.compare_replicas is not None:
-            self._wait_for_device()
-            self._parts.phases.enter(Phase.COMPARE)
-            self._parts.compare_replicas(self.step)
-
     def _save(self) -> None:
-        # A damaged copy must not go into a checkpoint.
-        self._compare_replicas()
         self._wait_for_device()
+        # A damaged copy must not go into a checkpoint.
+        self._parts.compare_replicas(self.step)
         self._parts.phases.enter(Phase.SAVE)
         with self._clock.paused("saving"):
             # Waits for the device, as saving does anyway.

@@ -98,7 +98,12 @@ def main(arguments: Sequence[str]) -> NoReturn:
         write_run_goodput(progress.run_folder, progress.lease.token if progress.lease is not None else None)
     if progress.lease is not None:
         progress.lease.release()
-    end_process(exit_code)
+    end_process(EXIT_FINISHED if exit_code == EXIT_STOPPED and _is_restarted_by_agent() else exit_code)
+
+
+def _is_restarted_by_agent() -> bool:
+    """Whether torchrun was told to start ranks again that end with another status than 0: a stop must not count."""
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
 
 
 def end_process(exit_code: int) -> NoReturn:

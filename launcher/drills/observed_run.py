@@ -1,6 +1,7 @@
 """One run of a drill: started as a person would start it, watched from outside, compared with the undisturbed one."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -155,11 +156,11 @@ class ObservedRun:
         return {}
 
     def struck_at(self) -> float:
-        """When the first fault struck, wall clock in seconds."""
-        return self.events("injected")[0]["time"]
+        """When the first fault struck, wall clock in seconds; infinity where none did."""
+        return min((event["time"] for event in self.events("injected")), default=math.inf)
 
     def noticed_at(self) -> float | None:
-        """When the launcher first knew of a failure: it said that it restarts, or it ended."""
+        """When the launcher had reported a failure: it said that it restarts, or it ended."""
         times = [event["time"] for event in self.events("restart")] + [ended.at for ended in self.ended]
         return min(times, default=None)
 

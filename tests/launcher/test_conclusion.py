@@ -1,10 +1,11 @@
 """The last line and the exit status of a run, from what ranks and torchrun left."""
 
+import signal
 from pathlib import Path
 
 import pytest
 
-from launcher.conclusion import conclude, conclude_by_force, first_failure
+from launcher.conclusion import _explain, conclude, conclude_by_force, first_failure
 from launcher.rank_exits import RankFailure
 from trainer.run_folder import RunFolder
 
@@ -80,6 +81,11 @@ def test_a_crash_is_told_and_the_others_report_before_it(folder: RunFolder, caps
     outcome = folder.read_outcome()
     assert outcome is not None
     assert (outcome["rank"], outcome["step"], outcome["reason"]) == (1, 5, "the process was killed by SIGSEGV")
+
+
+def test_a_mapped_file_that_was_cut_short(tmp_path: Path) -> None:
+    sentence = _explain("torchrun's agent", 1, RankFailure(1, -signal.SIGBUS), tmp_path / "log", None)
+    assert sentence.startswith("the process was killed by SIGBUS: a file that it had mapped, such as a shard")
 
 
 def test_what_a_rank_reported_of_itself_stays(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,69 @@
+"""All drills on a tiny run, as the command runs them; and torchrun's own restart."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from launcher.drills.catalogue import DRILLS
+from tests.support import ROOT, command_environment, shardline, training_curve
+from trainer.events import read_events
+from trainer.injection import INJECT_VARIABLE
+
+
+@pytest.mark.timeout(900)
+def test_every_drill_passes(config_file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "drills"
+    finished = shardline("drill", "all", config_file, "--folder", folder, timeout_s=880)
+    outcomes = json.loads((folder / "drill.json").read_text())
+    failed = [
+        (outcome["name"], check["claim"], check["detail"])
+        for outcome in outcomes
+        for check in outcome["checks"]
+        if not check["holds"]
+    ]
+    assert failed == [], finished.stdout[-2000:]
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert [outcome["name"] for outcome in outcomes] == list(DRILLS)
+
+
+def test_a_folder_of_somebody_else_is_left_alone(config_file: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    finished = shardline("drill", "kill", config_file, "--folder", mine)
+    assert finished.returncode == 2
+    assert "holds something else than an earlier drill; name another folder" in finished.stderr
+    assert (mine / "thesis.txt").exists()
+
+
+def test_an_unknown_drill_is_told_of_the_others(config_file: Path) -> None:
+    finished = shardline("drill", "earthquake", config_file)
+    assert finished.returncode == 2
+    assert "drill earthquake is not known; choose one of kill, term" in finished.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_torchrun_may_start_the_ranks_again_itself(make_config: Callable[..., Path], tmp_path: Path) -> None:
+    runs = {}
+    for name, faults in (("whole", []), ("killed", [{"fault": "kill", "rank": 1, "step": 4, "attempt": 1}])):
+        config = make_config(name, checkpoint={"every_steps": 2})
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=2"]
+        finished = subprocess.run(
+            [*command, "-m", "trainer", str(config)],
+            capture_output=True,
+            text=True,
+            timeout=180,
+            cwd=ROOT,
+            env=command_environment(**{INJECT_VARIABLE: json.dumps(faults)}),
+            check=False,
+        )
+        assert finished.returncode == 0, finished.stderr
+        runs[name] = tmp_path / "runs" / name
+    assert training_curve(runs["killed"]) == training_curve(runs["whole"])
+    assert [event["kind"] for event in read_events(runs["killed"])] == ["injected"]
+    assert len(list((runs["killed"] / "logs").glob("attempt-*"))) == 2

@@ -1,0 +1,93 @@
+"""When a failed attempt is followed by another."""
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from launcher.restarts import Restarts
+from trainer.events import read_events
+from trainer.failure import FAILURE_NAME, Failure, FailureKind
+from trainer.run_folder import RunFolder
+from trainer.sections import FaultsConfig
+
+
+def _restarts(folder: Path, *, max_restarts: int, backoff_s: float = 0.0) -> Restarts:
+    return Restarts(FaultsConfig(max_restarts=max_restarts, restart_backoff_s=backoff_s), RunFolder(folder))
+
+
+def _fail(folder: Path, attempt: int, kind: FailureKind, step: int = 7, where: str = "loop.py:1") -> None:
+    failure = Failure(
+        kind=kind, signature=f"{kind} {where}", attempt=attempt, step=step, rank=1, reason="it went wrong"
+    )
+    (folder / FAILURE_NAME).write_text(failure.model_dump_json())
+
+
+def test_no_restart_unless_asked_for(tmp_path: Path) -> None:
+    _fail(tmp_path, 1, FailureKind.KILLED)
+    assert _restarts(tmp_path, max_restarts=0).after(1, 1) == 1
+    assert read_events(tmp_path) == []
+
+
+@pytest.mark.parametrize(("exit_code", "kind"), [(0, None), (75, None), (2, FailureKind.BAD_INPUT), (130, None)])
+def test_an_end_that_is_no_failure_is_the_end(tmp_path: Path, exit_code: int, kind: FailureKind | None) -> None:
+    if kind is not None:
+        _fail(tmp_path, 1, kind)
+    assert _restarts(tmp_path, max_restarts=3).after(1, exit_code) == exit_code
+
+
+def test_nothing_is_tried_again_that_cannot_go_otherwise(tmp_path: Path) -> None:
+    _fail(tmp_path, 1, FailureKind.NONFINITE)
+    assert _restarts(tmp_path, max_restarts=3).after(1, 1) == 1
+
+
+def test_restarts_are_bounded_and_each_waits_longer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    restarts = _restarts(tmp_path, max_restarts=2, backoff_s=0.1)
+    for attempt in (1, 2, 3):
+        _fail(tmp_path, attempt, FailureKind.KILLED)
+        assert restarts.after(attempt, 1) == (None if attempt < 3 else 1)
+    events = read_events(tmp_path)
+    assert [(event["kind"], event["attempt"], event["backoff_s"], event["num_left"]) for event in events] == [
+        ("restart", 1, 0.1, 1),
+        ("restart", 2, 0.2, 0),
+    ]
+    assert "2 restarts were all" in capsys.readouterr().err
+
+
+def test_the_same_failure_three_times_in_a_row_is_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    restarts = _restarts(tmp_path, max_restarts=9)
+    # Another step, and it is another failure.
+    for attempt, step in enumerate((7, 7, 8, 8), start=1):
+        _fail(tmp_path, attempt, FailureKind.EXCEPTION, step)
+        assert restarts.after(attempt, 1) is None
+    _fail(tmp_path, 5, FailureKind.EXCEPTION, 8)
+    assert restarts.after(5, 1) == 1
+    outcome = json.loads((tmp_path / "outcome.json").read_text())
+    assert outcome["reason"].startswith("the same failure came 3 times in a row at step 8: it went wrong; mend it")
+    assert outcome["reason"] in capsys.readouterr().err
+
+
+def test_kills_from_outside_do_not_count(tmp_path: Path) -> None:
+    restarts = _restarts(tmp_path, max_restarts=9)
+    for attempt in range(1, 7):
+        _fail(tmp_path, attempt, FailureKind.KILLED if attempt % 3 == 0 else FailureKind.EXCEPTION)
+        assert restarts.after(attempt, 1) is None
+
+
+@pytest.mark.parametrize("by_file", [False, True])
+def test_a_stop_while_waiting_ends_the_run_as_stopped(tmp_path: Path, by_file: bool) -> None:
+    _fail(tmp_path, 1, FailureKind.HANG)
+
+    def stop() -> None:
+        time.sleep(0.3)
+        (tmp_path / "stop").touch() if by_file else os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop).start()
+    begun_at = time.monotonic()
+    assert _restarts(tmp_path, max_restarts=1, backoff_s=60.0).after(1, 1) == 75
+    assert time.monotonic() - begun_at < 30
+    assert json.loads((tmp_path / "outcome.json").read_text())["status"] == "stopped"
