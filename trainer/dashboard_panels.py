@@ -87,6 +87,7 @@ SECTIONS = (
                 "share of wall time",
                 stacked=True,
             ),
+            Panel("Goodput so far, over all attempts", ("goodput/fraction",), "share of wall time"),
         ),
     ),
     PanelSection(
