@@ -12,6 +12,7 @@ import socket
 import sys
 from collections.abc import Mapping, Sequence
 from types import FrameType
+from typing import BinaryIO
 
 from launcher.child import start_child
 from launcher.command import Place, deepspeed_command, rank_devices, torchrun_command
@@ -20,7 +21,7 @@ from launcher.environment import applied, launcher_variables, rank_variables
 from launcher.rank_exits import RankExits
 from launcher.slurm.allocation import RANKS_VARIABLE
 from launcher.topology import local_topology
-from sharding.errors import EXIT_BAD_INPUT, UserError
+from sharding.errors import EXIT_BAD_INPUT, EXIT_FINISHED, EXIT_STOPPED, UserError
 from sharding.slurm_step import first_host
 from trainer.config import load_config
 from trainer.run_folder import RunFolder
@@ -68,16 +69,39 @@ def run_node(launcher: str, arguments: Sequence[str], environment: Mapping[str, 
     variables, _ = applied(table + launcher_variables(launcher, topology, num_ranks), environment)
     if place.node_rank == 0:
         print(f"{socket.gethostname()}: {shlex.join(command)}", file=sys.stderr)
-    with start_child(command, {**environment, **{v.name: v.value for v in variables}}, shielded=True) as agent:
-        exits = RankExits(agent.pid)
-        with contextlib.closing(exits):
-            while agent.poll() is None:
-                if stop.name:
-                    _ask_to_stop(run_folder, stop.name)
-                exits.wait(_LOOK_EVERY_S)
+    with _open_log(run_folder, place.node_rank) as log:
+        began_at = log.tell()
+        child_environment = {**environment, **{variable.name: variable.value for variable in variables}}
+        with start_child(command, child_environment, shielded=True, stderr=log) as agent:
+            exits = RankExits(agent.pid)
+            with contextlib.closing(exits):
+                while agent.poll() is None:
+                    if stop.name:
+                        _ask_to_stop(run_folder, stop.name)
+                    exits.wait(_LOOK_EVERY_S)
         if exits.first_failure is not None:
             record_crash(run_folder, exits.first_failure)
+        if agent.returncode and _has_failed(run_folder):
+            log.seek(began_at)
+            sys.stderr.write(log.read().decode(errors="replace"))
     return agent.returncode if agent.returncode >= 0 else 128 - agent.returncode
+
+
+def _open_log(run_folder: RunFolder, node_rank: int) -> BinaryIO:
+    """Where agent and ranks write errors: torchrun's report of ranks that stopped and saved would be taken for one."""
+    path = run_folder.path / "logs" / f"launcher.node-{node_rank}.log"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        log = path.open("a+b")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}; choose another output_dir.") from None
+    log.seek(0, os.SEEK_END)
+    return log
+
+
+def _has_failed(run_folder: RunFolder) -> bool:
+    outcome = run_folder.read_outcome()
+    return outcome is None or outcome["exit_code"] not in (EXIT_FINISHED, EXIT_STOPPED)
 
 
 def _ask_to_stop(run_folder: RunFolder, name: str) -> None:

@@ -16,6 +16,14 @@ from trainer.validation import World, validate
 
 SCRIPTS = {"torchrun": "pretrain.sbatch", "deepspeed": "pretrain_deepspeed.sbatch", "srun": "pretrain_srun.sbatch"}
 TASK = "{task}"
+# What it prints with --parsable is the number, and on some sites a semicolon and the cluster's name.
+_SUBMIT = """\
+#!/bin/bash
+# Submits this as it was submitted first; $1: a further option of sbatch.
+set -euo pipefail
+job=$(sbatch ${{1:+"$1"}} {command})
+echo "${{job%%;*}}" | tee -a {jobs}
+"""
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,7 @@ def submit(config_path: str, overrides: Sequence[str], request: Request, dry_run
     run_dir = Path(config.output_dir) / name.replace(TASK, "array")
     if dry_run:
         folder = run_dir.absolute() / "slurm" / "submission-N"
-        print(shlex.join(_command(folder, request, name, later, is_array)).replace(" --", " \\\n  --"))
+        print(" \\\n  ".join(map(shlex.quote, _command(folder, request, name, later, is_array))))
         return
     RunFolder(run_dir).check(config)
     _refuse_second_job(run_dir, request)
@@ -68,9 +76,7 @@ def submit(config_path: str, overrides: Sequence[str], request: Request, dry_run
     command = shlex.join(_command(folder, request, name, later, is_array))
     # Options given to it come last, and so go before those of the first time.
     (folder / "submit.sh").write_text(
-        f"#!/bin/bash\n# Submits this again as it was; $1: further options of sbatch.\nset -euo pipefail\n"
-        f'set -- $(sbatch ${{1:+"$1"}} {command.removeprefix("sbatch ")})\n'
-        f'echo "$1" >> {shlex.quote(str(run_dir.absolute() / "slurm" / "jobs"))}\necho "$1"\n'
+        _SUBMIT.format(command=command.removeprefix("sbatch "), jobs=shlex.quote(str(folder.parent / "jobs")))
     )
     start(run_dir, folder)
 

@@ -29,6 +29,7 @@ from tests.support import (
 )
 from trainer.events import read_events
 from trainer.failure import FailureKind, read_failure
+from trainer.goodput import Goodput
 
 MakeConfig = Callable[..., Path]
 # Long enough to be caught in the middle, and slowed down a little by metrics at each step.
@@ -90,6 +91,30 @@ def test_a_rank_then_the_launcher_are_killed_and_losses_stay_equal(make_config: 
     found = [row[:5] for row in training_curve(runs / "killed")]
     assert found == [row[:5] for row in training_curve(runs / "straight")]
     assert len(found) == 60 > resumed_from
+    _check_goodput(runs / "killed")
+
+
+def _check_goodput(run_dir: Path) -> None:
+    """Of three attempts that took steps 1 to 60 the first two were killed."""
+    goodput = Goodput.model_validate_json((run_dir / "goodput.json").read_bytes())
+    assert sum(goodput.shares.values()) == pytest.approx(1, abs=1e-9)
+    assert sum(goodput.seconds.values()) == pytest.approx(goodput.wall_s)
+    first, second, third = goodput.attempts
+    # The first rank outlived the other, and told of all its steps; then it was killed too, and told of those until its
+    # last write.
+    assert (first.began_after, second.began_after) == (0, 10)
+    assert first.last_step is not None
+    assert first.num_lost_steps == first.last_step - 10 >= 2
+    assert second.last_step is not None
+    assert third.began_after is not None
+    assert second.num_lost_steps == max(0, second.last_step - third.began_after)
+    assert second.last_step >= third.began_after >= 30
+    assert (third.last_step, third.num_lost_steps) == (60, 0)
+    assert goodput.num_lost_steps == first.num_lost_steps + second.num_lost_steps
+    assert third.seconds["lost"] == 0 < first.seconds["lost"]
+    assert all(goodput.seconds[name] > 0 for name in ("training", "startup", "checkpoint", "logging", "down"))
+    logged = read_metrics(run_dir)[-1]["goodput/fraction"]
+    assert goodput.goodput == goodput.shares["training"] == pytest.approx(logged, rel=0.5)
 
 
 def test_a_rank_that_is_killed_while_it_writes_leaves_no_checkpoint(make_config: MakeConfig) -> None:

@@ -47,7 +47,7 @@ class Cluster:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._environment: Mapping[str, str] = {}
+        self.environment: Mapping[str, str] = {}
 
     def start(self) -> None:
         options = ["--nodes", "2", "--cpus", "64", "--gpus", "16"]
@@ -55,7 +55,7 @@ class Cluster:
             [TESTBED / "start.sh", self.folder, *options], capture_output=True, text=True, timeout=60, check=False
         )
         assert started.returncode == 0, started.stdout + started.stderr
-        self._environment = command_environment(
+        self.environment = command_environment(
             SLURM_CONF=str(self.folder / "etc" / "slurm.conf"),
             PATH=f"{os.environ['PATH']}:/usr/sbin:/sbin",
             SHARDLINE_PYTHON=sys.executable,
@@ -72,7 +72,7 @@ class Cluster:
             text=True,
             timeout=100,
             cwd=ROOT,
-            env={**self._environment, **extra},
+            env={**self.environment, **extra},
             check=False,
         )
         assert not check or finished.returncode == 0, finished.stdout + finished.stderr
