@@ -92,6 +92,7 @@ class DeepSpeedEngine:
             raise RuntimeError(f"DeepSpeed trains with stage {self._stage}, not as configured: {settings}")
         self._trainable = trainable
         self._members = self._members_of_flat_partitions()
+        self._has_allocated = False
 
     @property
     def loss_scale(self) -> torch.Tensor | None:
@@ -301,8 +302,10 @@ class DeepSpeedEngine:
 
         A step with zero gradients and zero rate changes no parameter; what it counts is taken back.
         """
-        if self._base_optimizer.state:
+        if self._base_optimizer.state or self._has_allocated:
             return
+        # Plain SGD has none after that either.
+        self._has_allocated = True
         groups = self._base_optimizer.param_groups
         saved = [(group["params"], group["lr"]) for group in groups]
         for index, flat in enumerate(self._masters):
