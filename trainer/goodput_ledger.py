@@ -15,6 +15,7 @@ from trainer.goodput import (
     AttemptLedger,
     Category,
     Mark,
+    account,
     read_ledgers,
     spent_until,
     summarize,
@@ -90,6 +91,7 @@ class GoodputLedger:
         # Where the present step began, to which a step that is taken again goes back.
         self._step_began = Mark(step=0, loop_s=self._loop_s)
         self._is_finishing = False
+        self._earlier_s: tuple[int | None, float, float] | None = None
         self._next_write_at = 0.0
         phases.listen(self._hear)
         self.write()
@@ -126,9 +128,17 @@ class GoodputLedger:
         )
 
     def fraction(self) -> float:
-        """Share of training in the run's wall time so far, over all attempts."""
-        goodput = summarize([*self._earlier, self.snapshot])
-        return goodput.goodput if goodput is not None else 0.0
+        """Share of training in the run's wall time so far, over all attempts; quick, for it is asked at each log line."""
+        own = self.snapshot
+        if self._earlier_s is None or self._earlier_s[0] != own.began_after:
+            # Earlier attempts change no more; what remains of them depends on where this one began.
+            nothing = AttemptLedger(attempt=self._attempt, began_at=self._began_at, began_after=own.began_after)
+            before = summarize([*self._earlier, nothing])
+            assert before is not None, "one ledger at least"
+            self._earlier_s = own.began_after, before.seconds[Category.TRAINING], before.wall_s
+        seconds, _ = account(own, None, None)
+        wall_s = self._earlier_s[2] + own.duration_s
+        return (self._earlier_s[1] + seconds[Category.TRAINING]) / wall_s if wall_s > 0 else 0.0
 
     def sentence(self) -> str:
         """The run's goodput so far, in a line for a person."""

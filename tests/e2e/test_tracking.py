@@ -24,6 +24,7 @@ from tests.support import (
     wait_until,
     write_config,
 )
+from trainer.goodput import Category
 from trainer.run_folder import RunFolder
 from trainer.trackers.wandb_files import WandbPart, history_values, read_parts, read_records
 from trainer.trackers.wandb_tracker import WandbIdentity
@@ -118,6 +119,10 @@ def test_wandbs_offline_files_hold_every_logged_step_once(tracked: Path) -> None
     assert summary["summary/final_loss"] == logged[len(logged)]["train/loss"]
     assert summary["summary/tokens"] == logged[len(logged)]["train/tokens"]
     assert (summary["summary/best_eval_step"], summary["summary/best_eval_loss"]) == (best_step, evaluations[best_step])
+    # Three attempts, one of them killed.
+    shares = {name: summary[f"goodput/{name}_fraction"] for name in Category}
+    assert sum(shares.values()) == pytest.approx(1)
+    assert all(shares[name] > 0 for name in ("training", "startup", "down"))
 
 
 def test_tensorboard_shows_every_logged_step_once(tracked: Path) -> None:
