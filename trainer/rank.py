@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 
 from sharding.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, RunFailure, UserError
-from sharding.process_group import Ranks, process_group, read_ranks
+from sharding.process_group import Ranks, process_group
+from sharding.rank_place import note_on_place, place_variables, read_ranks
 from trainer.build import build_trainer
 from trainer.config import RunConfig, load_config
 from trainer.console import Console
@@ -38,6 +39,7 @@ from trainer.rank_process import kill
 from trainer.report.end_of_run import write_run_goodput, write_run_report
 from trainer.run_folder import RunFolder
 from trainer.stopping import StopRequest
+from trainer.stragglers import StragglerWatch
 from trainer.threads import threads_per_rank
 from trainer.trackers.composite import build_trackers
 from trainer.validation import World, validate
@@ -72,8 +74,11 @@ class _Progress:
 
 def main(arguments: Sequence[str]) -> NoReturn:
     """Run one rank and exit with its status: 0 finished, 75 stopped and saved, 2 bad input, 1 failed."""
-    progress = _Progress(rank=int(os.environ.get("RANK", "0")))
+    progress = _Progress()
     try:
+        # Before all else, so that whatever looks at the environment from here on finds torch's names.
+        os.environ.update(place_variables(os.environ))
+        progress.rank = read_ranks(os.environ)[0]
         exit_code = _run(arguments, progress)
     except UserError as error:
         exit_code = _report(progress, error, "bad_input", EXIT_BAD_INPUT, str(error))
@@ -131,6 +136,8 @@ def _run(arguments: Sequence[str], progress: _Progress) -> int:
     world = World(num_ranks=world_size, has_gpu=torch.cuda.is_available())
     validate(config, world)
     refuse_foreign_settings(os.environ)
+    if note := note_on_place(os.environ):
+        print(f"note: {note}", file=sys.stderr)
     if config.deterministic:
         use_deterministic_kernels()
     torch.set_num_threads(threads_per_rank(config, local_world_size, os.environ))
@@ -154,6 +161,9 @@ def _run(arguments: Sequence[str], progress: _Progress) -> int:
         redirect_output(run_folder.log_dir(attempt), ranks.rank)
         faults = read_faults(os.environ)
         inject_faults(faults, progress.phases, run_folder.path, ranks.rank, attempt)
+        # Apart from the phases of training, which go on while a checkpoint is written.
+        writing = Phases()
+        inject_faults(faults, writing, run_folder.path, ranks.rank, attempt)
         progress.phases.enter(Phase.BUILD)
         _start_watchdog(config, ranks, progress)
         progress.observers = observers = _build_observers(config, run_folder, ranks, progress)
@@ -167,8 +177,9 @@ def _run(arguments: Sequence[str], progress: _Progress) -> int:
             faults=faults_of(faults, ranks.rank, attempt),
             is_stop_requested=lambda: stop_request.poll(run_folder.stop_file if ranks.rank == 0 else None),
             before_commit=lambda: progress.lease.check() if progress.lease is not None else None,
+            before_write=lambda step: writing.enter(Phase.WRITE, step),
         )
-        ending = _train(trainer, config, run_folder, observers, ranks, progress.phases)
+        ending = _train(trainer, config, run_folder, observers, ranks, progress.phases, stop_request)
         # What comes now is each rank's own, and may take its time: trackers that send what they have.
         _stop_watchdog(progress)
     return EXIT_FINISHED if ending is Ending.FINISHED else EXIT_STOPPED
@@ -181,6 +192,7 @@ def _train(
     observers: Observers,
     ranks: Ranks,
     phases: Phases,
+    stop_request: StopRequest,
 ) -> Ending:
     trainer.resume_or_init()
     observers.start(trainer.step)
@@ -193,7 +205,9 @@ def _train(
     trainer.close()
     if ranks.rank == 0:
         exit_code = EXIT_FINISHED if ending is Ending.FINISHED else EXIT_STOPPED
-        reason = "all steps done" if ending is Ending.FINISHED else "stopped on request; run again to continue"
+        cause = stop_request.describe(run_folder.stop_file)
+        stopped = f"stopped {f'by {cause}' if cause else 'on request'}; run again to continue"
+        reason = "all steps done" if ending is Ending.FINISHED else stopped
         run_folder.write_outcome(ending.value, exit_code, trainer.step, reason)
         if observers.ledger is not None:
             observers.message(observers.ledger.sentence())
@@ -228,7 +242,8 @@ def _build_observers(config: RunConfig, run_folder: RunFolder, ranks: Ranks, pro
         return Observers(run_folder.metrics_file, attempt=progress.attempt)
     console = Console(total_steps=config.num_steps)
     trackers = build_trackers(config, run_folder.path, run_folder.metrics_file, console.warning)
-    return Observers(run_folder.metrics_file, console, trackers, progress.attempt, progress.ledger)
+    stragglers = StragglerWatch(config.faults.straggler_ratio)
+    return Observers(run_folder.metrics_file, console, trackers, progress.attempt, stragglers, progress.ledger)
 
 
 def _one_sentence(error: BaseException) -> str:
