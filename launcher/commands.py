@@ -150,13 +150,17 @@ def report(
 @app.command()
 def bench(
     name: Annotated[
-        str, typer.Argument(help="data: the loader alone; overhead: a step beside its peers'.", metavar="NAME")
+        str,
+        typer.Argument(
+            help="data: the loader alone; overhead: a step beside its peers'; checkpoint: saving and loading.",
+            metavar="NAME",
+        ),
     ],
     arguments: Annotated[list[str] | None, typer.Argument(help="Options of that benchmark, after --.")] = None,
 ) -> None:
     """Run a benchmark."""
-    if name not in ("data", "overhead"):
-        raise UserError(f"there is no benchmark {name}; there are: data, overhead.")
+    if name not in ("data", "overhead", "checkpoint"):
+        raise UserError(f"there is no benchmark {name}; there are: data, overhead, checkpoint.")
     _become(f"benchmarks.{name}", *(arguments or []))
 
 

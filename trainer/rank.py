@@ -24,6 +24,7 @@ from trainer.events import record_event
 from trainer.failure_report import Sources, write_failure
 from trainer.flight_recorder import dump_flight_recorder
 from trainer.foreign_settings import refuse_foreign_settings
+from trainer.goodput_ledger import GoodputLedger, process_age_s
 from trainer.hang import Hang
 from trainer.heartbeat import read_heartbeats
 from trainer.injection import faults_of, inject_faults, read_faults
@@ -35,9 +36,10 @@ from trainer.randomness import use_deterministic_kernels
 from trainer.rank_error import describe_error, write_rank_error
 from trainer.rank_logs import redirect_output
 from trainer.rank_process import kill
-from trainer.report.end_of_run import write_run_report
+from trainer.report.end_of_run import write_run_goodput, write_run_report
 from trainer.run_folder import RunFolder
 from trainer.stopping import StopRequest
+from trainer.stragglers import StragglerWatch
 from trainer.threads import threads_per_rank
 from trainer.trackers.composite import build_trackers
 from trainer.validation import World, validate
@@ -58,6 +60,7 @@ class _Progress:
     phases: Phases = field(default_factory=Phases)
     attempt: int = 0
     watchdog: Watchdog | None = None
+    ledger: GoodputLedger | None = None
 
     @property
     def step(self) -> int:
@@ -86,11 +89,18 @@ def main(arguments: Sequence[str]) -> NoReturn:
         if _log.handlers:
             _log.error("%s", traceback.format_exc())
         exit_code = _report(progress, error, "failed", EXIT_FAILED, f"{type(error).__name__}: {error}")
+    if progress.ledger is not None:
+        progress.ledger.finish()
+        progress.ledger.write()
     if progress.rank == 0 and progress.run_folder is not None:
         token = progress.lease.token if progress.lease is not None else None
         write_run_report(progress.run_folder, token, progress.warn)
     if progress.observers is not None:
         progress.observers.close(exit_code)
+    if progress.ledger is not None and progress.run_folder is not None:
+        # Once more, since the report and the trackers took their time.
+        progress.ledger.write()
+        write_run_goodput(progress.run_folder, progress.lease.token if progress.lease is not None else None)
     if progress.lease is not None:
         progress.lease.release()
     end_process(EXIT_FINISHED if exit_code == EXIT_STOPPED and _is_restarted_by_agent() else exit_code)
@@ -139,6 +149,8 @@ def _run(arguments: Sequence[str], progress: _Progress) -> int:
     if attempt:
         # Not before: until the folder is ours, outcome.json is for its holder to write.
         progress.run_folder = run_folder
+    if rank == 0:
+        progress.ledger = GoodputLedger(run_folder.path, attempt, progress.phases, process_age_s=process_age_s())
     # Every rank asks; a file lock lets one of them work while the others wait. No collective has begun, so however
     # long it takes, nothing times out.
     corpus = prepare_corpus(config.data, progress=rank == 0)
@@ -149,9 +161,12 @@ def _run(arguments: Sequence[str], progress: _Progress) -> int:
         redirect_output(run_folder.log_dir(attempt), ranks.rank)
         faults = read_faults(os.environ)
         inject_faults(faults, progress.phases, run_folder.path, ranks.rank, attempt)
+        # Apart from the phases of training, which go on while a checkpoint is written.
+        writing = Phases()
+        inject_faults(faults, writing, run_folder.path, ranks.rank, attempt)
         progress.phases.enter(Phase.BUILD)
         _start_watchdog(config, ranks, progress)
-        progress.observers = observers = _build_observers(config, run_folder, ranks, attempt)
+        progress.observers = observers = _build_observers(config, run_folder, ranks, progress)
         progress.trainer = trainer = build_trainer(
             config,
             ranks,
@@ -162,6 +177,7 @@ def _run(arguments: Sequence[str], progress: _Progress) -> int:
             faults=faults_of(faults, ranks.rank, attempt),
             is_stop_requested=lambda: stop_request.poll(run_folder.stop_file if ranks.rank == 0 else None),
             before_commit=lambda: progress.lease.check() if progress.lease is not None else None,
+            before_write=lambda step: writing.enter(Phase.WRITE, step),
         )
         ending = _train(trainer, config, run_folder, observers, ranks, progress.phases, stop_request)
         # What comes now is each rank's own, and may take its time: trackers that send what they have.
@@ -193,6 +209,8 @@ def _train(
         stopped = f"stopped {f'by {cause}' if cause else 'on request'}; run again to continue"
         reason = "all steps done" if ending is Ending.FINISHED else stopped
         run_folder.write_outcome(ending.value, exit_code, trainer.step, reason)
+        if observers.ledger is not None:
+            observers.message(observers.ledger.sentence())
     if ranks.world_size > 1:
         # torchrun takes the first rank that exits with 75 for a failure and ends the others: not before the outcome is
         # there.
@@ -219,12 +237,13 @@ def _agree_on_attempt(attempt: int, ranks: Ranks) -> int:
     return int(number)
 
 
-def _build_observers(config: RunConfig, run_folder: RunFolder, ranks: Ranks, attempt: int) -> Observers:
+def _build_observers(config: RunConfig, run_folder: RunFolder, ranks: Ranks, progress: _Progress) -> Observers:
     if ranks.rank != 0:
-        return Observers(run_folder.metrics_file, attempt=attempt)
+        return Observers(run_folder.metrics_file, attempt=progress.attempt)
     console = Console(total_steps=config.num_steps)
     trackers = build_trackers(config, run_folder.path, run_folder.metrics_file, console.warning)
-    return Observers(run_folder.metrics_file, console, trackers, attempt)
+    stragglers = StragglerWatch(config.faults.straggler_ratio)
+    return Observers(run_folder.metrics_file, console, trackers, progress.attempt, stragglers, progress.ledger)
 
 
 def _one_sentence(error: BaseException) -> str:
@@ -263,6 +282,8 @@ def _end_hanging(progress: _Progress, hang: Hang) -> NoReturn:
     """End this rank, whose main thread may be stuck; called in the watchdog's thread."""
     run_folder = progress.run_folder
     assert run_folder is not None
+    if progress.ledger is not None:
+        progress.ledger.write()
     with contextlib.suppress(OSError):
         late = hang.late[0] if hang.late else None
         if run_folder.write_outcome("failed", EXIT_FAILED, progress.step, hang.reason, late):

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ from trainer.checkpoint.manifest import read_manifest
 from trainer.config import RunConfig, config_to_yaml, load_config
 from trainer.events import read_events
 from trainer.failure import set_failure_aside
+from trainer.goodput import write_goodput
+from trainer.goodput_ledger import begin_ledger
 from trainer.lease import LEASE_VARIABLE, is_taken_over, record_attempt
 from trainer.provenance import collect_provenance
+from trainer.secrets import blot_out
 from trainer.validation import World
 
 _FROZEN_KEYS = ("task", "model", "data", "seed", "optimizer", "schedule", "batch.global_size", "precision.compute")
@@ -150,21 +154,24 @@ class RunFolder:
         Raises:
             UserError: see ``check``; also where the folder cannot be written.
         """
+        began_at = time.time()
         self.check(config)
         try:
             attempt = self.newest_attempt() + 1
             self.log_dir(attempt).mkdir(parents=True)
+            begin_ledger(self.log_dir(attempt), attempt, began_at)
             suffix = "" if attempt == 1 else f".attempt-{attempt}"
             if self.newest_checkpoint() is None:
                 write_atomically(self.config_file, config_to_yaml(config))
             if attempt > 1:
                 write_atomically(self.path / f"config{suffix}.yaml", config_to_yaml(config))
-            provenance = json.dumps(collect_provenance(config, world, argv), indent=2)
+            provenance = blot_out(json.dumps(collect_provenance(config, world, argv), indent=2), os.environ)
             write_atomically(self.path / f"provenance{suffix}.json", provenance + "\n")
             self.stop_file.unlink(missing_ok=True)
             self.outcome_file.unlink(missing_ok=True)
             set_failure_aside(self.path)
             record_attempt(self.path, attempt)
+            write_goodput(self.path)
             # Room to say how the attempt ended, should the disk be full by then.
             write_atomically(self._reserve_file, bytes(_RESERVE_BYTES))
         except OSError as error:

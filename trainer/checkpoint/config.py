@@ -15,11 +15,17 @@ class CheckpointConfig(StrictModel):
     every_steps: int = Field(default=0, ge=0)
     """Save after every this many steps; 0 means only at the end of the run."""
 
+    asynchronous: bool = True
+    """Copy the state and write the copy while training goes on; false has training wait for the write."""
+
     keep_last: int = Field(default=2, ge=0)
     """Number of newest checkpoints that are kept; 0 keeps all."""
 
     keep_every: int = Field(default=0, ge=0)
     """Keep for good each checkpoint whose step is a multiple of this; 0 means none."""
+
+    keep_best: int = Field(default=0, ge=0)
+    """Keep also this many checkpoints whose step was evaluated with the lowest loss; 0 means none."""
 
     resume: Literal["auto", "never"] = "auto"
     """`auto` continues from the run folder's newest checkpoint; `never` refuses a folder that has one."""
