@@ -93,8 +93,7 @@ def conclude_by_force(run_folder: RunFolder) -> int:
     outcome = run_folder.read_outcome()
     if outcome is None or outcome["exit_code"] not in (EXIT_FINISHED, EXIT_STOPPED):
         step = _saved_step(run_folder)
-        run_folder.outcome_file.unlink(missing_ok=True)
-        run_folder.write_outcome("failed", EXIT_INTERRUPTED, step, "ended at once by a second signal")
+        run_folder.replace_outcome("failed", EXIT_INTERRUPTED, step, "ended at once by a second signal")
         then = f"the same command continues after step {step}" if step else "nothing was saved yet"
         print(f"error: ended at once by a second signal; {then}", file=sys.stderr)
     return EXIT_INTERRUPTED
@@ -169,8 +168,7 @@ def _overwrite_outcome(
 ) -> dict[str, Any]:
     step = reported["step"] if reported is not None else _saved_step(run_folder)
     rank = first.rank if first is not None else None
-    run_folder.outcome_file.unlink(missing_ok=True)
-    run_folder.write_outcome("failed", EXIT_FAILED, step, reason, rank)
+    run_folder.replace_outcome("failed", EXIT_FAILED, step, reason, rank)
     return {"status": "failed", "exit_code": EXIT_FAILED, "step": step, "reason": reason, "rank": rank}
 
 

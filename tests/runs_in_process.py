@@ -1,5 +1,6 @@
 """Whole runs, one after another in one process group: what they leave behind, without a process start for each."""
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from trainer.run_folder import RunFolder
 from trainer.validation import World
 
 # What training computes; times, rates and bytes are left out.
-_MEASURED = ("throughput/", "time/", "memory/", "system/", "goodput/")
+_COMPUTED = ("step", "train/", "eval/")
 
 
 @dataclass
@@ -88,6 +89,10 @@ class RunsInProcess:
             ending = trainer.fit()
         finally:
             trainer.close()
+            # A process that fails takes it along; here it would write beside the next attempt.
+            for thread in threading.enumerate():
+                if thread.name == "checkpoint-writer":
+                    thread.join()
         assert (ending is Ending.STOPPED) == (stop_at is not None)
         dist.barrier()
         return folder
@@ -111,4 +116,4 @@ def saved_state(folder: RunFolder, step: int) -> tuple[TrainingState, dict[str, 
 def computed_lines(folder: RunFolder) -> list[dict[str, Any]]:
     """metrics.jsonl without what is measured in seconds or bytes."""
     lines = read_metrics(folder.path)
-    return [{name: value for name, value in line.items() if not name.startswith(_MEASURED)} for line in lines]
+    return [{name: value for name, value in line.items() if name.startswith(_COMPUTED)} for line in lines]

@@ -10,6 +10,13 @@ if __name__ == "__main__":
     if is_started_by_launcher(os.environ):
         die_with_parent()
         stop_with_deepspeed()
+    num_restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if num_restarts and "SHARDLINE_ATTEMPT" not in os.environ:
+        from trainer.agent_restarts import await_restart
+
+        status = await_restart(sys.argv[1:], num_restarts)
+        if status is not None:
+            sys.exit(status)
 
     from trainer.rank import main
 

@@ -201,6 +201,11 @@ class RunFolder:
                 print(f"warning: {self.outcome_file} cannot be written: {error.strerror}", file=sys.stderr)
                 return False
 
+    def replace_outcome(self, status: str, exit_code: int, step: int, reason: str, rank: int | None = None) -> None:
+        """Say how the run ended where that is another thing than how its last attempt did."""
+        self.outcome_file.unlink(missing_ok=True)
+        self.write_outcome(status, exit_code, step, reason, rank)
+
     def read_outcome(self) -> dict[str, Any] | None:
         """How the last attempt ended; None where nobody could say."""
         try:

@@ -83,18 +83,6 @@ def test_two_continuations_are_bit_for_bit_the_uninterrupted_run(straight: Path,
     assert all(torch.equal(state[name], tensor) for name, tensor in expected_state.items())
 
 
-@pytest.mark.timeout(400)
-def test_dropout_masks_continue_bit_for_bit(make_config: MakeConfig) -> None:
-    model = {"architecture": "gpt2", "config": {"n_embd": 30, "n_layer": 2, "n_head": 3, "n_positions": 64}}
-    for name, pieces in (("whole", (4,)), ("parts", (2, 4))):
-        config = make_config(name, replace_model=model, checkpoint={"every_steps": 2}, schedule={"total_steps": 4})
-        for steps in pieces:
-            _run(config, f"steps={steps}")
-    runs = config.parent / "runs"
-    whole, parts = training_curve(runs / "whole"), training_curve(runs / "parts")
-    assert [row[:5] for row in parts] == [row[:5] for row in whole]
-
-
 @pytest.mark.parametrize(
     ("strategy", "ranks", "extra"),
     [
@@ -219,27 +207,3 @@ def test_a_run_moves_between_backends_and_ranks(make_config: MakeConfig) -> None
         assert after[1] == pytest.approx(before[1], rel=1e-5)
         # Rate and counted tokens: the same samples.
         assert after[3:5] == before[3:5]
-
-
-@pytest.mark.timeout(400)
-@pytest.mark.parametrize(
-    ("backend", "strategy"),
-    [
-        pytest.param("deepspeed", "zero1", marks=pytest.mark.slow),
-        ("deepspeed", "zero3"),
-        pytest.param("accelerate", "ddp", marks=pytest.mark.slow),
-    ],
-)
-def test_another_backend_continues_bit_for_bit(make_config: MakeConfig, backend: str, strategy: str) -> None:
-    parallel = {"backend": backend, "strategy": strategy}
-    for name, pieces in (("whole", (6,)), ("parts", (2, 4, 6))):
-        config = make_config(name, parallel=parallel, precision={"compute": "fp16"}, schedule={"total_steps": 6})
-        for steps in pieces:
-            _run(config, f"steps={steps}")
-    runs = config.parent / "runs"
-    whole, parts = training_curve(runs / "whole"), training_curve(runs / "parts")
-    assert [row[:5] for row in parts] == [row[:5] for row in whole]
-    expected, state = _final_state(runs / "whole", 6), _final_state(runs / "parts", 6)
-    assert state.keys() == expected.keys()
-    assert "scaler/scale" in state
-    assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())

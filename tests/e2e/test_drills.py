@@ -65,5 +65,5 @@ def test_torchrun_may_start_the_ranks_again_itself(make_config: Callable[..., Pa
         assert finished.returncode == 0, finished.stderr
         runs[name] = tmp_path / "runs" / name
     assert training_curve(runs["killed"]) == training_curve(runs["whole"])
-    assert [event["kind"] for event in read_events(runs["killed"])] == ["injected"]
+    assert [event["kind"] for event in read_events(runs["killed"])] == ["injected", "restart"]
     assert len(list((runs["killed"] / "logs").glob("attempt-*"))) == 2

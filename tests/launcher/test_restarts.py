@@ -11,7 +11,7 @@ import pytest
 
 from launcher.restarts import Restarts
 from trainer.events import read_events
-from trainer.failure import FAILURE_NAME, Failure, FailureKind
+from trainer.failure import FAILURE_NAME, Failure, FailureKind, set_failure_aside
 from trainer.run_folder import RunFolder
 from trainer.sections import FaultsConfig
 
@@ -21,6 +21,8 @@ def _restarts(folder: Path, *, max_restarts: int, backoff_s: float = 0.0) -> Res
 
 
 def _fail(folder: Path, attempt: int, kind: FailureKind, step: int = 7, where: str = "loop.py:1") -> None:
+    # As the beginning of an attempt does.
+    set_failure_aside(folder)
     failure = Failure(
         kind=kind, signature=f"{kind} {where}", attempt=attempt, step=step, rank=1, reason="it went wrong"
     )
@@ -69,6 +71,16 @@ def test_the_same_failure_three_times_in_a_row_is_the_end(tmp_path: Path, capsys
     outcome = json.loads((tmp_path / "outcome.json").read_text())
     assert outcome["reason"].startswith("the same failure came 3 times in a row at step 8: it went wrong; mend it")
     assert outcome["reason"] in capsys.readouterr().err
+
+
+def test_failures_of_an_earlier_command_count_too(tmp_path: Path) -> None:
+    for attempt in (1, 2):
+        _fail(tmp_path, attempt, FailureKind.EXCEPTION)
+    _fail(tmp_path, 3, FailureKind.EXCEPTION)
+    assert _restarts(tmp_path, max_restarts=9).after(3, 1) == 1
+    # The fourth attempt left no report: it was stopped, or its launcher was killed.
+    _fail(tmp_path, 5, FailureKind.EXCEPTION)
+    assert _restarts(tmp_path, max_restarts=9).after(5, 1) is None
 
 
 def test_kills_from_outside_do_not_count(tmp_path: Path) -> None:

@@ -51,6 +51,7 @@ class KillLog:
             "kills": len(kills),
             "by_victim": dict(sorted(Counter(kill["victim"] for kill in kills).items())),
             "by_phase": dict(sorted(Counter(kill["phase"] for kill in kills).items())),
+            "while_a_checkpoint_is_written": sum(bool(kill["is_saving"]) for kill in kills),
             "sittings": len(self.of("sitting")),
             "revisions": sorted({line["revision"] for line in self.of("sitting")}),
             "shardline_runs": len(self.of("run")),

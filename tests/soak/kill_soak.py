@@ -11,6 +11,7 @@ drawn from (seed, n) and depend on how far the run is.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -43,6 +44,7 @@ _STEPS_PER_KILL = 20
 _FIRST_GUESS_OF_START_S = 10.0
 _LOOK_EVERY_S = 0.02
 _SETTLES_WITHIN_S = 120.0
+_BEATS_WITHIN_S = 2.0
 _STEP = re.compile(r" INFO step (\d+)/")
 
 
@@ -168,6 +170,7 @@ class KillSoak:
         attempt, log_dir = self._run.newest_attempt(), self._run.log_dir(self._run.newest_attempt())
         victim, pid = self._find(plan.victim)
         beat = read_heartbeats(log_dir).get(0)
+        is_saving = self._is_saving(beat.time if beat is not None else None)
         self._killed_at, after_s = time.time(), time.monotonic() - begun_at
         try:
             kill(pid)
@@ -188,6 +191,7 @@ class KillSoak:
             after_s=round(after_s, 2),
             phase=phase,
             step=step,
+            is_saving=is_saving,
             saved_step=self._saved_step(),
             exit_code=exit_code,
             is_named=is_rank
@@ -229,7 +233,9 @@ class KillSoak:
         return launcher.returncode
 
     def _left_over(self) -> dict[int, list[str]]:
-        return {pid: argv for pid, argv in processes_of(self._run.path).items() if "tests.soak.kill_soak" not in argv}
+        # Not whoever looks at the folder, or started this.
+        ours = {"launcher", "launcher.child", "torch.distributed.run", "trainer"}
+        return {pid: argv for pid, argv in processes_of(self._run.path).items() if ours & set(argv)}
 
     def _finish(self) -> None:
         """To the end, and the comparison."""
@@ -257,6 +263,19 @@ class KillSoak:
     def _saved_step(self) -> int:
         newest = self._run.newest_checkpoint()
         return 0 if newest is None else newest[0]
+
+    def _is_saving(self, beat_at: float | None) -> bool:
+        """Whether a checkpoint is being written: its files are there, its manifest is not.
+
+        What an earlier kill has left of one is as old as that kill, and the heartbeat is of this attempt.
+        """
+        if beat_at is None:
+            return False
+        for folder in self._run.checkpoints_dir.glob("step-*"):
+            with contextlib.suppress(OSError):
+                if not (folder / "manifest.json").exists() and folder.stat().st_mtime > beat_at - _BEATS_WITHIN_S:
+                    return True
+        return False
 
     def _step_of(self, attempt: int) -> int | None:
         """The last step that an attempt has logged; None before its first."""
