@@ -1,4 +1,4 @@
-"""The one place that knows what a summed loss is divided by, and where ranks agree to stop."""
+"""What ranks agree on before a step: what a summed loss is divided by, whether to stop, whether a save is written."""
 
 from dataclasses import dataclass
 
@@ -13,19 +13,27 @@ class StepAgreement:
     Attributes:
         num_targets: valid targets of the global batch, over all ranks and micro-batches: the loss denominator.
         stop: whether any rank was asked to stop.
+        all_have_written: whether every rank is done with writing its part of a checkpoint, well or not.
     """
 
     num_targets: int
     stop: bool
+    all_have_written: bool
 
 
-def agree_on_step(num_local_targets: int, stop: bool) -> StepAgreement:
-    """Add up targets and stop flags of all ranks in one all-reduce.
+def agree_on_step(num_local_targets: int, stop: bool, has_written: bool) -> StepAgreement:
+    """Add up what all ranks have to say in one all-reduce.
 
-    Both live on the host, so the reduction runs over gloo and never waits for the device.
+    All of it lives on the host, so the reduction runs over gloo and never waits for the device.
+
+    Args:
+        num_local_targets: valid targets of this rank's micro-batches.
+        stop: whether this rank was asked to stop.
+        has_written: whether this rank is done with its part of a checkpoint that waits to be made valid.
     """
-    counts = torch.tensor([num_local_targets, int(stop)], dtype=torch.int64)
+    counts, num_ranks = torch.tensor([num_local_targets, int(stop), int(has_written)], dtype=torch.int64), 1
     if dist.is_initialized() and dist.get_world_size() > 1:
+        num_ranks = dist.get_world_size()
         dist.all_reduce(counts)
-    num_targets, num_stops = counts.tolist()
-    return StepAgreement(num_targets, num_stops > 0)
+    num_targets, num_stops, num_written = counts.tolist()
+    return StepAgreement(num_targets, num_stops > 0, num_written == num_ranks)

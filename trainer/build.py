@@ -46,6 +46,7 @@ def build_trainer(
     faults: Sequence[Fault] = (),
     is_stop_requested: Callable[[], bool],
     before_commit: Callable[[], None],
+    before_write: Callable[[int], None] = lambda _: None,
 ) -> Trainer:
     """Put one rank's trainer together; the process group must be up.
 
@@ -59,6 +60,7 @@ def build_trainer(
         faults: what strikes this rank on purpose.
         is_stop_requested: whether this rank was asked to stop.
         before_commit: see Checkpointer.
+        before_write: see Checkpointer.
 
     Raises:
         UserError: model, task, tokenizer and data do not fit together.
@@ -111,7 +113,15 @@ def build_trainer(
             document_mask=config.data.document_mask,
         ),
         checkpointer=Checkpointer(
-            config, run_folder, corpus.fingerprint, ranks, before_commit, average, observers.warn
+            config,
+            run_folder,
+            corpus.fingerprint,
+            ranks,
+            before_commit,
+            average,
+            warn=observers.warn,
+            tell=observers.message,
+            before_write=before_write,
         ),
         observers=observers,
         bad_numbers=BadNumbers(

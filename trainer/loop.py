@@ -182,10 +182,13 @@ class Trainer:
             data_wait_s = time.perf_counter() - waited_from
             num_targets = sum(self._parts.task.num_targets(batch) for batch in micro_batches)
             phases.enter(Phase.AGREE)
-            agreed = agree_on_step(num_targets, self._parts.is_stop_requested())
+            checkpointer = self._parts.checkpointer
+            agreed = agree_on_step(num_targets, self._parts.is_stop_requested(), checkpointer.has_written)
+            if agreed.all_have_written:
+                self._finish_saving()
             if agreed.stop:
                 self._judge_steps()
-                self._save()
+                self._save(waits=True)
                 return Ending.STOPPED
             phases.enter(Phase.TRAIN)
             with self._parts.profiler.step():
@@ -200,7 +203,7 @@ class Trainer:
             self._after_step(record)
             if step % _GC_EVERY_STEPS == 0:
                 gc.collect(1)
-        self._save()
+        self._save(waits=True)
         return Ending.FINISHED
 
     def _train_step(self, step: int, micro_batches: list[Batch], num_targets: int) -> StepRecord | None:
@@ -252,7 +255,7 @@ class Trainer:
         elif self._parts.ranks.rank == 0:
             self._parts.observers.advance(step)
         if saves and not is_last:
-            self._save()
+            self._save(waits=False)
 
     def _judge_steps(self) -> bool:
         """Judge the steps since the last time; whether the run has gone back to a checkpoint."""
@@ -362,7 +365,8 @@ class Trainer:
             self._parts.phases.enter(Phase.COMPARE)
             self._parts.compare_replicas(self.step)
 
-    def _save(self) -> None:
+    def _save(self, *, waits: bool) -> None:
+        """Save this step; ``waits`` until it is written, also where training could go on meanwhile."""
         # A damaged copy must not go into a checkpoint.
         self._compare_replicas()
         self._parts.phases.enter(Phase.SAVE)
@@ -379,9 +383,13 @@ class Trainer:
                     "loader_states": gather_states(self._loader_state, self._parts.ranks),
                 }
             )
-            folder = self._parts.checkpointer.save(self._parts.engine, training)
-        if folder is not None and self._parts.ranks.rank == 0:
-            self._parts.observers.message(f"saved {folder}")
+            checkpointer = self._parts.checkpointer
+            (checkpointer.save if waits else checkpointer.start_saving)(self._parts.engine, training)
+
+    def _finish_saving(self) -> None:
+        self._parts.phases.enter(Phase.SAVE)
+        with self._clock.paused("saving"):
+            self._parts.checkpointer.finish()
 
     def _initial_state(self) -> TrainingState:
         return TrainingState(

@@ -43,6 +43,9 @@ class Phase(StrEnum):
     SAVE = "save"
     """What saving a checkpoint keeps training waiting for."""
 
+    WRITE = "write"
+    """Writing a rank's part of a checkpoint; no phase of training, which goes on meanwhile."""
+
     FINISH = "finish"
     """Outcome, report, trackers."""
 

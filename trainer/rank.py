@@ -143,6 +143,9 @@ def _run(arguments: Sequence[str], progress: _Progress) -> int:
         redirect_output(run_folder.log_dir(attempt), ranks.rank)
         faults = read_faults(os.environ)
         inject_faults(faults, progress.phases, run_folder.path, ranks.rank, attempt)
+        # Apart from the phases of training, which go on while a checkpoint is written.
+        writing = Phases()
+        inject_faults(faults, writing, run_folder.path, ranks.rank, attempt)
         progress.phases.enter(Phase.BUILD)
         _start_watchdog(config, ranks, progress)
         progress.observers = observers = _build_observers(config, run_folder, ranks, attempt)
@@ -156,6 +159,7 @@ def _run(arguments: Sequence[str], progress: _Progress) -> int:
             faults=faults_of(faults, ranks.rank, attempt),
             is_stop_requested=lambda: stop_request.poll(run_folder.stop_file if ranks.rank == 0 else None),
             before_commit=lambda: progress.lease.check() if progress.lease is not None else None,
+            before_write=lambda step: writing.enter(Phase.WRITE, step),
         )
         ending = _train(trainer, config, run_folder, observers, ranks, progress.phases)
         # What comes now is each rank's own, and may take its time: trackers that send what they have.

@@ -1,22 +1,32 @@
 """When a run saves, what it keeps, and what it starts from."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from sharding.engine import Engine
 from sharding.errors import UserError
 from sharding.process_group import Ranks
+from sharding.state import TensorSlice
+from trainer.checkpoint.background import BackgroundWrite
 from trainer.checkpoint.manifest import TrainingState
+from trainer.checkpoint.rank_file import RankReport, write_rank_file
+from trainer.checkpoint.retention import prune_checkpoints, remove_checkpoints_after
+from trainer.checkpoint.snapshot import Snapshot
 from trainer.checkpoint.source import Source, open_source
-from trainer.checkpoint.writer import (
-    CheckpointIdentity,
-    prune_checkpoints,
-    remove_checkpoints_after,
-    save_checkpoint,
-)
+from trainer.checkpoint.writer import CheckpointIdentity, commit_checkpoint, prepare_checkpoint
 from trainer.config import RunConfig
 from trainer.run_folder import RunFolder
 from trainer.weight_average import WeightAverage
+
+
+@dataclass(frozen=True)
+class _PendingSave:
+    """A checkpoint without a manifest yet."""
+
+    folder: Path
+    training: TrainingState
+    write: BackgroundWrite
 
 
 class Checkpointer:
@@ -31,6 +41,8 @@ class Checkpointer:
         before_commit: Callable[[], None],
         weight_average: WeightAverage | None = None,
         warn: Callable[[str], None] = print,
+        tell: Callable[[str], None] = print,
+        before_write: Callable[[int], None] = lambda _: None,
     ) -> None:
         """Bind to a run.
 
@@ -42,6 +54,8 @@ class Checkpointer:
             before_commit: called on rank 0 before a checkpoint is made valid; raises if the folder was lost.
             weight_average: is saved and loaded with the engine's state.
             warn: tells a person that a checkpoint is damaged; called on rank 0.
+            tell: tells a person that a checkpoint is there; called on rank 0.
+            before_write: called with the step where this rank begins to write, in the thread that writes.
         """
         self._config = config
         self._run_folder = run_folder
@@ -50,7 +64,22 @@ class Checkpointer:
         self._before_commit = before_commit
         self._weight_average = weight_average
         self._warn = warn
+        self._tell = tell
+        self._before_write = before_write
+        self._identity = CheckpointIdentity(
+            config=config.model_dump(mode="json"),
+            data_fingerprint=data_fingerprint,
+            strategy=config.parallel.strategy,
+        )
+        self._snapshot = Snapshot()
+        self._pending: _PendingSave | None = None
         self._saved_step: int | None = None
+        self.last_write_s: float | None = None
+
+    @property
+    def has_written(self) -> bool:
+        """Whether this rank has written, or failed to write, its part of a checkpoint that is not valid yet."""
+        return self._pending is not None and self._pending.write.has_ended
 
     def resume(self, engine: Engine) -> TrainingState | None:
         """Load the state that the run continues, forks or warm-starts from; None where it starts from nothing.
@@ -75,7 +104,11 @@ class Checkpointer:
 
         Returns:
             What training continues from; None, and nothing has changed, where there is no such checkpoint.
+
+        Raises:
+            UserError: the checkpoint that was being written could not be.
         """
+        self.finish()
         source = self._open(last_step)
         if source is None:
             return None
@@ -106,26 +139,65 @@ class Checkpointer:
             self._weight_average.load(reader.read_into if continues else None)
         return reader.manifest.training
 
-    def save(self, engine: Engine, training: TrainingState) -> Path | None:
-        """Save all state, then delete what is not to be kept; None if this step is saved already.
+    def start_saving(self, engine: Engine, training: TrainingState) -> None:
+        """Copy all state, and write the copy in the background; every rank must call it.
+
+        One before it that is still being written is waited for. Without ``checkpoint.asynchronous`` this is ``save``.
 
         Raises:
             UserError: a rank could not write.
         """
+        if not self._config.checkpoint.asynchronous:
+            self.save(engine, training)
+            return
+        # The buffer is still being read from, and two writes at once would only hold up each other.
+        self.finish()
         if self._saved_step == training.step:
-            return None
-        folder = self._run_folder.checkpoint_path(training.step)
-        identity = CheckpointIdentity(
-            config=self._config.model_dump(mode="json"),
-            data_fingerprint=self._data_fingerprint,
-            strategy=self._config.parallel.strategy,
+            return
+        folder, rank = self._run_folder.checkpoint_path(training.step), self._ranks.rank
+        slices = self._state(engine)
+        prepare_checkpoint(folder, slices, training.step, self._ranks)
+        copies = self._snapshot.take(slices)
+        write = BackgroundWrite(
+            lambda: write_rank_file(folder, copies, rank, lambda: self._before_write(training.step))
         )
-        slices = engine.state(with_optimizer=True)
-        if self._weight_average is not None:
-            slices += self._weight_average.state()
-        save_checkpoint(folder, slices, training, identity, self._ranks, self._before_commit)
+        self._pending = _PendingSave(folder, training, write)
+
+    def save(self, engine: Engine, training: TrainingState) -> None:
+        """Save all state and wait for it, unless this step is saved already; every rank must call it.
+
+        Raises:
+            UserError: a rank could not write.
+        """
+        self.finish()
+        if self._saved_step == training.step:
+            return
+        folder = self._run_folder.checkpoint_path(training.step)
+        slices = self._state(engine)
+        prepare_checkpoint(folder, slices, training.step, self._ranks)
+        report = write_rank_file(folder, slices, self._ranks.rank, lambda: self._before_write(training.step))
+        self._commit(folder, report, training)
+
+    def finish(self) -> None:
+        """Wait for the save that is being written, if there is one, and make it valid; every rank must call it.
+
+        Raises:
+            UserError: a rank could not write.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self._commit(pending.folder, pending.write.wait(), pending.training)
+
+    def _state(self, engine: Engine) -> list[TensorSlice]:
+        average = self._weight_average
+        return engine.state(with_optimizer=True) + ([] if average is None else average.state())
+
+    def _commit(self, folder: Path, report: RankReport, training: TrainingState) -> None:
+        """Make a checkpoint valid, then delete what is not to be kept."""
+        self.last_write_s = commit_checkpoint(
+            folder, report, training, self._identity, self._ranks, self._before_commit
+        )
         self._saved_step = training.step
         if self._ranks.rank == 0:
-            settings = self._config.checkpoint
-            prune_checkpoints(self._run_folder.checkpoints_dir, settings.keep_last, settings.keep_every)
-        return folder
+            prune_checkpoints(self._run_folder.checkpoints_dir, self._config.checkpoint)
+            self._tell(f"saved {folder}")

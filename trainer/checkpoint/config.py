@@ -15,6 +15,9 @@ class CheckpointConfig(StrictModel):
     every_steps: int = Field(default=0, ge=0)
     """Save after every this many steps; 0 means only at the end of the run."""
 
+    asynchronous: bool = True
+    """Copy the state and write the copy while training goes on; false has training wait for the write."""
+
     keep_last: int = Field(default=2, ge=0)
     """Number of newest checkpoints that are kept; 0 keeps all."""
 

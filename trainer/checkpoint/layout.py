@@ -11,7 +11,7 @@ from typing import Any
 from trainer.checkpoint.manifest import DamagedCheckpoint, Manifest, SliceEntry, TensorEntry
 
 # torch's names of the element types that a checkpoint may hold, as a safetensors header has them.
-_HEADER_DTYPES = {
+HEADER_DTYPES = {
     "float64": "F64",
     "float32": "F32",
     "float16": "F16",
@@ -61,7 +61,7 @@ def check_tensors(folder: Path, manifest: Manifest, names: Sequence[str]) -> Non
     """
     for name in names:
         entry = manifest.tensors[name]
-        if entry.dtype not in _HEADER_DTYPES:
+        if entry.dtype not in HEADER_DTYPES:
             raise DamagedCheckpoint(folder, f"{name} has elements of an unknown type {entry.dtype!r}")
         fault = _tiling_fault(entry.shape, entry.slices)
         if fault is not None:
@@ -89,7 +89,7 @@ def check_header(folder: Path, file: str, parts: list[tuple[TensorEntry, SliceEn
     Raises:
         DamagedCheckpoint: a key is missing, not listed or listed twice, or has another type or shape.
     """
-    wanted = {part.key: (_HEADER_DTYPES.get(entry.dtype), part.shape) for entry, part in parts}
+    wanted = {part.key: (HEADER_DTYPES.get(entry.dtype), part.shape) for entry, part in parts}
     if len(wanted) < len(parts):
         raise DamagedCheckpoint(folder, f"the manifest has one part of {file} twice")
     found = {}
