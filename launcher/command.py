@@ -12,6 +12,8 @@ from sharding.errors import UserError
 
 _HOST = "127.0.0.1"
 _MODULE = "trainer"
+# Runs the module that follows with a rendezvous that listens on that interface alone.
+_ON_LOOPBACK = ("-m", "sharding.loopback")
 _ACCELERATE_DEFAULTS = Path(__file__).with_name("accelerate_defaults.yaml")
 _NO_DEVICE = "-1"
 
@@ -26,7 +28,7 @@ def torchrun_command(arguments: Sequence[str], port: int, devices: Sequence[str]
     """
     return [
         sys.executable,
-        "-m",
+        *_ON_LOOPBACK,
         "torch.distributed.run",
         "--nnodes=1",
         f"--nproc-per-node={len(devices)}",
@@ -76,7 +78,7 @@ def accelerate_command(arguments: Sequence[str], port: int, devices: Sequence[st
     """
     return [
         sys.executable,
-        "-m",
+        *_ON_LOOPBACK,
         "accelerate.commands.launch",
         f"--config_file={_ACCELERATE_DEFAULTS}",
         f"--num_processes={len(devices)}",
@@ -142,8 +144,7 @@ def rendezvous_port(configured: int) -> int:
         # Ports of connections that closed a moment ago may be used again, as the rendezvous itself does.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            # All interfaces, as the rendezvous store does.
-            probe.bind(("", configured))
+            probe.bind((_HOST, configured))
         except OSError as error:
             raise UserError(
                 f"launch.master_port={configured} cannot be used ({error.strerror}); "

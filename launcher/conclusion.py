@@ -3,6 +3,8 @@
 import re
 import signal
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ from launcher.rank_exits import CRASHES, RankExits, RankFailure, root_cause
 from sharding.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED
 from trainer.failure import FAILURE_TEXT_NAME, Evidence
 from trainer.failure_report import Sources, write_failure
-from trainer.hang import read_alarm
+from trainer.hang import read_verdict
+from trainer.places import Place
 from trainer.rank_error import is_of_a_peer, read_rank_errors
 from trainer.run_folder import RunFolder
 
@@ -25,24 +28,39 @@ _ERROR_LINE = re.compile(r"^(?:error: |[\w.]*(?:Error|Exception|Interrupt)\b)")
 _AGENT_ERROR = "torch.distributed.elastic.multiprocessing.errors.ChildFailedError"
 
 
-def conclude(agent: str, agent_status: int, seen: RankExits, oom: OomWatch, run_folder: RunFolder, log: Path) -> int:
+@dataclass(frozen=True)
+class Findings:
+    """What the launcher saw of an attempt.
+
+    Attributes:
+        exits: how ranks ended.
+        oom: what the kernel said of memory before the ranks started.
+        places: where each rank was last.
+    """
+
+    exits: RankExits
+    oom: OomWatch
+    places: Mapping[int, Place]
+
+
+def conclude(agent: str, agent_status: int, findings: Findings, run_folder: RunFolder, log: Path) -> int:
     """Say how the run ended, the failing rank's own error last, and return the exit status.
 
     Args:
         agent: what to call the launcher's agent.
         agent_status: its exit status, negative for a signal.
-        seen: how ranks were seen to end; the agent's own report of the first failure, where it makes one, goes before.
-        oom: what the kernel said at the beginning of running out of memory.
+        findings: what was seen from outside; the agent's own report of the first failure, where it makes one, goes
+            before that.
         run_folder: the run's folder; its outcome is written here where no rank could.
         log: what the agent and its ranks wrote to standard error.
     """
     first = first_failure(log.read_text(errors="replace"))
     if first is None and agent_status >= 0:
         # The end of an agent that was killed is the ranks' end too, and no failure of theirs.
-        first = seen.first_failure
-    oom_kill = oom.find(seen.pids.values())
+        first = findings.exits.first_failure
+    oom_kill = findings.oom.find(findings.exits.pids.values())
     outcome = run_folder.read_outcome()
-    if outcome is None or (not read_alarm(log.parent) and _is_consequence(outcome, first, log)):
+    if outcome is None or (read_verdict(log.parent) is None and _is_consequence(outcome, first, log)):
         if outcome is not None:
             print(f"rank {outcome['rank']} reported: {outcome['reason']}", file=sys.stderr)
         outcome = _overwrite_outcome(run_folder, outcome, first, _explain(agent, agent_status, first, log, oom_kill))
@@ -55,9 +73,17 @@ def conclude(agent: str, agent_status: int, seen: RankExits, oom: OomWatch, run_
         else:
             print(f"stopped at step {outcome['step']}, saved; run the same command again to continue")
     else:
-        looked = Evidence(source="the kernel", text=f"looked for OOM kills in {oom.describe()}")
-        ends, first_rank = seen.ends, first.rank if first is not None else None
-        sources = Sources(run_folder.path, _attempt(log), outcome, ends, first_rank, oom_kill, [looked])
+        looked = Evidence(source="the kernel", text=f"looked for OOM kills in {findings.oom.describe()}")
+        sources = Sources(
+            run_folder.path,
+            _attempt(log),
+            outcome,
+            ends=findings.exits.ends,
+            first=first.rank if first is not None else None,
+            places=findings.places,
+            oom_kill=oom_kill,
+            evidence=[looked],
+        )
         _print_failure(outcome, log, _write_report(sources))
     return exit_code
 
@@ -106,6 +132,8 @@ def _explain(agent: str, agent_status: int, first: RankFailure | None, log: Path
         if oom_kill is None:
             return f"{reason}, from outside or by the kernel: no trace of the OOM killer was found"
         return f"{reason}; memory had run out: {oom_kill.source} says {oom_kill.text!r}"
+    if first.exit_code == -signal.SIGBUS:
+        return f"{reason}: a file that it had mapped, such as a shard of the corpus, was cut short or cannot be read"
     error = _last_error(own_log) or _last_error(log)
     return error if error and first.exit_code > 0 else f"{reason}{f' ({error})' if error else ''}"
 

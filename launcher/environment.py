@@ -48,6 +48,9 @@ def rank_variables(
         ),
         Variable("TOKENIZERS_PARALLELISM", "false", "ranks only decode; threads before a fork would warn"),
         Variable(
+            "GLOO_SOCKET_IFNAME", "lo", "ranks of one machine need no other interface, and nobody else reaches them"
+        ),
+        Variable(
             "TORCH_NCCL_TRACE_BUFFER_SIZE",
             "2000",
             "keeps the latest collectives, of gloo too, for the report of a hang (torch's default, stated)",
@@ -69,6 +72,7 @@ def rank_variables(
                 "a failed or late collective ends the rank, without a clean-up that may hang (torch's default, stated)",
                 other_names=("NCCL_ASYNC_ERROR_HANDLING",),
             ),
+            Variable("NCCL_SOCKET_IFNAME", "lo", "as for gloo; data goes over NVLink, PCIe or shared memory"),
             Variable("NCCL_DEBUG", "WARN", "NCCL's own reason for a failure is in the log"),
         ]
     return variables

@@ -1,16 +1,17 @@
 """Ranks that cannot watch themselves: the launcher sees that all of their heartbeats stand still."""
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from sharding.errors import EXIT_FAILED
 from trainer.deadlines import is_overdue
 from trainer.events import record_event
-from trainer.hang import judge, read_traces
+from trainer.hang import conclude_hang, raise_alarm
 from trainer.heartbeat import Heartbeat, Pulse, RunningTime, read_heartbeats
+from trainer.places import read_places
 from trainer.rank_process import ask_for_stacks, is_debugged
 from trainer.run_folder import RunFolder
-from trainer.watchdog import raise_alarm
 
 # A rank that beats within this time judges for itself, and for the others.
 _SILENT_AFTER_S = 5.0
@@ -20,8 +21,15 @@ _STACKS_WITHIN_S = 0.5
 class HangWatch:
     """Looks at the heartbeats of an attempt's ranks, all of them on this machine."""
 
-    def __init__(self, run_folder: RunFolder, log_dir: Path) -> None:
-        """Look from now on."""
+    def __init__(self, run_folder: RunFolder, log_dir: Path, variables: Mapping[str, str]) -> None:
+        """Look from now on.
+
+        Args:
+            run_folder: the run's folder.
+            log_dir: the attempt's logs.
+            variables: where ranks publish their places.
+        """
+        self._variables = variables
         self._run_folder = run_folder
         self._log_dir = log_dir
         self._running = RunningTime(time.monotonic())
@@ -36,13 +44,14 @@ class HangWatch:
         """
         now = time.monotonic()
         self._running.tick(now, since_last_s)
-        pulses = [(beat, still_s) for beat, still_s in self._pulse.look(now).values() if beat.state != "ended"]
-        if not pulses or not all(_is_lost(beat, still_s) for beat, still_s in pulses):
+        pulses = {rank: pulse for rank, pulse in self._pulse.look(now).items() if pulse[0].state != "ended"}
+        if not pulses or not all(_is_lost(beat, still_s) for beat, still_s in pulses.values()):
             return
-        beats = [beat for beat, _ in pulses]
-        raise_alarm(self._log_dir, None, beats)
+        beats = [beat for beat, _ in pulses.values()]
+        raise_alarm(self._log_dir, None, pulses)
         _ask_for_stacks(beats)
-        hang = judge(read_traces(self._log_dir))
+        self._has_stacks = True
+        hang = conclude_hang(self._log_dir, read_places(self._variables))
         step = min(beat.step for beat in beats)
         late = hang.late[0] if hang.late else None
         if self._run_folder.write_outcome("failed", EXIT_FAILED, max(step - 1, 0), hang.reason, late):

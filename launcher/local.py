@@ -12,12 +12,13 @@ from types import FrameType
 from typing import BinaryIO
 
 from launcher.child import start_child
-from launcher.conclusion import conclude, conclude_by_force
+from launcher.conclusion import Findings, conclude, conclude_by_force
 from launcher.hang_watch import HangWatch
 from launcher.oom_evidence import OomWatch
 from launcher.rank_exits import RankExits
 from sharding.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED
 from trainer.lease import ATTEMPT_VARIABLE, LEASE_VARIABLE, is_taken_over
+from trainer.places import Places, read_places
 from trainer.run_folder import RunFolder
 from trainer.stopping import request_stop
 
@@ -107,12 +108,15 @@ def run_ranks(
     previous = {number: signal.signal(number, signals.receive) for number in _SIGNALS}
     try:
         with log.open("ab") as stderr:
-            oom = OomWatch()
-            agent = start_child(command, {**os.environ, **variables, **marks}, shielded=True, stderr=stderr)
+            oom, places = OomWatch(), Places()
+            environment = {**os.environ, **variables, **marks, **places.variables}
+            agent = start_child(command, environment, shielded=True, stderr=stderr)
         exits = RankExits(agent.pid)
         with log.open("rb") as agent_log, contextlib.closing(exits):
-            hangs = HangWatch(run_folder, log.parent)
+            hangs = HangWatch(run_folder, log.parent, places.variables)
             ended_by_force = _wait(agent, agent_log, exits, hangs, signals, run_folder, lease_token)
+        findings = Findings(exits, oom, read_places(places.variables))
+        places.close()
     finally:
         kill_marked(lease_token)
         for number, handler in previous.items():
@@ -123,7 +127,7 @@ def run_ranks(
         return EXIT_FAILED
     if ended_by_force:
         return conclude_by_force(run_folder)
-    return conclude(f"{launcher}'s agent", agent.returncode, exits, oom, run_folder, log)
+    return conclude(f"{launcher}'s agent", agent.returncode, findings, run_folder, log)
 
 
 def kill_marked(token: str, *, spared_pid: int | None = None) -> None:
@@ -174,8 +178,8 @@ def _wait(
             failed_at = now if failures.has_failed() else None
         if failed_at is not None and now > failed_at + _GRACE_AFTER_FAILURE_S:
             # The agent sees its ranks end, and ends with its report. What they end with now is our doing.
-            hangs.keep_stacks()
             exits.close()
+            hangs.keep_stacks()
             kill_marked(token, spared_pid=agent.pid)
         exits.wait(_POLL_EVERY_S)
     return False

@@ -5,11 +5,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from sharding.errors import UserError
+from sharding.loopback import HOSTS, loopback_store
 from sharding.process_lifetime import ACCELERATE_VARIABLE
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -108,30 +110,37 @@ def process_group(init_timeout_s: float) -> Iterator[Ranks]:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
         device_id = device if device.type == "cuda" else None
-        store = _store_after_restart(rank, world_size, timeout)
-        if store is None:
-            dist.init_process_group(backend, timeout=timeout, device_id=device_id)
-        else:
-            dist.init_process_group(
-                backend, store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=device_id
-            )
+        store = _store(rank, world_size, timeout, os.environ)
+        dist.init_process_group(backend, timeout=timeout, device_id=device_id, **store)
     yield Ranks(rank, world_size, local_rank, local_world_size, device)
     # Only on the way out of a clean run: after an error on this rank the others may be inside a collective that will
     # never complete, and tearing NCCL down can wait for them.
     dist.destroy_process_group()
 
 
-def _store_after_restart(rank: int, world_size: int, timeout: timedelta) -> dist.Store | None:
-    """The agent's store for ranks that it has started again, with names of their own; None for the first start.
+def _store(rank: int, world_size: int, timeout: timedelta, environment: Mapping[str, str]) -> dict[str, Any]:
+    """Where ranks meet, where torch's own choice is not right.
 
-    Under torchrun's static rendezvous the store outlives a restart, and ranks would find the addresses of those before
-    them in it.
+    Raises:
+        UserError: the port is in use.
     """
-    num_restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if num_restarts == "0":
-        return None
-    store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
-    return dist.PrefixStore(f"restart-{num_restarts}", store)
+    place = {"rank": rank, "world_size": world_size}
+    if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        num_restarts = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
+        if num_restarts == "0":
+            return {}
+        # Under torchrun's static rendezvous the agent's store outlives a restart, and ranks would find the addresses
+        # of those before them in it.
+        store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
+        return {"store": dist.PrefixStore(f"restart-{num_restarts}", store), **place}
+    host, port = environment.get("MASTER_ADDR", ""), environment.get("MASTER_PORT", "")
+    if host not in HOSTS or not port.isdigit():
+        return {}
+    try:
+        # torch's own would listen on all interfaces.
+        return {"store": loopback_store(host, int(port), world_size, rank == 0, timeout), **place}
+    except OSError as error:
+        raise UserError(f"MASTER_PORT={port} cannot be used ({error.strerror}); choose another.") from None
 
 
 def set_step_timeout(timeout_s: float) -> None:

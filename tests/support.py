@@ -66,14 +66,14 @@ def write_corpus(folder: Path, num_documents: int = 24) -> Path:
     return folder
 
 
-def write_empty_checkpoint(folder: Path, step: int = 0) -> Path:
+def write_empty_checkpoint(folder: Path, step: int = 0, eval_loss: float | None = None) -> Path:
     """A checkpoint without tensors, for tests that look only at what there is; returns its folder."""
     from trainer.checkpoint.manifest import FORMAT_VERSION, Manifest, TrainingState, fingerprint, write_manifest
 
     counters = dict.fromkeys(("num_samples", "num_tokens", "num_skipped_steps", "num_skipped_in_a_row"), 0)
     manifest = Manifest(
         format_version=FORMAT_VERSION,
-        training=TrainingState(step=step, schedule_total_steps=12, seed=7, **counters),
+        training=TrainingState(step=step, schedule_total_steps=12, seed=7, eval_loss=eval_loss, **counters),
         config={},
         config_fingerprint=fingerprint({}),
         data_fingerprint="",

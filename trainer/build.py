@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from sharding.engine import Engine
 from sharding.mesh import DataParallelMesh, build_mesh
@@ -21,17 +20,19 @@ from trainer.data.streaming import StreamingLoader, state_of_rank
 from trainer.events import record_event
 from trainer.hardware import peak_flops
 from trainer.injection import Fault
-from trainer.loop import Trainer, TrainerParts
+from trainer.loop import Trainer
 from trainer.model_engine import build_model_engine, describe_model, parameter_hash
 from trainer.models import Vocabulary
 from trainer.observers import Observers
-from trainer.phases import Phases
+from trainer.phases import Phase, Phases
 from trainer.profiling import StepProfiler
 from trainer.replica_check import ReplicaCheck
 from trainer.run_folder import RunFolder
 from trainer.spoiled_samples import SpoiledTask
+from trainer.stragglers import BusyMeter
 from trainer.system_metrics import SystemMeter
 from trainer.tasks.registry import build_task
+from trainer.trainer_parts import TrainerParts
 from trainer.weight_average import WeightAverage
 
 
@@ -84,7 +85,8 @@ def build_trainer(
     vocabulary = Vocabulary(corpus.vocab_size, corpus.eos_token_id)
     if config.data.document_mask:
         check_architecture(config, task, vocabulary)
-    engine, facts = build_model_engine(config, task, mesh, ranks, vocabulary)
+    busy = BusyMeter(phases, config.parallel.strategy)
+    engine, facts = build_model_engine(config, task, mesh, ranks, vocabulary, busy)
     observers.message(describe_model(config, facts, ranks))
     if config.metrics.parameter_hash:
         observers.message(f"initial parameters {parameter_hash(engine, ranks)}")
@@ -133,15 +135,14 @@ def build_trainer(
         ),
         phases=phases,
         is_stop_requested=is_stop_requested,
+        compare_replicas=_replica_check(config, engine, ranks, observers, phases),
         after_first_step=lambda: set_step_timeout(config.launch.step_timeout_s),
         profiler=StepProfiler(run_folder.path / "profile", config.metrics.profile_steps, ranks.rank, ranks.device),
         meter=SystemMeter(ranks, os.environ, enabled=config.metrics.system),
         facts=facts,
+        busy=busy,
         peak_flops=peak_flops(ranks.device, compute_dtype(config.precision, ranks.device)),
         weight_average=average,
-        compare_replicas=_replica_check(engine, ranks, run_folder).run
-        if config.faults.replica_check_every_steps
-        else None,
     )
     trainer = Trainer(config, parts)
     if isinstance(task, SpoiledTask):
@@ -149,12 +150,18 @@ def build_trainer(
     return trainer
 
 
-def _replica_check(engine: Engine, ranks: Ranks, run_folder: RunFolder) -> ReplicaCheck:
-    def record(step: int, details: dict[str, Any]) -> None:
-        attempt = run_folder.newest_attempt()
-        record_event(run_folder.path, "replica_mismatch", attempt=attempt, step=step, **details)
+def _replica_check(
+    config: RunConfig, engine: Engine, ranks: Ranks, observers: Observers, phases: Phases
+) -> Callable[[int], None]:
+    if config.faults.replica_check_every_steps == 0:
+        return lambda _step: None
+    check = ReplicaCheck(engine, ranks, lambda step, details: observers.event("replica_mismatch", step, **details))
 
-    return ReplicaCheck(engine, ranks, record)
+    def compare(step: int) -> None:
+        phases.enter(Phase.COMPARE)
+        check.run(step)
+
+    return compare
 
 
 def _build_loader(

@@ -1,6 +1,7 @@
 """RunConfig: one file plus overrides becomes one strict, frozen description of a run. Imports no torch."""
 
 import difflib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -14,6 +15,7 @@ from sharding.strict_model import StrictModel
 from trainer.checkpoint.config import CheckpointConfig
 from trainer.data.config import DataConfig
 from trainer.optimizers.config import OptimizerConfig
+from trainer.secrets import refuse_secrets
 from trainer.sections import (
     BatchConfig,
     EvaluationConfig,
@@ -120,12 +122,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file, apply ``key.sub=value`` overrides and check the result.
 
     Raises:
-        UserError: the file cannot be read or parsed, a key is unknown, or a value is wrong.
+        UserError: the file cannot be read or parsed, a key is unknown, or a value is wrong or a secret.
     """
     values = read_yaml_mapping(Path(path))
     for override in overrides:
         _apply_override(values, override)
-    return parse_config(values, source=str(path))
+    config = parse_config(values, source=str(path))
+    refuse_secrets(config.model_dump(mode="json"), os.environ)
+    return config
 
 
 def parse_config(values: dict[str, Any], source: str) -> RunConfig:

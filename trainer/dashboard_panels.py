@@ -70,6 +70,7 @@ SECTIONS = (
             Panel("Tokens per second and device", ("throughput/tokens_per_s_per_device",), "tokens/s"),
             Panel("Step time", ("throughput/step_time_s",), "s"),
             Panel("Model FLOPs utilization", ("throughput/mfu", "throughput/mfu_causal"), "share of the peak"),
+            Panel("What the slowest rank costs", ("throughput/slowest_rank_ratio",), "step time / without it"),
         ),
     ),
     PanelSection("Memory", (Panel("Peak memory of a rank", ("memory/peak_gib",), "GiB"),)),
@@ -87,6 +88,7 @@ SECTIONS = (
                 "share of wall time",
                 stacked=True,
             ),
+            Panel("Saving checkpoints", ("checkpoint/blocking_s", "checkpoint/write_s"), "s"),
         ),
     ),
     PanelSection(

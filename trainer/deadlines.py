@@ -2,20 +2,21 @@
 
 from collections import deque
 from collections.abc import Iterable
+from statistics import median
 
 from trainer.heartbeat import Heartbeat
 from trainer.phases import Moment, Phase
 
 _NUM_REMEMBERED = 64
-# Compilation may come again for another shape; it takes no longer than the first one did.
-_COMPILED_AGAIN = 2.0
+# What happened once may happen again, and take longer. So may compilation, which is in the first step.
+_TIMES_LONGEST = 2.0
 # Storage may be slow once in a while, for minutes: here the run's own history is no guide.
 _UNSTEADY = frozenset({Phase.BUILD, Phase.LOAD, Phase.SAVE, Phase.FINISH})
 _ORDER = {phase: index for index, phase in enumerate(Phase)}
 
 
 class Deadlines:
-    """The allowance of each phase in seconds: ``max(min_s, factor x the longest of its latest 64 durations)``.
+    """The allowance of each phase in seconds: ``max(min_s, factor x median, 2 x longest)`` of its latest 64 durations.
 
     A phase that has not ended once in this attempt, and with it everything up to the end of the first step, has
     ``startup_s``. So have phases that depend on storage, at the least.
@@ -25,7 +26,7 @@ class Deadlines:
         """Nothing is known yet.
 
         Args:
-            factor: how many times longer than its longest a phase may be.
+            factor: how many times longer than usual a phase may be.
             min_s: what a phase may take in any case, in seconds.
             startup_s: what it may take before there is a history, in seconds.
         """
@@ -50,9 +51,10 @@ class Deadlines:
         durations = list(self._durations[phase])
         if not durations:
             return self._startup_s
-        learnt_s = max(self._min_s, self._factor * max(durations))
+        longest_s = max(durations)
         if phase is Phase.TRAIN and self._first_train_s is not None:
-            learnt_s = max(learnt_s, _COMPILED_AGAIN * self._first_train_s)
+            longest_s = max(longest_s, self._first_train_s)
+        learnt_s = max(self._min_s, self._factor * median(durations), _TIMES_LONGEST * longest_s)
         return max(learnt_s, self._startup_s) if phase in _UNSTEADY else learnt_s
 
 
@@ -78,7 +80,16 @@ def is_hang(own: Heartbeat, others: Iterable[tuple[Heartbeat, float]]) -> bool:
         own: this rank's heartbeat.
         others: the other ranks' last, each with the seconds for which it has not changed.
     """
-    behind = [(other, unchanged_s) for other, unchanged_s in others if position(other) < position(own)]
-    return is_overdue(own) and all(
-        other.state != "running" or is_overdue(other, unchanged_s) for other, unchanged_s in behind
-    )
+    return is_overdue(own) and not any(_may_take_longer(other, unchanged_s, own) for other, unchanged_s in others)
+
+
+def _may_take_longer(other: Heartbeat, unchanged_s: float, own: Heartbeat) -> bool:
+    """Whether a rank is behind this one, and in time."""
+    if other.state != "running" or position(other) >= position(own):
+        return False
+    # No rank leaves the agreement of a step before all have come to it.
+    agreed_step = own.step if _ORDER[own.phase] > _ORDER[Phase.AGREE] else own.step - 1
+    if position(other) < (agreed_step, _ORDER[Phase.AGREE]):
+        # It has left the phase of its last heartbeat, and said nothing since: what it was allowed there is void.
+        return unchanged_s <= own.allowance_s
+    return not is_overdue(other, unchanged_s)

@@ -18,8 +18,9 @@ from trainer.failure import (
 )
 from trainer.failure_text import describe_failure
 from trainer.flight_recorder import flight_path, read_collectives
-from trainer.hang import ALARM_NAME, judge, read_alarm, read_traces
+from trainer.hang import ALARM_NAME, read_alarm, read_verdict
 from trainer.heartbeat import Heartbeat, heartbeat_path, read_heartbeats
+from trainer.places import Place
 from trainer.rank_error import RankError, error_path, read_rank_errors
 from trainer.stacks import Frame, innermost, last_stack, read_stack, stacks_path
 
@@ -65,6 +66,7 @@ class Sources:
         outcome: outcome.json as it stands at the end.
         ends: how processes ended, by rank, where that was seen.
         first: rank whose process was seen to fail first; None where nobody saw.
+        places: where each rank was last, where that is known to the moment.
         oom_kill: what tells that the kernel killed a rank for memory; None where nothing does.
         evidence: what else was found.
     """
@@ -74,6 +76,7 @@ class Sources:
     outcome: Mapping[str, Any]
     ends: Mapping[int, ProcessEnd] = field(default_factory=dict)
     first: int | None = None
+    places: Mapping[int, Place] = field(default_factory=dict)
     oom_kill: Evidence | None = None
     evidence: Sequence[Evidence] = ()
 
@@ -102,34 +105,40 @@ def build_failure(sources: Sources) -> Failure:
     this order, go before what ``outcome.json`` says.
     """
     log_dir = sources.log_dir
-    beats, errors = read_heartbeats(log_dir), read_rank_errors(log_dir)
+    beats = {rank: _at(beat, sources.places.get(rank)) for rank, beat in read_heartbeats(log_dir).items()}
+    errors = read_rank_errors(log_dir)
     alarm = read_alarm(log_dir)
-    hang = judge(read_traces(log_dir)) if alarm and sources.outcome.get("status") != "bad_input" else None
+    hang = read_verdict(log_dir) if sources.outcome.get("status") != "bad_input" else None
     rank = _first_rank(sources, beats, errors) if hang is None else (hang.late[0] if hang.late else None)
     error = errors.get(rank) if rank is not None else None
     end = sources.ends.get(rank) if rank is not None else None
     beat = beats.get(rank) if rank is not None else None
     frame = _frame(log_dir, rank, beat) if rank is not None else None
-    where = error.where if error is not None and hang is None else str(frame) if frame is not None else None
     kind = FailureKind.HANG if hang is not None else _kind(sources, rank, error, end, beats, errors)
-    moment = error if error is not None and hang is None else beat
-    step = moment.step if moment is not None else None
+    # What is surest of the place goes first.
+    place = hang or error or beat
+    where = hang.where if hang is not None else error.where if error is not None else str(frame) if frame else None
+    step = place.step if place is not None else None
     return Failure(
         kind=kind,
         signature=_signature(kind, error, end, where, step),
         attempt=sources.attempt,
         time=_time(alarm, error, end, beat),
         rank=rank,
-        phase=moment.phase if moment is not None else None,
+        phase=place.phase if place is not None else None,
         step=step,
         where=where,
-        collective=str(hang.collective) if hang is not None and hang.collective is not None else None,
+        collective=hang.collective if hang is not None else None,
         reason=hang.reason if hang is not None else _reason(sources, kind, end),
         remedy=_REMEDIES.get(kind),
         ranks=_rank_states(sources, rank, beats, errors, hang.late if hang is not None else ()),
         evidence=_evidence(sources, rank, error, alarm),
         logs=_logs(sources, rank),
     )
+
+
+def _at(beat: Heartbeat, place: Place | None) -> Heartbeat:
+    return beat if place is None else beat.model_copy(update={"phase": place[0], "step": place[1]})
 
 
 def signal_name(number: int) -> str:

@@ -1,17 +1,27 @@
 """Who was late in a hang: from what every rank wrote down before it was ended, and from nothing else."""
 
 import json
+import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from pydantic import Field, ValidationError
+
+from sharding.strict_model import StrictModel
+from trainer.atomic_files import create_once
 from trainer.deadlines import position
 from trainer.flight_recorder import Collective, read_collectives
 from trainer.heartbeat import Heartbeat, read_heartbeats
+from trainer.phases import Phase
+from trainer.places import Place
+from trainer.rank_process import process_state
 from trainer.stacks import Frame, innermost, read_stack
 
-ALARM_NAME = "hang.json"
+ALARM_NAME = "alarm.json"
+VERDICT_NAME = "hang.json"
 
 
 @dataclass(frozen=True)
@@ -23,12 +33,14 @@ class Traces:
         collectives: its latest, oldest first; None where it could not write them.
         frame: innermost line of our or the user's code that its main thread was at; None where it is not known.
         process: state of its process as the kernel gave it, where somebody looked.
+        silent_s: seconds for which its heartbeat had stood still when the alarm was raised.
     """
 
     heartbeat: Heartbeat
     collectives: list[Collective] | None = None
     frame: Frame | None = None
     process: str | None = None
+    silent_s: float = 0.0
 
     @property
     def pending(self) -> Collective | None:
@@ -36,40 +48,96 @@ class Traces:
         return next((one for one in self.collectives or [] if one.is_pending), None)
 
 
-@dataclass(frozen=True)
-class Hang:
-    """A verdict.
+class Hang(StrictModel):
+    """A verdict."""
 
-    Attributes:
-        late: ranks that the others waited for; empty where that cannot be told.
-        collective: what the others waited in.
-        reason: one sentence.
-    """
+    late: tuple[int, ...] = Field(default=(), strict=False)
+    """Ranks that the others waited for; empty where that cannot be told."""
 
-    late: tuple[int, ...]
-    collective: Collective | None
+    phase: Phase | None = Field(default=None, strict=False)
+    """What the first of them was doing."""
+
+    step: int | None = None
+    """At which step."""
+
+    where: str | None = None
+    """Innermost line of our or the user's code that it was at."""
+
+    collective: str | None = None
+    """What the others waited in."""
+
     reason: str
+    """One sentence."""
 
 
-def read_traces(log_dir: Path) -> dict[int, Traces]:
-    """What the ranks of an attempt left, by rank."""
-    processes = read_alarm(log_dir).get("processes", {})
+def read_traces(log_dir: Path, places: Mapping[int, Place]) -> dict[int, Traces]:
+    """What the ranks of an attempt left, by rank.
+
+    Args:
+        log_dir: the attempt's.
+        places: phase and step of ranks, where they are known to the moment.
+    """
+    suspects = read_alarm(log_dir).get("suspects", {})
     return {
         rank: Traces(
-            heartbeat,
+            _at(heartbeat, places.get(rank)),
             read_collectives(log_dir, rank),
             innermost(read_stack(log_dir, rank, heartbeat.main_thread)),
-            processes.get(str(rank)),
+            suspects.get(str(rank), {}).get("process"),
+            suspects.get(str(rank), {}).get("silent_s", 0.0),
         )
         for rank, heartbeat in read_heartbeats(log_dir).items()
         if heartbeat.state != "ended"
     }
 
 
-def read_alarm(log_dir: Path) -> dict[str, dict[str, str]]:
+def _at(heartbeat: Heartbeat, place: Place | None) -> Heartbeat:
+    """The heartbeat, with the place where a rank that has written nothing since then really is."""
+    if place is None or heartbeat.state != "running":
+        return heartbeat
+    return heartbeat.model_copy(update={"phase": place[0], "step": place[1]})
+
+
+def raise_alarm(log_dir: Path, seen_by: Heartbeat | None, suspects: Mapping[int, tuple[Heartbeat, float]]) -> None:
+    """Let every rank know of a hang, unless it is known; with what can be seen of the other ranks from here.
+
+    Args:
+        log_dir: the attempt's.
+        seen_by: the rank that raises it; None for the launcher.
+        suspects: the other ranks' heartbeats, and for how long each has stood still.
+    """
+    alarm: dict[str, Any] = {
+        "seen_by": "the launcher" if seen_by is None else f"rank {seen_by.rank}",
+        "time": time.time(),
+        "suspects": {
+            str(rank): {"process": process_state(beat), "silent_s": round(silent_s, 1)}
+            for rank, (beat, silent_s) in suspects.items()
+        },
+    }
+    if seen_by is not None:
+        alarm |= {"phase": seen_by.phase, "step": seen_by.step, "allowance_s": seen_by.allowance_s}
+    create_once(log_dir / ALARM_NAME, json.dumps(alarm) + "\n")
+
+
+def conclude_hang(log_dir: Path, places: Mapping[int, Place]) -> Hang:
+    """Judge, and write the verdict down, unless somebody has done so: ranks may come to life again."""
+    hang = judge(read_traces(log_dir, places))
+    create_once(log_dir / VERDICT_NAME, hang.model_dump_json() + "\n")
+    return read_verdict(log_dir) or hang
+
+
+def read_verdict(log_dir: Path) -> Hang | None:
+    """The verdict of an attempt; None where there was no hang."""
+    try:
+        return Hang.model_validate_json((log_dir / VERDICT_NAME).read_text())
+    except (OSError, ValidationError):
+        return None
+
+
+def read_alarm(log_dir: Path) -> dict[str, Any]:
     """What whoever saw the hang first noted; empty where nobody has seen one."""
     try:
-        alarm: dict[str, dict[str, str]] = json.loads((log_dir / ALARM_NAME).read_text())
+        alarm: dict[str, Any] = json.loads((log_dir / ALARM_NAME).read_text())
     except (OSError, ValueError):
         return {}
     return alarm
@@ -88,7 +156,7 @@ def judge(traces: dict[int, Traces]) -> Hang:
     waiting = {rank: one.pending for rank, one in traces.items() if one.pending is not None}
     disagreement = _disagreement(waiting)
     if disagreement:
-        return Hang((), None, disagreement)
+        return Hang(reason=disagreement)
     late = _late(traces, waiting)
     waited_in = {rank: collective for rank, collective in waiting.items() if rank not in late}
     rest = _describe_rest(traces, waited_in, late)
@@ -96,7 +164,16 @@ def judge(traces: dict[int, Traces]) -> Hang:
         reason = f"{'; '.join(_describe_late(traces[rank]) for rank in late)}{rest}"
     else:
         reason = f"no rank went on, and none of them was behind the others{rest}"
-    return Hang(late, next(iter(waited_in.values()), None), reason + ".")
+    first = traces[late[0]] if late else None
+    collective = next(iter(waited_in.values()), None)
+    return Hang(
+        late=late,
+        phase=first.heartbeat.phase if first is not None else None,
+        step=first.heartbeat.step if first is not None else None,
+        where=str(first.frame) if first is not None and first.frame is not None else None,
+        collective=str(collective) if collective is not None else None,
+        reason=reason + ".",
+    )
 
 
 def _late(traces: dict[int, Traces], waiting: dict[int, Collective]) -> tuple[int, ...]:
@@ -139,7 +216,9 @@ def _describe_late(one: Traces) -> str:
     stood = "no longer answered" if beat.state == "running" else "stood still"
     collective = f" in {one.pending}" if one.pending is not None else ""
     moment = f"in phase {beat.phase} of step {beat.step}{where}{collective}"
-    return f"{place} {stood} {moment}, after {beat.in_phase_s:.1f} s there (deadline {beat.allowance_s:.1f} s){state}"
+    if beat.state == "running":
+        return f"{place} {stood} for {one.silent_s:.1f} s, and was last seen {moment}{state}"
+    return f"{place} {stood} {moment}, after {beat.in_phase_s:.1f} s there (deadline {beat.allowance_s:.1f} s)"
 
 
 def _describe_rest(traces: dict[int, Traces], waited_in: dict[int, Collective], late: tuple[int, ...]) -> str:

@@ -3,19 +3,15 @@
 import gc
 import math
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 import torch
 
-from sharding.engine import Batch, Engine
+from sharding.engine import Batch
 from sharding.errors import NonFiniteFailure
-from sharding.process_group import Ranks
 from trainer.accumulation import agree_on_step
-from trainer.bad_numbers import BadNumbers, TakenStep, leave_out_as_told
-from trainer.checkpoint.checkpointer import Checkpointer
+from trainer.bad_numbers import TakenStep, leave_out_as_told
 from trainer.checkpoint.manifest import TrainingState
 from trainer.config import RunConfig
 from trainer.data.loader import BatchLoader
@@ -27,19 +23,16 @@ from trainer.metrics import (
     SkippedSteps,
     StepRecord,
     ThroughputClock,
+    finite_or_none,
+    mfu_metrics,
     sum_over_ranks,
     summarize_step,
 )
-from trainer.models import ModelFacts
 from trainer.noise_scale import NoiseScale, train_and_measure
-from trainer.observers import Observers
-from trainer.phases import Phase, Phases
-from trainer.profiling import StepProfiler
+from trainer.phases import Phase
 from trainer.randomness import seed_step
 from trainer.schedules import learning_rate
-from trainer.system_metrics import SystemMeter
-from trainer.tasks.task import Task
-from trainer.weight_average import WeightAverage
+from trainer.trainer_parts import TrainerParts
 
 _GC_EVERY_STEPS = 100
 
@@ -49,50 +42,6 @@ class Ending(Enum):
 
     FINISHED = "finished"
     STOPPED = "stopped"
-
-
-@dataclass(frozen=True)
-class TrainerParts:
-    """What the loop works with; built in ``trainer.build``.
-
-    Attributes:
-        engine: the sharded model and optimizer.
-        task: batches and metrics.
-        ranks: this rank's place.
-        dp_rank: place among the ranks that read different data.
-        build_loader: a loader that starts where the training is.
-        evaluation_batches: this rank's share of the held-out sequences; equally many on every rank.
-        checkpointer: saving and resuming.
-        observers: console, trackers; silent on all ranks but the first.
-        bad_numbers: judges each step's loss and gradient norm.
-        phases: what this rank is doing; the loop tells it.
-        is_stop_requested: whether this rank was asked to stop.
-        after_first_step: called once; lowers the collectives' time limit.
-        facts: size of the model.
-        meter: use of nodes and GPUs.
-        peak_flops: dense peak of one device in FLOP/s, where known.
-        weight_average: moving average of the weights, where one is kept.
-        compare_replicas: called with a step, raises where ranks hold different parameters; None leaves it out.
-    """
-
-    engine: Engine
-    task: Task
-    ranks: Ranks
-    dp_rank: int
-    build_loader: Callable[[TrainingState], BatchLoader | StreamingLoader]
-    evaluation_batches: Callable[[], Iterable[Batch]]
-    checkpointer: Checkpointer
-    observers: Observers
-    bad_numbers: BadNumbers
-    phases: Phases
-    is_stop_requested: Callable[[], bool]
-    after_first_step: Callable[[], None]
-    profiler: StepProfiler
-    meter: SystemMeter
-    facts: ModelFacts
-    peak_flops: float | None
-    weight_average: WeightAverage | None = None
-    compare_replicas: Callable[[int], None] | None = None
 
 
 class Trainer:
@@ -114,7 +63,7 @@ class Trainer:
         self._training = self._initial_state()
         self._skipped = SkippedSteps(parts.ranks.device)
         self._bad_numbers = parts.bad_numbers
-        self._clock = ThroughputClock()
+        self._clock = ThroughputClock(take_busy_s=parts.busy.take_s)
         self._noise_scale = NoiseScale() if config.metrics.gradient_noise_scale else None
         self._metrics_file: MetricsFile | None = None
         self._loader: BatchLoader | StreamingLoader | None = None
@@ -236,6 +185,7 @@ class Trainer:
                 "step": step,
                 "num_samples": self._training.num_samples + self._config.batch.global_size,
                 "num_tokens": self._training.num_tokens + num_targets,
+                "eval_loss": None,
             }
         )
         return StepRecord(loss_sum, num_targets, grad_norm, rate, engine.loss_scale, noise)
@@ -244,7 +194,7 @@ class Trainer:
         step, config = self.step, self._config
         is_last = step == config.num_steps
         if is_due(step, config.faults.replica_check_every_steps):
-            self._compare_replicas()
+            self._parts.compare_replicas(step)
         evaluates = is_last or is_due(step, config.evaluation.every_steps)
         logs = evaluates or is_due(step, config.metrics.every_steps)
         saves = is_due(step, config.checkpoint.every_steps)
@@ -307,10 +257,14 @@ class Trainer:
             record, self._skipped, self._clock, parts.meter, parts.ranks, self._noise_scale
         )
         metrics["train/tokens"] = self._training.num_tokens
-        metrics |= self._mfu(metrics)
+        metrics |= mfu_metrics(metrics, parts.facts, self._config.data.sequence_length, parts.peak_flops)
         if evaluates:
             metrics |= self.evaluate()
+            self._training = self._training.model_copy(update={"eval_loss": finite_or_none(metrics).get("eval/loss")})
         metrics |= self._clock.time_shares(metrics["throughput/data_wait_fraction"] or 0.0)
+        metrics["checkpoint/blocking_s"] = self._clock.paused_s("saving")
+        if parts.checkpointer.last_write_s is not None:
+            metrics["checkpoint/write_s"] = parts.checkpointer.last_write_s
         if self._metrics_file is not None:
             self._metrics_file.write(self.step, metrics)
             parts.observers.log(self.step, metrics)
@@ -327,16 +281,6 @@ class Trainer:
         if self._parts.engine.loss_scale is None:
             return 0
         return math.ceil(math.log2(self._config.precision.initial_loss_scale))
-
-    def _mfu(self, metrics: Metrics) -> Metrics:
-        rate, peak = metrics["throughput/tokens_per_s_per_device"], self._parts.peak_flops
-        length = self._config.data.sequence_length
-        if peak is None or rate is None:
-            return {"throughput/mfu": None, "throughput/mfu_causal": None}
-        return {
-            "throughput/mfu": rate * self._parts.facts.flops_per_token(length, causal=False) / peak,
-            "throughput/mfu_causal": rate * self._parts.facts.flops_per_token(length, causal=True) / peak,
-        }
 
     def evaluate(self) -> Metrics:
         """The task's metrics on the held-out split, and those of the averaged weights as ``eval/ema_...``.
@@ -360,15 +304,10 @@ class Trainer:
             sums = batch_sums if sums is None else sums + batch_sums
         return {} if sums is None else parts.task.evaluation_metrics(sum_over_ranks(sums, parts.ranks))
 
-    def _compare_replicas(self) -> None:
-        if self._parts.compare_replicas is not None:
-            self._parts.phases.enter(Phase.COMPARE)
-            self._parts.compare_replicas(self.step)
-
     def _save(self, *, waits: bool) -> None:
         """Save this step; ``waits`` until it is written, also where training could go on meanwhile."""
         # A damaged copy must not go into a checkpoint.
-        self._compare_replicas()
+        self._parts.compare_replicas(self.step)
         self._parts.phases.enter(Phase.SAVE)
         with self._clock.paused("saving"):
             # Waits for the device, as saving does anyway.

@@ -6,7 +6,7 @@ import math
 import os
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,9 @@ import torch.distributed as dist
 
 from sharding.errors import UserError
 from sharding.process_group import Ranks
+from trainer.models import ModelFacts
 from trainer.noise_scale import NoiseMeasurement, NoiseScale
+from trainer.stragglers import slowest_rank
 from trainer.system_metrics import NUM_SYSTEM_VALUES, SystemMeter, system_metrics
 
 Metrics = dict[str, float | int | None]
@@ -46,11 +48,15 @@ class StepRecord:
 
 @dataclass
 class ThroughputClock:
-    """Time and tokens since the last log line; evaluation and saving do not count."""
+    """Time and tokens since the last log line; evaluation and saving do not count.
+
+    ``take_busy_s`` gives the time that this rank worked by itself.
+    """
 
     num_tokens: int = 0
     num_steps: int = 0
     data_wait_s: float = 0.0
+    take_busy_s: Callable[[], float] = lambda: 0.0
     _paused_s: dict[str, float] = field(default_factory=dict)
     _started_at: float = field(default_factory=time.perf_counter)
 
@@ -73,6 +79,10 @@ class ThroughputClock:
         """Seconds of training since the last restart."""
         return max(time.perf_counter() - self._started_at - sum(self._paused_s.values()), 1e-9)
 
+    def paused_s(self, work: str) -> float:
+        """Seconds spent on ``work`` since the last restart."""
+        return self._paused_s.get(work, 0.0)
+
     def time_shares(self, data_wait_fraction: float) -> Metrics:
         """What wall time since the last restart was spent on, in shares that add up to 1.
 
@@ -84,8 +94,8 @@ class ThroughputClock:
         return {
             "time/training_fraction": training_s * (1.0 - data_wait_fraction) / total_s,
             "time/data_wait_fraction": training_s * data_wait_fraction / total_s,
-            "time/evaluation_fraction": self._paused_s.get("evaluation", 0.0) / total_s,
-            "time/saving_fraction": self._paused_s.get("saving", 0.0) / total_s,
+            "time/evaluation_fraction": self.paused_s("evaluation") / total_s,
+            "time/saving_fraction": self.paused_s("saving") / total_s,
         }
 
     def restart(self) -> None:
@@ -144,8 +154,10 @@ def summarize_step(
     ).tolist()
     elapsed_s = clock.elapsed_s()
     waited = clock.data_wait_s / elapsed_s
-    own = [loss_sum, waited, peak_memory_gib(ranks.device), micro_square, noise.num_micro_batches, *meter.measure()]
+    own = [loss_sum, waited, peak_memory_gib(ranks.device), micro_square, noise.num_micro_batches]
+    own += [clock.take_busy_s(), *meter.measure()]
     rows = gather_rows(torch.tensor(own, dtype=torch.float64), ranks)
+    slowest, slowest_ratio = slowest_rank(rows[:, 5].tolist(), elapsed_s)
     tokens_per_s = clock.num_tokens / elapsed_s
     metrics: Metrics = {
         "train/loss": float(rows[:, 0].sum()) / max(record.num_targets, 1),
@@ -156,6 +168,8 @@ def summarize_step(
         "throughput/tokens_per_s_per_device": tokens_per_s / ranks.world_size,
         "throughput/data_wait_fraction": float(rows[:, 1].mean()),
         "throughput/step_time_s": elapsed_s / max(clock.num_steps, 1),
+        "throughput/slowest_rank": slowest,
+        "throughput/slowest_rank_ratio": slowest_ratio,
         "memory/peak_gib": float(rows[:, 2].max()),
     }
     if loss_scale:
@@ -165,6 +179,25 @@ def summarize_step(
         noise_scale.add(float(rows[:, 3].sum()), int(rows[:, 4].sum()), grad_norm, record.num_targets)
         metrics["train/noise_scale_tokens"] = noise_scale.tokens
     return metrics, int(longest_skip)
+
+
+def mfu_metrics(metrics: Metrics, facts: ModelFacts, sequence_length: int, peak_flops: float | None) -> Metrics:
+    """Use of the device's peak in both conventions; null where the peak or the rate is not known.
+
+    Args:
+        metrics: with the rate.
+        facts: size of the model.
+        sequence_length: in tokens.
+        peak_flops: dense peak of one device in FLOP/s.
+    """
+    rate = metrics["throughput/tokens_per_s_per_device"]
+    names = {"throughput/mfu": False, "throughput/mfu_causal": True}
+    if peak_flops is None or rate is None:
+        return dict.fromkeys(names)
+    return {
+        name: rate * facts.flops_per_token(sequence_length, causal=causal) / peak_flops
+        for name, causal in names.items()
+    }
 
 
 def sum_over_ranks(sums: torch.Tensor, ranks: Ranks) -> list[float]:

@@ -21,13 +21,19 @@ from trainer.models import (
 )
 from trainer.optimizers.build import optimizer_factory
 from trainer.pretrained import load_pretrained
+from trainer.stragglers import BusyMeter
 from trainer.tasks.task import Task
 
 
 def build_model_engine(
-    config: RunConfig, task: Task, mesh: DataParallelMesh, ranks: Ranks, vocabulary: Vocabulary
+    config: RunConfig,
+    task: Task,
+    mesh: DataParallelMesh,
+    ranks: Ranks,
+    vocabulary: Vocabulary,
+    busy: BusyMeter | None = None,
 ) -> tuple[Engine, ModelFacts]:
-    """The sharded model with its optimizer, with initial or pretrained parameters.
+    """The sharded model with its optimizer, with initial or pretrained parameters; ``busy`` measures its forward pass.
 
     Raises:
         UserError: model, tokenizer and sequence length do not fit together.
@@ -38,7 +44,7 @@ def build_model_engine(
     definition = ModelDefinition(
         model=model,
         initialize=lambda module: initialize_module(model, module),
-        loss=task.loss,
+        loss=task.loss if busy is None else busy.timed(task.loss),
         evaluate=task.evaluation_sums,
         seed=config.seed,
     )

@@ -6,7 +6,9 @@ from typing import Any
 
 from trainer.console import Console
 from trainer.events import record_event
+from trainer.heartbeat import read_heartbeats
 from trainer.metrics import Metrics
+from trainer.stragglers import StragglerWatch
 from trainer.trackers.composite import Trackers
 
 
@@ -19,12 +21,14 @@ class Observers:
         console: progress for a person; None on all ranks but the first.
         trackers: wandb and others; None on all ranks but the first.
         attempt: number of the run's attempt.
+        stragglers: tells of slow ranks; None on all ranks but the first.
     """
 
     metrics_path: Path
     console: Console | None = None
     trackers: Trackers | None = None
     attempt: int = 0
+    stragglers: StragglerWatch | None = None
 
     @property
     def is_watched(self) -> bool:
@@ -49,6 +53,17 @@ class Observers:
             self.console.log_metrics(step, metrics)
         if self.trackers is not None:
             self.trackers.announce()
+        rank, ratio = metrics["throughput/slowest_rank"], metrics["throughput/slowest_rank_ratio"]
+        if self.stragglers is not None and self.stragglers.see(int(rank or 0), float(ratio or 1.0)):
+            self.name_straggler(step, int(rank or 0), float(ratio or 1.0))
+
+    def name_straggler(self, step: int, rank: int, ratio: float) -> None:
+        """A rank is slow, but alive."""
+        run_dir = self.metrics_path.parent
+        heartbeat = read_heartbeats(run_dir / "logs" / f"attempt-{self.attempt}").get(rank)
+        host = heartbeat.host if heartbeat is not None else "an unknown machine"
+        record_event(run_dir, "straggler", attempt=self.attempt, step=step, rank=rank, host=host, ratio=ratio)
+        self.warn(f"rank {rank} on {host} is slow: without it steps would take 1/{ratio:.2f} of their time")
 
     def message(self, text: str) -> None:
         """Something worth a line happened."""

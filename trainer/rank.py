@@ -37,6 +37,7 @@ from trainer.rank_process import kill
 from trainer.report.end_of_run import write_run_report
 from trainer.run_folder import RunFolder
 from trainer.stopping import StopRequest
+from trainer.stragglers import StragglerWatch
 from trainer.threads import threads_per_rank
 from trainer.trackers.composite import build_trackers
 from trainer.validation import World, validate
@@ -219,7 +220,7 @@ def _build_observers(config: RunConfig, run_folder: RunFolder, ranks: Ranks, att
         return Observers(run_folder.metrics_file, attempt=attempt)
     console = Console(total_steps=config.num_steps)
     trackers = build_trackers(config, run_folder.path, run_folder.metrics_file, console.warning)
-    return Observers(run_folder.metrics_file, console, trackers, attempt)
+    return Observers(run_folder.metrics_file, console, trackers, attempt, StragglerWatch(config.faults.straggler_ratio))
 
 
 def _one_sentence(error: BaseException) -> str:

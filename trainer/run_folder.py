@@ -16,6 +16,7 @@ from trainer.events import read_events
 from trainer.failure import set_failure_aside
 from trainer.lease import LEASE_VARIABLE, is_taken_over, record_attempt
 from trainer.provenance import collect_provenance
+from trainer.secrets import blot_out
 from trainer.validation import World
 
 _FROZEN_KEYS = ("task", "model", "data", "seed", "optimizer", "schedule", "batch.global_size", "precision.compute")
@@ -159,7 +160,7 @@ class RunFolder:
                 write_atomically(self.config_file, config_to_yaml(config))
             if attempt > 1:
                 write_atomically(self.path / f"config{suffix}.yaml", config_to_yaml(config))
-            provenance = json.dumps(collect_provenance(config, world, argv), indent=2)
+            provenance = blot_out(json.dumps(collect_provenance(config, world, argv), indent=2), os.environ)
             write_atomically(self.path / f"provenance{suffix}.json", provenance + "\n")
             self.stop_file.unlink(missing_ok=True)
             self.outcome_file.unlink(missing_ok=True)

@@ -149,11 +149,16 @@ class FaultsConfig(StrictModel):
     """Compare the parameters that ranks hold alike (ddp, hsdp, deepspeed zero1 and zero2) after every this many steps
     and before each checkpoint; 0 means never."""
 
+    straggler_ratio: float = Field(default=1.5, ge=0.0)
+    """Name a rank, in `events.jsonl` and on the console, that makes steps this many times longer for three log
+    intervals in a row; 0 names none."""
+
     watchdog: bool = True
     """End the run when a rank hangs, and say which one, where, and what the others waited for."""
 
-    watchdog_factor: float = Field(default=5.0, gt=1.0)
-    """A rank hangs when a phase of its step lasts this many times longer than the longest of the latest 64 did."""
+    watchdog_factor: float = Field(default=10.0, gt=1.0)
+    """A rank hangs when a phase of its step lasts this many times longer than the median of the latest 64 did, and
+    twice as long as the longest of them."""
 
     watchdog_min_s: float = Field(default=120.0, gt=0.0)
     """Seconds that a phase may last in any case; `launch.init_timeout_s` is the limit of start-up, the first step and,

@@ -50,13 +50,8 @@ class StacksFile:
         """Write the stacks of all threads."""
         faulthandler.dump_traceback(file=self._descriptor, all_threads=True)
 
-    def dump_unless_cancelled_within(self, seconds: float) -> None:
-        """Have them written by a thread in C, unless this or ``cancel`` is called again before."""
-        faulthandler.dump_traceback_later(seconds, file=self._descriptor)
-
     def close(self) -> None:
         """Write nothing any more; an empty file is removed."""
-        faulthandler.cancel_dump_traceback_later()
         faulthandler.unregister(STACKS_SIGNAL)
         if os.fstat(self._descriptor).st_size == 0:
             self._path.unlink(missing_ok=True)

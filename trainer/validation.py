@@ -1,5 +1,6 @@
 """Rules that span several settings of a run, and the arithmetic of ranks and batch; imports no torch."""
 
+import math
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -78,6 +79,7 @@ def validate(config: "RunConfig", world: World | None = None) -> None:
         )
     if config.checkpoint.load == "weights" and config.checkpoint.from_ is None:
         raise UserError("checkpoint.load=weights needs checkpoint.from, which is not set; name the run to start from.")
+    _validate_retention(config)
     _validate_replica_check(config)
     if world is not None:
         _validate_world(config, world)
@@ -164,6 +166,30 @@ def _validate_replica_check(config: "RunConfig") -> None:
             f"faults.replica_check_every_steps={every_steps} compares copies of parameters, but under "
             f"parallel.backend={parallel.backend} parallel.strategy={parallel.strategy} no rank holds between steps "
             "what another one holds; set it to 0, or use parallel.strategy=ddp or hsdp."
+        )
+
+
+def _validate_retention(config: "RunConfig") -> None:
+    checkpoint, evaluated_every = config.checkpoint, config.evaluation.every_steps
+    keeps = f"checkpoint.keep_best={checkpoint.keep_best}"
+    if not checkpoint.keep_best:
+        return
+    if checkpoint.keep_last == 0:
+        raise UserError(f"{keeps} has no effect while checkpoint.keep_last=0 keeps all; remove it, or set keep_last.")
+    if config.data.validation_fraction == 0:
+        raise UserError(f"{keeps} needs a held-out loss, but data.validation_fraction=0 holds nothing out; raise it.")
+    for section, every_steps in (("checkpoint", checkpoint.every_steps), ("evaluation", evaluated_every)):
+        if every_steps == 0:
+            raise UserError(
+                f"{keeps} chooses among steps that are saved and evaluated, but {section}.every_steps=0 has one at the "
+                "end alone; set it to 100, say."
+            )
+    both = math.lcm(checkpoint.every_steps, evaluated_every)
+    if both >= config.num_steps:
+        raise UserError(
+            f"{keeps} chooses among steps that are saved and evaluated, but with checkpoint.every_steps="
+            f"{checkpoint.every_steps} and evaluation.every_steps={evaluated_every} these are the multiples of {both}, "
+            f"of which none is before the last of {config.num_steps} steps; make one a multiple of the other."
         )
 
 

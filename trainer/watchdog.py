@@ -1,7 +1,6 @@
 """The watchdog of one rank: it beats, looks at the others when things take long, and ends a rank that hangs."""
 
 import contextlib
-import json
 import os
 import socket
 import sys
@@ -9,12 +8,11 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from trainer.atomic_files import create_once
 from trainer.deadlines import Deadlines, is_hang
 from trainer.flight_recorder import dump_flight_recorder
-from trainer.hang import ALARM_NAME, Hang, judge, read_traces
+from trainer.hang import ALARM_NAME, Hang, conclude_hang, raise_alarm, read_alarm
 from trainer.heartbeat import (
     Heartbeat,
     HeartbeatFile,
@@ -27,7 +25,8 @@ from trainer.heartbeat import (
 )
 from trainer.lease import process_space
 from trainer.phases import Phases
-from trainer.rank_process import am_i_debugged, ask_for_stacks, is_debugged, process_state
+from trainer.places import publish_place, read_places
+from trainer.rank_process import am_i_debugged, ask_for_stacks, is_debugged
 from trainer.stacks import StacksFile
 
 _BEAT_EVERY_S = 1.0
@@ -37,6 +36,8 @@ _TICKS_PER_BEAT = 2
 # A rank that is alive has seen the alarm and written its dumps within this time; whoever has not is not.
 _GATHER_WITHIN_S = 4.0
 _STACKS_WITHIN_S = 0.5
+# Whose heartbeat had stood still for so long at the alarm is not waited for.
+_SILENT_AFTER_S = 3.0
 
 
 class Watchdog:
@@ -90,6 +91,7 @@ class Watchdog:
     def start(self) -> None:
         """Begin to watch."""
         self._phases.listen(self._deadlines.listen)
+        publish_place(self._phases, self._rank, os.environ)
         self._beat("running")
         self._thread.start()
 
@@ -112,9 +114,6 @@ class Watchdog:
                 self._look_for_debugger(now)
                 self._beat(self._state)
             own = self._heartbeat(self._state)
-            if tick % _TICKS_PER_BEAT == 0:
-                # For the case that native code keeps the interpreter to itself, and with it this thread.
-                self._stacks.dump_unless_cancelled_within(max(own.allowance_s - own.in_phase_s, 0.0) + 1.0)
             if self._is_hang(own, now) and not self._stopped.is_set():
                 self._end()
 
@@ -139,7 +138,7 @@ class Watchdog:
             return False
         if self._state == "debugged" or not is_hang(own, others.values()):
             return False
-        raise_alarm(self._log_dir, own, [beat for beat, _ in others.values()])
+        raise_alarm(self._log_dir, own, others)
         return True
 
     def _end(self) -> None:
@@ -149,18 +148,18 @@ class Watchdog:
         with contextlib.suppress(Exception):
             dump_flight_recorder(self._log_dir, self._rank)
         self._beat("dumped")
+        suspects = read_alarm(self._log_dir).get("suspects", {})
+        awaited = {rank for rank in range(self._world_size) if not _is_silent(suspects.get(str(rank)))}
         deadline = time.monotonic() + _GATHER_WITHIN_S
-        while time.monotonic() < deadline:
-            states = [beat.state for beat in read_heartbeats(self._log_dir).values()]
-            if len(states) == self._world_size and all(state in ("dumped", "ended") for state in states):
-                break
+        while awaited and time.monotonic() < deadline:
             time.sleep(0.1)
+            awaited -= {rank for rank, beat in read_heartbeats(self._log_dir).items() if beat.state != "running"}
         silent = [beat for beat in read_heartbeats(self._log_dir).values() if beat.state == "running"]
         for heartbeat in silent:
             ask_for_stacks(heartbeat)
         if silent:
             time.sleep(_STACKS_WITHIN_S)
-        self._on_hang(judge(read_traces(self._log_dir)))
+        self._on_hang(conclude_hang(self._log_dir, read_places(os.environ)))
 
     def _beat(self, state: State) -> None:
         self._num_beats += 1
@@ -187,20 +186,5 @@ class Watchdog:
         )
 
 
-def raise_alarm(log_dir: Path, seen_by: Heartbeat | None, suspects: list[Heartbeat]) -> None:
-    """Let every rank know of a hang, unless it is known; with what the kernel says of ranks of this machine.
-
-    Args:
-        log_dir: the attempt's.
-        seen_by: the rank that raises it; None for the launcher.
-        suspects: ranks to ask the kernel about.
-    """
-    processes = {str(beat.rank): state for beat in suspects if (state := process_state(beat))}
-    alarm = {
-        "seen_by": "the launcher" if seen_by is None else f"rank {seen_by.rank}",
-        "time": time.time(),
-        "processes": processes,
-    }
-    if seen_by is not None:
-        alarm |= {"phase": seen_by.phase, "step": seen_by.step, "allowance_s": seen_by.allowance_s}
-    create_once(log_dir / ALARM_NAME, json.dumps(alarm) + "\n")
+def _is_silent(suspect: dict[str, Any] | None) -> bool:
+    return suspect is not None and suspect["silent_s"] >= _SILENT_AFTER_S

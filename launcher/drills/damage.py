@@ -1,5 +1,6 @@
 """Drills of damaged files, a full disk, and services that are away."""
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -92,7 +93,9 @@ def disk_full(stage: Stage) -> Outcome:
             fill()
             struck_at.append(time.time())
 
-        ended = run.run(when=lambda: run.has_reached(SAVE_EVERY + 1), then=strike)
+        # Time to fill it before the next checkpoint is due.
+        unhurried = stage.faults({"fault": "slow", "seconds": 0.5, "step": SAVE_EVERY + 1, "num_steps": SAVE_EVERY})
+        ended = run.run(environment=unhurried, when=lambda: run.has_reached(SAVE_EVERY + 1), then=strike)
         outcome.expect("it ends with 2 and says so", _says_full(ended.exit_code, ended.text), ended.text.strip()[-200:])
         newest = run.folder.newest_checkpoint()
         outcome.expect("the checkpoint before is whole", newest is not None and newest[0] == SAVE_EVERY, newest)
@@ -145,9 +148,11 @@ def _small_disk(folder: Path) -> Iterator[tuple[Callable[[], None], Callable[[],
     filler = folder / "filler"
 
     def fill() -> None:
-        with filler.open("wb") as file:
-            file.truncate(0)
-            os.posix_fallocate(file.fileno(), 0, max(1, shutil.disk_usage(folder).free - 4096))
+        with filler.open("wb", buffering=0) as file:
+            for size in (2**20, 2**12):
+                with contextlib.suppress(OSError):
+                    while file.write(bytes(size)) == size:
+                        pass
 
     try:
         yield fill, lambda: filler.unlink(missing_ok=True)

@@ -175,11 +175,20 @@ def test_the_budget_may_grow_and_the_schedule_keeps_its_horizon(make_config: Mak
     assert rates == pytest.approx([0.0055, 0.001, 0.001, 0.001])
 
 
-def test_old_checkpoints_are_deleted_and_every_nth_is_kept(make_config: MakeConfig) -> None:
-    config = make_config("keep", checkpoint={"every_steps": 1, "keep_last": 2, "keep_every": 3}, steps=8)
+def test_old_checkpoints_are_deleted_and_the_best_and_every_nth_are_kept(make_config: MakeConfig) -> None:
+    checkpoint = {"every_steps": 1, "keep_last": 2, "keep_every": 5, "keep_best": 2}
+    config = make_config("keep", checkpoint=checkpoint, evaluation={"every_steps": 2}, steps=8)
     _run(config)
-    kept = sorted(path.name for path in (config.parent / "runs" / "keep" / "checkpoints").iterdir())
-    assert kept == ["step-00000003", "step-00000006", "step-00000007", "step-00000008"]
+    run_dir = config.parent / "runs" / "keep"
+    losses = {line["step"]: line["eval/loss"] for line in read_metrics(run_dir) if "eval/loss" in line}
+    assert list(losses) == [2, 4, 6, 8]
+    best = sorted(losses, key=lambda step: losses[step])[:2]
+    folders = sorted((run_dir / "checkpoints").iterdir())
+    assert [path.name for path in folders] == [f"step-{step:08d}" for step in sorted({5, 7, 8, *best})]
+    # Of a step that was not evaluated there is no loss, and no older one.
+    for folder in folders:
+        training = CheckpointReader(folder).manifest.training
+        assert training.eval_loss == losses.get(training.step)
 
 
 def test_a_finished_run_is_left_alone(straight: Path) -> None:

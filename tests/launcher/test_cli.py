@@ -42,7 +42,7 @@ def test_dry_run_shows_the_plan_and_writes_nothing(config_file: Path) -> None:
     ("launcher", "agent", "variable"),
     [
         ("deepspeed", "-m deepspeed.launcher.launch ", "  DS_ACCELERATOR=cpu    # "),
-        ("accelerate", "-m accelerate.commands.launch ", "  OMP_NUM_THREADS="),
+        ("accelerate", "-m sharding.loopback accelerate.commands.launch ", "  OMP_NUM_THREADS="),
     ],
 )
 def test_dry_run_shows_each_launcher(config_file: Path, launcher: str, agent: str, variable: str) -> None:

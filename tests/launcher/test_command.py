@@ -30,6 +30,7 @@ def test_argv_of_torchrun() -> None:
     assert torchrun_command(ARGUMENTS, 29500, ["0", "1", "2", "3"]) == [
         sys.executable,
         "-m",
+        "sharding.loopback",
         "torch.distributed.run",
         "--nnodes=1",
         "--nproc-per-node=4",
@@ -65,6 +66,7 @@ def test_argv_of_accelerate(devices: list[str], several: list[str]) -> None:
     assert accelerate_command(ARGUMENTS, 29500, devices) == [
         sys.executable,
         "-m",
+        "sharding.loopback",
         "accelerate.commands.launch",
         f"--config_file={ROOT / 'launcher' / 'accelerate_defaults.yaml'}",
         f"--num_processes={len(devices)}",

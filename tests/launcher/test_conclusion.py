@@ -1,11 +1,13 @@
 """The last line and the exit status of a run, from what ranks and torchrun left."""
 
+import signal
 from pathlib import Path
 
 import pytest
 
-from launcher.conclusion import conclude, conclude_by_force, first_failure
-from launcher.rank_exits import RankFailure
+from launcher.conclusion import Findings, _explain, conclude, conclude_by_force, first_failure
+from launcher.oom_evidence import OomWatch
+from launcher.rank_exits import RankExits, RankFailure
 from trainer.run_folder import RunFolder
 
 HEAD = """W1124 13:50:56 6499 multiprocessing/api.py:1028] Sending process 6502 closing signal SIGTERM
@@ -44,6 +46,11 @@ def folder(tmp_path: Path) -> RunFolder:
     return folder
 
 
+def nothing_seen() -> Findings:
+    """Of a process without children."""
+    return Findings(RankExits(0), OomWatch(), {})
+
+
 def log_of(folder: RunFolder, text: str) -> Path:
     log = folder.log_dir(1) / "launcher.log"
     log.write_text(text)
@@ -71,10 +78,11 @@ def test_first_failure(text: str, expected: RankFailure | None) -> None:
 def test_a_crash_is_told_and_the_others_report_before_it(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     folder.write_outcome("failed", 1, 5, "RuntimeError: Connection closed by peer", 0)
     log = log_of(folder, report(("50:56", 0, 1), ("50:56", 1, -11)))
-    assert conclude("torchrun's agent", 1, None, folder, log) == 1
+    assert conclude("torchrun's agent", 1, nothing_seen(), folder, log) == 1
     assert capsys.readouterr().err.splitlines() == [
         "rank 0 reported: RuntimeError: Connection closed by peer",
         f"logs: {log}",
+        f"report: {folder.path / 'failure.md'}",
         "error: rank 1: the process was killed by SIGSEGV",
     ]
     outcome = folder.read_outcome()
@@ -82,22 +90,32 @@ def test_a_crash_is_told_and_the_others_report_before_it(folder: RunFolder, caps
     assert (outcome["rank"], outcome["step"], outcome["reason"]) == (1, 5, "the process was killed by SIGSEGV")
 
 
+def test_a_mapped_file_that_was_cut_short(tmp_path: Path) -> None:
+    sentence = _explain("torchrun's agent", 1, RankFailure(1, -signal.SIGBUS), tmp_path / "log", None)
+    assert sentence.startswith("the process was killed by SIGBUS: a file that it had mapped, such as a shard")
+
+
 def test_what_a_rank_reported_of_itself_stays(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     folder.write_outcome("failed", 1, 5, "RuntimeError: of its own", 1)
-    assert conclude("torchrun's agent", 1, None, folder, log_of(folder, report(("50:56", 1, 1), ("51:02", 0, -9)))) == 1
+    assert (
+        conclude(
+            "torchrun's agent", 1, nothing_seen(), folder, log_of(folder, report(("50:56", 1, 1), ("51:02", 0, -9)))
+        )
+        == 1
+    )
     assert capsys.readouterr().err.splitlines()[-1] == "error: rank 1: RuntimeError: of its own"
 
 
 def test_bad_input_outranks_a_crash(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     folder.write_outcome("bad_input", 2, 0, "shard 3 is truncated; prepare it again.", 0)
-    assert conclude("torchrun's agent", 1, None, folder, log_of(folder, report(("50:56", 1, -11)))) == 2
+    assert conclude("torchrun's agent", 1, nothing_seen(), folder, log_of(folder, report(("50:56", 1, -11)))) == 2
     assert capsys.readouterr().err == "error: shard 3 is truncated; prepare it again.\n"
 
 
 def test_a_crash_after_all_was_saved_is_a_note(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     folder.write_outcome("finished", 0, 6, "all steps done")
     log = log_of(folder, report(("50:56", 1, -11)))
-    assert conclude("torchrun's agent", 1, None, folder, log) == 0
+    assert conclude("torchrun's agent", 1, nothing_seen(), folder, log) == 0
     captured = capsys.readouterr()
     assert captured.err == f"note: rank 1 was killed by SIGSEGV after all was saved; see {log}\n"
     assert captured.out == f"finished at step 6: {folder.path}\n"
@@ -105,7 +123,7 @@ def test_a_crash_after_all_was_saved_is_a_note(folder: RunFolder, capsys: pytest
 
 def test_ranks_that_end_with_75_are_no_failure(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     folder.write_outcome("stopped", 75, 4, "stopped on request")
-    assert conclude("torchrun's agent", 1, None, folder, log_of(folder, report(("50:56", 1, 75)))) == 75
+    assert conclude("torchrun's agent", 1, nothing_seen(), folder, log_of(folder, report(("50:56", 1, 75)))) == 75
     captured = capsys.readouterr()
     assert captured.err == ""
     assert captured.out == "stopped at step 4, saved; run the same command again to continue\n"
@@ -116,16 +134,17 @@ def test_an_unreported_error_is_found_in_the_ranks_own_log(
 ) -> None:
     own_log = folder.log_dir(1) / "rank-1.log"
     own_log.write_text("Traceback (most recent call last):\n  x\nOSError: [Errno 28] No space left on device\n")
-    assert conclude("torchrun's agent", 1, None, folder, log_of(folder, report(("50:56", 1, 1)))) == 1
+    assert conclude("torchrun's agent", 1, nothing_seen(), folder, log_of(folder, report(("50:56", 1, 1)))) == 1
     assert capsys.readouterr().err.splitlines() == [
         f"logs: {own_log}",
+        f"report: {folder.path / 'failure.md'}",
         "error: rank 1: OSError: [Errno 28] No space left on device",
     ]
 
 
 def test_an_agent_that_could_not_start(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     log = log_of(folder, "Traceback (most recent call last):\ntorch.distributed.DistNetworkError: the port is in use\n")
-    assert conclude("torchrun's agent", 1, None, folder, log) == 1
+    assert conclude("torchrun's agent", 1, nothing_seen(), folder, log) == 1
     assert capsys.readouterr().err.splitlines()[-1] == "error: torch.distributed.DistNetworkError: the port is in use"
 
 

@@ -17,12 +17,18 @@ def table(config_file: Path, topology: Topology, environment: dict[str, str], *o
 
 
 def test_golden_tables(config_file: Path) -> None:
-    cpu = {"OMP_NUM_THREADS": "3", "TOKENIZERS_PARALLELISM": "false", "PYTHONFAULTHANDLER": "1"}
+    cpu = {
+        "OMP_NUM_THREADS": "3",
+        "TOKENIZERS_PARALLELISM": "false",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
+        "PYTHONFAULTHANDLER": "1",
+    }
     assert table(config_file, CPU, {}, "launch.threads_per_rank=3") == cpu
     assert table(config_file, GPU, {}, "launch.threads_per_rank=3") == cpu | {
         "PYTORCH_ALLOC_CONF": "expandable_segments:True",
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",
-        "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
+        "NCCL_SOCKET_IFNAME": "lo",
         "NCCL_DEBUG": "WARN",
     }
 

@@ -194,7 +194,7 @@ def test_a_killed_rank_is_named_and_not_what_its_peers_make_of_it(
 ) -> None:
     supervised = supervise("killed", launcher)
     status, _, last = supervised.end()
-    reason = "the process was killed by SIGKILL; the kernel does that when memory runs out"
+    reason = "the process was killed by SIGKILL, from outside or by the kernel: no trace of the OOM killer was found"
     assert (status, last) == (1, f"error: rank 1: {reason}")
     outcome = supervised.folder.read_outcome()
     assert outcome is not None

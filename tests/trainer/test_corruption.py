@@ -4,6 +4,7 @@ Never another exception, and never other values. ``SHARDLINE_CORRUPTION_REPORT=F
 writes what became of the cases.
 """
 
+import io
 import json
 import os
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from safetensors.torch import save_file
 
 from sharding.engine import Engine
@@ -24,6 +26,7 @@ from sharding.state import TensorSlice
 from tests.sharding.engine_cases import random_batch, tiny_engine
 from tests.support import write_corpus
 from tests.trainer.corruption import EVERYWHERE, Draw, Tally, edit_and_seal, fresh_copy
+from trainer.checkpoint.__main__ import verify_checkpoints
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.manifest import (
     FileEntry,
@@ -284,3 +287,27 @@ def test_damaged_data_in_many_cases(corpus: _Corpus) -> None:
 def test_a_corpus_without_its_manifest_is_prepared_again(corpus: _Corpus) -> None:
     (corpus.original / "manifest.json").unlink()
     assert prepare_corpus(corpus.config, progress=False).fingerprint == corpus.expected["fingerprint"]
+
+
+def test_verify_names_each_damaged_checkpoint_and_moves_none(
+    checkpoints: _Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SHARDLINE_CACHE", str(tmp_path))
+    folder = RunFolder(fresh_copy(checkpoints.original, checkpoints.copy))
+    (folder.checkpoint_path(1) / "notes.txt").touch()
+    shown = io.StringIO()
+    assert verify_checkpoints(folder, Console(file=shown, soft_wrap=True)) == 0
+    first, second = shown.getvalue().splitlines()
+    assert first.startswith("step-00000001: whole; its corpus is not prepared here")
+    assert first.endswith("not part of it: notes.txt")
+    assert second.startswith("step-00000002: whole")
+
+    manifest = folder.checkpoint_path(2) / "manifest.json"
+    contents = manifest.read_bytes()
+    manifest.write_bytes(contents.replace(b'"num_samples": 2', b'"num_samples": 3'))
+    before = sorted(folder.path.rglob("*"))
+    shown = io.StringIO()
+    assert verify_checkpoints(folder, Console(file=shown, soft_wrap=True)) == 2
+    sentence = "is damaged: manifest.json: its contents do not have the SHA-256 that it says"
+    assert sentence in shown.getvalue().splitlines()[1]
+    assert sorted(folder.path.rglob("*")) == before

@@ -18,7 +18,7 @@ from trainer.run_folder import RunFolder
 def list_checkpoints(run_folder: RunFolder, console: Console) -> int:
     """Show the checkpoints of a run; returns the exit status."""
     table = Table(title=f"checkpoints of {run_folder.path}")
-    for header in ("step", "samples", "tokens", "strategy", "ranks", "MiB", "folder"):
+    for header in ("step", "samples", "tokens", "eval loss", "strategy", "ranks", "MiB", "folder"):
         table.add_column(header, justify="left" if header in ("strategy", "folder") else "right")
     for folder in _folders(run_folder):
         manifest = CheckpointReader(folder).manifest
@@ -28,6 +28,7 @@ def list_checkpoints(run_folder: RunFolder, console: Console) -> int:
             f"{training.step:,}",
             f"{training.num_samples:,}",
             f"{training.num_tokens:,}",
+            "" if training.eval_loss is None else f"{training.eval_loss:.4f}",
             manifest.strategy,
             str(manifest.num_ranks),
             f"{num_bytes / 2**20:,.1f}",

@@ -24,6 +24,9 @@ class CheckpointConfig(StrictModel):
     keep_every: int = Field(default=0, ge=0)
     """Keep for good each checkpoint whose step is a multiple of this; 0 means none."""
 
+    keep_best: int = Field(default=0, ge=0)
+    """Keep also this many checkpoints whose step was evaluated with the lowest loss; 0 means none."""
+
     resume: Literal["auto", "never"] = "auto"
     """`auto` continues from the run folder's newest checkpoint; `never` refuses a folder that has one."""
 

@@ -93,6 +93,9 @@ class TrainingState(StrictModel):
     seed: int
     """Seed of parameters, data order and random generators."""
 
+    eval_loss: float | None = None
+    """Held-out loss after this step; None where it was not evaluated, or the loss is not finite."""
+
     noise_gradient_square: float = 0.0
     """Moving average of the squared norm of the true gradient, where the gradient noise scale is measured."""
 

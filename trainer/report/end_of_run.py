@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 
+from trainer.failure import FAILURE_NAME
 from trainer.lease import is_taken_over
 from trainer.run_folder import RunFolder
 
 
 def write_run_report(run_folder: RunFolder, lease_token: str | None, warn: Callable[[str], None]) -> None:
-    """Write report.html, unless it is there and newer than the outcome, or the folder is another process's by now.
+    """Write report.html, unless it is there and newer than what it shows, or the folder is another process's by now.
 
     Args:
         run_folder: the run's folder.
@@ -26,7 +27,10 @@ def write_run_report(run_folder: RunFolder, lease_token: str | None, warn: Calla
 
 
 def _is_current(run_folder: RunFolder) -> bool:
+    failure_file = run_folder.path / FAILURE_NAME
     try:
-        return run_folder.report_file.stat().st_mtime_ns > run_folder.outcome_file.stat().st_mtime_ns
+        # The launcher knows more of a failure than rank 0 did.
+        newest = [path.stat().st_mtime_ns for path in (run_folder.outcome_file, failure_file) if path.exists()]
+        return bool(newest) and run_folder.report_file.stat().st_mtime_ns > max(newest)
     except FileNotFoundError:
         return False

@@ -18,6 +18,7 @@ _SECTION_OF_PREFIX = {
     "memory": "Memory",
     "time": "Time shares",
     "goodput": "Time shares",
+    "checkpoint": "Time shares",
     "system": "System",
 }
 _OTHER = "Other"

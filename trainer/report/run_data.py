@@ -6,6 +6,7 @@ from statistics import median
 from typing import Any
 
 from sharding.errors import UserError
+from trainer.failure import Failure, read_failure
 from trainer.report.attempts import Attempt, flatten, read_attempts, read_json, read_yaml
 from trainer.report.curves import Curves, read_curves
 from trainer.report.event_rows import EventRow, event_rows
@@ -42,6 +43,7 @@ class RunData:
         curves: its metrics.
         samples: texts.
         events: what was out of the ordinary.
+        failure: why the last attempt failed; None where it did not, or nobody could say.
     """
 
     label: str
@@ -52,6 +54,7 @@ class RunData:
     curves: Curves
     samples: list[Sample]
     events: list[EventRow]
+    failure: Failure | None = None
 
     @property
     def status(self) -> str:
@@ -149,6 +152,7 @@ def _read_run(path: Path, label: str) -> RunData:
         curves=read_curves(path / "metrics.jsonl"),
         samples=read_samples(path),
         events=event_rows(path),
+        failure=read_failure(path),
     )
 
 
