@@ -13,10 +13,7 @@ import importlib.util
 import json
 import os
 import signal
-import socket
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -28,6 +25,7 @@ import torch
 from benchmarks.assignment import Assignment
 from benchmarks.facts import collect_facts
 from benchmarks.overhead_table import markdown
+from benchmarks.ranks import run_ranks
 from sharding.errors import EXIT_BAD_INPUT, UserError
 from trainer.config import RunConfig, load_config
 from trainer.data.prepare import prepare_corpus
@@ -56,9 +54,6 @@ _ACCUMULATION_STEPS = 2
 _LOG_EVERY_STEPS = 10
 # Two logged losses of every contestant lie within the warm-up; transformers writes one a step late.
 MIN_WARMUP = 2 * _LOG_EVERY_STEPS + 2
-_INTERRUPTED = 130
-_NUM_LOG_LINES = 40
-_POLL_EVERY_S = 0.5
 _QUICKSTART = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
 
 
@@ -114,7 +109,7 @@ def _measure(options: argparse.Namespace) -> int:
             output=str(raw),
         )
         _append(raw, {"size": size, "kind": "header", "num_ranks": num_ranks, **facts, **asdict(assignment)})
-        status = _run_ranks(assignment, num_ranks, raw.with_suffix(".log"))
+        status = run_ranks("benchmarks.overhead_rank", assignment, num_ranks, raw.with_suffix(".log"))
         _append(raw, {"size": size, "kind": "end", "exit_code": status, "load_average": os.getloadavg()})
         if status:
             break
@@ -159,63 +154,6 @@ def contest_config(size: str, num_ranks: int, overrides: Sequence[str]) -> RunCo
         config = config.model_copy(update={"batch": config.batch.model_copy(update={"global_size": global_size})})
     validate(config, World(num_ranks, has_gpu=torch.cuda.is_available()))
     return config
-
-
-def _run_ranks(assignment: Assignment, num_ranks: int, log: Path) -> int:
-    """Start the ranks of one size and see them end; returns their exit status, or 130 if interrupted.
-
-    What libraries warn of goes to the log; the end of it is shown where a rank failed.
-    """
-    with tempfile.TemporaryDirectory(prefix="shardline-bench-") as folder, log.open("a") as stderr:
-        path = Path(folder) / "assignment.json"
-        path.write_text(json.dumps(asdict(assignment)))
-        command = [sys.executable, "-m", "benchmarks.overhead_rank", str(path)]
-        shared = {"OMP_NUM_THREADS": str(assignment.threads), "TOKENIZERS_PARALLELISM": "false"}
-        port = _free_port()
-        ranks = [
-            subprocess.Popen(command, env=os.environ | shared | _variables(rank, num_ranks, port), stderr=stderr)
-            for rank in range(num_ranks)
-        ]
-        try:
-            status = _wait(ranks)
-        except KeyboardInterrupt:
-            # What was measured so far stands in the file.
-            return _INTERRUPTED
-        finally:
-            for process in ranks:
-                process.kill()
-                process.wait()
-    if status:
-        print("\n".join(log.read_text().splitlines()[-_NUM_LOG_LINES:]), file=sys.stderr)
-    return status
-
-
-def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Wait until all have ended well, or one has not; returns its exit status."""
-    while True:
-        statuses = [process.poll() for process in ranks]
-        failed = [status for status in statuses if status]
-        if failed or None not in statuses:
-            return failed[0] if failed else 0
-        time.sleep(_POLL_EVERY_S)
-
-
-def _variables(rank: int, num_ranks: int, port: int) -> dict[str, str]:
-    """What torchrun sets for a rank of one machine."""
-    return {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(num_ranks),
-        "LOCAL_WORLD_SIZE": str(num_ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _append(path: Path, row: dict[str, Any]) -> None:

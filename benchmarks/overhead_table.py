@@ -41,7 +41,7 @@ def markdown(rows: Sequence[Mapping[str, Any]], file: str) -> str:
     """
     headers = {row["size"]: row for row in rows if row["kind"] == "header"}
     first = next(iter(headers.values()))
-    lines = [*_facts(first), ""]
+    lines = [*facts(first, "Overhead of a training step"), ""]
     for size, header in headers.items():
         times = step_times(rows, size)
         num_pairs = len(times[REFERENCE])
@@ -53,7 +53,8 @@ def markdown(rows: Sequence[Mapping[str, Any]], file: str) -> str:
     return "\n".join([*lines, f"Raw times: `{file}`."]) + "\n"
 
 
-def _facts(header: Mapping[str, Any]) -> list[str]:
+def facts(header: Mapping[str, Any], title: str) -> list[str]:
+    """The beginning of a result: what was measured where, from the row that says so."""
     hardware, code = header["hardware"], header["code"]
     revision = code.get("git_revision") or f"distribution {code.get('distribution_version')}"
     changed = ", with uncommitted changes" if code.get("git_diff") or code.get("git_untracked") else ""
@@ -61,7 +62,7 @@ def _facts(header: Mapping[str, Any]) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in header["packages"].items())
     load = ", ".join(f"{value:.2f}" for value in header["load_average"])
     return [
-        "# Overhead of a training step",
+        f"# {title}",
         "",
         f"- {header['time']}; revision {revision}{changed}",
         f"- {hardware['cpu']}, {hardware['usable_cores']} usable cores, {hardware['memory_gib']} GiB; {gpus}; "

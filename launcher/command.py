@@ -5,6 +5,7 @@ import json
 import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,21 +19,45 @@ _ACCELERATE_DEFAULTS = Path(__file__).with_name("accelerate_defaults.yaml")
 _NO_DEVICE = "-1"
 
 
-def torchrun_command(arguments: Sequence[str], port: int, devices: Sequence[str]) -> list[str]:
-    """Ranks under torch's elastic launcher.
+@dataclass(frozen=True)
+class Place:
+    """A node among the nodes of a run.
+
+    Attributes:
+        num_nodes: how many there are, each with as many ranks.
+        node_rank: this one's number.
+        host: name or address of the first, where the rendezvous is.
+    """
+
+    num_nodes: int = 1
+    node_rank: int = 0
+    host: str = _HOST
+
+
+_ONE_NODE = Place()
+
+
+def torchrun_command(
+    arguments: Sequence[str], port: int, devices: Sequence[str], place: Place = _ONE_NODE
+) -> list[str]:
+    """Ranks of one node under torch's elastic launcher.
 
     Args:
         arguments: the configuration file and ``key=value`` arguments.
-        port: TCP port of the rendezvous, on the loopback interface alone.
+        port: TCP port of the rendezvous; of a single node on the loopback interface alone.
         devices: one entry a rank, see ``rank_devices``; ranks choose among the visible GPUs by themselves.
+        place: this node among the others.
     """
+    # A node rank of our own, since the order in which nodes arrive would change the ranks, and so the order of sums.
+    node = [f"--node-rank={place.node_rank}"] if place.num_nodes > 1 else []
     return [
         sys.executable,
         *_ON_LOOPBACK,
         "torch.distributed.run",
-        "--nnodes=1",
+        f"--nnodes={place.num_nodes}",
+        *node,
         f"--nproc-per-node={len(devices)}",
-        f"--master-addr={_HOST}",
+        f"--master-addr={place.host}",
         f"--master-port={port}",
         "--max-restarts=0",
         "-m",
@@ -41,7 +66,9 @@ def torchrun_command(arguments: Sequence[str], port: int, devices: Sequence[str]
     ]
 
 
-def deepspeed_command(arguments: Sequence[str], port: int, devices: Sequence[str]) -> list[str]:
+def deepspeed_command(
+    arguments: Sequence[str], port: int, devices: Sequence[str], place: Place = _ONE_NODE
+) -> list[str]:
     """Ranks under DeepSpeed's launcher of one node, which the ``deepspeed`` command starts on every node.
 
     That command is left out: it reads a site's host file, drops CUDA_VISIBLE_DEVICES, leaves its launcher and ranks
@@ -49,16 +76,21 @@ def deepspeed_command(arguments: Sequence[str], port: int, devices: Sequence[str
 
     Args:
         arguments: the configuration file and ``key=value`` arguments.
-        port: TCP port of the rendezvous, on the loopback interface alone.
+        port: TCP port of the rendezvous; of a single node on the loopback interface alone.
         devices: one entry a rank, see ``rank_devices``; they become the ranks' CUDA_VISIBLE_DEVICES.
+        place: this node among the others.
     """
-    world = base64.urlsafe_b64encode(json.dumps({"localhost": list(devices)}).encode()).decode()
+    # Names that nobody resolves: the launcher takes its own by its number.
+    names = ["localhost"] if place.num_nodes == 1 else [f"node-{index}" for index in range(place.num_nodes)]
+    world = base64.urlsafe_b64encode(json.dumps({name: list(devices) for name in names}).encode()).decode()
+    node = [f"--node_rank={place.node_rank}"] if place.num_nodes > 1 else []
     return [
         sys.executable,
         "-m",
         "deepspeed.launcher.launch",
         f"--world_info={world}",
-        f"--master_addr={_HOST}",
+        *node,
+        f"--master_addr={place.host}",
         f"--master_port={port}",
         # Its log goes to standard output, between the lines of rank 0's console.
         "--log_level=critical",

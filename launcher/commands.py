@@ -8,6 +8,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from launcher.slurm.commands import app as slurm_app
 from sharding.errors import UserError
 
 app = typer.Typer(
@@ -22,6 +23,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(checkpoint_app, name="checkpoint")
 tracking_app = typer.Typer(help="Upload what was tracked offline, or build the wandb dashboard.", no_args_is_help=True)
 app.add_typer(tracking_app, name="tracking")
+app.add_typer(slurm_app, name="slurm")
 
 _EXAMPLES = ("configs", "slurm")
 _EXAMPLE_SUFFIXES = (".yaml", ".sbatch", ".sh", ".md")
@@ -148,13 +150,17 @@ def report(
 @app.command()
 def bench(
     name: Annotated[
-        str, typer.Argument(help="data: the loader alone; overhead: a step beside its peers'.", metavar="NAME")
+        str,
+        typer.Argument(
+            help="data: the loader alone; overhead: a step beside its peers'; checkpoint: saving and loading.",
+            metavar="NAME",
+        ),
     ],
     arguments: Annotated[list[str] | None, typer.Argument(help="Options of that benchmark, after --.")] = None,
 ) -> None:
     """Run a benchmark."""
-    if name not in ("data", "overhead"):
-        raise UserError(f"there is no benchmark {name}; there are: data, overhead.")
+    if name not in ("data", "overhead", "checkpoint"):
+        raise UserError(f"there is no benchmark {name}; there are: data, overhead, checkpoint.")
     _become(f"benchmarks.{name}", *(arguments or []))
 
 

@@ -100,6 +100,14 @@ def conclude_by_force(run_folder: RunFolder) -> int:
     return EXIT_INTERRUPTED
 
 
+def record_crash(run_folder: RunFolder, first: RankFailure) -> None:
+    """Write down that a rank of this node was killed, where nobody did or another rank wrote of what followed."""
+    outcome = run_folder.read_outcome()
+    is_told = outcome is not None and (outcome["status"] != "failed" or outcome["rank"] == first.rank)
+    if -first.exit_code in CRASHES and not is_told:
+        _overwrite_outcome(run_folder, outcome, first, f"the process {_manner(first.exit_code)}")
+
+
 def first_failure(log_text: str) -> RankFailure | None:
     """The first failure in torchrun's report, if it made one.
 

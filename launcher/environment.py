@@ -51,10 +51,10 @@ def rank_variables(
             "GLOO_SOCKET_IFNAME", "lo", "ranks of one machine need no other interface, and nobody else reaches them"
         ),
         Variable(
-            "TORCH_NCCL_TRACE_BUFFER_SIZE",
+            "TORCH_FR_BUFFER_SIZE",
             "2000",
             "keeps the latest collectives, of gloo too, for the report of a hang (torch's default, stated)",
-            other_names=("TORCH_FR_BUFFER_SIZE",),
+            other_names=("TORCH_NCCL_TRACE_BUFFER_SIZE",),
         ),
         Variable("PYTHONFAULTHANDLER", "1", "a crash in native code leaves the Python line it came from in the log"),
     ]

@@ -163,6 +163,9 @@ class DeepSpeedEngine:
 
         What is kept in files is copied to memory, all of it at once.
         """
+        if with_optimizer:
+            # Where every step so far was skipped, there is none yet.
+            self._allocate_optimizer_state()
         slices = self._replicated_slices()
         for group in range(len(self._members)):
             with self._in_memory(group, changes=False) as is_borrowed:
@@ -294,7 +297,10 @@ class DeepSpeedEngine:
         return self._base_optimizer.param_groups[index]
 
     def _allocate_optimizer_state(self) -> None:
-        """Make the optimizer create its moments, by a step that changes nothing: zero gradients, zero rate."""
+        """Make the optimizer create its moments, as they are before the first step, unless it has some.
+
+        A step with zero gradients and zero rate changes no parameter; what it counts is taken back.
+        """
         if self._base_optimizer.state:
             return
         groups = self._base_optimizer.param_groups
@@ -308,6 +314,9 @@ class DeepSpeedEngine:
                 gradient, flat.grad = flat.grad, torch.zeros_like(flat)
                 self._base_optimizer.step()
                 flat.grad = gradient
+                for value in self._base_optimizer.state[flat].values():
+                    if value is not None:
+                        value.zero_()
         for group, (parameters, rate) in zip(groups, saved, strict=True):
             group["params"], group["lr"] = parameters, rate
 

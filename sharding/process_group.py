@@ -12,11 +12,7 @@ import torch.distributed as dist
 
 from sharding.errors import UserError
 from sharding.loopback import HOSTS, loopback_store
-from sharding.process_lifetime import ACCELERATE_VARIABLE
-
-_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-# DeepSpeed's launcher calls LOCAL_WORLD_SIZE so.
-_DEEPSPEED_LOCAL_WORLD_SIZE = "LOCAL_SIZE"
+from sharding.rank_place import has_one_gpu_per_task, place_variables, read_ranks
 
 
 @dataclass(frozen=True)
@@ -38,57 +34,6 @@ class Ranks:
     device: torch.device
 
 
-def read_ranks(environment: Mapping[str, str]) -> tuple[int, int, int, int]:
-    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE as a launcher set them; one rank by itself where none is set.
-
-    torchrun, and ``accelerate launch`` of several processes, set all four. DeepSpeed's launcher says LOCAL_SIZE for the
-    last. ``accelerate launch`` of one process sets none.
-
-    Raises:
-        UserError: only some are set, or they contradict one another, or the launcher started less than it was asked to.
-    """
-    environment = _with_one_name_for_the_local_size(environment)
-    missing = [name for name in _VARIABLES if name not in environment]
-    if len(missing) == len(_VARIABLES):
-        if ACCELERATE_VARIABLE in environment and "MASTER_ADDR" in environment:
-            raise UserError(
-                "accelerate launch was asked for several processes and started one, as it does on a CPU; "
-                "add --multi_gpu, which starts them there too, or ask for --num_processes 1."
-            )
-        return 0, 1, 0, 1
-    if missing:
-        present = ", ".join(f"{name}={environment[name]}" for name in _VARIABLES if name in environment)
-        raise UserError(
-            f"{present} is set, but {', '.join(missing)} is not; start ranks with a launcher, or unset all."
-        )
-    try:
-        rank, world_size, local_rank, local_world_size = (int(environment[name]) for name in _VARIABLES)
-    except ValueError:
-        values = ", ".join(f"{name}={environment[name]}" for name in _VARIABLES)
-        raise UserError(f"{values}: not all of these are numbers; start ranks with a launcher.") from None
-    for name, value, limit_name, limit in (
-        ("RANK", rank, "WORLD_SIZE", world_size),
-        ("LOCAL_RANK", local_rank, "LOCAL_WORLD_SIZE", local_world_size),
-        ("LOCAL_WORLD_SIZE", local_world_size, "WORLD_SIZE", world_size + 1),
-    ):
-        if not 0 <= value < limit:
-            raise UserError(f"{name}={value} does not fit {limit_name}={environment[limit_name]}; check the launcher.")
-    return rank, world_size, local_rank, local_world_size
-
-
-def _with_one_name_for_the_local_size(environment: Mapping[str, str]) -> Mapping[str, str]:
-    if "RANK" not in environment or _DEEPSPEED_LOCAL_WORLD_SIZE not in environment:
-        return environment
-    local_size = environment[_DEEPSPEED_LOCAL_WORLD_SIZE]
-    other = environment.get("LOCAL_WORLD_SIZE", local_size)
-    if other != local_size:
-        raise UserError(
-            f"LOCAL_WORLD_SIZE={other} does not fit {_DEEPSPEED_LOCAL_WORLD_SIZE}={local_size}; "
-            "one launcher was started inside another: unset what the outer one has set."
-        )
-    return {**environment, "LOCAL_WORLD_SIZE": local_size}
-
-
 @contextmanager
 def process_group(init_timeout_s: float) -> Iterator[Ranks]:
     """Join the process group: NCCL (with gloo for host tensors) where there are GPUs, gloo where there are none.
@@ -100,6 +45,8 @@ def process_group(init_timeout_s: float) -> Iterator[Ranks]:
         UserError: the launcher's variables make no sense, or there is no GPU for this rank.
     """
     rank, world_size, local_rank, local_world_size = read_ranks(os.environ)
+    # The rendezvous, and libraries that look for themselves, know torch's names alone.
+    os.environ.update(place_variables(os.environ))
     device = _device(local_rank)
     timeout = timedelta(seconds=init_timeout_s)
     backend = "gloo"
@@ -155,8 +102,7 @@ def _device(local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     num_gpus = torch.cuda.device_count()
-    by_launcher = "TORCHELASTIC_RUN_ID" in os.environ or _DEEPSPEED_LOCAL_WORLD_SIZE in os.environ
-    if num_gpus == 1 and "SLURM_PROCID" in os.environ and not by_launcher:
+    if num_gpus == 1 and has_one_gpu_per_task(os.environ):
         # Slurm can show each task just its own GPU, whatever the local rank.
         local_rank = 0
     if local_rank >= num_gpus:

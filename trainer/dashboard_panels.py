@@ -89,6 +89,7 @@ SECTIONS = (
                 stacked=True,
             ),
             Panel("Saving checkpoints", ("checkpoint/blocking_s", "checkpoint/write_s"), "s"),
+            Panel("Goodput so far, over all attempts", ("goodput/fraction",), "share of wall time"),
         ),
     ),
     PanelSection(

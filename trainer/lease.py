@@ -126,6 +126,7 @@ def _new_holder(token: str) -> dict[str, Any]:
         "attempt": None,
         "token": token,
         "heartbeat": time.time(),
+        "slurm_job": _slurm_job(),
     }
 
 
@@ -180,6 +181,12 @@ def process_space() -> str:
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return socket.gethostname()
+
+
+def _slurm_job() -> list[int] | None:
+    """Number of this Slurm job and how often it was started again; None outside of one."""
+    job, restarts = os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_RESTART_COUNT", "0")
+    return [int(job), int(restarts)] if job.isdigit() and restarts.isdigit() else None
 
 
 def _process_start(pid: int) -> str | None:

@@ -3,13 +3,14 @@
 import gc
 import math
 import time
+from contextlib import suppress
 from enum import Enum
 from typing import Any
 
 import torch
 
 from sharding.engine import Batch
-from sharding.errors import NonFiniteFailure
+from sharding.errors import NonFiniteFailure, RunFailure, UserError
 from trainer.accumulation import agree_on_step
 from trainer.bad_numbers import TakenStep, leave_out_as_told
 from trainer.checkpoint.manifest import TrainingState
@@ -106,6 +107,12 @@ class Trainer:
         gc.disable()
         try:
             return self._fit()
+        except RunFailure:
+            # All ranks have come to it alike, so what was saved before it can still be made valid. It is the reason
+            # that counts, also where that fails.
+            with suppress(UserError):
+                self._finish_saving()
+            raise
         finally:
             self._close_loader()
             self._parts.profiler.close()
@@ -194,6 +201,7 @@ class Trainer:
         step, config = self.step, self._config
         is_last = step == config.num_steps
         if is_due(step, config.faults.replica_check_every_steps):
+            self._wait_for_device()
             self._parts.compare_replicas(step)
         evaluates = is_last or is_due(step, config.evaluation.every_steps)
         logs = evaluates or is_due(step, config.metrics.every_steps)
@@ -252,6 +260,7 @@ class Trainer:
 
     def _log(self, record: StepRecord, *, evaluates: bool) -> None:
         parts = self._parts
+        self._wait_for_device()
         parts.phases.enter(Phase.LOG)
         metrics, longest_skip = summarize_step(
             record, self._skipped, self._clock, parts.meter, parts.ranks, self._noise_scale
@@ -266,6 +275,7 @@ class Trainer:
         if parts.checkpointer.last_write_s is not None:
             metrics["checkpoint/write_s"] = parts.checkpointer.last_write_s
         if self._metrics_file is not None:
+            metrics |= parts.observers.goodput()
             self._metrics_file.write(self.step, metrics)
             parts.observers.log(self.step, metrics)
         if longest_skip >= self._config.faults.max_nonfinite_steps + self._num_halvings():
@@ -306,6 +316,7 @@ class Trainer:
 
     def _save(self, *, waits: bool) -> None:
         """Save this step; ``waits`` until it is written, also where training could go on meanwhile."""
+        self._wait_for_device()
         # A damaged copy must not go into a checkpoint.
         self._parts.compare_replicas(self.step)
         self._parts.phases.enter(Phase.SAVE)
@@ -329,6 +340,10 @@ class Trainer:
         self._parts.phases.enter(Phase.SAVE)
         with self._clock.paused("saving"):
             self._parts.checkpointer.finish()
+
+    def _wait_for_device(self) -> None:
+        """Wait until all steps are computed, so that the phase that follows, which would wait, is not blamed for it."""
+        self._skipped.total.item()
 
     def _initial_state(self) -> TrainingState:
         return TrainingState(

@@ -6,6 +6,7 @@ from typing import Any
 
 from trainer.console import Console
 from trainer.events import record_event
+from trainer.goodput_ledger import GoodputLedger
 from trainer.heartbeat import read_heartbeats
 from trainer.metrics import Metrics
 from trainer.stragglers import StragglerWatch
@@ -22,6 +23,7 @@ class Observers:
         trackers: wandb and others; None on all ranks but the first.
         attempt: number of the run's attempt.
         stragglers: tells of slow ranks; None on all ranks but the first.
+        ledger: what the run's time is spent on; None on all ranks but the first.
     """
 
     metrics_path: Path
@@ -29,6 +31,7 @@ class Observers:
     trackers: Trackers | None = None
     attempt: int = 0
     stragglers: StragglerWatch | None = None
+    ledger: GoodputLedger | None = None
 
     @property
     def is_watched(self) -> bool:
@@ -79,6 +82,10 @@ class Observers:
         """Something out of the ordinary happened: it goes to events.jsonl."""
         if self.is_watched:
             record_event(self.metrics_path.parent, kind, attempt=self.attempt, step=step, **details)
+
+    def goodput(self) -> Metrics:
+        """Share of training in the run's time so far, over all attempts, where that is known."""
+        return {"goodput/fraction": self.ledger.fraction()} if self.ledger is not None else {}
 
     def rewound(self) -> None:
         """The run has gone back; lines of later steps were taken out of metrics.jsonl."""

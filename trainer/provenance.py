@@ -1,5 +1,6 @@
 """Where a run comes from: code, packages, hardware, command."""
 
+import json
 import os
 import platform
 import re
@@ -13,6 +14,8 @@ from trainer.config import RunConfig
 from trainer.threads import threads_per_rank
 from trainer.validation import World
 
+# Beside the packages of a copy that a Slurm job runs with: the revision of what was copied.
+FROZEN_REVISION_NAME = "revision.json"
 _PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "safetensors", "numpy", "wandb", "pydantic")
 # The last word of a setting's name tells: api_key= and HF_TOKEN= are secret, data.tokenizer= and shard_tokens= are not.
 _SECRET = re.compile(r"(?is)((?:^|[^a-z])(?:api)?(?:key|token|secret|password)=).+")
@@ -34,8 +37,13 @@ def collect_provenance(config: RunConfig, world: World, argv: list[str]) -> dict
 
 
 def code_revision() -> dict[str, Any]:
-    """Git revision and uncommitted changes of Shardline's own checkout, or the installed distribution's version."""
+    """Git revision and uncommitted changes of Shardline's own checkout, or the installed distribution's version.
+
+    A Slurm job's copy of the code says what it was copied from.
+    """
     root = Path(__file__).resolve().parent.parent
+    if (frozen := root / FROZEN_REVISION_NAME).exists():
+        return json.loads(frozen.read_text())
     if (root / ".git").exists():
         revision = _output(["git", "-C", str(root), "rev-parse", "HEAD"])
         if revision:

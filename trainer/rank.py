@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 
 from sharding.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, RunFailure, UserError
-from sharding.process_group import Ranks, process_group, read_ranks
+from sharding.process_group import Ranks, process_group
+from sharding.rank_place import note_on_place, place_variables, read_ranks
 from trainer.build import build_trainer
 from trainer.config import RunConfig, load_config
 from trainer.console import Console
@@ -23,6 +24,7 @@ from trainer.events import record_event
 from trainer.failure_report import Sources, write_failure
 from trainer.flight_recorder import dump_flight_recorder
 from trainer.foreign_settings import refuse_foreign_settings
+from trainer.goodput_ledger import GoodputLedger, process_age_s
 from trainer.hang import Hang
 from trainer.heartbeat import read_heartbeats
 from trainer.injection import faults_of, inject_faults, read_faults
@@ -34,7 +36,7 @@ from trainer.randomness import use_deterministic_kernels
 from trainer.rank_error import describe_error, write_rank_error
 from trainer.rank_logs import redirect_output
 from trainer.rank_process import kill
-from trainer.report.end_of_run import write_run_report
+from trainer.report.end_of_run import write_run_goodput, write_run_report
 from trainer.run_folder import RunFolder
 from trainer.stopping import StopRequest
 from trainer.stragglers import StragglerWatch
@@ -58,6 +60,7 @@ class _Progress:
     phases: Phases = field(default_factory=Phases)
     attempt: int = 0
     watchdog: Watchdog | None = None
+    ledger: GoodputLedger | None = None
 
     @property
     def step(self) -> int:
@@ -71,8 +74,11 @@ class _Progress:
 
 def main(arguments: Sequence[str]) -> NoReturn:
     """Run one rank and exit with its status: 0 finished, 75 stopped and saved, 2 bad input, 1 failed."""
-    progress = _Progress(rank=int(os.environ.get("RANK", "0")))
+    progress = _Progress()
     try:
+        # Before all else, so that whatever looks at the environment from here on finds torch's names.
+        os.environ.update(place_variables(os.environ))
+        progress.rank = read_ranks(os.environ)[0]
         exit_code = _run(arguments, progress)
     except UserError as error:
         exit_code = _report(progress, error, "bad_input", EXIT_BAD_INPUT, str(error))
@@ -83,11 +89,18 @@ def main(arguments: Sequence[str]) -> NoReturn:
         if _log.handlers:
             _log.error("%s", traceback.format_exc())
         exit_code = _report(progress, error, "failed", EXIT_FAILED, f"{type(error).__name__}: {error}")
+    if progress.ledger is not None:
+        progress.ledger.finish()
+        progress.ledger.write()
     if progress.rank == 0 and progress.run_folder is not None:
         token = progress.lease.token if progress.lease is not None else None
         write_run_report(progress.run_folder, token, progress.warn)
     if progress.observers is not None:
         progress.observers.close(exit_code)
+    if progress.ledger is not None and progress.run_folder is not None:
+        # Once more, since the report and the trackers took their time.
+        progress.ledger.write()
+        write_run_goodput(progress.run_folder, progress.lease.token if progress.lease is not None else None)
     if progress.lease is not None:
         progress.lease.release()
     end_process(EXIT_FINISHED if exit_code == EXIT_STOPPED and _is_restarted_by_agent() else exit_code)
@@ -123,6 +136,8 @@ def _run(arguments: Sequence[str], progress: _Progress) -> int:
     world = World(num_ranks=world_size, has_gpu=torch.cuda.is_available())
     validate(config, world)
     refuse_foreign_settings(os.environ)
+    if note := note_on_place(os.environ):
+        print(f"note: {note}", file=sys.stderr)
     if config.deterministic:
         use_deterministic_kernels()
     torch.set_num_threads(threads_per_rank(config, local_world_size, os.environ))
@@ -134,6 +149,8 @@ def _run(arguments: Sequence[str], progress: _Progress) -> int:
     if attempt:
         # Not before: until the folder is ours, outcome.json is for its holder to write.
         progress.run_folder = run_folder
+    if rank == 0:
+        progress.ledger = GoodputLedger(run_folder.path, attempt, progress.phases, process_age_s=process_age_s())
     # Every rank asks; a file lock lets one of them work while the others wait. No collective has begun, so however
     # long it takes, nothing times out.
     corpus = prepare_corpus(config.data, progress=rank == 0)
@@ -149,7 +166,7 @@ def _run(arguments: Sequence[str], progress: _Progress) -> int:
         inject_faults(faults, writing, run_folder.path, ranks.rank, attempt)
         progress.phases.enter(Phase.BUILD)
         _start_watchdog(config, ranks, progress)
-        progress.observers = observers = _build_observers(config, run_folder, ranks, attempt)
+        progress.observers = observers = _build_observers(config, run_folder, ranks, progress)
         progress.trainer = trainer = build_trainer(
             config,
             ranks,
@@ -162,7 +179,7 @@ def _run(arguments: Sequence[str], progress: _Progress) -> int:
             before_commit=lambda: progress.lease.check() if progress.lease is not None else None,
             before_write=lambda step: writing.enter(Phase.WRITE, step),
         )
-        ending = _train(trainer, config, run_folder, observers, ranks, progress.phases)
+        ending = _train(trainer, config, run_folder, observers, ranks, progress.phases, stop_request)
         # What comes now is each rank's own, and may take its time: trackers that send what they have.
         _stop_watchdog(progress)
     return EXIT_FINISHED if ending is Ending.FINISHED else EXIT_STOPPED
@@ -175,6 +192,7 @@ def _train(
     observers: Observers,
     ranks: Ranks,
     phases: Phases,
+    stop_request: StopRequest,
 ) -> Ending:
     trainer.resume_or_init()
     observers.start(trainer.step)
@@ -187,8 +205,12 @@ def _train(
     trainer.close()
     if ranks.rank == 0:
         exit_code = EXIT_FINISHED if ending is Ending.FINISHED else EXIT_STOPPED
-        reason = "all steps done" if ending is Ending.FINISHED else "stopped on request; run again to continue"
+        cause = stop_request.describe(run_folder.stop_file)
+        stopped = f"stopped {f'by {cause}' if cause else 'on request'}; run again to continue"
+        reason = "all steps done" if ending is Ending.FINISHED else stopped
         run_folder.write_outcome(ending.value, exit_code, trainer.step, reason)
+        if observers.ledger is not None:
+            observers.message(observers.ledger.sentence())
     if ranks.world_size > 1:
         # torchrun takes the first rank that exits with 75 for a failure and ends the others: not before the outcome is
         # there.
@@ -215,12 +237,13 @@ def _agree_on_attempt(attempt: int, ranks: Ranks) -> int:
     return int(number)
 
 
-def _build_observers(config: RunConfig, run_folder: RunFolder, ranks: Ranks, attempt: int) -> Observers:
+def _build_observers(config: RunConfig, run_folder: RunFolder, ranks: Ranks, progress: _Progress) -> Observers:
     if ranks.rank != 0:
-        return Observers(run_folder.metrics_file, attempt=attempt)
+        return Observers(run_folder.metrics_file, attempt=progress.attempt)
     console = Console(total_steps=config.num_steps)
     trackers = build_trackers(config, run_folder.path, run_folder.metrics_file, console.warning)
-    return Observers(run_folder.metrics_file, console, trackers, attempt, StragglerWatch(config.faults.straggler_ratio))
+    stragglers = StragglerWatch(config.faults.straggler_ratio)
+    return Observers(run_folder.metrics_file, console, trackers, progress.attempt, stragglers, progress.ledger)
 
 
 def _one_sentence(error: BaseException) -> str:
@@ -259,6 +282,8 @@ def _end_hanging(progress: _Progress, hang: Hang) -> NoReturn:
     """End this rank, whose main thread may be stuck; called in the watchdog's thread."""
     run_folder = progress.run_folder
     assert run_folder is not None
+    if progress.ledger is not None:
+        progress.ledger.write()
     with contextlib.suppress(OSError):
         late = hang.late[0] if hang.late else None
         if run_folder.write_outcome("failed", EXIT_FAILED, progress.step, hang.reason, late):

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from trainer.checkpoint.storage import (
 from trainer.config import RunConfig, config_to_yaml, load_config, parse_config
 from trainer.events import read_events
 from trainer.failure import set_failure_aside
+from trainer.goodput import write_goodput
+from trainer.goodput_ledger import begin_ledger
 from trainer.lease import LEASE_VARIABLE, is_taken_over, record_attempt
 from trainer.provenance import collect_provenance
 from trainer.secrets import blot_out
@@ -189,10 +192,12 @@ class RunFolder:
         Raises:
             UserError: see ``check``; also where the folder cannot be written.
         """
+        began_at = time.time()
         self.check(config)
         try:
             attempt = self.newest_attempt() + 1
             self.log_dir(attempt).mkdir(parents=True)
+            begin_ledger(self.log_dir(attempt), attempt, began_at)
             suffix = "" if attempt == 1 else f".attempt-{attempt}"
             if self.newest_checkpoint() is None or not self.config_file.exists():
                 write_atomically(self.config_file, config_to_yaml(config))
@@ -204,6 +209,7 @@ class RunFolder:
             self.outcome_file.unlink(missing_ok=True)
             set_failure_aside(self.path)
             record_attempt(self.path, attempt)
+            write_goodput(self.path)
             # Room to say how the attempt ended, should the disk be full by then.
             write_atomically(self._reserve_file, bytes(_RESERVE_BYTES))
         except OSError as error:

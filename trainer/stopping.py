@@ -20,6 +20,7 @@ class StopRequest:
     def __init__(self) -> None:
         """Nobody has asked yet."""
         self._requested = False
+        self._cause = ""
         self._next_poll_at = 0.0
         self._interrupted_at: float | None = None
 
@@ -40,8 +41,18 @@ class StopRequest:
                 self._requested = stop_file.exists()
         return self._requested
 
+    def describe(self, stop_file: Path) -> str:
+        """Who asked: a signal to this rank, or what the file says; empty where a person made an empty one."""
+        if self._cause:
+            return self._cause
+        try:
+            return stop_file.read_text().strip()
+        except (OSError, UnicodeDecodeError):
+            return ""
+
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         self._requested = True
+        self._cause = self._cause or f"signal {signal.Signals(number).name}"
         if number != signal.SIGINT:
             return
         now = time.monotonic()

@@ -83,6 +83,7 @@ class Watchdog:
         self._stacks = StacksFile(log_dir, rank)
         self._running = RunningTime(time.monotonic())
         self._pulse = Pulse(log_dir, self._running)
+        self._host, self._process_space = socket.gethostname(), process_space()
         self._num_beats = 0
         self._state: State = "running"
         self._stopped = threading.Event()
@@ -171,8 +172,8 @@ class Watchdog:
         moment = self._phases.now
         return Heartbeat(
             rank=self._rank,
-            host=socket.gethostname(),
-            process_space=process_space(),
+            host=self._host,
+            process_space=self._process_space,
             pid=os.getpid(),
             main_thread=main_thread_id(),
             beat=self._num_beats,

@@ -28,6 +28,8 @@ from tests.support import (
     wait_until,
 )
 from trainer.events import read_events
+from trainer.failure import FailureKind, read_failure
+from trainer.goodput import Goodput
 
 MakeConfig = Callable[..., Path]
 # Long enough to be caught in the middle, and slowed down a little by metrics at each step.
@@ -65,6 +67,12 @@ def test_a_rank_then_the_launcher_are_killed_and_losses_stay_equal(make_config: 
     assert last_line.startswith("error: rank 1: the process was killed by SIGKILL")
     _wait_for_nobody(runs / "killed")
     assert _outcome(runs / "killed")["status"] == "failed"
+    failure = read_failure(runs / "killed")
+    assert failure is not None
+    assert (failure.kind, failure.signature, failure.rank) == (FailureKind.KILLED, "killed", 1)
+    assert [state.exit for state in failure.ranks] == ["status 1", "SIGKILL"]
+    # Rank 0 says in which step it lost its peer.
+    assert failure.step == failure.ranks[0].step
 
     launcher = start_shardline("run", config, "--nproc-per-node", 2, log=tmp_path / "second.log")
     resumed_from = 10
@@ -76,11 +84,52 @@ def test_a_rank_then_the_launcher_are_killed_and_losses_stay_equal(make_config: 
     _wait_for_nobody(runs / "killed", timeout_s=5)
 
     trained(shardline("run", config, "steps=60", "--nproc-per-node", 2))
+    assert read_failure(runs / "killed") is None
+    assert read_failure(runs / "killed" / "logs" / "attempt-1") == failure
     straight = make_config("straight", **_LONG)
     trained(shardline("run", straight, "steps=60", "--nproc-per-node", 2))
     found = [row[:5] for row in training_curve(runs / "killed")]
     assert found == [row[:5] for row in training_curve(runs / "straight")]
     assert len(found) == 60 > resumed_from
+    _check_goodput(runs / "killed")
+
+
+def _check_goodput(run_dir: Path) -> None:
+    """Of three attempts that took steps 1 to 60 the first two were killed."""
+    goodput = Goodput.model_validate_json((run_dir / "goodput.json").read_bytes())
+    assert sum(goodput.shares.values()) == pytest.approx(1, abs=1e-9)
+    assert sum(goodput.seconds.values()) == pytest.approx(goodput.wall_s)
+    first, second, third = goodput.attempts
+    # The first rank outlived the other, and told of all its steps; then it was killed too, and told of those until its
+    # last write.
+    assert (first.began_after, second.began_after) == (0, 10)
+    assert first.last_step is not None
+    assert first.num_lost_steps == first.last_step - 10 >= 2
+    assert second.last_step is not None
+    assert third.began_after is not None
+    assert second.num_lost_steps == max(0, second.last_step - third.began_after)
+    assert second.last_step >= third.began_after >= 30
+    assert (third.last_step, third.num_lost_steps) == (60, 0)
+    assert goodput.num_lost_steps == first.num_lost_steps + second.num_lost_steps
+    assert third.seconds["lost"] == 0 < first.seconds["lost"]
+    assert all(goodput.seconds[name] > 0 for name in ("training", "startup", "checkpoint", "logging", "down"))
+    logged = read_metrics(run_dir)[-1]["goodput/fraction"]
+    assert goodput.goodput == goodput.shares["training"] == pytest.approx(logged, rel=0.5)
+
+
+def test_a_rank_that_is_killed_while_it_writes_leaves_no_checkpoint(make_config: MakeConfig) -> None:
+    config = make_config("writing", steps=8, checkpoint={"every_steps": 3, "keep_last": 0})
+    checkpoints = config.parent / "runs" / "writing" / "checkpoints"
+    fault = {"fault": "kill", "rank": 1, "step": 6, "phase": "write", "attempt": 1}
+    killed = shardline("run", config, "--nproc-per-node", 2, SHARDLINE_INJECT=json.dumps([fault]))
+    assert killed.returncode == 1
+    assert "rank 1: the process was killed by SIGKILL" in killed.stderr
+    assert [path.parent.name for path in checkpoints.glob("*/manifest.json")] == ["step-00000003"]
+    continued = shardline("run", config, "--nproc-per-node", 2)
+    assert "continuing after step 3" in continued.stdout
+    # What the killed attempt had written of it is not part of it.
+    verified = shardline("checkpoint", "verify", checkpoints.parent)
+    assert verified.stdout.splitlines() == [f"step-{step:08d}: whole" for step in (3, 6, 8)]
 
 
 def test_ctrl_c_saves_and_the_same_command_continues(make_config: MakeConfig, tmp_path: Path) -> None:
@@ -182,8 +231,15 @@ def test_a_failing_ranks_own_error_is_seen_last_with_its_rank(make_config: MakeC
     assert finished.returncode == 1
     last_line = finished.stderr.strip().splitlines()[-1]
     assert last_line == "error: rank 1: ZeroDivisionError: the divisor on this rank is zero"
-    log = config.parent / "runs" / "failing" / "logs" / "attempt-1" / "rank-1.log"
+    run_dir = config.parent / "runs" / "failing"
+    log = run_dir / "logs" / "attempt-1" / "rank-1.log"
     assert "failing_task.py" in log.read_text()
+    failure = read_failure(run_dir)
+    assert failure is not None
+    assert (failure.kind, failure.rank) == (FailureKind.EXCEPTION, 1)
+    assert failure.where is not None
+    assert failure.where.endswith("failing_task.py:11 in make_batch")
+    assert f"report: {run_dir / 'failure.md'}" in finished.stderr
     assert _outcome(config.parent / "runs" / "failing")["status"] == "failed"
 
 

@@ -1,6 +1,7 @@
 """Reports of real runs, opened and used in a browser at the widths of a phone and of a desk, light and dark."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -82,6 +83,10 @@ def test_each_run_ends_with_a_report_and_one_that_fails_changes_nothing(run_dir:
     second = (run_dir.parent.parent / "second.log").read_text()
     assert second.count(f"warning: {run_dir / 'report.html'} was not written: ") >= 1
     assert json.loads((run_dir / "outcome.json").read_text())["status"] == "finished"
+    # No report, and no less to tell of.
+    goodput = json.loads((run_dir / "goodput.json").read_text())
+    assert [attempt["last_step"] for attempt in goodput["attempts"]] == [4, 6]
+    assert re.search(r"(?m)^goodput \d+\.\d%: training \d+ s of \d+ s \(start-up ", second)
 
 
 def test_a_run_whose_first_rank_is_killed_has_a_report(make_config: Callable[..., Path], tmp_path: Path) -> None:
@@ -94,6 +99,7 @@ def test_a_run_whose_first_rank_is_killed_has_a_report(make_config: Callable[...
     page = (run / "report.html").read_text()
     assert '<span class="status failed">' in page
     assert "the process was killed by SIGKILL" in page
+    assert '<section class="group goodput" id="goodput">' in page
 
 
 def test_bad_input_of_the_command_is_one_sentence(tmp_path: Path) -> None:

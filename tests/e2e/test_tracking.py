@@ -222,7 +222,7 @@ def test_the_dashboard_plots_what_training_logs(tracked: Path, server: StandInSe
     assert plotted
     by_setting = {"eval/ema_loss", "eval/ema_perplexity", "train/loss_scale", "train/noise_scale_tokens"}
     assert plotted - logged == by_setting
-    prefixes = ("train/", "eval/", "throughput/", "memory/", "time/", "checkpoint/")
+    prefixes = ("train/", "eval/", "throughput/", "memory/", "time/", "checkpoint/", "goodput/")
     assert {name for name in logged if name.startswith(prefixes)} - {
         "train/tokens",
         "throughput/data_wait_fraction",

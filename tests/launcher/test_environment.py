@@ -21,7 +21,7 @@ def test_golden_tables(config_file: Path) -> None:
         "OMP_NUM_THREADS": "3",
         "TOKENIZERS_PARALLELISM": "false",
         "GLOO_SOCKET_IFNAME": "lo",
-        "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
+        "TORCH_FR_BUFFER_SIZE": "2000",
         "PYTHONFAULTHANDLER": "1",
     }
     assert table(config_file, CPU, {}, "launch.threads_per_rank=3") == cpu
@@ -57,7 +57,7 @@ def test_every_variable_says_why_and_stands_once(config_file: Path) -> None:
         ("TOKENIZERS_PARALLELISM", "TOKENIZERS_PARALLELISM", "false"),
         # The same setting under another name, which would lose against ours.
         ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "expandable_segments:True"),
-        ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE", "2000"),
+        ("TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_FR_BUFFER_SIZE", "2000"),
     ],
 )
 def test_a_users_own_value_wins_and_is_said(config_file: Path, own: str, name: str, ours: str) -> None:

@@ -9,7 +9,8 @@ import torch.distributed as dist
 
 from sharding import process_group as module
 from sharding.errors import UserError
-from sharding.process_group import Ranks, process_group, read_ranks, set_step_timeout
+from sharding.process_group import Ranks, process_group, set_step_timeout
+from sharding.rank_place import read_ranks
 from tests.support import run_on_ranks
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")

@@ -15,7 +15,7 @@ from sharding.engine import Engine
 from sharding.errors import UserError
 from sharding.process_group import Ranks
 from tests.sharding.engine_cases import random_batch, tiny_engine
-from tests.support import read_metrics, run_on_ranks, tiny_values, wait_until, write_corpus
+from tests.support import TINY_MODEL, read_metrics, run_on_ranks, tiny_values, wait_until, write_corpus
 from trainer.build import build_trainer
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.manifest import TrainingState
@@ -39,7 +39,8 @@ class _Training:
         self.engine: Engine = tiny_engine(_ALONE, "none")
         self.folder = RunFolder(root)
         checkpoint = {"asynchronous": asynchronous, "every_steps": 1, "keep_last": 0}
-        config = parse_config({"steps": 9, "parallel": {"strategy": "none"}, "checkpoint": checkpoint}, "test")
+        values = {"steps": 9, "model": TINY_MODEL, "parallel": {"strategy": "none"}, "checkpoint": checkpoint}
+        config = parse_config(values, "test")
         self.checkpointer = Checkpointer(
             config, self.folder, "data", _ALONE, lambda: None, tell=lambda _: None, before_write=before_write
         )

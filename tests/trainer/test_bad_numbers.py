@@ -1,8 +1,6 @@
 """Spikes and non-finite steps on two ranks, in whole runs: what is told, left out and gone back to."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +10,12 @@ import torch.distributed as dist
 
 from sharding.errors import RunFailure
 from sharding.process_group import Ranks
-from sharding.state import TensorSlice
-from tests.support import read_metrics, run_on_ranks, tiny_values
-from trainer.build import build_trainer
-from trainer.checkpoint.manifest import TrainingState
-from trainer.checkpoint.reader import CheckpointReader
-from trainer.config import parse_config
-from trainer.console import Console
-from trainer.data.prepare import prepare_corpus
+from tests.runs_in_process import RunsInProcess, saved_state
+from tests.support import read_metrics, run_on_ranks
 from trainer.data.show import positions_of_step
 from trainer.events import read_events
 from trainer.injection import Fault
-from trainer.observers import Observers
-from trainer.phases import Phases
 from trainer.run_folder import RunFolder
-from trainer.validation import World
 
 _STEPS = 10
 _CURVE = ("step", "train/loss", "train/grad_norm", "train/learning_rate", "train/tokens")
@@ -36,65 +25,8 @@ _JUDGED = {"spike_window_steps": 8, "spike_warmup_steps": 4, "spike_threshold": 
 _SPOILED = [[72, 84]]
 
 
-@dataclass
-class _Runs:
-    """Starts runs one after another in this process group."""
-
-    ranks: Ranks
-    root: Path
-    corpus: Path
-
-    def train(self, name: str, injected: Sequence[Fault] = (), steps: int = _STEPS, **sections: Any) -> RunFolder:
-        """Train, or continue, to a number of steps."""
-        values = tiny_values(self.root / "runs", self.root / "cache", self.corpus)
-        values |= {"name": name, "steps": steps, "checkpoint": {"every_steps": 3, "keep_last": 0}}
-        for key, section in sections.items():
-            values[key] = values.get(key, {}) | section
-        config = parse_config(values, name)
-        folder = RunFolder(config.run_dir)
-        observers = Observers(folder.metrics_file)
-        if self.ranks.rank == 0:
-            folder.begin_attempt(config, World(self.ranks.world_size, has_gpu=False), [])
-            console = Console(steps, (self.root / f"{name}.log").open("a"))
-            observers = Observers(folder.metrics_file, console, attempt=folder.newest_attempt())
-        trainer = build_trainer(
-            config,
-            self.ranks,
-            # A file lock lets one rank work.
-            prepare_corpus(config.data),
-            folder,
-            observers,
-            Phases(),
-            faults=[fault for fault in injected if fault.rank == self.ranks.rank],
-            is_stop_requested=lambda: False,
-            before_commit=lambda: None,
-        )
-        trainer.resume_or_init()
-        try:
-            trainer.fit()
-        finally:
-            trainer.close()
-        dist.barrier()
-        return folder
-
-    def console(self, name: str) -> str:
-        """What a person saw of a run."""
-        return (self.root / f"{name}.log").read_text()
-
-
-def _final(folder: RunFolder, step: int = _STEPS) -> tuple[TrainingState, dict[str, torch.Tensor]]:
-    """State and every tensor, optimizer included, of the last checkpoint."""
-    reader = CheckpointReader(folder.checkpoint_path(step))
-    tensors = {}
-    for name, entry in reader.manifest.tensors.items():
-        tensors[name] = torch.empty(entry.shape, dtype=getattr(torch, entry.dtype))
-        whole = TensorSlice(name, tensors[name], tuple(entry.shape), (0,) * len(entry.shape), is_written_here=False)
-        reader.read_into(whole)
-    return reader.manifest.training, tensors
-
-
 def _assert_same_end(folder: RunFolder, told: RunFolder) -> None:
-    (state, tensors), (told_state, told_tensors) = _final(folder), _final(told)
+    (state, tensors), (told_state, told_tensors) = saved_state(folder, _STEPS), saved_state(told, _STEPS)
     assert tensors.keys() == told_tensors.keys()
     for name, tensor in told_tensors.items():
         assert torch.equal(tensors[name], tensor), (folder.path.name, name)
@@ -118,7 +50,7 @@ def _spike(step: int = 7, num_steps: int = 1, kind: Any = "spike") -> list[Fault
     return [Fault(fault=kind, rank=1, step=step, num_steps=num_steps)]
 
 
-def _check_skip(runs: _Runs, told: RunFolder) -> None:
+def _check_skip(runs: RunsInProcess, told: RunFolder) -> None:
     """A step that is bad on one rank is taken again by all with the samples that follow."""
     faults = {"spike_policy": "skip", **_JUDGED}
     for kind in ("spike", "nan"):
@@ -138,7 +70,7 @@ def _check_skip(runs: _Runs, told: RunFolder) -> None:
         runs.train("skip-all", _spike(num_steps=9), faults=faults | {"max_consecutive_skips": 2})
 
 
-def _check_rollback(runs: _Runs, told: RunFolder) -> None:
+def _check_rollback(runs: RunsInProcess, told: RunFolder) -> None:
     """The run goes back, leaves the samples out, and is continued as if they had never been there."""
     faults = {"spike_policy": "rollback", **_JUDGED}
     # Judged after step 9, once the checkpoints of steps 3 and 6 are there and that of step 9 is not yet.
@@ -159,7 +91,7 @@ def _check_rollback(runs: _Runs, told: RunFolder) -> None:
     dist.barrier()
     # The fault is still there for whoever reads these samples.
     folder = runs.train("rollback", _spike(), **logging)
-    (state, tensors), (told_state, told_tensors) = _final(folder), _final(told)
+    (state, tensors), (told_state, told_tensors) = saved_state(folder, _STEPS), saved_state(told, _STEPS)
     assert all(torch.equal(tensors[name], tensor) for name, tensor in told_tensors.items())
     assert state == told_state.model_copy(update={"num_rollbacks": 1})
 
@@ -178,7 +110,7 @@ def _check_rollback(runs: _Runs, told: RunFolder) -> None:
         assert [event["action"] for event in _events(first)["spike"]] == ["no_checkpoint"]
 
 
-def _check_warn(runs: _Runs, undisturbed: RunFolder) -> None:
+def _check_warn(runs: RunsInProcess, undisturbed: RunFolder) -> None:
     """By default a spike is only told, and a step that is not finite on one rank is skipped by all."""
     faults = {**_JUDGED}
     folder = runs.train("warn", [*_spike(step=6, kind="nan"), *_spike(step=9)], faults=faults)
@@ -203,7 +135,7 @@ def _check_warn(runs: _Runs, undisturbed: RunFolder) -> None:
 
 
 def _bad_numbers(ranks: Ranks, root: Path, corpus: Path) -> None:
-    runs = _Runs(ranks, root, corpus)
+    runs = RunsInProcess(ranks, root, corpus)
     undisturbed = runs.train("undisturbed", faults=_JUDGED)
     if ranks.rank == 0:
         assert _events(undisturbed) == {}
@@ -223,7 +155,7 @@ def test_bad_steps_are_told_left_out_or_gone_back_from(tmp_path: Path, shared_co
 
 
 def _skip_under_every_engine(ranks: Ranks, root: Path, corpus: Path) -> None:
-    runs = _Runs(ranks, root, corpus)
+    runs = RunsInProcess(ranks, root, corpus)
     for backend, strategy in (
         ("torch", "ddp"),
         ("torch", "zero3"),

@@ -11,6 +11,7 @@ from sharding.engine import OptimizedParameter, OptimizerFactory
 from sharding.errors import UserError
 from trainer.optimizers.adafactor import Adafactor
 from trainer.optimizers.config import OptimizerConfig, OptimizerGroupConfig
+from trainer.optimizers.momentum_sgd import MomentumSGD
 from trainer.optimizers.muon import Muon
 
 
@@ -25,7 +26,7 @@ def optimizer_factory(config: OptimizerConfig) -> OptimizerFactory:
     def build(parameters: Sequence[OptimizedParameter]) -> torch.optim.Optimizer:
         groups = _Groups(config, parameters)
         if config.name == "sgd":
-            return torch.optim.SGD(
+            return MomentumSGD(
                 groups.of(parameters), lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True
             )
         if config.name == "adamw":

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sharding.errors import EXIT_BAD_INPUT, EXIT_FINISHED, UserError
+from trainer.report.end_of_run import write_run_goodput
 from trainer.report.page import write_report
 from trainer.run_folder import RunFolder
 
@@ -31,6 +32,9 @@ def main(arguments: Sequence[str]) -> int:
     except OSError as error:
         print(f"error: {target} cannot be written: {error.strerror}; choose another file with --to.", file=sys.stderr)
         return EXIT_BAD_INPUT
+    for run in runs:
+        # Also where the run goes on: whoever writes it computes it from the same ledgers.
+        write_run_goodput(RunFolder(run), None)
     print(target)
     return EXIT_FINISHED
 

@@ -1,10 +1,24 @@
-"""The report that a run writes of itself when it ends. Nothing depends on it: whatever goes wrong is a warning."""
+"""The report and goodput that a run writes when it ends. Nothing depends on them: what goes wrong is a warning."""
 
+import contextlib
 from collections.abc import Callable
 
 from trainer.failure import FAILURE_NAME
+from trainer.goodput import write_goodput
 from trainer.lease import is_taken_over
 from trainer.run_folder import RunFolder
+
+
+def write_run_goodput(run_folder: RunFolder, lease_token: str | None) -> None:
+    """Write goodput.json, unless the folder is another process's by now; nothing depends on it.
+
+    Args:
+        run_folder: the run's folder.
+        lease_token: proof that the folder is ours; None where no lease was taken.
+    """
+    with contextlib.suppress(OSError):
+        if not is_taken_over(run_folder.path, lease_token):
+            write_goodput(run_folder.path)
 
 
 def write_run_report(run_folder: RunFolder, lease_token: str | None, warn: Callable[[str], None]) -> None:
@@ -15,6 +29,7 @@ def write_run_report(run_folder: RunFolder, lease_token: str | None, warn: Calla
         lease_token: proof that the folder is ours; None where no lease was taken.
         warn: tells a person why there is no report.
     """
+    write_run_goodput(run_folder, lease_token)
     try:
         if is_taken_over(run_folder.path, lease_token) or _is_current(run_folder):
             return

@@ -11,6 +11,7 @@ from typing import Any
 from trainer.atomic_files import write_atomically
 from trainer.report.attempts import Attempt, flatten
 from trainer.report.curves import MAX_POINTS, Curves, thin, training_hours
+from trainer.report.goodput_rows import goodput_bar, goodput_rows
 from trainer.report.panels import PanelView, section_views
 from trainer.report.run_data import RunData, duration_text, read_runs
 
@@ -74,6 +75,8 @@ def render(runs: list[RunData]) -> str:
         axes=_axes([run.curves for run in runs]),
         settings=table_rows([run.config for run in runs]),
         facts=table_rows([_facts(run) for run in runs]),
+        goodput_rows=goodput_rows([run.goodput for run in runs]),
+        goodput_bars=[goodput_bar(run.goodput) if run.goodput is not None else None for run in runs],
         attempts=[attempt_rows(run.attempts) for run in runs],
         num_thinned=max((len(run.curves.steps) for run in runs), default=0),
         max_points=MAX_POINTS,

@@ -7,6 +7,7 @@ from typing import Any
 
 from sharding.errors import UserError
 from trainer.failure import Failure, read_failure
+from trainer.goodput import Goodput, read_goodput
 from trainer.report.attempts import Attempt, flatten, read_attempts, read_json, read_yaml
 from trainer.report.curves import Curves, read_curves
 from trainer.report.event_rows import EventRow, event_rows
@@ -44,6 +45,7 @@ class RunData:
         samples: texts.
         events: what was out of the ordinary.
         failure: why the last attempt failed; None where it did not, or nobody could say.
+        goodput: what its time was spent on; None where no attempt has told.
     """
 
     label: str
@@ -54,6 +56,7 @@ class RunData:
     curves: Curves
     samples: list[Sample]
     events: list[EventRow]
+    goodput: Goodput | None
     failure: Failure | None = None
 
     @property
@@ -153,6 +156,7 @@ def _read_run(path: Path, label: str) -> RunData:
         samples=read_samples(path),
         events=event_rows(path),
         failure=read_failure(path),
+        goodput=read_goodput(path),
     )
 
 

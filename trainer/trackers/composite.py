@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from trainer.config import RunConfig
+from trainer.goodput import read_goodput
 from trainer.trackers.summary import RunSummary
 from trainer.trackers.tensorboard_tracker import TensorBoardTracker
 from trainer.trackers.tracker import Tracker
@@ -72,7 +73,9 @@ class Follower:
                 self._summary.add(line_step, metrics)
                 self.tracker.log(line_step, metrics)
             assert self._exit_code is not None
-            self.tracker.finish(self._exit_code, self._summary.values(self._exit_code))
+            goodput = read_goodput(self._path.parent)
+            summary = self._summary.values(self._exit_code) | (goodput.fractions() if goodput is not None else {})
+            self.tracker.finish(self._exit_code, summary)
         except BaseException as error:  # noqa: BLE001 - no failure of a tracker may reach training
             self.has_failed = True
             reason = str(error) or type(error).__name__

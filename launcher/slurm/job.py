@@ -1,0 +1,113 @@
+"""First step of a Slurm job: ``python -m launcher.slurm.job torchrun|deepspeed|srun CONFIG [key=value ...]``.
+
+It checks what can be known before ranks start, prepares the corpus, and prints what ``slurm/job.sh`` needs to know, as
+shell assignments on standard output; all else goes to standard error.
+"""
+
+import contextlib
+import os
+import shlex
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+
+from launcher.environment import applied, rank_variables
+from launcher.slurm.allocation import RANKS_VARIABLE, Allocation, ranks_of, read_allocation
+from launcher.topology import local_topology
+from sharding.errors import EXIT_BAD_INPUT, UserError
+from sharding.slurm_step import job_port
+from trainer.config import RunConfig, load_config
+from trainer.data.prepared import find_prepared
+from trainer.run_folder import RunFolder
+from trainer.validation import World, validate
+
+_STARTERS = ("torchrun", "deepspeed", "srun")
+
+
+def prepare_job(arguments: Sequence[str], starter: str, environment: Mapping[str, str]) -> dict[str, str]:
+    """Check a job and see to its corpus.
+
+    Args:
+        arguments: configuration file and overrides.
+        starter: what starts the ranks of a node: torchrun, deepspeed or srun itself.
+        environment: that of the batch script.
+
+    Returns:
+        Shell variables: ``run_dir``, ``ranks_per_node``, and those that ranks are started with.
+
+    Raises:
+        UserError: something that the user can mend is wrong.
+    """
+    config = load_config(arguments[0], arguments[1:])
+    allocation = read_allocation(environment)
+    ranks = ranks_of(allocation, config, one_task_per_rank=starter == "srun")
+    topology = local_topology()
+    world = World(allocation.num_nodes * ranks, has_gpu=topology.num_gpus > 0)
+    validate(config, world)
+    run_folder = RunFolder(config.run_dir)
+    run_folder.check(config)
+    _check_vocabulary_and_corpus(config, arguments)
+    _describe(config, allocation, ranks, world)
+    # Threads are each rank's own matter: this step has not the cores that a rank will have.
+    table = [v for v in rank_variables(config, topology, ranks, environment) if v.name != "OMP_NUM_THREADS"]
+    added, kept = applied(table, environment)
+    for sentence in kept:
+        print(f"note: {sentence}", file=sys.stderr)
+    return {
+        "run_dir": str(run_folder.path.absolute()),
+        "ranks_per_node": str(ranks),
+        RANKS_VARIABLE: str(ranks),
+        "MASTER_PORT": environment.get("MASTER_PORT") or str(config.launch.master_port or job_port(allocation.job_id)),
+        **{variable.name: variable.value for variable in added},
+    }
+
+
+def _check_vocabulary_and_corpus(config: RunConfig, arguments: Sequence[str]) -> None:
+    if find_prepared(config.data) is None:
+        # Standard output is the batch script's to read.
+        command = [sys.executable, "-m", "trainer.data.prepare", *arguments]
+        status = subprocess.run(command, stdout=sys.stderr, check=False).returncode
+        if status:
+            # It has said why.
+            raise SystemExit(status if status > 0 else 1)
+    corpus = find_prepared(config.data)
+    if corpus is None:
+        raise UserError("the corpus changed while it was being prepared; submit the job again.")
+    corpus.check_sequence_length(config.data.sequence_length)
+
+
+def _describe(config: RunConfig, allocation: Allocation, ranks: int, world: World) -> None:
+    kind = "GPUs" if allocation.gpus_per_node else "tasks"
+    print(
+        f"job {allocation.job_id}: {allocation.num_nodes} nodes x {ranks} {kind} = {world.num_ranks} ranks, "
+        f"{config.parallel.backend} {config.parallel.strategy}; run folder {config.run_dir}",
+        file=sys.stderr,
+    )
+    if allocation.gpus_per_node and not world.has_gpu:
+        print(
+            f"note: torch sees no GPU on {socket.gethostname()}; ranks compute on the CPU, one for each GPU asked for",
+            file=sys.stderr,
+        )
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print the assignments; returns the exit status."""
+    try:
+        starter, *arguments = arguments
+        if starter not in _STARTERS:
+            raise UserError(f"{starter} does not start ranks; write one of {', '.join(_STARTERS)} first.")
+        if not arguments:
+            raise UserError("no configuration given; write sbatch SCRIPT CONFIG [key=value ...].")
+        with contextlib.redirect_stdout(sys.stderr):
+            variables = prepare_job(arguments, starter, os.environ)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    for name, value in variables.items():
+        print(f"export {name}={shlex.quote(value)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,189 @@
+"""``shardline slurm status|logs|cancel``: what runs and jobs are doing, from run folders and squeue alone."""
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from launcher.slurm.queue import QueuedJob, call, queued_jobs
+from launcher.slurm.submit import jobs_of
+from sharding.errors import UserError
+from trainer.run_folder import RunFolder
+from trainer.stopping import request_stop
+
+_HEADER = ("RUN", "JOB", "STATE", "NODES", "STEP", "LOSS", "TOKENS/S", "TIME LEFT", "LIMIT IN", "STARTS")
+_TAIL_BYTES = 64 * 2**10
+_LOOK_EVERY_S = 0.5
+
+
+def show_status(folders: Sequence[Path], watch_s: float) -> None:
+    """Print a table of runs: those given, or all that were submitted to the folders' runs; again and again if asked."""
+    while True:
+        table = _table(folders)
+        if not watch_s:
+            print(table)
+            return
+        print(f"\x1b[2J\x1b[H{time.strftime('%H:%M:%S')}  every {watch_s:g} s, Ctrl-C to end\n\n{table}", flush=True)
+        try:
+            time.sleep(watch_s)
+        except KeyboardInterrupt:
+            return
+
+
+def show_logs(run_dir: Path, rank: int | None, follow: bool) -> None:
+    """Print the output of a run's newest job, or the log of a rank in its newest attempt; go on as it grows if asked.
+
+    Raises:
+        UserError: there is none yet.
+    """
+    shown: Path | None = None
+    position = 0
+    while True:
+        path = _log(run_dir, rank)
+        if path is None and not follow:
+            what = "job output" if rank is None else f"log of rank {rank}"
+            raise UserError(f"{run_dir} has no {what} yet; see shardline slurm status {run_dir}.")
+        if path != shown:
+            shown, position = path, 0
+        if path is not None:
+            with path.open("rb") as file:
+                position = min(position, path.stat().st_size)
+                file.seek(position)
+                os.write(1, file.read())
+                position = file.tell()
+        if not follow:
+            return
+        try:
+            time.sleep(_LOOK_EVERY_S)
+        except KeyboardInterrupt:
+            return
+
+
+def cancel(run_dir: Path, at_once: bool) -> None:
+    """End a run's jobs: one that trains is asked to save and stop, unless at once; one that waits leaves the queue.
+
+    Raises:
+        UserError: no job of the run is there.
+    """
+    known = queued_jobs()
+    found = False
+    for job in jobs_of(run_dir):
+        for number, state in known.items():
+            if not _is_of(number, job) or not state.is_active:
+                continue
+            found = True
+            if state.state == "RUNNING" and not at_once and (run_dir / "lease.json").exists():
+                request_stop(RunFolder(run_dir).stop_file, "shardline slurm cancel")
+                print(f"job {number} saves and stops at the next step's edge; with --now Slurm ends it at once")
+            else:
+                call(["scancel", number])
+                print(f"job {number} is cancelled")
+    if not found:
+        raise UserError(f"no job of {run_dir} waits or runs; nothing to cancel.")
+
+
+def _table(folders: Sequence[Path]) -> str:
+    known = queued_jobs()
+    rows = [_HEADER, *(_row(run_dir, job, known) for run_dir, job in _submitted(folders, known))]
+    if len(rows) == 1:
+        return f"no run in {', '.join(map(str, folders))} was submitted yet"
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def _submitted(folders: Sequence[Path], known: Mapping[str, QueuedJob]) -> Iterator[tuple[Path, str]]:
+    """Each run's folder and newest job; of an array, each task that Slurm still knows."""
+    for folder in folders:
+        files = [folder / "slurm" / "jobs"] if (folder / "slurm").exists() else sorted(folder.glob("*/slurm/jobs"))
+        for run_dir in (file.parent.parent for file in files):
+            jobs = jobs_of(run_dir)
+            if not jobs:
+                continue
+            tasks = [number for number in known if number.startswith(f"{jobs[-1]}_")]
+            for number in sorted(tasks, key=lambda number: int(number.rpartition("_")[2])) or [jobs[-1]]:
+                yield _run_of(run_dir, number), number
+
+
+def _run_of(run_dir: Path, number: str) -> Path:
+    """A task's own run: named in its command line, from the submission."""
+    task = number.rpartition("_")[2] if "_" in number else ""
+    if not task:
+        return run_dir
+    script = sorted((run_dir / "slurm").glob("submission-*/submit.sh"))[-1].read_text()
+    name = script.rpartition("name=")[2].split()[0].rstrip("')\"")
+    return run_dir.parent / name.replace("{task}", task)
+
+
+def _row(run_dir: Path, number: str, known: Mapping[str, QueuedJob]) -> tuple[str, ...]:
+    run_folder = RunFolder(run_dir)
+    job = known.get(number)
+    outcome = run_folder.read_outcome()
+    line = _last_line(run_folder.metrics_file)
+    starts = run_folder.newest_attempt()
+    step, total = line.get("step", 0), ""
+    left = ""
+    if starts:
+        config = run_folder.newest_config()
+        total = f"/{config.num_steps}"
+        speed = line.get("throughput/tokens_per_s")
+        if speed and job is not None and job.state == "RUNNING":
+            left = _duration((config.num_steps - step) * config.tokens_per_step / speed)
+    state = job.state if job is not None else "-"
+    if job is None or not job.is_active:
+        # Slurm calls a job that stopped and saved a failed one; the run knows better.
+        state = str(outcome["status"]).upper() if outcome is not None else state
+    elif job.state == "PENDING":
+        state = f"PENDING ({job.reason})"
+    loss, speed = line.get("train/loss"), line.get("throughput/tokens_per_s")
+    return (
+        run_dir.name,
+        number,
+        state,
+        (job.nodes if job is not None else "") or "-",
+        f"{step}{total}" if starts else "-",
+        f"{loss:.4f}" if loss is not None else "-",
+        f"{speed:,.0f}" if speed is not None else "-",
+        left or "-",
+        (job.time_left if job is not None and job.state == "RUNNING" else "") or "-",
+        str(starts),
+    )
+
+
+def _last_line(path: Path) -> dict[str, Any]:
+    """The newest whole line of metrics; empty where there is none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+            lines = file.read().splitlines(keepends=True)
+    except FileNotFoundError:
+        return {}
+    for line in reversed(lines):
+        if line.endswith(b"\n"):
+            try:
+                return json.loads(line)
+            except ValueError:
+                continue
+    return {}
+
+
+def _log(run_dir: Path, rank: int | None) -> Path | None:
+    if rank is None:
+        jobs = jobs_of(run_dir)
+        path = run_dir / "slurm" / f"job-{jobs[-1]}.out" if jobs else None
+    else:
+        run_folder = RunFolder(run_dir)
+        path = run_folder.log_dir(run_folder.newest_attempt()) / f"rank-{rank}.log"
+    return path if path is not None and path.exists() else None
+
+
+def _is_of(number: str, job: str) -> bool:
+    return number == job or number.startswith(f"{job}_")
+
+
+def _duration(seconds: float) -> str:
+    hours, rest = divmod(int(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"

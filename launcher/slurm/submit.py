@@ -1,0 +1,180 @@
+"""``shardline slurm submit``: one of the scripts of ``slurm/``, flags over it, and a frozen copy of what it runs."""
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.slurm.freeze import freeze, new_submission, submissions
+from launcher.slurm.queue import call, queued_jobs
+from sharding.errors import UserError
+from trainer.config import RunConfig, load_config
+from trainer.run_folder import RunFolder
+from trainer.validation import World, validate
+
+SCRIPTS = {"torchrun": "pretrain.sbatch", "deepspeed": "pretrain_deepspeed.sbatch", "srun": "pretrain_srun.sbatch"}
+TASK = "{task}"
+# What it prints with --parsable is the number, and on some sites a semicolon and the cluster's name.
+_SUBMIT = """\
+#!/bin/bash
+# Submits this as it was submitted first; $1: a further option of sbatch.
+set -euo pipefail
+job=$(sbatch ${{1:+"$1"}} {command})
+echo "${{job%%;*}}" | tee -a {jobs}
+"""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a person asks Slurm for.
+
+    Attributes:
+        nodes: nodes.
+        gpus_per_node: GPUs of each; 0 for ranks on CPUs.
+        ntasks_per_node: ranks of each node where there are no GPUs.
+        cpus_per_rank: CPUs of each rank.
+        launcher: torchrun, deepspeed or srun.
+        options: further options of sbatch by name; those without a value are left out.
+    """
+
+    nodes: int
+    gpus_per_node: int
+    ntasks_per_node: int | None
+    cpus_per_rank: int
+    launcher: str
+    options: dict[str, str | None]
+
+    @property
+    def ranks_per_node(self) -> int:
+        """One per GPU, or as many as asked for."""
+        return self.gpus_per_node or self.ntasks_per_node or 1
+
+
+def submit(config_path: str, overrides: Sequence[str], request: Request, dry_run: bool) -> None:
+    """Check, freeze and submit a run, and say where to look.
+
+    Raises:
+        UserError: something that the user can mend is wrong.
+        RunFailure: Slurm refused the job.
+    """
+    is_array = bool(request.options.get("array"))
+    later = [override for override in overrides if TASK in override]
+    config = load_config(config_path, [override for override in overrides if TASK not in override])
+    _check(config, request, later, is_array)
+    name = next((override[5:] for override in later if override.startswith("name=")), config.name)
+    run_dir = Path(config.output_dir) / name.replace(TASK, "array")
+    if dry_run:
+        folder = run_dir.absolute() / "slurm" / "submission-N"
+        print(" \\\n  ".join(map(shlex.quote, _command(folder, request, name, later, is_array))))
+        return
+    RunFolder(run_dir).check(config)
+    _refuse_second_job(run_dir, request)
+    folder = new_submission(run_dir)
+    freeze(folder, config)
+    command = shlex.join(_command(folder, request, name, later, is_array))
+    # Options given to it come last, and so go before those of the first time.
+    (folder / "submit.sh").write_text(
+        _SUBMIT.format(command=command.removeprefix("sbatch "), jobs=shlex.quote(str(folder.parent / "jobs")))
+    )
+    start(run_dir, folder)
+
+
+def start(run_dir: Path, folder: Path) -> str:
+    """Submit what a folder holds; returns the job's number."""
+    job = call(["bash", str(folder / "submit.sh")]).strip()
+    print(f"submitted job {job}: {run_dir}")
+    print(f"  what runs   {folder}")
+    print(f"  status      shardline slurm status {run_dir}")
+    print(f"  output      shardline slurm logs {run_dir} --follow")
+    return job
+
+
+def resubmit(run_dir: Path) -> None:
+    """Submit a run's newest submission again, with the code and the configuration of then.
+
+    Raises:
+        UserError: there is none, or a job of the run is still there.
+    """
+    found = submissions(run_dir)
+    if not found or not (found[-1] / "submit.sh").exists():
+        raise UserError(f"{run_dir} was never submitted; use shardline slurm submit CONFIG.")
+    _refuse_second_job(run_dir, None)
+    start(run_dir, found[-1])
+
+
+def jobs_of(run_dir: Path) -> list[str]:
+    """Numbers of the jobs that were submitted for a run, oldest first."""
+    try:
+        return (run_dir / "slurm" / "jobs").read_text().split()
+    except FileNotFoundError:
+        return []
+
+
+def _check(config: RunConfig, request: Request, later: Sequence[str], is_array: bool) -> None:
+    if request.launcher not in SCRIPTS:
+        raise UserError(f"--launcher {request.launcher} is not known; choose one of {', '.join(SCRIPTS)}.")
+    if request.gpus_per_node and request.ntasks_per_node not in (None, request.gpus_per_node):
+        raise UserError(
+            f"--ntasks-per-node {request.ntasks_per_node} does not fit --gpus-per-node {request.gpus_per_node}: each "
+            "GPU has one rank; leave --ntasks-per-node out."
+        )
+    if is_array and not any(override.startswith("name=") for override in later):
+        raise UserError(
+            f"every task of --array {request.options['array']} would train the same run; put {TASK} into its name, "
+            f"name={config.name}-{TASK} say."
+        )
+    if later and not is_array:
+        raise UserError(f"{later[0]} has a meaning with --array only; add --array, or take {TASK} out.")
+    validate(config, World(request.nodes * request.ranks_per_node, has_gpu=request.gpus_per_node > 0))
+    configured = config.launch.nproc_per_node
+    if configured and configured != request.ranks_per_node:
+        raise UserError(
+            f"launch.nproc_per_node={configured} does not fit the {request.ranks_per_node} ranks that you ask for on "
+            "each node; remove it, or ask for as many."
+        )
+
+
+def _refuse_second_job(run_dir: Path, request: Request | None) -> None:
+    if request is not None and request.options.get("dependency"):
+        return
+    known = queued_jobs()
+    for job in reversed(jobs_of(run_dir)):
+        active = [number for number, state in known.items() if _is_of(number, job) and state.is_active]
+        if active:
+            raise UserError(
+                f"{run_dir} has job {active[0]} already ({known[active[0]].state}); cancel it with shardline slurm "
+                f"cancel {run_dir}, or let another follow with --dependency afterany:{job}."
+            )
+
+
+def _is_of(number: str, job: str) -> bool:
+    return number == job or number.startswith(f"{job}_")
+
+
+def _command(folder: Path, request: Request, name: str, later: Sequence[str], is_array: bool) -> list[str]:
+    code = folder / "code"
+    own_path = f":{os.environ['PYTHONPATH']}" if os.environ.get("PYTHONPATH") else ""
+    exported = {
+        # The copy before all else, and never the folder that the job starts in, which may hold newer code.
+        "PYTHONPATH": f"{code}{own_path}",
+        "PYTHONSAFEPATH": "1",
+        "SHARDLINE_PYTHON": sys.executable,
+        "SHARDLINE_RESUBMIT": str(folder / "submit.sh"),
+    }
+    one_task_per_rank = request.launcher == "srun" or not request.gpus_per_node
+    tasks = request.ranks_per_node if one_task_per_rank else 1
+    options = {
+        "nodes": str(request.nodes),
+        "gpus-per-node": str(request.gpus_per_node) if request.gpus_per_node else None,
+        "ntasks-per-node": str(tasks),
+        "cpus-per-task": str(request.cpus_per_rank * request.ranks_per_node // tasks),
+        "job-name": name.replace(TASK, "array"),
+        "output": str(folder.parent / f"job-{'%A_%a' if is_array else '%j'}.out"),
+        **request.options,
+        "export": ",".join(["ALL", *(f"{variable}={value}" for variable, value in exported.items())]),
+    }
+    given = [f"--{option}={value}" for option, value in options.items() if value is not None]
+    script = code / "slurm" / SCRIPTS[request.launcher]
+    return ["sbatch", "--parsable", *given, str(script), str(folder / "config.yaml"), *later]

@@ -1,0 +1,140 @@
+# shellcheck shell=bash
+# What the scripts of this folder have in common: they source it, prepare, and start their step through run_step.
+#
+# A stop: Slurm sends a signal before the time limit and at a preemption (--signal, USR1 unless you change it), and TERM at
+# its end, to this script or to the step's tasks, as the site has it. Either way it becomes the file `stop` in the run
+# folder; ranks see it at a step's edge, save, write outcome.json and exit. The job then starts again by itself.
+# The exit status of the job is that of the run: 0 finished, 2 the input is wrong, 75 stopped and saved, else failed.
+
+# Set by the script that sources this file; see there.
+container=("${container[@]}")
+inside=("${inside[@]}")
+# Set by prepare.
+run_dir=
+# shellcheck disable=SC2034  # read by the scripts
+ranks_per_node=1
+
+# Python with Shardline: yours, a virtual environment where the job was submitted, or the first on PATH. In a container it
+# is the container's.
+if [[ -z ${SHARDLINE_PYTHON:-} ]]; then
+    SHARDLINE_PYTHON=python
+    if [[ -x .venv/bin/python && ${#inside[@]} == 0 && ${#container[@]} == 0 ]]; then
+        SHARDLINE_PYTHON=$PWD/.venv/bin/python
+    fi
+fi
+# Steps of this job do not inherit CPUs per task from sbatch (Slurm 22.05 and later): each srun below says it again.
+cpus_per_node=$SLURM_CPUS_ON_NODE
+# The first step below is asked about the whole job, but srun tells each step of its own tasks alone.
+export SHARDLINE_TASKS_PER_NODE=${SLURM_NTASKS_PER_NODE:-$SLURM_TASKS_PER_NODE}
+# In an array, {task} in an argument is the number of the task: name=sweep-{task} seed={task}.
+arguments=("${@//\{task\}/${SLURM_ARRAY_TASK_ID:-}}")
+job=$SLURM_JOB_ID
+if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then
+    job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+    # The job id of an array's last task is that of the array: requeueing it would requeue all of them.
+    if [[ "$*" != *"{task}"* ]]; then
+        echo "error: every task of array $SLURM_ARRAY_JOB_ID would train the same run; put {task} into its name:" \
+            "sbatch --array=... SCRIPT CONFIG 'name=sweep-{task}'." >&2
+        exit 2
+    fi
+fi
+
+stop_signal=
+on_signal() {
+    stop_signal=${stop_signal:-$1}
+    echo "job $job: SIG$1 to the batch script; the run saves and stops"
+}
+trap 'on_signal USR1' USR1
+trap 'on_signal USR2' USR2
+trap 'on_signal TERM' TERM
+
+# Waits for a child through signals, which end a bare `wait`; with a run folder, asks the run to stop after one. Again and
+# again, for an attempt that is only beginning removes the file that it finds.
+see_through() {
+    local pid=$1 folder=${2:-} status=0 pause
+    while kill -0 "$pid" 2> /dev/null; do
+        if [[ -n $stop_signal && -d $folder && ! -e $folder/stop && $(outcome_id) == "$outcome_before" ]]; then
+            echo "signal SIG$stop_signal to the batch script" > "$folder/stop" || true
+        fi
+        sleep 0.5 &
+        pause=$!
+        wait -n "$pid" "$pause" || true
+    done
+    wait "$pid" || status=$?
+    return "$status"
+}
+
+# Which outcome.json there is: each is a new file, so that one of an earlier attempt is not taken for ours.
+outcome_id() {
+    stat -c '%i %Y' "$run_dir/outcome.json" 2> /dev/null || true
+}
+
+outcome_field() {
+    sed -n "s/.*\"$1\": \"\{0,1\}\([^\",}]*\).*/\1/p" "$run_dir/outcome.json"
+}
+
+# prepare torchrun|deepspeed|srun: checks configuration and allocation for that way to start ranks, prepares the corpus,
+# and sets run_dir, ranks_per_node and the ranks' environment.
+prepare() {
+    local output pid status=0
+    output=$(mktemp)
+    srun --nodes=1 --ntasks=1 --ntasks-per-node=1 --cpus-per-task="$cpus_per_node" "${container[@]}" "${inside[@]}" \
+        "$SHARDLINE_PYTHON" -m launcher.slurm.job "$@" "${arguments[@]}" > "$output" &
+    pid=$!
+    see_through "$pid" || status=$?
+    if ((status == 0)); then
+        # shellcheck disable=SC1090
+        source "$output"
+    fi
+    rm -f "$output"
+    if ((status != 0)); then
+        exit "$status"
+    fi
+}
+
+# run_step N COMMAND ...: runs the step with N tasks on each node, and ends the job with the exit status of the run. Its
+# counts go before --ntasks-per-node of sbatch only where both are given.
+run_step() {
+    local tasks_per_node=$1 pid status=0 exit_code
+    shift
+    outcome_before=$(outcome_id)
+    # The first task that fails ends the others, and nothing waits for tasks that cannot come.
+    srun --ntasks="$((SLURM_NNODES * tasks_per_node))" --ntasks-per-node="$tasks_per_node" \
+        --cpus-per-task="$((cpus_per_node / tasks_per_node))" --kill-on-bad-exit=1 "${container[@]}" "${inside[@]}" "$@" &
+    pid=$!
+    see_through "$pid" "$run_dir" || status=$?
+    if [[ $(outcome_id) == "$outcome_before" ]]; then
+        if ((status == 0)); then status=1; fi
+        echo "job $job: the step ended with status $status, and no rank could say how the run ended" >&2
+        exit "$status"
+    fi
+    exit_code=$(outcome_field exit_code)
+    echo "job $job: $(outcome_field status) at step $(outcome_field step): $(outcome_field reason)"
+    if [[ $exit_code == 75 ]]; then
+        start_again_if_signalled
+    fi
+    exit "$exit_code"
+}
+
+# Not after `touch RUN/stop`, which is a person's wish, nor after scancel. Where Slurm itself requeues (a preemption, a
+# requeue by hand), the job is no longer running by then, and there is nothing to do.
+start_again_if_signalled() {
+    if [[ -z $stop_signal && ! $(outcome_field reason) =~ SIG(TERM|USR1|USR2) ]]; then
+        return
+    fi
+    if [[ $(scontrol show job --oneliner "$job" | sed -n 's/.* JobState=\([A-Z]*\).*/\1/p') != RUNNING ]]; then
+        echo "job $job: Slurm is ending this job, so that starting it again is left to Slurm"
+        return
+    fi
+    trap '' TERM USR1 USR2
+    if scontrol requeue "$job"; then
+        echo "job $job: requeued"
+        # Slurm ends this script.
+        sleep 60
+    elif [[ -n ${SHARDLINE_RESUBMIT:-} ]]; then
+        echo "job $job: this cluster forbids to requeue it; submitting another in its place"
+        bash "$SHARDLINE_RESUBMIT" "--dependency=afterany:$SLURM_JOB_ID"
+    else
+        echo "job $job: this cluster forbids to requeue it; submit it again to continue" >&2
+    fi
+}

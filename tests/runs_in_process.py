@@ -1,0 +1,114 @@
+"""Whole runs, one after another in one process group: what they leave behind, without a process start for each."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from sharding.process_group import Ranks
+from sharding.state import TensorSlice
+from tests.support import read_metrics, tiny_values
+from trainer.build import build_trainer
+from trainer.checkpoint.manifest import TrainingState
+from trainer.checkpoint.reader import CheckpointReader
+from trainer.config import parse_config
+from trainer.console import Console
+from trainer.data.prepare import prepare_corpus
+from trainer.injection import Fault, inject_faults
+from trainer.loop import Ending
+from trainer.observers import Observers
+from trainer.phases import Phases
+from trainer.run_folder import RunFolder
+from trainer.validation import World
+
+# What training computes; times, rates and bytes are left out.
+_MEASURED = ("throughput/", "time/", "memory/", "system/", "goodput/")
+
+
+@dataclass
+class RunsInProcess:
+    """Starts runs one after another in this process group.
+
+    Attributes:
+        ranks: this rank's place.
+        root: where run folders, cache and consoles go.
+        corpus: folder of text files.
+    """
+
+    ranks: Ranks
+    root: Path
+    corpus: Path
+
+    def train(
+        self, name: str, injected: Sequence[Fault] = (), steps: int = 10, stop_at: int | None = None, **sections: Any
+    ) -> RunFolder:
+        """Train, or continue, to a number of steps; saved every three steps unless told otherwise.
+
+        Args:
+            name: of the run.
+            injected: faults, for all ranks.
+            steps: number of steps.
+            stop_at: step before which a stop is asked for.
+            sections: settings by section.
+
+        Raises:
+            RuntimeError: a fault ``raise`` struck.
+        """
+        values = tiny_values(self.root / "runs", self.root / "cache", self.corpus)
+        values |= {"name": name, "steps": steps, "checkpoint": {"every_steps": 3, "keep_last": 0}}
+        for key, section in sections.items():
+            values[key] = values.get(key, {}) | section
+        config = parse_config(values, name)
+        folder = RunFolder(config.run_dir)
+        observers = Observers(folder.metrics_file)
+        if self.ranks.rank == 0:
+            folder.begin_attempt(config, World(self.ranks.world_size, has_gpu=False), [])
+            console = Console(steps, (self.root / f"{name}.log").open("a"))
+            observers = Observers(folder.metrics_file, console, attempt=folder.newest_attempt())
+        dist.barrier()
+        phases = Phases()
+        inject_faults(list(injected), phases, folder.path, self.ranks.rank, attempt=1)
+        trainer = build_trainer(
+            config,
+            self.ranks,
+            # A file lock lets one rank work.
+            prepare_corpus(config.data),
+            folder,
+            observers,
+            phases,
+            faults=[fault for fault in injected if fault.rank == self.ranks.rank],
+            is_stop_requested=lambda: stop_at is not None and phases.now.step >= stop_at,
+            before_commit=lambda: None,
+        )
+        trainer.resume_or_init()
+        try:
+            ending = trainer.fit()
+        finally:
+            trainer.close()
+        assert (ending is Ending.STOPPED) == (stop_at is not None)
+        dist.barrier()
+        return folder
+
+    def console(self, name: str) -> str:
+        """What a person saw of a run."""
+        return (self.root / f"{name}.log").read_text()
+
+
+def saved_state(folder: RunFolder, step: int) -> tuple[TrainingState, dict[str, torch.Tensor]]:
+    """Counters and every tensor, optimizer included, of a checkpoint."""
+    reader = CheckpointReader(folder.checkpoint_path(step))
+    tensors = {}
+    for name, entry in reader.manifest.tensors.items():
+        tensors[name] = torch.empty(entry.shape, dtype=getattr(torch, entry.dtype))
+        whole = TensorSlice(name, tensors[name], tuple(entry.shape), (0,) * len(entry.shape), is_written_here=False)
+        reader.read_into(whole)
+    return reader.manifest.training, tensors
+
+
+def computed_lines(folder: RunFolder) -> list[dict[str, Any]]:
+    """metrics.jsonl without what is measured in seconds or bytes."""
+    lines = read_metrics(folder.path)
+    return [{name: value for name, value in line.items() if not name.startswith(_MEASURED)} for line in lines]

@@ -1,0 +1,107 @@
+"""A handle on the Slurm that slurm/testbed starts."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from tests.support import ROOT, command_environment, wait_until
+
+TESTBED = ROOT / "slurm" / "testbed"
+PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge", "iproute2")
+ENDED = frozenset({"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "DEADLINE"})
+
+
+def why_no_cluster() -> str:
+    """Install what is missing where that may be; a sentence if there can be no cluster, else nothing."""
+    if os.geteuid() != 0:
+        return "a Slurm of two nodes needs root, for its network namespaces"
+    path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+    missing = [name for name in ("slurmctld", "slurmd", "sbatch", "munged", "ip") if not shutil.which(name, path=path)]
+    if not missing:
+        return ""
+    if not shutil.which("apt-get"):
+        return f"{', '.join(missing)} missing, and there is no apt-get to install {' '.join(PACKAGES)} with"
+    # A package list from long ago may name versions that are no longer there.
+    for command in (["update", "-qq"], ["install", "-y", "-qq", "--no-install-recommends", *PACKAGES]):
+        finished = subprocess.run(
+            ["apt-get", *command],
+            env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"},
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=False,
+        )
+    if finished.returncode:
+        return f"{', '.join(missing)} missing, and apt-get failed: {finished.stderr.strip().splitlines()[-1:]}"
+    return ""
+
+
+class Cluster:
+    """Two nodes, n1 and n2, in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.environment: Mapping[str, str] = {}
+
+    def start(self) -> None:
+        options = ["--nodes", "2", "--cpus", "64", "--gpus", "16"]
+        started = subprocess.run(
+            [TESTBED / "start.sh", self.folder, *options], capture_output=True, text=True, timeout=60, check=False
+        )
+        assert started.returncode == 0, started.stdout + started.stderr
+        self.environment = command_environment(
+            SLURM_CONF=str(self.folder / "etc" / "slurm.conf"),
+            PATH=f"{os.environ['PATH']}:/usr/sbin:/sbin",
+            SHARDLINE_PYTHON=sys.executable,
+        )
+
+    def stop(self) -> None:
+        subprocess.run([TESTBED / "stop.sh", self.folder], capture_output=True, timeout=60, check=False)
+
+    def run(self, *command: object, check: bool = True, **extra: str) -> str:
+        """Run a command of Slurm's, or any other that needs the cluster; returns its standard output."""
+        finished = subprocess.run(
+            [*map(str, command)],
+            capture_output=True,
+            text=True,
+            timeout=100,
+            cwd=ROOT,
+            env={**self.environment, **extra},
+            check=False,
+        )
+        assert not check or finished.returncode == 0, finished.stdout + finished.stderr
+        return finished.stdout if check else finished.stdout + finished.stderr
+
+    def submit(self, script: str, *arguments: object, output: Path, options: str = "") -> str:
+        """Submit one of our scripts by hand; returns the job's number."""
+        return self.run(
+            "sbatch", "--parsable", f"--output={output}", *options.split(), f"slurm/{script}", *arguments
+        ).strip()
+
+    def facts(self, job: str) -> dict[str, str]:
+        """What ``scontrol show job`` says."""
+        return dict(re.findall(r"(\w+)=(\S*)", self.run("scontrol", "show", "job", "--oneliner", job)))
+
+    def wait(self, job: str, timeout_s: float = 240) -> dict[str, str]:
+        """Wait for a job's end; returns its facts."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            facts = self.facts(job)
+            if facts["JobState"] in ENDED:
+                return facts
+            time.sleep(0.5)
+        raise AssertionError(f"job {job} is {facts['JobState']} ({facts['Reason']}) after {timeout_s} s")
+
+    def kill_node(self, name: str) -> None:
+        """Take a node away with everything that runs on it."""
+        os.kill(int((self.folder / "run" / f"{name}.pid").read_text()), signal.SIGKILL)
+
+    def return_node(self, name: str) -> None:
+        self.run(self.folder / "node.sh", name)
+        wait_until(lambda: "idle" in self.run("sinfo", "-h", "-n", name, "-o", "%t"), what=f"the return of {name}")

@@ -1,0 +1,182 @@
+"""Jobs that Slurm interrupts: each goes on by itself and ends with the undisturbed run's parameters, bit for bit."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.slurm.cluster import Cluster
+from tests.support import read_metrics, training_curve, wait_until
+
+MakeConfig = Callable[..., Path]
+pytestmark = pytest.mark.timeout(500)
+
+STEPS = 80
+_LONG: dict[str, Any] = {
+    "steps": STEPS,
+    "schedule": {"name": "cosine", "total_steps": 400},
+    "checkpoint": {"every_steps": 10},
+}
+TORCHRUN = ("pretrain.sbatch", "--nodes=2 --gpus-per-node=2")
+SRUN = ("pretrain_srun.sbatch", "--nodes=2 --gpus-per-node=2 --ntasks-per-node=2")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job and its run."""
+
+    number: str
+    run_dir: Path
+    output: Path
+
+    def step(self) -> int:
+        lines = read_metrics(self.run_dir)
+        return lines[-1]["step"] if lines else 0
+
+
+Submit = Callable[..., Job]
+
+
+def _submit(
+    cluster: Cluster, slurm_config: MakeConfig, folder: Path, name: str, kind: tuple[str, str], options: str = ""
+) -> Job:
+    config = slurm_config(name, **_LONG)
+    script, counts = kind
+    output = folder / f"{name}.out"
+    number = cluster.submit(script, config, output=output, options=f"{counts} {options}")
+    return Job(number, config.parent / "runs" / name, output)
+
+
+@pytest.fixture
+def submit(cluster: Cluster, slurm_config: MakeConfig, tmp_path: Path) -> Submit:
+    """Submit the run under a name and a script; options are added to its own."""
+    return partial(_submit, cluster, slurm_config, tmp_path)
+
+
+def _wait_for_step(job: Job, step: int) -> None:
+    wait_until(lambda: job.step() >= step, timeout_s=200, what=f"step {step} of {job.run_dir.name}")
+
+
+def _parameters(run_dir: Path) -> dict[str, bytes]:
+    files = sorted((run_dir / "checkpoints" / f"step-{STEPS:08d}").glob("*.safetensors"))
+    assert files
+    return {file.name: file.read_bytes() for file in files}
+
+
+def _equal(cluster: Cluster, job: Job, undisturbed: Job, attempts: int) -> None:
+    facts = cluster.wait(job.number)
+    assert (facts["JobState"], facts["ExitCode"]) == ("COMPLETED", "0:0"), job.output.read_text()
+    assert int(facts["Restarts"]) == attempts - 1
+    assert len(list((job.run_dir / "logs").glob("attempt-*"))) == attempts
+    cluster.wait(undisturbed.number)
+    assert [row[:5] for row in training_curve(job.run_dir)] == [row[:5] for row in training_curve(undisturbed.run_dir)]
+    assert _parameters(job.run_dir) == _parameters(undisturbed.run_dir)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: Cluster, slurm_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """The run that nobody interrupts; it may still be on its way."""
+    return _submit(cluster, slurm_config, tmp_path_factory.mktemp("undisturbed"), "undisturbed", SRUN)
+
+
+def test_a_requeued_job_and_one_whose_ranks_are_warned_go_on(
+    cluster: Cluster, submit: Submit, undisturbed: Job
+) -> None:
+    requeued = submit("requeued", TORCHRUN)
+    warned = submit("warned", SRUN)
+    _wait_for_step(requeued, 12)
+    cluster.run("scontrol", "requeue", requeued.number)
+    _wait_for_step(warned, 12)
+    # As --signal=USR1 does it: to the tasks alone. Ranks save by themselves, and the script requeues the job.
+    cluster.run("scancel", "--signal=USR1", warned.number)
+    _equal(cluster, requeued, undisturbed, attempts=2)
+    _equal(cluster, warned, undisturbed, attempts=2)
+    assert "stopped by signal SIGUSR1; run again to continue" in warned.output.read_text()
+
+
+def test_a_person_who_stops_or_cancels_a_job_is_obeyed(cluster: Cluster, submit: Submit) -> None:
+    stopped = submit("stopped", TORCHRUN)
+    cancelled = submit("cancelled", TORCHRUN)
+    _wait_for_step(stopped, 3)
+    (stopped.run_dir / "stop").touch()
+    _wait_for_step(cancelled, 3)
+    cluster.run("scancel", cancelled.number)
+    facts = cluster.wait(stopped.number)
+    assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", "75:0", "0")
+    assert "stopped on request; run again to continue" in stopped.output.read_text()
+    facts = cluster.wait(cancelled.number)
+    assert (facts["JobState"], facts["Restarts"]) == ("CANCELLED", "0")
+    # It had the time to save, and is not started again.
+    wait_until(lambda: (cancelled.run_dir / "outcome.json").exists(), what="the outcome of the cancelled run")
+    assert list((cancelled.run_dir / "checkpoints").glob("step-*/manifest.json"))
+    assert "requeued" not in cancelled.output.read_text()
+
+
+@pytest.mark.slow
+def test_the_warning_before_the_time_limit_reaches_script_or_tasks(
+    cluster: Cluster, submit: Submit, undisturbed: Job
+) -> None:
+    jobs = [
+        submit("limit-script", TORCHRUN, "--time=20 --signal=B:USR2@55"),
+        submit("limit-tasks", TORCHRUN, "--time=20 --signal=USR1@55"),
+    ]
+    for job in jobs:
+        _wait_for_step(job, 12)
+        # One minute, of which the last 55 s are left for saving.
+        cluster.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=1")
+    for job in jobs:
+        wait_until(lambda job=job: cluster.facts(job.number)["Restarts"] == "1", timeout_s=120, what="the requeue")
+        cluster.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=20")
+        _equal(cluster, job, undisturbed, attempts=2)
+    assert "SIGUSR2 to the batch script; the run saves and stops" in jobs[0].output.read_text()
+    assert "stopped by signal SIGUSR1 to n" in jobs[1].output.read_text()
+
+
+@pytest.mark.slow
+def test_jobs_of_a_lower_partition_give_way_and_go_on(cluster: Cluster, submit: Submit, undisturbed: Job) -> None:
+    cluster.wait(undisturbed.number)
+    jobs = [submit("preempted-torchrun", TORCHRUN), submit("preempted-srun", SRUN)]
+    for job in jobs:
+        _wait_for_step(job, 12)
+    higher = cluster.run(
+        "sbatch", "--parsable", "--partition=high", "--nodes=2", "--gpus-per-node=16", "--output=/dev/null",
+        "--wrap", "sleep 1",
+    ).strip()  # fmt: skip
+    assert cluster.wait(higher)["JobState"] == "COMPLETED"
+    for job in jobs:
+        _equal(cluster, job, undisturbed, attempts=2)
+
+
+@pytest.mark.slow
+def test_a_job_whose_node_dies_goes_on_when_it_is_back(cluster: Cluster, submit: Submit, undisturbed: Job) -> None:
+    cluster.wait(undisturbed.number)
+    job = submit("bereft", TORCHRUN)
+    _wait_for_step(job, 12)
+    # The node of rank 0, which holds the run's lease.
+    cluster.kill_node("n1")
+    wait_until(lambda: cluster.facts(job.number)["Restarts"] == "1", timeout_s=60, what="the requeue")
+    cluster.return_node("n1")
+    _equal(cluster, job, undisturbed, attempts=2)
+
+
+@pytest.mark.slow
+def test_a_task_of_an_array_is_requeued_alone(
+    cluster: Cluster, slurm_config: MakeConfig, tmp_path: Path, undisturbed: Job
+) -> None:
+    config = slurm_config("array", **_LONG)
+    script, counts = SRUN
+    array = cluster.submit(
+        script, config, "name=array-{task}", output=tmp_path / "task-%a.out", options=f"{counts} --array=1-2"
+    )
+    tasks = [
+        Job(f"{array}_{task}", config.parent / "runs" / f"array-{task}", tmp_path / f"task-{task}.out")
+        for task in (1, 2)
+    ]
+    # The last task's job has the array's own number.
+    _wait_for_step(tasks[1], 12)
+    cluster.run("scancel", "--signal=USR1", tasks[1].number)
+    _equal(cluster, tasks[0], undisturbed, attempts=1)
+    _equal(cluster, tasks[1], undisturbed, attempts=2)

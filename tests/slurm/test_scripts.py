@@ -1,0 +1,118 @@
+"""The scripts as a person submits them: on two nodes with two ranks each, they train as one process does."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import Cluster
+from tests.support import ROOT, command_environment, read_metrics
+
+MakeConfig = Callable[..., Path]
+pytestmark = pytest.mark.timeout(400)
+
+SCRIPTS = {
+    "pretrain.sbatch": "--gpus-per-node=2",
+    "pretrain_deepspeed.sbatch": "--gpus-per-node=2",
+    "pretrain_srun.sbatch": "--gpus-per-node=2 --ntasks-per-node=2",
+}
+
+
+def _losses(run_dir: Path) -> list[float]:
+    return [line["train/loss"] for line in read_metrics(run_dir)]
+
+
+def test_two_nodes_under_each_script_train_as_one_process_does(
+    cluster: Cluster, slurm_config: MakeConfig, tmp_path: Path
+) -> None:
+    jobs = {}
+    for script, options in SCRIPTS.items():
+        name = script.partition(".")[0]
+        output = tmp_path / f"{name}.out"
+        job = cluster.submit(script, slurm_config(name), output=output, options=f"--nodes=2 {options}")
+        jobs[name] = (job, output)
+    alone = slurm_config("alone")
+    finished = subprocess.run(
+        [sys.executable, "-m", "trainer", alone],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=command_environment(),
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    expected = _losses(alone.parent / "runs" / "alone")
+    assert len(expected) == 6
+    for name, (job, output) in jobs.items():
+        facts = cluster.wait(job)
+        printed = output.read_text()
+        assert (facts["JobState"], facts["ExitCode"]) == ("COMPLETED", "0:0"), printed
+        assert f"job {job}: 2 nodes x 2 GPUs = 4 ranks" in printed
+        assert "zero2 on 4 x CPU" in printed
+        assert printed.splitlines()[-1] == f"job {job}: finished at step 6: all steps done"
+        run_dir = alone.parent / "runs" / name
+        assert _losses(run_dir) == pytest.approx(expected, rel=1e-6)
+        assert sorted(path.name for path in (run_dir / "logs" / "attempt-1").glob("rank-?.log")) == [
+            f"rank-{rank}.log" for rank in range(4)
+        ]
+    # As asked for, of the sixteen that a node has.
+    for job, _ in jobs.values():
+        assert cluster.facts(job)["TresPerNode"].endswith("gpu:2")
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "overrides", "sentence"),
+    [
+        (
+            "pretrain_srun.sbatch",
+            "--nodes=2 --gpus-per-node=4 --ntasks-per-node=3",
+            [],
+            "error: --ntasks-per-node=3 x 2 nodes = 6 tasks, but --gpus-per-node=4 x 2 nodes = 8 GPUs, and each GPU "
+            "has one rank; ask for --ntasks-per-node=4 or --gpus-per-node=3.",
+        ),
+        (
+            "pretrain.sbatch",
+            "--nodes=2 --gpus-per-node=2",
+            ["batch.global_size=14"],
+            "error: batch.global_size=14 is not divisible by batch.micro_size=3 x 4 ranks = 12; set batch.global_size "
+            "to 12 or 24, or another batch.micro_size.",
+        ),
+        (
+            "pretrain_deepspeed.sbatch",
+            "--nodes=2 --gpus-per-node=2",
+            ["launch.nproc_per_node=4"],
+            "error: launch.nproc_per_node=4 x 2 nodes = 8 ranks, but the job has 2 GPUs on each = 4 ranks; remove "
+            "launch.nproc_per_node, or ask Slurm for 4 a node.",
+        ),
+        (
+            "pretrain.sbatch",
+            "--nodes=1 --array=0-1",
+            [],
+            "would train the same run; put {task} into its name: sbatch --array=... SCRIPT CONFIG 'name=sweep-{task}'.",
+        ),
+    ],
+)
+def test_counts_that_do_not_fit_are_refused_with_the_arithmetic(
+    cluster: Cluster,
+    slurm_config: MakeConfig,
+    tmp_path: Path,
+    script: str,
+    options: str,
+    overrides: list[str],
+    sentence: str,
+) -> None:
+    output = tmp_path / "job.out"
+    job = cluster.submit(script, slurm_config("refused"), *overrides, output=output, options=options)
+    facts = cluster.wait(job, 60)
+    assert (facts["JobState"], facts["ExitCode"]) == ("FAILED", "2:0"), output.read_text()
+    assert sentence in output.read_text()
+    assert not (slurm_config("refused").parent / "runs" / "refused").exists()
+
+
+def test_more_gpus_than_a_node_has_are_refused_at_once(cluster: Cluster, slurm_config: MakeConfig) -> None:
+    refused = cluster.run(
+        "sbatch", "--nodes=2", "--gpus-per-node=17", "slurm/pretrain.sbatch", slurm_config("refused"), check=False
+    )
+    assert "Requested node configuration is not available" in refused

@@ -1,0 +1,93 @@
+"""`shardline slurm`: a person's way from submitting a run to continuing it."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import Cluster
+from tests.support import ROOT, read_metrics, wait_until
+
+MakeConfig = Callable[..., Path]
+pytestmark = pytest.mark.timeout(500)
+
+
+def _shardline(cluster: Cluster, *arguments: object, status: int = 0) -> str:
+    finished = subprocess.run(
+        [sys.executable, "-m", "launcher", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        cwd=ROOT,
+        env=cluster.environment,
+        check=False,
+    )
+    assert finished.returncode == status, finished.stdout + finished.stderr
+    return finished.stdout + finished.stderr
+
+
+def _cells(cluster: Cluster, folder: Path) -> dict[str, str]:
+    """The only row of the table, by column."""
+    header, row = _shardline(cluster, "slurm", "status", folder).splitlines()
+    starts = [header.index(name) for name in ("RUN", "JOB", "STATE", "NODES", "STEP", "LOSS", "TOKENS/S")]
+    ends = [*starts[1:], header.index("TIME LEFT")]
+    return {header[a:b].strip(): row[a:b].strip() for a, b in zip(starts, ends, strict=True)}
+
+
+def test_from_submit_to_the_last_step(cluster: Cluster, slurm_config: MakeConfig) -> None:
+    config = slurm_config("submitted", steps=60, checkpoint={"every_steps": 10})
+    run_dir = config.parent / "runs" / "submitted"
+    asked = ["--nodes", 2, "--gpus-per-node", 2, "--cpus-per-rank", 2]
+    shown = _shardline(cluster, "slurm", "submit", config, *asked)
+    job = (run_dir / "slurm" / "jobs").read_text().strip()
+    assert shown.splitlines()[0] == f"submitted job {job}: {run_dir}"
+    # A queued job trains what was submitted: the file is another now.
+    config.write_text("steps: nonsense\n")
+    assert cluster.facts(job)["NumCPUs"] == "8"
+    again = _shardline(cluster, "slurm", "resubmit", run_dir, status=2)
+    assert f"error: {run_dir} has job {job} already" in again
+
+    wait_until(lambda: len(read_metrics(run_dir)) >= 5, timeout_s=200, what="step 5")
+    cells = _cells(cluster, run_dir.parent)
+    assert (cells["RUN"], cells["JOB"], cells["STATE"], cells["NODES"]) == ("submitted", job, "RUNNING", "n[1-2]")
+    step, _, total = cells["STEP"].partition("/")
+    assert (int(step) >= 5, total) == (True, "60")
+    assert float(cells["LOSS"]) > 0
+    assert "zero2 on 4 x CPU" in _shardline(cluster, "slurm", "logs", run_dir)
+    assert (run_dir / "logs" / "attempt-1" / "rank-3.log").exists()
+    _shardline(cluster, "slurm", "logs", run_dir, "--rank", 3)
+
+    assert "saves and stops at the next step's edge" in _shardline(cluster, "slurm", "cancel", run_dir)
+    facts = cluster.wait(job)
+    assert (facts["ExitCode"], facts["Restarts"]) == ("75:0", "0")
+    assert _cells(cluster, run_dir)["STATE"] == "STOPPED"
+    assert "no job of" in _shardline(cluster, "slurm", "cancel", run_dir, status=2)
+
+    _shardline(cluster, "slurm", "resubmit", run_dir)
+    second = (run_dir / "slurm" / "jobs").read_text().split()[-1]
+    assert second != job
+    assert cluster.wait(second)["ExitCode"] == "0:0"
+    assert [line["step"] for line in read_metrics(run_dir)] == list(range(1, 61))
+    assert _cells(cluster, run_dir)["STATE"] == "FINISHED"
+    assert f"job {second}: finished at step 60" in _shardline(cluster, "slurm", "logs", run_dir)
+
+
+@pytest.mark.slow
+def test_a_sweep_is_an_array_of_runs(cluster: Cluster, slurm_config: MakeConfig) -> None:
+    config = slurm_config("sweep")
+    runs = config.parent / "runs"
+    _shardline(
+        cluster, "slurm", "submit", config, "name=seed-{task}", "seed={task}", "--array", "3-4", "--ntasks-per-node", 2
+    )
+    array = (runs / "seed-array" / "slurm" / "jobs").read_text().strip()
+    for task in (3, 4):
+        assert cluster.wait(f"{array}_{task}")["ExitCode"] == "0:0"
+        assert len(read_metrics(runs / f"seed-{task}")) == 6
+        assert f"seed: {task}" in (runs / f"seed-{task}" / "config.yaml").read_text()
+    shown = _shardline(cluster, "slurm", "status", runs / "seed-array").splitlines()
+    assert [row.split()[:3] for row in shown[1:]] == [
+        ["seed-3", f"{array}_3", "FINISHED"],
+        ["seed-4", f"{array}_4", "FINISHED"],
+    ]
