@@ -32,7 +32,7 @@ def _damaged_checkpoint(stage: Stage, name: str, damage: Callable[[Path], None])
     run = stage.disturbed(name)
     half = run.run(extra=[f"steps={2 * SAVE_EVERY}"])
     outcome.expect("a first part is trained", half.exit_code == EXIT_FINISHED, f"exit status {half.exit_code}")
-    newest = run.folder.checkpoint_path(2 * SAVE_EVERY)
+    newest = Path(str(run.folder.checkpoint_path(2 * SAVE_EVERY)))
     damage(max(newest.glob("*.safetensors"), key=lambda file: file.stat().st_size))
     # Nothing is read before the next attempt, whose start takes what the first one's did.
     struck_at = time.time()

@@ -137,7 +137,7 @@ class ObservedRun:
         newest = self.folder.newest_checkpoint()
         if newest is None:
             return {}
-        manifest = json.loads((newest[1] / "manifest.json").read_text())
+        manifest = json.loads((newest[1] / "manifest.json").read_bytes())
         training = manifest["training"]
         return {
             "files": {name: entry["sha256"] for name, entry in sorted(manifest["files"].items())},
