@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from trainer.checkpoint.manifest import DamagedCheckpoint, Manifest, SliceEntry, TensorEntry
-from trainer.checkpoint.storage import CheckpointPath, file_size
+from trainer.checkpoint.storage import CheckpointPath, file_sizes
 
 # torch's names of the element types that a checkpoint may hold, as a safetensors header has them.
 HEADER_DTYPES = {
@@ -30,13 +30,13 @@ def check_sizes(folder: CheckpointPath, manifest: Manifest) -> None:
     Raises:
         DamagedCheckpoint: a file is missing, has another size, or a name that leads out of the checkpoint's folder.
     """
+    sizes = file_sizes(folder)
     for name, entry in manifest.files.items():
         if name in ("", ".", "..") or "/" in name or "\0" in name:
             raise DamagedCheckpoint(folder, f"the manifest lists {name!r}, which is not a name of a file in it")
-        try:
-            num_bytes = file_size(folder / name)
-        except OSError as error:
-            raise DamagedCheckpoint(folder, f"{name} cannot be found ({error.strerror or 'there is none'})") from None
+        num_bytes = sizes.get(name)
+        if num_bytes is None:
+            raise DamagedCheckpoint(folder, f"{name} cannot be found")
         if num_bytes != entry.num_bytes:
             raise DamagedCheckpoint(folder, f"{name} has {num_bytes} bytes instead of {entry.num_bytes}")
 
