@@ -20,7 +20,7 @@ from trainer.checkpoint.storage import (
     list_checkpoints,
     locate,
     make_folder,
-    move_folder,
+    move_checkpoint,
 )
 from trainer.events import record_event
 from trainer.run_folder import RunFolder
@@ -160,7 +160,7 @@ def _set_aside(folder: CheckpointPath, reason: str, run_folder: RunFolder, warn:
     while target.exists():
         number += 1
         target = run_folder.damaged_dir / f"{folder.name}.{number}"
-    move_folder(folder, target)
+    move_checkpoint(folder, target)
     attempt = run_folder.newest_attempt()
     record_event(run_folder.path, "checkpoint_damaged", attempt=attempt, step=step, path=str(target), reason=reason)
     warn(f"checkpoint {folder} is damaged ({reason}): it was moved to {target}, and the one before it is tried")

@@ -106,11 +106,11 @@ class UrlPath:
         with self.reached(), contextlib.suppress(FileNotFoundError):
             self._file_system.rm(self._path, recursive=True)
 
-    def move(self, target: "UrlPath") -> None:
-        """Copy a folder's files to another place, then delete them here."""
-        self._forget()
-        with self.reached():
-            self._file_system.mv(self._path, target._path, recursive=True)
+    def copy_files(self, target: "UrlPath") -> None:
+        """Copy a folder's files to another one, within the store."""
+        for name, _ in self._entries():
+            with self.reached():
+                self._file_system.cp_file(f"{self._path}/{name}", f"{target._path}/{name}")
 
     def children(self) -> list["UrlPath"]:
         """What is in the folder now, by name."""
@@ -268,13 +268,14 @@ def remove_file(file: CheckpointPath) -> None:
         file.unlink()
 
 
-def move_folder(folder: CheckpointPath, target: CheckpointPath) -> None:
-    """Rename a folder; in an object store its files are copied and then deleted."""
+def move_checkpoint(folder: CheckpointPath, target: CheckpointPath) -> None:
+    """Rename a checkpoint's folder; in an object store its files are copied and then deleted."""
     if isinstance(folder, Path):
         os.rename(folder, str(target))
     else:
         assert isinstance(target, UrlPath)
-        folder.move(target)
+        folder.copy_files(target)
+        remove_checkpoint(folder)
 
 
 def write_whole(file: CheckpointPath, contents: bytes) -> None:

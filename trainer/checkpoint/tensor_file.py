@@ -33,10 +33,11 @@ class TensorFile:
             ValueError: it is not a safetensors file.
             OSError: it cannot be read.
         """
+        self._file: Any = None
         self._path = path
         self._num_bytes = file_size(path)
         with reaching(path):
-            self._file: Any = path.open("rb")
+            self._file = path.open("rb")
         header_bytes = int.from_bytes(self._read(0, 8), "little")
         if header_bytes > min(_MAX_HEADER_BYTES, self._num_bytes - 8):
             raise ValueError(f"its header cannot have {header_bytes} bytes")
@@ -87,7 +88,12 @@ class TensorFile:
 
     def close(self) -> None:
         """Close it."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
+
+    def __del__(self) -> None:
+        """Nothing is written: whoever has read what it needs may let go of it."""
+        self.close()
 
     def _add(self, key: str, entry: Any) -> None:
         try:
