@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from launcher.child import start_child
@@ -147,13 +148,14 @@ class ObservedRun:
     def failure(self, attempt: int) -> dict[str, Any]:
         """The failure report of an attempt; empty where there is none."""
         for folder in (self.folder.log_dir(attempt), self.folder.path):
-            try:
-                report = json.loads((folder / "failure.json").read_text())
-            except (OSError, ValueError):
-                continue
+            report = _read_json(folder / "failure.json")
             if report.get("attempt") == attempt:
                 return report
         return {}
+
+    def alarm(self, attempt: int) -> dict[str, Any]:
+        """What the watchdogs of an attempt raised the alarm about; empty where they did not."""
+        return _read_json(self.folder.log_dir(attempt) / "alarm.json")
 
     def struck_at(self) -> float:
         """When the first fault struck, wall clock in seconds; infinity where none did."""
@@ -179,3 +181,10 @@ class ObservedRun:
         # A step that is trained again has another throughput, so its line is another.
         for text in self._texts():
             self.seen.setdefault(text, time.time())
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
