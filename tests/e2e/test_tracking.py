@@ -222,8 +222,10 @@ def test_the_dashboard_plots_what_training_logs(tracked: Path, server: StandInSe
     ]
     plots = [panel["config"] for section in sections for panel in section["panels"]]
     assert all(plot["xAxis"] == "step" for plot in plots)
-    logged = {name for line in read_metrics(tracked) for name in line}
-    plotted = {name for plot in plots for name in plot["metrics"]}
+    # An attempt that ends before its first write in the background is made valid has no line with the time of one.
+    by_chance = {"checkpoint/write_s"}
+    logged = {name for line in read_metrics(tracked) for name in line} - by_chance
+    plotted = {name for plot in plots for name in plot["metrics"]} - by_chance
     assert plotted
     by_setting = {"eval/ema_loss", "eval/ema_perplexity", "train/loss_scale", "train/noise_scale_tokens"}
     assert plotted - logged == by_setting
