@@ -48,7 +48,6 @@ class ObservedRun:
         folder: the run's folder.
         nproc_per_node: ranks, or None for the configuration's own number.
         ended: every ``shardline run`` so far.
-        start_up_s: seconds from the first ``shardline run`` to its first logged step.
         seen: each line of metrics.jsonl that was ever there, and when it was first seen, wall clock in seconds.
     """
 
@@ -58,7 +57,6 @@ class ObservedRun:
     nproc_per_node: int | None
     ended: list[Ended] = field(default_factory=list)
     seen: dict[str, float] = field(default_factory=dict)
-    start_up_s: float = 0.0
 
     def run(
         self,
@@ -83,7 +81,6 @@ class ObservedRun:
             command.append(f"--nproc-per-node={self.nproc_per_node}")
         log = self.folder.path.parent / f"{self.folder.path.name}.log"
         start = log.stat().st_size if log.exists() else 0
-        begun_at, is_first = time.time(), not self.ended
         with log.open("ab") as output:
             process = start_child(
                 command,
@@ -103,8 +100,6 @@ class ObservedRun:
                     process.send_signal(signal.SIGKILL)
                 time.sleep(_LOOK_EVERY_S)
         self._look()
-        if is_first and self.seen:
-            self.start_up_s = min(self.seen.values()) - begun_at
         text = log.read_bytes()[start:].decode(errors="replace")
         self.ended.append(Ended(process.returncode, text, time.time()))
         return self.ended[-1]
