@@ -93,7 +93,7 @@ class _Measurement:
         assert newest is not None
         self._write(kind="memory", when="built", peak_bytes=self._largest(_peak_bytes()))
         for _ in range(self._assignment.num_loads):
-            if self._ranks.rank == 0:
+            if self._ranks.rank == 0 and isinstance(newest[1], Path):
                 _forget(newest[1])
             self._wait_for_all_ranks()
             started_at = time.perf_counter()

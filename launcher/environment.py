@@ -28,7 +28,7 @@ class Variable:
 
 
 def rank_variables(
-    config: RunConfig, topology: Topology, num_ranks: int, environment: Mapping[str, str]
+    config: RunConfig, topology: Topology, num_ranks: int, environment: Mapping[str, str], num_nodes: int = 1
 ) -> list[Variable]:
     """What Shardline sets for ranks on this machine.
 
@@ -37,6 +37,7 @@ def rank_variables(
         topology: this machine.
         num_ranks: ranks on this machine.
         environment: what the user has set.
+        num_nodes: machines of the run; ranks of several reach one another over the network that the libraries find.
     """
     threads = threads_per_rank(config, num_ranks, environment)
     variables = [
@@ -47,9 +48,6 @@ def rank_variables(
             is_configured=config.launch.threads_per_rank > 0,
         ),
         Variable("TOKENIZERS_PARALLELISM", "false", "ranks only decode; threads before a fork would warn"),
-        Variable(
-            "GLOO_SOCKET_IFNAME", "lo", "ranks of one machine need no other interface, and nobody else reaches them"
-        ),
         Variable(
             "TORCH_FR_BUFFER_SIZE",
             "2000",
@@ -72,9 +70,14 @@ def rank_variables(
                 "a failed or late collective ends the rank, without a clean-up that may hang (torch's default, stated)",
                 other_names=("NCCL_ASYNC_ERROR_HANDLING",),
             ),
-            Variable("NCCL_SOCKET_IFNAME", "lo", "as for gloo; data goes over NVLink, PCIe or shared memory"),
             Variable("NCCL_DEBUG", "WARN", "NCCL's own reason for a failure is in the log"),
         ]
+    if num_nodes == 1:
+        why = "ranks of one machine need no other interface, and nobody else reaches them"
+        variables.append(Variable("GLOO_SOCKET_IFNAME", "lo", why))
+        if topology.num_gpus:
+            why = "as for gloo; data goes over NVLink, PCIe or shared memory"
+            variables.append(Variable("NCCL_SOCKET_IFNAME", "lo", why))
     return variables
 
 

@@ -10,6 +10,7 @@ from launcher.command import find_launcher, rank_devices
 from launcher.environment import Variable, applied, launcher_variables, rank_variables
 from launcher.topology import local_topology, ranks_per_node
 from sharding.errors import UserError
+from sharding.slurm_step import num_step_tasks
 from trainer.config import RunConfig, load_config
 from trainer.deepspeed_settings import deepspeed_settings
 from trainer.validation import World, accumulation_steps, validate
@@ -82,6 +83,12 @@ def make_plan(config_path: str, overrides: Sequence[str], nproc_per_node: int | 
     """
     config = load_config(config_path, list(overrides))
     find_launcher(launcher)
+    num_tasks = num_step_tasks(os.environ)
+    if num_tasks > 1:
+        raise UserError(
+            f"srun started {num_tasks} tasks, each of which would start a run of its own; start one with srun "
+            "--ntasks=1, or ranks on all nodes with sbatch slurm/pretrain.sbatch."
+        )
     topology = local_topology()
     num_ranks = ranks_per_node(config, topology, nproc_per_node)
     world = World(num_ranks, has_gpu=topology.num_gpus > 0)

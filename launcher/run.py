@@ -31,7 +31,7 @@ def run(config_path: str, overrides: Sequence[str], nproc_per_node: int | None, 
     if dry_run:
         print(plan.describe())
         return EXIT_FINISHED
-    config, run_folder = plan.config, RunFolder(plan.config.run_dir)
+    config, run_folder = plan.config, RunFolder.of(plan.config)
     run_folder.check(config)
     if run_folder.is_complete(config):
         print(

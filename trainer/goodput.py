@@ -224,7 +224,7 @@ def summarize(ledgers: Sequence[AttemptLedger]) -> Goodput | None:
     attempts: list[AttemptGoodput] = []
     kept_until, next_began_at = None, None
     for ledger in reversed(ledgers):
-        seconds, num_lost_steps = _account(ledger, kept_until, typical_step_s)
+        seconds, num_lost_steps = account(ledger, kept_until, typical_step_s)
         if next_began_at is not None:
             # The clocks of two machines may disagree.
             seconds[Category.DOWN] = max(0.0, next_began_at - ledger.began_at - ledger.duration_s)
@@ -287,7 +287,7 @@ def write_goodput(run_dir: Path) -> Goodput | None:
     return goodput
 
 
-def _account(
+def account(
     ledger: AttemptLedger, kept_until: int | None, typical_step_s: float | None
 ) -> tuple[dict[Category, float], int]:
     """Seconds by category, and the number of steps that were lost.

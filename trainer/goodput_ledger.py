@@ -15,6 +15,7 @@ from trainer.goodput import (
     AttemptLedger,
     Category,
     Mark,
+    account,
     read_ledgers,
     spent_until,
     summarize,
@@ -88,8 +89,9 @@ class GoodputLedger:
         self._began_after, self._last_step, self._num_lost_steps = 0, 0, 0
         self._marks: list[Mark] = []
         # Where the present step began, to which a step that is taken again goes back.
-        self._step_began = Mark(step=0, loop_s=self._loop_s)
+        self._step_began = (0, self._loop_s)
         self._is_finishing = False
+        self._earlier_s: tuple[int | None, float, float] | None = None
         self._next_write_at = 0.0
         phases.listen(self._hear)
         self.write()
@@ -126,9 +128,17 @@ class GoodputLedger:
         )
 
     def fraction(self) -> float:
-        """Share of training in the run's wall time so far, over all attempts."""
-        goodput = summarize([*self._earlier, self.snapshot])
-        return goodput.goodput if goodput is not None else 0.0
+        """Share of training in the run's wall time so far, over all attempts; asked at each log line."""
+        own = self.snapshot
+        if self._earlier_s is None or self._earlier_s[0] != own.began_after:
+            # Earlier attempts change no more; what remains of them depends on where this one began.
+            nothing = AttemptLedger(attempt=self._attempt, began_at=self._began_at, began_after=own.began_after)
+            before = summarize([*self._earlier, nothing])
+            assert before is not None, "one ledger at least"
+            self._earlier_s = own.began_after, before.seconds[Category.TRAINING], before.wall_s
+        seconds, _ = account(own, None, None)
+        wall_s = self._earlier_s[2] + own.duration_s
+        return (self._earlier_s[1] + seconds[Category.TRAINING]) / wall_s if wall_s > 0 else 0.0
 
     def sentence(self) -> str:
         """The run's goodput so far, in a line for a person."""
@@ -185,7 +195,7 @@ class GoodputLedger:
             self._began_after = self._last_step = step - 1
         elif step <= self._last_step:
             self._go_back(step - 1)
-        self._step_began = Mark.model_construct(step=step - 1, loop_s=list(self._loop_s))
+        self._step_began = (step - 1, self._loop_s.copy())
 
     def _go_back(self, step: int) -> None:
         """The run goes on after a step: what was spent on later ones is lost."""
@@ -193,7 +203,8 @@ class GoodputLedger:
         start = Mark(step=self._began_after, loop_s=[0.0] * len(self._loop_s))
         end = Mark(step=self._last_step, loop_s=self._loop_s)
         # Equal steps stand in the order in which they were noted.
-        points = sorted([*self._marks, self._step_began], key=lambda mark: (mark.step, sum(mark.loop_s)))
+        step_began = Mark(step=self._step_began[0], loop_s=self._step_began[1])
+        points = sorted([*self._marks, step_began], key=lambda mark: (mark.step, sum(mark.loop_s)))
         kept_s = list(spent_until([start, *points, end], step))
         self._lost_s += sum(self._loop_s) - sum(kept_s)
         self._num_lost_steps += self._last_step - max(step, self._began_after)

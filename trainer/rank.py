@@ -144,7 +144,7 @@ def _run(arguments: Sequence[str], progress: _Progress) -> int:
     stop_request = StopRequest()
     stop_request.install_handlers()
 
-    run_folder = RunFolder(config.run_dir)
+    run_folder = RunFolder.of(config)
     attempt = _begin_attempt(config, world, run_folder, progress)
     if attempt:
         # Not before: until the folder is ours, outcome.json is for its holder to write.

@@ -4,25 +4,28 @@ from pathlib import Path
 
 from sharding.errors import UserError
 from trainer.checkpoint.reader import CheckpointReader
+from trainer.checkpoint.source import checkpoints_of
+from trainer.checkpoint.storage import checkpoint_folder, is_url, list_checkpoints
 from trainer.config import RunConfig
 from trainer.data.prepared import Prepared, find_prepared
 from trainer.run_folder import RunFolder
 
 
 def open_checkpoint(run: str, step: int | None) -> CheckpointReader:
-    """A run's checkpoint, the newest where no step is given.
+    """A run's checkpoint, the newest where no step is given; the run may be the URL that its checkpoints lie under.
 
     Raises:
         UserError: there is no such run or checkpoint, or it is damaged.
     """
-    folder = RunFolder(Path(run))
-    folder.frozen_config()
+    if not is_url(run):
+        RunFolder(Path(run)).frozen_config()
+    checkpoints = checkpoints_of("RUN", run)
     if step is not None:
-        return CheckpointReader(folder.checkpoint_path(step))
-    newest = folder.newest_checkpoint()
-    if newest is None:
+        return CheckpointReader(checkpoint_folder(checkpoints, step))
+    found = list_checkpoints(checkpoints)
+    if not found:
         raise UserError(f"{run} has no checkpoint yet; train it first.")
-    return CheckpointReader(newest[1])
+    return CheckpointReader(found[-1][1])
 
 
 def open_corpus(config: RunConfig) -> Prepared:

@@ -1,5 +1,6 @@
 """A run's folder: where everything about a run is kept, and what a continued run must not change."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -12,7 +13,14 @@ from sharding.errors import UserError
 from trainer.atomic_files import create_once, write_atomically
 from trainer.checkpoint.layout import check_sizes
 from trainer.checkpoint.manifest import read_manifest
-from trainer.config import RunConfig, config_to_yaml, load_config
+from trainer.checkpoint.storage import (
+    CheckpointPath,
+    checkpoint_folder,
+    list_checkpoints,
+    list_folders,
+    locate,
+)
+from trainer.config import RunConfig, config_to_yaml, load_config, parse_config
 from trainer.events import read_events
 from trainer.failure import set_failure_aside
 from trainer.goodput import write_goodput
@@ -26,6 +34,7 @@ _FROZEN_KEYS = ("task", "model", "data", "seed", "optimizer", "schedule", "batch
 # These change neither data nor arithmetic: where the cache lies, how fast it is made, when the curve ends, and what is
 # averaged beside training.
 _FREE_KEYS = ("data.cache_dir", "data.num_workers", "schedule.total_steps", "optimizer.ema_decay")
+_CHECKPOINTS = "checkpoints"
 _MIN_FREE_BYTES = 16 * 2**20
 _RESERVE_BYTES = 64 * 2**10
 
@@ -33,31 +42,59 @@ _RESERVE_BYTES = 64 * 2**10
 class RunFolder:
     """The folder ``output_dir/name`` of one run."""
 
-    def __init__(self, path: Path) -> None:
-        """Name a folder; nothing is read or created yet."""
+    def __init__(self, path: Path, checkpoints_dir: CheckpointPath | None = None) -> None:
+        """Name a folder; nothing is read or created yet.
+
+        Args:
+            path: the folder.
+            checkpoints_dir: where checkpoints go; if not given, where the latest attempt's configuration says.
+        """
         self.path = path
+        self._checkpoints_dir = checkpoints_dir
         self.config_file = path / "config.yaml"
         self.metrics_file = path / "metrics.jsonl"
-        self.checkpoints_dir = path / "checkpoints"
-        self.damaged_dir = self.checkpoints_dir / "damaged"
         self.stop_file = path / "stop"
         self.outcome_file = path / "outcome.json"
         self.report_file = path / "report.html"
         self._reserve_file = path / ".reserve"
 
+    @classmethod
+    def of(cls, config: RunConfig) -> "RunFolder":
+        """The folder of the run that a configuration describes.
+
+        Raises:
+            UserError: checkpoint.storage cannot be used.
+        """
+        return cls(config.run_dir, _checkpoints_place(config.run_dir, config.checkpoint.storage, config.name))
+
+    @property
+    def checkpoints_dir(self) -> CheckpointPath:
+        """Where checkpoints lie.
+
+        Raises:
+            UserError: the run's checkpoint.storage cannot be used.
+        """
+        if self._checkpoints_dir is None and self.config_file.exists():
+            self._checkpoints_dir = self._frozen_checkpoints_dir()
+        return self._checkpoints_dir or self.path / _CHECKPOINTS
+
+    @property
+    def damaged_dir(self) -> CheckpointPath:
+        """Where damaged checkpoints are moved to."""
+        return self.checkpoints_dir / "damaged"
+
     def log_dir(self, attempt: int) -> Path:
         """Where the logs of one attempt go."""
         return self.path / "logs" / f"attempt-{attempt}"
 
-    def checkpoint_path(self, step: int) -> Path:
+    def checkpoint_path(self, step: int) -> CheckpointPath:
         """The folder of the checkpoint after a step."""
-        return self.checkpoints_dir / f"step-{step:08d}"
+        return checkpoint_folder(self.checkpoints_dir, step)
 
-    def newest_checkpoint(self, last_step: int | None = None) -> tuple[int, Path] | None:
+    def newest_checkpoint(self, last_step: int | None = None) -> tuple[int, CheckpointPath] | None:
         """Step and folder of the newest checkpoint, up to a step if given; one without a manifest does not exist."""
-        folders = (manifest.parent for manifest in self.checkpoints_dir.glob("step-*/manifest.json"))
-        found = ((step, folder) for folder in folders if (step := _number(folder)) is not None)
-        return max((item for item in found if last_step is None or item[0] <= last_step), default=None)
+        found = [item for item in list_checkpoints(self.checkpoints_dir) if last_step is None or item[0] <= last_step]
+        return found[-1] if found else None
 
     def frozen_config(self) -> RunConfig:
         """The configuration that the run was first started with.
@@ -105,7 +142,7 @@ class RunFolder:
         Raises:
             UserError: all that it had were damaged; to begin again at step 0 is not ours to decide.
         """
-        damaged = sorted(self.damaged_dir.glob("step-*"))
+        damaged = list_folders(self.damaged_dir)
         if damaged and self.newest_checkpoint() is None:
             reasons = {event.get("path"): event.get("reason") for event in read_events(self.path)}
             described = "; ".join(f"{path.name}: {reasons.get(str(path), 'damaged')}" for path in damaged)
@@ -124,6 +161,7 @@ class RunFolder:
         """
         self._check_space()
         newest = self.newest_checkpoint()
+        self._check_same_storage(newest)
         if newest is None:
             self.check_damaged()
             # Nothing to continue: whoever mends a mistake in the settings of a first attempt may start over here.
@@ -161,7 +199,7 @@ class RunFolder:
             self.log_dir(attempt).mkdir(parents=True)
             begin_ledger(self.log_dir(attempt), attempt, began_at)
             suffix = "" if attempt == 1 else f".attempt-{attempt}"
-            if self.newest_checkpoint() is None:
+            if self.newest_checkpoint() is None or not self.config_file.exists():
                 write_atomically(self.config_file, config_to_yaml(config))
             if attempt > 1:
                 write_atomically(self.path / f"config{suffix}.yaml", config_to_yaml(config))
@@ -213,6 +251,35 @@ class RunFolder:
         except (OSError, ValueError):
             return None
 
+    def _frozen_checkpoints_dir(self) -> CheckpointPath:
+        try:
+            config = self.newest_config()
+        except UserError:
+            # No run yet, or settings that only another release understands.
+            return self.path / _CHECKPOINTS
+        return _checkpoints_place(self.path, config.checkpoint.storage, config.name)
+
+    def _check_same_storage(self, newest: tuple[int, CheckpointPath] | None) -> None:
+        """Assert that no checkpoint is forgotten because checkpoint.storage has changed."""
+        before = self._frozen_checkpoints_dir()
+        if str(before) == str(self.checkpoints_dir):
+            return
+        left = list_checkpoints(before)
+        if left and (newest is None or newest[0] < left[-1][0]):
+            raise UserError(
+                f"checkpoint.storage: the newest checkpoint in {self.checkpoints_dir} is of step "
+                f"{0 if newest is None else newest[0]}, but this run has one of step {left[-1][0]} in {before}; copy "
+                "it there, or set checkpoint.storage back."
+            )
+
+    def _config_of_checkpoints(self) -> RunConfig:
+        """The frozen configuration; what checkpoints in a storage say where this folder is new, on another machine."""
+        if not self.config_file.exists():
+            for _, folder in reversed(list_checkpoints(self.checkpoints_dir)):
+                with contextlib.suppress(UserError):
+                    return parse_config(read_manifest(folder).config, source=str(folder))
+        return self.frozen_config()
+
     def _check_space(self) -> None:
         try:
             existing = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
@@ -234,7 +301,7 @@ class RunFolder:
             )
 
     def _check_frozen(self, config: RunConfig) -> None:
-        frozen = _flatten(self.frozen_config().model_dump(mode="json"))
+        frozen = _flatten(self._config_of_checkpoints().model_dump(mode="json"))
         wanted = _flatten(config.model_dump(mode="json"))
         differences = [
             f"{key}: frozen {frozen.get(key)}, now {wanted.get(key)}"
@@ -246,6 +313,10 @@ class RunFolder:
                 f"{self.path} holds a run with other settings ({'; '.join(differences)}); "
                 f"choose another name, or start one from it with checkpoint.from={self.path}."
             )
+
+
+def _checkpoints_place(run_dir: Path, storage: str | None, name: str) -> CheckpointPath:
+    return run_dir / _CHECKPOINTS if storage is None else locate("checkpoint.storage", storage) / name
 
 
 def _number(folder: Path) -> int | None:

@@ -32,9 +32,8 @@ def _damaged_checkpoint(stage: Stage, name: str, damage: Callable[[Path], None])
     run = stage.disturbed(name)
     half = run.run(extra=[f"steps={2 * SAVE_EVERY}"])
     outcome.expect("a first part is trained", half.exit_code == EXIT_FINISHED, f"exit status {half.exit_code}")
-    newest = run.folder.checkpoint_path(2 * SAVE_EVERY)
+    newest = Path(str(run.folder.checkpoint_path(2 * SAVE_EVERY)))
     damage(max(newest.glob("*.safetensors"), key=lambda file: file.stat().st_size))
-    # Nothing is read before the next attempt, whose start takes what the first one's did.
     struck_at = time.time()
     ended = run.run()
     outcome.expect("the run finishes", ended.exit_code == EXIT_FINISHED, f"exit status {ended.exit_code}")
@@ -44,7 +43,9 @@ def _damaged_checkpoint(stage: Stage, name: str, damage: Callable[[Path], None])
     outcome.expect("it goes on from the checkpoint before", resumed in ended.text, resumed)
     stage.compare(outcome, run)
     detected_at = moved[0]["time"] if moved else None
-    stage.time(outcome, run, struck_at=struck_at, detected_at=detected_at, deadline_s=run.start_up_s)
+    # Nothing is read before the next attempt, and it must be found before that trains.
+    start_up_s = (run.first_seen(after=struck_at) or struck_at) - struck_at
+    stage.time(outcome, run, struck_at=struck_at, detected_at=detected_at, deadline_s=start_up_s)
     return outcome
 
 

@@ -54,7 +54,13 @@ def hang(stage: Stage) -> Outcome:
     failure = _expect_failure(outcome, run, kind="hang", rank=stage.victim)
     outcome.expect("it names the step", failure.get("step") == STRIKE_AT, f"step {failure.get('step')}")
     stage.compare(outcome, run)
-    stage.time(outcome, run, struck_at=run.struck_at(), detected_at=run.noticed_at())
+    stage.time(
+        outcome,
+        run,
+        struck_at=run.struck_at(),
+        detected_at=run.noticed_at(),
+        deadline_s=run.alarm(attempt=1).get("allowance_s") or 0.0,
+    )
     return outcome
 
 

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from launcher.child import start_child
@@ -47,7 +48,6 @@ class ObservedRun:
         folder: the run's folder.
         nproc_per_node: ranks, or None for the configuration's own number.
         ended: every ``shardline run`` so far.
-        start_up_s: seconds from the first ``shardline run`` to its first logged step.
         seen: each line of metrics.jsonl that was ever there, and when it was first seen, wall clock in seconds.
     """
 
@@ -57,7 +57,6 @@ class ObservedRun:
     nproc_per_node: int | None
     ended: list[Ended] = field(default_factory=list)
     seen: dict[str, float] = field(default_factory=dict)
-    start_up_s: float = 0.0
 
     def run(
         self,
@@ -82,7 +81,6 @@ class ObservedRun:
             command.append(f"--nproc-per-node={self.nproc_per_node}")
         log = self.folder.path.parent / f"{self.folder.path.name}.log"
         start = log.stat().st_size if log.exists() else 0
-        begun_at, is_first = time.time(), not self.ended
         with log.open("ab") as output:
             process = start_child(
                 command,
@@ -102,8 +100,6 @@ class ObservedRun:
                     process.send_signal(signal.SIGKILL)
                 time.sleep(_LOOK_EVERY_S)
         self._look()
-        if is_first and self.seen:
-            self.start_up_s = min(self.seen.values()) - begun_at
         text = log.read_bytes()[start:].decode(errors="replace")
         self.ended.append(Ended(process.returncode, text, time.time()))
         return self.ended[-1]
@@ -137,7 +133,7 @@ class ObservedRun:
         newest = self.folder.newest_checkpoint()
         if newest is None:
             return {}
-        manifest = json.loads((newest[1] / "manifest.json").read_text())
+        manifest = json.loads((newest[1] / "manifest.json").read_bytes())
         training = manifest["training"]
         return {
             "files": {name: entry["sha256"] for name, entry in sorted(manifest["files"].items())},
@@ -147,13 +143,14 @@ class ObservedRun:
     def failure(self, attempt: int) -> dict[str, Any]:
         """The failure report of an attempt; empty where there is none."""
         for folder in (self.folder.log_dir(attempt), self.folder.path):
-            try:
-                report = json.loads((folder / "failure.json").read_text())
-            except (OSError, ValueError):
-                continue
+            report = _read_json(folder / "failure.json")
             if report.get("attempt") == attempt:
                 return report
         return {}
+
+    def alarm(self, attempt: int) -> dict[str, Any]:
+        """What the watchdogs of an attempt raised the alarm about; empty where they did not."""
+        return _read_json(self.folder.log_dir(attempt) / "alarm.json")
 
     def struck_at(self) -> float:
         """When the first fault struck, wall clock in seconds; infinity where none did."""
@@ -179,3 +176,10 @@ class ObservedRun:
         # A step that is trained again has another throughput, so its line is another.
         for text in self._texts():
             self.seen.setdefault(text, time.time())
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}

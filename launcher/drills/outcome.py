@@ -15,11 +15,13 @@ class Check:
         claim: what should be so.
         holds: whether it is.
         detail: what was found.
+        is_timed: whether a busy machine alone may make it fail.
     """
 
     claim: str
     holds: bool
     detail: str = ""
+    is_timed: bool = False
 
 
 @dataclass
@@ -43,9 +45,9 @@ class Outcome:
         """Whether every claim holds."""
         return all(check.holds for check in self.checks)
 
-    def expect(self, claim: str, holds: bool, detail: object = "") -> None:
+    def expect(self, claim: str, holds: bool, detail: object = "", *, is_timed: bool = False) -> None:
         """Add a claim."""
-        self.checks.append(Check(claim, bool(holds), str(detail)))
+        self.checks.append(Check(claim, bool(holds), str(detail), is_timed))
 
     def show(self, console: Console) -> None:
         """Print the claims and times."""

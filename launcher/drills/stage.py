@@ -133,11 +133,13 @@ class Stage:
             f"detected within {_DETECT_WITHIN_S:g} s{beyond}",
             outcome.detect_s is not None and outcome.detect_s <= limit_s,
             f"{outcome.detect_s:.1f} s" if outcome.detect_s is not None else "not at all",
+            is_timed=outcome.detect_s is not None,
         )
         outcome.expect(
             f"training again within {_RECOVER_WITHIN_S:g} s of being detected",
             again_at is not None and again_at - (detected_at or struck_at) <= _RECOVER_WITHIN_S,
             "not at all" if again_at is None else f"{again_at - (detected_at or struck_at):.1f} s",
+            is_timed=again_at is not None,
         )
 
     def open(self) -> None:

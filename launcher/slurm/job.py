@@ -50,8 +50,8 @@ def prepare_job(arguments: Sequence[str], starter: str, environment: Mapping[str
     _check_vocabulary_and_corpus(config, arguments)
     _describe(config, allocation, ranks, world)
     # Threads are each rank's own matter: this step has not the cores that a rank will have.
-    table = [v for v in rank_variables(config, topology, ranks, environment) if v.name != "OMP_NUM_THREADS"]
-    added, kept = applied(table, environment)
+    table = rank_variables(config, topology, ranks, environment, allocation.num_nodes)
+    added, kept = applied([v for v in table if v.name != "OMP_NUM_THREADS"], environment)
     for sentence in kept:
         print(f"note: {sentence}", file=sys.stderr)
     return {

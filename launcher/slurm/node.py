@@ -65,7 +65,7 @@ def run_node(launcher: str, arguments: Sequence[str], environment: Mapping[str, 
     topology = local_topology()
     devices = rank_devices(num_ranks, topology.num_gpus > 0, environment)
     command = _COMMANDS[launcher](arguments, int(environment["MASTER_PORT"]), devices, place)
-    table = rank_variables(config, topology, num_ranks, environment)
+    table = rank_variables(config, topology, num_ranks, environment, place.num_nodes)
     variables, _ = applied(table + launcher_variables(launcher, topology, num_ranks), environment)
     if place.node_rank == 0:
         print(f"{socket.gethostname()}: {shlex.join(command)}", file=sys.stderr)

@@ -24,6 +24,7 @@ from tests.support import (
     wait_until,
     write_config,
 )
+from trainer.goodput import Category
 from trainer.run_folder import RunFolder
 from trainer.trackers.wandb_files import WandbPart, history_values, read_parts, read_records
 from trainer.trackers.wandb_tracker import WandbIdentity
@@ -118,6 +119,10 @@ def test_wandbs_offline_files_hold_every_logged_step_once(tracked: Path) -> None
     assert summary["summary/final_loss"] == logged[len(logged)]["train/loss"]
     assert summary["summary/tokens"] == logged[len(logged)]["train/tokens"]
     assert (summary["summary/best_eval_step"], summary["summary/best_eval_loss"]) == (best_step, evaluations[best_step])
+    # Three attempts, one of them killed.
+    shares = {name: summary[f"goodput/{name}_fraction"] for name in Category}
+    assert sum(shares.values()) == pytest.approx(1)
+    assert all(shares[name] > 0 for name in ("training", "startup", "down"))
 
 
 def test_tensorboard_shows_every_logged_step_once(tracked: Path) -> None:
@@ -217,8 +222,10 @@ def test_the_dashboard_plots_what_training_logs(tracked: Path, server: StandInSe
     ]
     plots = [panel["config"] for section in sections for panel in section["panels"]]
     assert all(plot["xAxis"] == "step" for plot in plots)
-    logged = {name for line in read_metrics(tracked) for name in line}
-    plotted = {name for plot in plots for name in plot["metrics"]}
+    # An attempt that ends before its first write in the background is made valid has no line with the time of one.
+    by_chance = {"checkpoint/write_s"}
+    logged = {name for line in read_metrics(tracked) for name in line} - by_chance
+    plotted = {name for plot in plots for name in plot["metrics"]} - by_chance
     assert plotted
     by_setting = {"eval/ema_loss", "eval/ema_perplexity", "train/loss_scale", "train/noise_scale_tokens"}
     assert plotted - logged == by_setting

@@ -70,3 +70,12 @@ def test_a_users_own_value_wins_and_is_said(config_file: Path, own: str, name: s
 def test_threads_in_the_configuration_outrank_the_environment(config_file: Path) -> None:
     assert table(config_file, CPU, {"OMP_NUM_THREADS": "7"}, "launch.threads_per_rank=3")["OMP_NUM_THREADS"] == "3"
     assert "OMP_NUM_THREADS" not in table(config_file, CPU, {"OMP_NUM_THREADS": "7"})
+
+
+def test_only_ranks_of_one_machine_are_kept_to_the_loopback_interface(config_file: Path) -> None:
+    def interfaces(num_nodes: int) -> set[str]:
+        variables = rank_variables(load_config(config_file), GPU, 2, {}, num_nodes)
+        return {variable.name for variable in variables if variable.value == "lo"}
+
+    assert interfaces(1) == {"GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"}
+    assert interfaces(2) == set()

@@ -166,3 +166,12 @@ def test_scripts_pass_shellcheck(script: Path) -> None:
         ["shellcheck", "-x", script], capture_output=True, text=True, cwd=ROOT / "slurm", check=False
     )
     assert checked.returncode == 0, checked.stdout
+
+
+def test_a_run_of_one_machine_is_not_started_by_each_of_several_tasks(config_file: Path) -> None:
+    step = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4"}
+    refused = shardline("run", config_file, "--dry-run", **step)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: srun started 4 tasks, each of which would start a run of its own")
+    # The batch script's own variables, and those of a step of one task, are no obstacle.
+    assert shardline("run", config_file, "--dry-run", SLURM_NTASKS="4", SLURM_PROCID="0").returncode == 0

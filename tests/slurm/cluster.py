@@ -78,11 +78,10 @@ class Cluster:
         assert not check or finished.returncode == 0, finished.stdout + finished.stderr
         return finished.stdout if check else finished.stdout + finished.stderr
 
-    def submit(self, script: str, *arguments: object, output: Path, options: str = "") -> str:
+    def submit(self, script: str, *arguments: object, output: Path, options: str = "", **extra: str) -> str:
         """Submit one of our scripts by hand; returns the job's number."""
-        return self.run(
-            "sbatch", "--parsable", f"--output={output}", *options.split(), f"slurm/{script}", *arguments
-        ).strip()
+        command = ["sbatch", "--parsable", f"--output={output}", *options.split(), f"slurm/{script}"]
+        return self.run(*command, *arguments, **extra).strip()
 
     def facts(self, job: str) -> dict[str, str]:
         """What ``scontrol show job`` says."""

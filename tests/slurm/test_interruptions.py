@@ -1,5 +1,6 @@
 """Jobs that Slurm interrupts: each goes on by itself and ends with the undisturbed run's parameters, bit for bit."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +25,14 @@ TORCHRUN = ("pretrain.sbatch", "--nodes=2 --gpus-per-node=2")
 SRUN = ("pretrain_srun.sbatch", "--nodes=2 --gpus-per-node=2 --ntasks-per-node=2")
 
 
+# Until Slurm, which looks at time limits each half minute, gets round to it. The first attempt alone is so slow.
+_SLOWLY = {
+    "SHARDLINE_INJECT": json.dumps(
+        [{"fault": "slow", "rank": 0, "step": 15, "num_steps": 60, "seconds": 2.0, "attempt": 1}]
+    )
+}
+
+
 @dataclass(frozen=True)
 class Job:
     """A job and its run."""
@@ -41,12 +50,18 @@ Submit = Callable[..., Job]
 
 
 def _submit(
-    cluster: Cluster, slurm_config: MakeConfig, folder: Path, name: str, kind: tuple[str, str], options: str = ""
+    cluster: Cluster,
+    slurm_config: MakeConfig,
+    folder: Path,
+    name: str,
+    kind: tuple[str, str],
+    options: str = "",
+    **extra: str,
 ) -> Job:
     config = slurm_config(name, **_LONG)
     script, counts = kind
     output = folder / f"{name}.out"
-    number = cluster.submit(script, config, output=output, options=f"{counts} {options}")
+    number = cluster.submit(script, config, output=output, options=f"{counts} {options}", **extra)
     return Job(number, config.parent / "runs" / name, output)
 
 
@@ -120,8 +135,8 @@ def test_the_warning_before_the_time_limit_reaches_script_or_tasks(
     cluster: Cluster, submit: Submit, undisturbed: Job
 ) -> None:
     jobs = [
-        submit("limit-script", TORCHRUN, "--time=20 --signal=B:USR2@55"),
-        submit("limit-tasks", TORCHRUN, "--time=20 --signal=USR1@55"),
+        submit("limit-script", TORCHRUN, "--time=20 --signal=B:USR2@55", **_SLOWLY),
+        submit("limit-tasks", TORCHRUN, "--time=20 --signal=USR1@55", **_SLOWLY),
     ]
     for job in jobs:
         _wait_for_step(job, 12)
@@ -138,7 +153,7 @@ def test_the_warning_before_the_time_limit_reaches_script_or_tasks(
 @pytest.mark.slow
 def test_jobs_of_a_lower_partition_give_way_and_go_on(cluster: Cluster, submit: Submit, undisturbed: Job) -> None:
     cluster.wait(undisturbed.number)
-    jobs = [submit("preempted-torchrun", TORCHRUN), submit("preempted-srun", SRUN)]
+    jobs = [submit("preempted-torchrun", TORCHRUN, **_SLOWLY), submit("preempted-srun", SRUN, **_SLOWLY)]
     for job in jobs:
         _wait_for_step(job, 12)
     higher = cluster.run(
@@ -153,7 +168,7 @@ def test_jobs_of_a_lower_partition_give_way_and_go_on(cluster: Cluster, submit: 
 @pytest.mark.slow
 def test_a_job_whose_node_dies_goes_on_when_it_is_back(cluster: Cluster, submit: Submit, undisturbed: Job) -> None:
     cluster.wait(undisturbed.number)
-    job = submit("bereft", TORCHRUN)
+    job = submit("bereft", TORCHRUN, **_SLOWLY)
     _wait_for_step(job, 12)
     # The node of rank 0, which holds the run's lease.
     cluster.kill_node("n1")

@@ -296,7 +296,7 @@ def test_verify_names_each_damaged_checkpoint_and_moves_none(
     folder = RunFolder(fresh_copy(checkpoints.original, checkpoints.copy))
     (folder.checkpoint_path(1) / "notes.txt").touch()
     shown = io.StringIO()
-    assert verify_checkpoints(folder, Console(file=shown, soft_wrap=True)) == 0
+    assert verify_checkpoints(folder.checkpoints_dir, Console(file=shown, soft_wrap=True)) == 0
     first, second = shown.getvalue().splitlines()
     assert first.startswith("step-00000001: whole; its corpus is not prepared here")
     assert first.endswith("not part of it: notes.txt")
@@ -307,7 +307,7 @@ def test_verify_names_each_damaged_checkpoint_and_moves_none(
     manifest.write_bytes(contents.replace(b'"num_samples": 2', b'"num_samples": 3'))
     before = sorted(folder.path.rglob("*"))
     shown = io.StringIO()
-    assert verify_checkpoints(folder, Console(file=shown, soft_wrap=True)) == 2
+    assert verify_checkpoints(folder.checkpoints_dir, Console(file=shown, soft_wrap=True)) == 2
     sentence = "is damaged: manifest.json: its contents do not have the SHA-256 that it says"
     assert sentence in shown.getvalue().splitlines()[1]
     assert sorted(folder.path.rglob("*")) == before

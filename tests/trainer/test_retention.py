@@ -9,9 +9,10 @@ import pytest
 from rich.console import Console
 
 from tests.support import write_empty_checkpoint
-from trainer.checkpoint.__main__ import list_checkpoints
+from trainer.checkpoint.__main__ import show_checkpoints
 from trainer.checkpoint.config import CheckpointConfig
-from trainer.checkpoint.retention import prune_checkpoints, remove_checkpoint
+from trainer.checkpoint.retention import prune_checkpoints
+from trainer.checkpoint.storage import remove_checkpoint
 from trainer.run_folder import RunFolder
 
 _LOSSES = {1: None, 2: 3.0, 3: None, 4: 2.0, 5: None, 6: 2.0, 7: None, 8: 2.5, 9: None}
@@ -49,6 +50,6 @@ def test_the_list_shows_losses(tmp_path: Path) -> None:
     for step, loss in ((1, None), (2, 3.25)):
         write_empty_checkpoint(tmp_path / "checkpoints" / f"step-{step:08d}", step, loss)
     text = io.StringIO()
-    list_checkpoints(RunFolder(tmp_path), Console(file=text, width=200))
+    show_checkpoints(RunFolder(tmp_path).checkpoints_dir, Console(file=text, width=200))
     rows = [line.split() for line in text.getvalue().splitlines() if "step-" in line]
     assert ["3.2500" in row for row in rows] == [False, True]

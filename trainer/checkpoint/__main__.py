@@ -8,19 +8,20 @@ from rich.console import Console
 from rich.table import Table
 
 from sharding.errors import EXIT_BAD_INPUT, EXIT_FINISHED, UserError
-from trainer.checkpoint.manifest import MANIFEST_NAME
 from trainer.checkpoint.reader import CheckpointReader
+from trainer.checkpoint.source import checkpoints_of
+from trainer.checkpoint.storage import MANIFEST_NAME, CheckpointPath, is_url, list_checkpoints, list_folders
 from trainer.config import parse_config
 from trainer.data.prepared import find_prepared
 from trainer.run_folder import RunFolder
 
 
-def list_checkpoints(run_folder: RunFolder, console: Console) -> int:
+def show_checkpoints(checkpoints: CheckpointPath, console: Console) -> int:
     """Show the checkpoints of a run; returns the exit status."""
-    table = Table(title=f"checkpoints of {run_folder.path}")
+    table = Table(title=f"checkpoints in {checkpoints}")
     for header in ("step", "samples", "tokens", "eval loss", "strategy", "ranks", "MiB", "folder"):
         table.add_column(header, justify="left" if header in ("strategy", "folder") else "right")
-    for folder in _folders(run_folder):
+    for _, folder in list_checkpoints(checkpoints):
         manifest = CheckpointReader(folder).manifest
         num_bytes = sum(entry.num_bytes for entry in manifest.files.values())
         training = manifest.training
@@ -38,22 +39,24 @@ def list_checkpoints(run_folder: RunFolder, console: Console) -> int:
     return EXIT_FINISHED
 
 
-def verify_checkpoints(run_folder: RunFolder, console: Console) -> int:
+def verify_checkpoints(checkpoints: CheckpointPath, console: Console) -> int:
     """Compare all of all checkpoints with their manifests, and those with the corpus; returns the exit status."""
     exit_code = EXIT_FINISHED
-    for folder in _folders(run_folder):
+    for _, folder in list_checkpoints(checkpoints):
         try:
             reader = CheckpointReader(folder)
             reader.verify()
             note = _compare_corpus(reader)
-            extra = sorted({path.name for path in folder.iterdir()} - reader.manifest.files.keys() - {MANIFEST_NAME})
+            extra = sorted(
+                {path.name for path in list_folders(folder)} - reader.manifest.files.keys() - {MANIFEST_NAME}
+            )
             if extra:
                 note += f"; not part of it: {', '.join(extra)}"
             console.print(f"{folder.name}: whole{note}", highlight=False)
         except UserError as error:
             console.print(f"{folder.name}: {error}", highlight=False)
             exit_code = EXIT_BAD_INPUT
-    for folder in sorted(run_folder.damaged_dir.glob("*")):
+    for folder in list_folders(checkpoints / "damaged"):
         console.print(f"damaged/{folder.name}: was found damaged and moved there", highlight=False)
     return exit_code
 
@@ -85,17 +88,13 @@ def main(arguments: Sequence[str]) -> int:
     try:
         if len(arguments) != 2 or arguments[0] not in ("list", "verify"):
             raise UserError("write shardline checkpoint list RUN or shardline checkpoint verify RUN.")
-        run_folder = RunFolder(Path(arguments[1]))
-        run_folder.frozen_config()
-        action = list_checkpoints if arguments[0] == "list" else verify_checkpoints
-        return action(run_folder, Console(soft_wrap=True))
+        if not is_url(arguments[1]):
+            RunFolder(Path(arguments[1])).frozen_config()
+        action = show_checkpoints if arguments[0] == "list" else verify_checkpoints
+        return action(checkpoints_of("RUN", arguments[1]), Console(soft_wrap=True))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
-
-
-def _folders(run_folder: RunFolder) -> list[Path]:
-    return sorted(manifest.parent for manifest in run_folder.checkpoints_dir.glob("step-*/manifest.json"))
 
 
 if __name__ == "__main__":

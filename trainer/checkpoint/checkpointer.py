@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from sharding.engine import Engine
 from sharding.errors import UserError
@@ -14,6 +13,7 @@ from trainer.checkpoint.rank_file import RankReport, write_rank_file
 from trainer.checkpoint.retention import prune_checkpoints, remove_checkpoints_after
 from trainer.checkpoint.snapshot import Snapshot
 from trainer.checkpoint.source import Source, open_source
+from trainer.checkpoint.storage import CheckpointPath
 from trainer.checkpoint.writer import CheckpointIdentity, commit_checkpoint, prepare_checkpoint
 from trainer.config import RunConfig
 from trainer.run_folder import RunFolder
@@ -24,7 +24,7 @@ from trainer.weight_average import WeightAverage
 class _PendingSave:
     """A checkpoint without a manifest yet."""
 
-    folder: Path
+    folder: CheckpointPath
     training: TrainingState
     write: BackgroundWrite
 
@@ -192,7 +192,7 @@ class Checkpointer:
         average = self._weight_average
         return engine.state(with_optimizer=True) + ([] if average is None else average.state())
 
-    def _commit(self, folder: Path, report: RankReport, training: TrainingState) -> None:
+    def _commit(self, folder: CheckpointPath, report: RankReport, training: TrainingState) -> None:
         """Make a checkpoint valid, then delete what is not to be kept."""
         self.last_write_s = commit_checkpoint(
             folder, report, training, self._identity, self._ranks, self._before_commit

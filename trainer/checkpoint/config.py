@@ -15,6 +15,10 @@ class CheckpointConfig(StrictModel):
     every_steps: int = Field(default=0, ge=0)
     """Save after every this many steps; 0 means only at the end of the run."""
 
+    storage: str | None = None
+    """Folder or URL, such as `s3://bucket/prefix`, that checkpoints go to, in a folder by the run's name; `checkpoints`
+    in the run's folder if not set. Credentials come from the environment."""
+
     asynchronous: bool = True
     """Copy the state and write the copy while training goes on; false has training wait for the write."""
 
@@ -31,7 +35,8 @@ class CheckpointConfig(StrictModel):
     """`auto` continues from the run folder's newest checkpoint; `never` refuses a folder that has one."""
 
     from_: str | None = Field(default=None, alias="from")
-    """Another run to start from, `RUN_FOLDER` or `RUN_FOLDER@STEP`; read only while this run has no checkpoint."""
+    """Another run to start from, `RUN_FOLDER` or `RUN_FOLDER@STEP`, or the URL of a folder of checkpoints;
+    read only while this run has no checkpoint."""
 
     load: Literal["all", "weights"] = "all"
     """With `from`: take everything (a fork) or the parameters alone (a warm start at step 0)."""

@@ -4,11 +4,10 @@ Imports no torch, so that the launcher may look before it starts ranks.
 """
 
 import math
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from trainer.checkpoint.manifest import DamagedCheckpoint, Manifest, SliceEntry, TensorEntry
+from trainer.checkpoint.storage import CheckpointPath, file_sizes
 
 # torch's names of the element types that a checkpoint may hold, as a safetensors header has them.
 HEADER_DTYPES = {
@@ -25,24 +24,24 @@ HEADER_DTYPES = {
 }
 
 
-def check_sizes(folder: Path, manifest: Manifest) -> None:
+def check_sizes(folder: CheckpointPath, manifest: Manifest) -> None:
     """Compare the sizes of all files with the manifest.
 
     Raises:
         DamagedCheckpoint: a file is missing, has another size, or a name that leads out of the checkpoint's folder.
     """
+    sizes = file_sizes(folder)
     for name, entry in manifest.files.items():
         if name in ("", ".", "..") or "/" in name or "\0" in name:
             raise DamagedCheckpoint(folder, f"the manifest lists {name!r}, which is not a name of a file in it")
-        try:
-            num_bytes = (folder / name).stat().st_size
-        except OSError as error:
-            raise DamagedCheckpoint(folder, f"{name} cannot be found ({error.strerror})") from None
+        num_bytes = sizes.get(name)
+        if num_bytes is None:
+            raise DamagedCheckpoint(folder, f"{name} cannot be found")
         if num_bytes != entry.num_bytes:
             raise DamagedCheckpoint(folder, f"{name} has {num_bytes} bytes instead of {entry.num_bytes}")
 
 
-def check_parts(folder: Path, manifest: Manifest) -> None:
+def check_parts(folder: CheckpointPath, manifest: Manifest) -> None:
     """Check that no stored part is in a file of which the manifest does not speak.
 
     Raises:
@@ -53,7 +52,7 @@ def check_parts(folder: Path, manifest: Manifest) -> None:
         raise DamagedCheckpoint(folder, f"the manifest does not list {unlisted[0]}, in which it says that tensors are")
 
 
-def check_tensors(folder: Path, manifest: Manifest, names: Sequence[str]) -> None:
+def check_tensors(folder: CheckpointPath, manifest: Manifest, names: Sequence[str]) -> None:
     """Check that the stored parts of tensors cover each of them exactly once.
 
     Raises:
@@ -77,14 +76,19 @@ def parts_by_file(manifest: Manifest) -> dict[str, list[tuple[TensorEntry, Slice
     return parts
 
 
-def check_header(folder: Path, file: str, parts: list[tuple[TensorEntry, SliceEntry]], opened: Any) -> None:
+def check_header(
+    folder: CheckpointPath,
+    file: str,
+    parts: list[tuple[TensorEntry, SliceEntry]],
+    found: Mapping[str, tuple[str, list[int]]],
+) -> None:
     """Check that a safetensors file holds just the parts that the manifest says are in it.
 
     Args:
         folder: the checkpoint.
         file: name of the file.
         parts: what is in it by the manifest.
-        opened: what ``safetensors.safe_open`` returns for it.
+        found: type, as a header has it, and shape of what is in it by its own header.
 
     Raises:
         DamagedCheckpoint: a key is missing, not listed or listed twice, or has another type or shape.
@@ -92,10 +96,6 @@ def check_header(folder: Path, file: str, parts: list[tuple[TensorEntry, SliceEn
     wanted = {part.key: (HEADER_DTYPES.get(entry.dtype), part.shape) for entry, part in parts}
     if len(wanted) < len(parts):
         raise DamagedCheckpoint(folder, f"the manifest has one part of {file} twice")
-    found = {}
-    for key in opened.keys():  # noqa: SIM118 - not a mapping
-        header = opened.get_slice(key)
-        found[key] = (header.get_dtype(), list(header.get_shape()))
     if found != wanted:
         differing = next(key for key in [*wanted, *found] if wanted.get(key) != found.get(key))
         raise DamagedCheckpoint(

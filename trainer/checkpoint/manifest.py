@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
@@ -11,10 +9,11 @@ from pydantic import Field, ValidationError
 from sharding.errors import UserError
 from sharding.strict_model import StrictModel
 from trainer.checked_json import dump_checked, load_checked
+from trainer.checkpoint.storage import MANIFEST_NAME, CheckpointPath, write_whole
 from trainer.data.config import SampleRange
 
-MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 3
+_CHUNK_BYTES = 8 * 2**20
 
 
 class DamagedCheckpoint(UserError):
@@ -157,18 +156,9 @@ def fingerprint(values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Make a checkpoint exist: the last thing that is written to its folder.
-
-    The contents reach the disk before the name does, so that a crash leaves either no manifest or a whole one.
-    """
-    temporary = folder / f".{MANIFEST_NAME}.partial"
-    with temporary.open("wb") as file:
-        file.write(render_manifest(manifest))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, folder / MANIFEST_NAME)
-    sync_folder(folder)
+def write_manifest(folder: CheckpointPath, manifest: Manifest) -> None:
+    """Make a checkpoint exist: the last thing that is written to its folder."""
+    write_whole(folder / MANIFEST_NAME, render_manifest(manifest))
 
 
 def render_manifest(manifest: Manifest) -> bytes:
@@ -176,7 +166,7 @@ def render_manifest(manifest: Manifest) -> bytes:
     return dump_checked(manifest.model_dump(mode="json"))
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: CheckpointPath) -> Manifest:
     """Read a checkpoint's manifest.
 
     Raises:
@@ -216,16 +206,10 @@ def parse_manifest(raw: bytes, folder: object) -> Manifest:
     )
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def hash_file(path: Path) -> str:
+def hash_file(path: CheckpointPath) -> str:
     """SHA-256 of a file's contents."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()

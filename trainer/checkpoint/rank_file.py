@@ -4,11 +4,11 @@ import errno
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from sharding.state import TensorSlice
 from trainer.checkpoint.manifest import FileEntry, SliceEntry
 from trainer.checkpoint.safetensors_file import write_tensors
+from trainer.checkpoint.storage import CheckpointPath
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class RankReport:
 
 
 def write_rank_file(
-    folder: Path, slices: list[TensorSlice], rank: int, before_write: Callable[[], None] = lambda: None
+    folder: CheckpointPath, slices: list[TensorSlice], rank: int, before_write: Callable[[], None] = lambda: None
 ) -> RankReport:
     """Write those of a rank's slices that it is to write; an error becomes part of the report.
 

@@ -1,11 +1,8 @@
 """Reading any part of a checkpoint, by any layout."""
 
 import math
-from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from sharding.errors import UserError
 from sharding.state import TensorSlice
@@ -19,13 +16,18 @@ from trainer.checkpoint.manifest import (
     hash_file,
     read_manifest,
 )
+from trainer.checkpoint.storage import CheckpointPath
+from trainer.checkpoint.tensor_file import TensorFile
 from trainer.weight_average import AVERAGE_PREFIX, MODEL_PREFIX
+
+# Each has a buffer of its own, where it lies in an object store.
+_MAX_OPEN_FILES = 8
 
 
 class CheckpointReader:
-    """One checkpoint, its files opened as they are needed and mapped rather than read whole."""
+    """One checkpoint, of whose files just what is asked for is read."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: CheckpointPath) -> None:
         """Open a checkpoint.
 
         Raises:
@@ -34,7 +36,8 @@ class CheckpointReader:
         """
         self.folder = folder
         self.manifest: Manifest = read_manifest(folder)
-        self._open_files: dict[str, Any] = {}
+        # The one that was used last is the last.
+        self._open_files: dict[str, TensorFile] = {}
         check_sizes(folder, self.manifest)
 
     def verify(self, index: int = 0, num_shares: int = 1) -> None:
@@ -58,7 +61,7 @@ class CheckpointReader:
                 raise DamagedCheckpoint(
                     self.folder, f"the contents of {name} do not have the SHA-256 that the manifest says"
                 )
-            check_header(self.folder, name, parts[name], self._file(name))
+            check_header(self.folder, name, parts[name], self._file(name).header)
 
     @property
     def has_average(self) -> bool:
@@ -125,14 +128,13 @@ class CheckpointReader:
             source_index.append(slice(begin - have, end - have))
             target_index.append(slice(begin - want, end - want))
         file = self._file(stored.file)
+        if file.header.get(stored.key, (None, None))[1] != stored.shape:
+            raise DamagedCheckpoint(self.folder, f"{stored.file} has no {stored.key} of shape {stored.shape}")
+        # Without dims there is nothing to index, and indexing a tensor by nothing makes no view of it.
+        target = part.tensor[tuple(target_index)] if target_index else part.tensor
         try:
-            if not source_index:
-                part.tensor.copy_(file.get_tensor(stored.key))
-                return 1
-            target = part.tensor[tuple(target_index)]
-            target.copy_(file.get_slice(stored.key)[tuple(source_index)])
-        except (SafetensorError, OSError, RuntimeError) as error:
-            # RuntimeError: the stored tensor has another shape than the manifest says.
+            file.read_into(stored.key, tuple(source_index), target)
+        except (ValueError, OSError) as error:
             raise DamagedCheckpoint(self.folder, f"{stored.key} in {stored.file}: {error}") from None
         return target.numel()
 
@@ -142,10 +144,14 @@ class CheckpointReader:
         except OSError as error:
             raise DamagedCheckpoint(self.folder, f"{name} cannot be read ({error.strerror})") from None
 
-    def _file(self, name: str) -> Any:
-        if name not in self._open_files:
+    def _file(self, name: str) -> TensorFile:
+        file = self._open_files.pop(name, None)
+        if file is None:
+            while len(self._open_files) >= _MAX_OPEN_FILES:
+                self._open_files.pop(next(iter(self._open_files))).close()
             try:
-                self._open_files[name] = safe_open(self.folder / name, framework="pt", device="cpu")
-            except (SafetensorError, OSError) as error:
+                file = TensorFile(self.folder / name)
+            except (ValueError, OSError) as error:
                 raise DamagedCheckpoint(self.folder, f"{name}: {error}") from None
-        return self._open_files[name]
+        self._open_files[name] = file
+        return file

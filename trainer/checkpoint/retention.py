@@ -1,14 +1,12 @@
 """Which checkpoints a run keeps."""
 
-import shutil
-from pathlib import Path
-
 from sharding.errors import UserError
 from trainer.checkpoint.config import CheckpointConfig
 from trainer.checkpoint.manifest import read_manifest
+from trainer.checkpoint.storage import CheckpointPath, list_checkpoints, remove_checkpoint
 
 
-def prune_checkpoints(checkpoints_dir: Path, settings: CheckpointConfig) -> None:
+def prune_checkpoints(checkpoints_dir: CheckpointPath, settings: CheckpointConfig) -> None:
     """Delete all checkpoints but those that the settings keep; the newest one is always among these.
 
     Kept are the newest ``keep_last``, those at multiples of ``keep_every`` steps, and the ``keep_best`` whose step has
@@ -16,7 +14,7 @@ def prune_checkpoints(checkpoints_dir: Path, settings: CheckpointConfig) -> None
     """
     if settings.keep_last == 0:
         return
-    folders = {_step_of(m.parent): m.parent for m in checkpoints_dir.glob("step-*/manifest.json")}
+    folders = dict(list_checkpoints(checkpoints_dir))
     kept = set(sorted(folders)[-settings.keep_last :])
     if settings.keep_every:
         kept |= {step for step in folders if step % settings.keep_every == 0}
@@ -26,24 +24,14 @@ def prune_checkpoints(checkpoints_dir: Path, settings: CheckpointConfig) -> None
         remove_checkpoint(folders[step])
 
 
-def remove_checkpoint(folder: Path) -> None:
-    """Delete a checkpoint, manifest first, so that it is never half there."""
-    (folder / "manifest.json").unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def remove_checkpoints_after(checkpoints_dir: Path, step: int) -> None:
+def remove_checkpoints_after(checkpoints_dir: CheckpointPath, step: int) -> None:
     """Delete the checkpoints of later steps."""
-    for manifest in checkpoints_dir.glob("step-*/manifest.json"):
-        if _step_of(manifest.parent) > step:
-            remove_checkpoint(manifest.parent)
+    for later, folder in list_checkpoints(checkpoints_dir):
+        if later > step:
+            remove_checkpoint(folder)
 
 
-def _step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))
-
-
-def _best_steps(folders: dict[int, Path]) -> list[int]:
+def _best_steps(folders: dict[int, CheckpointPath]) -> list[int]:
     """Steps that were evaluated, by loss, a later one before an earlier one of the same loss."""
     losses = {}
     for step, folder in folders.items():

@@ -2,20 +2,19 @@
 
 import hashlib
 import json
-import os
-from pathlib import Path
 from typing import BinaryIO
 
 import torch
 
 from trainer.checkpoint.layout import HEADER_DTYPES
 from trainer.checkpoint.manifest import FileEntry
+from trainer.checkpoint.storage import CheckpointPath, writing
 
 # Large enough that a thread seldom asks for the interpreter's lock, which it does not hold while hashing and writing.
 _CHUNK_BYTES = 8 * 2**20
 
 
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> FileEntry:
+def write_tensors(path: CheckpointPath, tensors: dict[str, torch.Tensor]) -> FileEntry:
     """Write tensors, and return once they are on the disk.
 
     The format is that of https://huggingface.co/docs/safetensors: the header's length in 8 bytes, the header in JSON,
@@ -31,8 +30,9 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> FileEntry:
     Raises:
         OSError: the file cannot be written.
     """
-    # Elements of larger types come first, so that each tensor begins at a multiple of its element's size.
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    # Elements of larger types come first, so that each tensor begins at a multiple of its element's size. Beyond
+    # that the order stays: who loads the same state goes through the file from front to back.
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
     header, position = {}, 0
     for key, tensor in ordered:
         end = position + tensor.numel() * tensor.element_size()
@@ -42,11 +42,10 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> FileEntry:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
-    with path.open("wb", buffering=0) as file:
+    with writing(path) as file:
         _write(file, memoryview(len(text).to_bytes(8, "little") + text), digest)
         for _, tensor in ordered:
             _write(file, _bytes_of(tensor), digest)
-        os.fsync(file.fileno())
         num_bytes = file.tell()
     return FileEntry(num_bytes=num_bytes, sha256=digest.hexdigest())
 

@@ -1,6 +1,5 @@
 """What a run starts from: the newest of its checkpoints that is whole, or another run's."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,16 @@ from sharding.process_group import Ranks
 from trainer.checkpoint.config import CheckpointConfig
 from trainer.checkpoint.manifest import DamagedCheckpoint
 from trainer.checkpoint.reader import CheckpointReader
+from trainer.checkpoint.storage import (
+    MANIFEST_NAME,
+    CheckpointPath,
+    checkpoint_folder,
+    is_url,
+    list_checkpoints,
+    locate,
+    make_folder,
+    move_checkpoint,
+)
 from trainer.events import record_event
 from trainer.run_folder import RunFolder
 
@@ -79,8 +88,10 @@ def open_source(
             _set_aside(folder, reasons[0], run_folder, warn)
 
 
-def resolve_checkpoint(reference: str) -> Path:
+def resolve_checkpoint(reference: str) -> CheckpointPath:
     """The checkpoint folder that ``RUN_FOLDER`` (its newest) or ``RUN_FOLDER@STEP`` names.
+
+    In place of the run's folder there may be the URL that its checkpoints lie under.
 
     Raises:
         UserError: there is no such run or checkpoint.
@@ -88,23 +99,36 @@ def resolve_checkpoint(reference: str) -> Path:
     folder_text, separator, step_text = reference.rpartition("@")
     if not separator:
         folder_text = reference
-    folder = RunFolder(Path(folder_text))
+    elif not step_text.isdigit():
+        raise UserError(f"checkpoint.from={reference}: {step_text!r} is not a step; write RUN_FOLDER@STEP.")
+    checkpoints = checkpoints_of("checkpoint.from", folder_text)
     if separator:
-        if not step_text.isdigit():
-            raise UserError(f"checkpoint.from={reference}: {step_text!r} is not a step; write RUN_FOLDER@STEP.")
-        path = folder.checkpoint_path(int(step_text))
-        if not (path / "manifest.json").exists():
+        path = checkpoint_folder(checkpoints, int(step_text))
+        if not (path / MANIFEST_NAME).exists():
             raise UserError(f"checkpoint.from={reference}: there is no checkpoint {path}; name another step.")
         return path
-    newest = folder.newest_checkpoint()
-    if newest is None:
+    found = list_checkpoints(checkpoints)
+    if not found:
         raise UserError(f"checkpoint.from={reference}: {folder_text} has no checkpoint; name another run folder.")
-    return newest[1]
+    return found[-1][1]
+
+
+def checkpoints_of(setting: str, run: str) -> CheckpointPath:
+    """Where the checkpoints of a run are: of its folder, or under a URL.
+
+    Args:
+        setting: what to call the origin of the run in an error.
+        run: folder or URL.
+
+    Raises:
+        UserError: the URL cannot be used.
+    """
+    return locate(setting, run) if is_url(run) else RunFolder(Path(run)).checkpoints_dir
 
 
 def _choose(
     settings: CheckpointConfig, run_folder: RunFolder, last_step: int | None
-) -> tuple[Path | None, bool, str | None]:
+) -> tuple[CheckpointPath | None, bool, str | None]:
     """The checkpoint to try, whether it is the run's own, and why there can be none."""
     newest = run_folder.newest_checkpoint(last_step)
     if last_step is not None:
@@ -118,7 +142,7 @@ def _choose(
         return None, False, str(error)
 
 
-def _verify_share(folder: Path, ranks: Ranks) -> tuple[CheckpointReader | None, str | None]:
+def _verify_share(folder: CheckpointPath, ranks: Ranks) -> tuple[CheckpointReader | None, str | None]:
     try:
         reader = CheckpointReader(folder)
         reader.verify(ranks.rank, ranks.world_size)
@@ -127,16 +151,16 @@ def _verify_share(folder: Path, ranks: Ranks) -> tuple[CheckpointReader | None, 
     return reader, None
 
 
-def _set_aside(folder: Path, reason: str, run_folder: RunFolder, warn: Callable[[str], None]) -> None:
+def _set_aside(folder: CheckpointPath, reason: str, run_folder: RunFolder, warn: Callable[[str], None]) -> None:
     newest = run_folder.newest_checkpoint()
     step = 0 if newest is None else newest[0]
-    run_folder.damaged_dir.mkdir(exist_ok=True)
+    make_folder(run_folder.damaged_dir)
     target = run_folder.damaged_dir / folder.name
     number = 1
     while target.exists():
         number += 1
         target = run_folder.damaged_dir / f"{folder.name}.{number}"
-    os.rename(folder, target)
+    move_checkpoint(folder, target)
     attempt = run_folder.newest_attempt()
     record_event(run_folder.path, "checkpoint_damaged", attempt=attempt, step=step, path=str(target), reason=reason)
     warn(f"checkpoint {folder} is damaged ({reason}): it was moved to {target}, and the one before it is tried")

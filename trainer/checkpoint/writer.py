@@ -17,11 +17,10 @@ from trainer.checkpoint.manifest import (
     TensorEntry,
     TrainingState,
     fingerprint,
-    sync_folder,
     write_manifest,
 )
 from trainer.checkpoint.rank_file import RankReport, write_rank_file
-from trainer.checkpoint.retention import remove_checkpoint
+from trainer.checkpoint.storage import CheckpointPath, make_folder, remove_checkpoint, sync_folder
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class CheckpointIdentity:
 
 
 def save_checkpoint(
-    folder: Path,
+    folder: CheckpointPath,
     slices: list[TensorSlice],
     training: TrainingState,
     identity: CheckpointIdentity,
@@ -58,7 +57,7 @@ def save_checkpoint(
     commit_checkpoint(folder, write_rank_file(folder, slices, ranks.rank), training, identity, ranks, before_commit)
 
 
-def prepare_checkpoint(folder: Path, slices: list[TensorSlice], step: int, ranks: Ranks) -> None:
+def prepare_checkpoint(folder: CheckpointPath, slices: list[TensorSlice], step: int, ranks: Ranks) -> None:
     """Make the folder, and check for space on all ranks; every rank must call it.
 
     Raises:
@@ -70,7 +69,7 @@ def prepare_checkpoint(folder: Path, slices: list[TensorSlice], step: int, ranks
 
 
 def commit_checkpoint(
-    folder: Path,
+    folder: CheckpointPath,
     report: RankReport,
     training: TrainingState,
     identity: CheckpointIdentity,
@@ -96,13 +95,15 @@ def commit_checkpoint(
     return max(report.write_s for report in reports)
 
 
-def _prepare_folder(folder: Path, slices: list[TensorSlice], ranks: Ranks) -> RankReport:
+def _prepare_folder(folder: CheckpointPath, slices: list[TensorSlice], ranks: Ranks) -> RankReport:
     """Check for space before anything is written: a full disk found half-way costs the time of the whole save."""
     if ranks.rank == 0:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
         except OSError as error:
             return RankReport(f"cannot create {folder}: {error.strerror}")
+    if not isinstance(folder, Path):
+        return RankReport(None)
     parent = next(p for p in (folder, *folder.parents) if p.exists())
     num_bytes = sum(part.num_bytes for part in slices if part.is_written_here)
     free_bytes = shutil.disk_usage(parent).free
@@ -111,7 +112,7 @@ def _prepare_folder(folder: Path, slices: list[TensorSlice], ranks: Ranks) -> Ra
     return RankReport(None)
 
 
-def _give_up_if_any_failed(folder: Path, reports: list[RankReport], step: int, ranks: Ranks) -> None:
+def _give_up_if_any_failed(folder: CheckpointPath, reports: list[RankReport], step: int, ranks: Ranks) -> None:
     """Have all ranks, which know the same reports, give the checkpoint up together."""
     failed = [(rank, report.error) for rank, report in enumerate(reports) if report.error]
     if not failed:
@@ -126,7 +127,7 @@ def _give_up_if_any_failed(folder: Path, reports: list[RankReport], step: int, r
 
 
 def _commit(
-    folder: Path,
+    folder: CheckpointPath,
     reports: list[RankReport],
     training: TrainingState,
     identity: CheckpointIdentity,

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 from sharding.errors import EXIT_FINISHED, EXIT_STOPPED
 from trainer.atomic_files import write_atomically
+from trainer.checkpoint.storage import MANIFEST_NAME
 from trainer.config import RunConfig
 from trainer.run_folder import RunFolder
 from trainer.trackers.wandb_files import ATTEMPT_KEY, WandbPart, read_parts
@@ -148,10 +149,13 @@ class WandbTracker:
         import wandb
 
         artifact = wandb.Artifact(f"{self._config.name}-{self._identity.run_id}", type="run")
-        manifests = sorted((self._run_dir / "checkpoints").glob("step-*/manifest.json"))
         patterns = ("config*.yaml", "provenance*.json", "metrics.jsonl")
-        for path in [*(file for pattern in patterns for file in sorted(self._run_dir.glob(pattern))), *manifests[-1:]]:
-            artifact.add_file(str(path), name=str(path.relative_to(self._run_dir)))
+        for path in (file for pattern in patterns for file in sorted(self._run_dir.glob(pattern))):
+            artifact.add_file(str(path), name=path.name)
+        newest = RunFolder(self._run_dir).newest_checkpoint()
+        if newest is not None:
+            with artifact.new_file(f"checkpoints/{newest[1].name}/{MANIFEST_NAME}", "wb") as file:
+                file.write((newest[1] / MANIFEST_NAME).read_bytes())
         self._run.log_artifact(artifact)
 
     def _mode(self, server: str) -> Any:
