@@ -5,7 +5,7 @@ STAMP := $(VENV)/.shardline-setup
 QUICKSTART := runs/quickstart
 PROMPT = $$(printf 'class Reader:\n    """Reads lines from a file."""\n\n    def __init__(self, ')
 
-.PHONY: setup quickstart test check soak
+.PHONY: setup quickstart test test-runs test-parts check soak
 
 setup: $(STAMP)
 
@@ -28,8 +28,15 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/python -m trainer.config_docs --check
 
+# Whole runs on one core, parts on the other: processes that are starting wait more than they compute.
 test: check
-	$(BIN)/python -m pytest -m "not slow"
+	@$(MAKE) --no-print-directory -j 2 --keep-going test-runs test-parts
+
+test-runs: setup
+	$(BIN)/python -m pytest -m "not slow" tests/e2e tests/slurm
+
+test-parts: setup
+	$(BIN)/python -m pytest -m "not slow" tests --ignore=tests/e2e --ignore=tests/slurm
 
 soak: setup
 	$(BIN)/python -m pytest -m slow

@@ -232,6 +232,7 @@ def test_no_space_before_the_start(make_config: MakeConfig, small_disk: Path) ->
     _refused(shardline("run", make_config(), f"output_dir={small_disk}"), str(small_disk), "bytes free")
 
 
+@pytest.mark.slow
 def test_no_space_in_mid_run(make_config: MakeConfig, small_disk: Path, tmp_path: Path) -> None:
     config = make_config("full", steps=300, checkpoint={"every_steps": 5}, schedule={"total_steps": 300})
     launcher = start_shardline("run", config, f"output_dir={small_disk}", "--nproc-per-node", 2, log=tmp_path / "log")

@@ -154,6 +154,7 @@ def test_fork_and_warm_start(straight: Path, make_config: MakeConfig) -> None:
     assert last[0] == 12
 
 
+@pytest.mark.slow
 def test_the_budget_may_grow_and_the_schedule_keeps_its_horizon(make_config: MakeConfig) -> None:
     config = make_config("grow", schedule={"name": "linear", "warmup_steps": 0, "total_steps": 0}, steps=2)
     _run(config)

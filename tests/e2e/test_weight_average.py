@@ -113,6 +113,7 @@ def test_averaging_may_begin_and_end_in_mid_run(make_config: Callable[..., Path]
     assert "eval/ema_loss" not in read_metrics(run_dir)[-1]
 
 
+@pytest.mark.slow
 def test_the_average_is_exported_and_generates(straight: Path, tmp_path: Path) -> None:
     finished = shardline("export", straight, "--to", tmp_path / "average", "--ema")
     assert finished.returncode == 0, finished.stderr

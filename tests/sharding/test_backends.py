@@ -135,6 +135,7 @@ def _norm_does_not_know_the_scale(ranks: Ranks) -> None:
         assert norm == pytest.approx(reference, rel=2e-2), case
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_gradient_norms_are_those_of_the_unscaled_loss() -> None:
     run_on_ranks(_norm_does_not_know_the_scale, 2, timeout_s=240)

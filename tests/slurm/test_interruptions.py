@@ -112,6 +112,7 @@ def test_a_requeued_job_and_one_whose_ranks_are_warned_go_on(
     assert "stopped by signal SIGUSR1; run again to continue" in warned.output.read_text()
 
 
+@pytest.mark.slow
 def test_a_person_who_stops_or_cancels_a_job_is_obeyed(cluster: Cluster, submit: Submit) -> None:
     stopped = submit("stopped", TORCHRUN)
     cancelled = submit("cancelled", TORCHRUN)

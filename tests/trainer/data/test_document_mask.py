@@ -201,6 +201,7 @@ def test_models_that_cannot_are_refused_by_name(architecture: str, attention: st
     assert reason in sentence
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_run_with_documents_kept_apart(tmp_path: Path) -> None:
     values = tiny_values(tmp_path / "runs", tmp_path / "cache", write_corpus(tmp_path / "documents"))
