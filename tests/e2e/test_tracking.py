@@ -233,6 +233,8 @@ def test_the_dashboard_plots_what_training_logs(tracked: Path, server: StandInSe
     assert {name for name in logged if name.startswith(prefixes)} - {
         "train/tokens",
         "throughput/data_wait_fraction",
+        # The number of a rank is no curve; its ratio is plotted.
+        "throughput/slowest_rank",
     } == plotted - by_setting
 
     saved = shardline("tracking", "dashboard", tracked, "--save", **server.environment)
