@@ -5,6 +5,7 @@ import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ _FAILURE = re.compile(
     r"^ *time *: (?P<time>\S+)\n(?: *host *:.*\n)? *rank *: (?P<rank>\d+) .*\n *exitcode *: (?P<exitcode>-?\d+) ",
     re.MULTILINE,
 )
+_TIME_FORMAT = "%Y-%m-%d_%H:%M:%S"
+_LATE_DATE = timedelta(seconds=2)
 _ERROR_LINE = re.compile(r"^(?:error: |[\w.]*(?:Error|Exception|Interrupt)\b)")
 _AGENT_ERROR = "torch.distributed.elastic.multiprocessing.errors.ChildFailedError"
 
@@ -50,14 +53,15 @@ def conclude(agent: str, agent_status: int, findings: Findings, run_folder: RunF
         agent: what to call the launcher's agent.
         agent_status: its exit status, negative for a signal.
         findings: what was seen from outside; the agent's own report of the first failure, where it makes one, goes
-            before that.
+            before that, except for a crash: we see it when it happens, the agent when it looks.
         run_folder: the run's folder; its outcome is written here where no rank could.
         log: what the agent and its ranks wrote to standard error.
     """
     first = first_failure(log.read_text(errors="replace"))
-    if first is None and agent_status >= 0:
-        # The end of an agent that was killed is the ranks' end too, and no failure of theirs.
-        first = findings.exits.first_failure
+    seen = findings.exits.first_failure
+    # The end of an agent that was killed is the ranks' end too, and no failure of theirs.
+    if seen is not None and agent_status >= 0 and (first is None or -seen.exit_code in CRASHES):
+        first = seen
     oom_kill = findings.oom.find(findings.exits.pids.values())
     outcome = run_folder.read_outcome()
     if outcome is None or (read_verdict(log.parent) is None and _is_consequence(outcome, first, log)):
@@ -110,15 +114,19 @@ def record_crash(run_folder: RunFolder, first: RankFailure) -> None:
 def first_failure(log_text: str) -> RankFailure | None:
     """The first failure in torchrun's report, if it made one.
 
-    Its times are whole seconds, and it calls the lowest rank of a second the first.
+    Its times are whole seconds, and it calls the lowest rank of a second the first. A rank that raised is dated by
+    itself, one that was killed by the agent's next look, so a kill counts as first up to two seconds later.
     """
-    failures = [(m["time"], RankFailure(int(m["rank"]), int(m["exitcode"]))) for m in _FAILURE.finditer(log_text)]
+    failures = [
+        (datetime.strptime(found["time"], _TIME_FORMAT), RankFailure(int(found["rank"]), int(found["exitcode"])))
+        # The report ends with torchrun's own choice.
+        for found in reversed(list(_FAILURE.finditer(log_text)))
+    ]
     if not failures:
         return None
     first_time = min(time for time, _ in failures)
-    # The report ends with torchrun's own choice.
-    together = [failure for time, failure in reversed(failures) if time == first_time]
-    return root_cause(together)
+    by_time = sorted(failures, key=lambda failure: failure[0])
+    return root_cause([failure for time, failure in by_time if time - first_time <= _LATE_DATE])
 
 
 def _is_consequence(outcome: dict[str, Any], first: RankFailure | None, log: Path) -> bool:

@@ -69,6 +69,9 @@ def log_of(folder: RunFolder, text: str) -> Path:
         (report(("50:56", 1, 1), ("50:56", 0, -15)), RankFailure(1, 1)),
         # The watchdog of a rank that waits for another aborts it.
         (report(("50:56", 0, 1), ("50:56", 1, -6)), RankFailure(0, 1)),
+        # Rank 0 lost its peer and said so in the second before the agent looked.
+        (report(("50:56", 0, 1), ("50:57", 1, -9)), RankFailure(1, -9)),
+        (report(("50:56", 0, 1), ("51:02", 1, -9)), RankFailure(0, 1)),
     ],
 )
 def test_first_failure(text: str, expected: RankFailure | None) -> None:
