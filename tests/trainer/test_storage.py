@@ -189,6 +189,29 @@ def test_a_checkpoint_without_its_manifest_is_none_in_a_store_either(tmp_path: P
     CheckpointReader(again.folder.checkpoint_path(4)).verify()
 
 
+def test_a_store_that_is_away_is_no_empty_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = _Run(tmp_path, f"memory:/{tmp_path}")
+    run.train_and_save(2)
+
+    def fail(*_: object, **__: object) -> None:
+        raise ConnectionResetError("the line is down")
+
+    with monkeypatch.context() as away:
+        away.setattr(fsspec.filesystem("memory"), "info", fail)
+        with pytest.raises(UserError, match=r"memory://.* cannot be reached: the line is down; check the URL"):
+            run.folder.newest_checkpoint()
+    with monkeypatch.context() as away:
+        away.setattr(fsspec.filesystem("memory"), "rm", fail)
+        run.train_and_save(1)
+    # It could not delete, which is no reason to end; or not be made ready, which is one.
+    assert any("older checkpoints were not deleted" in warning for warning in run.warnings)
+    with monkeypatch.context() as away:
+        away.setattr(fsspec.filesystem("memory"), "open", fail)
+        with pytest.raises(UserError, match=r"step 4 could not be saved: rank 0: cannot write .*the line is down"):
+            run.train_and_save(1)
+    assert run.saved_steps()[-1] == 3
+
+
 def test_another_run_starts_from_a_url(tmp_path: Path, url: str) -> None:
     run = _Run(tmp_path, url)
     run.train_and_save(2)

@@ -199,5 +199,9 @@ class Checkpointer:
         )
         self._saved_step = training.step
         if self._ranks.rank == 0:
-            prune_checkpoints(self._run_folder.checkpoints_dir, self._config.checkpoint)
+            try:
+                prune_checkpoints(self._run_folder.checkpoints_dir, self._config.checkpoint)
+            except UserError as error:
+                # The checkpoint is there; the next save deletes what this one could not.
+                self._warn(f"older checkpoints were not deleted: {error}")
             self._tell(f"saved {folder}")

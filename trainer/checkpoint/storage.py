@@ -64,7 +64,12 @@ class UrlPath:
         """Whether it is there now."""
         self._forget()
         with self.reached():
-            return self._file_system.exists(self._path)
+            # Not exists(), which takes every error, also of the way there, for a no.
+            try:
+                self._file_system.info(self._path)
+            except FileNotFoundError:
+                return False
+        return True
 
     def num_bytes(self) -> int:
         """Size of the file.
@@ -102,9 +107,9 @@ class UrlPath:
 
     def remove(self) -> None:
         """Delete it with all that is in it, if it is there."""
-        self._forget()
-        with self.reached(), contextlib.suppress(FileNotFoundError):
-            self._file_system.rm(self._path, recursive=True)
+        if self._entries():
+            with self.reached(), contextlib.suppress(FileNotFoundError):
+                self._file_system.rm(self._path, recursive=True)
 
     def copy_files(self, target: "UrlPath") -> None:
         """Copy a folder's files to another one, within the store."""

@@ -1,5 +1,6 @@
 """Saving: each rank writes its slices, then rank 0 writes the manifest."""
 
+import contextlib
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -63,8 +64,6 @@ def prepare_checkpoint(folder: CheckpointPath, slices: list[TensorSlice], step: 
     Raises:
         UserError: a rank has too little space, say.
     """
-    if ranks.rank == 0:
-        remove_checkpoint(folder)
     _give_up_if_any_failed(folder, _gather(_prepare_folder(folder, slices, ranks), ranks), step, ranks)
 
 
@@ -99,9 +98,10 @@ def _prepare_folder(folder: CheckpointPath, slices: list[TensorSlice], ranks: Ra
     """Check for space before anything is written: a full disk found half-way costs the time of the whole save."""
     if ranks.rank == 0:
         try:
+            remove_checkpoint(folder)
             make_folder(folder)
-        except OSError as error:
-            return RankReport(f"cannot create {folder}: {error.strerror}")
+        except (OSError, UserError) as error:
+            return RankReport(f"cannot create {folder}: {getattr(error, 'strerror', None) or error}")
     if not isinstance(folder, Path):
         return RankReport(None)
     parent = next(p for p in (folder, *folder.parents) if p.exists())
@@ -118,7 +118,9 @@ def _give_up_if_any_failed(folder: CheckpointPath, reports: list[RankReport], st
     if not failed:
         return
     if ranks.rank == 0:
-        remove_checkpoint(folder)
+        # Where a store is away, what is left has no manifest.
+        with contextlib.suppress(UserError):
+            remove_checkpoint(folder)
     rank, reason = failed[0]
     raise UserError(
         f"the checkpoint of step {step} could not be saved: rank {rank}: {reason}; "
