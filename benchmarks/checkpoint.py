@@ -23,7 +23,7 @@ import torch
 from benchmarks.checkpoint_table import markdown
 from benchmarks.facts import collect_facts
 from benchmarks.ranks import run_ranks
-from sharding.errors import EXIT_BAD_INPUT, UserError
+from sharding.errors import UserError, ends_with_a_sentence
 from trainer.config import load_config
 from trainer.data.prepare import prepare_corpus
 from trainer.threads import threads_per_rank
@@ -58,6 +58,7 @@ class Assignment:
     output: str
 
 
+@ends_with_a_sentence
 def main(arguments: Sequence[str]) -> int:
     """Measure, write raw times and a table, and print the table; returns the exit status."""
     parser = argparse.ArgumentParser(prog="shardline bench checkpoint")
@@ -68,11 +69,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="folder for the results")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the run")
     options = parser.parse_intermixed_args(arguments)
-    try:
-        return _measure(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+    return _measure(options)
 
 
 def _measure(options: argparse.Namespace) -> int:

@@ -26,7 +26,7 @@ from benchmarks.assignment import Assignment
 from benchmarks.facts import collect_facts
 from benchmarks.overhead_table import markdown
 from benchmarks.ranks import run_ranks
-from sharding.errors import EXIT_BAD_INPUT, UserError
+from sharding.errors import UserError, ends_with_a_sentence
 from trainer.config import RunConfig, load_config
 from trainer.data.prepare import prepare_corpus
 from trainer.threads import threads_per_rank
@@ -57,14 +57,11 @@ MIN_WARMUP = 2 * _LOG_EVERY_STEPS + 2
 _QUICKSTART = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
 
 
+@ends_with_a_sentence
 def main(arguments: Sequence[str]) -> int:
     """Measure, write raw times and a table, and print the table; returns the exit status."""
     options = _parse(arguments)
-    try:
-        return _measure(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+    return _measure(options)
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -1,5 +1,10 @@
 """Exceptions that end a run with one sentence instead of a traceback."""
 
+import functools
+import sys
+from collections.abc import Callable
+from typing import ParamSpec
+
 EXIT_FINISHED = 0
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -19,3 +24,20 @@ class RunFailure(Exception):
 
 class NonFiniteFailure(RunFailure):
     """Too many steps in a row had a loss or a gradient that was not finite."""
+
+
+_Parameters = ParamSpec("_Parameters")
+
+
+def ends_with_a_sentence(main: Callable[_Parameters, int]) -> Callable[_Parameters, int]:
+    """Make an entry point print the sentence of a UserError or RunFailure and return its exit status."""
+
+    @functools.wraps(main)
+    def run(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> int:
+        try:
+            return main(*args, **kwargs)
+        except (UserError, RunFailure) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_FAILED
+
+    return run

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from sharding.errors import EXIT_BAD_INPUT, EXIT_FINISHED, UserError
+from sharding.errors import EXIT_FINISHED, UserError, ends_with_a_sentence
 from trainer.atomic_files import umask
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.config import RunConfig, parse_config
@@ -124,6 +124,7 @@ def _write_weights(reader: CheckpointReader, work: Path, *, averaged: bool) -> N
     (work / "model.safetensors.index.json").write_text(index_text + "\n")
 
 
+@ends_with_a_sentence
 def main(arguments: Sequence[str]) -> int:
     """Export a run; returns the exit status."""
     parser = argparse.ArgumentParser(prog="shardline export")
@@ -132,12 +133,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--step", type=int)
     parser.add_argument("--ema", action="store_true")
     options = parser.parse_args(arguments)
-    try:
-        reader = open_checkpoint(options.run, options.step)
-        export_model(reader, options.to, averaged=options.ema)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+    reader = open_checkpoint(options.run, options.step)
+    export_model(reader, options.to, averaged=options.ema)
     average = "the averaged weights of " if options.ema else ""
     print(f"exported {average}step {reader.manifest.training.step} of {options.run} to {options.to}")
     return EXIT_FINISHED

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from sharding.errors import EXIT_BAD_INPUT, EXIT_FINISHED, UserError
+from sharding.errors import EXIT_FINISHED, UserError, ends_with_a_sentence
 from trainer.export import export_model
 from trainer.run_arguments import open_checkpoint
 
@@ -78,6 +78,7 @@ def generate_text(
     return tokenizer.decode(output[0], skip_special_tokens=True)
 
 
+@ends_with_a_sentence
 def main(arguments: Sequence[str]) -> int:
     """Generate and print; returns the exit status."""
     parser = argparse.ArgumentParser(prog="shardline generate")
@@ -90,11 +91,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--step", type=int)
     parser.add_argument("--ema", action="store_true")
     options = parser.parse_args(arguments)
-    try:
-        model, tokenizer = load_model(options.run, options.step, averaged=options.ema)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+    model, tokenizer = load_model(options.run, options.step, averaged=options.ema)
     text = generate_text(
         model,
         tokenizer,

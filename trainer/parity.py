@@ -21,7 +21,7 @@ from rich.table import Table
 from safetensors.torch import load_file, save_file
 
 from sharding.config import Backend, Strategy
-from sharding.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_FINISHED, UserError
+from sharding.errors import EXIT_FAILED, EXIT_FINISHED, ends_with_a_sentence
 from trainer.config import RunConfig, load_config
 from trainer.data.loader import BatchLoader
 from trainer.data.prepare import prepare_corpus
@@ -293,17 +293,14 @@ def _problems(row: ParityRow) -> list[str]:
     return problems
 
 
+@ends_with_a_sentence
 def main(arguments: Sequence[str]) -> int:
     """Run parity for a configuration; returns the exit status."""
-    try:
-        config = load_config(arguments[0], list(arguments[1:]))
-        with tempfile.TemporaryDirectory(prefix="shardline-parity-") as folder:
-            optimizers = dict.fromkeys([*ALWAYS_COMPARED, config.optimizer.name])
-            optimizers.pop("sgd", None)
-            rows = run_parity(config, parity_cases(default_group_sizes(), list(optimizers)), Path(folder))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+    config = load_config(arguments[0], list(arguments[1:]))
+    with tempfile.TemporaryDirectory(prefix="shardline-parity-") as folder:
+        optimizers = dict.fromkeys([*ALWAYS_COMPARED, config.optimizer.name])
+        optimizers.pop("sgd", None)
+        rows = run_parity(config, parity_cases(default_group_sizes(), list(optimizers)), Path(folder))
     console = Console(width=None if sys.stdout.isatty() else 120)
     print_table(rows, console)
     print_refusals(console)

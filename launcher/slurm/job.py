@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from launcher.environment import applied, rank_variables
 from launcher.slurm.allocation import RANKS_VARIABLE, Allocation, ranks_of, read_allocation
 from launcher.topology import local_topology
-from sharding.errors import EXIT_BAD_INPUT, UserError
+from sharding.errors import UserError, ends_with_a_sentence
 from sharding.slurm_step import job_port
 from trainer.config import RunConfig, load_config
 from trainer.data.prepared import find_prepared
@@ -91,19 +91,16 @@ def _describe(config: RunConfig, allocation: Allocation, ranks: int, world: Worl
         )
 
 
+@ends_with_a_sentence
 def main(arguments: Sequence[str]) -> int:
     """Print the assignments; returns the exit status."""
-    try:
-        starter, *arguments = arguments
-        if starter not in _STARTERS:
-            raise UserError(f"{starter} does not start ranks; write one of {', '.join(_STARTERS)} first.")
-        if not arguments:
-            raise UserError("no configuration given; write sbatch SCRIPT CONFIG [key=value ...].")
-        with contextlib.redirect_stdout(sys.stderr):
-            variables = prepare_job(arguments, starter, os.environ)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+    starter, *arguments = arguments
+    if starter not in _STARTERS:
+        raise UserError(f"{starter} does not start ranks; write one of {', '.join(_STARTERS)} first.")
+    if not arguments:
+        raise UserError("no configuration given; write sbatch SCRIPT CONFIG [key=value ...].")
+    with contextlib.redirect_stdout(sys.stderr):
+        variables = prepare_job(arguments, starter, os.environ)
     for name, value in variables.items():
         print(f"export {name}={shlex.quote(value)}")
     return 0

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from sharding.errors import EXIT_BAD_INPUT, EXIT_FINISHED, UserError
+from sharding.errors import EXIT_BAD_INPUT, EXIT_FINISHED, UserError, ends_with_a_sentence
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.source import checkpoints_of
 from trainer.checkpoint.storage import MANIFEST_NAME, CheckpointPath, is_url, list_checkpoints, list_folders
@@ -83,18 +83,15 @@ def _compare_corpus(reader: CheckpointReader) -> str:
     return ""
 
 
+@ends_with_a_sentence
 def main(arguments: Sequence[str]) -> int:
     """List or verify; returns the exit status."""
-    try:
-        if len(arguments) != 2 or arguments[0] not in ("list", "verify"):
-            raise UserError("write shardline checkpoint list RUN or shardline checkpoint verify RUN.")
-        if not is_url(arguments[1]):
-            RunFolder(Path(arguments[1])).frozen_config()
-        action = show_checkpoints if arguments[0] == "list" else verify_checkpoints
-        return action(checkpoints_of("RUN", arguments[1]), Console(soft_wrap=True))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+    if len(arguments) != 2 or arguments[0] not in ("list", "verify"):
+        raise UserError("write shardline checkpoint list RUN or shardline checkpoint verify RUN.")
+    if not is_url(arguments[1]):
+        RunFolder(Path(arguments[1])).frozen_config()
+    action = show_checkpoints if arguments[0] == "list" else verify_checkpoints
+    return action(checkpoints_of("RUN", arguments[1]), Console(soft_wrap=True))
 
 
 if __name__ == "__main__":

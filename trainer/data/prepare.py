@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sharding.errors import EXIT_BAD_INPUT, EXIT_FINISHED, UserError
+from sharding.errors import EXIT_FINISHED, UserError, ends_with_a_sentence
 from trainer.atomic_files import write_atomically
 from trainer.checked_json import dump_checked
 from trainer.data.clean import CleanedCorpus, clean_corpus
@@ -189,17 +189,14 @@ def describe_corpus(corpus: Prepared) -> str:
     return "\n".join(lines)
 
 
+@ends_with_a_sentence
 def main(arguments: Sequence[str]) -> int:
     """Prepare the corpus of a configuration; returns the exit status."""
     from trainer.config import load_config
 
-    try:
-        if not arguments:
-            raise UserError("no configuration given; write python -m trainer.data.prepare CONFIG [key=value ...].")
-        corpus = prepare_corpus(load_config(arguments[0], arguments[1:]).data)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+    if not arguments:
+        raise UserError("no configuration given; write python -m trainer.data.prepare CONFIG [key=value ...].")
+    corpus = prepare_corpus(load_config(arguments[0], arguments[1:]).data)
     print(describe_corpus(corpus))
     return EXIT_FINISHED
 

@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.rule import Rule
 
-from sharding.errors import EXIT_BAD_INPUT, EXIT_FINISHED, UserError
+from sharding.errors import EXIT_FINISHED, UserError, ends_with_a_sentence
 from trainer.checkpoint.manifest import read_manifest
 from trainer.config import RunConfig
 from trainer.data.documents import sequences_at
@@ -42,6 +42,7 @@ def positions_of_step(run_folder: RunFolder, config: RunConfig, step: int) -> np
     return skipped.positions(np.arange(first, first + config.batch.global_size))
 
 
+@ends_with_a_sentence
 def main(arguments: Sequence[str]) -> int:
     """Show a step's sequences; returns the exit status."""
     parser = argparse.ArgumentParser(prog="shardline data show")
@@ -49,21 +50,17 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--step", type=int, required=True)
     parser.add_argument("--limit", type=int, default=0)
     options = parser.parse_args(arguments)
-    try:
-        if options.step < 1:
-            raise UserError(f"--step {options.step}: steps are counted from 1.")
-        run_folder = RunFolder(Path(options.run))
-        config = run_folder.frozen_config()
-        if config.data.streaming:
-            raise UserError(
-                "data.streaming=true: what a stream gave at a step is known only by reading it again from its start; "
-                "data show works with prepared corpora and mixtures."
-            )
-        positions = positions_of_step(run_folder, config, options.step)
-        _print_step(config, open_corpus(config), options.step, positions, options.limit)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+    if options.step < 1:
+        raise UserError(f"--step {options.step}: steps are counted from 1.")
+    run_folder = RunFolder(Path(options.run))
+    config = run_folder.frozen_config()
+    if config.data.streaming:
+        raise UserError(
+            "data.streaming=true: what a stream gave at a step is known only by reading it again from its start; "
+            "data show works with prepared corpora and mixtures."
+        )
+    positions = positions_of_step(run_folder, config, options.step)
+    _print_step(config, open_corpus(config), options.step, positions, options.limit)
     return EXIT_FINISHED
 
 

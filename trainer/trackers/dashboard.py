@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from sharding.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_FINISHED, RunFailure, UserError
+from sharding.errors import EXIT_FINISHED, RunFailure, UserError, ends_with_a_sentence
 from trainer.config import load_config
 from trainer.dashboard_panels import SECTIONS, Panel
 from trainer.run_folder import RunFolder
@@ -95,26 +95,20 @@ def _settings(source: Path | None) -> WandbConfig:
     return config.tracking.wandb
 
 
+@ends_with_a_sentence
 def main(arguments: Sequence[str]) -> int:
     """Show or save the dashboard; returns the exit status."""
     parser = argparse.ArgumentParser(prog="shardline tracking dashboard")
     parser.add_argument("source", nargs="?", type=Path, metavar="CONFIG|RUN")
     parser.add_argument("--save", action="store_true")
     options = parser.parse_args(arguments)
-    try:
-        settings = _settings(options.source)
-        if find_spec("wandb_workspaces") is None:
-            raise UserError(f"the dashboard needs the package wandb-workspaces; {INSTALL_HINT}.")
-        if options.save:
-            print(f"saved {save_workspace(settings)}")
-        else:
-            print(build_workspace(settings)._to_model().model_dump_json(by_alias=True, exclude_none=True, indent=2))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    except RunFailure as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_FAILED
+    settings = _settings(options.source)
+    if find_spec("wandb_workspaces") is None:
+        raise UserError(f"the dashboard needs the package wandb-workspaces; {INSTALL_HINT}.")
+    if options.save:
+        print(f"saved {save_workspace(settings)}")
+    else:
+        print(build_workspace(settings)._to_model().model_dump_json(by_alias=True, exclude_none=True, indent=2))
     return EXIT_FINISHED
 
 

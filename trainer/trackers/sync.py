@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from sharding.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_FINISHED, RunFailure, UserError
+from sharding.errors import EXIT_FINISHED, RunFailure, UserError, ends_with_a_sentence
 from trainer.lease import Lease
 from trainer.run_folder import RunFolder
 from trainer.trackers.config import WandbConfig
@@ -149,21 +149,15 @@ def _say_what_is_missing(run_dir: Path, parts: Sequence[WandbPart], console: Con
         )
 
 
+@ends_with_a_sentence
 def main(arguments: Sequence[str]) -> int:
     """Upload one run or several; returns the exit status."""
     parser = argparse.ArgumentParser(prog="shardline tracking sync")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args(arguments)
-    try:
-        for run_dir in options.runs:
-            sync_run(run_dir, Console(soft_wrap=True), dry_run=options.dry_run)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    except RunFailure as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_FAILED
+    for run_dir in options.runs:
+        sync_run(run_dir, Console(soft_wrap=True), dry_run=options.dry_run)
     return EXIT_FINISHED
 
 
