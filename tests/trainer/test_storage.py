@@ -41,8 +41,6 @@ _ALONE = Ranks(rank=0, world_size=1, local_rank=0, local_world_size=1, device=to
 @pytest.fixture(scope="module")
 def s3_variables(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """Variables that lead to a bucket ``bucket`` of a local server that speaks S3."""
-    pytest.importorskip("s3fs")
-    pytest.importorskip("moto.server")
     port = free_port()
     command = [sys.executable, "-m", "moto.server", "-p", str(port)]
     with (tmp_path_factory.mktemp("s3") / "log").open("w") as log:
@@ -347,6 +345,7 @@ def test_few_files_stay_open(tmp_path: Path) -> None:
     assert torch.equal(tensor, _tensors(run)[name])
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_run_goes_on_from_a_bucket_on_another_machine(
     make_config: Callable[..., Path], s3_variables: dict[str, str], tmp_path: Path
