@@ -38,7 +38,7 @@ _ONE_NODE = Place()
 
 
 def torchrun_command(
-    arguments: Sequence[str], port: int, devices: Sequence[str], place: Place = _ONE_NODE
+    arguments: Sequence[str], port: int, devices: Sequence[str], place: Place = _ONE_NODE, module: str = _MODULE
 ) -> list[str]:
     """Ranks of one node under torch's elastic launcher.
 
@@ -47,6 +47,7 @@ def torchrun_command(
         port: TCP port of the rendezvous; of a single node on the loopback interface alone.
         devices: one entry a rank, see ``rank_devices``; ranks choose among the visible GPUs by themselves.
         place: this node among the others.
+        module: what a rank runs.
     """
     # A node rank of our own, since the order in which nodes arrive would change the ranks, and so the order of sums.
     node = [f"--node-rank={place.node_rank}"] if place.num_nodes > 1 else []
@@ -61,7 +62,7 @@ def torchrun_command(
         f"--master-port={port}",
         "--max-restarts=0",
         "-m",
-        _MODULE,
+        module,
         *arguments,
     ]
 

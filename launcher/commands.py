@@ -92,6 +92,27 @@ def drill(
 
 
 @app.command()
+def doctor(
+    config: Annotated[
+        str | None, typer.Argument(help="YAML file of a run, whose folder is to be looked at.", metavar="CONFIG")
+    ] = None,
+    overrides: Overrides = None,
+    nproc_per_node: Annotated[int | None, typer.Option(min=1, help="Ranks on this machine.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs: all that was measured.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Measure with smaller products, messages and files.")] = False,
+) -> None:
+    """Examine this machine, or all of an allocation, before training on it; exit status 1 if something fails.
+
+    Under srun or torchrun each task is a rank: srun shardline doctor CONFIG.
+    """
+    from launcher.doctor import run_doctor
+
+    arguments = [*([config] if config else []), *(overrides or [])]
+    options = [*(["--json"] if as_json else []), *(["--quick"] if quick else [])]
+    raise typer.Exit(run_doctor([*arguments, *options], nproc_per_node))
+
+
+@app.command()
 def parity(config: Config, overrides: Overrides = None) -> None:
     """Prove that every backend, strategy and optimizer trains as one plain process does; exit status 1 if not."""
     _become("trainer.parity", config, *(overrides or []))

@@ -20,6 +20,7 @@ from trainer.config import RunConfig, load_config
 from trainer.console import Console
 from trainer.data.prepare import prepare_corpus
 from trainer.deadlines import Deadlines
+from trainer.doctor.examination import check_before_training
 from trainer.events import record_event
 from trainer.failure_report import Sources, write_failure
 from trainer.flight_recorder import dump_flight_recorder
@@ -167,6 +168,9 @@ def _run(arguments: Sequence[str], progress: _Progress) -> int:
         progress.phases.enter(Phase.BUILD)
         _start_watchdog(config, ranks, progress)
         progress.observers = observers = _build_observers(config, run_folder, ranks, progress)
+        if config.launch.preflight:
+            for check in check_before_training(ranks, run_folder.path):
+                observers.warn(f"{check.name}: {check.value}; {check.remedy}")
         progress.trainer = trainer = build_trainer(
             config,
             ranks,

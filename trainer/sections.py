@@ -127,6 +127,10 @@ class LaunchConfig(StrictModel):
     step_timeout_s: float = Field(default=600.0, gt=0.0)
     """Seconds that a collective may take after the first step."""
 
+    preflight: bool = False
+    """Examine machines, devices, links and the run's folder before each attempt, as `shardline doctor --quick` does;
+    what fails ends the run with the machine's name."""
+
 
 class FaultsConfig(StrictModel):
     """What the run does when something goes wrong."""

@@ -159,7 +159,11 @@ def test_profiles_are_written_for_each_rank(run_dir: Path) -> None:
 
 def test_wandb_writes_one_offline_run_that_a_second_attempt_joins(run_dir: Path, make_config: MakeConfig) -> None:
     config = make_config(
-        "joined", tracking={"wandb": {"mode": "offline"}}, checkpoint={"every_steps": 2}, metrics={"every_steps": 1}
+        "joined",
+        tracking={"wandb": {"mode": "offline"}},
+        checkpoint={"every_steps": 2},
+        metrics={"every_steps": 1},
+        launch={"preflight": True},
     )
     folder = config.parent / "runs" / "joined"
     for steps in (2, 4):

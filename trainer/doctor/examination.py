@@ -1,0 +1,50 @@
+"""Measuring on all ranks, and the verdicts, which all ranks reach alike."""
+
+from pathlib import Path
+
+import torch.distributed as dist
+
+from sharding.errors import RunFailure
+from sharding.process_group import Ranks
+from trainer.doctor.facts import Links, RankFacts
+from trainer.doctor.links import measure_links
+from trainer.doctor.probes import measure_rank
+from trainer.doctor.verdicts import Check, Verdict, bad_hosts, examine
+
+# Pairs grow with the square of their number.
+_MAX_ENDS = 64
+
+
+def examine_ranks(ranks: Ranks, folder: Path, *, quick: bool) -> tuple[list[RankFacts], Links, list[Check]]:
+    """Measure everything; a collective over all ranks.
+
+    Args:
+        ranks: this rank's place.
+        folder: the run folder, or what it will be.
+        quick: spend a second or two instead of ten.
+    """
+    own = measure_rank(ranks, folder, quick=quick)
+    gathered: list[RankFacts | None] = [None] * ranks.world_size
+    dist.all_gather_object(gathered, own)
+    facts = [one for one in gathered if one is not None]
+    firsts = [one.rank for one in facts if one.local_rank == 0]
+    ends = firsts if len(firsts) > 1 else [one.rank for one in facts]
+    size = 2**24 if quick else 2**26
+    links = measure_links(ranks, ends[:_MAX_ENDS], size, size // 4)
+    return facts, links, examine(facts, links, folder)
+
+
+def check_before_training(ranks: Ranks, folder: Path) -> list[Check]:
+    """What ``launch.preflight`` does: the quick examination; returns what is to be warned of.
+
+    Raises:
+        RunFailure: something failed; on all ranks alike.
+    """
+    _, _, checks = examine_ranks(ranks, folder, quick=True)
+    failed = [check for check in checks if check.verdict is Verdict.FAIL]
+    if failed:
+        reasons = "; ".join(f"{check.name}: {check.value}" for check in failed)
+        hosts = bad_hosts(checks)
+        excluded = f" Leave out {', '.join(hosts)}, or mend it: " if hosts else " To mend it: "
+        raise RunFailure(f"launch.preflight: {reasons}.{excluded}{failed[0].remedy}")
+    return [check for check in checks if check.verdict is Verdict.WARN]
