@@ -80,16 +80,24 @@ class BucketedEngine(TorchEngine):
         self._gathers.start()
         return stepped
 
+    def settle(self) -> None:
+        """See Engine; the gathering after a step."""
+        self._gathers.wait()
+
     def drop_gradients(self) -> None:
         """See Engine."""
         self._gradients.forget()
         self._has_gradients = False
 
+    def state(self, *, with_optimizer: bool) -> list[TensorSlice]:
+        """See Engine."""
+        self.settle()
+        return super().state(with_optimizer=with_optimizer)
+
     def load_state(self, read: Callable[[TensorSlice], None], *, with_optimizer: bool) -> None:
         """See Engine; every rank must call it."""
         self._gathers.wait()
         super().load_state(read, with_optimizer=with_optimizer)
-        self._gathers.wait()
         self._gathers.start()
 
     def named_local_shards(self) -> dict[str, torch.Tensor]:
@@ -125,6 +133,11 @@ class BucketedEngine(TorchEngine):
     def _make_gradients_zero(self) -> None:
         for gradient in self._gradients.own:
             gradient.zero_()
+
+    def _allocate_optimizer_state(self) -> None:
+        super()._allocate_optimizer_state()
+        # It may have taken a step; what is read next must not change under a gathering.
+        self._gathers.wait()
 
     def _local_gradients(self) -> list[torch.Tensor]:
         return [piece for entry in self._trainable for piece in _rows(entry.local.grad) if piece.numel()]

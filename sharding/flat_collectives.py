@@ -11,9 +11,10 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 
 
 def exchanges_slices(group: dist.ProcessGroup | None) -> bool:
-    """Whether a sum is an exchange of slices that each rank adds up by itself, and needs memory to receive them.
+    """Whether slices go from rank to rank as they are, and sums are taken by each rank itself.
 
-    Gloo's own reduce_scatter takes longer than an all_reduce, which moves twice what an exchange does.
+    On gloo: its reduce_scatter takes longer than its all_reduce, which moves twice what an exchange does, and its
+    all_gather goes by way of fresh memory, there and back.
     """
     return dist.get_backend(group) == "gloo"
 
@@ -64,8 +65,7 @@ def start_sum(
 
 def start_gather(flat: torch.Tensor, own: torch.Tensor, group: dist.ProcessGroup | None) -> list[dist.Work]:
     """Begin to fill ``flat`` with the slices of all ranks; ``own``, a view of it, is this rank's."""
-    if dist.get_backend(group) != "gloo":
+    if not exchanges_slices(group):
         return [_all_gather(flat, own, group=group, async_op=True)]
-    # Gloo's all_gather goes by way of fresh memory, there and back; a broadcast writes in place.
     slices = flat.split(len(own))
     return [dist.broadcast(part, group=group, group_src=rank, async_op=True) for rank, part in enumerate(slices)]

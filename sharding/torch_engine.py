@@ -128,6 +128,9 @@ class TorchEngine:
         self.drop_gradients()
         return 1.0 - self._found_nonfinite
 
+    def settle(self) -> None:
+        """See Engine; nothing outlasts a step."""
+
     def drop_gradients(self) -> None:
         """See Engine."""
         for entry in self._trainable:

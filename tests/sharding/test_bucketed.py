@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from sharding import bucketed
+from sharding import bucketed, flat_collectives, gradient_buckets
 from sharding.bucketed import BucketedEngine
 from sharding.engine import Engine
 from sharding.flat_buckets import flatten_parameters
@@ -91,6 +91,7 @@ def _collectives(ranks: Ranks, engine: Engine) -> Counter[str]:
         engine.train_batch(batches, num_targets(batches, ranks.world_size))
         engine.clip_grad_norm(1.0)
         engine.step(0.0)
+        engine.settle()
     counts = {e.key.removeprefix("c10d::"): e.count for e in recorded.key_averages() if e.key.startswith("c10d::")}
     return Counter(counts)
 
@@ -184,6 +185,20 @@ def _check_unused(ranks: Ranks, strategy: str) -> None:
     assert norm == pytest.approx(float(flat.double().norm()), rel=1e-5), strategy
 
 
+def _as_on_gpus(ranks: Ranks) -> None:
+    """The collectives of NCCL, which gloo has too."""
+    expected = train_steps(_engine(ranks, "ddp"), ranks, num_micro_batches=3)
+    gradient_buckets.exchanges_slices = flat_collectives.exchanges_slices = lambda _group: False  # type: ignore[attr-defined, assignment]
+    for strategy in _STAGES:
+        engine = _bucketed(ranks, strategy)
+        assert train_steps(engine, ranks, num_micro_batches=3) == pytest.approx(expected, rel=1e-6), strategy
+        found = _collectives(ranks, engine)
+        num_buckets = len(engine._buckets)
+        assert found["_reduce_scatter_base_"] == num_buckets * (1 if strategy == "zero1" else 3), (strategy, found)
+        assert found["_allgather_base_"] == num_buckets, (strategy, found)
+        assert found["alltoall_base_"] == found["broadcast_"] == 0
+
+
 def _train_elsewhere(ranks: Ranks, root: Path) -> None:
     # Every rank has the same micro-batches, so the steps are those of two ranks.
     later = torch.load(root / "later")
@@ -192,6 +207,7 @@ def _train_elsewhere(ranks: Ranks, root: Path) -> None:
             engine = _load(_bucketed(ranks, strategy), root / saved_by)
             if saved_by != "deepspeed":
                 assert train_steps(engine, ranks) == pytest.approx(later, rel=1e-5), (strategy, saved_by)
+    _as_on_gpus(ranks)
 
 
 @pytest.mark.timeout(300)
