@@ -7,6 +7,7 @@ import torch
 from sharding.accelerate_engine import AccelerateDdpEngine, AccelerateZero3Engine
 from sharding.activation_checkpointing import checkpoint_activations
 from sharding.blocks import find_blocks
+from sharding.bucketed import BucketedEngine
 from sharding.config import ActivationCheckpointingConfig, CompileConfig, ParallelConfig, PrecisionConfig
 from sharding.ddp import DdpEngine
 from sharding.deepspeed_engine import BlockPartitioner, DeepSpeedEngine
@@ -56,7 +57,7 @@ def build_engine(
     model = definition.model
     blocks = find_blocks(model)
     materializer = Materializer(device)
-    shards = parallel.backend == "torch" and parallel.strategy not in ("none", "ddp")
+    shards = parallel.backend == "torch" and parallel.strategy not in ("none", "ddp") and parallel.engine != "bucketed"
     partitions = parallel.backend == "deepspeed" and parallel.strategy == "zero3"
 
     partitioner = BlockPartitioner(deepspeed_settings, model, mesh.dp_degree) if partitions else None
@@ -81,6 +82,8 @@ def build_engine(
         shard_module(model, mesh, parallel.strategy, dtype)
         return ZeroEngine(definition, mesh, device, parallel.strategy, build_optimizer, loss_scaler)
     autocast_dtype = None if dtype is torch.float32 else dtype
+    if parallel.engine == "bucketed":
+        return BucketedEngine(definition, mesh, device, parallel.strategy, autocast_dtype, build_optimizer, loss_scaler)
     if parallel.backend == "deepspeed":
         return DeepSpeedEngine(
             definition, mesh, device, autocast_dtype, build_optimizer, deepspeed_settings, loss_scaler

@@ -8,6 +8,7 @@ from sharding.strict_model import StrictModel
 
 Strategy = Literal["none", "ddp", "zero1", "zero2", "zero3", "hsdp"]
 Backend = Literal["torch", "deepspeed", "accelerate"]
+ShardingEngine = Literal["fully_shard", "bucketed"]
 Offload = Literal["none", "cpu", "nvme"]
 ComputeDtype = Literal["auto", "fp32", "bf16", "fp16", "fp8"]
 
@@ -22,6 +23,10 @@ class ParallelConfig(StrictModel):
     backend: Backend = "torch"
     """Library that carries out the strategy: `torch` (all strategies), `deepspeed` (zero1, zero2, zero3), or
     `accelerate` (ddp; zero3 on GPUs)."""
+
+    engine: ShardingEngine = "fully_shard"
+    """Mechanism of the sharded strategies under `torch`: `fully_shard` (torch's own) or `bucketed` (flat buckets; zero1
+    and zero2)."""
 
     offload_optimizer: Offload = "none"
     """Where optimizer state and masters lie under `deepspeed`: on the device (`none`), in main memory (`cpu`), or in

@@ -144,6 +144,9 @@ class DeepSpeedEngine:
             self._loss_scaler.update(skipped)
         return 1.0 - skipped
 
+    def settle(self) -> None:
+        """See Engine; nothing outlasts a step."""
+
     def drop_gradients(self) -> None:
         """See Engine."""
         # DeepSpeed keeps gradients in many places, and only its own step forgets all of them: it does so, and changes

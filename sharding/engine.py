@@ -111,6 +111,9 @@ class Engine(Protocol):
             1.0 where the parameters were updated and 0.0 where all ranks skipped, a scalar on the device.
         """
 
+    def settle(self) -> None:
+        """Wait for what this rank has begun and not yet waited for, before a profiler or the process group ends."""
+
     def drop_gradients(self) -> None:
         """Forget the gradients in place of a step: nothing else changes. Every rank must call it."""
 

@@ -48,7 +48,7 @@ class TorchEngine:
         self._device = device
         self._autocast_dtype = autocast_dtype
         self._trainable = [
-            _Trainable(name, parameter, _local_parameter(parameter))
+            _Trainable(name, parameter, self._local_parameter(parameter))
             for name, parameter in self._model.named_parameters()
             if parameter.requires_grad
         ]
@@ -119,9 +119,7 @@ class TorchEngine:
         """See Engine."""
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate * group.get("lr_scale", 1.0)
-        for entry in self._trainable:
-            if entry.local is not entry.parameter and entry.parameter.grad is not None:
-                entry.local.grad = local_tensor(entry.parameter.grad)
+        self._give_gradients_to_optimizer()
         # The fused kernels read this flag on the device and leave everything alone where it is 1: no host sync.
         self._optimizer.found_inf = self._found_nonfinite  # type: ignore[attr-defined]
         self._apply_optimizer()
@@ -129,6 +127,9 @@ class TorchEngine:
             self._loss_scaler.update(self._found_nonfinite)
         self.drop_gradients()
         return 1.0 - self._found_nonfinite
+
+    def settle(self) -> None:
+        """See Engine; nothing outlasts a step."""
 
     def drop_gradients(self) -> None:
         """See Engine."""
@@ -171,6 +172,19 @@ class TorchEngine:
 
     def _apply_optimizer(self) -> None:
         self._optimizer.step()
+
+    def _local_parameter(self, parameter: nn.Parameter) -> nn.Parameter:
+        """A parameter as the optimizer gets it; called once for each, before there is an optimizer."""
+        return _local_parameter(parameter)
+
+    def _give_gradients_to_optimizer(self) -> None:
+        for entry in self._trainable:
+            if entry.local is not entry.parameter and entry.parameter.grad is not None:
+                entry.local.grad = local_tensor(entry.parameter.grad)
+
+    def _make_gradients_zero(self) -> None:
+        for entry in self._trainable:
+            entry.parameter.grad = torch.zeros_like(entry.parameter)
 
     def _gradient_scale(self) -> float:
         """Factor that turns the strategy's gradient reduction into a sum over ranks."""
@@ -248,8 +262,7 @@ class TorchEngine:
         if self._optimizer.state:
             return
         rates = [group["lr"] for group in self._optimizer.param_groups]
-        for entry in self._trainable:
-            entry.parameter.grad = torch.zeros_like(entry.parameter)
+        self._make_gradients_zero()
         self._found_nonfinite.zero_()
         # It reads the checkpoint's scale afterwards.
         self.step(learning_rate=0.0)

@@ -137,7 +137,9 @@ def build_trainer(
         is_stop_requested=is_stop_requested,
         compare_replicas=_replica_check(config, engine, ranks, observers, phases),
         after_first_step=lambda: set_step_timeout(config.launch.step_timeout_s),
-        profiler=StepProfiler(run_folder.path / "profile", config.metrics.profile_steps, ranks.rank, ranks.device),
+        profiler=StepProfiler(
+            run_folder.path / "profile", config.metrics.profile_steps, ranks.rank, ranks.device, engine.settle
+        ),
         meter=SystemMeter(ranks, os.environ, enabled=config.metrics.system),
         facts=facts,
         busy=busy,

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 
-from sharding.config import Backend, Strategy
+from sharding.config import Backend, ShardingEngine, Strategy
 from sharding.errors import EXIT_FAILED, EXIT_FINISHED, ends_with_a_sentence
 from trainer.config import RunConfig, load_config
 from trainer.data.loader import BatchLoader
@@ -29,7 +29,7 @@ from trainer.data.prepared import Prepared
 from trainer.models import Vocabulary
 from trainer.optimizers.config import OptimizerName, refused_optimizer
 from trainer.parity_cases import NUM_STEPS, ParityCase, Trajectory, run_plain, run_rank
-from trainer.validation import BACKEND_STRATEGIES
+from trainer.validation import BACKEND_STRATEGIES, BUCKETED_STRATEGIES
 
 NUM_SEQUENCES = 12
 """Divides by 1, 2, 3 and 4 ranks, with and without accumulation."""
@@ -76,22 +76,32 @@ def parity_cases(group_sizes: Sequence[int], optimizers: Sequence[OptimizerName]
     """
     cases: list[ParityCase] = []
     for num_ranks in group_sizes:
-        for backend, strategy in _pairs(num_ranks, alone=max(group_sizes) == 1):
+        for backend, engine, strategy in _mechanisms(num_ranks, alone=max(group_sizes) == 1):
             num_rows = NUM_SEQUENCES // num_ranks
             accumulation_steps = num_rows if num_rows % 2 else num_rows // 2
             cases += [
-                ParityCase(strategy, num_ranks, 1, "sgd", backend),
+                ParityCase(strategy, num_ranks, 1, "sgd", backend, engine),
                 *(
-                    ParityCase(strategy, num_ranks, accumulation_steps, name, backend)
+                    ParityCase(strategy, num_ranks, accumulation_steps, name, backend, engine)
                     for name in ("sgd", *optimizers)
-                    if refused_optimizer(name, backend) is None
+                    if refused_optimizer(name, backend, engine) is None
                 ),
             ]
     return cases
 
 
+def _mechanisms(num_ranks: int, *, alone: bool) -> list[tuple[Backend, ShardingEngine, Strategy]]:
+    """What to try on so many ranks; ``alone`` says that no group is larger than one rank."""
+    pairs: list[tuple[Backend, ShardingEngine, Strategy]] = [
+        (backend, "fully_shard", strategy) for backend, strategy in _pairs(num_ranks, alone=alone)
+    ]
+    if ("torch", "fully_shard", "zero1") in pairs:
+        pairs += [("torch", "bucketed", strategy) for strategy in BUCKETED_STRATEGIES]
+    return pairs
+
+
 def _pairs(num_ranks: int, *, alone: bool) -> list[tuple[Backend, Strategy]]:
-    """Backends and strategies to try on so many ranks; ``alone`` says that no group is larger than one rank."""
+    """Backends and strategies to try on so many ranks, without our bucketed engine."""
     if num_ranks == 4:
         return [("torch", "hsdp")]
     if num_ranks == 1 and not alone:
@@ -246,7 +256,7 @@ def print_table(rows: Sequence[ParityRow], console: Console) -> None:
     for row in rows:
         case = row.case
         table.add_row(
-            case.backend,
+            case.mechanism,
             case.strategy,
             str(case.num_ranks),
             str(case.accumulation_steps),
@@ -278,6 +288,12 @@ def print_refusals(console: Console) -> None:
             reason = refused_optimizer(name, backend)
             if reason is not None:
                 console.print(f"refused: {backend} with {name}: {reason}")
+    missing = [name for name in BACKEND_STRATEGIES["torch"] if name not in BUCKETED_STRATEGIES]
+    console.print(f"refused: bucketed with {', '.join(missing)}: it does {', '.join(BUCKETED_STRATEGIES)} alone")
+    for name in get_args(OptimizerName):
+        reason = refused_optimizer(name, "torch", "bucketed")
+        if reason is not None:
+            console.print(f"refused: bucketed with {name}: {reason}")
     if not torch.cuda.is_available():
         console.print("refused: accelerate with zero3: without a GPU it would train plain DDP")
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
-from sharding.config import Backend, Strategy
+from sharding.config import Backend, ShardingEngine, Strategy
 from sharding.engine import Engine
 from sharding.mesh import build_mesh
 from sharding.process_group import Ranks, process_group
@@ -28,18 +28,24 @@ NUM_STEPS = 3
 
 @dataclass(frozen=True)
 class ParityCase:
-    """One way to train: strategy, ranks, micro-batches a step, optimizer, backend."""
+    """One way to train: strategy, ranks, micro-batches a step, optimizer, backend, engine."""
 
     strategy: Strategy
     num_ranks: int
     accumulation_steps: int
     optimizer: str
     backend: Backend = "torch"
+    engine: ShardingEngine = "fully_shard"
 
     @property
     def label(self) -> str:
         """A name for files."""
-        return f"{self.backend}-{self.strategy}-{self.num_ranks}-{self.accumulation_steps}-{self.optimizer}"
+        return f"{self.mechanism}-{self.strategy}-{self.num_ranks}-{self.accumulation_steps}-{self.optimizer}"
+
+    @property
+    def mechanism(self) -> str:
+        """What carries out the strategy."""
+        return "bucketed" if self.engine == "bucketed" else self.backend
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,12 @@ class Trajectory:
 def case_config(config: RunConfig, case: ParityCase, num_sequences: int) -> RunConfig:
     """The run's configuration made comparable: fp32, constant rate, the case's strategy, batch and optimizer."""
     parallel = config.parallel.model_copy(
-        update={"strategy": case.strategy, "backend": case.backend, "replicate": 2 if case.strategy == "hsdp" else 1}
+        update={
+            "strategy": case.strategy,
+            "backend": case.backend,
+            "engine": case.engine,
+            "replicate": 2 if case.strategy == "hsdp" else 1,
+        }
     )
     micro_size = num_sequences // (case.num_ranks * case.accumulation_steps)
     optimizer = config.optimizer.model_copy(update={"name": case.optimizer, "lr": case_lr(config, case.optimizer)})

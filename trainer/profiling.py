@@ -1,6 +1,6 @@
 """A torch trace and a memory snapshot of a few steps."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,12 +14,15 @@ _NUM_STEPS_BEFORE = 3
 class StepProfiler:
     """Records consecutive steps of one rank into the run folder's ``profile``."""
 
-    def __init__(self, folder: Path, num_steps: int, rank: int, device: torch.device) -> None:
-        """Plan to record ``num_steps`` steps, none where it is 0."""
+    def __init__(
+        self, folder: Path, num_steps: int, rank: int, device: torch.device, settle: Callable[[], None]
+    ) -> None:
+        """Plan to record ``num_steps`` steps, none where it is 0; ``settle`` is the engine's."""
         self._folder = folder
         self._num_steps = num_steps
         self._rank = rank
         self._device = device
+        self._settle = settle
         self._num_seen = 0
         self._profile: profile | None = None
 
@@ -27,10 +30,13 @@ class StepProfiler:
     def step(self) -> Iterator[None]:
         """Wrap one training step."""
         if self._num_steps and self._num_seen == _NUM_STEPS_BEFORE:
+            self._settle()
             self._start()
         yield
         self._num_seen += 1
         if self._profile is not None and self._num_seen == _NUM_STEPS_BEFORE + self._num_steps:
+            # torch's profiler crashes where it stops while a thread of gloo's records an operation.
+            self._settle()
             self.close()
 
     def close(self) -> None:

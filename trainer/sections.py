@@ -150,8 +150,8 @@ class FaultsConfig(StrictModel):
     """Compare each block of a prepared corpus with its SHA-256 when it is first read; one that differs ends the run."""
 
     replica_check_every_steps: int = Field(default=0, ge=0)
-    """Compare the parameters that ranks hold alike (ddp, hsdp, deepspeed zero1 and zero2) after every this many steps
-    and before each checkpoint; 0 means never."""
+    """Compare the parameters that ranks hold alike (ddp, hsdp, zero1 and zero2 of deepspeed and bucketed) after every
+    this many steps and before each checkpoint; 0 means never."""
 
     straggler_ratio: float = Field(default=1.5, ge=0.0)
     """Name a rank, in `events.jsonl` and on the console, that makes steps this many times longer for three log

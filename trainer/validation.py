@@ -24,6 +24,10 @@ BACKEND_STRATEGIES: dict[Backend, tuple[Strategy, ...]] = {
 """Which strategies each backend carries out."""
 
 
+BUCKETED_STRATEGIES: tuple[Strategy, ...] = ("zero1", "zero2")
+"""Which strategies ``parallel.engine=bucketed`` carries out."""
+
+
 @dataclass(frozen=True)
 class World:
     """How many ranks there are and what they run on."""
@@ -61,7 +65,7 @@ def validate(config: "RunConfig", world: World | None = None) -> None:
     _validate_parallel(config)
     _validate_schedule(config)
     _validate_faults(config)
-    validate_optimizer(config.optimizer, config.parallel.backend)
+    validate_optimizer(config.optimizer, config.parallel.backend, config.parallel.engine)
     if config.optimizer.ema_decay and config.parallel.offload_optimizer == "nvme":
         raise UserError(
             f"optimizer.ema_decay={config.optimizer.ema_decay:g} reads the masters at every step, but "
@@ -134,6 +138,11 @@ def _validate_backend(parallel: "ParallelConfig") -> None:
             f"parallel.backend={backend} cannot do parallel.strategy={strategy}, only {legal}; choose one of these, or "
             "parallel.backend=torch, which has all."
         )
+    if parallel.engine == "bucketed" and (backend != "torch" or strategy not in BUCKETED_STRATEGIES):
+        raise UserError(
+            f"parallel.engine=bucketed does parallel.strategy={' or '.join(BUCKETED_STRATEGIES)} under "
+            f"parallel.backend=torch, but these are {strategy} and {backend}; remove parallel.engine, or change them."
+        )
     for key in ("offload_optimizer", "offload_parameters"):
         place = getattr(parallel, key)
         if place != "none" and backend != "deepspeed":
@@ -160,7 +169,8 @@ def _validate_backend(parallel: "ParallelConfig") -> None:
 
 def _validate_replica_check(config: "RunConfig") -> None:
     every_steps, parallel = config.faults.replica_check_every_steps, config.parallel
-    whole_on_each = ("ddp", "hsdp", "zero1", "zero2") if parallel.backend == "deepspeed" else ("ddp", "hsdp")
+    gathers_after_step = parallel.backend == "deepspeed" or parallel.engine == "bucketed"
+    whole_on_each = ("ddp", "hsdp", "zero1", "zero2") if gathers_after_step else ("ddp", "hsdp")
     if every_steps and parallel.strategy not in whole_on_each:
         raise UserError(
             f"faults.replica_check_every_steps={every_steps} compares copies of parameters, but under "

@@ -1,4 +1,4 @@
-"""DeepSpeed and Accelerate behind the Engine protocol, and fp16 under every engine, on two ranks."""
+"""DeepSpeed, Accelerate and our buckets behind the Engine protocol, and fp16 under every engine, on two ranks."""
 
 import math
 from typing import Any
@@ -20,6 +20,8 @@ OTHER_BACKENDS = (
     ("deepspeed", "zero2"),
     ("deepspeed", "zero3"),
     ("accelerate", "ddp"),
+    ("bucketed", "zero1"),
+    ("bucketed", "zero2"),
 )
 ALL = (*(("torch", strategy) for strategy in STRATEGIES), *OTHER_BACKENDS)
 

@@ -166,9 +166,9 @@ def test_activation_checkpointing_saves_memory() -> None:
 
 def _compiled(ranks: Ranks) -> None:
     sections = {"compile": {"enabled": True}, "activation_checkpointing": {"mode": "full"}}
-    for strategy in ("ddp", "zero2"):
-        reference = train_steps(tiny_engine(ranks, strategy), ranks, num_steps=2)
-        engine = tiny_engine(ranks, strategy, **sections)
+    for backend, strategy in (("torch", "ddp"), ("torch", "zero2"), ("bucketed", "zero2")):
+        reference = train_steps(tiny_engine(ranks, strategy, backend=backend), ranks, num_steps=2)
+        engine = tiny_engine(ranks, strategy, backend=backend, **sections)
         assert train_steps(engine, ranks, num_steps=2) == pytest.approx(reference, rel=1e-5), strategy
         names = [name for name, _ in engine.named_parameters()]
         assert not any("_orig_mod" in name or "_checkpoint_wrapped" in name for name in names)

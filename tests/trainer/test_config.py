@@ -89,6 +89,16 @@ def test_refused(config_file: Path, override: str, message: str) -> None:
         (["parallel.backend=deepspeed", "parallel.strategy=hsdp"], "cannot do parallel.strategy=hsdp, only zero1"),
         (["parallel.backend=deepspeed", "parallel.strategy=none"], "cannot do parallel.strategy=none, only zero1"),
         (["parallel.backend=accelerate"], "parallel.backend=accelerate cannot do parallel.strategy=zero2, only ddp"),
+        (
+            ["parallel.engine=bucketed", "parallel.strategy=zero3"],
+            "parallel.engine=bucketed does parallel.strategy=zero1 or zero2 under parallel.backend=torch, but these "
+            "are zero3 and torch",
+        ),
+        (["parallel.engine=bucketed", "parallel.backend=deepspeed"], "but these are zero2 and deepspeed"),
+        (
+            ["parallel.engine=bucketed", "optimizer.name=muon"],
+            "optimizer.name=muon does not go with parallel.engine=bucketed: muon works on whole rows of a parameter",
+        ),
         (["parallel.offload_optimizer=cpu"], "parallel.offload_optimizer=cpu needs parallel.backend=deepspeed"),
         (
             ["parallel.offload_parameters=cpu", "parallel.backend=deepspeed"],

@@ -77,6 +77,9 @@ def _on_torch(ranks: Ranks, root: Path, corpus: Path) -> None:
     everything = _all_there_is(corpus)
     measured = {"metrics": {"gradient_noise_scale": True}}
     _assert_exact(runs, "zero2", parallel={"strategy": "zero2"}, **everything, **measured)
+    for strategy in ("zero1", "zero2"):
+        parallel = {"strategy": strategy, "engine": "bucketed"}
+        _assert_exact(runs, f"bucketed-{strategy}", parallel=parallel, **everything, **measured)
     _assert_exact(runs, "zero3", parallel={"strategy": "zero3"}, **everything)
     _assert_exact(runs, "accelerate", parallel={"backend": "accelerate", "strategy": "ddp"}, **everything)
     stream = {"streaming": True, "shuffle_window": 5, "sample_documents": 8, "document_mask": True}

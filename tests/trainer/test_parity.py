@@ -10,7 +10,7 @@ from tests.support import TINY_MODEL
 from trainer.config import parse_config
 from trainer.parity import ParityRow, parity_cases, run_parity
 from trainer.parity_cases import ParityCase
-from trainer.validation import BACKEND_STRATEGIES
+from trainer.validation import BACKEND_STRATEGIES, BUCKETED_STRATEGIES
 
 
 @pytest.mark.timeout(800)
@@ -28,6 +28,8 @@ def test_every_strategy_trains_as_one_plain_process(values: dict[str, Any], tmp_
         legal = {(backend, strategy) for backend, all_ in BACKEND_STRATEGIES.items() for strategy in all_}
         # On GPUs alone; hsdp has a group of its own, and none runs on one rank.
         assert legal - pairs == {("accelerate", "zero3"), ("torch", "hsdp"), ("torch", "none")}
+        buckets = {case.strategy for case in cases if case.num_ranks == num_ranks and case.engine == "bucketed"}
+        assert buckets == set(BUCKETED_STRATEGIES)
     rows = run_parity(parse_config(values, "test"), cases, tmp_path)
     assert len(rows) == len(cases)
     assert [row for row in rows if not row.passed] == []
@@ -55,6 +57,7 @@ def test_every_strategy_trains_as_one_plain_process(values: dict[str, Any], tmp_
 )
 def test_other_architectures_do_so_too(values: dict[str, Any], tmp_path: Path, model: dict[str, Any]) -> None:
     cases = [ParityCase(strategy, 2, 3, "sgd") for strategy in ("ddp", "zero1", "zero3")]
+    cases.append(ParityCase("zero2", 2, 3, "sgd", engine="bucketed"))
     rows = run_parity(parse_config(values | {"model": model}, "test"), cases, tmp_path)
     assert [row for row in rows if not row.passed] == []
 

@@ -1,0 +1,98 @@
+"""Parameters as views of flat buckets, each divided into one equal slice per rank."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+_ALIGNMENT = 16
+"""Elements; 64 bytes, a cache line and what vector instructions like best."""
+
+
+@dataclass(frozen=True)
+class BucketMember:
+    """A parameter and where it begins in its bucket, in elements."""
+
+    name: str
+    parameter: nn.Parameter
+    offset: int
+
+
+@dataclass(frozen=True)
+class FlatBucket:
+    """Some parameters in one piece of memory.
+
+    Attributes:
+        members: the parameters; between them may lie unused elements.
+        flat: the values of all of them, fp32 [size]; the parameters are views of it.
+        first: position of this rank's slice.
+        length: elements of each rank's slice; size / ranks.
+    """
+
+    members: tuple[BucketMember, ...]
+    flat: torch.Tensor
+    first: int
+    length: int
+
+    def own(self, flat: torch.Tensor) -> torch.Tensor:
+        """This rank's slice of memory that is laid out as the bucket."""
+        return flat[self.first : self.first + self.length]
+
+    def view(self, flat: torch.Tensor, member: BucketMember) -> torch.Tensor:
+        """A member's place, in its shape, in memory that is laid out as the bucket."""
+        return flat[member.offset : member.offset + member.parameter.numel()].view(member.parameter.shape)
+
+    def run(self, member: BucketMember) -> tuple[int, int, int]:
+        """This rank's run of a member: its offset and size in the own slice, and its start in the parameter."""
+        begin = max(self.first, member.offset)
+        end = min(self.first + self.length, member.offset + member.parameter.numel())
+        if end <= begin:
+            return 0, 0, 0
+        return begin - self.first, end - begin, begin - member.offset
+
+
+def flatten_parameters(
+    parameters: Sequence[tuple[str, nn.Parameter]], rank: int, num_ranks: int, max_elements: int
+) -> list[FlatBucket]:
+    """Move parameters into flat buckets, last first: the order in which backward is done with them.
+
+    Args:
+        parameters: names and parameters, whole, in the order of the forward pass; each becomes a view of its bucket.
+        rank: whose slices are the own ones.
+        num_ranks: ranks that divide each bucket.
+        max_elements: largest size of a bucket, unless one parameter alone is larger.
+    """
+    # Room for the slices of all ranks to be of equal, aligned length.
+    max_elements -= num_ranks * _ALIGNMENT
+    buckets: list[FlatBucket] = []
+    open_members: list[BucketMember] = []
+    end = 0
+    for name, parameter in reversed(parameters):
+        size = _aligned(parameter.numel(), _ALIGNMENT)
+        if open_members and end + size > max_elements:
+            buckets.append(_bucket(open_members, end, rank, num_ranks))
+            open_members, end = [], 0
+        open_members.append(BucketMember(name, parameter, end))
+        end += size
+    if open_members:
+        buckets.append(_bucket(open_members, end, rank, num_ranks))
+    return buckets
+
+
+@torch.no_grad()
+def _bucket(members: list[BucketMember], size: int, rank: int, num_ranks: int) -> FlatBucket:
+    length = _aligned(-(-size // num_ranks), _ALIGNMENT)
+    first = members[0].parameter
+    flat = torch.zeros(length * num_ranks, dtype=first.dtype, device=first.device)
+    bucket = FlatBucket(tuple(members), flat, rank * length, length)
+    for member in members:
+        view = bucket.view(flat, member)
+        view.copy_(member.parameter)
+        # The same parameter as before, with other memory: ties and hooks stay.
+        member.parameter.data = view
+    return bucket
+
+
+def _aligned(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
