@@ -70,7 +70,8 @@ def conclude(agent: str, agent_status: int, findings: Findings, run_folder: RunF
         outcome = _overwrite_outcome(run_folder, outcome, first, _explain(agent, agent_status, first, log, oom_kill))
     exit_code = int(outcome["exit_code"])
     if exit_code in (EXIT_FINISHED, EXIT_STOPPED):
-        if first is not None and first.exit_code not in (EXIT_FINISHED, EXIT_STOPPED):
+        # DeepSpeed's agent ends the ranks that are left with SIGTERM as soon as one has ended with 75.
+        if first is not None and first.exit_code not in (EXIT_FINISHED, EXIT_STOPPED, -signal.SIGTERM):
             print(f"note: rank {first.rank} {_manner(first.exit_code)} after all was saved; see {log}", file=sys.stderr)
         if exit_code == EXIT_FINISHED:
             print(f"finished at step {outcome['step']}: {run_folder.path}")

@@ -1,7 +1,6 @@
 """What a rank measures of its device and machine."""
 
 import contextlib
-import importlib
 import os
 import platform
 import resource
@@ -123,7 +122,7 @@ def _versions() -> dict[str, str]:
     if torch.version.cuda is not None:
         found["cuda"] = torch.version.cuda
         with contextlib.suppress(ImportError, AttributeError, RuntimeError):
-            found["nccl"] = ".".join(map(str, importlib.import_module("torch.cuda.nccl").version()))
+            found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
     return found
 
 
