@@ -104,12 +104,16 @@ def conclude_by_force(run_folder: RunFolder) -> int:
     return EXIT_INTERRUPTED
 
 
-def record_crash(run_folder: RunFolder, first: RankFailure) -> None:
+def record_crash(run_folder: RunFolder, exits: RankExits) -> None:
     """Write down that a rank of this node was killed, where nobody did or another rank wrote of what followed."""
-    outcome = run_folder.read_outcome()
-    is_told = outcome is not None and (outcome["status"] != "failed" or outcome["rank"] == first.rank)
-    if -first.exit_code in CRASHES and not is_told:
-        _overwrite_outcome(run_folder, outcome, first, f"the process {_manner(first.exit_code)}")
+    outcome, first = run_folder.read_outcome(), exits.first_failure
+    if first is None or -first.exit_code not in CRASHES:
+        return
+    if outcome is None or (outcome["status"] == "failed" and outcome["rank"] != first.rank):
+        outcome = _overwrite_outcome(run_folder, outcome, first, f"the process {_manner(first.exit_code)}")
+        _write_report(
+            Sources(run_folder.path, run_folder.newest_attempt(), outcome, ends=exits.ends, first=first.rank)
+        )
 
 
 def first_failure(log_text: str) -> RankFailure | None:

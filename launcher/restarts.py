@@ -17,13 +17,13 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Restarts:
-    """Counts the restarts of one ``shardline run`` and the failures that led to them."""
+    """Counts the restarts of one ``shardline run``, or of one start of a Slurm job."""
 
-    def __init__(self, settings: FaultsConfig, run_folder: RunFolder) -> None:
-        """None yet."""
+    def __init__(self, settings: FaultsConfig, run_folder: RunFolder, num_restarts: int = 0) -> None:
+        """So many have been."""
         self._settings = settings
         self._run_folder = run_folder
-        self._num_restarts = 0
+        self._num_restarts = num_restarts
 
     def after(self, attempt: int, exit_code: int) -> int | None:
         """Wait out the back-off after an attempt, where another is to follow.

@@ -13,6 +13,8 @@ inside=("${inside[@]}")
 run_dir=
 # shellcheck disable=SC2034  # read by the scripts
 ranks_per_node=1
+max_restarts=0
+num_restarts=0
 
 # Python with Shardline: yours, a virtual environment where the job was submitted, or the first on PATH. In a container it
 # is the container's.
@@ -92,28 +94,55 @@ prepare() {
     fi
 }
 
-# run_step N COMMAND ...: runs the step with N tasks on each node, and ends the job with the exit status of the run. Its
-# counts go before --ntasks-per-node of sbatch only where both are given.
+# run_step N COMMAND ...: runs the step with N tasks on each node, again after a failure where faults.max_restarts has it,
+# and ends the job with the exit status of the run.
 run_step() {
-    local tasks_per_node=$1 pid status=0 exit_code
+    local tasks_per_node=$1 pid status exit_code
     shift
+    while true; do
+        status=0
+        outcome_before=$(outcome_id)
+        # Counts go before --ntasks-per-node of sbatch only where both are given. The first task that fails ends the
+        # others, and nothing waits for tasks that cannot come.
+        srun --ntasks="$((SLURM_NNODES * tasks_per_node))" --ntasks-per-node="$tasks_per_node" \
+            --cpus-per-task="$((cpus_per_node / tasks_per_node))" --kill-on-bad-exit=1 \
+            "${container[@]}" "${inside[@]}" "$@" &
+        pid=$!
+        see_through "$pid" "$run_dir" || status=$?
+        if [[ $(outcome_id) == "$outcome_before" ]]; then
+            if ((status == 0)); then status=1; fi
+            echo "job $job: the step ended with status $status, and no rank could say how the run ended" >&2
+            exit "$status"
+        fi
+        exit_code=$(outcome_field exit_code)
+        echo "job $job: $(outcome_field status) at step $(outcome_field step): $(outcome_field reason)"
+        if [[ $exit_code == 1 ]]; then
+            start_again_without_bad_nodes
+            if may_restart_step; then
+                continue
+            fi
+            exit_code=$(outcome_field exit_code)
+        fi
+        if [[ $exit_code == 75 ]]; then
+            start_again_if_signalled
+        fi
+        exit "$exit_code"
+    done
+}
+
+# Waits out the back-off; false where all restarts were used, the failure comes again and again, or a stop was asked for.
+may_restart_step() {
+    local pid status=0
+    if ((max_restarts == 0)) || [[ -n $stop_signal ]]; then
+        return 1
+    fi
     outcome_before=$(outcome_id)
-    # The first task that fails ends the others, and nothing waits for tasks that cannot come.
-    srun --ntasks="$((SLURM_NNODES * tasks_per_node))" --ntasks-per-node="$tasks_per_node" \
-        --cpus-per-task="$((cpus_per_node / tasks_per_node))" --kill-on-bad-exit=1 "${container[@]}" "${inside[@]}" "$@" &
+    srun --nodes=1 --ntasks=1 --ntasks-per-node=1 --cpus-per-task="$cpus_per_node" "${container[@]}" "${inside[@]}" \
+        "$SHARDLINE_PYTHON" -m launcher.slurm.restart "$num_restarts" "${arguments[@]}" &
     pid=$!
     see_through "$pid" "$run_dir" || status=$?
-    if [[ $(outcome_id) == "$outcome_before" ]]; then
-        if ((status == 0)); then status=1; fi
-        echo "job $job: the step ended with status $status, and no rank could say how the run ended" >&2
-        exit "$status"
-    fi
-    exit_code=$(outcome_field exit_code)
-    echo "job $job: $(outcome_field status) at step $(outcome_field step): $(outcome_field reason)"
-    if [[ $exit_code == 75 ]]; then
-        start_again_if_signalled
-    fi
-    exit "$exit_code"
+    num_restarts=$((num_restarts + 1))
+    return "$status"
 }
 
 # Not after `touch RUN/stop`, which is a person's wish, nor after scancel. Where Slurm itself requeues (a preemption, a
@@ -122,18 +151,46 @@ start_again_if_signalled() {
     if [[ -z $stop_signal && ! $(outcome_field reason) =~ SIG(TERM|USR1|USR2) ]]; then
         return
     fi
+    start_again
+}
+
+# launch.preflight wrote down which nodes' own check failed. Each time the list of nodes to leave out grows, so that this
+# ends: with healthy nodes, or with a job that waits for more nodes than are left.
+start_again_without_bad_nodes() {
+    local bad excluded=
+    if [[ ! -e $run_dir/bad_nodes ]]; then
+        return
+    fi
+    bad=$(sed -n "s/^$SLURM_JOB_ID ${SLURM_RESTART_COUNT:-0} \\([^ ]*\\).*/\\1/p" "$run_dir/bad_nodes" | sort -u | paste -sd,)
+    if [[ -n $bad ]]; then
+        excluded=$(scontrol show job --oneliner "$job" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
+        echo "job $job: starting again without $bad, whose own check failed"
+        start_again "${excluded/(null)/}${excluded:+,}$bad"
+    fi
+}
+
+# start_again [NODES]: requeues this job, or submits its successor; without these nodes.
+start_again() {
+    local excluded=${1:-}
+    excluded=${excluded#,}
     if [[ $(scontrol show job --oneliner "$job" | sed -n 's/.* JobState=\([A-Z]*\).*/\1/p') != RUNNING ]]; then
         echo "job $job: Slurm is ending this job, so that starting it again is left to Slurm"
         return
     fi
     trap '' TERM USR1 USR2
-    if scontrol requeue "$job"; then
+    # Slurm takes a list of nodes to leave out from a job that waits, and it must not begin before.
+    if [[ -n $excluded ]] && scontrol requeuehold "$job"; then
+        scontrol update JobId="$job" ExcNodeList="$excluded"
+        scontrol release "$job"
+        echo "job $job: requeued"
+        sleep 60
+    elif [[ -z $excluded ]] && scontrol requeue "$job"; then
         echo "job $job: requeued"
         # Slurm ends this script.
         sleep 60
     elif [[ -n ${SHARDLINE_RESUBMIT:-} ]]; then
         echo "job $job: this cluster forbids to requeue it; submitting another in its place"
-        bash "$SHARDLINE_RESUBMIT" "--dependency=afterany:$SLURM_JOB_ID"
+        bash "$SHARDLINE_RESUBMIT" "--dependency=afterany:$SLURM_JOB_ID" ${excluded:+"--exclude=$excluded"}
     else
         echo "job $job: this cluster forbids to requeue it; submit it again to continue" >&2
     fi

@@ -168,9 +168,13 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _is_alive(holder: dict[str, Any]) -> bool:
-    """Where its process can be seen, the process itself tells; elsewhere only the heartbeat does."""
+    """Where its process can be seen, the process itself tells; elsewhere the batch system, or else the heartbeat."""
     if holder["process_space"] == process_space():
         return _process_start(holder["pid"]) == holder["process_started"]
+    own_job, its_job = _slurm_job(), holder.get("slurm_job")
+    if own_job and its_job and own_job[0] == its_job[0] and own_job[1] > its_job[1]:
+        # Slurm starts a job again when no process of its last start is left, or the node is dead.
+        return False
     return time.time() - holder["heartbeat"] < STALE_AFTER_S
 
 

@@ -34,7 +34,7 @@ def prepare_job(arguments: Sequence[str], starter: str, environment: Mapping[str
         environment: that of the batch script.
 
     Returns:
-        Shell variables: ``run_dir``, ``ranks_per_node``, and those that ranks are started with.
+        Shell variables: ``run_dir``, ``ranks_per_node``, ``max_restarts``, and those that ranks are started with.
 
     Raises:
         UserError: something that the user can mend is wrong.
@@ -57,6 +57,7 @@ def prepare_job(arguments: Sequence[str], starter: str, environment: Mapping[str
     return {
         "run_dir": str(run_folder.path.absolute()),
         "ranks_per_node": str(ranks),
+        "max_restarts": str(config.faults.max_restarts),
         RANKS_VARIABLE: str(ranks),
         "MASTER_PORT": environment.get("MASTER_PORT") or str(config.launch.master_port or job_port(allocation.job_id)),
         **{variable.name: variable.value for variable in added},

@@ -80,7 +80,7 @@ def run_node(launcher: str, arguments: Sequence[str], environment: Mapping[str, 
                         _ask_to_stop(run_folder, stop.name)
                     exits.wait(_LOOK_EVERY_S)
         if exits.first_failure is not None:
-            record_crash(run_folder, exits.first_failure)
+            record_crash(run_folder, exits)
         if agent.returncode and _has_failed(run_folder):
             log.seek(began_at)
             sys.stderr.write(log.read().decode(errors="replace"))

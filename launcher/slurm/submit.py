@@ -19,9 +19,9 @@ TASK = "{task}"
 # What it prints with --parsable is the number, and on some sites a semicolon and the cluster's name.
 _SUBMIT = """\
 #!/bin/bash
-# Submits this as it was submitted first; $1: a further option of sbatch.
+# Submits this as it was submitted first; arguments are further options of sbatch, which go before those of then.
 set -euo pipefail
-job=$(sbatch ${{1:+"$1"}} {command})
+job=$({sbatch} "$@" {script})
 echo "${{job%%;*}}" | tee -a {jobs}
 """
 
@@ -67,16 +67,19 @@ def submit(config_path: str, overrides: Sequence[str], request: Request, dry_run
     run_dir = Path(config.output_dir) / name.replace(TASK, "array")
     if dry_run:
         folder = run_dir.absolute() / "slurm" / "submission-N"
-        print(" \\\n  ".join(map(shlex.quote, _command(folder, request, name, later, is_array))))
+        command = [*_sbatch(folder, request, name, is_array), *_script(folder, request, later)]
+        print(" \\\n  ".join(map(shlex.quote, command)))
         return
     RunFolder(run_dir).check(config)
     _refuse_second_job(run_dir, request)
     folder = new_submission(run_dir)
     freeze(folder, config)
-    command = shlex.join(_command(folder, request, name, later, is_array))
-    # Options given to it come last, and so go before those of the first time.
     (folder / "submit.sh").write_text(
-        _SUBMIT.format(command=command.removeprefix("sbatch "), jobs=shlex.quote(str(folder.parent / "jobs")))
+        _SUBMIT.format(
+            sbatch=shlex.join(_sbatch(folder, request, name, is_array)),
+            script=shlex.join(_script(folder, request, later)),
+            jobs=shlex.quote(str(folder.parent / "jobs")),
+        )
     )
     start(run_dir, folder)
 
@@ -153,7 +156,11 @@ def _is_of(number: str, job: str) -> bool:
     return number == job or number.startswith(f"{job}_")
 
 
-def _command(folder: Path, request: Request, name: str, later: Sequence[str], is_array: bool) -> list[str]:
+def _script(folder: Path, request: Request, later: Sequence[str]) -> list[str]:
+    return [str(folder / "code" / "slurm" / SCRIPTS[request.launcher]), str(folder / "config.yaml"), *later]
+
+
+def _sbatch(folder: Path, request: Request, name: str, is_array: bool) -> list[str]:
     code = folder / "code"
     own_path = f":{os.environ['PYTHONPATH']}" if os.environ.get("PYTHONPATH") else ""
     exported = {
@@ -176,5 +183,4 @@ def _command(folder: Path, request: Request, name: str, later: Sequence[str], is
         "export": ",".join(["ALL", *(f"{variable}={value}" for variable, value in exported.items())]),
     }
     given = [f"--{option}={value}" for option, value in options.items() if value is not None]
-    script = code / "slurm" / SCRIPTS[request.launcher]
-    return ["sbatch", "--parsable", *given, str(script), str(folder / "config.yaml"), *later]
+    return ["sbatch", "--parsable", *given]

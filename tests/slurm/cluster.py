@@ -78,9 +78,17 @@ class Cluster:
         assert not check or finished.returncode == 0, finished.stdout + finished.stderr
         return finished.stdout if check else finished.stdout + finished.stderr
 
-    def submit(self, script: str, *arguments: object, output: Path, options: str = "", **extra: str) -> str:
-        """Submit one of our scripts by hand; returns the job's number."""
-        command = ["sbatch", "--parsable", f"--output={output}", *options.split(), f"slurm/{script}"]
+    def submit(
+        self,
+        script: str,
+        *arguments: object,
+        output: Path,
+        options: str = "",
+        scripts: Path = Path("slurm"),
+        **extra: str,
+    ) -> str:
+        """Submit one of our scripts by hand, or of copies of them; returns the job's number."""
+        command = ["sbatch", "--parsable", f"--output={output}", *options.split(), scripts / script]
         return self.run(*command, *arguments, **extra).strip()
 
     def facts(self, job: str) -> dict[str, str]:

@@ -75,6 +75,27 @@ def test_from_submit_to_the_last_step(cluster: Cluster, slurm_config: MakeConfig
 
 
 @pytest.mark.slow
+def test_where_requeue_is_forbidden_a_successor_is_submitted(
+    cluster: Cluster, slurm_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = slurm_config("succeeded", steps=60, checkpoint={"every_steps": 20})
+    run_dir = config.parent / "runs" / "succeeded"
+    # What sbatch takes from the environment goes before what stands in the script.
+    monkeypatch.setattr(cluster, "environment", {**cluster.environment, "SBATCH_NO_REQUEUE": "1"})
+    _shardline(cluster, "slurm", "submit", config, "--nodes", 2, "--ntasks-per-node", 1)
+    wait_until(lambda: len(read_metrics(run_dir)) >= 5, timeout_s=200, what="step 5")
+    first = (run_dir / "slurm" / "jobs").read_text().strip()
+    cluster.run("scancel", "--batch", "--signal=USR1", first)
+    assert (cluster.wait(first)["ExitCode"], cluster.facts(first)["Restarts"]) == ("75:0", "0")
+    assert "this cluster forbids to requeue it; submitting another in its place" in (
+        run_dir / "slurm" / f"job-{first}.out"
+    ).read_text()
+    _, second = (run_dir / "slurm" / "jobs").read_text().split()
+    assert cluster.wait(second)["ExitCode"] == "0:0"
+    assert [line["step"] for line in read_metrics(run_dir)] == list(range(1, 61))
+
+
+@pytest.mark.slow
 def test_a_sweep_is_an_array_of_runs(cluster: Cluster, slurm_config: MakeConfig) -> None:
     config = slurm_config("sweep")
     runs = config.parent / "runs"

@@ -19,7 +19,7 @@ from tests.support import ROOT, command_environment
 from trainer.doctor.examination import check_before_training
 from trainer.doctor.facts import Link, Links, RankFacts
 from trainer.doctor.links import bus_bandwidth, rounds_of_pairs
-from trainer.doctor.verdicts import Check, Verdict, bad_hosts, examine
+from trainer.doctor.verdicts import Check, Verdict, bad_hosts, examine, hosts_to_leave_out
 
 FOLDER = Path("runs/one")
 
@@ -112,6 +112,30 @@ def test_what_is_wrong_is_named(
     assert (check.verdict, check.hosts) == (verdict, hosts)
     assert says in check.value
     assert (check.remedy != "") == (verdict != "pass")
+
+
+@pytest.mark.parametrize(
+    ("num_hosts", "changes", "left_out"),
+    [
+        # Its own fault, of however many.
+        (1, {"r0": {"gpu_troubles": ["GPU 1: ecc is 3"]}}, ["gpu0"]),
+        (2, {"r3": {"copy_bytes_per_s": 1e12}}, ["gpu1"]),
+        # One of two differs: which is right?
+        (2, {"r3": {"versions": {"torch": "2.12.0"}}}, []),
+        (3, {"r3": {"versions": {"torch": "2.12.0"}}}, ["gpu1"]),
+        # Rank 0 itself is the odd one out.
+        (3, {f"r{rank}": {"versions": {"torch": "2.12.0"}} for rank in range(2, 6)}, []),
+        (3, {"r5": {"sees_run_folder": False}}, ["gpu2"]),
+        (3, {"r5": {"num_cores": 3}}, []),
+    ],
+)
+def test_a_job_leaves_out_only_nodes_that_are_to_blame(
+    num_hosts: int, changes: dict[str, dict[str, Any]], left_out: list[str]
+) -> None:
+    ranks = [rank_facts(rank, **changes.get(f"r{rank}", {})) for rank in range(2 * num_hosts)]
+    checks = examine(ranks, Links(), FOLDER)
+    assert any(check.verdict is Verdict.FAIL for check in checks)
+    assert list(hosts_to_leave_out(checks, num_hosts)) == left_out
 
 
 def test_a_slow_link_is_named_by_its_ends() -> None:

@@ -125,6 +125,24 @@ def test_elsewhere_the_heartbeat_tells(tmp_path: Path) -> None:
     successor.release()
 
 
+def test_a_job_that_slurm_started_again_takes_over_from_its_dead_node_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    lease = Lease.acquire(tmp_path)
+    lease.release()
+    Lease.acquire(tmp_path)
+    rewrite(tmp_path, process_space="elsewhere", host="node7", pid=1, token="theirs", heartbeat=time.time() - 5)
+    with pytest.raises(UserError, match="process 1 on node7"):
+        Lease.acquire(tmp_path)
+    monkeypatch.setenv("SLURM_JOB_ID", "13")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with pytest.raises(UserError, match="process 1 on node7"):
+        Lease.acquire(tmp_path)
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    Lease.acquire(tmp_path).release()
+
+
 def test_a_lost_lease_is_neither_renewed_nor_released(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease_module, "HEARTBEAT_EVERY_S", 0.02)
     lease = Lease.acquire(tmp_path)

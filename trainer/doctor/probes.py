@@ -53,13 +53,14 @@ def measure_rank(ranks: Ranks, folder: Path, *, quick: bool) -> RankFacts:
     locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     return RankFacts(
         rank=ranks.rank,
-        host=socket.gethostname(),
+        # The name by which Slurm knows it, which --exclude takes.
+        host=os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
         local_rank=ranks.local_rank,
         local_world_size=ranks.local_world_size,
         versions=_versions(),
         device=torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu",
         num_gpus=torch.cuda.device_count(),
-        gpu_troubles=_gpu_troubles() if writes and ranks.device.type == "cuda" else [],
+        gpu_troubles=_gpu_troubles() if writes and _has_gpus(ranks.device) else [],
         num_cores=len(os.sched_getaffinity(0)),
         matmul_flops=_matmul_flops(ranks.device, quick=quick),
         copy_bytes_per_s=_copy_speed(ranks.device, quick=quick),
@@ -124,6 +125,11 @@ def _versions() -> dict[str, str]:
         with contextlib.suppress(ImportError, AttributeError, RuntimeError):
             found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
     return found
+
+
+def _has_gpus(device: torch.device) -> bool:
+    """Whether this machine should have some: where the driver is broken, torch sees none."""
+    return device.type == "cuda" or int(os.environ.get("SLURM_GPUS_ON_NODE") or 0) > 0
 
 
 def _gpu_troubles() -> list[str]:

@@ -17,6 +17,8 @@ _MIN_FREE_BYTES, _WANTED_FREE_BYTES = 2**30, 20 * 2**30
 _WANTED_WRITE_BYTES_PER_S = 50e6
 _MIN_SHM_BYTES, _WANTED_SHM_BYTES = 64 * 2**20, 2**30
 _MIN_FILES, _WANTED_FILES = 1024, 4096
+_OWN_FAULTS = ("devices", "matrix products", "memory bandwidth")
+_DIFFERENCES = ("versions", "clocks", "run folder")
 
 
 class Verdict(StrEnum):
@@ -77,6 +79,24 @@ def bad_hosts(checks: Sequence[Check]) -> dict[str, str]:
         if check.verdict is Verdict.FAIL
         for host in check.hosts
     }
+
+
+def hosts_to_leave_out(checks: Sequence[Check], num_hosts: int) -> dict[str, str]:
+    """Machines without which a job should be started again, each with the reason.
+
+    A broken or slow device is its machine's own fault. What differs from machine to machine is that of the fewer; where
+    they are half or more, nobody can tell. Too few cores are what the job asked for, and no machine's fault.
+
+    Args:
+        checks: the verdicts.
+        num_hosts: machines that were examined.
+    """
+    blamed = [
+        check
+        for check in checks
+        if check.name in _OWN_FAULTS or (check.name in _DIFFERENCES and 2 * len(check.hosts) < num_hosts)
+    ]
+    return bad_hosts(blamed)
 
 
 def _versions(ranks: Sequence[RankFacts]) -> Check:

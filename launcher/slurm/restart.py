@@ -1,0 +1,27 @@
+"""After a failed step of a Slurm job: ``python -m launcher.slurm.restart NUM_RESTARTS CONFIG [key=value ...]``.
+
+``slurm/job.sh`` runs it on the first node where ``faults.max_restarts`` is set. It waits out the back-off and ends with 0
+where the step is to be started again, else with the exit status of the job.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from launcher.restarts import Restarts
+from sharding.errors import EXIT_FAILED, ends_with_a_sentence
+from trainer.config import load_config
+from trainer.run_folder import RunFolder
+
+
+@ends_with_a_sentence
+def main(arguments: Sequence[str]) -> int:
+    """Decide and wait; returns the exit status."""
+    num_restarts, config_path, *overrides = arguments
+    config = load_config(config_path, overrides)
+    run_folder = RunFolder.of(config)
+    status = Restarts(config.faults, run_folder, int(num_restarts)).after(run_folder.newest_attempt(), EXIT_FAILED)
+    return 0 if status is None else status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
