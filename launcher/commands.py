@@ -25,6 +25,12 @@ tracking_app = typer.Typer(help="Upload what was tracked offline, or build the w
 app.add_typer(tracking_app, name="tracking")
 app.add_typer(slurm_app, name="slurm")
 
+_BENCHMARKS = {
+    "data": "the loader alone",
+    "overhead": "a step beside its peers'",
+    "checkpoint": "saving and loading",
+    "startup": "from the command to the first step",
+}
 _EXAMPLES = ("configs", "slurm")
 _EXAMPLE_SUFFIXES = (".yaml", ".sbatch", ".sh", ".md")
 
@@ -173,15 +179,15 @@ def bench(
     name: Annotated[
         str,
         typer.Argument(
-            help="data: the loader alone; overhead: a step beside its peers'; checkpoint: saving and loading.",
+            help="; ".join(f"{name}: {what}" for name, what in _BENCHMARKS.items()) + ".",
             metavar="NAME",
         ),
     ],
     arguments: Annotated[list[str] | None, typer.Argument(help="Options of that benchmark, after --.")] = None,
 ) -> None:
     """Run a benchmark."""
-    if name not in ("data", "overhead", "checkpoint"):
-        raise UserError(f"there is no benchmark {name}; there are: data, overhead, checkpoint.")
+    if name not in _BENCHMARKS:
+        raise UserError(f"there is no benchmark {name}; there are: {', '.join(_BENCHMARKS)}.")
     _become(f"benchmarks.{name}", *(arguments or []))
 
 

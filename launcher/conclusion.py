@@ -111,9 +111,7 @@ def record_crash(run_folder: RunFolder, exits: RankExits) -> None:
         return
     if outcome is None or (outcome["status"] == "failed" and outcome["rank"] != first.rank):
         outcome = _overwrite_outcome(run_folder, outcome, first, f"the process {_manner(first.exit_code)}")
-        _write_report(
-            Sources(run_folder.path, run_folder.newest_attempt(), outcome, ends=exits.ends, first=first.rank)
-        )
+        _write_report(Sources(run_folder.path, run_folder.newest_attempt(), outcome, ends=exits.ends, first=first.rank))
 
 
 def first_failure(log_text: str) -> RankFailure | None:

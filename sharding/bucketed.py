@@ -161,7 +161,7 @@ class BucketedEngine(TorchEngine):
         whole += [(name, buffer) for name, buffer in self._model.named_buffers() if name in persistent]
         return slices + [self._slice(f"model/{name}", tensor, index) for index, (name, tensor) in enumerate(whole)]
 
-    def _optimizer_slices(self) -> list[TensorSlice]:
+    def _optimizer_slices(self, model_slices: Mapping[str, TensorSlice]) -> list[TensorSlice]:
         slices = []
         for entry in self._trainable:
             for key, value in sorted(self._optimizer.state.get(entry.local, {}).items()):

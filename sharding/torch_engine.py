@@ -1,6 +1,6 @@
 """What all strategies on torch share: the accumulation loop, agreed skipping, and canonical state."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -140,7 +140,7 @@ class TorchEngine:
         """See Engine."""
         slices = self._model_slices()
         if with_optimizer:
-            slices += self._optimizer_slices()
+            slices += self._optimizer_slices({part.name: part for part in slices})
             if self._loss_scaler is not None:
                 slices += self._loss_scaler.slices(is_written_here=self._mesh.dp_rank == 0)
         return slices
@@ -234,11 +234,11 @@ class TorchEngine:
             )
         return parameters
 
-    def _optimizer_slices(self) -> list[TensorSlice]:
+    def _optimizer_slices(self, model_slices: Mapping[str, TensorSlice]) -> list[TensorSlice]:
         slices = []
         holds_whole = getattr(self._optimizer, "holds_whole", None)
-        for index, entry in enumerate(self._trainable):
-            whole = self._slice(f"model/{entry.name}", entry.parameter, index)
+        for entry in self._trainable:
+            whole = model_slices[f"model/{entry.name}"]
             for key, value in sorted(self._optimizer.state.get(entry.local, {}).items()):
                 name = f"optimizer/{entry.name}/{key}"
                 if value is None:

@@ -119,7 +119,8 @@ class Trainer:
             gc.enable()
 
     def close(self) -> None:
-        """Close files."""
+        """Close files, and see old checkpoints deleted."""
+        self._parts.checkpointer.close()
         if self._metrics_file is not None:
             self._metrics_file.close()
 

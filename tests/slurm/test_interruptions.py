@@ -194,17 +194,15 @@ def test_ranks_start_again_within_a_job_whose_rank_was_killed(
 
 
 @pytest.mark.slow
-def test_a_node_whose_own_check_fails_is_left_out(
-    cluster: Cluster, slurm_config: MakeConfig, tmp_path: Path
-) -> None:
+def test_a_node_whose_own_check_fails_is_left_out(cluster: Cluster, slurm_config: MakeConfig, tmp_path: Path) -> None:
     # Slurm gives a job of one node the first that is free, whose driver is broken. Scripts lie where names have spaces.
     driver = tmp_path / "driver"
     driver.mkdir()
-    (driver / "nvidia-smi").write_text("#!/bin/sh\necho Unable to determine the device handle: unknown error; exit 15\n")
-    python = tmp_path / "python"
-    python.write_text(
-        f'#!/bin/bash\n[[ $SLURMD_NODENAME != n1 ]] || PATH={driver}:$PATH\nexec {sys.executable} "$@"\n'
+    (driver / "nvidia-smi").write_text(
+        "#!/bin/sh\necho Unable to determine the device handle: unknown error; exit 15\n"
     )
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/bash\n[[ $SLURMD_NODENAME != n1 ]] || PATH={driver}:$PATH\nexec {sys.executable} "$@"\n')
     for program in (driver / "nvidia-smi", python):
         program.chmod(0o755)
     scripts = tmp_path / "my own scripts"

@@ -87,9 +87,10 @@ def test_where_requeue_is_forbidden_a_successor_is_submitted(
     first = (run_dir / "slurm" / "jobs").read_text().strip()
     cluster.run("scancel", "--batch", "--signal=USR1", first)
     assert (cluster.wait(first)["ExitCode"], cluster.facts(first)["Restarts"]) == ("75:0", "0")
-    assert "this cluster forbids to requeue it; submitting another in its place" in (
-        run_dir / "slurm" / f"job-{first}.out"
-    ).read_text()
+    assert (
+        "this cluster forbids to requeue it; submitting another in its place"
+        in (run_dir / "slurm" / f"job-{first}.out").read_text()
+    )
     _, second = (run_dir / "slurm" / "jobs").read_text().split()
     assert cluster.wait(second)["ExitCode"] == "0:0"
     assert [line["step"] for line in read_metrics(run_dir)] == list(range(1, 61))

@@ -10,7 +10,7 @@ from sharding.state import TensorSlice
 from trainer.checkpoint.background import BackgroundWrite
 from trainer.checkpoint.manifest import TrainingState
 from trainer.checkpoint.rank_file import RankReport, write_rank_file
-from trainer.checkpoint.retention import prune_checkpoints, remove_checkpoints_after
+from trainer.checkpoint.retention import BackgroundPruning, remove_checkpoints_after
 from trainer.checkpoint.snapshot import Snapshot
 from trainer.checkpoint.source import Source, open_source
 from trainer.checkpoint.storage import CheckpointPath
@@ -72,6 +72,7 @@ class Checkpointer:
             strategy=config.parallel.strategy,
         )
         self._snapshot = Snapshot()
+        self._pruning = BackgroundPruning(warn)
         self._pending: _PendingSave | None = None
         self._saved_step: int | None = None
         self.last_write_s: float | None = None
@@ -109,6 +110,7 @@ class Checkpointer:
             UserError: the checkpoint that was being written could not be.
         """
         self.finish()
+        self._pruning.wait()
         source = self._open(last_step)
         if source is None:
             return None
@@ -177,6 +179,7 @@ class Checkpointer:
         prepare_checkpoint(folder, slices, training.step, self._ranks)
         report = write_rank_file(folder, slices, self._ranks.rank, lambda: self._before_write(training.step))
         self._commit(folder, report, training)
+        self._pruning.wait()
 
     def finish(self) -> None:
         """Wait for the save that is being written, if there is one, and make it valid; every rank must call it.
@@ -188,20 +191,20 @@ class Checkpointer:
         if pending is not None:
             self._commit(pending.folder, pending.write.wait(), pending.training)
 
+    def close(self) -> None:
+        """Wait until what is not to be kept is deleted."""
+        self._pruning.wait()
+
     def _state(self, engine: Engine) -> list[TensorSlice]:
         average = self._weight_average
         return engine.state(with_optimizer=True) + ([] if average is None else average.state())
 
     def _commit(self, folder: CheckpointPath, report: RankReport, training: TrainingState) -> None:
-        """Make a checkpoint valid, then delete what is not to be kept."""
+        """Make a checkpoint valid, and begin to delete what is not to be kept."""
         self.last_write_s = commit_checkpoint(
             folder, report, training, self._identity, self._ranks, self._before_commit
         )
         self._saved_step = training.step
         if self._ranks.rank == 0:
-            try:
-                prune_checkpoints(self._run_folder.checkpoints_dir, self._config.checkpoint)
-            except UserError as error:
-                # The checkpoint is there; the next save deletes what this one could not.
-                self._warn(f"older checkpoints were not deleted: {error}")
+            self._pruning.start(self._run_folder.checkpoints_dir, self._config.checkpoint)
             self._tell(f"saved {folder}")

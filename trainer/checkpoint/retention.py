@@ -1,9 +1,50 @@
 """Which checkpoints a run keeps."""
 
+import threading
+from collections.abc import Callable
+
 from sharding.errors import UserError
 from trainer.checkpoint.config import CheckpointConfig
 from trainer.checkpoint.manifest import read_manifest
 from trainer.checkpoint.storage import CheckpointPath, list_checkpoints, remove_checkpoint
+
+
+class BackgroundPruning:
+    """``prune_checkpoints`` in a thread, one at a time: deleting large files takes a file system its time."""
+
+    def __init__(self, warn: Callable[[str], None]) -> None:
+        """Nothing runs yet.
+
+        Args:
+            warn: told, in ``wait``, what could not be deleted; the checkpoint is there all the same, and the next save
+                deletes what this one could not.
+        """
+        self._warn = warn
+        self._thread: threading.Thread | None = None
+        self._error: UserError | None = None
+
+    def start(self, checkpoints_dir: CheckpointPath, settings: CheckpointConfig) -> None:
+        """Begin, once the one before is over."""
+        self.wait()
+        self._thread = threading.Thread(
+            target=self._run, args=(checkpoints_dir, settings), name="checkpoint-pruning", daemon=True
+        )
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until it is over."""
+        if self._thread is not None:
+            self._thread.join()
+        self._thread = None
+        if self._error is not None:
+            self._warn(f"older checkpoints were not deleted: {self._error}")
+        self._error = None
+
+    def _run(self, checkpoints_dir: CheckpointPath, settings: CheckpointConfig) -> None:
+        try:
+            prune_checkpoints(checkpoints_dir, settings)
+        except UserError as error:
+            self._error = error
 
 
 def prune_checkpoints(checkpoints_dir: CheckpointPath, settings: CheckpointConfig) -> None:

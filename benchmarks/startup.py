@@ -1,0 +1,161 @@
+"""``shardline bench startup``: from the command to the end of the first step, beside torchrun with a bare script.
+
+``python -m benchmarks.startup [--rounds 9] [--nproc N] [--output FOLDER] [key=value ...]``
+
+The quickstart's model takes one step, on a corpus that is prepared: started by ``shardline run``, and by ``torchrun``
+with ``benchmarks/contestants/bare_script.py``, which trains the same model on random tokens. See docs/benchmarks.md.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+
+from benchmarks.facts import collect_facts
+from benchmarks.overhead_table import facts
+from benchmarks.protocol import order_of_round
+from sharding.errors import RunFailure, UserError, ends_with_a_sentence
+from trainer.config import RunConfig, load_config
+from trainer.data.prepare import prepare_corpus
+from trainer.models import Vocabulary, build_model_config
+from trainer.validation import World, validate
+
+SHARDLINE, BARE = "shardline run", "torchrun with a bare script"
+MAX_DIFFERENCE_S = 2.0
+"""Target: what `shardline run` may take longer."""
+
+_PACKAGES = ("torch", "transformers", "accelerate", "deepspeed")
+_ROOT = Path(__file__).resolve().parent.parent
+_FIRST_STEP = "step 1 "
+_TIMEOUT_S = 300.0
+
+
+@ends_with_a_sentence
+def main(arguments: Sequence[str]) -> int:
+    """Measure, write raw times and a table, and print the table; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="shardline bench startup")
+    parser.add_argument("--rounds", type=int, default=9, help="starts of each; one more of each is discarded")
+    parser.add_argument("--nproc", type=int, default=0, help="ranks; 0 means one per GPU, or 2 where there is none")
+    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="folder for the results")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the run")
+    options = parser.parse_intermixed_args(arguments)
+    if options.rounds < 2:
+        raise UserError(f"--rounds {options.rounds}: at least 2 starts are needed for quartiles; raise it.")
+    num_ranks = options.nproc or torch.cuda.device_count() or 2
+    options.output.mkdir(parents=True, exist_ok=True)
+    device = "gpu" if torch.cuda.is_available() else "cpu"
+    raw = options.output / f"startup_{num_ranks}x{device}_{time.strftime('%Y%m%d_%H%M%S')}.jsonl"
+    with tempfile.TemporaryDirectory(prefix=".startup-", dir=options.output) as folder:
+        rows = _measure(Path(folder), options, num_ranks, raw)
+    table = markdown(rows, raw.name)
+    raw.with_suffix(".md").write_text(table)
+    print(f"\n{table}\nwritten to {raw} and .md")
+    return 0
+
+
+def _measure(folder: Path, options: argparse.Namespace, num_ranks: int, raw: Path) -> list[dict[str, Any]]:
+    fixed = [
+        f"output_dir={folder}",
+        "steps=1",
+        "schedule.total_steps=1000",
+        f"parallel.strategy={'ddp' if num_ranks > 1 else 'none'}",
+        "metrics.every_steps=1",
+        "evaluation.every_steps=0",
+        "checkpoint.every_steps=0",
+        "tracking.wandb.mode=disabled",
+    ]
+    path = _ROOT / "configs" / "quickstart.yaml"
+    overrides = [*fixed, *options.overrides]
+    config = load_config(path, overrides)
+    validate(config, World(num_ranks, has_gpu=torch.cuda.is_available()))
+    commands = {
+        SHARDLINE: [sys.executable, "-m", "launcher", "run", str(path), f"--nproc-per-node={num_ranks}", *overrides],
+        BARE: _bare_command(config, num_ranks),
+    }
+    header = collect_facts(_PACKAGES) | {"command": ["shardline", "bench", "startup", *sys.argv[1:]]}
+    rows: list[dict[str, Any]] = [{"kind": "header", "num_ranks": num_ranks, **header, "commands": commands}]
+    for round_index in range(options.rounds + 1):
+        times_s = {}
+        for name in order_of_round(list(commands), round_index, seed=0):
+            extra = [f"name=start-{round_index}"] if name == SHARDLINE else []
+            times_s[name] = _time_to_first_step([*commands[name], *extra])
+        # The first one finds files that are not in the page cache.
+        rows.append({"kind": "round" if round_index else "warmup", "wall_s": times_s})
+        print(
+            f"{round_index} of {options.rounds}: " + ", ".join(f"{n} {t:.2f} s" for n, t in times_s.items()), flush=True
+        )
+    raw.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def _bare_command(config: RunConfig, num_ranks: int) -> list[str]:
+    corpus = prepare_corpus(config.data)
+    vocabulary = Vocabulary(corpus.vocab_size, corpus.eos_token_id)
+    fields = build_model_config(config.model, vocabulary, config.data.sequence_length).to_diff_dict()
+    script = str(_ROOT / "benchmarks" / "contestants" / "bare_script.py")
+    sizes = [str(config.batch.micro_size), str(config.data.sequence_length)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
+    return [*launcher, script, json.dumps(fields), *sizes]
+
+
+def _time_to_first_step(command: Sequence[str]) -> float:
+    """Seconds from a command's start to its line about the first step; then it is seen to its end.
+
+    Raises:
+        RunFailure: it ended without that line.
+    """
+    environment = os.environ | {"PYTHONPATH": str(_ROOT), "OMP_NUM_THREADS": "1"}
+    began_at = time.perf_counter()
+    first_s = None
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as process,
+    ):
+        assert process.stdout is not None
+        for line in process.stdout:
+            if first_s is None and line.startswith(_FIRST_STEP):
+                first_s = time.perf_counter() - began_at
+        status = process.wait(_TIMEOUT_S)
+        errors.seek(0)
+        said = errors.read().strip().splitlines()
+    if first_s is None or status:
+        reason = said[-1] if said else "no message"
+        raise RunFailure(f"{command[3]} ended with {status} and no step: {reason}")
+    return first_s
+
+
+def markdown(rows: Sequence[Mapping[str, Any]], file: str) -> str:
+    """The result as Markdown.
+
+    Args:
+        rows: what the raw file holds.
+        file: name of the raw file.
+    """
+    header = rows[0]
+    rounds = [row["wall_s"] for row in rows if row["kind"] == "round"]
+    lines = [*facts(header, "From the command to the first step"), ""]
+    lines += [f"{header['num_ranks']} ranks, {len(rounds)} starts each, taking turns.", ""]
+    lines += ["| | median, s | quartiles, s |", "| --- | --- | --- |"]
+    for name in (BARE, SHARDLINE):
+        times_s = [one[name] for one in rounds]
+        low, _, high = quantiles(times_s, n=4, method="inclusive")
+        lines.append(f"| {name} | {median(times_s):.2f} | {low:.2f} to {high:.2f} |")
+    difference_s = median(one[SHARDLINE] - one[BARE] for one in rounds)
+    lines += [
+        "",
+        f"`{SHARDLINE}` takes {difference_s:+.2f} s (median of the pairs; target: at most +{MAX_DIFFERENCE_S:g}).",
+    ]
+    return "\n".join([*lines, "", f"Raw times: `{file}`."]) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
