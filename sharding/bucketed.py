@@ -5,7 +5,7 @@ that leave from backward's hooks as in Li et al., "PyTorch Distributed: Experien
 Training" (2020).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 

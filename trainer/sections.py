@@ -140,8 +140,9 @@ class FaultsConfig(StrictModel):
     fp16 the steps that it takes to halve the loss scale down to 1 come on top."""
 
     max_restarts: int = Field(default=0, ge=0)
-    """Times that `shardline run`, or a job of `slurm/`, starts the ranks again after a failure, from the last checkpoint;
-    the same failure three times in a row at the same step ends it before that. 0 leaves it to whoever started the run."""
+    """Times that `shardline run`, or a job of `slurm/`, starts the ranks again after a failure, from the last
+    checkpoint; the same failure three times in a row at the same step ends it before that. 0 leaves it to whoever
+    started the run."""
 
     restart_backoff_s: float = Field(default=1.0, ge=0.0)
     """Seconds before the first restart; each further one waits twice as long, up to 300."""

@@ -1,7 +1,7 @@
 """After a failed step of a Slurm job: ``python -m launcher.slurm.restart NUM_RESTARTS CONFIG [key=value ...]``.
 
-``slurm/job.sh`` runs it on the first node where ``faults.max_restarts`` is set. It waits out the back-off and ends with 0
-where the step is to be started again, else with the exit status of the job.
+``slurm/job.sh`` runs it on the first node where ``faults.max_restarts`` is set. It waits out the back-off and ends with
+0 where the step is to be started again, else with the exit status of the job.
 """
 
 import sys
