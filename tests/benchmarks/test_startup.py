@@ -1,0 +1,58 @@
+"""From the command to the first step."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.startup import BARE, SHARDLINE, main, markdown, time_to_first_step
+from sharding.errors import RunFailure
+from tests.support import ROOT
+from trainer.provenance import code_revision, hardware_facts
+
+PROGRAM = (
+    "import time; print('step 0', flush=True); time.sleep(0.3); "
+    "print('step 1/1  loss 4', flush=True); time.sleep(0.5)"
+)
+    "import time; print('step 0', flush=True); time.sleep(0.3); print('step 1/1  loss 4', flush=True); time.sleep(0.5)"
+)
+
+
+def test_the_clock_stops_at_the_first_steps_line_and_not_at_the_end() -> None:
+    seconds = time_to_first_step([sys.executable, "-c", PROGRAM])
+    assert seconds > 0.3
+    assert time_to_first_step([sys.executable, "-c", PROGRAM + "; time.sleep(1)"]) < seconds + 1
+
+
+def test_a_command_that_takes_no_step_fails_with_its_last_words() -> None:
+    with pytest.raises(RunFailure, match="ended with 3 and no step: no corpus"):
+        time_to_first_step([sys.executable, "-c", "import sys; print('no corpus', file=sys.stderr); sys.exit(3)", "x"])
+
+
+def test_the_table_has_medians_and_the_median_of_the_differences() -> None:
+    header = {
+        "kind": "header",
+        "num_ranks": 2,
+        "time": "now",
+        "load_average": [0.0, 0.0, 0.0],
+        "code": code_revision(),
+        "hardware": hardware_facts(),
+        "python": "3.11",
+        "packages": {"torch": "2.13"},
+        "command": ["shardline", "bench", "startup"],
+    }
+    warmup = {"kind": "warmup", "wall_s": {SHARDLINE: 90.0, BARE: 1.0}}
+    times_s = ((7.0, 5.0), (9.0, 6.0), (7.5, 7.0))
+    rounds = [{"kind": "round", "wall_s": {SHARDLINE: ours, BARE: bare}} for ours, bare in times_s]
+    table = markdown([header, warmup, *rounds], "startup.jsonl")
+    assert f"| {BARE} | 6.00 | 5.50 to 6.50 |" in table
+    assert f"| {SHARDLINE} | 7.50 | 7.25 to 8.25 |" in table
+    assert "takes +2.00 s (median of the pairs; target: at most +2)" in table
+
+
+@pytest.mark.slow
+def test_both_are_started_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert main(["--rounds", "2", "--nproc", "2", "--output", str(tmp_path)]) == 0
+    (table,) = tmp_path.glob("startup_2xcpu_*.md")
+    assert "2 starts each, taking turns" in table.read_text()
