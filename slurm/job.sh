@@ -171,14 +171,17 @@ start_again_without_bad_nodes() {
 
 # start_again [NODES]: requeues this job, or submits its successor; without these nodes.
 start_again() {
-    local excluded=${1:-}
+    local excluded=${1:-} state
     excluded=${excluded#,}
-    if [[ $(scontrol show job --oneliner "$job" | sed -n 's/.* JobState=\([A-Z]*\).*/\1/p') != RUNNING ]]; then
+    state=$(scontrol show job --oneliner "$job" | sed -n 's/.* JobState=\([A-Z]*\).*/\1/p')
+    # Slurm ends a job whose time is up for good, also where it was late with its warning.
+    if [[ $state != RUNNING && $state != TIMEOUT ]]; then
         echo "job $job: Slurm is ending this job, so that starting it again is left to Slurm"
         return
     fi
     trap '' TERM USR1 USR2
     # Slurm takes a list of nodes to leave out from a job that waits, and it must not begin before.
+    if [[ $state == TIMEOUT ]]; then excluded=; fi
     if [[ -n $excluded ]] && scontrol requeuehold "$job"; then
         scontrol update JobId="$job" ExcNodeList="$excluded"
         scontrol release "$job"

@@ -14,6 +14,8 @@ from typing import Any
 
 import yaml
 
+_PRELOADED = ["trainer.build", "transformers.models.llama.modeling_llama", "deepspeed", "accelerate"]
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # Sizes that no number of ranks divides.
@@ -199,12 +201,27 @@ def free_port() -> int:
 
 
 def run_on_ranks(function: Callable[..., None], num_ranks: int, *arguments: Any, timeout_s: float = 120) -> None:
-    """Call a module-level function on several ranks: ``function(ranks, *arguments)`` within a process group."""
-    context = multiprocessing.get_context("spawn")
+    """Call a module-level function on several ranks: ``function(ranks, *arguments)`` within a process group.
+
+    They are forked from a process that has imported what they need, and has done nothing else: importing it all takes
+    longer than most of these tests.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
     errors = context.SimpleQueue()
-    port = free_port()
+    # That process has the environment of the time when it was started.
+    environment = dict(os.environ) | {
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
     processes = [
-        context.Process(target=_rank_main, args=(function, rank, num_ranks, port, errors, arguments), daemon=True)
+        context.Process(
+            target=_rank_main,
+            args=(function, environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, errors, arguments),
+            daemon=True,
+        )
         for rank in range(num_ranks)
     ]
     for process in processes:
@@ -221,7 +238,7 @@ def run_on_ranks(function: Callable[..., None], num_ranks: int, *arguments: Any,
 
 
 def _rank_main(
-    function: Callable[..., None], rank: int, num_ranks: int, port: int, errors: Any, arguments: Sequence[Any]
+    function: Callable[..., None], environment: dict[str, str], errors: Any, arguments: Sequence[Any]
 ) -> None:
     import traceback
 
@@ -229,20 +246,14 @@ def _rank_main(
 
     from sharding.process_group import process_group
 
-    os.environ |= {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(num_ranks),
-        "LOCAL_RANK": str(rank),
-        "LOCAL_WORLD_SIZE": str(num_ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+    os.environ.clear()
+    os.environ.update(environment)
     torch.set_num_threads(1)
     try:
         with process_group(60.0) as ranks:
             function(ranks, *arguments)
     except BaseException:
-        errors.put(f"rank {rank}:\n{traceback.format_exc()}")
+        errors.put(f"rank {environment['RANK']}:\n{traceback.format_exc()}")
         os._exit(1)
     # As real ranks do: see trainer.rank.end_process.
     os._exit(0)

@@ -139,19 +139,21 @@ def test_the_warning_before_the_time_limit_reaches_script_or_tasks(
     cluster: Cluster, submit: Submit, undisturbed: Job
 ) -> None:
     jobs = [
-        submit("limit-script", TORCHRUN, "--time=20 --signal=B:USR2@55", **_SLOWLY),
-        submit("limit-tasks", TORCHRUN, "--time=20 --signal=USR1@55", **_SLOWLY),
+        submit("limit-script", TORCHRUN, "--time=20 --signal=B:USR2@70", **_SLOWLY),
+        submit("limit-tasks", TORCHRUN, "--time=20 --signal=USR1@70", **_SLOWLY),
+        # Slurm looks at time limits each half minute: too late for this warning, and the run is ended while it saves.
+        submit("limit-passed", TORCHRUN, "--time=20 --signal=USR1@1", **_SLOWLY),
     ]
-    for job in jobs:
+    for job, minutes in zip(jobs, (2, 2, 1), strict=True):
         _wait_for_step(job, 12)
-        # One minute, of which the last 55 s are left for saving.
-        cluster.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=1")
+        cluster.run("scontrol", "update", f"JobId={job.number}", f"TimeLimit={minutes}")
     for job in jobs:
-        wait_until(lambda job=job: cluster.facts(job.number)["Restarts"] == "1", timeout_s=120, what="the requeue")
+        wait_until(lambda job=job: cluster.facts(job.number)["Restarts"] == "1", timeout_s=150, what="the requeue")
         cluster.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=20")
         _equal(cluster, job, undisturbed, attempts=2)
     assert "SIGUSR2 to the batch script; the run saves and stops" in jobs[0].output.read_text()
     assert "stopped by signal SIGUSR1 to n" in jobs[1].output.read_text()
+    assert "DUE TO TIME LIMIT" in jobs[2].output.read_text()
 
 
 @pytest.mark.slow
