@@ -173,15 +173,14 @@ start_again_without_bad_nodes() {
 start_again() {
     local excluded=${1:-} state
     excluded=${excluded#,}
-    state=$(scontrol show job --oneliner "$job" | sed -n 's/.* JobState=\([A-Z]*\).*/\1/p')
+    state=$(scontrol show job --oneliner "$job" | sed -n 's/.* JobState=\([A-Z]*\) Reason=\([^ ]*\).*/\1 \2/p')
     # Slurm ends a job whose time is up for good, also where it was late with its warning.
-    if [[ $state != RUNNING && $state != TIMEOUT ]]; then
+    if [[ $state != "RUNNING "* && $state != *" TimeLimit" ]]; then
         echo "job $job: Slurm is ending this job, so that starting it again is left to Slurm"
         return
     fi
     trap '' TERM USR1 USR2
     # Slurm takes a list of nodes to leave out from a job that waits, and it must not begin before.
-    if [[ $state == TIMEOUT ]]; then excluded=; fi
     if [[ -n $excluded ]] && scontrol requeuehold "$job"; then
         scontrol update JobId="$job" ExcNodeList="$excluded"
         scontrol release "$job"

@@ -1,7 +1,6 @@
 """What several tests need: a tiny run, and ways to start and read it."""
 
 import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -13,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-
-_PRELOADED = ["trainer.build", "transformers.models.llama.modeling_llama", "deepspeed", "accelerate"]
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -201,15 +198,12 @@ def free_port() -> int:
 
 
 def run_on_ranks(function: Callable[..., None], num_ranks: int, *arguments: Any, timeout_s: float = 120) -> None:
-    """Call a module-level function on several ranks: ``function(ranks, *arguments)`` within a process group.
+    """Call a module-level function on several ranks: ``function(ranks, *arguments)`` within a process group."""
+    from sharding.forked_ranks import rank_context
 
-    They are forked from a process that has imported what they need, and has done nothing else: importing it all takes
-    longer than most of these tests.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
+    context = rank_context()
     errors = context.SimpleQueue()
-    # That process has the environment of the time when it was started.
+    # Their own may be older.
     environment = dict(os.environ) | {
         "WORLD_SIZE": str(num_ranks),
         "LOCAL_WORLD_SIZE": str(num_ranks),

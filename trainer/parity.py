@@ -6,7 +6,6 @@ differences and exits with 1 where one is out of tolerance.
 """
 
 import json
-import multiprocessing
 import socket
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from sharding.config import Backend, ShardingEngine, Strategy
 from sharding.errors import EXIT_FAILED, EXIT_FINISHED, ends_with_a_sentence
+from sharding.forked_ranks import rank_context
 from trainer.config import RunConfig, load_config
 from trainer.data.loader import BatchLoader
 from trainer.data.prepare import prepare_corpus
@@ -184,7 +184,7 @@ def _write_ragged_batch(config: RunConfig, corpus: Prepared, folder: Path) -> No
 def _run_group(
     config: RunConfig, vocabulary: Vocabulary, cases: Sequence[ParityCase], num_ranks: int, folder: Path
 ) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = rank_context()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
