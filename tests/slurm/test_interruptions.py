@@ -154,7 +154,7 @@ def test_the_warning_before_the_time_limit_reaches_script_or_tasks(
     for job in jobs:
         _equal(cluster, job, undisturbed, attempts=2)
     assert "SIGUSR2 to the batch script; the run saves and stops" in jobs[0].output.read_text()
-    assert "stopped by signal SIGUSR1 to n" in jobs[1].output.read_text()
+    assert "stopped by signal SIGUSR1 to" in jobs[1].output.read_text()
     assert "DUE TO TIME LIMIT" in jobs[2].output.read_text()
 
 
