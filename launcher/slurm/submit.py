@@ -3,12 +3,13 @@
 import os
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.slurm.freeze import freeze, new_submission, submissions
-from launcher.slurm.queue import call, queued_jobs
+from launcher.slurm.queue import QueuedJob, call, queued_jobs
 from sharding.errors import UserError
 from trainer.config import RunConfig, load_config
 from trainer.run_folder import RunFolder
@@ -16,6 +17,7 @@ from trainer.validation import World, validate
 
 SCRIPTS = {"torchrun": "pretrain.sbatch", "deepspeed": "pretrain_deepspeed.sbatch", "srun": "pretrain_srun.sbatch"}
 TASK = "{task}"
+_COMPLETING_S, _LOOK_EVERY_S = 120.0, 2.0
 # What it prints with --parsable is the number, and on some sites a semicolon and the cluster's name.
 _SUBMIT = """\
 #!/bin/bash
@@ -142,7 +144,7 @@ def _check(config: RunConfig, request: Request, later: Sequence[str], is_array: 
 def _refuse_second_job(run_dir: Path, request: Request | None) -> None:
     if request is not None and request.options.get("dependency"):
         return
-    known = queued_jobs()
+    known = _queue_once_ended(run_dir)
     for job in reversed(jobs_of(run_dir)):
         active = [number for number, state in known.items() if _is_of(number, job) and state.is_active]
         if active:
@@ -150,6 +152,20 @@ def _refuse_second_job(run_dir: Path, request: Request | None) -> None:
                 f"{run_dir} has job {active[0]} already ({known[active[0]].state}); cancel it with shardline slurm "
                 f"cancel {run_dir}, or let another follow with --dependency afterany:{job}."
             )
+
+
+def _queue_once_ended(run_dir: Path) -> dict[str, QueuedJob]:
+    """All jobs, once a job of the run that was cancelled a moment ago, and may still save, has ended."""
+    own, deadline, said = jobs_of(run_dir), time.monotonic() + _COMPLETING_S, False
+    while True:
+        known = queued_jobs()
+        ending = [job for job, entry in known.items() if entry.state == "COMPLETING" and job.partition("_")[0] in own]
+        if not ending or time.monotonic() > deadline:
+            return known
+        if not said:
+            print(f"waiting for job {ending[0]} to end", flush=True)
+        said = True
+        time.sleep(_LOOK_EVERY_S)
 
 
 def _is_of(number: str, job: str) -> bool:
