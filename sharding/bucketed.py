@@ -17,14 +17,13 @@ from sharding.engine import ModelDefinition, OptimizedParameter, OptimizerFactor
 from sharding.flat_buckets import flatten_parameters
 from sharding.gradient_buckets import GradientBuckets
 from sharding.loss_scaler import LossScaler
+from sharding.memory_formula import BUCKET_ELEMENTS
 from sharding.mesh import DataParallelMesh
 from sharding.parameter_gathers import ParameterGathers
 from sharding.replicas import Replicas
 from sharding.state import TensorSlice, slice_of, slices_of_flat_range
 from sharding.torch_engine import TorchEngine, sum_over
 
-_MAX_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24}
-"""Size of a bucket by device: a network of GPUs needs larger pieces for its full rate."""
 _ROW = 256
 """Elements that are squared and added up in fp32; the sums of rows are added up in fp64."""
 
@@ -58,7 +57,7 @@ class BucketedEngine(TorchEngine):
             loss_scaler: for fp16; None elsewhere.
         """
         trainable = [(name, p) for name, p in definition.model.named_parameters() if p.requires_grad]
-        limit = _MAX_ELEMENTS[device.type]
+        limit = BUCKET_ELEMENTS[device.type]
         self._buckets = flatten_parameters(trainable, mesh.dp_rank, mesh.dp_degree, limit)
         self._gradients = GradientBuckets(self._buckets, mesh.shard_group, limit, keeps_whole=strategy == "zero1")
         self._gathers = ParameterGathers(definition.model, self._buckets, mesh.shard_group)

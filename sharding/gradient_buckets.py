@@ -9,9 +9,7 @@ import torch.distributed as dist
 
 from sharding.flat_buckets import BucketMember, FlatBucket
 from sharding.flat_collectives import SliceSum, exchanges_slices, start_sum
-
-_MAX_IN_FLIGHT = 4
-"""Sums that may be under way at a time; each holds one or two times a bucket's size."""
+from sharding.memory_formula import MAX_BUCKETS_IN_FLIGHT
 
 
 class GradientBuckets:
@@ -105,7 +103,7 @@ class GradientBuckets:
             if member.name in self._missing[index] and member.parameter.grad is None:
                 bucket.view(buffer, member).zero_()
         while self._in_flight and (
-            len(self._in_flight) >= _MAX_IN_FLIGHT or self._in_flight[0].sum.work.is_completed()
+            len(self._in_flight) >= MAX_BUCKETS_IN_FLIGHT or self._in_flight[0].sum.work.is_completed()
         ):
             self._finish_oldest()
         received = self._spare.take(bucket.flat) if self._exchanges else None

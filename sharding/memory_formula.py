@@ -1,0 +1,157 @@
+"""Bytes that a rank holds of a model's state when it holds most; pure arithmetic, imports no torch.
+
+Stages as in Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models" (2020), section
+5, for fp32 masters, gradients and optimizer state, to which the whole parameters that a stage gathers for computing and
+what is on its way between ranks are added. docs/benchmarks.md has the same as a table.
+"""
+
+from dataclasses import dataclass
+
+from sharding.config import Strategy
+
+_FP32_BYTES = 4
+
+BUCKET_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24}
+"""Size of the bucketed engine's buckets by device: a network of GPUs needs larger pieces for its full rate."""
+
+MAX_BUCKETS_IN_FLIGHT = 4
+"""Sums of buckets that may be under way at a time; each holds one or two times a bucket's size."""
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Numbers of trainable elements.
+
+    Attributes:
+        num_parameters: all, shared ones once.
+        num_matrix_parameters: those used in matrix products, of which autocast makes copies.
+        num_outside_blocks: those in no block: embeddings, last norm, head.
+        largest_block: those of the largest block.
+        largest_parameter: those of the largest single parameter.
+    """
+
+    num_parameters: int
+    num_matrix_parameters: int
+    num_outside_blocks: int
+    largest_block: int
+    largest_parameter: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a state lies on ranks.
+
+    Attributes:
+        strategy: data-parallel method.
+        num_shards: ranks that divide the state; all ranks, or those of one replica under hsdp.
+        is_bucketed: whether ``parallel.engine`` is ``bucketed``.
+        accumulation_steps: micro-batches of one rank in one step.
+        compute_bytes: bytes of an element in matrix products: 4 in fp32, 2 in 16 bits.
+        moment_bytes: bytes of optimizer state per parameter: 8 for AdamW.
+        bucket_elements: one of ``BUCKET_ELEMENTS``; read under ``is_bucketed`` alone.
+    """
+
+    strategy: Strategy
+    num_shards: int
+    is_bucketed: bool = False
+    accumulation_steps: int = 2
+    compute_bytes: int = 4
+    moment_bytes: float = 8.0
+    bucket_elements: int = BUCKET_ELEMENTS["cpu"]
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """Bytes of one rank at the moment of a step at which their sum is largest.
+
+    Attributes:
+        masters: this rank's fp32 parameters.
+        gathered: whole parameters as they are used in computing, where they are not the masters themselves.
+        gradients: fp32 gradients that are kept for the step.
+        moments: optimizer state.
+        in_flight: whole gradients of what backward has just come to, and what is sent of them.
+    """
+
+    masters: float
+    gathered: float
+    gradients: float
+    moments: float
+    in_flight: float
+
+    @property
+    def total(self) -> float:
+        """Sum of all."""
+        return self.masters + self.gathered + self.gradients + self.moments + self.in_flight
+
+
+def state_bytes(sizes: ModelSizes, layout: Layout) -> StateBytes:
+    """Bytes of a rank's state at their peak, without activations."""
+    if layout.strategy in ("none", "ddp"):
+        return _whole(sizes, layout)
+    if layout.is_bucketed:
+        return _bucketed(sizes, layout)
+    if layout.strategy in ("zero1", "zero2"):
+        return _gathered_once(sizes, layout)
+    return _gathered_by_block(sizes, layout)
+
+
+def _whole(sizes: ModelSizes, layout: Layout) -> StateBytes:
+    """Everything on every rank; autocast keeps 16-bit copies of matrices from forward to backward."""
+    fp32 = _FP32_BYTES * sizes.num_parameters
+    casts = layout.compute_bytes * sizes.num_matrix_parameters if layout.compute_bytes != _FP32_BYTES else 0
+    # A parameter's new gradient, before it is added to the old one.
+    in_flight = _FP32_BYTES * sizes.largest_parameter
+    return StateBytes(fp32, casts, fp32, layout.moment_bytes * sizes.num_parameters, in_flight)
+
+
+def _bucketed(sizes: ModelSizes, layout: Layout) -> StateBytes:
+    """Whole parameters in buckets, of which the own slices are the masters."""
+    whole, own = _FP32_BYTES * sizes.num_parameters, _FP32_BYTES * sizes.num_parameters / layout.num_shards
+    casts = layout.compute_bytes * sizes.num_matrix_parameters if layout.compute_bytes != _FP32_BYTES else 0
+    # What is sent and, where slices are exchanged, what is received; stage 1 sends from the gradients themselves.
+    copies = 1 if layout.strategy == "zero1" else 2
+    largest = max(layout.bucket_elements, sizes.largest_parameter)
+    sent = min(sizes.num_parameters, largest + (MAX_BUCKETS_IN_FLIGHT - 1) * layout.bucket_elements)
+    return StateBytes(
+        masters=own,
+        gathered=whole - own + casts,
+        gradients=whole if layout.strategy == "zero1" else own,
+        moments=layout.moment_bytes * sizes.num_parameters / layout.num_shards,
+        in_flight=_FP32_BYTES * (copies * sent + sizes.largest_parameter),
+    )
+
+
+def _gathered_once(sizes: ModelSizes, layout: Layout) -> StateBytes:
+    """``fully_shard`` as stages 1 and 2: all is gathered from the first forward pass to the last backward pass."""
+    shards, width = layout.num_shards, layout.compute_bytes
+    own = _FP32_BYTES * sizes.num_parameters / shards
+    gathered = width * sizes.num_parameters
+    if layout.accumulation_steps == 1:
+        # Backward frees parameters as gradients arrive: most is held when it begins.
+        gradients, in_flight = 0.0, _in_block(sizes, layout)
+    elif layout.strategy == "zero1":
+        gradients, in_flight = _FP32_BYTES * sizes.num_parameters, width * sizes.largest_parameter
+    else:
+        gradients, in_flight = own, max(_in_block(sizes, layout), _outside_blocks(sizes, layout))
+    return StateBytes(own, gathered, gradients, layout.moment_bytes * sizes.num_parameters / shards, in_flight)
+
+
+def _gathered_by_block(sizes: ModelSizes, layout: Layout) -> StateBytes:
+    """``fully_shard`` as stage 3 and hsdp: gathered are what is in no block, a block, and the next one to come."""
+    own = _FP32_BYTES * sizes.num_parameters / layout.num_shards
+    moments = layout.moment_bytes * sizes.num_parameters / layout.num_shards
+    width, outside = layout.compute_bytes, sizes.num_outside_blocks
+    in_block = StateBytes(own, width * (outside + 2 * sizes.largest_block), own, moments, _in_block(sizes, layout))
+    at_end = StateBytes(own, 0.0, own, moments, _outside_blocks(sizes, layout))
+    return max(in_block, at_end, key=lambda state: state.total)
+
+
+def _in_block(sizes: ModelSizes, layout: Layout) -> float:
+    """Inside a block's backward pass: its gradients, those of the block before on their way, and the head's."""
+    head = min(sizes.num_outside_blocks, sizes.largest_parameter)
+    return layout.compute_bytes * (head + sizes.largest_block) + _FP32_BYTES * sizes.largest_block
+
+
+def _outside_blocks(sizes: ModelSizes, layout: Layout) -> float:
+    """At the end of a backward pass: the gradients of what is in no block, their copy on its way, and its sum."""
+    return (layout.compute_bytes + _FP32_BYTES + _FP32_BYTES / layout.num_shards) * sizes.num_outside_blocks
