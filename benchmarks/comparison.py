@@ -112,6 +112,8 @@ def read_rows(raw: Path) -> list[dict[str, Any]]:
 def difference_of_setup(now: Mapping[str, Any], before: Mapping[str, Any]) -> str:
     """What was different when the earlier result was measured, as a part of a sentence; empty where nothing was.
 
+    Compared are the hardware, versions, and what a benchmark puts under ``setup``.
+
     Args:
         now: header of this result.
         before: header of the earlier one.
@@ -121,10 +123,11 @@ def difference_of_setup(now: Mapping[str, Any], before: Mapping[str, Any]) -> st
         old, new = before["hardware"].get(key), now["hardware"].get(key)
         if old != new:
             found.append(f"hardware {key} {old}, now {new}")
-    for name, version in now["packages"].items():
-        old = before["packages"].get(name)
-        if old != version:
-            found.append(f"{name} {old}, now {version}")
+    for section in ("packages", "setup"):
+        for name, new in now.get(section, {}).items():
+            old = before.get(section, {}).get(name)
+            if old != new:
+                found.append(f"{name} {old}, now {new}")
     return "; ".join(found)
 
 

@@ -140,7 +140,10 @@ def _panel(panel: Panel, colours: dict[str, str], highest: float, x_label: str, 
     for step in range(5):
         value = highest * step / 4
         y = place_y(value)
-        parts += [_line(_LEFT, y, _LEFT + inner_width, y, "#e0e0e0", 1.0), _text(_LEFT - 5, y + 4, f"{value:.2g}", "end")]
+        parts += [
+            _line(_LEFT, y, _LEFT + inner_width, y, "#e0e0e0", 1.0),
+            _text(_LEFT - 5, y + 4, f"{value:.2g}", "end"),
+        ]
     parts += [_text(place_x(x), _PANEL_HEIGHT - _BOTTOM + 14, f"{x:g}", "middle") for x in xs]
     limit = " ".join(f"{place_x(x):.1f},{place_y(min(y, highest)):.1f}" for x, y in panel.limit)
     parts.append(f'<polyline points="{limit}" fill="none" stroke="#777777" stroke-dasharray="4 3"/>')
