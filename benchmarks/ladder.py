@@ -121,7 +121,7 @@ def rung_config(
         "name=throughput",
         f"steps={num_steps}",
         "tokens=null",
-        "schedule.total_steps=1000",
+        "schedule.total_steps=100000",
         f"metrics.every_steps={_LOG_EVERY_STEPS}",
         "evaluation.every_steps=0",
         "checkpoint.every_steps=0",
@@ -129,12 +129,13 @@ def rung_config(
         "tracking.wandb.mode=disabled",
         *(["parallel.strategy=none"] if machine.num_ranks == 1 else []),
     ]
-    config = load_config(size.config, [*size.overrides, *fixed, *kept, *overrides, *rung.overrides])
+    below = [*size.overrides, *fixed, *kept, *overrides]
+    reason = rung.why_not(machine, load_config(size.config, below))
+    if reason:
+        raise UserError(reason)
+    config = load_config(size.config, [*below, *rung.overrides])
     if not any(override.startswith("batch.global_size=") for override in overrides):
         global_size = config.batch.micro_size * _ACCUMULATION_STEPS * machine.num_ranks
         config = config.model_copy(update={"batch": config.batch.model_copy(update={"global_size": global_size})})
-    reason = rung.why_not(machine, config)
-    if reason:
-        raise UserError(reason)
     validate(config, World(machine.num_ranks, machine.has_gpu))
     return config

@@ -57,9 +57,9 @@ class Span:
 def category_of(name: str, *, is_on_gpu: bool, device_type: str) -> str | None:
     """What an event of the profiler counts as; None for one that does not count.
 
-    On a CPU operators count (``aten::...``), and a collective from when it is launched until it is finished
-    (``gloo:...``). On a GPU kernels and copies on the device count, those of NCCL as communication, and of the host
-    its waiting: gloo's collectives and batches.
+    On a CPU operators count (``aten::...``), and a collective from when it is called (``c10d::...``) until it is
+    finished (``gloo:...``). On a GPU kernels and copies on the device count, those of NCCL as communication, and of the
+    host its waiting: gloo's collectives and batches.
 
     Args:
         name: the event's.
@@ -74,6 +74,8 @@ def category_of(name: str, *, is_on_gpu: bool, device_type: str) -> str | None:
     if name == INPUT_SPAN or name.startswith(_DATA_LOADER):
         return "input"
     if name.startswith("gloo:"):
+        return "communication"
+    if device_type == "cpu" and name.startswith("c10d::"):
         return "communication"
     if device_type == "cpu" and name.startswith("aten::"):
         return "compute" if name.startswith(_MATRIX_OPERATORS) else "memory"

@@ -21,16 +21,16 @@ from benchmarks.protocol import Ratio
 def test_a_change_is_told_from_noise_about_as_often_as_the_interval_says() -> None:
     generator = np.random.default_rng(0)
     num_false = num_found = 0
-    for seed in range(60):
+    for seed in range(30):
         before, same, slower = (list(generator.lognormal(sigma=0.05, size=60)) for _ in range(3))
         slower = [1.05 * value for value in slower]
         ratio = ratio_of_independent(Series(same), Series(before), seed)
         num_false += not ratio.low <= 1.0 <= ratio.high
         num_found += ratio_of_independent(Series(slower), Series(before), seed).low > 1.0
-    # 3 of 60 expected; the binomial distribution leaves 9 in all but one case of a thousand.
-    assert num_false <= 9
+    # 1.5 of 30 expected; the binomial distribution leaves 6 in all but one case of a thousand.
+    assert num_false <= 6
     # 5 % are 3.1 standard errors of the ratio of two medians of 60: 1.2533 x 0.05 x sqrt(2 / 60).
-    assert num_found >= 45
+    assert num_found >= 20
 
 
 def test_values_that_come_in_runs_widen_the_interval() -> None:

@@ -67,7 +67,8 @@ def test_on_a_cpu_reading_a_batch_is_input_and_on_a_gpu_what_the_device_does_com
     [
         ("gloo:all_reduce", False, "cpu", "communication"),
         ("gloo:all_reduce", False, "cuda", "communication"),
-        ("c10d::allreduce_", False, "cpu", None),
+        ("c10d::allreduce_", False, "cpu", "communication"),
+        ("c10d::allreduce_", False, "cuda", None),
         ("aten::_scaled_dot_product_flash_attention_for_cpu_backward", False, "cpu", "compute"),
         ("aten::mul", False, "cpu", "memory"),
         ("aten::mul", False, "cuda", None),
