@@ -144,7 +144,7 @@ def plot(rows: Sequence[Row]) -> str:
         base = _base(races, mode)
         for strategy in strategies:
             lines: dict[str, list[Point]] = {}
-            limit = []
+            limit: list[tuple[float, float]] = []
             for race in (race for race in races if mode in race.modes and race.strategy in (strategy, "none")):
                 limit.append((race.num_ranks, _most_possible(race, rows[0])))
                 for name in race.times:

@@ -43,8 +43,8 @@ SIZES: dict[str, Size] = {
             "optimizer.lr=1e-3",
         ),
     ),
-    # The quickstart's model on a quarter of its tokens: communication weighs four times as much.
-    "short": Size(QUICKSTART, ("data.sequence_length=128", "batch.micro_size=2")),
+    # The quickstart's model on an eighth of its tokens: communication weighs eight times as much.
+    "short": Size(QUICKSTART, ("data.sequence_length=128", "batch.micro_size=1")),
     "quickstart": Size(QUICKSTART),
     "gpt2-124m": Size(
         _CONFIGS / "gpt2_124m.yaml",

@@ -174,7 +174,7 @@ class StepProfile:
         device's, all by about as much.
         """
         spans, edges = [], []
-        for event in self._profile.events():  # type: ignore[no-untyped-call]
+        for event in self._profile.events():
             start, end = event.time_range.start, event.time_range.end
             if event.name == _EDGE and event.device_type == DeviceType.CPU:
                 edges.append(start)

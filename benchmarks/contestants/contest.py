@@ -212,6 +212,7 @@ class Contestant(Protocol):
 
     def settle(self) -> None:
         """Wait for communication that a step has left under way; called in the contestant's thread, at its edge."""
+        return
 
     def step_log(self) -> StepLog:
         """What was logged so far; asked between steps, on rank 0."""
