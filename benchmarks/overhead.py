@@ -26,6 +26,7 @@ from benchmarks.assignment import Assignment
 from benchmarks.facts import collect_facts
 from benchmarks.overhead_table import markdown
 from benchmarks.ranks import run_ranks
+from benchmarks.sizes import QUICKSTART, SIZES
 from sharding.errors import UserError, ends_with_a_sentence
 from trainer.config import RunConfig, load_config
 from trainer.data.prepare import prepare_corpus
@@ -34,27 +35,12 @@ from trainer.validation import World, validate
 
 PACKAGES = ("torch", "transformers", "accelerate", "lightning-fabric", "numpy")
 
-SIZES: dict[str, list[str]] = {
-    # So little arithmetic that what a step costs is mostly what the host does around it.
-    "tiny": [
-        "model.config.hidden_size=64",
-        "model.config.intermediate_size=128",
-        "model.config.num_hidden_layers=2",
-        "model.config.num_attention_heads=2",
-        "model.config.num_key_value_heads=2",
-        "data.sequence_length=32",
-        "batch.micro_size=2",
-        "optimizer.lr=1e-3",
-    ],
-    "quickstart": [],
-}
-"""Changes to configs/quickstart.yaml."""
+SIZE_NAMES = ("tiny", "quickstart")
 
 _ACCUMULATION_STEPS = 2
 _LOG_EVERY_STEPS = 10
 # Two logged losses of every contestant lie within the warm-up; transformers writes one a step late.
 MIN_WARMUP = 2 * _LOG_EVERY_STEPS + 2
-_QUICKSTART = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
 
 
 @ends_with_a_sentence
@@ -66,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="shardline bench overhead")
-    parser.add_argument("--sizes", default=",".join(SIZES), help=f"of {', '.join(SIZES)}; separated by commas")
+    parser.add_argument("--sizes", default=",".join(SIZE_NAMES), help="separated by commas")
     parser.add_argument("--pairs", type=int, default=300, help="measured steps of each contestant")
     parser.add_argument("--warmup", type=int, default=MIN_WARMUP, help="steps of each contestant that are discarded")
     parser.add_argument("--control", action="store_true", help="let a second copy of the plain loop take part")
@@ -118,9 +104,9 @@ def _measure(options: argparse.Namespace) -> int:
 
 def _sizes(options: argparse.Namespace) -> list[str]:
     sizes = options.sizes.split(",")
-    unknown = [size for size in sizes if size not in SIZES]
+    unknown = [size for size in sizes if size not in SIZE_NAMES]
     if unknown:
-        raise UserError(f"--sizes {options.sizes}: there is no size {unknown[0]}; there are {', '.join(SIZES)}.")
+        raise UserError(f"--sizes {options.sizes}: there is no size {unknown[0]}; there are {', '.join(SIZE_NAMES)}.")
     return sizes
 
 
@@ -128,7 +114,7 @@ def contest_config(size: str, num_ranks: int, overrides: Sequence[str]) -> RunCo
     """The run that all contestants train: the quickstart's, cut to a size, under DDP (one rank: no strategy).
 
     Args:
-        size: one of ``SIZES``.
+        size: one of ``SIZE_NAMES``.
         num_ranks: ranks; the global batch grows with them, two micro-batches a rank.
         overrides: ``key=value`` changes of the user's, last.
 
@@ -145,7 +131,7 @@ def contest_config(size: str, num_ranks: int, overrides: Sequence[str]) -> RunCo
         "checkpoint.every_steps=0",
         "tracking.wandb.mode=disabled",
     ]
-    config = load_config(_QUICKSTART, [*SIZES[size], *fixed, *overrides])
+    config = load_config(QUICKSTART, [*SIZES[size].overrides, *fixed, *overrides])
     global_size = config.batch.micro_size * _ACCUMULATION_STEPS * num_ranks
     if not any(override.startswith("batch.global_size=") for override in overrides):
         config = config.model_copy(update={"batch": config.batch.model_copy(update={"global_size": global_size})})

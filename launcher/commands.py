@@ -26,6 +26,8 @@ app.add_typer(tracking_app, name="tracking")
 app.add_typer(slurm_app, name="slurm")
 
 _BENCHMARKS = {
+    "throughput": "tokens/s, technique by technique",
+    "scaling": "over ranks and nodes, beside its peers",
     "data": "the loader alone",
     "overhead": "a step beside its peers'",
     "checkpoint": "saving and loading",

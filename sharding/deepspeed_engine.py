@@ -30,7 +30,7 @@ class BlockPartitioner:
             UserError: a setting needs what this machine lacks.
         """
         self._settings = settings
-        self._deepspeed = _import_deepspeed(settings)
+        self._deepspeed = import_deepspeed(settings)
         self._swapper: Any = None
         size_buffers(settings, model, num_ranks)
 
@@ -73,7 +73,7 @@ class DeepSpeedEngine:
             settings: DeepSpeed's configuration.
             loss_scaler: for fp16; None elsewhere.
         """
-        deepspeed = _import_deepspeed(settings)
+        deepspeed = import_deepspeed(settings)
         self._definition = definition
         self._mesh = mesh
         self._device = device
@@ -352,7 +352,7 @@ def _autocast_forward(model: nn.Module, device: torch.device, dtype: torch.dtype
     model.forward = autocast_forward
 
 
-def _import_deepspeed(settings: dict[str, Any]) -> Any:
+def import_deepspeed(settings: dict[str, Any]) -> Any:
     """DeepSpeed without its chatter, and without an extension for inference that it would compile first.
 
     Raises:

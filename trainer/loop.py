@@ -76,6 +76,11 @@ class Trainer:
         return self._training.step
 
     @property
+    def parts(self) -> TrainerParts:
+        """What the loop works with."""
+        return self._parts
+
+    @property
     def next_samples(self) -> list[SampleRange]:
         """Global positions of the samples of the step that is being taken."""
         first = self._training.num_samples

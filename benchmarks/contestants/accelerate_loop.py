@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from benchmarks.contestants.contest import Contest, StepLog, as_read, count_targets, summed_loss
+from benchmarks.contestants.contest import Contest, Contestant, StepLog, as_read, count_targets, summed_loss
 from benchmarks.turns import StepEdge
 
 
-class AccelerateLoop:
+class AccelerateLoop(Contestant):
     """Model, optimizer, loader and scheduler through ``prepare``; the loss normalised by gathered token counts."""
 
     name = "accelerate"

@@ -197,7 +197,7 @@ class StepLog:
 
 
 class Contestant(Protocol):
-    """One way to train.
+    """One way to train; a contestant inherits from it.
 
     Attributes:
         name: what it is called in results.
@@ -210,8 +210,13 @@ class Contestant(Protocol):
     def run(self, step_edge: StepEdge) -> None:
         """Train; call ``step_edge`` after each step, for as long as it returns."""
 
+    def settle(self) -> None:
+        """Wait for communication that a step has left under way; called in the contestant's thread, at its edge."""
+        return
+
     def step_log(self) -> StepLog:
         """What was logged so far; asked between steps, on rank 0."""
+        raise NotImplementedError
 
 
 BuildContestant = Callable[[Contest], Contestant]

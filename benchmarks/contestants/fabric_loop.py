@@ -4,11 +4,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.contestants.contest import Contest, StepLog, count_targets, ddp_options, summed_loss
+from benchmarks.contestants.contest import Contest, Contestant, StepLog, count_targets, ddp_options, summed_loss
 from benchmarks.turns import StepEdge
 
 
-class FabricLoop:
+class FabricLoop(Contestant):
     """Model, optimizer and loader through ``setup``; DDP options as for the plain loop."""
 
     name = "fabric"
@@ -16,17 +16,22 @@ class FabricLoop:
     def __init__(self, contest: Contest) -> None:
         """Set everything up in the process group that is there."""
         from lightning_fabric import Fabric
+        from lightning_fabric.plugins.environments import TorchElasticEnvironment
         from lightning_fabric.strategies import DDPStrategy
 
         self._contest = contest
         self._log = StepLog()
         device, world_size = contest.ranks.device, contest.ranks.world_size
+        num_local = contest.ranks.local_world_size
         self.settings: dict[str, Any] = ddp_options()
         strategy: Any = DDPStrategy(**self.settings) if world_size > 1 else "auto"
         self._fabric = Fabric(
             accelerator=device.type,
-            devices=world_size if world_size > 1 or device.type == "cpu" else [device.index],
+            devices=num_local if world_size > 1 or device.type == "cpu" else [device.index],
+            num_nodes=world_size // num_local,
             strategy=strategy,
+            # Ranks are there already, in torch's own variables, whoever started them.
+            plugins=[TorchElasticEnvironment()] if world_size > 1 else None,
             precision="bf16-mixed" if contest.uses_bf16 else "32-true",
         )
         self._fabric.launch()

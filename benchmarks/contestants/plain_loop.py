@@ -8,11 +8,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.contestants.contest import Contest, StepLog, count_targets, ddp_options, summed_loss
+from benchmarks.contestants.contest import Contest, Contestant, StepLog, count_targets, ddp_options, summed_loss
 from benchmarks.turns import StepEdge
 
 
-class PlainLoop:
+class PlainLoop(Contestant):
     """What someone who knows PyTorch writes by hand, and no more.
 
     Included: DataLoader with DistributedSampler; the model in DistributedDataParallel with gradients as views of its
@@ -32,17 +32,14 @@ class PlainLoop:
         """Set up model, optimizer and loader."""
         self._contest = contest
         self._log = StepLog()
-        device = contest.ranks.device
-        self._model: nn.Module = contest.build_model()
+        self._is_distributed = contest.ranks.world_size > 1
+        self._autocasts = contest.uses_bf16
+        self.settings: dict[str, Any] = {}
+        self._model = self._distribute(contest.build_model())
         self._parameters = list(self._model.parameters())
         self._optimizer = contest.build_optimizer(self._model)
         self._schedule = contest.build_schedule(self._optimizer)
-        self._is_distributed = contest.ranks.world_size > 1
-        if self._is_distributed:
-            device_ids = [device.index] if device.type == "cuda" else None
-            self._model = DistributedDataParallel(self._model, device_ids=device_ids, **ddp_options())
         self._step_losses: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self.settings: dict[str, Any] = ddp_options() if self._is_distributed else {}
 
     def run(self, step_edge: StepEdge) -> None:
         """See Contestant."""
@@ -60,10 +57,10 @@ class PlainLoop:
             loss_sum = torch.zeros((), device=device)
             for index, batch in enumerate(batches):
                 with self._communication(is_last=index == len(batches) - 1):
-                    with torch.autocast(device.type, torch.bfloat16, enabled=contest.uses_bf16):
+                    with torch.autocast(device.type, torch.bfloat16, enabled=self._autocasts):
                         logits = self._model(input_ids=batch["input_ids"], use_cache=False).logits
                         loss = summed_loss(logits, batch["labels"])
-                    # DDP averages gradients over ranks; the loss is a sum over them.
+                    # Gradients are averaged over ranks; the loss is a sum over them.
                     (loss * world_size / num_targets).backward()
                 loss_sum += loss.detach()
             grad_norm = nn.utils.clip_grad_norm_(self._parameters, contest.config.optimizer.clip_norm)
@@ -75,7 +72,7 @@ class PlainLoop:
                 total = loss_sum.clone()
                 if self._is_distributed:
                     dist.all_reduce(total)
-                self._log.add(step, total / num_targets, grad_norm, self._schedule.get_last_lr()[0])
+                self._log.add(step, total / num_targets, self._whole(grad_norm), self._schedule.get_last_lr()[0])
             step_edge()
 
     def step_losses(self) -> torch.Tensor:
@@ -91,7 +88,22 @@ class PlainLoop:
         """See Contestant."""
         return self._log
 
+    def _distribute(self, model: nn.Module) -> nn.Module:
+        """Prepare the model for several ranks, before there is an optimizer."""
+        if not self._is_distributed:
+            return model
+        device = self._contest.ranks.device
+        self.settings = ddp_options()
+        return DistributedDataParallel(
+            model, device_ids=[device.index] if device.type == "cuda" else None, **self.settings
+        )
+
     def _communication(self, *, is_last: bool) -> AbstractContextManager[None]:
+        """What one micro-batch is computed in."""
         if is_last or not isinstance(self._model, DistributedDataParallel):
             return nullcontext()
         return self._model.no_sync()
+
+    def _whole(self, grad_norm: torch.Tensor) -> torch.Tensor:
+        """The gradient norm over all ranks; every rank must call it."""
+        return grad_norm

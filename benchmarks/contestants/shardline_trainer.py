@@ -3,17 +3,21 @@
 import json
 from typing import Any
 
-from benchmarks.contestants.contest import Contest, StepLog
+from torch.profiler import record_function
+
+from benchmarks.contestants.contest import Contest, Contestant, StepLog
+from benchmarks.step_profile import INPUT_SPAN
 from benchmarks.turns import StepEdge
+from sharding.config import ShardingEngine
 from trainer.build import build_trainer
 from trainer.console import Console
 from trainer.observers import Observers
-from trainer.phases import Phases
+from trainer.phases import Moment, Phase, Phases
 from trainer.run_folder import RunFolder
 from trainer.stopping import StopRequest
 
 
-class ShardlineTrainer:
+class ShardlineTrainer(Contestant):
     """``Trainer.fit`` as it is: the loader reads ahead, ranks agree on targets and stopping, metrics go to a file.
 
     A step's edge is where the loop asks whether to stop, once per step; everything from there to the same place in the
@@ -22,27 +26,37 @@ class ShardlineTrainer:
 
     name = "shardline"
 
-    def __init__(self, contest: Contest) -> None:
-        """Build the Trainer in a run folder of its own."""
-        self._run_folder = RunFolder(contest.folder / "run")
+    def __init__(self, contest: Contest, engine: ShardingEngine = "fully_shard") -> None:
+        """Build the Trainer in a run folder of its own.
+
+        Args:
+            contest: what all share.
+            engine: mechanism of the sharded strategies.
+        """
+        parallel = contest.config.parallel.model_copy(update={"engine": engine})
+        config = contest.config.model_copy(update={"parallel": parallel})
+        self._run_folder = RunFolder(contest.folder / f"run-{engine}")
         self._run_folder.path.mkdir(parents=True)
         self._stop_request = StopRequest()
         self._step_edge: StepEdge | None = None
         self._num_asked = 0
         self._is_first_rank = contest.ranks.rank == 0
-        self._console_text = (contest.folder / "console.txt").open("w")
-        console = Console(contest.config.num_steps, self._console_text) if self._is_first_rank else None
+        self._console_text = (self._run_folder.path / "console.txt").open("w")
+        console = Console(config.num_steps, self._console_text) if self._is_first_rank else None
+        phases = Phases()
+        phases.listen(self._mark_input)
+        self._input_span = record_function(INPUT_SPAN)
         self._trainer = build_trainer(
-            contest.config,
+            config,
             contest.ranks,
             contest.corpus,
             self._run_folder,
             Observers(self._run_folder.metrics_file, console),
-            Phases(),
+            phases,
             is_stop_requested=self._is_stop_requested,
             before_commit=lambda: None,
         )
-        self.settings: dict[str, Any] = {"parallel": contest.config.parallel.model_dump(mode="json")}
+        self.settings: dict[str, Any] = {"parallel": parallel.model_dump(mode="json")}
 
     def run(self, step_edge: StepEdge) -> None:
         """See Contestant."""
@@ -54,10 +68,22 @@ class ShardlineTrainer:
             self._trainer.close()
             self._console_text.close()
 
+    def settle(self) -> None:
+        """See Contestant; the bucketed engine gathers parameters after its step."""
+        self._trainer.parts.engine.settle()
+
     def step_log(self) -> StepLog:
         """See Contestant; read from metrics.jsonl."""
         lines = [json.loads(line) for line in self._run_folder.metrics_file.read_text().splitlines()]
         return StepLog({line["step"]: line["train/loss"] for line in lines})
+
+    def _mark_input(self, ended: Moment, begun: Moment) -> None:
+        """Show a profiler where the loop waits for a batch, as torch's DataLoader does by itself."""
+        if ended.phase is Phase.DATA:
+            self._input_span.__exit__(None, None, None)
+        if begun.phase is Phase.DATA:
+            self._input_span = record_function(INPUT_SPAN)
+            self._input_span.__enter__()
 
     def _is_stop_requested(self) -> bool:
         assert self._step_edge is not None

@@ -4,11 +4,11 @@ from typing import Any
 
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from benchmarks.contestants.contest import Contest, StepLog, as_read
+from benchmarks.contestants.contest import Contest, Contestant, StepLog, as_read
 from benchmarks.turns import StepEdge
 
 
-class TransformersTrainer:
+class TransformersTrainer(Contestant):
     """``Trainer.train`` as it is, with the options that its documentation names for speed.
 
     A callback at the end of each step hands over the turn; what follows it in the loop (logging, the next batch) falls

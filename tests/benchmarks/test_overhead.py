@@ -77,10 +77,9 @@ def test_all_contestants_do_the_same_work_in_turn(tmp_path: Path, shared_corpus:
 
 def _contest_with_a_cheat(ranks: Ranks, values: dict[str, Any], folder: Path) -> None:
     """One contestant trains with another learning rate."""
-    from benchmarks import overhead_rank
-    from benchmarks.assignment import Assignment
     from benchmarks.contestants.contest import Contest
     from benchmarks.contestants.plain_loop import PlainLoop
+    from benchmarks.race import Race, Rounds, build_contest, row_writer
     from trainer.config import parse_config
 
     class Cheat(PlainLoop):
@@ -89,13 +88,14 @@ def _contest_with_a_cheat(ranks: Ranks, values: dict[str, Any], folder: Path) ->
             super().__init__(replace(contest, config=contest.config.model_copy(update={"optimizer": optimizer})))
 
     config = parse_config(values, "test")
-    assignment = Assignment("tiny", values, 22, 1, 1, False, str(folder / "raw.jsonl"))
+    rounds = Rounds(num_warmup=22, num_pairs=1)
+    write = row_writer(str(folder / "raw.jsonl"), {"size": "tiny"}, ranks)
     for builders, complaint in (
         ({"plain": PlainLoop}, None),
         ({"plain": PlainLoop, "cheat": Cheat}, "cheat does other"),
     ):
-        overhead_rank.BUILDERS = builders
-        race = overhead_rank.Race(assignment, overhead_rank.build_contest(assignment, config, ranks, folder))
+        contest = build_contest(config, ranks, rounds.num_steps, folder)
+        race = Race(contest, builders, rounds, threads=1, title="tiny", write=write)
         if complaint is None:
             race.run()
         else:

@@ -38,6 +38,28 @@ def test_steps_happen_in_turn_and_only_they_are_timed() -> None:
     assert not any(thread.name == "contestant" for thread in threading.enumerate())
 
 
+def test_a_turn_of_several_steps_is_waited_for_once_and_can_be_watched() -> None:
+    class Watch:
+        def begin(self) -> None:
+            done.append("begin")
+
+        def edge(self) -> None:
+            done.append("edge")
+
+        def end(self) -> None:
+            done.append("end")
+
+    done: list[str] = []
+    turns = Turns(_sleeper(done, "step", 0.02), lambda: done.append("waited"))
+    step = turns.take(3, Watch())
+    assert done == ["begin", *["step", "edge"] * 3, "waited", "end"]
+    # A mean over the three.
+    assert 0.02 <= step.wall_s < 0.05
+    turns.take()
+    assert done[-2:] == ["step", "waited"]
+    turns.end()
+
+
 def test_device_is_waited_for_inside_the_step() -> None:
     turns = Turns(_sleeper([], "one", 0.0), lambda: time.sleep(0.05))
     assert turns.take().wall_s >= 0.05

@@ -1,0 +1,93 @@
+"""DeepSpeed called directly, as its "Getting Started" has it."""
+
+from typing import Any
+
+import torch
+
+from benchmarks.contestants.contest import Contest, Contestant, StepLog, count_targets, summed_loss
+from benchmarks.turns import StepEdge
+from sharding.config import Strategy
+from sharding.deepspeed_engine import import_deepspeed
+
+_STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
+_CPU_BUCKET = 1 << 20
+
+
+class DeepSpeedLoop(Contestant):
+    """Model, optimizer and schedule through ``initialize``; forward, ``backward`` and ``step`` for each micro-batch.
+
+    DeepSpeed clips, accumulates, and steps optimizer and schedule after the last micro-batch by itself. On GPUs it
+    computes in bf16 by its own option, which also reduces gradients in bf16: less to move than for the others.
+    Gradients travel during the backward pass (``overlap_comm``). On a CPU stages 1 and 2 have buckets of a million
+    elements: of its default size a small model has a single one, which was slower when the two were measured in turns.
+    """
+
+    name = "deepspeed"
+
+    def __init__(self, contest: Contest, strategy: Strategy) -> None:
+        """Initialise DeepSpeed in the process group that is there.
+
+        Args:
+            contest: what all share.
+            strategy: zero1, zero2 or zero3.
+        """
+        self._contest = contest
+        self._log = StepLog()
+        batch = contest.config.batch
+        zero: dict[str, Any] = {"stage": _STAGES[strategy], "contiguous_gradients": True, "overlap_comm": True}
+        if contest.ranks.device.type == "cpu" and strategy != "zero3":
+            zero |= {"reduce_bucket_size": _CPU_BUCKET, "allgather_bucket_size": _CPU_BUCKET}
+        self.settings: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": batch.micro_size,
+            "gradient_accumulation_steps": contest.accumulation_steps,
+            "train_batch_size": batch.global_size,
+            "gradient_clipping": contest.config.optimizer.clip_norm,
+            "bf16": {"enabled": contest.uses_bf16},
+            "zero_optimization": zero,
+            # torch's fused AdamW, as for all.
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": 1 << 62,
+        }
+        deepspeed = import_deepspeed(self.settings)
+        model = contest.build_model()
+        optimizer = contest.build_optimizer(model)
+        self._engine, *_, self._schedule = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            lr_scheduler=contest.build_schedule(optimizer),
+            config=self.settings,
+            dist_init_required=False,
+        )
+        assert self._engine.zero_optimization_stage() == _STAGES[strategy]
+        assert self._engine.dp_world_size == contest.ranks.world_size
+
+    def run(self, step_edge: StepEdge) -> None:
+        """See Contestant."""
+        contest, engine = self._contest, self._engine
+        device, world_size = contest.ranks.device, contest.ranks.world_size
+        micro_batches = iter(contest.build_loader())
+        for step in range(1, contest.num_steps + 1):
+            batches = [
+                {name: tensor.to(device, non_blocking=True) for name, tensor in next(micro_batches).items()}
+                for _ in range(contest.accumulation_steps)
+            ]
+            num_targets = count_targets(batches)
+            torch.distributed.all_reduce(num_targets)
+            loss_sum = torch.zeros((), device=device)
+            for batch in batches:
+                logits = engine(input_ids=batch["input_ids"], use_cache=False).logits
+                loss = summed_loss(logits, batch["labels"])
+                # It averages over ranks and micro-batches; the loss is a sum over both.
+                engine.backward(loss * (world_size * contest.accumulation_steps) / num_targets)
+                engine.step()
+                loss_sum += loss.detach()
+            if contest.is_logged(step):
+                torch.distributed.all_reduce(loss_sum)
+                norm = torch.as_tensor(engine.get_global_grad_norm())
+                self._log.add(step, loss_sum / num_targets, norm, self._schedule.get_last_lr()[0])
+            step_edge()
+
+    def step_log(self) -> StepLog:
+        """See Contestant."""
+        return self._log

@@ -1,0 +1,220 @@
+"""``shardline bench throughput``: a ladder of techniques, from eager attention in fp32 to all that run here.
+
+``python -m benchmarks.throughput [--size quickstart] [--config FILE] [--rungs NAMES] [--windows 6] [--window-steps 10]
+[--warmup 5] [--passes 2] [--nproc N] [--output FOLDER] [--report FILE] [key=value ...]``
+
+Each rung is a run of its own, with one technique more than the one below. See docs/benchmarks.md.
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.comparison import RESULTS, changes_markdown, compare, difference_of_setup, last_result, read_rows
+from benchmarks.facts import collect_facts
+from benchmarks.ladder import LADDER, Machine, Rung, rung_config
+from benchmarks.ranks import INTERRUPTED, run_ranks
+from benchmarks.sizes import SIZES, Size, size_named
+from benchmarks.throughput_rank import ThroughputAssignment
+from benchmarks.throughput_table import markdown, plot, series
+from sharding.config import PrecisionConfig
+from sharding.errors import UserError, ends_with_a_sentence
+from sharding.precision import compute_dtype
+from trainer.config import RunConfig
+from trainer.data.prepare import prepare_corpus
+from trainer.threads import threads_per_rank
+
+PACKAGES = ("torch", "transformers", "numpy")
+_LONGEST_REASON = 200
+
+
+@ends_with_a_sentence
+def main(arguments: Sequence[str]) -> int:
+    """Measure, write raw times, a table and a plot, and print the table; returns the exit status."""
+    options = _parse(arguments)
+    if options.report is not None:
+        report(options.report)
+        return 0
+    return _Ladder(options).climb()
+
+
+def report(raw: Path) -> None:
+    """Write table and plot beside a raw file, and print the table."""
+    rows = read_rows(raw)
+    table = markdown(rows, raw.name, _changes(raw, rows))
+    raw.with_suffix(".md").write_text(table)
+    raw.with_suffix(".svg").write_text(plot(rows))
+    print(f"\n{table}\nwritten to {raw}, .md and .svg; what libraries said is in .log")
+
+
+class _Ladder:
+    """All rungs in all passes, and which of them stay."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        """Check everything.
+
+        Raises:
+            UserError: the options do not fit.
+        """
+        has_gpu = torch.cuda.is_available()
+        device = torch.device("cuda" if has_gpu else "cpu")
+        num_ranks = options.nproc or torch.cuda.device_count() or 2
+        has_bf16 = compute_dtype(PrecisionConfig(), device) is torch.bfloat16
+        self._options = options
+        self._machine = Machine(num_ranks, has_gpu, has_bf16)
+        name = options.size or ("llama-1b" if has_gpu else "quickstart")
+        self._size_name = str(options.config) if options.config else name
+        self._size = Size(options.config) if options.config else size_named(name, has_gpu=has_gpu)
+        self._rungs = _chosen(options.rungs)
+        if min(options.windows, options.window_steps, options.warmup, options.passes) < 1:
+            raise UserError(
+                f"--windows {options.windows} --window-steps {options.window_steps} --warmup {options.warmup} --passes "
+                f"{options.passes}: each must be at least 1."
+            )
+        # One more: the loop is left where it asks before a step.
+        self._num_steps = options.warmup + options.windows * options.window_steps + 1
+        lowest = self._config(LADDER[0], [])
+        prepare_corpus(lowest.data)
+        self._threads = threads_per_rank(lowest, num_ranks, os.environ)
+        options.output.mkdir(parents=True, exist_ok=True)
+        name = f"throughput_{num_ranks}x{'gpu' if has_gpu else 'cpu'}_{time.strftime('%Y%m%d_%H%M%S')}.jsonl"
+        self._raw: Path = options.output / name
+        header = {
+            "kind": "header",
+            **collect_facts(PACKAGES),
+            "command": ["shardline", "bench", "throughput", *sys.argv[1:]],
+            "size": self._size_name,
+            "num_ranks": num_ranks,
+            "threads": self._threads,
+            "num_windows": options.windows,
+            "window_steps": options.window_steps,
+            "num_warmup": options.warmup,
+            "num_passes": options.passes,
+            "setup": {"size": self._size_name, "overrides": options.overrides, "threads": self._threads},
+            "config": lowest.model_dump(mode="json", by_alias=True),
+        }
+        self._append(header)
+
+    def climb(self) -> int:
+        """Measure all; returns the exit status, 0 also where a rung has failed but not all."""
+        status = 1
+        try:
+            configs = self._first_pass()
+            status = 0 if configs else 1
+            for number in range(1, self._options.passes):
+                # Up and down in turn: what drifts with time then falls on all alike.
+                for rung, config in reversed(configs) if number % 2 else configs:
+                    self._measure(rung, config, number)
+        except KeyboardInterrupt:
+            status = INTERRUPTED
+        report(self._raw)
+        return status
+
+    def _first_pass(self) -> list[tuple[Rung, RunConfig]]:
+        """Measure from bottom to top; returns the rungs that ran, with their runs."""
+        kept: list[str] = []
+        configs = []
+        for rung in self._rungs:
+            try:
+                config = self._config(rung, kept)
+            except UserError as error:
+                self._leave_out(rung, "skipped", str(error))
+                continue
+            if self._measure(rung, config, 0):
+                self._leave_out(rung, "failed", _last_line(self._raw.with_suffix(".log")))
+                continue
+            configs.append((rung, config))
+            if rung.is_kept:
+                kept += rung.overrides
+        return configs
+
+    def _measure(self, rung: Rung, config: RunConfig, number: int) -> int:
+        options = self._options
+        assignment = ThroughputAssignment(
+            row=rung.name,
+            config=config.model_dump(mode="json", by_alias=True),
+            has_synthetic_tokens=rung.has_synthetic_tokens,
+            num_warmup=options.warmup,
+            num_windows=options.windows,
+            window_steps=options.window_steps,
+            threads=self._threads,
+            output=str(self._raw),
+        )
+        row = {"kind": "rung", "row": rung.name, "pass": number, "is_kept": rung.is_kept}
+        self._append(row | {"config": assignment.config})
+        print(f"{rung.name}, pass {number + 1} of {options.passes}", flush=True)
+        started_at = time.monotonic()
+        log = self._raw.with_suffix(".log")
+        status = run_ranks("benchmarks.throughput_rank", assignment, self._machine.num_ranks, log)
+        elapsed_s = time.monotonic() - started_at
+        end = {"exit_code": status, "elapsed_s": elapsed_s, "load_average": os.getloadavg()}
+        self._append({"kind": "end", "row": rung.name, "pass": number, **end})
+        if status == INTERRUPTED:
+            raise KeyboardInterrupt
+        return status
+
+    def _config(self, rung: Rung, kept: Sequence[str]) -> RunConfig:
+        return rung_config(rung, self._size, kept, self._options.overrides, self._machine, self._num_steps)
+
+    def _leave_out(self, rung: Rung, kind: str, reason: str) -> None:
+        print(f"{rung.name}: {kind}, {reason}", flush=True)
+        self._append({"kind": kind, "row": rung.name, "reason": reason})
+
+    def _append(self, row: dict[str, Any]) -> None:
+        with self._raw.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="shardline bench throughput")
+    parser.add_argument("--size", help=f"one of {', '.join(SIZES)}; default: llama-1b on a GPU, else quickstart")
+    parser.add_argument("--config", type=Path, help="a run of your own in place of a size")
+    parser.add_argument("--rungs", default="", help="parts of names, separated by commas; default: all")
+    parser.add_argument("--windows", type=int, default=6, help="measured windows of each rung in each pass")
+    parser.add_argument("--window-steps", type=int, default=10, help="steps between two synchronisations")
+    parser.add_argument("--warmup", type=int, default=5, help="steps that are discarded")
+    parser.add_argument("--passes", type=int, default=2, help="how often the ladder is climbed, up and down in turn")
+    parser.add_argument("--nproc", type=int, default=0, help="ranks; 0 means one per GPU, or 2 where there is none")
+    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="folder for the results")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write table and plot of a raw file, and no more")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the run, on every rung")
+    return parser.parse_intermixed_args(arguments)
+
+
+def _chosen(text: str) -> list[Rung]:
+    parts = text.split(",") if text else [""]
+    unknown = [part for part in parts if not any(part in rung.name for rung in LADDER)]
+    if unknown:
+        there_are = ", ".join(rung.name for rung in LADDER)
+        raise UserError(f"--rungs {text}: no rung has {unknown[0]} in its name; there are: {there_are}.")
+    # The lowest sets everything to its beginning.
+    return [rung for rung in LADDER if rung is LADDER[0] or any(part in rung.name for part in parts)]
+
+
+def _last_line(log: Path) -> str:
+    """What a failed rank said last, as a rule the error."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1][:_LONGEST_REASON] if lines else "and said nothing"
+
+
+def _changes(raw: Path, rows: Sequence[dict[str, Any]]) -> list[str]:
+    before = last_result(raw, [raw.parent, RESULTS])
+    if before is None:
+        return []
+    old_rows = read_rows(before)
+    difference = difference_of_setup(rows[0], old_rows[0])
+    return changes_markdown(compare(series(rows), series(old_rows)), before.name, difference)
+
+
+if __name__ == "__main__":
+    # A batch system's request to end is an interrupt: the table of what was measured is still written.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.exit(main(sys.argv[1:]))
