@@ -28,7 +28,7 @@ class RankAssignment(Protocol):
         ...
 
 
-def run_ranks(module: str, assignment: RankAssignment, num_ranks: int, log: Path) -> int:
+def run_ranks(module: str, assignment: RankAssignment, num_ranks: int, log: Path, *, shows_log: bool = True) -> int:
     """Start the ranks and see them end; returns their exit status, or 130 if interrupted.
 
     What libraries warn of goes to the log; the end of it is shown where a rank failed.
@@ -38,6 +38,7 @@ def run_ranks(module: str, assignment: RankAssignment, num_ranks: int, log: Path
         assignment: a dataclass.
         num_ranks: how many.
         log: text file that is appended to.
+        shows_log: show its end where a rank failed.
     """
     with tempfile.TemporaryDirectory(prefix="shardline-bench-") as folder, log.open("a") as stderr:
         path = Path(folder) / "assignment.json"
@@ -58,7 +59,7 @@ def run_ranks(module: str, assignment: RankAssignment, num_ranks: int, log: Path
             for process in ranks:
                 process.kill()
                 process.wait()
-    if status:
+    if status and shows_log:
         print("\n".join(log.read_text().splitlines()[-_NUM_LOG_LINES:]), file=sys.stderr)
     return status
 

@@ -193,6 +193,17 @@ def bench(
     _become(f"benchmarks.{name}", *(arguments or []))
 
 
+@app.command()
+def tune(
+    config: Config,
+    arguments: Annotated[
+        list[str] | None, typer.Argument(help="Settings, and after -- options.", metavar="key=value")
+    ] = None,
+) -> None:
+    """Search micro-batch, strategy, recomputation and compilation for speed within memory; what is trained stays."""
+    _become("benchmarks.tune", config, *(arguments or []))
+
+
 @data_app.command("prepare")
 def data_prepare(config: Config, overrides: Overrides = None) -> None:
     """Clean, tokenise and pack a run's corpus; done already means done at once."""

@@ -1,0 +1,108 @@
+"""What ``shardline tune`` tries, and a search on two ranks."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.tune import _why, main
+from benchmarks.tune_plan import Candidate, Trial, gives_up, layouts, micro_sizes, pareto, refinements, table_rows
+from tests.support import TINY_MODEL, write_config
+from trainer.config import load_config
+
+GIB = 2**30
+
+
+def trial(candidate: Candidate, rate: float | None = None, peak_gib: float = 0.0, reason: str = "") -> Trial:
+    return Trial(candidate, GIB, rate, None if rate is None else int(peak_gib * GIB), reason)
+
+
+def test_the_global_batch_stays() -> None:
+    assert micro_sizes(24, 2) == [1, 2, 3, 4, 6, 12]
+    assert micro_sizes(3, 3) == [1]
+
+
+def test_one_rank_has_nothing_to_divide() -> None:
+    assert [one.layout for one in layouts(1, ["ddp", "zero3"])] == ["none"]
+    assert [one.layout for one in layouts(2, ["ddp", "zero1", "zero3"])] == ["ddp", "zero1", "zero1 bucketed", "zero3"]
+
+
+def test_larger_micro_batches_are_given_up_after_two_slower_ones() -> None:
+    assert not gives_up([100.0, 90.0])
+    assert not gives_up([100.0, 90.0, 98.0])
+    assert not gives_up([100.0, 120.0, 110.0])
+    assert gives_up([100.0, 120.0, 110.0, 111.0])
+
+
+def test_the_front_has_what_no_other_beats_in_both() -> None:
+    fast = trial(Candidate(4, "ddp"), 100.0, 8.0)
+    small = trial(Candidate(4, "zero3"), 80.0, 3.0)
+    beaten = trial(Candidate(2, "ddp"), 79.0, 3.5)
+    lost = trial(Candidate(8, "ddp"), reason="out of memory")
+    assert pareto([beaten, lost, small, fast]) == [fast, small]
+    rows = table_rows([beaten, lost, small, fast])
+    assert [row[0] for row in rows] == ["*", "*", "", ""]
+    assert rows[0] == ("*", "ddp, micro 4", "100", "8.00", "1.00", "")
+    assert rows[-1] == ("", "ddp, micro 8", "-", "-", "1.00", "out of memory")
+
+
+def test_recomputation_is_tried_where_a_run_did_not_fit() -> None:
+    trials = [
+        trial(Candidate(2, "ddp"), 100.0, 8.0),
+        trial(Candidate(4, "ddp"), reason="out of memory"),
+        trial(Candidate(2, "zero3"), 90.0, 4.0),
+    ]
+    tried = refinements(trials, with_compile=True)
+    assert [one.label for one in tried] == [
+        "ddp, micro 2, compiled",
+        "ddp, micro 2, checkpointing selective",
+        "ddp, micro 2, checkpointing full",
+        "ddp, micro 4, checkpointing selective",
+        "ddp, micro 4, checkpointing full",
+    ]
+    nothing_fits = [trial(Candidate(1, "zero3"), reason="out of memory")]
+    assert [one.checkpointing for one in refinements(nothing_fits, with_compile=True)] == ["selective", "full"]
+
+
+def test_what_it_recommends_is_a_configuration(values: dict[str, Any], tmp_path: Path) -> None:
+    path = write_config(tmp_path / "run.yaml", values)
+    for one in [*layouts(2, ["ddp", "zero1", "zero2", "zero3"]), Candidate(3, "zero2", "bucketed", "selective", True)]:
+        config = load_config(path, one.overrides)
+        assert (config.batch.micro_size, config.parallel.strategy) == (one.micro_size, one.strategy)
+        assert (config.parallel.engine, config.compile.enabled) == (one.engine, one.compiles)
+
+
+@pytest.mark.parametrize(
+    ("said", "status", "reason"),
+    [
+        ("x\ntorch.OutOfMemoryError: CUDA out of memory. Tried to", 1, "out of memory"),
+        ("DefaultCPUAllocator: can't allocate memory. Error code 12 (Cannot allocate memory)", 1, "out of memory"),
+        ("", -9, "out of memory"),
+        ("Traceback\nValueError: no\n", 1, "failed: ValueError: no"),
+        ("", 1, "failed with status 1"),
+    ],
+)  # fmt: skip
+def test_memory_is_told_from_other_failures(said: str, status: int, reason: str) -> None:
+    assert _why(said, status) == reason
+
+
+@pytest.mark.timeout(300)
+def test_a_search_on_two_ranks_goes_on_after_running_out_of_memory(
+    values: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    # Eager attention keeps its scores, of which the formula, which has the least of activations, knows nothing.
+    values["batch"] = {"global_size": 4, "micro_size": 1}
+    values["model"] = TINY_MODEL | {"attention": "eager"}
+    values["model"]["config"] = TINY_MODEL["config"] | {"max_position_embeddings": 2048}
+    values["data"]["sequence_length"] = 2048
+    config = write_config(tmp_path / "run.yaml", values)
+    options = ["--strategies", "ddp", "--steps", "1", "--warmup", "1", "--no-compile", "--memory-gib", "0.65"]
+    status = main([str(config), *options, "--output", str(tmp_path)])
+    printed = capfd.readouterr().out
+    assert status == 0, printed
+    (raw,) = tmp_path.glob("tune_2xcpu_*.jsonl")
+    rows = [json.loads(line) for line in raw.read_text().splitlines()]
+    assert {row["config"]["batch"]["global_size"] for row in rows if row["kind"] == "rung"} == {4}
+    assert "out of memory" in printed
+    assert "fastest: batch.micro_size=1 parallel.strategy=ddp" in printed
