@@ -1,7 +1,7 @@
 """``shardline tune CONFIG``: the fastest way to take a run's steps on this machine, and what each takes of memory.
 
 ``python -m benchmarks.tune CONFIG [--nproc N] [--strategies ddp,zero2] [--memory-gib G] [--steps 8] [--warmup 3]
-[--no-compile] [--output FOLDER] [key=value ...]``
+[--no-compile] [--no-recompute] [--output FOLDER] [key=value ...]``
 
 The training stays the same: model, data, optimizer and global batch are the run's own. See docs/benchmarks.md.
 """
@@ -63,6 +63,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--steps", type=int, default=8, help="measured steps of each candidate")
     parser.add_argument("--warmup", type=int, default=3, help="steps before them that do not count")
     parser.add_argument("--no-compile", action="store_true", help="do not try compiled blocks")
+    parser.add_argument("--no-recompute", action="store_true", help="do not try activation checkpointing")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="folder for the results")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the run")
     return _Search(parser.parse_intermixed_args(arguments)).run()
@@ -121,13 +122,17 @@ class _Search:
         try:
             for layout in layouts(self._num_ranks, self._strategies):
                 self._try_sizes(layout)
-            for candidate in refinements(self._trials, with_compile=not self._options.no_compile):
+            for candidate in self._refinements():
                 self._try(candidate)
             status = 0 if pareto(self._trials) else 1
         except KeyboardInterrupt:
             status = INTERRUPTED
         self._report()
         return status
+
+    def _refinements(self) -> list[Candidate]:
+        options = self._options
+        return refinements(self._trials, with_compile=not options.no_compile, with_recompute=not options.no_recompute)
 
     def _try_sizes(self, layout: Candidate) -> None:
         """One layout at growing micro-batches, until they do not fit or are no faster."""

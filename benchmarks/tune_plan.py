@@ -104,7 +104,7 @@ def gives_up(rates: Sequence[float]) -> bool:
     return all(rate < LESS_THAN_BEST * best for rate in rates[-2:])
 
 
-def refinements(trials: Sequence[Trial], *, with_compile: bool) -> list[Candidate]:
+def refinements(trials: Sequence[Trial], *, with_compile: bool, with_recompute: bool = True) -> list[Candidate]:
     """What to try once every layout is measured: on the fastest, compiled blocks and recomputed activations.
 
     Recomputation costs time and gives memory back: it is tried at the fastest micro-batch, for runs that must be
@@ -113,17 +113,19 @@ def refinements(trials: Sequence[Trial], *, with_compile: bool) -> list[Candidat
     Args:
         trials: all so far.
         with_compile: whether compiling is to be tried.
+        with_recompute: whether recomputing is.
     """
+    modes = ("selective", "full") if with_recompute else ()
     measured = [trial for trial in trials if trial.tokens_per_s is not None]
     if not measured:
         # Nothing fits as it is.
         smallest = [trial.candidate for trial in trials if trial.candidate.micro_size == 1]
-        return [replace(candidate, checkpointing=mode) for candidate in smallest for mode in ("selective", "full")]
+        return [replace(candidate, checkpointing=mode) for candidate in smallest for mode in modes]
     best = max(measured, key=lambda trial: trial.tokens_per_s or 0.0).candidate
     compiled = [replace(best, compiles=True)] if with_compile else []
-    recomputed = [replace(best, checkpointing=mode) for mode in ("selective", "full")]
+    recomputed = [replace(best, checkpointing=mode) for mode in modes]
     too_large = {trial.candidate.layout: trial.candidate for trial in reversed(trials) if trial.tokens_per_s is None}
-    larger = [replace(c, checkpointing=mode) for c in too_large.values() for mode in ("selective", "full")]
+    larger = [replace(c, checkpointing=mode) for c in too_large.values() for mode in modes]
     return list(dict.fromkeys([*compiled, *recomputed, *larger]))
 
 

@@ -97,7 +97,18 @@ def test_a_search_on_two_ranks_goes_on_after_running_out_of_memory(
     values["model"]["config"] = TINY_MODEL["config"] | {"max_position_embeddings": 2048}
     values["data"]["sequence_length"] = 2048
     config = write_config(tmp_path / "run.yaml", values)
-    options = ["--strategies", "ddp", "--steps", "1", "--warmup", "1", "--no-compile", "--memory-gib", "0.65"]
+    options = [
+        "--strategies",
+        "ddp",
+        "--steps",
+        "1",
+        "--warmup",
+        "1",
+        "--no-compile",
+        "--no-recompute",
+        "--memory-gib",
+        "0.65",
+    ]
     status = main([str(config), *options, "--output", str(tmp_path)])
     printed = capfd.readouterr().out
     assert status == 0, printed
