@@ -131,7 +131,14 @@ def _plan(options: argparse.Namespace) -> tuple[Path, list[ScalingAssignment]]:
         "ranks_per_node": ranks_per_node,
         "threads": threads,
         **asdict(rounds),
-        "setup": {"size": size_name, "overrides": options.overrides, "threads": threads},
+        "setup": {
+            "size": size_name,
+            "micro_size": first.batch.micro_size,
+            "sequence_length": first.data.sequence_length,
+            "overrides": options.overrides,
+            "threads": threads,
+            "steps_per_turn": options.steps_per_turn,
+        },
         "config": races[0].config,
     }
     _append(raw, header)

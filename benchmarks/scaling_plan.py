@@ -19,7 +19,8 @@ STRATEGIES: tuple[Strategy, ...] = ("ddp", "zero1", "zero2", "zero3")
 LOG_EVERY_STEPS = 10
 """Steps from one logged loss to the next; losses are compared at the end of the warm-up, transformers a step late."""
 
-_ACCUMULATION_STEPS = 2
+# Of each rank.
+_WEAK_MICRO_BATCHES = 2
 # What a race decides by itself.
 _DECIDED = ("parallel.strategy", "parallel.backend", "parallel.engine", "batch.global_size", "metrics.every_steps")
 
@@ -31,7 +32,7 @@ class RacePlan:
     Attributes:
         strategy: what all contestants do; ``none`` on one rank, where there is nothing to distribute.
         num_ranks: ranks.
-        modes: whose point it is; on the most ranks weak and strong scaling have the same one.
+        modes: whose point it is; weak and strong scaling have one in common.
         config: the run that all train, as plain values.
     """
 
@@ -92,9 +93,9 @@ def plan_races(
 ) -> list[RacePlan]:
     """All races, those on few ranks first.
 
-    A rank's share under weak scaling is two micro-batches. Under strong scaling the batch is such that every number of
-    ranks divides it, and that on the most ranks a share is two micro-batches as well, so that both have this point in
-    common.
+    A rank's share under weak scaling is two micro-batches. Under strong scaling it is one on the most ranks, and on
+    fewer what that makes: the smallest batch that every number of ranks divides. On half as many ranks, both have a
+    point in common.
 
     Args:
         size: model and micro-batch.
@@ -115,8 +116,8 @@ def plan_races(
     for num_ranks in sorted(counts):
         sizes: dict[int, list[str]] = {}
         for mode in modes:
-            ranks_that_divide = num_ranks if mode == "weak" else math.lcm(*counts)
-            sizes.setdefault(_ACCUMULATION_STEPS * base.batch.micro_size * ranks_that_divide, []).append(mode)
+            num_micro_batches = _WEAK_MICRO_BATCHES * num_ranks if mode == "weak" else math.lcm(*counts)
+            sizes.setdefault(base.batch.micro_size * num_micro_batches, []).append(mode)
         for global_size, its_modes in sizes.items():
             for strategy in ("none",) if num_ranks == 1 else strategies:
                 config = _race_config(base, strategy, global_size)

@@ -133,15 +133,16 @@ def verdict(shares: Mapping[str, float]) -> str:
         "memory": "operators that move more than they compute",
         "communication": "communication that nothing hides",
         "input": "waiting for batches",
-        "host": "the host",
+        "host": "the host's",
     }
     first, second, *_ = sorted(CATEGORIES, key=lambda name: -shares[name])
-    exposed = f"hiding all communication would save {shares['communication']:.0%} of a step at most"
+    exposed = shares["communication"]
+    gain = f"; {exposed:.0%} could be saved at most by hiding all communication" if exposed else ""
     if shares[first] >= BOUND_SHARE:
-        return f"bound by {first}: {described[first]} take {shares[first]:.0%} of a step; {exposed}."
+        return f"bound by {first}: {shares[first]:.0%} of a step is {described[first]}{gain}."
     return (
-        f"bound by {first} and {second}: {described[first]} take {shares[first]:.0%} of a step, {described[second]} "
-        f"{shares[second]:.0%}; {exposed}."
+        f"bound by {first} and {second}: {shares[first]:.0%} of a step is {described[first]}, {shares[second]:.0%} "
+        f"{described[second]}{gain}."
     )
 
 

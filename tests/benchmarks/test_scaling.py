@@ -24,24 +24,24 @@ def test_ranks_double_up_to_a_node_and_nodes_up_to_all(num_nodes: int, ranks_per
     assert rank_counts(num_nodes, ranks_per_node) == counts
 
 
-def test_weak_shares_stay_and_strong_batches_stay_and_both_meet_at_the_end() -> None:
+def test_weak_shares_stay_and_strong_batches_stay_and_they_have_a_point_in_common() -> None:
     races = plan_races(
         SIZES["tiny"], [], counts=[1, 2, 4], modes=["weak", "strong"], strategies=["ddp", "zero3"], has_gpu=False
     )
     points = {(race.num_ranks, race.strategy, *race.modes): race.global_size for race in races}
     assert points == {
         (1, "none", "weak"): 4,
-        (1, "none", "strong"): 16,
-        (2, "ddp", "weak"): 8,
-        (2, "zero3", "weak"): 8,
-        (2, "ddp", "strong"): 16,
-        (2, "zero3", "strong"): 16,
-        (4, "ddp", "weak", "strong"): 16,
-        (4, "zero3", "weak", "strong"): 16,
+        (1, "none", "strong"): 8,
+        (2, "ddp", "weak", "strong"): 8,
+        (2, "zero3", "weak", "strong"): 8,
+        (4, "ddp", "weak"): 16,
+        (4, "zero3", "weak"): 16,
+        (4, "ddp", "strong"): 8,
+        (4, "zero3", "strong"): 8,
     }
     assert len({race.label for race in races}) == len(races)
     odd = plan_races(SIZES["tiny"], [], counts=[1, 2, 3], modes=["strong"], strategies=["ddp"], has_gpu=False)
-    assert {race.global_size for race in odd} == {2 * 2 * 6}
+    assert {race.global_size for race in odd} == {2 * 6}
     with pytest.raises(UserError, match=r"batch\.global_size=8: shardline bench scaling decides this"):
         plan_races(SIZES["tiny"], ["batch.global_size=8"], counts=[1], modes=["weak"], strategies=[], has_gpu=False)
 
@@ -134,7 +134,10 @@ def test_the_table_says_what_was_measured_and_what_cannot_be() -> None:
     )
     assert f"{row} 2e-07 |" in table
     assert "zero2 4x4, at most 1.03 wanted: shardline met (upper end 0.500), faster than every peer." in table
-    assert "zero2 4x4: shardline is bound by compute: matrix products and attention take 55% of a step" in table
+    assert (
+        "zero2 4x4: shardline is bound by compute: 55% of a step is matrix products and attention; 25% could be"
+        in table
+    )
     assert "interrupted" not in table
     assert "3 pairs of 60 planned: interrupted" in markdown([_header(num_pairs=60), *_ROWS[1:]], "raw.jsonl")
     drawn = ElementTree.fromstring(plot(_ROWS))
@@ -186,7 +189,7 @@ def _check_races(rows: list[dict[str, Any]], expected: dict[str, set[str]]) -> N
 
 @pytest.mark.timeout(400)
 def test_a_strategy_is_measured_over_ranks(tmp_path: Path, shared_corpus: tuple[Path, Path]) -> None:
-    options = ("--size", "tiny", "--ranks", "1,2", "--strategies", "zero2", "--pairs", 2, "--profile-steps", 2)
+    options = ("--size", "tiny", "--ranks", "1,2", "--modes", "weak", "--strategies", "zero2", "--pairs", 2)
     finished = shardline(
         *("bench", "scaling", "--", *options, "--output", tmp_path), *_data(shared_corpus), timeout_s=380
     )
@@ -196,7 +199,7 @@ def test_a_strategy_is_measured_over_ranks(tmp_path: Path, shared_corpus: tuple[
     assert rows[0]["kind"] == "header"
     assert rows[0]["packages"]["deepspeed"]
     alone, two = {"plain", "shardline"}, {"plain", "shardline", "shardline bucketed", "deepspeed"}
-    _check_races(rows, {"none 1x4": alone, "none 1x8": alone, "zero2 2x4": two})
+    _check_races(rows, {"none 1x4": alone, "zero2 2x4": two})
     assert raw.with_suffix(".md").read_text() in finished.stdout
     ElementTree.fromstring(raw.with_suffix(".svg").read_text())
     assert {path.suffix for path in tmp_path.iterdir()} == {".jsonl", ".md", ".svg", ".log"}

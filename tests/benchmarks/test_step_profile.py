@@ -91,10 +91,10 @@ def test_the_verdict_follows_the_stated_threshold() -> None:
 
     assert verdict(shares(compute=0.5, memory=0.3, communication=0.2)).startswith("bound by compute: ")
     assert verdict(shares(communication=0.7, host=0.3)).startswith("bound by communication: ")
-    assert verdict(shares(input=0.6, host=0.4)).startswith("bound by input: waiting for batches take 60% of a step")
+    assert verdict(shares(input=0.6, host=0.4)) == "bound by input: 60% of a step is waiting for batches."
     mixed = verdict(shares(memory=0.49, host=0.35, communication=0.16))
-    assert mixed.startswith("bound by memory and host: ")
-    assert mixed.endswith("hiding all communication would save 16% of a step at most.")
+    assert mixed.startswith("bound by memory and host: 49% of a step is ")
+    assert mixed.endswith(", 35% the host's; 16% could be saved at most by hiding all communication.")
 
 
 def test_a_real_profile_is_divided() -> None:

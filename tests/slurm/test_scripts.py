@@ -1,5 +1,6 @@
 """The scripts as a person submits them: on two nodes with two ranks each, they train as one process does."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -116,3 +117,29 @@ def test_more_gpus_than_a_node_has_are_refused_at_once(cluster: Cluster, slurm_c
         "sbatch", "--nodes=2", "--gpus-per-node=17", "slurm/pretrain.sbatch", slurm_config("refused"), check=False
     )
     assert "Requested node configuration is not available" in refused
+
+
+@pytest.mark.slow
+def test_scaling_is_measured_over_ranks_of_a_node_and_then_over_nodes(
+    cluster: Cluster, slurm_config: MakeConfig, tmp_path: Path
+) -> None:
+    output, results = tmp_path / "scaling.out", tmp_path / "results"
+    job = cluster.submit(
+        "scaling.sbatch",
+        *("--config", slurm_config("scaling"), "--strategies", "ddp", "--modes", "weak", "--pairs", 2),
+        *("--profile-steps", 1, "--output", results),
+        output=output,
+        options="--nodes=2 --ntasks-per-node=2",
+    )
+    facts = cluster.wait(job)
+    printed = output.read_text()
+    assert (facts["JobState"], facts["ExitCode"]) == ("COMPLETED", "0:0"), printed
+    (raw,) = results.glob("scaling_4xcpu_*.jsonl")
+    races = [row for row in map(json.loads, raw.read_text().splitlines()) if row["kind"] == "race"]
+    assert [(race["num_ranks"], race["strategy"]) for race in races] == [(1, "none"), (2, "ddp"), (4, "ddp")]
+    table = raw.with_suffix(".md").read_text()
+    assert table in printed
+    assert all(
+        f"| 4 | {name} | 24 |" in table for name in ("plain", "shardline", "accelerate", "fabric", "transformers")
+    )
+    assert {path.suffix for path in results.iterdir()} == {".jsonl", ".md", ".svg"}
