@@ -1,15 +1,17 @@
-"""``shardline bench data``: the loader alone, on one core, with a warm page cache.
+"""``shardline bench data``: the loader alone, the tokenizer by number of threads, and a corpus of 10^12 tokens.
 
-``python -m benchmarks.data [--sequence-length 2048] [--batch-size 8] [--num-tokens 268435456] [--output FILE]``
+``python -m benchmarks.data [--sequence-length 2048] [--batch-size 8] [--num-tokens 268435456] [--num-windows 21]
+[--window-steps 1000] [--huge-tokens 1000000000000] [--output FOLDER]``
 
 A shard of random uint16 tokens is written to a temporary folder and read once; then batches are taken in windows, in
-turn on demand and through the prefetch thread. A row is the median rate of its windows with the quartiles.
+turn on demand and through the prefetch thread, on one core. See docs/benchmarks.md.
 """
 
 import argparse
+import hashlib
 import json
 import os
-import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -20,14 +22,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainer.data.blocks import hash_blocks
+from benchmarks.data_table import markdown
+from benchmarks.facts import collect_facts
+from sharding.errors import UserError, ends_with_a_sentence
+from trainer.config import load_config
+from trainer.data.blocks import BLOCK_BYTES, hash_blocks
 from trainer.data.loader import BatchLoader
 from trainer.data.order import SampleOrder
 from trainer.data.pack import write_file
-from trainer.data.shards import SplitFacts, TokenStream, num_samples
-from trainer.provenance import code_revision, hardware_facts
+from trainer.data.prepare import prepare_corpus
+from trainer.data.python_stdlib import stdlib_files
+from trainer.data.shards import FileFacts, SplitFacts, TokenStream, num_samples
 
 _DOCUMENT_TOKENS = 1000
+_PACKAGES = ("torch", "numpy", "tokenizers")
+_QUICKSTART = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
 
 
 def make_stream(folder: Path, total_tokens: int, shard_tokens: int) -> TokenStream:
@@ -88,58 +97,136 @@ def measure_windows(
     return rates
 
 
+def make_huge_stream(folder: Path, total_tokens: int) -> SplitFacts:
+    """A corpus of zeros that takes no space: sparse shards of 2^30 tokens, and the hash of a block of zeros for each.
+
+    Its documents are not described; the loader of packed sequences does not look at them.
+    """
+    shard_tokens, zeros = 1 << 30, bytes(BLOCK_BYTES)
+    shards, hashes = [], []
+    for index in range(-(-total_tokens // shard_tokens)):
+        num_bytes = 2 * min(shard_tokens, total_tokens - index * shard_tokens)
+        path = folder / f"train-{index:05d}.bin"
+        with path.open("wb") as file:
+            file.truncate(num_bytes)
+        shards.append(FileFacts(file=path.name, num_bytes=num_bytes, sha256=""))
+        whole, rest = divmod(num_bytes, BLOCK_BYTES)
+        hashes.append(hashlib.sha256(zeros).digest() * whole)
+        hashes += [hashlib.sha256(zeros[:rest]).digest()] if rest else []
+    starts = np.array([0, total_tokens], dtype="<i8").tobytes()
+    return SplitFacts(
+        num_tokens=total_tokens,
+        num_documents=1,
+        shards=shards,
+        documents=write_file(folder / "train-documents.i64", starts),
+        source_offsets=write_file(folder / "train-source-offsets.i64", bytes(16)),
+        sources=write_file(folder / "train-sources.txt", b""),
+        blocks=write_file(folder / "train-blocks.sha256", b"".join(hashes)),
+    )
+
+
+_FIRST_BATCH = """
+import json, sys, time
+from pathlib import Path
+from trainer.data.loader import BatchLoader
+from trainer.data.order import SampleOrder
+from trainer.data.shards import SplitFacts, TokenStream, num_samples
+
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:"))
+
+folder, length, size = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+before, began_at = peak(), time.perf_counter()
+facts = SplitFacts.model_validate_json((folder / "facts.json").read_text())
+stream = TokenStream(folder, facts, "<u2")
+order = SampleOrder(0, num_samples(stream.num_tokens, length))
+loader = BatchLoader(stream, order, sequence_length=length, global_size=size, micro_size=size, dp_rank=0, dp_degree=1)
+loader.next_step()
+print(json.dumps({"seconds": time.perf_counter() - began_at, "added_bytes": peak() - before}))
+"""
+
+
+def measure_first_batch(folder: Path, sequence_length: int, batch_size: int) -> dict[str, float]:
+    """Seconds from opening a corpus to its first shuffled batch in a fresh process, and the memory that it adds."""
+    command = [sys.executable, "-c", _FIRST_BATCH, str(folder), str(sequence_length), str(batch_size)]
+    finished = subprocess.run(command, capture_output=True, text=True, check=True)
+    found: dict[str, float] = json.loads(finished.stdout)
+    return found
+
+
+_TOKENIZE = """
+import json, sys, time
+from tokenizers import Tokenizer
+tokenizer = Tokenizer.from_file(sys.argv[1])
+texts = json.loads(open(sys.argv[2]).read())
+tokenizer.encode_batch(texts[:8])
+began_at = time.perf_counter()
+num_tokens = sum(len(one.ids) for one in tokenizer.encode_batch(texts))
+print(num_tokens / (time.perf_counter() - began_at))
+"""
+
+
+def measure_tokenizer(folder: Path, num_documents: int, num_threads: list[int]) -> dict[int, float]:
+    """Tokens per second of the embedded corpus's tokenizer on its own documents, by number of threads."""
+    config = load_config(_QUICKSTART)
+    corpus = prepare_corpus(config.data)
+    texts = [path.read_text(errors="replace") for path in stdlib_files()[:num_documents]]
+    (folder / "texts.json").write_text(json.dumps(texts))
+    command = [sys.executable, "-c", _TOKENIZE, str(corpus.folder / "tokenizer.json"), str(folder / "texts.json")]
+    rates = {}
+    for number in num_threads:
+        environment = os.environ | {"RAYON_NUM_THREADS": str(number), "TOKENIZERS_PARALLELISM": "true"}
+        finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        rates[number] = float(finished.stdout)
+    return rates
+
+
+@ends_with_a_sentence
 def main(arguments: Sequence[str]) -> int:
-    """Measure, print a table, and append rows to the output file; returns the exit status."""
+    """Measure, write raw figures and a table, and print the table; returns the exit status."""
     parser = argparse.ArgumentParser(prog="shardline bench data")
     parser.add_argument("--sequence-length", type=int, default=2048)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--num-tokens", type=int, default=1 << 28)
+    parser.add_argument("--num-tokens", type=int, default=1 << 28, help="tokens of the corpus of random ones")
     parser.add_argument("--num-windows", type=int, default=21)
     parser.add_argument("--window-steps", type=int, default=1000)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--num-documents", type=int, default=500, help="files of the standard library to tokenise")
+    parser.add_argument("--huge-tokens", type=int, default=10**12, help="tokens of the corpus that takes no space")
+    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="folder for the results")
     options = parser.parse_args(arguments)
-    core = min(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {core})
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory(prefix="shardline-bench-") as folder:
+    if options.num_windows < 2:
+        raise UserError(f"--num-windows {options.num_windows}: at least 2 are needed for quartiles; raise it.")
+    options.output.mkdir(parents=True, exist_ok=True)
+    raw = options.output / f"data_1xcpu_{time.strftime('%Y%m%d_%H%M%S')}.jsonl"
+    settings = {name: value for name, value in vars(options).items() if name != "output"}
+    command = ["shardline", "bench", "data", *sys.argv[1:]]
+    rows: list[dict[str, Any]] = [{"kind": "header", **collect_facts(_PACKAGES), "command": command, "setup": settings}]
+    cores = sorted(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory(prefix=".data-", dir=options.output) as folder:
+        rates = measure_tokenizer(Path(folder), options.num_documents, _doubling(len(cores)))
+        rows += [{"kind": "tokenizer", "num_threads": n, "tokens_per_s": rate} for n, rate in rates.items()]
+        huge = Path(folder) / "huge"
+        huge.mkdir()
+        (huge / "facts.json").write_text(make_huge_stream(huge, options.huge_tokens).model_dump_json())
+        found = measure_first_batch(huge, options.sequence_length, options.batch_size)
+        rows.append({"kind": "first batch", "num_tokens": options.huge_tokens, **found})
+        os.sched_setaffinity(0, {cores[0]})
+        torch.set_num_threads(1)
         stream = make_stream(Path(folder), options.num_tokens, 1 << 26)
-        rates = measure_windows(
+        windows = measure_windows(
             stream, options.sequence_length, options.batch_size, options.num_windows, options.window_steps
         )
-    print(f"{'loader':<16} {'million tokens/s':>17} {'quartiles':>16}")
-    for name, values in rates.items():
-        low, median, high = statistics.quantiles(values, n=4)
-        print(f"{name:<16} {median / 1e6:>17.1f} {f'{low / 1e6:.1f}-{high / 1e6:.1f}':>16}")
-        if options.output is not None:
-            _append(options.output, _row(name, values, options))
+        rows += [{"kind": "loader", "loader": name, "tokens_per_s": values} for name, values in windows.items()]
+    raw.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table = markdown(rows, raw.name)
+    raw.with_suffix(".md").write_text(table)
+    print(f"\n{table}\nwritten to {raw} and .md")
     return 0
 
 
-def _row(name: str, rates: list[float], options: argparse.Namespace) -> dict[str, Any]:
-    low, median, high = statistics.quantiles(rates, n=4)
-    settings = {k: v for k, v in vars(options).items() if k != "output"}
-    return {
-        "benchmark": "data",
-        "command": "shardline bench data",
-        "loader": name,
-        "tokens_per_s_median": median,
-        "tokens_per_s_quartiles": [low, high],
-        "num_windows": len(rates),
-        "settings": settings,
-        "num_cores": 1,
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "git_revision": code_revision().get("git_revision"),
-        "hardware": hardware_facts(),
-        "python": sys.version.split()[0],
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-    }
-
-
-def _append(path: Path, row: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+def _doubling(num_cores: int) -> list[int]:
+    return sorted({*(2**power for power in range(num_cores.bit_length()) if 2**power <= num_cores), num_cores})
 
 
 if __name__ == "__main__":

@@ -32,6 +32,8 @@ _BENCHMARKS = {
     "overhead": "a step beside its peers'",
     "checkpoint": "saving and loading",
     "startup": "from the command to the first step",
+    "all": "all of them, and the report",
+    "report": "the newest results on one page",
 }
 _EXAMPLES = ("configs", "slurm")
 _EXAMPLE_SUFFIXES = (".yaml", ".sbatch", ".sh", ".md")

@@ -1,0 +1,34 @@
+"""The loader, the tokenizer and a huge corpus, on few tokens."""
+
+import json
+import os
+from pathlib import Path
+
+from benchmarks.data import main, make_huge_stream, measure_first_batch
+
+
+def test_each_part_is_measured(tmp_path: Path) -> None:
+    cores = os.sched_getaffinity(0)
+    few = ["--num-tokens", "65536", "--num-windows", "2", "--window-steps", "2", "--sequence-length", "64"]
+    try:
+        status = main([*few, "--num-documents", "3", "--huge-tokens", "5000000000", "--output", str(tmp_path)])
+    finally:
+        os.sched_setaffinity(0, cores)
+    assert status == 0
+    (raw,) = tmp_path.glob("data_1xcpu_*.jsonl")
+    rows = [json.loads(line) for line in raw.read_text().splitlines()]
+    assert [len(row["tokens_per_s"]) for row in rows if row["kind"] == "loader"] == [2, 2]
+    assert next(row["num_threads"] for row in rows if row["kind"] == "tokenizer") == 1
+    table = raw.with_suffix(".md").read_text()
+    assert "A corpus of 5e+09 tokens: the first shuffled batch after" in table
+    # What was written for it is gone.
+    assert [path.suffix for path in sorted(tmp_path.iterdir())] == [".jsonl", ".md"]
+
+
+def test_a_huge_corpus_takes_no_space_and_its_blocks_are_verified(tmp_path: Path) -> None:
+    facts = make_huge_stream(tmp_path, 3 * 10**9 + 7)
+    (tmp_path / "facts.json").write_text(facts.model_dump_json())
+    assert sum(shard.num_bytes for shard in facts.shards) == 2 * (3 * 10**9 + 7)
+    assert sum(path.stat().st_blocks * 512 for path in tmp_path.glob("*.bin")) == 0
+    found = measure_first_batch(tmp_path, 128, 2)
+    assert found["seconds"] > 0
