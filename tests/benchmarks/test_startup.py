@@ -11,7 +11,7 @@ from tests.support import ROOT
 from trainer.provenance import code_revision, hardware_facts
 
 PROGRAM = (
-    "import time; print('step 0', flush=True); time.sleep(0.3); print('step 1/1  loss 4', flush=True); time.sleep(0.5)"
+    "import time; print('step 0', flush=True); time.sleep(0.3); print('step 1/2  loss 4', flush=True); time.sleep(0.5)"
 )
 
 
