@@ -12,7 +12,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
-_INTERRUPTED = 130
+INTERRUPTED = 130
+"""Exit status of what was interrupted."""
+
 _NUM_LOG_LINES = 40
 _POLL_EVERY_S = 0.5
 
@@ -51,7 +53,7 @@ def run_ranks(module: str, assignment: RankAssignment, num_ranks: int, log: Path
             status = _wait(ranks)
         except KeyboardInterrupt:
             # What was measured so far stands in the file.
-            return _INTERRUPTED
+            return INTERRUPTED
         finally:
             for process in ranks:
                 process.kill()

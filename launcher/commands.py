@@ -26,6 +26,7 @@ app.add_typer(tracking_app, name="tracking")
 app.add_typer(slurm_app, name="slurm")
 
 _EXAMPLES = ("configs", "slurm")
+_BENCHMARKS = ("overhead", "memory", "collectives", "checkpoint", "data")
 _EXAMPLE_SUFFIXES = (".yaml", ".sbatch", ".sh", ".md")
 
 Config = Annotated[str, typer.Argument(help="YAML file of the run.", metavar="CONFIG")]
@@ -173,15 +174,15 @@ def bench(
     name: Annotated[
         str,
         typer.Argument(
-            help="data: the loader alone; overhead: a step beside its peers'; checkpoint: saving and loading.",
+            help=f"One of {', '.join(_BENCHMARKS)}; see docs/benchmarks.md.",
             metavar="NAME",
         ),
     ],
     arguments: Annotated[list[str] | None, typer.Argument(help="Options of that benchmark, after --.")] = None,
 ) -> None:
     """Run a benchmark."""
-    if name not in ("data", "overhead", "checkpoint"):
-        raise UserError(f"there is no benchmark {name}; there are: data, overhead, checkpoint.")
+    if name not in _BENCHMARKS:
+        raise UserError(f"there is no benchmark {name}; there are: {', '.join(_BENCHMARKS)}.")
     _become(f"benchmarks.{name}", *(arguments or []))
 
 
