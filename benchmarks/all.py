@@ -14,6 +14,8 @@ from benchmarks import report
 from sharding.errors import EXIT_FAILED, EXIT_FINISHED, UserError, ends_with_a_sentence
 
 QUICK: dict[str, list[str]] = {
+    "collectives": ["--rounds", "5", "--max-bytes", "4194304"],
+    "memory": ["--cases", "ddp,zero2,zero3,bucketed-zero2"],
     "startup": ["--rounds", "2"],
     "overhead": ["--sizes", "tiny", "--pairs", "30"],
     "scaling": ["--size", "tiny", "--modes", "weak", "--ranks", "1,2", "--pairs", "12", "--profile-steps", "2"],

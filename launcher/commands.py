@@ -28,7 +28,9 @@ app.add_typer(slurm_app, name="slurm")
 _BENCHMARKS = {
     "throughput": "tokens/s, technique by technique",
     "scaling": "over ranks and nodes, beside its peers",
-    "data": "the loader alone",
+    "collectives": "bandwidth by size and link",
+    "memory": "bytes per rank beside the formula",
+    "data": "loader, tokenizer, a huge corpus",
     "overhead": "a step beside its peers'",
     "checkpoint": "saving and loading",
     "startup": "from the command to the first step",

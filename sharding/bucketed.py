@@ -138,7 +138,8 @@ class BucketedEngine(TorchEngine):
         # It may have taken a step; what is read next must not change under a gathering.
         self._gathers.wait()
 
-    def _local_gradients(self) -> list[torch.Tensor]:
+    def local_gradients(self) -> list[torch.Tensor]:
+        """See TorchEngine; in rows."""
         return [piece for entry in self._trainable for piece in _rows(entry.local.grad) if piece.numel()]
 
     def _sum_over_shards(self, squares: torch.Tensor) -> torch.Tensor:

@@ -44,6 +44,15 @@ class DdpEngine(TorchEngine):
         """See Engine."""
         return Replicas(self.named_local_shards(), group=0)
 
+    def drop_gradients(self) -> None:
+        """See Engine; gradients stay views of DDP's buckets.
+
+        Without them the next step's first micro-batches would be accumulated beside the buckets, twice the memory.
+        """
+        gradients = [entry.parameter.grad for entry in self._trainable if entry.parameter.grad is not None]
+        if gradients:
+            torch._foreach_zero_(gradients)
+
     def _forward_module(self) -> nn.Module:
         return self._ddp
 

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-# Newer torch has another name for each.
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+"""torch's own, by its newer name where it has one."""
+
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""torch's own, by its newer name where it has one."""
 
 
 def exchanges_slices(group: dist.ProcessGroup | None) -> bool:
@@ -58,7 +60,7 @@ def start_sum(
         group: the ranks.
     """
     if received is None:
-        return SliceSum(_reduce_scatter(own, flat, group=group, async_op=True), own[None])
+        return SliceSum(reduce_scatter(own, flat, group=group, async_op=True), own[None])
     work = dist.all_to_all_single(received, flat, group=group, async_op=True)
     return SliceSum(work, received.view(-1, len(own)))
 
@@ -66,6 +68,6 @@ def start_sum(
 def start_gather(flat: torch.Tensor, own: torch.Tensor, group: dist.ProcessGroup | None) -> list[dist.Work]:
     """Begin to fill ``flat`` with the slices of all ranks; ``own``, a view of it, is this rank's."""
     if not exchanges_slices(group):
-        return [_all_gather(flat, own, group=group, async_op=True)]
+        return [all_gather(flat, own, group=group, async_op=True)]
     slices = flat.split(len(own))
     return [dist.broadcast(part, group=group, group_src=rank, async_op=True) for rank, part in enumerate(slices)]

@@ -28,6 +28,7 @@ class ModelSizes:
         num_outside_blocks: those in no block: embeddings, last norm, head.
         largest_block: those of the largest block.
         largest_parameter: those of the largest single parameter.
+        largest_shared: those of the largest parameter that several modules use, as an embedding tied to the head.
     """
 
     num_parameters: int
@@ -35,6 +36,7 @@ class ModelSizes:
     num_outside_blocks: int
     largest_block: int
     largest_parameter: int
+    largest_shared: int = 0
 
 
 @dataclass(frozen=True)
@@ -96,28 +98,32 @@ def state_bytes(sizes: ModelSizes, layout: Layout) -> StateBytes:
 
 
 def _whole(sizes: ModelSizes, layout: Layout) -> StateBytes:
-    """Everything on every rank; autocast keeps 16-bit copies of matrices from forward to backward."""
+    """Everything on every rank."""
     fp32 = _FP32_BYTES * sizes.num_parameters
-    casts = layout.compute_bytes * sizes.num_matrix_parameters if layout.compute_bytes != _FP32_BYTES else 0
-    # A parameter's new gradient, before it is added to the old one.
-    in_flight = _FP32_BYTES * sizes.largest_parameter
-    return StateBytes(fp32, casts, fp32, layout.moment_bytes * sizes.num_parameters, in_flight)
+    moments = layout.moment_bytes * sizes.num_parameters
+    return StateBytes(fp32, _casts(sizes, layout), fp32, moments, _FP32_BYTES * _new_gradients(sizes))
 
 
 def _bucketed(sizes: ModelSizes, layout: Layout) -> StateBytes:
     """Whole parameters in buckets, of which the own slices are the masters."""
     whole, own = _FP32_BYTES * sizes.num_parameters, _FP32_BYTES * sizes.num_parameters / layout.num_shards
-    casts = layout.compute_bytes * sizes.num_matrix_parameters if layout.compute_bytes != _FP32_BYTES else 0
-    # What is sent and, where slices are exchanged, what is received; stage 1 sends from the gradients themselves.
+    bucket = layout.bucket_elements
+    # Under way are a bucket and where slices of other ranks arrive; stage 1 sends the gradients themselves. A parameter
+    # that is larger than a bucket travels by itself; memory of other buckets is kept for the next ones meanwhile.
     copies = 1 if layout.strategy == "zero1" else 2
-    largest = max(layout.bucket_elements, sizes.largest_parameter)
-    sent = min(sizes.num_parameters, largest + (MAX_BUCKETS_IN_FLIGHT - 1) * layout.bucket_elements)
+    in_flight = copies * MAX_BUCKETS_IN_FLIGHT * bucket
+    if sizes.largest_parameter > bucket:
+        in_flight += copies * sizes.largest_parameter
+    if layout.strategy == "zero2":
+        # Buckets of the block that backward is in, at whose ends are parameters of its neighbours.
+        in_flight += (-(-sizes.largest_block // bucket) + 2) * bucket
+    in_flight = min(in_flight, 2 * copies * sizes.num_parameters)
     return StateBytes(
         masters=own,
-        gathered=whole - own + casts,
+        gathered=whole - own + _casts(sizes, layout),
         gradients=whole if layout.strategy == "zero1" else own,
         moments=layout.moment_bytes * sizes.num_parameters / layout.num_shards,
-        in_flight=_FP32_BYTES * (copies * sent + sizes.largest_parameter),
+        in_flight=_FP32_BYTES * (in_flight + _new_gradients(sizes)),
     )
 
 
@@ -130,7 +136,7 @@ def _gathered_once(sizes: ModelSizes, layout: Layout) -> StateBytes:
         # Backward frees parameters as gradients arrive: most is held when it begins.
         gradients, in_flight = 0.0, _in_block(sizes, layout)
     elif layout.strategy == "zero1":
-        gradients, in_flight = _FP32_BYTES * sizes.num_parameters, width * sizes.largest_parameter
+        gradients, in_flight = _FP32_BYTES * sizes.num_parameters, width * _new_gradients(sizes)
     else:
         gradients, in_flight = own, max(_in_block(sizes, layout), _outside_blocks(sizes, layout))
     return StateBytes(own, gathered, gradients, layout.moment_bytes * sizes.num_parameters / shards, in_flight)
@@ -144,6 +150,16 @@ def _gathered_by_block(sizes: ModelSizes, layout: Layout) -> StateBytes:
     in_block = StateBytes(own, width * (outside + 2 * sizes.largest_block), own, moments, _in_block(sizes, layout))
     at_end = StateBytes(own, 0.0, own, moments, _outside_blocks(sizes, layout))
     return max(in_block, at_end, key=lambda state: state.total)
+
+
+def _casts(sizes: ModelSizes, layout: Layout) -> float:
+    """Copies of matrices that autocast keeps from forward to backward, where it computes in 16 bits."""
+    return 0.0 if layout.compute_bytes == _FP32_BYTES else layout.compute_bytes * sizes.num_matrix_parameters
+
+
+def _new_gradients(sizes: ModelSizes) -> int:
+    """Elements of a gradient before it is added to the old one; of a shared parameter the first one waits for it."""
+    return sizes.largest_parameter + sizes.largest_shared
 
 
 def _in_block(sizes: ModelSizes, layout: Layout) -> float:

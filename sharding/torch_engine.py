@@ -102,7 +102,7 @@ class TorchEngine:
 
     def clip_grad_norm(self, max_norm: float) -> torch.Tensor:
         """See Engine."""
-        gradients = self._local_gradients()
+        gradients = self.local_gradients()
         squares = _sum_of_squares(gradients) if gradients else torch.zeros((), device=self._device, dtype=torch.float64)
         norm = self._sum_over_shards(squares).sqrt().float()
         if self._loss_scaler is not None:
@@ -208,7 +208,8 @@ class TorchEngine:
     def _to_device(self, batch: Batch) -> Batch:
         return {name: tensor.to(self._device, non_blocking=True) for name, tensor in batch.items()}
 
-    def _local_gradients(self) -> list[torch.Tensor]:
+    def local_gradients(self) -> list[torch.Tensor]:
+        """This rank's part of the gradients, live; between ``train_batch`` and ``step``."""
         return [local_tensor(entry.parameter.grad) for entry in self._trainable if entry.parameter.grad is not None]
 
     def _model_slices(self) -> list[TensorSlice]:

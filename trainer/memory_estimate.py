@@ -1,6 +1,7 @@
 """What a run will hold of memory on each rank, from its configuration and a model on the meta device."""
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -102,6 +103,7 @@ def model_sizes(model: nn.Module) -> ModelSizes:
     in_blocks = [sum(p.numel() for p in block.parameters() if p.requires_grad) for _, block in find_blocks(model)]
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     embeddings -= {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    uses = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     num_parameters = sum(p.numel() for p in trainable)
     return ModelSizes(
         num_parameters=num_parameters,
@@ -109,6 +111,7 @@ def model_sizes(model: nn.Module) -> ModelSizes:
         num_outside_blocks=num_parameters - sum(in_blocks),
         largest_block=max(in_blocks, default=0),
         largest_parameter=max((p.numel() for p in trainable), default=0),
+        largest_shared=max((p.numel() for p in trainable if uses[id(p)] > 1), default=0),
     )
 
 

@@ -1,0 +1,155 @@
+"""``shardline bench memory``: bytes that each rank holds, measured beside the formula of its strategy.
+
+``python -m benchmarks.memory [--config FILE] [--cases ddp,zero1,...] [--nproc N] [--output FOLDER] [--report FILE]
+[key=value ...]``
+
+Each case, an engine with a strategy, is built on all ranks and takes some steps while every allocation is recorded. See
+docs/benchmarks.md.
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.comparison import RESULTS, changes_markdown, compare, difference_of_setup, last_result, read_rows
+from benchmarks.facts import collect_facts
+from benchmarks.memory_rank import MemoryAssignment
+from benchmarks.memory_table import markdown, plot, series
+from benchmarks.ranks import run_ranks
+from sharding.errors import UserError, ends_with_a_sentence
+from trainer.config import RunConfig, load_config
+from trainer.threads import threads_per_rank
+from trainer.validation import World, validate
+
+CASES: dict[str, list[str]] = {
+    "ddp": ["parallel.strategy=ddp"],
+    "zero1": ["parallel.strategy=zero1"],
+    "zero2": ["parallel.strategy=zero2"],
+    "zero3": ["parallel.strategy=zero3"],
+    "bucketed-zero1": ["parallel.strategy=zero1", "parallel.engine=bucketed"],
+    "bucketed-zero2": ["parallel.strategy=zero2", "parallel.engine=bucketed"],
+    "deepspeed-zero1": ["parallel.strategy=zero1", "parallel.backend=deepspeed"],
+    "deepspeed-zero2": ["parallel.strategy=zero2", "parallel.backend=deepspeed"],
+    "deepspeed-zero3": ["parallel.strategy=zero3", "parallel.backend=deepspeed"],
+}
+"""Settings of each case."""
+
+# Large enough that buffers of fixed size are a small part, and small enough for four ranks on two cores.
+_MODEL = (
+    "model.config.hidden_size=512",
+    "model.config.intermediate_size=1408",
+    "model.config.num_hidden_layers=8",
+    "model.config.num_attention_heads=8",
+    "model.config.num_key_value_heads=4",
+    "data.vocab_size=4096",
+    "batch.micro_size=2",
+)
+_ACCUMULATION_STEPS = 2
+_PACKAGES = ("torch", "transformers", "deepspeed", "numpy")
+_QUICKSTART = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
+
+
+@ends_with_a_sentence
+def main(arguments: Sequence[str]) -> int:
+    """Measure, write raw numbers, a table and a plot, and print the table; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="shardline bench memory")
+    parser.add_argument("--config", type=Path, help="a run of your own in place of the benchmark's")
+    parser.add_argument("--cases", default=",".join(CASES), help="separated by commas")
+    parser.add_argument("--nproc", type=int, default=0, help="ranks; 0 means one per GPU, or 2 where there is none")
+    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="folder for the results")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write table and plot of a raw file, and no more")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the run")
+    options = parser.parse_intermixed_args(arguments)
+    if options.report is not None:
+        report(options.report)
+        return 0
+    return _measure(options)
+
+
+def _measure(options: argparse.Namespace) -> int:
+    has_gpu = torch.cuda.is_available()
+    num_ranks = options.nproc or torch.cuda.device_count() or 2
+    chosen = options.cases.split(",")
+    unknown = [case for case in chosen if case not in CASES]
+    if unknown:
+        raise UserError(f"--cases {options.cases}: there is no case {unknown[0]}; there are {', '.join(CASES)}.")
+    configs = {case: case_config(case, options.config, num_ranks, options.overrides) for case in chosen}
+    threads = threads_per_rank(configs[chosen[0]], num_ranks, os.environ)
+    values = {case: config.model_dump(mode="json", by_alias=True) for case, config in configs.items()}
+    options.output.mkdir(parents=True, exist_ok=True)
+    device = "gpu" if has_gpu else "cpu"
+    raw = options.output / f"memory_{num_ranks}x{device}_{time.strftime('%Y%m%d_%H%M%S')}.jsonl"
+    header = {
+        "kind": "header",
+        **collect_facts(_PACKAGES),
+        "command": ["shardline", "bench", "memory", *sys.argv[1:]],
+        "num_ranks": num_ranks,
+        "threads": threads,
+        "setup": {"config": str(options.config or "memory"), "overrides": options.overrides},
+        "config": values[chosen[0]],
+    }
+    _append(raw, header)
+    status = run_ranks(
+        "benchmarks.memory_rank", MemoryAssignment(values, threads, str(raw)), num_ranks, raw.with_suffix(".log")
+    )
+    _append(raw, {"kind": "end", "exit_code": status})
+    report(raw)
+    return status
+
+
+def case_config(case: str, config: Path | None, num_ranks: int, overrides: Sequence[str]) -> RunConfig:
+    """The run of one case: the benchmark's own model, or that of a file; two micro-batches a rank.
+
+    Args:
+        case: one of ``CASES``.
+        config: a run of the user's.
+        num_ranks: ranks; the global batch grows with them.
+        overrides: ``key=value`` changes of the user's, last.
+
+    Raises:
+        UserError: the settings do not fit.
+    """
+    fixed = ["name=memory", "tracking.wandb.mode=disabled", *CASES[case]]
+    loaded = load_config(config or _QUICKSTART, [*([] if config else _MODEL), *fixed, *overrides])
+    if not any(override.startswith("batch.global_size=") for override in overrides):
+        global_size = loaded.batch.micro_size * _ACCUMULATION_STEPS * num_ranks
+        loaded = loaded.model_copy(update={"batch": loaded.batch.model_copy(update={"global_size": global_size})})
+    validate(loaded, World(num_ranks, has_gpu=torch.cuda.is_available()))
+    return loaded
+
+
+def report(raw: Path) -> None:
+    """Write table and plot beside a raw file, and print the table."""
+    rows = read_rows(raw)
+    table = markdown(rows, raw.name, _changes(raw, rows))
+    raw.with_suffix(".md").write_text(table)
+    raw.with_suffix(".svg").write_text(plot(rows))
+    print(f"\n{table}\nwritten to {raw}, .md and .svg; what libraries said is in .log")
+
+
+def _changes(raw: Path, rows: Sequence[dict[str, Any]]) -> list[str]:
+    before = last_result(raw, [raw.parent, RESULTS])
+    if before is None:
+        return []
+    old_rows = read_rows(before)
+    difference = difference_of_setup(rows[0], old_rows[0])
+    return changes_markdown(compare(series(rows), series(old_rows)), before.name, difference)
+
+
+def _append(path: Path, row: dict[str, Any]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    # A batch system's request to end is an interrupt: the table of what was measured is still written.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.exit(main(sys.argv[1:]))

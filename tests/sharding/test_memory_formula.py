@@ -1,0 +1,65 @@
+"""The memory formula, against sums written out by hand."""
+
+from typing import Any
+
+import pytest
+
+from sharding.config import Strategy
+from sharding.memory_formula import Layout, ModelSizes, StateBytes, state_bytes
+
+# Ten blocks of 90, and 100 outside of them, of which one tied matrix of 80.
+SIZES = ModelSizes(
+    num_parameters=1000,
+    num_matrix_parameters=900,
+    num_outside_blocks=100,
+    largest_block=90,
+    largest_parameter=80,
+    largest_shared=80,
+)
+
+
+def _state(strategy: Strategy, num_shards: int = 4, **options: Any) -> StateBytes:
+    return state_bytes(SIZES, Layout(strategy, num_shards, **options))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options", "expected"),
+    [
+        # A new gradient of the tied matrix, and the one that waits for it.
+        ("ddp", {}, StateBytes(4000, 0, 4000, 8000, 4 * 160)),
+        # Under autocast, matrices are cast to two bytes.
+        ("ddp", {"compute_bytes": 2}, StateBytes(4000, 1800, 4000, 8000, 4 * 160)),
+        ("none", {"moment_bytes": 4.0}, StateBytes(4000, 0, 4000, 4000, 4 * 160)),
+        ("zero1", {}, StateBytes(1000, 4000, 4000, 2000, 4 * 160)),
+        ("zero1", {"compute_bytes": 2}, StateBytes(1000, 2000, 4000, 2000, 2 * 160)),
+        # All outside of blocks: gradients, their copy on its way, and a quarter as their sum.
+        ("zero2", {}, StateBytes(1000, 4000, 1000, 2000, 400 + 400 + 100)),
+        # Without accumulation most is held when backward begins: the head's gradient, and two blocks'.
+        ("zero2", {"accumulation_steps": 1}, StateBytes(1000, 4000, 0, 2000, 4 * (80 + 90 + 90))),
+        ("zero1", {"accumulation_steps": 1}, StateBytes(1000, 4000, 0, 2000, 4 * (80 + 90 + 90))),
+        ("zero3", {}, StateBytes(1000, 4 * (100 + 2 * 90), 1000, 2000, 4 * (80 + 90 + 90))),
+        ("hsdp", {}, StateBytes(1000, 4 * (100 + 2 * 90), 1000, 2000, 4 * (80 + 90 + 90))),
+        ("zero3", {"compute_bytes": 2}, StateBytes(1000, 2 * (100 + 2 * 90), 1000, 2000, 2 * (80 + 90) + 4 * 90)),
+    ],
+)
+def test_state_is_what_the_stages_hold(strategy: Strategy, options: dict[str, Any], expected: StateBytes) -> None:
+    assert _state(strategy, **options) == expected
+
+
+def test_buckets_in_flight_are_counted() -> None:
+    # Four sums under way, the matrix that is larger than a bucket by itself, and its gradients.
+    first = _state("zero1", is_bucketed=True, bucket_elements=20)
+    assert first == StateBytes(1000, 3000, 4000, 2000, 4 * (4 * 20 + 80 + 160))
+    # Each with room to receive; and the buckets of a block of 90, with two more at its ends, are being filled.
+    second = _state("zero2", is_bucketed=True, bucket_elements=20)
+    assert second == StateBytes(1000, 3000, 1000, 2000, 4 * (2 * 4 * 20 + 2 * 80 + 7 * 20 + 160))
+    # Never more than sent and received copies of everything.
+    small = _state("zero2", is_bucketed=True, bucket_elements=1 << 20)
+    assert small.in_flight == 4 * (4 * 1000 + 160)
+
+
+def test_more_ranks_never_hold_more() -> None:
+    for strategy in ("zero1", "zero2", "zero3"):
+        totals = [_state(strategy, num_shards).total for num_shards in (1, 2, 4, 8, 64)]
+        assert totals == sorted(totals, reverse=True)
+        assert totals[-1] < totals[0]
