@@ -173,7 +173,13 @@ def measure_tokenizer(folder: Path, num_documents: int, num_threads: list[int]) 
     corpus = prepare_corpus(config.data)
     texts = [path.read_text(errors="replace") for path in stdlib_files()[:num_documents]]
     (folder / "texts.json").write_text(json.dumps(texts))
-    command = [sys.executable, "-c", _TOKENIZE, str(corpus.tokenizer_dir / "tokenizer.json"), str(folder / "texts.json")]
+    command = [
+        sys.executable,
+        "-c",
+        _TOKENIZE,
+        str(corpus.tokenizer_dir / "tokenizer.json"),
+        str(folder / "texts.json"),
+    ]
     rates = {}
     for number in num_threads:
         environment = os.environ | {"RAYON_NUM_THREADS": str(number), "TOKENIZERS_PARALLELISM": "true"}
