@@ -6,6 +6,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ class _Measurement:
                 for num_bytes in assignment.sizes:
                     moved = self._moved_bytes(name, num_bytes)
                     repeats = num_repeats(num_bytes)
-                    seconds = self._time(lambda name=name, num_bytes=num_bytes: self._call(name, num_bytes), repeats)
+                    seconds = self._time(partial(self._call, name, num_bytes), repeats)
                     self._write(kind=kind, collective=name, num_bytes=moved, seconds=self._gather(seconds))
             if self._ranks.rank == 0 and index + 1 == assignment.num_warmup:
                 print(f"{size} ranks: warmed up", flush=True)

@@ -72,7 +72,7 @@ def render(results: Sequence[Path]) -> str:
 
 def overhead_series(rows: Rows) -> dict[str, Series]:
     """Each contestant's step times beside the plain loop's, by size."""
-    found = {}
+    found: dict[str, Series] = {}
     for size in dict.fromkeys(row["size"] for row in rows):
         times = step_times(rows, size)
         found |= {
