@@ -101,7 +101,9 @@ def _whole(sizes: ModelSizes, layout: Layout) -> StateBytes:
     """Everything on every rank."""
     fp32 = _FP32_BYTES * sizes.num_parameters
     moments = layout.moment_bytes * sizes.num_parameters
-    return StateBytes(fp32, _casts(sizes, layout), fp32, moments, _FP32_BYTES * _new_gradients(sizes))
+    # Autograd adds the gradients of a shared parameter's uses into a third tensor.
+    in_flight = _FP32_BYTES * (_new_gradients(sizes) + sizes.largest_shared)
+    return StateBytes(fp32, _casts(sizes, layout), fp32, moments, in_flight)
 
 
 def _bucketed(sizes: ModelSizes, layout: Layout) -> StateBytes:

@@ -153,7 +153,7 @@ def test_ranks_hold_what_the_formula_says(tmp_path: Path) -> None:
         shards = 1 if row["case"] == "ddp" else 2
         assert kept["masters"] == pytest.approx(num_parameters / shards, rel=1e-3)
         assert kept["moments"] == pytest.approx(2 * num_parameters / shards, rel=1e-3)
-        assert sum(row["moments"]["batch peak"].values()) > measured
+        assert sum(row["moments"]["batch peak"].values()) >= measured
     table = raw.with_suffix(".md").read_text()
     assert table in finished.stdout
     assert "Within 5% of the formula: ddp, zero1, zero2, zero3, bucketed-zero2." in table

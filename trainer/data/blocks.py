@@ -25,7 +25,7 @@ class BlockCheck:
 
     def __init__(
         self,
-        read_hashes: Callable[[], bytes],
+        read_hashes: Callable[[], bytes | memoryview],
         files: Sequence[np.ndarray],
         report: Callable[[int, int, int], None],
     ) -> None:
@@ -38,7 +38,7 @@ class BlockCheck:
                 and raises.
         """
         self._read_hashes = read_hashes
-        self._hashes = b""
+        self._hashes: bytes | memoryview = b""
         self._files = [file.view(np.uint8).data for file in files]
         self._report = report
         self._first_blocks = [0]
