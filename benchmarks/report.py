@@ -38,7 +38,7 @@ def main(arguments: Sequence[str]) -> int:
     folder = parser.parse_args(arguments).folder
     newest = newest_results(folder)
     if not newest:
-        raise UserError(f"{folder} holds no results; measure something first: shardline bench all -- --quick, say.")
+        raise UserError(f"{folder} holds no results; measure something first: shardline bench all --quick, say.")
     page = folder / "report.md"
     page.write_text(render(newest))
     print(f"{len(newest)} results: {page}")

@@ -180,7 +180,7 @@ def report(
     _become("trainer.report", *run_folders, *_option("--to", to))
 
 
-@app.command()
+@app.command(context_settings={"ignore_unknown_options": True})
 def bench(
     name: Annotated[
         str,
@@ -189,7 +189,9 @@ def bench(
             metavar="NAME",
         ),
     ],
-    arguments: Annotated[list[str] | None, typer.Argument(help="Options of that benchmark, after --.")] = None,
+    arguments: Annotated[
+        list[str] | None, typer.Argument(help="Options of that benchmark; `-- --help` names them.")
+    ] = None,
 ) -> None:
     """Run a benchmark."""
     if name not in _BENCHMARKS:
@@ -197,11 +199,11 @@ def bench(
     _become(f"benchmarks.{name}", *(arguments or []))
 
 
-@app.command()
+@app.command(context_settings={"ignore_unknown_options": True})
 def tune(
     config: Config,
     arguments: Annotated[
-        list[str] | None, typer.Argument(help="Settings, and after -- options.", metavar="key=value")
+        list[str] | None, typer.Argument(help="Settings, and options; `-- --help` names them.", metavar="key=value")
     ] = None,
 ) -> None:
     """Search micro-batch, strategy, recomputation and compilation for speed within memory; what is trained stays."""

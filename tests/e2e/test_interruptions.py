@@ -126,6 +126,7 @@ def test_a_rank_that_is_killed_while_it_writes_leaves_no_checkpoint(make_config:
     assert "rank 1: the process was killed by SIGKILL" in killed.stderr
     assert [path.parent.name for path in checkpoints.glob("*/manifest.json")] == ["step-00000003"]
     continued = shardline("run", config, "--nproc-per-node", 2)
+    assert continued.returncode == 0, continued.stderr
     assert "continuing after step 3" in continued.stdout
     # What the killed attempt had written of it is not part of it.
     verified = shardline("checkpoint", "verify", checkpoints.parent)

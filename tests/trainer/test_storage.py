@@ -111,6 +111,7 @@ class _Run:
             state = TrainingState(step=self.step, schedule_total_steps=9, seed=1, eval_loss=loss, **counters)
             self.checkpointer.start_saving(self.engine, state)
         self.checkpointer.finish()
+        self.checkpointer.close()
 
     def saved_steps(self) -> list[int]:
         return [step for step, _ in list_checkpoints(self.folder.checkpoints_dir)]
