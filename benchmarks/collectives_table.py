@@ -8,7 +8,7 @@ import numpy as np
 
 from benchmarks.comparison import Series
 from benchmarks.overhead_table import facts
-from benchmarks.svg_plot import Panel, Point, line_panels
+from benchmarks.plots import Panel, Point, line_panels
 
 _GIGA = 1e9
 _KIB = 2**10

@@ -5,7 +5,7 @@ from typing import Any
 
 from benchmarks.comparison import Series
 from benchmarks.overhead_table import facts
-from benchmarks.svg_plot import Bar, bars
+from benchmarks.plots import Bar, bars
 
 TARGET = 0.05
 """Largest difference of a measured state from its formula, as a share of the formula."""

@@ -11,7 +11,7 @@ from benchmarks.overhead_table import facts
 from benchmarks.protocol import Ratio, ratio_of_medians
 from benchmarks.scaling_plan import MODES
 from benchmarks.step_profile import CATEGORIES, verdict
-from benchmarks.svg_plot import Panel, Point, line_panels
+from benchmarks.plots import Panel, Point, line_panels
 
 REFERENCE = "plain"
 TARGET = 1.03

@@ -10,7 +10,7 @@ import numpy as np
 from benchmarks.comparison import Series, ratio_of_independent
 from benchmarks.overhead_table import facts
 from benchmarks.protocol import Ratio
-from benchmarks.svg_plot import Bar, bars
+from benchmarks.plots import Bar, bars
 
 _GIB = 2**30
 Row = Mapping[str, Any]

@@ -1,0 +1,158 @@
+"""Plots of results as SVG, which a page of Markdown shows; drawn by matplotlib."""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+# Colours that people who see red and green alike can tell apart (Okabe and Ito, "Color Universal Design", 2008).
+_COLOURS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999")
+# The same values give the same file, and text stays text.
+_STYLE = {"svg.fonttype": "none", "svg.hashsalt": "shardline", "font.size": 9, "axes.spines.top": False} | {
+    "axes.spines.right": False
+}
+_PANEL_INCHES = (3.0, 2.3)
+_BAR_INCHES = 0.3
+# Lines of one panel stand this far apart, as a factor of x, so that their intervals can be told apart.
+_DODGE = 1.02
+
+
+@dataclass(frozen=True)
+class Point:
+    """A measured value.
+
+    Attributes:
+        x: place on the logarithmic axis, a number of ranks.
+        y: the value.
+        low: lower end of its interval.
+        high: upper end.
+    """
+
+    x: float
+    y: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One of several plots side by side.
+
+    Attributes:
+        title: above it.
+        lines: points by name; a name has the same colour in all panels.
+        limit: what was possible at most, dashed; points of (x, y).
+    """
+
+    title: str
+    lines: dict[str, list[Point]]
+    limit: list[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A measured value with a name.
+
+    Attributes:
+        name: beside it.
+        value: its length.
+        low: lower end of its interval.
+        high: upper end.
+        note: after the value.
+    """
+
+    name: str
+    value: float
+    low: float
+    high: float
+    note: str = ""
+
+
+def line_panels(panels: Sequence[Panel], num_columns: int, x_label: str, y_label: str) -> str:
+    """Panels in rows, with logarithmic x axes, common y axes from 0, and one legend.
+
+    Args:
+        panels: row by row.
+        num_columns: panels in a row.
+        x_label: under each column.
+        y_label: beside each row.
+    """
+    names = list(dict.fromkeys(name for panel in panels for name in panel.lines))
+    colours = {name: _COLOURS[index % len(_COLOURS)] for index, name in enumerate(names)}
+    highest = max([1.0, *(point.high for panel in panels for line in panel.lines.values() for point in line)])
+    num_rows = -(-len(panels) // num_columns)
+    with rc_context(_STYLE):
+        size = (_PANEL_INCHES[0] * num_columns, _PANEL_INCHES[1] * num_rows + 0.3)
+        figure = Figure(figsize=size, layout="constrained")
+        grid = figure.subplots(num_rows, num_columns, squeeze=False)
+        for index, axes in enumerate(grid.flat):
+            if index >= len(panels) or not any(panels[index].lines.values()):
+                axes.set_visible(False)
+                continue
+            _draw_panel(axes, panels[index], colours)
+            axes.set_ylim(0, 1.05 * highest)
+            axes.set_xlabel(x_label)
+            axes.set_ylabel(y_label if index % num_columns == 0 else "")
+        handles = {
+            name: line for axes in grid.flat for line, name in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
+        if names:
+            figure.legend(handles.values(), handles, loc="outside lower left", ncols=len(names), frameon=False)
+        return _svg(figure)
+
+
+def bars(rows: Sequence[Bar], x_label: str) -> str:
+    """Horizontal bars with intervals, from 0.
+
+    Args:
+        rows: from top to bottom.
+        x_label: what the values are.
+    """
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(7.5, 0.7 + _BAR_INCHES * len(rows)), layout="constrained")
+        axes = figure.subplots()
+        values = [row.value for row in rows]
+        axes.barh(range(len(rows)), values, 0.7, color=_COLOURS[6], tick_label=[row.name for row in rows])
+        for index, row in enumerate(rows):
+            axes.plot([row.low, row.high], [index, index], color=_COLOURS[0], linewidth=1.3)
+            text = f"{row.value:,.0f}{f'  {row.note}' if row.note else ''}"
+            axes.annotate(text, (row.high, index), (6, 0), textcoords="offset points", va="center")
+        axes.set_xlim(0, 1.3 * max(row.high for row in rows) or 1.0)
+        axes.invert_yaxis()
+        axes.set_xlabel(x_label)
+        return _svg(figure)
+
+
+def _draw_panel(axes: Any, panel: Panel, colours: dict[str, str]) -> None:
+    xs = sorted({point.x for line in panel.lines.values() for point in line})
+    axes.set_title(panel.title, fontsize="medium")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(xs, [f"{x:g}" for x in xs])
+    axes.minorticks_off()
+    axes.grid(axis="y", color="#e0e0e0")
+    axes.plot(
+        *zip(*panel.limit, strict=True) if panel.limit else ([], []), color="#777777", linestyle="--", linewidth=1
+    )
+    for index, (name, line) in enumerate(panel.lines.items()):
+        shift = _DODGE ** (index - (len(panel.lines) - 1) / 2)
+        points = sorted(line, key=lambda point: point.x)
+        axes.errorbar(
+            [point.x * shift for point in points],
+            [point.y for point in points],
+            [[point.y - point.low for point in points], [point.high - point.y for point in points]],
+            color=colours[name],
+            marker="o",
+            markersize=3,
+            linewidth=1.2,
+            label=name,
+        )
+
+
+def _svg(figure: Any) -> str:
+    written = io.StringIO()
+    # A ground of its own: pages may be dark.
+    figure.savefig(written, format="svg", facecolor="white", metadata={"Date": None})
+    return written.getvalue()
