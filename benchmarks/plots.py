@@ -11,8 +11,12 @@ from matplotlib.figure import Figure
 # Colours that people who see red and green alike can tell apart (Okabe and Ito, "Color Universal Design", 2008).
 _COLOURS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999")
 # The same values give the same file, and text stays text.
-_STYLE = {"svg.fonttype": "none", "svg.hashsalt": "shardline", "font.size": 9, "axes.spines.top": False} | {
-    "axes.spines.right": False
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "shardline",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
 }
 _PANEL_INCHES = (3.0, 2.3)
 _BAR_INCHES = 0.3

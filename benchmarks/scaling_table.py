@@ -8,10 +8,10 @@ from typing import Any
 from benchmarks.comparison import Series, ratio_of_independent
 from benchmarks.contestants.field import BUCKETED
 from benchmarks.overhead_table import facts
+from benchmarks.plots import Panel, Point, line_panels
 from benchmarks.protocol import Ratio, ratio_of_medians
 from benchmarks.scaling_plan import MODES
 from benchmarks.step_profile import CATEGORIES, verdict
-from benchmarks.plots import Panel, Point, line_panels
 
 REFERENCE = "plain"
 TARGET = 1.03

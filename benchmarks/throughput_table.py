@@ -9,8 +9,8 @@ import numpy as np
 
 from benchmarks.comparison import Series, ratio_of_independent
 from benchmarks.overhead_table import facts
-from benchmarks.protocol import Ratio
 from benchmarks.plots import Bar, bars
+from benchmarks.protocol import Ratio
 
 _GIB = 2**30
 Row = Mapping[str, Any]
