@@ -36,6 +36,7 @@ CASES: dict[str, list[str]] = {
     "zero3": ["parallel.strategy=zero3"],
     "bucketed-zero1": ["parallel.strategy=zero1", "parallel.engine=bucketed"],
     "bucketed-zero2": ["parallel.strategy=zero2", "parallel.engine=bucketed"],
+    "bucketed-zero3": ["parallel.strategy=zero3", "parallel.engine=bucketed"],
     "deepspeed-zero1": ["parallel.strategy=zero1", "parallel.backend=deepspeed"],
     "deepspeed-zero2": ["parallel.strategy=zero2", "parallel.backend=deepspeed"],
     "deepspeed-zero3": ["parallel.strategy=zero3", "parallel.backend=deepspeed"],

@@ -1,4 +1,4 @@
-"""ZeRO stages 1 and 2 of our own: flat buckets, gradients that travel during backward, a step on the own slices.
+"""ZeRO stages 1 to 3 of our own: flat buckets, gradients that travel during backward, a step on the own slices.
 
 Stages as in Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models" (2020); buckets
 that leave from backward's hooks as in Li et al., "PyTorch Distributed: Experiences on Accelerating Data Parallel
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sharding.block_gathers import BlockBuckets, BlockGathers
 from sharding.config import Strategy
 from sharding.engine import ModelDefinition, OptimizedParameter, OptimizerFactory
 from sharding.flat_buckets import flatten_parameters
@@ -29,10 +30,11 @@ _ROW = 256
 
 
 class BucketedEngine(TorchEngine):
-    """A model whose parameters are whole on every rank, and each a view of a flat bucket.
+    """A model each of whose parameters is a view of a flat bucket.
 
-    A rank's slices of the buckets are the fp32 masters that it optimizes; after the step the slices of all ranks are
-    gathered, which the next forward pass waits for block by block.
+    A rank's slices of the buckets are the fp32 masters that it optimizes. In stages 1 and 2 every rank has the buckets
+    whole: after the step the slices of all ranks are gathered, which the next forward pass waits for block by block. In
+    stage 3 a block is gathered when it is used.
     """
 
     def __init__(
@@ -44,29 +46,40 @@ class BucketedEngine(TorchEngine):
         autocast_dtype: torch.dtype | None,
         build_optimizer: OptimizerFactory,
         loss_scaler: LossScaler | None = None,
+        block_buckets: BlockBuckets | None = None,
     ) -> None:
-        """See TorchEngine; the process group must be up, and the model whole.
+        """See TorchEngine; the process group must be up, and the model whole but for what is in buckets already.
 
         Args:
             definition: the model and its functions.
             mesh: the ranks.
             device: where this rank computes.
-            strategy: zero1 or zero2.
+            strategy: zero1, zero2 or zero3.
             autocast_dtype: format of matrix products under autocast; None for fp32.
             build_optimizer: called once, with this rank's runs of the parameters: with an elementwise optimizer.
             loss_scaler: for fp16; None elsewhere.
+            block_buckets: the model's blocks under zero3; None elsewhere.
         """
-        trainable = [(name, p) for name, p in definition.model.named_parameters() if p.requires_grad]
         limit = BUCKET_ELEMENTS[device.type]
-        self._buckets = flatten_parameters(trainable, mesh.dp_rank, mesh.dp_degree, limit)
-        self._gradients = GradientBuckets(self._buckets, mesh.shard_group, limit, keeps_whole=strategy == "zero1")
-        self._gathers = ParameterGathers(definition.model, self._buckets, mesh.shard_group)
+        model, group = definition.model, mesh.shard_group
+        self._gathers: ParameterGathers | BlockGathers
+        if block_buckets is None:
+            trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+            self._buckets = flatten_parameters(trainable, mesh.dp_rank, mesh.dp_degree, limit)
+            self._gathers = ParameterGathers(model, self._buckets, group)
+        else:
+            after, before = block_buckets.finish()
+            blocks = block_buckets.blocks
+            self._buckets = [*after, *(bucket for _, buckets in reversed(blocks) for bucket in buckets), *before]
+            self._gathers = BlockGathers(model, blocks, [*after, *before], group)
+        self._is_whole_between_steps = block_buckets is None
+        self._gradients = GradientBuckets(self._buckets, group, limit, keeps_whole=strategy == "zero1")
         # By id: this rank's run of a parameter as the optimizer gets it, and the run's start in the parameter.
         self._runs: dict[int, tuple[nn.Parameter, int]] = {}
         for bucket, gradient in zip(self._buckets, self._gradients.own, strict=True):
             for member in bucket.members:
                 offset, size, start = bucket.run(member)
-                run = nn.Parameter(bucket.own(bucket.flat)[offset : offset + size])
+                run = nn.Parameter(bucket.masters[offset : offset + size])
                 run.grad = gradient[offset : offset + size]
                 self._runs[id(member.parameter)] = run, start
         self._has_gradients = False
@@ -104,11 +117,13 @@ class BucketedEngine(TorchEngine):
         return {name: self._runs[id(p)][0].detach() if id(p) in self._runs else p.detach() for name, p in self._named()}
 
     def replicas(self) -> Replicas | None:
-        """See Engine; every rank computes with all parameters, gathered after each step."""
+        """See Engine; in stages 1 and 2 every rank computes with all parameters, gathered after each step."""
+        if not self._is_whole_between_steps:
+            return None
         return Replicas({name: parameter.detach() for name, parameter in self.named_parameters()}, group=0)
 
     def named_parameters(self) -> list[tuple[str, Any]]:
-        """See Engine."""
+        """See Engine; in stage 3 without values where they are not gathered."""
         self._gathers.wait()
         return self._named()
 
@@ -121,6 +136,7 @@ class BucketedEngine(TorchEngine):
         yield
         # Not where the pass failed: other ranks may not come to these collectives.
         self._gradients.end_micro_batch(is_last=is_last)
+        self._gathers.end_pass()
         self._has_gradients = True
 
     def _local_parameter(self, parameter: nn.Parameter) -> nn.Parameter:

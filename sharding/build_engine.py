@@ -6,6 +6,7 @@ import torch
 
 from sharding.accelerate_engine import AccelerateDdpEngine, AccelerateZero3Engine
 from sharding.activation_checkpointing import checkpoint_activations
+from sharding.block_gathers import BlockBuckets
 from sharding.blocks import find_blocks
 from sharding.bucketed import BucketedEngine
 from sharding.config import ActivationCheckpointingConfig, CompileConfig, ParallelConfig, PrecisionConfig
@@ -14,6 +15,7 @@ from sharding.deepspeed_engine import BlockPartitioner, DeepSpeedEngine
 from sharding.engine import Engine, ModelDefinition, OptimizerFactory
 from sharding.initialization import Materializer, check_initialized, initialize_one, initialize_tree
 from sharding.loss_scaler import LossScaler
+from sharding.memory_formula import BUCKET_ELEMENTS
 from sharding.mesh import DataParallelMesh
 from sharding.precision import compute_dtype
 from sharding.torch_engine import TorchEngine
@@ -60,6 +62,9 @@ def build_engine(
     shards = parallel.backend == "torch" and parallel.strategy not in ("none", "ddp") and parallel.engine != "bucketed"
     partitions = parallel.backend == "deepspeed" and parallel.strategy == "zero3"
 
+    block_buckets = None
+    if parallel.engine == "bucketed" and parallel.strategy == "zero3":
+        block_buckets = BlockBuckets(model, mesh, dtype, BUCKET_ELEMENTS[device.type])
     partitioner = BlockPartitioner(deepspeed_settings, model, mesh.dp_degree) if partitions else None
 
     model.train()
@@ -75,6 +80,8 @@ def build_engine(
             shard_module(block, mesh, parallel.strategy, dtype)
         if partitioner is not None:
             partitioner.partition(block)
+        if block_buckets is not None:
+            block_buckets.add(name, block)
 
     _initialize_outside_blocks(definition, materializer, {id(block) for _, block in blocks})
     loss_scaler = LossScaler(precision, device) if dtype is torch.float16 else None
@@ -83,7 +90,9 @@ def build_engine(
         return ZeroEngine(definition, mesh, device, parallel.strategy, build_optimizer, loss_scaler)
     autocast_dtype = None if dtype is torch.float32 else dtype
     if parallel.engine == "bucketed":
-        return BucketedEngine(definition, mesh, device, parallel.strategy, autocast_dtype, build_optimizer, loss_scaler)
+        return BucketedEngine(
+            definition, mesh, device, parallel.strategy, autocast_dtype, build_optimizer, loss_scaler, block_buckets
+        )
     if parallel.backend == "deepspeed":
         return DeepSpeedEngine(
             definition, mesh, device, autocast_dtype, build_optimizer, deepspeed_settings, loss_scaler

@@ -26,7 +26,7 @@ class ParallelConfig(StrictModel):
 
     engine: ShardingEngine = "fully_shard"
     """Mechanism of the sharded strategies under `torch`: `fully_shard` (torch's own) or `bucketed` (flat buckets; zero1
-    and zero2)."""
+    to zero3)."""
 
     offload_optimizer: Offload = "none"
     """Where optimizer state and masters lie under `deepspeed`: on the device (`none`), in main memory (`cpu`), or in

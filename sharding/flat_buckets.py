@@ -1,7 +1,7 @@
 """Parameters as views of flat buckets, each divided into one equal slice per rank."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -25,15 +25,30 @@ class FlatBucket:
 
     Attributes:
         members: the parameters; between them may lie unused elements.
-        flat: the values of all of them, fp32 [size]; the parameters are views of it.
+        flat: the values of all of them, [size]; the parameters are views of it.
+        masters: this rank's slice, fp32 [length]: a view of ``flat``, or memory of its own where ``flat`` can be freed.
         first: position of this rank's slice.
         length: elements of each rank's slice; size / ranks.
     """
 
     members: tuple[BucketMember, ...]
     flat: torch.Tensor
+    masters: torch.Tensor
     first: int
     length: int
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether ``flat`` has memory."""
+        return self.flat.untyped_storage().size() > 0
+
+    def allocate(self) -> None:
+        """Give ``flat`` memory, in which there is anything; every view of it is there again."""
+        self.flat.untyped_storage().resize_(self.flat.numel() * self.flat.element_size())
+
+    def free(self) -> None:
+        """Give the memory of ``flat`` back; what autograd saved of it must not be read until it is there again."""
+        self.flat.untyped_storage().resize_(0)
 
     def own(self, flat: torch.Tensor) -> torch.Tensor:
         """This rank's slice of memory that is laid out as the bucket."""
@@ -53,7 +68,11 @@ class FlatBucket:
 
 
 def flatten_parameters(
-    parameters: Sequence[tuple[str, nn.Parameter]], rank: int, num_ranks: int, max_elements: int
+    parameters: Sequence[tuple[str, nn.Parameter]],
+    rank: int,
+    num_ranks: int,
+    max_elements: int,
+    freed_as: torch.dtype | None = None,
 ) -> list[FlatBucket]:
     """Move parameters into flat buckets, last first: the order in which backward is done with them.
 
@@ -62,6 +81,8 @@ def flatten_parameters(
         rank: whose slices are the own ones.
         num_ranks: ranks that divide each bucket.
         max_elements: largest size of a bucket, unless one parameter alone is larger.
+        freed_as: if given, each rank keeps the values of its slices alone, and ``flat`` is in this format and without
+            memory until it is gathered.
     """
     # Room for the slices of all ranks to be of equal, aligned length.
     max_elements -= num_ranks * _ALIGNMENT
@@ -71,26 +92,33 @@ def flatten_parameters(
     for name, parameter in reversed(parameters):
         size = _aligned(parameter.numel(), _ALIGNMENT)
         if open_members and end + size > max_elements:
-            buckets.append(_bucket(open_members, end, rank, num_ranks))
+            buckets.append(_bucket(open_members, end, rank, num_ranks, freed_as))
             open_members, end = [], 0
         open_members.append(BucketMember(name, parameter, end))
         end += size
     if open_members:
-        buckets.append(_bucket(open_members, end, rank, num_ranks))
+        buckets.append(_bucket(open_members, end, rank, num_ranks, freed_as))
     return buckets
 
 
 @torch.no_grad()
-def _bucket(members: list[BucketMember], size: int, rank: int, num_ranks: int) -> FlatBucket:
+def _bucket(
+    members: list[BucketMember], size: int, rank: int, num_ranks: int, freed_as: torch.dtype | None
+) -> FlatBucket:
     length = _aligned(-(-size // num_ranks), _ALIGNMENT)
     first = members[0].parameter
     flat = torch.zeros(length * num_ranks, dtype=first.dtype, device=first.device)
-    bucket = FlatBucket(tuple(members), flat, rank * length, length)
+    masters = flat[rank * length : (rank + 1) * length]
+    bucket = FlatBucket(tuple(members), flat, masters, rank * length, length)
     for member in members:
-        view = bucket.view(flat, member)
-        view.copy_(member.parameter)
+        bucket.view(flat, member).copy_(member.parameter)
+    if freed_as is not None:
+        bucket = replace(bucket, flat=torch.empty_like(flat, dtype=freed_as), masters=masters.clone())
+    for member in members:
         # The same parameter as before, with other memory: ties and hooks stay.
-        member.parameter.data = view
+        member.parameter.data = bucket.view(bucket.flat, member)
+    if freed_as is not None:
+        bucket.free()
     return bucket
 
 

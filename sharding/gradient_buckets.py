@@ -40,11 +40,11 @@ class GradientBuckets:
         self._exchanges = exchanges_slices(group)
         self._buffers: list[torch.Tensor | None] = [None] * len(buckets)
         if keeps_whole:
-            whole = [torch.zeros_like(bucket.flat) for bucket in buckets]
+            whole = [bucket.masters.new_zeros(bucket.flat.numel()) for bucket in buckets]
             self._buffers = list(whole)
             self.own = [bucket.own(buffer) for bucket, buffer in zip(buckets, whole, strict=True)]
         else:
-            self.own = [torch.zeros_like(bucket.own(bucket.flat)) for bucket in buckets]
+            self.own = [torch.zeros_like(bucket.masters) for bucket in buckets]
         self._spare = _SpareBuffers(max_elements)
         self._in_flight: deque[_InFlight] = deque()
         self._missing: list[set[str]] = []
@@ -84,7 +84,7 @@ class GradientBuckets:
         """Take in the gradient that backward has just finished for a parameter, summed over all its uses."""
         buffer = self._buffers[index]
         if buffer is None:
-            buffer = self._buffers[index] = self._spare.take(self._buckets[index].flat)
+            buffer = self._buffers[index] = self._spare.take(self._buckets[index])
         gradient, place = member.parameter.grad, self._buckets[index].view(buffer, member)
         if gradient is not None and gradient.data_ptr() != place.data_ptr():
             place.copy_(gradient)
@@ -98,7 +98,7 @@ class GradientBuckets:
         index = self._num_sent
         bucket, buffer = self._buckets[index], self._buffers[index]
         if buffer is None:
-            buffer = self._spare.take(bucket.flat)
+            buffer = self._spare.take(bucket)
         for member in bucket.members:
             if member.name in self._missing[index] and member.parameter.grad is None:
                 bucket.view(buffer, member).zero_()
@@ -106,7 +106,7 @@ class GradientBuckets:
             len(self._in_flight) >= MAX_BUCKETS_IN_FLIGHT or self._in_flight[0].sum.work.is_completed()
         ):
             self._finish_oldest()
-        received = self._spare.take(bucket.flat) if self._exchanges else None
+        received = self._spare.take(bucket) if self._exchanges else None
         started = start_sum(buffer, bucket.own(buffer), received, self._group)
         adds = not (self._keeps_whole or self._is_first)
         self._in_flight.append(_InFlight(index, started, adds, buffer, received))
@@ -141,12 +141,13 @@ class _SpareBuffers:
         self._free: list[torch.Tensor] = []
         self._max_elements = max_elements
 
-    def take(self, like: torch.Tensor) -> torch.Tensor:
-        """Uninitialised memory of a tensor's size."""
-        if like.numel() > self._max_elements:
-            return torch.empty_like(like)
-        storage = self._free.pop() if self._free else like.new_empty(self._max_elements)
-        return storage[: like.numel()]
+    def take(self, bucket: FlatBucket) -> torch.Tensor:
+        """Uninitialised fp32 memory of a bucket's size."""
+        size = bucket.flat.numel()
+        if size > self._max_elements:
+            return bucket.masters.new_empty(size)
+        storage = self._free.pop() if self._free else bucket.masters.new_empty(self._max_elements)
+        return storage[:size]
 
     def give(self, buffer: torch.Tensor) -> None:
         """Take memory back, unless it is of a single parameter that is larger than a bucket."""

@@ -107,8 +107,15 @@ def _whole(sizes: ModelSizes, layout: Layout) -> StateBytes:
 
 
 def _bucketed(sizes: ModelSizes, layout: Layout) -> StateBytes:
-    """Whole parameters in buckets, of which the own slices are the masters."""
-    whole, own = _FP32_BYTES * sizes.num_parameters, _FP32_BYTES * sizes.num_parameters / layout.num_shards
+    """Buckets of parameters, of which the own slices are the masters."""
+    own = _FP32_BYTES * sizes.num_parameters / layout.num_shards
+    if layout.strategy == "zero3":
+        # What is in no block, a block, and the next one to come; the own slices are copied into them.
+        gathered = float(layout.compute_bytes * (sizes.num_outside_blocks + 2 * sizes.largest_block))
+        new_gradients = layout.compute_bytes * _new_gradients(sizes)
+    else:
+        gathered = _FP32_BYTES * sizes.num_parameters - own + _casts(sizes, layout)
+        new_gradients = _FP32_BYTES * _new_gradients(sizes)
     bucket = layout.bucket_elements
     # Under way are a bucket and where slices of other ranks arrive; stage 1 sends the gradients themselves. A parameter
     # that is larger than a bucket travels by itself; memory of other buckets is kept for the next ones meanwhile.
@@ -116,16 +123,16 @@ def _bucketed(sizes: ModelSizes, layout: Layout) -> StateBytes:
     in_flight = copies * MAX_BUCKETS_IN_FLIGHT * bucket
     if sizes.largest_parameter > bucket:
         in_flight += copies * sizes.largest_parameter
-    if layout.strategy == "zero2":
+    if layout.strategy != "zero1":
         # Buckets of the block that backward is in, at whose ends are parameters of its neighbours.
         in_flight += (-(-sizes.largest_block // bucket) + 2) * bucket
     in_flight = min(in_flight, 2 * copies * sizes.num_parameters)
     return StateBytes(
         masters=own,
-        gathered=whole - own + _casts(sizes, layout),
-        gradients=whole if layout.strategy == "zero1" else own,
+        gathered=gathered,
+        gradients=_FP32_BYTES * sizes.num_parameters if layout.strategy == "zero1" else own,
         moments=layout.moment_bytes * sizes.num_parameters / layout.num_shards,
-        in_flight=_FP32_BYTES * (in_flight + _new_gradients(sizes)),
+        in_flight=_FP32_BYTES * in_flight + new_gradients,
     )
 
 

@@ -54,6 +54,9 @@ class ParameterGathers:
             for work in self._works.pop(index, ()):
                 work.wait()
 
+    def end_pass(self) -> None:
+        """Nothing: parameters stay."""
+
     def _attach(self, module: nn.Module, indices: set[int]) -> None:
         # A block may be compiled together with its hooks; this one must stay outside the graph.
         @torch.compiler.disable

@@ -24,7 +24,7 @@ BACKEND_STRATEGIES: dict[Backend, tuple[Strategy, ...]] = {
 """Which strategies each backend carries out."""
 
 
-BUCKETED_STRATEGIES: tuple[Strategy, ...] = ("zero1", "zero2")
+BUCKETED_STRATEGIES: tuple[Strategy, ...] = ("zero1", "zero2", "zero3")
 """Which strategies ``parallel.engine=bucketed`` carries out."""
 
 
@@ -140,7 +140,7 @@ def _validate_backend(parallel: "ParallelConfig") -> None:
         )
     if parallel.engine == "bucketed" and (backend != "torch" or strategy not in BUCKETED_STRATEGIES):
         raise UserError(
-            f"parallel.engine=bucketed does parallel.strategy={' or '.join(BUCKETED_STRATEGIES)} under "
+            f"parallel.engine=bucketed does parallel.strategy={', '.join(BUCKETED_STRATEGIES)} under "
             f"parallel.backend=torch, but these are {strategy} and {backend}; remove parallel.engine, or change them."
         )
     for key in ("offload_optimizer", "offload_parameters"):

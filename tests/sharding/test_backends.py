@@ -22,6 +22,7 @@ OTHER_BACKENDS = (
     ("accelerate", "ddp"),
     ("bucketed", "zero1"),
     ("bucketed", "zero2"),
+    ("bucketed", "zero3"),
 )
 ALL = (*(("torch", strategy) for strategy in STRATEGIES), *OTHER_BACKENDS)
 

@@ -12,17 +12,18 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from sharding import bucketed, flat_collectives, gradient_buckets
+from sharding.block_gathers import BlockGathers
 from sharding.bucketed import BucketedEngine
 from sharding.engine import Engine
 from sharding.flat_buckets import flatten_parameters
 from sharding.process_group import Ranks
 from tests.sharding.engine_cases import num_targets, random_batch, tiny_engine, train_steps
-from tests.support import run_on_ranks
+from tests.support import TINY_MODEL, run_on_ranks
 from trainer.checkpoint.manifest import TrainingState
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.writer import CheckpointIdentity, save_checkpoint
 
-_STAGES = ("zero1", "zero2")
+_STAGES = ("zero1", "zero2", "zero3")
 _GROUPS = [{"pattern": "*.0.mlp.*", "lr_scale": 0.5, "weight_decay": 0.0}]
 
 
@@ -47,7 +48,7 @@ def test_ranks_divide_every_parameter_between_them(shapes: list[list[int]], num_
                 assert member.parameter.data_ptr() % 64 == 0
                 assert torch.equal(member.parameter, values[index])
                 offset, size, start = bucket.run(member)
-                run = bucket.own(bucket.flat)[offset : offset + size]
+                run = bucket.masters[offset : offset + size]
                 assert torch.equal(run, values[index].flatten()[start : start + size])
                 seen[index][start : start + size] += 1
     assert all(bool((count == 1).all()) for count in seen)
@@ -113,20 +114,15 @@ def _train_and_save(ranks: Ranks, root: Path) -> None:
         assert train_steps(_load(_bucketed(ranks, strategy), root / strategy), ranks) == exact, strategy
         other = _load(_bucketed(ranks, strategy), root / "ddp")
         assert train_steps(other, ranks) == pytest.approx(later, rel=1e-5), strategy
-        # Every rank has the parameters whole, and the same.
-        whole = torch.cat([parameter.detach().flatten() for _, parameter in engine.named_parameters()])
-        everyone = [torch.empty_like(whole) for _ in range(ranks.world_size)]
-        torch.distributed.all_gather(everyone, whole)
-        assert all(torch.equal(whole, found) for found in everyone)
         own = sum(shard.numel() for shard in engine.named_local_shards().values())
-        assert own < 1.2 * whole.numel() / ranks.world_size
-        num_buckets = len(engine._buckets)
-        found = _collectives(ranks, engine)
-        assert found["alltoall_base_"] == num_buckets * (1 if strategy == "zero1" else 3), (strategy, found)
-        assert found["broadcast_"] == num_buckets * ranks.world_size, (strategy, found)
-        assert found["allreduce_"] == 1, (strategy, found)
+        size = sum(parameter.numel() for _, parameter in engine.named_parameters())
+        assert own < 1.2 * size / ranks.world_size
+        _check_memory(ranks, engine, strategy)
+        _check_collectives(ranks, engine, strategy)
         _check_norms(ranks, strategy)
-        _check_unused(ranks, strategy)
+        if strategy != "zero3":
+            _check_unused(ranks, strategy)
+    _check_compiled_and_recomputed(ranks, losses)
     backends = (("torch", "zero3"), ("deepspeed", "zero2"))
     for backend, strategy in backends:
         other = _load(_engine(ranks, strategy, backend=backend), root / "zero2")
@@ -137,6 +133,55 @@ def _train_and_save(ranks: Ranks, root: Path) -> None:
     assert train_steps(back, ranks) == pytest.approx(after, rel=1e-5)
     if ranks.rank == 0:
         torch.save(later, root / "later")
+
+
+def _check_memory(ranks: Ranks, engine: BucketedEngine, strategy: str) -> None:
+    """Stages 1 and 2 have all parameters on every rank, and the same; stage 3 what the next pass begins with."""
+    if strategy == "zero3":
+        blocks = [f"model.layers.{index}." for index in range(TINY_MODEL["config"]["num_hidden_layers"])]
+        assert len(blocks) > 1
+        engine.evaluate_batch(random_batch(0))
+        for bucket in engine._buckets:
+            assert len({name for m in bucket.members for name in blocks if m.name.startswith(name)}) <= 1
+            is_later = any(member.name.startswith(name) for member in bucket.members for name in blocks[1:])
+            assert bucket.is_whole != is_later
+        assert engine.replicas() is None
+        return
+    whole = torch.cat([parameter.detach().flatten() for _, parameter in engine.named_parameters()])
+    everyone = [torch.empty_like(whole) for _ in range(ranks.world_size)]
+    torch.distributed.all_gather(everyone, whole)
+    assert all(torch.equal(whole, found) for found in everyone)
+
+
+def _check_collectives(ranks: Ranks, engine: BucketedEngine, strategy: str) -> None:
+    num_buckets = len(engine._buckets)
+    found = _collectives(ranks, engine)
+    assert found["alltoall_base_"] == num_buckets * (1 if strategy == "zero1" else 3), (strategy, found)
+    assert found["broadcast_"] == _num_gathers(engine, strategy) * ranks.world_size, (strategy, found)
+    assert found["allreduce_"] == 1, (strategy, found)
+
+
+def _num_gathers(engine: BucketedEngine, strategy: str) -> int:
+    """Of buckets in a step of three micro-batches."""
+    if strategy != "zero3":
+        return len(engine._buckets)
+    gathers = engine._gathers
+    assert isinstance(gathers, BlockGathers)
+    first, *middle, last = (len(block._buckets) for block in gathers._blocks)
+    # The first block forwards once, since one backward pass ends with it as the next forward pass begins; the last one
+    # as well, and each between them forwards and backwards.
+    return len(gathers._outside._buckets) + first + 3 * (first + last + 2 * sum(middle))
+
+
+def _check_compiled_and_recomputed(ranks: Ranks, losses: list[float]) -> None:
+    """Hooks of stage 3 see one forward and one backward pass of a block, however it is carried out."""
+    for options in (
+        {"activation_checkpointing": {"mode": "full"}},
+        {"activation_checkpointing": {"mode": "selective"}, "compile": {"enabled": True}},
+    ):
+        engine = _bucketed(ranks, "zero3", **options)
+        assert train_steps(engine, ranks) == pytest.approx(losses, rel=1e-5), options
+        _check_collectives(ranks, engine, "zero3")
 
 
 def _check_norms(ranks: Ranks, strategy: str) -> None:
@@ -195,7 +240,7 @@ def _as_on_gpus(ranks: Ranks) -> None:
         found = _collectives(ranks, engine)
         num_buckets = len(engine._buckets)
         assert found["_reduce_scatter_base_"] == num_buckets * (1 if strategy == "zero1" else 3), (strategy, found)
-        assert found["_allgather_base_"] == num_buckets, (strategy, found)
+        assert found["_allgather_base_"] == _num_gathers(engine, strategy), (strategy, found)
         assert found["alltoall_base_"] == found["broadcast_"] == 0
 
 

@@ -90,9 +90,9 @@ def test_refused(config_file: Path, override: str, message: str) -> None:
         (["parallel.backend=deepspeed", "parallel.strategy=none"], "cannot do parallel.strategy=none, only zero1"),
         (["parallel.backend=accelerate"], "parallel.backend=accelerate cannot do parallel.strategy=zero2, only ddp"),
         (
-            ["parallel.engine=bucketed", "parallel.strategy=zero3"],
-            "parallel.engine=bucketed does parallel.strategy=zero1 or zero2 under parallel.backend=torch, but these "
-            "are zero3 and torch",
+            ["parallel.engine=bucketed", "parallel.strategy=ddp"],
+            "parallel.engine=bucketed does parallel.strategy=zero1, zero2, zero3 under parallel.backend=torch, but "
+            "these are ddp and torch",
         ),
         (["parallel.engine=bucketed", "parallel.backend=deepspeed"], "but these are zero2 and deepspeed"),
         (
