@@ -1,12 +1,15 @@
 """Checkpoints by URL: what a folder of this machine keeps, an object store keeps too."""
 
+import contextlib
 import io
 import json
 import math
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -38,15 +41,63 @@ from trainer.validation import World
 _ALONE = Ranks(rank=0, world_size=1, local_rank=0, local_world_size=1, device=torch.device("cpu"))
 
 
+class _Line:
+    """A way to a server of this machine, which can be cut and mended."""
+
+    def __init__(self, server_port: int) -> None:
+        self._server_port = server_port
+        self.port = free_port()
+        self._ends: list[socket.socket] = []
+        self.mend()
+
+    def mend(self) -> None:
+        self._door = socket.create_server(("127.0.0.1", self.port))
+        threading.Thread(target=self._serve, args=(self._door,), daemon=True).start()
+
+    def cut(self) -> None:
+        for end in (self._door, *self._ends):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+        self._door.close()
+
+    def _serve(self, door: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = door.accept()
+                server = socket.create_connection(("127.0.0.1", self._server_port))
+                self._ends += [client, server]
+                for ends in ((client, server), (server, client)):
+                    threading.Thread(target=_copy, args=ends, daemon=True).start()
+
+
+def _copy(source: socket.socket, target: socket.socket) -> None:
+    with source, contextlib.suppress(OSError):
+        while received := source.recv(1 << 16):
+            target.sendall(received)
+        target.shutdown(socket.SHUT_WR)
+
+
 @pytest.fixture(scope="module")
-def s3_variables(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """Variables that lead to a bucket ``bucket`` of a local server that speaks S3."""
+def s3_line(tmp_path_factory: pytest.TempPathFactory) -> Iterator[_Line]:
+    """The way to a local server that speaks S3."""
     port = free_port()
     command = [sys.executable, "-m", "moto.server", "-p", str(port)]
     with (tmp_path_factory.mktemp("s3") / "log").open("w") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log)
+    line = _Line(port)
+    try:
+        yield line
+    finally:
+        line.cut()
+        server.terminate()
+        server.wait()
+
+
+@pytest.fixture(scope="module")
+def s3_variables(s3_line: _Line) -> Iterator[dict[str, str]]:
+    """Variables that lead to a bucket ``bucket`` of that server."""
     variables = {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{s3_line.port}",
         "AWS_ACCESS_KEY_ID": "a-key-id-of-the-test",
         "AWS_SECRET_ACCESS_KEY": "a-secret-of-the-test",
         "AWS_DEFAULT_REGION": "us-east-1",
@@ -59,8 +110,6 @@ def s3_variables(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str,
         file_system.mkdir("bucket")
         yield variables
     finally:
-        server.terminate()
-        server.wait()
         for name, value in before.items():
             os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
 
@@ -209,6 +258,28 @@ def test_a_store_that_is_away_is_no_empty_one(tmp_path: Path, monkeypatch: pytes
         with pytest.raises(UserError, match=r"step 4 could not be saved: rank 0: cannot write .*the line is down"):
             run.train_and_save(1)
     assert run.saved_steps()[-1] == 3
+
+
+def test_a_store_that_goes_away_while_a_checkpoint_is_written(
+    tmp_path: Path, s3_variables: dict[str, str], s3_line: _Line
+) -> None:
+    url = f"s3://bucket/{tmp_path.name}"
+    run = _Run(tmp_path, url, asynchronous=True)
+    run.train_and_save(1)
+    before = _tensors(run)
+    run.checkpointer._before_write = lambda _step: s3_line.cut()
+    with pytest.raises(UserError, match=r"step 2 could not be saved: rank 0: cannot write .*run again to continue"):
+        run.train_and_save(1)
+    s3_line.mend()
+    continued = _Run(tmp_path, url)
+    restored = continued.checkpointer.resume(continued.engine)
+    assert restored is not None
+    assert restored.step == continued.step + 1 == 1
+    assert all(torch.equal(tensor, before[name]) for name, tensor in _tensors(continued).items())
+    continued.step = 1
+    continued.train_and_save(1)
+    assert continued.saved_steps() == [1, 2]
+    CheckpointReader(continued.folder.checkpoint_path(2)).verify()
 
 
 def test_another_run_starts_from_a_url(tmp_path: Path, url: str) -> None:
