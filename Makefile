@@ -28,15 +28,18 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/python -m trainer.config_docs --check
 
-# Whole runs on one core, parts on the other: processes that are starting wait more than they compute.
+# Whole runs on one core, parts and some runs on the other: processes that are starting wait more than they compute.
+RUNS_BESIDE_PARTS := $(patsubst %,tests/e2e/test_%.py,bad_input outputs report secrecy)
+PARTS := $(filter-out tests/e2e tests/slurm tests/__pycache__,$(patsubst %/,%,$(wildcard tests/*/)))
+
 test: check
 	@$(MAKE) --no-print-directory -j 2 --keep-going test-runs test-parts
 
 test-runs: setup
-	$(BIN)/python -m pytest -m "not slow" tests/e2e tests/slurm
+	$(BIN)/python -m pytest -m "not slow" tests/e2e tests/slurm $(addprefix --ignore=,$(RUNS_BESIDE_PARTS))
 
 test-parts: setup
-	$(BIN)/python -m pytest -m "not slow" tests --ignore=tests/e2e --ignore=tests/slurm
+	$(BIN)/python -m pytest -m "not slow" $(PARTS) $(wildcard tests/test_*.py) $(RUNS_BESIDE_PARTS)
 
 soak: setup
 	$(BIN)/python -m pytest -m slow
