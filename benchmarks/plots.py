@@ -19,6 +19,8 @@ _STYLE: Any = {
     "axes.spines.right": False,
 }
 _PANEL_INCHES = (3.0, 2.3)
+_LEAST_INCHES = 5.0
+_NAME_INCHES = 1.6
 _BAR_INCHES = 0.3
 # Lines of one panel stand this far apart, as a factor of x, so that their intervals can be told apart.
 _DODGE = 1.02
@@ -89,8 +91,8 @@ def line_panels(panels: Sequence[Panel], num_columns: int, x_label: str, y_label
     highest = max([1.0, *(point.high for panel in panels for line in panel.lines.values() for point in line)])
     num_rows = -(-len(panels) // num_columns)
     with rc_context(_STYLE):
-        size = (_PANEL_INCHES[0] * num_columns, _PANEL_INCHES[1] * num_rows + 0.3)
-        figure = Figure(figsize=size, layout="constrained")
+        width = max(_LEAST_INCHES, _PANEL_INCHES[0] * num_columns)
+        figure = Figure(figsize=(width, _PANEL_INCHES[1] * num_rows + 0.3), layout="constrained")
         grid = figure.subplots(num_rows, num_columns, squeeze=False)
         for index, axes in enumerate(grid.flat):
             if index >= len(panels) or not any(panels[index].lines.values()):
@@ -104,7 +106,9 @@ def line_panels(panels: Sequence[Panel], num_columns: int, x_label: str, y_label
             name: line for axes in grid.flat for line, name in zip(*axes.get_legend_handles_labels(), strict=True)
         }
         if names:
-            figure.legend(handles.values(), handles, loc="outside lower left", ncols=len(names), frameon=False)
+            figure.legend(
+                handles.values(), handles, loc="outside lower left", ncols=int(width / _NAME_INCHES), frameon=False
+            )
         return _svg(figure)
 
 
@@ -122,7 +126,7 @@ def bars(rows: Sequence[Bar], x_label: str) -> str:
         axes.barh(range(len(rows)), values, 0.7, color=_COLOURS[6], tick_label=[row.name for row in rows])
         for index, row in enumerate(rows):
             axes.plot([row.low, row.high], [index, index], color=_COLOURS[0], linewidth=1.3)
-            text = f"{row.value:,.0f}{f'  {row.note}' if row.note else ''}"
+            text = f"{row.value:,.0f}{f' ({row.note})' if row.note else ''}"
             axes.annotate(text, (row.high, index), (6, 0), textcoords="offset points", va="center")
         axes.set_xlim(0, 1.3 * max(row.high for row in rows) or 1.0)
         axes.invert_yaxis()

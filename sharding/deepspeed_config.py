@@ -44,6 +44,8 @@ def deepspeed_config(parallel: ParallelConfig, batch: BatchArithmetic, clip_norm
     # Gradients that leave in the middle of the backward pass need the same order of collectives on every rank, and on
     # gloo there is no stream to hide them behind.
     zero["overlap_comm"] = stage == 3
+    # 200 MB of fp32 gradients. By default it is 2 GB, which a rank holds however small the model is.
+    zero["reduce_bucket_size"] = 50_000_000
     for key, place in (
         ("offload_optimizer", parallel.offload_optimizer),
         ("offload_param", parallel.offload_parameters),

@@ -42,4 +42,4 @@ def test_bars_are_as_long_as_their_values() -> None:
     assert second == pytest.approx(2 * first, abs=0.2)
     first, second = _widths(drawn, "stroke: #000000; stroke-width: 1.3")
     assert second == pytest.approx(4 * first, abs=0.2)
-    assert "200  MFU 40.0%" in _texts(drawn)
+    assert "200 (MFU 40.0%)" in _texts(drawn)
