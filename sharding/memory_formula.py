@@ -124,8 +124,9 @@ def _bucketed(sizes: ModelSizes, layout: Layout) -> StateBytes:
     if sizes.largest_parameter > bucket:
         in_flight += copies * sizes.largest_parameter
     if layout.strategy != "zero1":
-        # Buckets of the block that backward is in, at whose ends are parameters of its neighbours.
-        in_flight += (-(-sizes.largest_block // bucket) + 2) * bucket
+        # Buckets of the block that backward is in, at whose ends are parameters of its neighbours in stage 2.
+        num_shared = 2 if layout.strategy == "zero2" else 0
+        in_flight += (-(-sizes.largest_block // bucket) + num_shared) * bucket
     in_flight = min(in_flight, 2 * copies * sizes.num_parameters)
     return StateBytes(
         masters=own,

@@ -56,7 +56,7 @@ def test_buckets_in_flight_are_counted() -> None:
     assert second == StateBytes(1000, 3000, 1000, 2000, 4 * (2 * 4 * 20 + 2 * 80 + 7 * 20 + 160))
     # Parameters outside of blocks and of two blocks are gathered, here in two bytes.
     third = _state("zero3", is_bucketed=True, bucket_elements=20, compute_bytes=2)
-    in_flight = 4 * (2 * 4 * 20 + 2 * 80 + 7 * 20) + 2 * 160
+    in_flight = 4 * (2 * 4 * 20 + 2 * 80 + 5 * 20) + 2 * 160
     assert third == StateBytes(1000, 2 * (100 + 2 * 90), 1000, 2000, in_flight)
     # Never more than sent and received copies of everything.
     small = _state("zero2", is_bucketed=True, bucket_elements=1 << 20)
