@@ -1,8 +1,10 @@
 """Checkpoints that are written while training goes on: of the state at the save, whole or not there at all."""
 
+import shutil
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from sharding.process_group import Ranks
 from tests.sharding.engine_cases import random_batch, tiny_engine
 from tests.support import TINY_MODEL, read_metrics, run_on_ranks, tiny_values, wait_until, write_corpus
 from trainer.build import build_trainer
+from trainer.checkpoint import writer
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.manifest import TrainingState
 from trainer.checkpoint.reader import CheckpointReader
@@ -124,6 +127,22 @@ def test_going_back_waits_for_what_is_being_written(tmp_path: Path) -> None:
     assert restored.step == 1
     for part, tensor in zip(training.engine.state(with_optimizer=True), before, strict=True):
         assert torch.equal(part.tensor, tensor), part.name
+
+
+def test_what_an_unfinished_save_has_left_may_go_while_another_rank_looks_for_space(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "checkpoints" / "step-00000002"
+    folder.mkdir(parents=True)
+    disk_usage = shutil.disk_usage
+
+    def late(path: Path) -> Any:
+        # Rank 0 is faster.
+        folder.rmdir()
+        return disk_usage(path)
+
+    monkeypatch.setattr(shutil, "disk_usage", late)
+    assert writer._prepare_folder(folder, [], replace(_ALONE, rank=1, world_size=2)).error is None
 
 
 def test_a_write_that_fails_gives_the_checkpoint_up_and_leaves_the_one_before(tmp_path: Path) -> None:

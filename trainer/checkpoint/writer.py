@@ -104,7 +104,8 @@ def _prepare_folder(folder: CheckpointPath, slices: list[TensorSlice], ranks: Ra
             return RankReport(f"cannot create {folder}: {getattr(error, 'strerror', None) or error}")
     if not isinstance(folder, Path):
         return RankReport(None)
-    parent = next(p for p in (folder, *folder.parents) if p.exists())
+    # Not the folder itself: rank 0 may be removing what an unfinished save has left in it.
+    parent = next(p for p in folder.parents if p.exists())
     num_bytes = sum(part.num_bytes for part in slices if part.is_written_here)
     free_bytes = shutil.disk_usage(parent).free
     if num_bytes > free_bytes:
