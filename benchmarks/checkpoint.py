@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.checkpoint_table import markdown
+from benchmarks.checkpoint_table import markdown, plot
 from benchmarks.facts import collect_facts
 from benchmarks.ranks import run_ranks
 from sharding.errors import UserError, ends_with_a_sentence
@@ -88,7 +88,8 @@ def _measure(options: argparse.Namespace) -> int:
     rows = [json.loads(line) for line in raw.read_text().splitlines()]
     table = markdown(rows, raw.name)
     raw.with_suffix(".md").write_text(table)
-    print(f"\n{table}\nwritten to {raw} and .md; what libraries said is in .log")
+    raw.with_suffix(".svg").write_text(plot(rows))
+    print(f"\n{table}\nwritten to {raw}, .md and .svg; what libraries said is in .log")
     return status
 
 

@@ -4,7 +4,10 @@ from collections.abc import Mapping, Sequence
 from statistics import mean, median
 from typing import Any
 
+import numpy as np
+
 from benchmarks.overhead_table import facts
+from benchmarks.plots import Bar, bars
 from benchmarks.protocol import Ratio, ratio_of_medians
 
 MAX_BLOCKING = 0.05
@@ -62,6 +65,16 @@ def markdown(rows: Sequence[Row], file: str) -> str:
     ]
     lines += ["", *_saving(rows), "", *_verdict(rows), "", *_loading(rows)]
     return "\n".join([*lines, "", f"Raw times: `{file}`."]) + "\n"
+
+
+def plot(rows: Sequence[Row]) -> str:
+    """What a save keeps training waiting for, each way, as SVG."""
+    found = []
+    for mode, name in _MODES.items():
+        if blocking_s := blocking_times(rows, mode):
+            low, middle, high = (1e3 * value for value in np.quantile(blocking_s, [0.25, 0.5, 0.75]))
+            found.append(Bar(name, middle, low, high, f"{middle / 1e3 / _step_s(rows, mode):.1%} of a step"))
+    return bars(found or [Bar("nothing was measured", 0.0, 0.0, 0.0)], "a save blocks, ms, median and quartiles", 1)
 
 
 def _saving(rows: Sequence[Row]) -> list[str]:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.data_table import markdown
+from benchmarks.data_table import markdown, plot
 from benchmarks.facts import collect_facts
 from sharding.errors import UserError, ends_with_a_sentence
 from trainer.config import load_config
@@ -227,7 +227,8 @@ def main(arguments: Sequence[str]) -> int:
     raw.write_text("".join(json.dumps(row) + "\n" for row in rows))
     table = markdown(rows, raw.name)
     raw.with_suffix(".md").write_text(table)
-    print(f"\n{table}\nwritten to {raw} and .md")
+    raw.with_suffix(".svg").write_text(plot(rows))
+    print(f"\n{table}\nwritten to {raw}, .md and .svg")
     return 0
 
 

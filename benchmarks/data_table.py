@@ -5,6 +5,7 @@ from statistics import median, quantiles
 from typing import Any
 
 from benchmarks.overhead_table import facts
+from benchmarks.plots import Bar, bars
 
 WANTED_TOKENS_PER_S = 50e6
 """Target of the loader on one core."""
@@ -43,3 +44,13 @@ def markdown(rows: Sequence[Mapping[str, Any]], file: str) -> str:
         f"process that has imported everything, which adds {first['added_bytes'] / _MIB:,.0f} MiB to it.",
     ]
     return "\n".join([*lines, "", f"Raw figures: `{file}`."]) + "\n"
+
+
+def plot(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rates of the loader, as SVG."""
+    found = []
+    for row in rows:
+        if row["kind"] == "loader":
+            low, middle, high = (value / 1e6 for value in quantiles(row["tokens_per_s"], n=4, method="inclusive"))
+            found.append(Bar(row["loader"], middle, low, high))
+    return bars(found, "million tokens/s of the loader on one core, median and quartiles")

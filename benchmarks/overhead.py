@@ -24,7 +24,7 @@ import torch
 
 from benchmarks.assignment import Assignment
 from benchmarks.facts import collect_facts
-from benchmarks.overhead_table import markdown
+from benchmarks.overhead_table import markdown, plot
 from benchmarks.ranks import run_ranks
 from benchmarks.sizes import QUICKSTART, SIZES
 from sharding.errors import UserError, ends_with_a_sentence
@@ -96,9 +96,11 @@ def _measure(options: argparse.Namespace) -> int:
         _append(raw, {"size": size, "kind": "end", "exit_code": status, "load_average": os.getloadavg()})
         if status:
             break
-    table = markdown([json.loads(line) for line in raw.read_text().splitlines()], raw.name)
+    rows = [json.loads(line) for line in raw.read_text().splitlines()]
+    table = markdown(rows, raw.name)
     raw.with_suffix(".md").write_text(table)
-    print(f"\n{table}\nwritten to {raw} and .md; what libraries said is in .log")
+    raw.with_suffix(".svg").write_text(plot(rows))
+    print(f"\n{table}\nwritten to {raw}, .md and .svg; what libraries said is in .log")
     return status
 
 

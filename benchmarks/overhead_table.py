@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
+from benchmarks.plots import Bar, ratios
 from benchmarks.protocol import Standing, standings
 
 REFERENCE = "plain"
@@ -51,6 +52,16 @@ def markdown(rows: Sequence[Mapping[str, Any]], file: str) -> str:
             cpu_s = {name: median(values) for name, values in step_times(rows, size, "cpu_s").items()}
             lines += [*_table(found, cpu_s, _loss_differences(rows, size)), "", _verdict(size, found), ""]
     return "\n".join([*lines, f"Raw times: `{file}`."]) + "\n"
+
+
+def plot(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Every contestant's ratio to the plain loop at every size, as SVG."""
+    found = []
+    for size in dict.fromkeys(row["size"] for row in rows if row["kind"] == "round"):
+        for row in standings(step_times(rows, size), REFERENCE):
+            if row.ratio is not None:
+                found.append(Bar(f"{size}: {row.name}", row.ratio.value, row.ratio.low, row.ratio.high))
+    return ratios(found, "median step over the plain loop's, 95 % interval")
 
 
 def facts(header: Mapping[str, Any], title: str) -> list[str]:

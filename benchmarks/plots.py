@@ -112,26 +112,50 @@ def line_panels(panels: Sequence[Panel], num_columns: int, x_label: str, y_label
         return _svg(figure)
 
 
-def bars(rows: Sequence[Bar], x_label: str) -> str:
+def bars(rows: Sequence[Bar], x_label: str, num_digits: int = 0) -> str:
     """Horizontal bars with intervals, from 0.
+
+    Args:
+        rows: from top to bottom.
+        x_label: what the values are.
+        num_digits: of values, after the point.
+    """
+    with rc_context(_STYLE):
+        figure, axes = _rows(rows, x_label, num_digits)
+        axes.barh(range(len(rows)), [row.value for row in rows], 0.7, color=_COLOURS[6])
+        axes.set_xlim(0, 1.3 * max(row.high for row in rows) or 1.0)
+        return _svg(figure)
+
+
+def ratios(rows: Sequence[Bar], x_label: str) -> str:
+    """Ratios with intervals, beside 1.
 
     Args:
         rows: from top to bottom.
         x_label: what the values are.
     """
     with rc_context(_STYLE):
-        figure = Figure(figsize=(7.5, 0.7 + _BAR_INCHES * len(rows)), layout="constrained")
-        axes = figure.subplots()
-        values = [row.value for row in rows]
-        axes.barh(range(len(rows)), values, 0.7, color=_COLOURS[6], tick_label=[row.name for row in rows])
-        for index, row in enumerate(rows):
-            axes.plot([row.low, row.high], [index, index], color=_COLOURS[0], linewidth=1.3)
-            text = f"{row.value:,.0f}{f' ({row.note})' if row.note else ''}"
-            axes.annotate(text, (row.high, index), (6, 0), textcoords="offset points", va="center")
-        axes.set_xlim(0, 1.3 * max(row.high for row in rows) or 1.0)
-        axes.invert_yaxis()
-        axes.set_xlabel(x_label)
+        figure, axes = _rows(rows, x_label, 3)
+        axes.axvline(1.0, color="#777777", linestyle="--", linewidth=1)
+        axes.plot([row.value for row in rows], range(len(rows)), "o", color=_COLOURS[1])
+        low, high = min([1.0, *(row.low for row in rows)]), max([1.0, *(row.high for row in rows)])
+        width = high - low or 1.0
+        axes.set_xlim(low - 0.1 * width, high + 0.3 * width)
         return _svg(figure)
+
+
+def _rows(rows: Sequence[Bar], x_label: str, num_digits: int) -> tuple[Figure, Any]:
+    """Names, intervals and values, from top to bottom."""
+    figure = Figure(figsize=(7.5, 0.7 + _BAR_INCHES * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    for index, row in enumerate(rows):
+        axes.plot([row.low, row.high], [index, index], color=_COLOURS[0], linewidth=1.3)
+        text = f"{row.value:,.{num_digits}f}{f' ({row.note})' if row.note else ''}"
+        axes.annotate(text, (row.high, index), (6, 0), textcoords="offset points", va="center")
+    axes.set_yticks(range(len(rows)), [row.name for row in rows])
+    axes.set_ylim(max(len(rows), 1) - 0.5, -0.5)
+    axes.set_xlabel(x_label)
+    return figure, axes
 
 
 def _draw_panel(axes: Any, panel: Panel, colours: dict[str, str]) -> None:

@@ -64,4 +64,4 @@ def test_saving_and_loading_are_measured(tmp_path: Path, shared_corpus: tuple[Pa
     assert table == markdown(rows, raw.name)
     assert "| in place | 3 |" in table
     # The checkpoints are gone with the measurement.
-    assert {path.suffix for path in tmp_path.iterdir()} == {".jsonl", ".md", ".log"}
+    assert {path.suffix for path in tmp_path.iterdir()} == {".jsonl", ".md", ".svg", ".log"}

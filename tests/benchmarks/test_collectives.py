@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -34,5 +35,5 @@ def test_two_ranks_are_measured(tmp_path: Path, capfd: pytest.CaptureFixture[str
     assert {name for name, _ in times} == {"all-reduce", "reduce-scatter", "all-gather"}
     assert {size for _, size in times} == {4096, 65536}
     assert all(len(values) == 2 and min(values) > 0 for values in times.values())
-    assert raw.with_suffix(".svg").read_text().startswith("<svg")
+    ElementTree.fromstring(raw.with_suffix(".svg").read_text())
     assert "over gloo" in raw.with_suffix(".md").read_text()

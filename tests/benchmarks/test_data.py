@@ -22,7 +22,7 @@ def test_each_part_is_measured(tmp_path: Path) -> None:
     table = raw.with_suffix(".md").read_text()
     assert "A corpus of 5e+09 tokens: the first shuffled batch after" in table
     # What was written for it is gone.
-    assert [path.suffix for path in sorted(tmp_path.iterdir())] == [".jsonl", ".md"]
+    assert [path.suffix for path in sorted(tmp_path.iterdir())] == [".jsonl", ".md", ".svg"]
 
 
 def test_a_huge_corpus_takes_no_space_and_its_blocks_are_verified(tmp_path: Path) -> None:

@@ -65,6 +65,7 @@ def test_all_contestants_do_the_same_work_in_turn(tmp_path: Path, shared_corpus:
     assert rows[-1]["exit_code"] == 0
 
     table = raw.with_suffix(".md").read_text()
+    assert raw.with_suffix(".svg").exists()
     assert table in finished.stdout
     assert all(f"| {name} |" in table for name in NAMES)
     assert "10 pairs, after 22 rounds" in table

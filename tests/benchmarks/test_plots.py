@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks.plots import Bar, Panel, Point, bars, line_panels
+from benchmarks.plots import Bar, Panel, Point, bars, line_panels, ratios
 
 _SVG = "{http://www.w3.org/2000/svg}"
 
@@ -43,3 +43,13 @@ def test_bars_are_as_long_as_their_values() -> None:
     first, second = _widths(drawn, "stroke: #000000; stroke-width: 1.3")
     assert second == pytest.approx(4 * first, abs=0.2)
     assert "200 (MFU 40.0%)" in _texts(drawn)
+
+
+def test_ratios_are_told_to_three_digits_beside_one() -> None:
+    rows = [Bar("tiny: ours", 1.013, 0.980, 1.049), Bar("tiny: another", 1.085, 1.050, 1.121)]
+    drawn = ElementTree.fromstring(ratios(rows, "median step"))
+    first, second = _widths(drawn, "stroke: #000000; stroke-width: 1.3")
+    assert second / first == pytest.approx(0.071 / 0.069, rel=0.01)
+    assert {"1.013", "1.085", "tiny: ours", "tiny: another"} <= set(_texts(drawn))
+    # Nothing was measured.
+    assert ElementTree.fromstring(ratios([], "median step")) is not None
