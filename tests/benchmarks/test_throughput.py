@@ -125,7 +125,7 @@ def test_the_table_has_every_rung_and_says_what_is_missing() -> None:
     assert "- + bf16: skipped, it has none" in table
     assert "Since then: nothing." in table
     texts = [element.text for element in ElementTree.fromstring(plot(_ROWS)).iter("{http://www.w3.org/2000/svg}text")]
-    assert "200  MFU 50.0%" in texts
+    assert "200 (MFU 50.0%)" in texts
 
 
 @pytest.mark.parametrize(
