@@ -230,4 +230,4 @@ def test_every_strategy_is_measured_and_a_repeated_result_is_compared(
     table = newer.with_suffix(".md").read_text()
     assert f"Since `{older.name}`" in table
     assert "of 16 rows differ by more than noise" in table
-    assert "of 11 rows differ by more than noise" in table
+    assert "of 12 rows differ by more than noise" in table
