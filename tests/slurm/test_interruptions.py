@@ -141,7 +141,7 @@ def test_the_warning_before_the_time_limit_reaches_script_or_tasks(
     jobs = [
         submit("limit-script", TORCHRUN, "--time=20 --signal=B:USR2@70", **_SLOWLY),
         submit("limit-tasks", TORCHRUN, "--time=20 --signal=USR1@70", **_SLOWLY),
-        # Slurm looks at time limits each half minute: too late for this warning, and the run is ended while it saves.
+        # Slurm looks at time limits each half minute: often too late for this warning, and the run is ended as it saves.
         submit("limit-passed", TORCHRUN, "--time=20 --signal=USR1@1", **_SLOWLY),
     ]
     for job, minutes in zip(jobs, (2, 2, 1), strict=True):
@@ -155,7 +155,8 @@ def test_the_warning_before_the_time_limit_reaches_script_or_tasks(
         _equal(cluster, job, undisturbed, attempts=2)
     assert "SIGUSR2 to the batch script; the run saves and stops" in jobs[0].output.read_text()
     assert "stopped by signal SIGUSR1 to" in jobs[1].output.read_text()
-    assert "DUE TO TIME LIMIT" in jobs[2].output.read_text()
+    last = jobs[2].output.read_text()
+    assert "DUE TO TIME LIMIT" in last or "stopped by signal SIGUSR1 to" in last
 
 
 @pytest.mark.slow
