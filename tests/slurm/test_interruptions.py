@@ -141,7 +141,7 @@ def test_the_warning_before_the_time_limit_reaches_script_or_tasks(
     jobs = [
         submit("limit-script", TORCHRUN, "--time=20 --signal=B:USR2@70", **_SLOWLY),
         submit("limit-tasks", TORCHRUN, "--time=20 --signal=USR1@70", **_SLOWLY),
-        # Slurm looks at time limits each half minute: often too late for this warning, and the run is ended as it saves.
+        # Slurm looks at time limits each half minute: often too late for this warning, so that it ends the run.
         submit("limit-passed", TORCHRUN, "--time=20 --signal=USR1@1", **_SLOWLY),
     ]
     for job, minutes in zip(jobs, (2, 2, 1), strict=True):
