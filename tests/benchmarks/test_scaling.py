@@ -229,5 +229,5 @@ def test_every_strategy_is_measured_and_a_repeated_result_is_compared(
     _check_races([json.loads(line) for line in newer.read_text().splitlines()], expected)
     table = newer.with_suffix(".md").read_text()
     assert f"Since `{older.name}`" in table
-    assert "of 16 rows differ by more than noise" in table
-    assert "of 12 rows differ by more than noise" in table
+    assert "of 17 rows differ by more than noise" in table
+    assert "of 13 rows differ by more than noise" in table
