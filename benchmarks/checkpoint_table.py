@@ -74,7 +74,7 @@ def plot(rows: Sequence[Row]) -> str:
         if blocking_s := blocking_times(rows, mode):
             low, middle, high = (1e3 * value for value in np.quantile(blocking_s, [0.25, 0.5, 0.75]))
             found.append(Bar(name, middle, low, high, f"{middle / 1e3 / _step_s(rows, mode):.1%} of a step"))
-    return bars(found or [Bar("nothing was measured", 0.0, 0.0, 0.0)], "a save blocks, ms, median and quartiles", 1)
+    return bars(found, "a save blocks, ms, median and quartiles", 1)
 
 
 def _saving(rows: Sequence[Row]) -> list[str]:

@@ -60,7 +60,7 @@ def plot(rows: Sequence[Row]) -> str:
         totals = [_total(row["moments"]["peak"]) / _MIB for row in ranks]
         formula = _formula_total(ranks[0]) / _MIB
         found.append(Bar(case, max(totals), min(totals), max(totals), f"formula {formula:,.0f}"))
-    return bars(found or [Bar("nothing was measured", 0.0, 0.0, 0.0)], "MiB of the largest rank")
+    return bars(found, "MiB of the largest rank")
 
 
 def _describe(header: Row) -> str:

@@ -116,10 +116,11 @@ def bars(rows: Sequence[Bar], x_label: str, num_digits: int = 0) -> str:
     """Horizontal bars with intervals, from 0.
 
     Args:
-        rows: from top to bottom.
+        rows: from top to bottom; none says that nothing was measured.
         x_label: what the values are.
         num_digits: of values, after the point.
     """
+    rows = rows or [Bar("nothing was measured", 0.0, 0.0, 0.0)]
     with rc_context(_STYLE):
         figure, axes = _rows(rows, x_label, num_digits)
         axes.barh(range(len(rows)), [row.value for row in rows], 0.7, color=_COLOURS[6])

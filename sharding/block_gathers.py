@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from sharding.blocks import modules_outside
 from sharding.flat_buckets import FlatBucket, flatten_parameters
 from sharding.flat_collectives import start_gather
 from sharding.mesh import DataParallelMesh
@@ -98,10 +99,8 @@ class BlockGathers:
                 member.parameter.register_post_accumulate_grad_hook(
                     lambda _, index=index, name=member.name: self._arrived(index, name)
                 )
-        in_blocks = {id(module) for block, _ in blocks for module in block.modules()}
-        for module in model.modules():
-            if id(module) not in in_blocks:
-                module.register_forward_pre_hook(_outside_graphs(lambda *_: self._outside.wait()))
+        for module in modules_outside(model, [block for block, _ in blocks]):
+            module.register_forward_pre_hook(_outside_graphs(lambda *_: self._outside.wait()))
 
     def start(self) -> None:
         """Begin to gather what the next pass begins with; this rank's slices must be ready."""

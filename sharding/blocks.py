@@ -1,5 +1,7 @@
 """Finding the repeated blocks of a model by its structure."""
 
+from collections.abc import Iterable
+
 from torch import nn
 
 
@@ -13,6 +15,12 @@ def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     blocks: list[tuple[str, nn.Module]] = []
     _collect(model, "", blocks)
     return blocks
+
+
+def modules_outside(model: nn.Module, blocks: Iterable[nn.Module]) -> list[nn.Module]:
+    """The modules of a model that are neither blocks nor in one."""
+    inside = {id(module) for block in blocks for module in block.modules()}
+    return [module for module in model.modules() if id(module) not in inside]
 
 
 def hidden_matrices(model: nn.Module) -> set[str]:

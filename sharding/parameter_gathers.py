@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from sharding.blocks import find_blocks
+from sharding.blocks import find_blocks, modules_outside
 from sharding.flat_buckets import FlatBucket
 from sharding.flat_collectives import start_gather
 
@@ -35,10 +35,8 @@ class ParameterGathers:
         before = {index for index in every if not inside or index >= max(inside[0], default=0)}
         for block, indices in zip(blocks, [*inside[:-1], every], strict=False):
             self._attach(block, indices)
-        in_blocks = {id(module) for block in blocks for module in block.modules()}
-        for module in model.modules():
-            if id(module) not in in_blocks:
-                self._attach(module, before)
+        for module in modules_outside(model, blocks):
+            self._attach(module, before)
 
     def start(self) -> None:
         """Begin to gather every bucket; this rank's slices must be ready, and stay as they are until the end."""
