@@ -88,17 +88,13 @@ class BlockGathers:
         """
         self._outside = _Gathered(outside, group)
         self._blocks = [_Gathered(buckets, group) for _, buckets in blocks]
-        # Of blocks that backward is in: parameters whose gradients have not arrived.
-        self._missing: list[set[str]] = [set() for _ in blocks]
-        for index, (block, buckets) in enumerate(blocks):
+        # By id: those that are freed after each pass.
+        self._freed = {id(bucket) for _, buckets in blocks[1:] for bucket in buckets}
+        for index, (block, _) in enumerate(blocks):
             block.register_forward_pre_hook(_outside_graphs(lambda *_, index=index: self._before(index)))
             block.register_forward_hook(
                 _outside_graphs(lambda _block, _inputs, output, index=index: self._after(index, output))
             )
-            for member in (member for bucket in buckets for member in bucket.members):
-                member.parameter.register_post_accumulate_grad_hook(
-                    lambda _, index=index, name=member.name: self._arrived(index, name)
-                )
         for module in modules_outside(model, [block for block, _ in blocks]):
             module.register_forward_pre_hook(_outside_graphs(lambda *_: self._outside.wait()))
 
@@ -117,9 +113,13 @@ class BlockGathers:
 
     def end_pass(self) -> None:
         """Free what a backward pass did not come to; after each."""
-        for missing, block in zip(self._missing[1:], self._blocks[1:], strict=True):
-            missing.clear()
+        for block in self._blocks[1:]:
             block.free()
+
+    def leave(self, bucket: FlatBucket) -> None:
+        """Free a bucket that backward is done with."""
+        if id(bucket) in self._freed:
+            bucket.free()
 
     def _before(self, index: int) -> None:
         self._blocks[index].wait()
@@ -140,18 +140,9 @@ class BlockGathers:
             self._blocks[index].free()
 
     def _before_backward(self, index: int) -> None:
-        block = self._blocks[index]
-        block.wait()
-        self._missing[index] = block.names()
+        self._blocks[index].wait()
         if index:
             self._blocks[index - 1].start()
-
-    def _arrived(self, index: int, name: str) -> None:
-        # A gradient arrives when backward is past all uses of its parameter: with the last one, past the block.
-        missing = self._missing[index]
-        missing.discard(name)
-        if not missing and index:
-            self._blocks[index].free()
 
 
 class _Gathered:
@@ -161,9 +152,6 @@ class _Gathered:
         self._buckets = buckets
         self._group = group
         self._works: list[dist.Work] = []
-
-    def names(self) -> set[str]:
-        return {member.name for bucket in self._buckets for member in bucket.members}
 
     def start(self) -> None:
         """Begin to gather, unless it is there."""

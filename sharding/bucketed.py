@@ -73,7 +73,9 @@ class BucketedEngine(TorchEngine):
             self._buckets = [*after, *(bucket for _, buckets in reversed(blocks) for bucket in buckets), *before]
             self._gathers = BlockGathers(model, blocks, [*after, *before], group)
         self._is_whole_between_steps = block_buckets is None
-        self._gradients = GradientBuckets(self._buckets, group, limit, keeps_whole=strategy == "zero1")
+        self._gradients = GradientBuckets(
+            self._buckets, group, limit, keeps_whole=strategy == "zero1", filled=self._gathers.leave
+        )
         # By id: this rank's run of a parameter as the optimizer gets it, and the run's start in the parameter.
         self._runs: dict[int, tuple[nn.Parameter, int]] = {}
         for bucket, gradient in zip(self._buckets, self._gradients.own, strict=True):

@@ -1,7 +1,7 @@
 """Gradients in flat buckets, which leave for the other ranks as soon as backward has filled them."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,13 @@ class GradientBuckets:
     """
 
     def __init__(
-        self, buckets: Sequence[FlatBucket], group: dist.ProcessGroup | None, max_elements: int, *, keeps_whole: bool
+        self,
+        buckets: Sequence[FlatBucket],
+        group: dist.ProcessGroup | None,
+        max_elements: int,
+        *,
+        keeps_whole: bool,
+        filled: Callable[[FlatBucket], None] = lambda _: None,
     ) -> None:
         """Attach to the parameters of the buckets.
 
@@ -33,10 +39,12 @@ class GradientBuckets:
             max_elements: size of all buckets but those of one parameter.
             keeps_whole: whether whole gradients are accumulated and summed in the last micro-batch (stage 1), or those
                 of each micro-batch are summed and the own slice is kept (stage 2).
+            filled: called when backward is past all uses of a bucket's parameters.
         """
         self._buckets = buckets
         self._group = group
         self._keeps_whole = keeps_whole
+        self._filled = filled
         self._exchanges = exchanges_slices(group)
         self._buffers: list[torch.Tensor | None] = [None] * len(buckets)
         if keeps_whole:
@@ -91,6 +99,8 @@ class GradientBuckets:
             # In stage 1 backward adds the next micro-batch's gradient in place.
             member.parameter.grad = place if self._keeps_whole else None
         self._missing[index].discard(member.name)
+        if not self._missing[index]:
+            self._filled(self._buckets[index])
         while self._sends and self._num_sent < len(self._buckets) and not self._missing[self._num_sent]:
             self._send_next()
 

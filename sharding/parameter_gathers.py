@@ -55,6 +55,9 @@ class ParameterGathers:
     def end_pass(self) -> None:
         """Nothing: parameters stay."""
 
+    def leave(self, bucket: FlatBucket) -> None:
+        """Nothing: parameters stay."""
+
     def _attach(self, module: nn.Module, indices: set[int]) -> None:
         # A block may be compiled together with its hooks; this one must stay outside the graph.
         @torch.compiler.disable
