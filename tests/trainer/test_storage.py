@@ -64,7 +64,12 @@ class _Line:
         with contextlib.suppress(OSError):
             while True:
                 client, _ = door.accept()
-                server = socket.create_connection(("127.0.0.1", self._server_port))
+                try:
+                    server = socket.create_connection(("127.0.0.1", self._server_port))
+                except ConnectionRefusedError:
+                    # It is still starting. Were the client kept, it would wait for an answer that never comes.
+                    client.close()
+                    continue
                 self._ends += [client, server]
                 for ends in ((client, server), (server, client)):
                     threading.Thread(target=_copy, args=ends, daemon=True).start()
