@@ -80,7 +80,7 @@ def measure_windows(
             dp_degree=1,
             prefetch_steps=prefetch_steps,
         )
-        for name, prefetch_steps in (("on demand", 0), ("prefetch thread", 2))
+        for name, prefetch_steps in (("on demand", 0), ("prefetch thread", None))
     }
     rates: dict[str, list[float]] = {name: [] for name in loaders}
     for window in range(num_windows + 1):

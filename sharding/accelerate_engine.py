@@ -30,6 +30,10 @@ class AccelerateDdpEngine(DdpEngine):
         _check_wrapped(model, self._accelerator, self._mesh)
         return model
 
+    def _gradient_scale(self) -> float:
+        # What it wraps averages over ranks; the loss is a global sum over a global count.
+        return float(self._mesh.dp_degree)
+
     def _backward(self, loss: torch.Tensor) -> None:
         self._accelerator.backward(loss)
 

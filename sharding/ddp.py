@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -32,13 +33,15 @@ class DdpEngine(TorchEngine):
         self._ddp = self._wrap()
 
     def _wrap(self) -> Any:
-        return DistributedDataParallel(
+        ddp = DistributedDataParallel(
             self._model,
             device_ids=[self._device.index] if self._device.type == "cuda" else None,
             process_group=self._mesh.shard_group,
             gradient_as_bucket_view=True,
             **_no_buffer_sync(),
         )
+        ddp.register_comm_hook(self._mesh.shard_group, _sum_bucket)
+        return ddp
 
     def replicas(self) -> Replicas | None:
         """See Engine."""
@@ -56,16 +59,22 @@ class DdpEngine(TorchEngine):
     def _forward_module(self) -> nn.Module:
         return self._ddp
 
-    def _gradient_scale(self) -> float:
-        # DDP averages over ranks; the loss is a global sum over a global count.
-        return float(self._mesh.dp_degree)
-
     def _accumulation_context(self, *, is_last: bool) -> AbstractContextManager[Any]:
         # no_sync must span the forward pass too: DDP decides there whether the reducer is armed.
         return nullcontext() if is_last else self._ddp.no_sync()
 
     def _is_written_here(self, index: int) -> bool:
         return index % self._mesh.dp_degree == self._mesh.dp_rank
+
+
+def _sum_bucket(group: dist.ProcessGroup | None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """Sum a bucket over ranks, as a communication hook of DDP.
+
+    DDP by itself divides by the number of ranks, which takes a pass over all gradients; the loss carries the global
+    denominator already.
+    """
+    summed = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
+    return summed.get_future().then(lambda done: done.value()[0])
 
 
 def _no_buffer_sync() -> dict[str, Any]:

@@ -20,8 +20,8 @@ from trainer.stopping import StopRequest
 class ShardlineTrainer(Contestant):
     """``Trainer.fit`` as it is: the loader reads ahead, ranks agree on targets and stopping, metrics go to a file.
 
-    A step's edge is where the loop asks whether to stop, once per step; everything from there to the same place in the
-    next step is measured.
+    A step's edge is where the loop turns to its next batch, as in the others; all from there to the same place in
+    the next step is measured.
     """
 
     name = "shardline"
@@ -39,12 +39,12 @@ class ShardlineTrainer(Contestant):
         self._run_folder.path.mkdir(parents=True)
         self._stop_request = StopRequest()
         self._step_edge: StepEdge | None = None
-        self._num_asked = 0
+        self._has_begun = False
         self._is_first_rank = contest.ranks.rank == 0
         self._console_text = (self._run_folder.path / "console.txt").open("w")
         console = Console(config.num_steps, self._console_text) if self._is_first_rank else None
         phases = Phases()
-        phases.listen(self._mark_input)
+        phases.listen(self._hear)
         self._input_span = record_function(INPUT_SPAN)
         self._trainer = build_trainer(
             config,
@@ -77,18 +77,18 @@ class ShardlineTrainer(Contestant):
         lines = [json.loads(line) for line in self._run_folder.metrics_file.read_text().splitlines()]
         return StepLog({line["step"]: line["train/loss"] for line in lines})
 
-    def _mark_input(self, ended: Moment, begun: Moment) -> None:
-        """Show a profiler where the loop waits for a batch, as torch's DataLoader does by itself."""
+    def _hear(self, ended: Moment, begun: Moment) -> None:
+        """See edges, and show a profiler where the loop waits for a batch, as torch's DataLoader does by itself."""
         if ended.phase is Phase.DATA:
             self._input_span.__exit__(None, None, None)
         if begun.phase is Phase.DATA:
+            # The first is not the end of a step.
+            if self._has_begun:
+                assert self._step_edge is not None
+                self._step_edge()
+            self._has_begun = True
             self._input_span = record_function(INPUT_SPAN)
             self._input_span.__enter__()
 
     def _is_stop_requested(self) -> bool:
-        assert self._step_edge is not None
-        # The loop asks before each step, so the first question is not the end of one.
-        if self._num_asked:
-            self._step_edge()
-        self._num_asked += 1
         return self._stop_request.poll(self._run_folder.stop_file if self._is_first_rank else None)

@@ -13,6 +13,9 @@ from trainer.data.skipped_samples import SkippedSamples
 
 IGNORED_LABEL = -100
 _ORDER_CHUNK = 4096
+# Small steps are read further ahead, since waking the reader costs the same for any step.
+_TOKENS_AHEAD = 2**17
+_MIN_STEPS_AHEAD, _MAX_STEPS_AHEAD = 2, 32
 
 Batch = dict[str, torch.Tensor]
 
@@ -37,7 +40,7 @@ class BatchLoader:
         dp_degree: int,
         start_sample: int = 0,
         skipped: SkippedSamples | None = None,
-        prefetch_steps: int = 2,
+        prefetch_steps: int | None = None,
         document_mask: bool = False,
     ) -> None:
         """Start reading ahead.
@@ -52,7 +55,8 @@ class BatchLoader:
             dp_degree: number of those ranks.
             start_sample: samples that were consumed before.
             skipped: global positions that are left out; none by default.
-            prefetch_steps: steps that are read ahead; 0 reads on demand, in the caller's thread.
+            prefetch_steps: steps that are read ahead; 0 reads on demand, in the caller's thread; by default as many as
+                hold 131,072 tokens, at least 2 and at most 32.
             document_mask: see ``read_sequences``.
         """
         self._stream = stream
@@ -65,6 +69,9 @@ class BatchLoader:
         first = dp_rank * micro_size
         starts = np.arange(first, global_size, dp_degree * micro_size)
         self._local_positions = (starts[:, None] + np.arange(micro_size)).reshape(-1)
+        if prefetch_steps is None:
+            num_ahead = _TOKENS_AHEAD // (len(self._local_positions) * sequence_length)
+            prefetch_steps = min(max(num_ahead, _MIN_STEPS_AHEAD), _MAX_STEPS_AHEAD)
         self._steps = ReadAhead(self._read_steps(start_sample), prefetch_steps)
 
     def next_step(self) -> list[Batch]:

@@ -1,8 +1,7 @@
 """A thread that reads ahead."""
 
-import contextlib
-import queue
 import threading
+from collections import deque
 from collections.abc import Iterator
 from typing import Generic, TypeVar
 
@@ -10,7 +9,11 @@ Item = TypeVar("Item")
 
 
 class ReadAhead(Generic[Item]):
-    """An endless iterator, read some items ahead by a thread of its own."""
+    """An endless iterator, read some items ahead by a thread of its own.
+
+    The thread sleeps until half of what it has read is used up. Woken for each item it would compete with every step of
+    training for the interpreter and for a core, which costs more than reading a small batch.
+    """
 
     def __init__(self, items: Iterator[Item], num_ahead: int) -> None:
         """Start reading.
@@ -20,32 +23,40 @@ class ReadAhead(Generic[Item]):
             num_ahead: items that wait at most; 0 reads on demand, in the caller's thread.
         """
         self._items = items
-        self._queue: queue.Queue[Item | BaseException] | None = None
-        self._closed = threading.Event()
+        self._num_ahead = num_ahead
+        self._ready: deque[Item | BaseException] = deque()
+        self._changed = threading.Condition()
+        self._is_closed = False
+        self._thread: threading.Thread | None = None
         if num_ahead:
-            self._queue = queue.Queue(maxsize=num_ahead)
-            self._thread = threading.Thread(target=self._fill_queue, name="batch-loader", daemon=True)
+            self._thread = threading.Thread(target=self._read, name="batch-loader", daemon=True)
             self._thread.start()
 
     def next(self) -> Item:
         """The next item, or the error that reading it ended in."""
-        if self._queue is None:
+        if self._thread is None:
             return next(self._items)
-        item = self._queue.get()
+        with self._changed:
+            self._changed.wait_for(lambda: self._ready)
+            item = self._ready.popleft()
+            if self._is_low():
+                self._changed.notify()
         if isinstance(item, BaseException):
             raise item
         return item
 
     def close(self) -> None:
         """Stop reading ahead."""
-        self._closed.set()
-        if self._queue is not None:
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    self._queue.get_nowait()
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify()
+        if self._thread is not None:
             self._thread.join()
 
-    def _fill_queue(self) -> None:
+    def _is_low(self) -> bool:
+        return len(self._ready) <= self._num_ahead // 2
+
+    def _read(self) -> None:
         try:
             for item in self._items:
                 if not self._put(item):
@@ -54,9 +65,11 @@ class ReadAhead(Generic[Item]):
             self._put(error)
 
     def _put(self, item: Item | BaseException) -> bool:
-        assert self._queue is not None
-        while not self._closed.is_set():
-            with contextlib.suppress(queue.Full):
-                self._queue.put(item, timeout=0.1)
-                return True
-        return False
+        """Hand over an item, and wait while there is enough; False once nobody wants more."""
+        # At most one side waits: the reader where there is enough, the other where there is nothing.
+        with self._changed:
+            self._ready.append(item)
+            self._changed.notify()
+            if len(self._ready) >= self._num_ahead:
+                self._changed.wait_for(lambda: self._is_closed or self._is_low())
+            return not self._is_closed

@@ -1,0 +1,71 @@
+"""Reading ahead: everything in order, errors in their place, and a thread that sleeps while there is enough."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from itertools import count
+
+import pytest
+
+from trainer.data.read_ahead import ReadAhead
+
+
+class _Counted:
+    """0, 1, 2, ..., and how many of them were read; with an error in place of one."""
+
+    def __init__(self, fails_at: int = -1) -> None:
+        self.num_read = 0
+        self._fails_at = fails_at
+
+    def __iter__(self) -> Iterator[int]:
+        for number in count():
+            if number == self._fails_at:
+                raise OSError("the disk is gone")
+            self.num_read += 1
+            yield number
+
+
+def _wait_until(is_so: Callable[[], bool]) -> None:
+    give_up_at = time.monotonic() + 30
+    while not is_so():
+        assert time.monotonic() < give_up_at
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("num_ahead", [0, 1, 2, 3, 8])
+def test_items_come_in_order(num_ahead: int) -> None:
+    reader = ReadAhead(iter(_Counted()), num_ahead)
+    assert [reader.next() for _ in range(100)] == list(range(100))
+    reader.close()
+
+
+def test_the_thread_reads_again_once_half_is_used_up() -> None:
+    numbers = _Counted()
+    reader = ReadAhead(iter(numbers), 8)
+    _wait_until(lambda: numbers.num_read == 8)
+    assert [reader.next() for _ in range(3)] == [0, 1, 2]
+    time.sleep(0.05)
+    assert numbers.num_read == 8
+    assert reader.next() == 3
+    _wait_until(lambda: numbers.num_read == 12)
+    reader.close()
+
+
+@pytest.mark.parametrize("num_ahead", [0, 1, 8])
+def test_an_error_comes_after_the_items_before_it(num_ahead: int) -> None:
+    reader = ReadAhead(iter(_Counted(fails_at=3)), num_ahead)
+    assert [reader.next() for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(OSError, match="the disk is gone"):
+        reader.next()
+    reader.close()
+
+
+@pytest.mark.parametrize("num_ahead", [1, 8])
+def test_closing_ends_the_thread(num_ahead: int) -> None:
+    before = threading.active_count()
+    numbers = _Counted()
+    reader = ReadAhead(iter(numbers), num_ahead)
+    assert threading.active_count() == before + 1
+    _wait_until(lambda: numbers.num_read == num_ahead)
+    reader.close()
+    assert threading.active_count() == before
