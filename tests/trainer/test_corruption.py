@@ -1,7 +1,7 @@
 """Damaged checkpoints and data: refused with a sentence, passed over for an older one, or loaded bit for bit.
 
-Never another exception, and never other values. ``SHARDLINE_CORRUPTION_REPORT=FILE pytest -m slow`` on this file
-writes what became of the cases.
+Never another exception, and never other values. With ``SHARDLINE_CORRUPTION_REPORT=FILE`` the slow tests write what
+became of the cases.
 """
 
 import io
@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from safetensors.torch import save_file
 
+from benchmarks.facts import collect_facts
 from sharding.engine import Engine
 from sharding.errors import UserError
 from sharding.process_group import Ranks
@@ -44,9 +45,9 @@ from trainer.data.config import DataConfig
 from trainer.data.loader import read_sequences
 from trainer.data.prepare import prepare_corpus
 from trainer.data.prepared import PreparedCorpus, open_prepared
-from trainer.provenance import code_revision
 from trainer.run_folder import RunFolder
 
+_REPORT = "SHARDLINE_CORRUPTION_REPORT"
 _SHORT, _LONG = 60, 500
 _ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
 _MODEL = {
@@ -58,12 +59,13 @@ _TOKENIZER_TEXT = "def f(x): return x"
 
 
 def _report(section: str, tally: Tally) -> None:
-    path = os.environ.get("SHARDLINE_CORRUPTION_REPORT")
+    path = os.environ.get(_REPORT)
     if path is None:
         return
     file = Path(path)
     found = json.loads(file.read_text()) if file.exists() else {}
-    found |= {"git_revision": code_revision().get("git_revision"), section: tally.summary()}
+    command = f"{_REPORT}=FILE pytest -m slow tests/trainer/test_corruption.py"
+    found |= {"command": command, "facts": collect_facts(["torch", "hypothesis"]), section: tally.summary()}
     file.write_text(json.dumps(found, indent=2) + "\n")
 
 
