@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -54,6 +55,8 @@ def show_logs(run_dir: Path, rank: int | None, follow: bool) -> None:
                 os.write(1, file.read())
                 position = file.tell()
         if not follow:
+            if not position:
+                print(f"{path} is empty so far", file=sys.stderr)
             return
         try:
             time.sleep(_LOOK_EVERY_S)

@@ -90,7 +90,7 @@ def start(run_dir: Path, folder: Path) -> str:
     """Submit what a folder holds; returns the job's number."""
     job = call(["bash", str(folder / "submit.sh")]).strip()
     print(f"submitted job {job}: {run_dir}")
-    print(f"  what runs   {folder}")
+    print(f"  what runs   {run_dir / 'slurm' / folder.name}")
     print(f"  status      shardline slurm status {run_dir}")
     print(f"  output      shardline slurm logs {run_dir} --follow")
     return job

@@ -10,6 +10,7 @@ import pytest
 from launcher.command import Place, deepspeed_command, torchrun_command
 from launcher.slurm.allocation import Allocation, ranks_of, read_allocation
 from launcher.slurm.freeze import freeze, new_submission
+from launcher.slurm.status import show_logs
 from sharding.errors import UserError
 from tests.support import ROOT, shardline
 from trainer.config import RunConfig, load_config
@@ -175,3 +176,16 @@ def test_a_run_of_one_machine_is_not_started_by_each_of_several_tasks(config_fil
     assert refused.stderr.startswith("error: srun started 4 tasks, each of which would start a run of its own")
     # The batch script's own variables, and those of a step of one task, are no obstacle.
     assert shardline("run", config_file, "--dry-run", SLURM_NTASKS="4", SLURM_PROCID="0").returncode == 0
+
+
+def test_a_log_that_is_empty_is_called_so(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    log = tmp_path / "logs" / "attempt-1" / "rank-3.log"
+    log.parent.mkdir(parents=True)
+    log.touch()
+    show_logs(tmp_path, 3, follow=False)
+    assert capfd.readouterr() == ("", f"{log} is empty so far\n")
+    log.write_text("a warning\n")
+    show_logs(tmp_path, 3, follow=False)
+    assert capfd.readouterr() == ("a warning\n", "")
+    with pytest.raises(UserError, match="has no log of rank 4 yet"):
+        show_logs(tmp_path, 4, follow=False)

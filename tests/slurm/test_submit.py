@@ -42,7 +42,10 @@ def test_from_submit_to_the_last_step(cluster: Cluster, slurm_config: MakeConfig
     asked = ["--nodes", 2, "--gpus-per-node", 2, "--cpus-per-rank", 2]
     shown = _shardline(cluster, "slurm", "submit", config, *asked)
     job = (run_dir / "slurm" / "jobs").read_text().strip()
-    assert shown.splitlines()[0] == f"submitted job {job}: {run_dir}"
+    assert shown.splitlines()[:2] == [
+        f"submitted job {job}: {run_dir}",
+        f"  what runs   {run_dir}/slurm/submission-1",
+    ]
     # A queued job trains what was submitted: the file is another now.
     config.write_text("steps: nonsense\n")
     assert cluster.facts(job)["NumCPUs"] == "8"
