@@ -2,11 +2,12 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import count
 
 import pytest
 
+from tests.support import wait_until
 from trainer.data.read_ahead import ReadAhead
 
 
@@ -25,13 +26,6 @@ class _Counted:
             yield number
 
 
-def _wait_until(is_so: Callable[[], bool]) -> None:
-    give_up_at = time.monotonic() + 30
-    while not is_so():
-        assert time.monotonic() < give_up_at
-        time.sleep(0.001)
-
-
 @pytest.mark.parametrize("num_ahead", [0, 1, 2, 3, 8])
 def test_items_come_in_order(num_ahead: int) -> None:
     reader = ReadAhead(iter(_Counted()), num_ahead)
@@ -42,12 +36,12 @@ def test_items_come_in_order(num_ahead: int) -> None:
 def test_the_thread_reads_again_once_half_is_used_up() -> None:
     numbers = _Counted()
     reader = ReadAhead(iter(numbers), 8)
-    _wait_until(lambda: numbers.num_read == 8)
+    wait_until(lambda: numbers.num_read == 8, timeout_s=30, what="8 items")
     assert [reader.next() for _ in range(3)] == [0, 1, 2]
     time.sleep(0.05)
     assert numbers.num_read == 8
     assert reader.next() == 3
-    _wait_until(lambda: numbers.num_read == 12)
+    wait_until(lambda: numbers.num_read == 12, timeout_s=30, what="12 items")
     reader.close()
 
 
@@ -66,6 +60,6 @@ def test_closing_ends_the_thread(num_ahead: int) -> None:
     numbers = _Counted()
     reader = ReadAhead(iter(numbers), num_ahead)
     assert threading.active_count() == before + 1
-    _wait_until(lambda: numbers.num_read == num_ahead)
+    wait_until(lambda: numbers.num_read == num_ahead, timeout_s=30, what="all items ahead")
     reader.close()
     assert threading.active_count() == before
