@@ -5,7 +5,7 @@ import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from launcher.oom_evidence import OomWatch
 from launcher.rank_exits import CRASHES, RankExits, RankFailure, root_cause
 from sharding.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, UserError
 from trainer.failure import FAILURE_TEXT_NAME, Evidence
-from trainer.failure_report import Sources, write_failure
+from trainer.failure_report import ProcessEnd, Sources, write_failure
 from trainer.hang import read_verdict
 from trainer.places import Place
 from trainer.rank_error import is_of_a_peer, read_rank_errors
@@ -26,7 +26,7 @@ _FAILURE = re.compile(
     re.MULTILINE,
 )
 _TIME_FORMAT = "%Y-%m-%d_%H:%M:%S"
-_LATE_DATE = timedelta(seconds=2)
+_LATE_S = 2.0
 _ERROR_LINE = re.compile(r"^(?:error: |[\w.]*(?:Error|Exception|Interrupt)\b)")
 _AGENT_ERROR = "torch.distributed.elastic.multiprocessing.errors.ChildFailedError"
 
@@ -83,7 +83,7 @@ def conclude(agent: str, agent_status: int, findings: Findings, run_folder: RunF
             run_folder.path,
             _attempt(log),
             outcome,
-            ends=findings.exits.ends,
+            ends=_ends(findings.exits.ends, first),
             first=first.rank if first is not None else None,
             places=findings.places,
             oom_kill=oom_kill,
@@ -121,15 +121,22 @@ def first_failure(log_text: str) -> RankFailure | None:
     itself, one that was killed by the agent's next look, so a kill counts as first up to two seconds later.
     """
     failures = [
-        (datetime.strptime(found["time"], _TIME_FORMAT), RankFailure(int(found["rank"]), int(found["exitcode"])))
+        (datetime.strptime(found["time"], _TIME_FORMAT).timestamp(), int(found["rank"]), int(found["exitcode"]))
         # The report ends with torchrun's own choice.
         for found in reversed(list(_FAILURE.finditer(log_text)))
     ]
     if not failures:
         return None
-    first_time = min(time for time, _ in failures)
     by_time = sorted(failures, key=lambda failure: failure[0])
-    return root_cause([failure for time, failure in by_time if time - first_time <= _LATE_DATE])
+    first_time, *_ = by_time[0]
+    return root_cause([RankFailure(rank, code, time) for time, rank, code in by_time if time - first_time <= _LATE_S])
+
+
+def _ends(seen: Mapping[int, ProcessEnd], first: RankFailure | None) -> dict[int, ProcessEnd]:
+    """How ranks ended, as we saw it; for the first also as the agent reports it, who may have looked before we did."""
+    if first is None or first.time is None:
+        return dict(seen)
+    return {first.rank: ProcessEnd(first.exit_code, first.time), **seen}
 
 
 def _is_consequence(outcome: dict[str, Any], first: RankFailure | None, log: Path) -> bool:

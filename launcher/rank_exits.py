@@ -6,7 +6,7 @@ import select
 import signal
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from sharding.errors import EXIT_FINISHED, EXIT_STOPPED
@@ -26,10 +26,12 @@ class RankFailure:
     Attributes:
         rank: its number.
         exit_code: as of ``subprocess``: negative is a signal.
+        time: when, in seconds since 1970; None where only the order is known.
     """
 
     rank: int
     exit_code: int
+    time: float | None = field(default=None, compare=False)
 
 
 def root_cause(failures: Sequence[RankFailure]) -> RankFailure:

@@ -8,6 +8,8 @@ import pytest
 from launcher.conclusion import Findings, _explain, conclude, conclude_by_force, first_failure
 from launcher.oom_evidence import OomWatch
 from launcher.rank_exits import RankExits, RankFailure
+from tests.trainer.test_failure_report import PEER_GONE, leave
+from trainer.failure import FailureKind, read_failure
 from trainer.run_folder import RunFolder
 
 HEAD = """W1124 13:50:56 6499 multiprocessing/api.py:1028] Sending process 6502 closing signal SIGTERM
@@ -91,6 +93,18 @@ def test_a_crash_is_told_and_the_others_report_before_it(folder: RunFolder, caps
     outcome = folder.read_outcome()
     assert outcome is not None
     assert (outcome["rank"], outcome["step"], outcome["reason"]) == (1, 5, "the process was killed by SIGSEGV")
+
+
+def test_a_kill_that_only_the_agent_saw(folder: RunFolder) -> None:
+    """On a busy machine the agent may look at a rank that was killed before the launcher does."""
+    leave(folder.path, {}, {}, rank_0=RuntimeError(PEER_GONE))
+    folder.write_outcome("failed", 1, 5, PEER_GONE, 0)
+    log = log_of(folder, report(("50:56", 0, 1), ("50:57", 1, -9)))
+    assert conclude("torchrun's agent", 1, nothing_seen(), folder, log) == 1
+    failure = read_failure(folder.path)
+    assert failure is not None
+    assert (failure.kind, failure.rank, failure.signature) == (FailureKind.KILLED, 1, "killed")
+    assert any("rank 1 ended with SIGKILL at 13:50:57" in evidence.text for evidence in failure.evidence)
 
 
 def test_a_mapped_file_that_was_cut_short(tmp_path: Path) -> None:
