@@ -28,6 +28,7 @@ from trainer.foreign_settings import refuse_foreign_settings
 from trainer.goodput_ledger import GoodputLedger, process_age_s
 from trainer.hang import Hang
 from trainer.heartbeat import read_heartbeats
+from trainer.host_memory import keep_freed_memory
 from trainer.injection import faults_of, inject_faults, read_faults
 from trainer.lease import Lease
 from trainer.loop import Ending, Trainer
@@ -142,6 +143,8 @@ def _run(arguments: Sequence[str], progress: _Progress) -> int:
     if config.deterministic:
         use_deterministic_kernels()
     torch.set_num_threads(threads_per_rank(config, local_world_size, os.environ))
+    if not world.has_gpu:
+        keep_freed_memory(os.environ)
     stop_request = StopRequest()
     stop_request.install_handlers()
 
