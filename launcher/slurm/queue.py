@@ -59,7 +59,9 @@ def call(command: Sequence[str]) -> str:
     except FileNotFoundError:
         raise UserError(f"{command[0]} is not on PATH; run this on a machine of a Slurm cluster.") from None
     if finished.returncode:
-        raise RunFailure(f"{command[0]} said: {' '.join(finished.stderr.split()) or finished.returncode}")
+        # Slurm's commands begin what they say with their own name.
+        said = " ".join(finished.stderr.split())
+        raise RunFailure(said or f"{command[0]} ended with status {finished.returncode}")
     return finished.stdout
 
 

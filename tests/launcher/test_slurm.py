@@ -10,8 +10,9 @@ import pytest
 from launcher.command import Place, deepspeed_command, torchrun_command
 from launcher.slurm.allocation import Allocation, ranks_of, read_allocation
 from launcher.slurm.freeze import freeze, new_submission
+from launcher.slurm.queue import call
 from launcher.slurm.status import show_logs
-from sharding.errors import UserError
+from sharding.errors import RunFailure, UserError
 from tests.support import ROOT, shardline
 from trainer.config import RunConfig, load_config
 from trainer.provenance import FROZEN_REVISION_NAME
@@ -189,3 +190,15 @@ def test_a_log_that_is_empty_is_called_so(tmp_path: Path, capfd: pytest.CaptureF
     assert capfd.readouterr() == ("a warning\n", "")
     with pytest.raises(UserError, match="has no log of rank 4 yet"):
         show_logs(tmp_path, 4, follow=False)
+
+
+@pytest.mark.parametrize(
+    ("program", "sentence"),
+    [
+        ("echo 'sbatch: error: invalid account' >&2; exit 1", "^sbatch: error: invalid account$"),
+        ("exit 3", "^bash ended with status 3$"),
+    ],
+)
+def test_a_refusal_is_told_in_slurms_own_words(program: str, sentence: str) -> None:
+    with pytest.raises(RunFailure, match=sentence):
+        call(["bash", "-c", program])
