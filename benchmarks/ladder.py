@@ -37,6 +37,7 @@ class Rung:
         overrides: what turns it on.
         is_kept: whether the rungs above have it too; else it is measured on what is there so far, and left again.
         has_synthetic_tokens: whether the loader's place is taken by one batch that is there already.
+        keeps_freed_memory: whether it is that the heap keeps freed memory, which no setting decides.
         why_not: a reason why it cannot run, empty where it can.
     """
 
@@ -44,11 +45,16 @@ class Rung:
     overrides: tuple[str, ...] = ()
     is_kept: bool = True
     has_synthetic_tokens: bool = False
+    keeps_freed_memory: bool = False
     why_not: Callable[[Machine, RunConfig], str] = lambda _machine, _config: ""
 
 
 def _needs_gpu(machine: Machine, _config: RunConfig) -> str:
     return "" if machine.has_gpu else "CUDA graphs and the kernels that it chooses among need a GPU"
+
+
+def _needs_cpu(machine: Machine, _config: RunConfig) -> str:
+    return "a GPU's tensors are not in the heap" if machine.has_gpu else ""
 
 
 def _needs_bf16(machine: Machine, _config: RunConfig) -> str:
@@ -82,6 +88,7 @@ LADDER = (
             "model.vocab_multiple=0",
         ),
     ),
+    Rung("+ freed memory kept", keeps_freed_memory=True, why_not=_needs_cpu),
     Rung("+ SDPA attention", ("model.attention=sdpa",)),
     Rung("+ bf16", ("precision.compute=bf16",), why_not=_needs_bf16),
     Rung(

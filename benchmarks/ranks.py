@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
@@ -22,8 +22,8 @@ HEAP_VARIABLES = {
 }
 """One heap for all contestants of a race, which keeps what is freed, as Shardline's ranks do: see trainer.host_memory.
 
-Contestants are threads. Heaps of threads are given back to the kernel in pieces of 64 MiB, and which contestant asks
-for them again in each of its steps was a matter of luck: up to 12,000 page faults and 25 ms a step.
+Contestants are threads. glibc gives threads heaps of their own, and these back to the kernel in pieces of 64 MiB; which
+contestant had to ask for them again, with thousands of page faults a step, was a matter of luck.
 """
 
 _NUM_LOG_LINES = 40
@@ -39,7 +39,15 @@ class RankAssignment(Protocol):
         ...
 
 
-def run_ranks(module: str, assignment: RankAssignment, num_ranks: int, log: Path, *, shows_log: bool = True) -> int:
+def run_ranks(
+    module: str,
+    assignment: RankAssignment,
+    num_ranks: int,
+    log: Path,
+    *,
+    variables: Mapping[str, str] = HEAP_VARIABLES,
+    shows_log: bool = True,
+) -> int:
     """Start the ranks and see them end; returns their exit status, or 130 if interrupted.
 
     What libraries warn of goes to the log; the end of it is shown where a rank failed.
@@ -49,13 +57,14 @@ def run_ranks(module: str, assignment: RankAssignment, num_ranks: int, log: Path
         assignment: a dataclass.
         num_ranks: how many.
         log: text file that is appended to.
+        variables: what to add to the environment.
         shows_log: show its end where a rank failed.
     """
     with tempfile.TemporaryDirectory(prefix="shardline-bench-") as folder, log.open("a") as stderr:
         path = Path(folder) / "assignment.json"
         path.write_text(json.dumps(asdict(assignment)))  # type: ignore[call-overload] # a Protocol is no dataclass
         command = [sys.executable, "-m", module, str(path)]
-        shared = {"OMP_NUM_THREADS": str(assignment.threads), "TOKENIZERS_PARALLELISM": "false", **HEAP_VARIABLES}
+        shared = {"OMP_NUM_THREADS": str(assignment.threads), "TOKENIZERS_PARALLELISM": "false", **variables}
         port = _free_port()
         ranks = [
             subprocess.Popen(command, env=os.environ | shared | _variables(rank, num_ranks, port), stderr=stderr)

@@ -107,41 +107,44 @@ class _Ladder:
         """Measure all; returns the exit status, 0 also where a rung has failed but not all."""
         status = 1
         try:
-            configs = self._first_pass()
-            status = 0 if configs else 1
+            ran = self._first_pass()
+            status = 0 if ran else 1
             for number in range(1, self._options.passes):
                 # Up and down in turn: what drifts with time then falls on all alike.
-                for rung, config in reversed(configs) if number % 2 else configs:
-                    self._measure(rung, config, number)
+                for rung, config, keeps_freed_memory in reversed(ran) if number % 2 else ran:
+                    self._measure(rung, config, keeps_freed_memory, number)
         except KeyboardInterrupt:
             status = INTERRUPTED
         report(self._raw)
         return status
 
-    def _first_pass(self) -> list[tuple[Rung, RunConfig]]:
-        """Measure from bottom to top; returns the rungs that ran, with their runs."""
+    def _first_pass(self) -> list[tuple[Rung, RunConfig, bool]]:
+        """Measure from bottom to top; returns the rungs that ran, their runs, and whether freed memory was kept."""
         kept: list[str] = []
-        configs = []
+        keeps_freed_memory = False
+        ran = []
         for rung in self._rungs:
             try:
                 config = self._config(rung, kept)
             except UserError as error:
                 self._leave_out(rung, "skipped", str(error))
                 continue
-            if self._measure(rung, config, 0):
+            keeps_freed_memory = keeps_freed_memory or rung.keeps_freed_memory
+            if self._measure(rung, config, keeps_freed_memory, 0):
                 self._leave_out(rung, "failed", _last_line(self._raw.with_suffix(".log")))
                 continue
-            configs.append((rung, config))
+            ran.append((rung, config, keeps_freed_memory))
             if rung.is_kept:
                 kept += rung.overrides
-        return configs
+        return ran
 
-    def _measure(self, rung: Rung, config: RunConfig, number: int) -> int:
+    def _measure(self, rung: Rung, config: RunConfig, keeps_freed_memory: bool, number: int) -> int:
         options = self._options
         assignment = ThroughputAssignment(
             row=rung.name,
             config=config.model_dump(mode="json", by_alias=True),
             has_synthetic_tokens=rung.has_synthetic_tokens,
+            keeps_freed_memory=keeps_freed_memory,
             num_warmup=options.warmup,
             num_windows=options.windows,
             window_steps=options.window_steps,
@@ -153,7 +156,8 @@ class _Ladder:
         print(f"{rung.name}, pass {number + 1} of {options.passes}", flush=True)
         started_at = time.monotonic()
         log = self._raw.with_suffix(".log")
-        status = run_ranks("benchmarks.throughput_rank", assignment, self._machine.num_ranks, log)
+        # No settings of the heap from outside: they are a rung.
+        status = run_ranks("benchmarks.throughput_rank", assignment, self._machine.num_ranks, log, variables={})
         elapsed_s = time.monotonic() - started_at
         end = {"exit_code": status, "elapsed_s": elapsed_s, "load_average": os.getloadavg()}
         self._append({"kind": "end", "row": rung.name, "pass": number, **end})

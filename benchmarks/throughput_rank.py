@@ -1,6 +1,7 @@
 """One rank of ``shardline bench throughput``: a run as it is, timed at the edges of its steps."""
 
 import json
+import os
 import sys
 import tempfile
 import time
@@ -23,6 +24,7 @@ from trainer.build import build_trainer
 from trainer.config import RunConfig, parse_config
 from trainer.console import Console
 from trainer.data.prepare import prepare_corpus
+from trainer.host_memory import keep_freed_memory
 from trainer.loop import Trainer
 from trainer.observers import Observers
 from trainer.phases import Moment, Phase, Phases
@@ -38,6 +40,7 @@ class ThroughputAssignment:
         row: name of the rung.
         config: the run, as plain values.
         has_synthetic_tokens: whether the loader's place is taken by one batch.
+        keeps_freed_memory: whether the heap keeps what is freed.
         num_warmup: steps that do not count.
         num_windows: windows that do.
         window_steps: steps of each.
@@ -48,6 +51,7 @@ class ThroughputAssignment:
     row: str
     config: dict[str, Any]
     has_synthetic_tokens: bool
+    keeps_freed_memory: bool
     num_warmup: int
     num_windows: int
     window_steps: int
@@ -224,6 +228,8 @@ def main(arguments: Sequence[str]) -> None:
     assignment = ThroughputAssignment(**json.loads(Path(arguments[0]).read_text()))
     config = parse_config(assignment.config, source=assignment.row)
     torch.set_num_threads(assignment.threads)
+    if assignment.keeps_freed_memory:
+        keep_freed_memory(os.environ)
     try:
         with process_group(config.launch.init_timeout_s) as ranks, tempfile.TemporaryDirectory() as folder:
             _Measurement(assignment, config, ranks).run(Path(folder))

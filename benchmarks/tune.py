@@ -167,6 +167,7 @@ class _Search:
             row=candidate.label,
             config=config.model_dump(mode="json", by_alias=True),
             has_synthetic_tokens=False,
+            keeps_freed_memory=not self._has_gpu,
             num_warmup=options.warmup,
             num_windows=options.steps,
             window_steps=1,
@@ -177,7 +178,7 @@ class _Search:
         self._append(row | {"config": assignment.config})
         log = self._raw.with_suffix(".log")
         began_at = log.stat().st_size if log.exists() else 0
-        status = run_ranks("benchmarks.tune_rank", assignment, self._num_ranks, log, shows_log=False)
+        status = run_ranks("benchmarks.tune_rank", assignment, self._num_ranks, log, variables={}, shows_log=False)
         self._append({"kind": "end", "row": candidate.label, "pass": 0, "exit_code": status})
         if status == INTERRUPTED:
             raise KeyboardInterrupt

@@ -20,8 +20,8 @@ def keep_freed_memory(environment: Mapping[str, str]) -> bool:
     """Let the heap keep what a step frees, for the next step; returns whether it will.
 
     glibc's malloc gives large blocks back to the kernel when they are freed, and the kernel clears their pages when
-    they are asked for again: at the quickstart's size 9,000 page faults in each step, a twentieth of its time. Blocks
-    above 32 MiB go back all the same. See mallopt(3).
+    they are asked for again: at the quickstart's size up to 9,000 page faults in each step, 4 % of its processor time
+    (docs/benchmarks.md). Blocks above 32 MiB go back all the same. See mallopt(3).
 
     Args:
         environment: a user's own settings of malloc, such as MALLOC_TRIM_THRESHOLD_, are left alone.
