@@ -143,8 +143,6 @@ def _run(arguments: Sequence[str], progress: _Progress) -> int:
     if config.deterministic:
         use_deterministic_kernels()
     torch.set_num_threads(threads_per_rank(config, local_world_size, os.environ))
-    if not world.has_gpu:
-        keep_freed_memory(os.environ)
     stop_request = StopRequest()
     stop_request.install_handlers()
 
@@ -158,6 +156,9 @@ def _run(arguments: Sequence[str], progress: _Progress) -> int:
     # Every rank asks; a file lock lets one of them work while the others wait. No collective has begun, so however
     # long it takes, nothing times out.
     corpus = prepare_corpus(config.data, progress=rank == 0)
+    # Not before: what preparing took is not needed again.
+    if not world.has_gpu:
+        keep_freed_memory(os.environ)
     progress.phases.enter(Phase.JOIN)
     with process_group(config.launch.init_timeout_s) as ranks:
         attempt = _agree_on_attempt(attempt, ranks)
