@@ -75,6 +75,7 @@ def _needs_torchao(_machine: Machine, _config: RunConfig) -> str:
 
 
 _VOCABULARY_MULTIPLE = 128
+_CHUNK_TOKENS = 512
 
 LADDER = (
     Rung(
@@ -102,6 +103,7 @@ LADDER = (
     Rung("autotuned kernels", ("compile.mode=max-autotune-no-cudagraphs",), is_kept=False, why_not=_needs_gpu),
     Rung("selective checkpointing", ("activation_checkpointing.mode=selective",), is_kept=False),
     Rung("full checkpointing", ("activation_checkpointing.mode=full",), is_kept=False),
+    Rung("loss in chunks", (f"task.loss_chunk_tokens={_CHUNK_TOKENS}",), is_kept=False),
     Rung("8-bit moments", ("optimizer.name=adamw8bit",), is_kept=False, why_not=_needs_torchao),
     Rung("synthetic tokens", is_kept=False, has_synthetic_tokens=True),
 )

@@ -136,7 +136,8 @@ def split_masters(uses: dict[str, int], own_bytes: int) -> dict[str, int]:
 def _build(config: RunConfig, ranks: Ranks) -> Engine:
     vocabulary = Vocabulary(config.data.vocab_size, 0)
     mesh = build_mesh(config.parallel, ranks)
-    engine, _ = build_model_engine(config, build_task(config.task.name), mesh, ranks, vocabulary)
+    task = build_task(config.task.name, loss_chunk_tokens=config.task.loss_chunk_tokens)
+    engine, _ = build_model_engine(config, task, mesh, ranks, vocabulary)
     return engine
 
 

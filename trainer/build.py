@@ -66,7 +66,7 @@ def build_trainer(
     Raises:
         UserError: model, task, tokenizer and data do not fit together.
     """
-    task = build_task(config.task.name, config.task.z_loss)
+    task = build_task(config.task.name, config.task.z_loss, config.task.loss_chunk_tokens)
     if faults:
         task = SpoiledTask(
             task,

@@ -86,11 +86,13 @@ def estimate_memory(
         bucket_elements=BUCKET_ELEMENTS[device.type],
     )
     text_config = model_config.get_text_config()
+    num_tokens = config.batch.micro_size * config.data.sequence_length
     activations = activation_bytes(
         block_widths(model, model_config),
         num_blocks=len(find_blocks(model)),
         vocabulary=text_config.vocab_size,
-        num_tokens=config.batch.micro_size * config.data.sequence_length,
+        num_tokens=num_tokens,
+        num_logit_tokens=min(config.task.loss_chunk_tokens or num_tokens, num_tokens),
         checkpointing=config.activation_checkpointing,
         compute_bytes=width,
     )
@@ -166,6 +168,7 @@ def activation_bytes(
     num_blocks: int,
     vocabulary: int,
     num_tokens: int,
+    num_logit_tokens: int,
     checkpointing: ActivationCheckpointingConfig,
     compute_bytes: int,
 ) -> float:
@@ -181,6 +184,7 @@ def activation_bytes(
         num_blocks: how many.
         vocabulary: logits per token.
         num_tokens: tokens in a micro-batch.
+        num_logit_tokens: those whose logits exist at once.
         checkpointing: what is recomputed.
         compute_bytes: bytes of an element of an activation.
     """
@@ -199,4 +203,4 @@ def activation_bytes(
         kept = num_blocks * (widths.hidden + widths.attention + products // 2) + whole
     else:
         kept = num_blocks * whole
-    return num_tokens * (compute_bytes * kept + (compute_bytes + 2 * _FP32_BYTES) * vocabulary)
+    return num_tokens * compute_bytes * kept + num_logit_tokens * (compute_bytes + 2 * _FP32_BYTES) * vocabulary

@@ -100,6 +100,11 @@ def _validate_model_and_data(config: "RunConfig") -> None:
             f"task.z_loss={config.task.z_loss:g} has a meaning for task.name=causal-lm only, but it is "
             f"{config.task.name}, whose loss is its own; remove task.z_loss."
         )
+    if config.task.loss_chunk_tokens and config.task.name != "causal-lm":
+        raise UserError(
+            f"task.loss_chunk_tokens={config.task.loss_chunk_tokens} has a meaning for task.name=causal-lm only, but "
+            f"it is {config.task.name}, whose loss is its own; remove task.loss_chunk_tokens."
+        )
     if model.pretrained is not None and model.vocab_multiple > 1:
         raise UserError(
             f"model.vocab_multiple={model.vocab_multiple} pads a model that is trained from scratch, but "

@@ -79,6 +79,7 @@ def test_activations_depend_on_what_is_recomputed() -> None:
             num_blocks=5,
             vocabulary=100,
             num_tokens=7,
+            num_logit_tokens=7,
             checkpointing=checkpointing,
             compute_bytes=compute_bytes,
         )

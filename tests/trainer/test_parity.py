@@ -62,6 +62,16 @@ def test_other_architectures_do_so_too(values: dict[str, Any], tmp_path: Path, m
     assert [row for row in rows if not row.passed] == []
 
 
+@pytest.mark.timeout(400)
+def test_a_loss_in_chunks_is_the_same_under_every_mechanism(values: dict[str, Any], tmp_path: Path) -> None:
+    # A chunk of 7 does not divide the positions of any micro-batch.
+    config = parse_config(values | {"task": {"loss_chunk_tokens": 7}}, "test")
+    cases = [case for case in parity_cases([2], ()) if case.accumulation_steps > 1]
+    assert len({(case.mechanism, case.strategy) for case in cases}) == len(cases) == 11
+    rows = run_parity(config, cases, tmp_path)
+    assert [row for row in rows if not row.passed] == []
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_eight_bit_moments_are_the_same_in_every_layout(values: dict[str, Any], tmp_path: Path) -> None:

@@ -3,25 +3,33 @@
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from sharding.engine import Batch
+from sharding.errors import UserError
+from trainer.tasks.chunked_loss import IGNORED_LABEL, ChunkedLossHead
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-IGNORED_LABEL = -100
 
 
 class CausalLanguageModelling:
     """Next-token prediction; ``labels[b, t]`` is the token that follows ``input_ids[b, t]``, or -100."""
 
-    def __init__(self, z_loss: float = 0.0) -> None:
-        """Set the coefficient of the z-loss; 0 trains on the cross-entropy alone."""
+    def __init__(self, z_loss: float = 0.0, chunk_tokens: int = 0) -> None:
+        """Say which loss, and how it is computed.
+
+        Args:
+            z_loss: coefficient of the z-loss; 0 trains on the cross-entropy alone.
+            chunk_tokens: positions whose logits exist at once; 0 means all of a micro-batch.
+        """
         self._z_loss = z_loss
+        self._chunk_tokens = chunk_tokens
+        self._heads: WeakKeyDictionary[nn.Module, ChunkedLossHead] = WeakKeyDictionary()
 
     def build_model(self, model_config: "PretrainedConfig") -> nn.Module:
         """See Task."""
@@ -29,7 +37,16 @@ class CausalLanguageModelling:
 
         # A configuration has it only where model.trust_remote_code says that its code may run.
         trusted = hasattr(model_config, "auto_map")
-        return AutoModelForCausalLM.from_config(model_config, dtype=torch.float32, trust_remote_code=trusted)
+        model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32, trust_remote_code=trusted)
+        if self._chunk_tokens:
+            head = model.get_output_embeddings()
+            if type(head) is not nn.Linear:
+                raise UserError(
+                    f"task.loss_chunk_tokens={self._chunk_tokens} works where logits come from a plain nn.Linear, but "
+                    f"{model_config.model_type} makes them with {type(head).__name__}; set it to 0."
+                )
+            ChunkedLossHead.take_over(head, self._chunk_tokens, self._z_loss)
+        return model
 
     def make_batch(self, sequences: Batch) -> Batch:
         """See Task; packed sequences are the batch."""
@@ -45,6 +62,8 @@ class CausalLanguageModelling:
         Z is the softmax's denominator. Keeping it near 1 keeps logits from drifting, which low precision suffers from:
         Chowdhery et al., "PaLM" (2022), section 5.
         """
+        if self._chunk_tokens:
+            return self._chunked_loss(model, batch)
         logits, labels = self._logits_and_labels(model, batch)
         if not self._z_loss:
             return _cross_entropy(logits, labels)
@@ -56,9 +75,12 @@ class CausalLanguageModelling:
 
     def evaluation_sums(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """See Task; [summed cross-entropy, valid targets]: never a z-loss, so that perplexity means perplexity."""
-        logits, labels = self._logits_and_labels(model, batch)
-        num_targets = (labels != IGNORED_LABEL).sum()
-        return torch.stack([_cross_entropy(logits, labels).double(), num_targets.double()])
+        num_targets = (batch["labels"] != IGNORED_LABEL).sum()
+        if self._chunk_tokens:
+            loss_sum = self._chunked_loss(model, batch)
+        else:
+            loss_sum = _cross_entropy(*self._logits_and_labels(model, batch))
+        return torch.stack([loss_sum.double(), num_targets.double()])
 
     def evaluation_metrics(self, sums: Sequence[float]) -> dict[str, Any]:
         """See Task; mean loss in nats per token and its exponential."""
@@ -70,10 +92,30 @@ class CausalLanguageModelling:
 
     def _logits_and_labels(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits in fp32, [positions, vocabulary], and labels, [positions]."""
-        # Positions that start again within a row make transformers mask attention by document.
-        inputs = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
-        logits = model(**inputs, use_cache=False).logits
+        logits = model(**_inputs(batch), use_cache=False).logits
         return logits.flatten(0, 1).float(), batch["labels"].flatten()
+
+    def _chunked_loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """The summed loss, computed where the model would compute logits."""
+        head = self._heads.get(model) or next(m for m in model.modules() if isinstance(m, ChunkedLossHead))
+        head.targets = batch["labels"]
+        loss: torch.Tensor = model(**_inputs(batch), use_cache=False).logits
+        if model not in self._heads:
+            # Once, for it waits for the device; but 0 and NaN are what they are whatever is done to them.
+            made, given = head.last_loss.item() if head.last_loss is not None else None, loss.mean().item()
+            if made and not math.isnan(made):
+                if given != made:
+                    raise UserError(
+                        f"task.loss_chunk_tokens={self._chunk_tokens} does not fit this model, which changes its "
+                        "logits after the output projection (by a soft cap or a scale); set it to 0."
+                    )
+                self._heads[model] = head
+        return loss
+
+
+def _inputs(batch: Batch) -> Batch:
+    """What the model gets; positions that start again within a row make transformers mask attention by document."""
+    return {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
 
 
 def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,131 @@
+"""The loss computed in chunks against the loss of all logits at once."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from sharding.errors import UserError
+from trainer.tasks.causal_lm import CausalLanguageModelling
+from trainer.tasks.chunked_loss import ChunkedLossHead
+
+_Z_LOSS = 0.3
+_NUM_POSITIONS = 24
+
+
+def _config(model_type: str = "llama", **fields: Any) -> Any:
+    from transformers import AutoConfig
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return AutoConfig.for_model(
+        model_type, vocab_size=37, num_key_value_heads=1, head_dim=8, attn_implementation="eager", **sizes, **fields
+    )
+
+
+@pytest.fixture
+def batch() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    labels = torch.randint(0, 37, (3, 8))
+    labels[0, 4:] = -100
+    labels[2] = -100
+    return {"input_ids": torch.randint(0, 37, (3, 8)), "labels": labels}
+
+
+def _pair(config: Any, z_loss: float, chunk_tokens: int) -> list[tuple[CausalLanguageModelling, nn.Module]]:
+    """The same model twice, with the loss of all logits and with that of chunks."""
+    made = []
+    for task in (CausalLanguageModelling(z_loss), CausalLanguageModelling(z_loss, chunk_tokens)):
+        torch.manual_seed(1)
+        made.append((task, task.build_model(config).train()))
+    return made
+
+
+def _loss_and_gradients(task: CausalLanguageModelling, model: nn.Module, batch: Any) -> tuple[Any, dict[str, Any]]:
+    loss = task.loss(model, batch)
+    (0.25 * loss).backward()
+    return loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+# 7 leaves 3 of 24 positions for the last chunk.
+@pytest.mark.parametrize("chunk_tokens", [1, 7, _NUM_POSITIONS, 1000])
+@pytest.mark.parametrize("z_loss", [0.0, _Z_LOSS])
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_loss_and_gradients_are_the_same(batch: Any, chunk_tokens: int, z_loss: float, is_tied: bool) -> None:
+    whole, chunked = _pair(_config(tie_word_embeddings=is_tied), z_loss, chunk_tokens)
+    expected, gradients = _loss_and_gradients(*whole, batch)
+    # Twice: what a pass leaves behind must not reach the next.
+    for _ in range(2):
+        chunked[1].zero_grad()
+        loss, own = _loss_and_gradients(*chunked, batch)
+        assert loss.dtype is torch.float32
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+        assert own.keys() == gradients.keys()
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(own[name], gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_a_projection_with_a_bias(batch: Any) -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(3, 8, 16, requires_grad=True)
+    head, reference = nn.Linear(16, 37), nn.Linear(16, 37)
+    reference.load_state_dict(head.state_dict())
+    ChunkedLossHead.take_over(head, 5, 0.0)
+    assert isinstance(head, ChunkedLossHead)
+    torch.testing.assert_close(head(hidden), reference(hidden))
+    head.targets = batch["labels"]
+    head(hidden).backward()
+    expected = nn.functional.cross_entropy(reference(hidden).flatten(0, 1), batch["labels"].flatten(), reduction="sum")
+    expected.backward()
+    assert head.bias.grad is not None
+    torch.testing.assert_close(head.bias.grad, reference.bias.grad, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(head.weight.grad, reference.weight.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_bf16_stays_within_its_rounding(batch: Any) -> None:
+    whole, chunked = _pair(_config(), 0.0, 7)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, gradients = _loss_and_gradients(*whole, batch)
+        loss, own = _loss_and_gradients(*chunked, batch)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-3)
+    for name, gradient in gradients.items():
+        assert own[name].dtype is gradient.dtype
+        assert (own[name] - gradient).norm() <= 2e-2 * gradient.norm(), name
+
+
+def test_evaluation_is_the_cross_entropy_alone_and_keeps_no_gradient(batch: Any) -> None:
+    whole, chunked = _pair(_config(), _Z_LOSS, 7)
+    sums = []
+    for task, model in (whole, chunked):
+        with torch.no_grad():
+            found = task.evaluation_sums(model.eval(), batch)
+        assert not found.requires_grad
+        sums.append(found.tolist())
+    assert sums[1] == pytest.approx(sums[0], rel=1e-6)
+    # Logits are there for who asks without targets, such as generation.
+    assert chunked[1](batch["input_ids"]).logits.shape == (3, 8, 37)
+
+
+def test_a_batch_without_targets_has_no_loss_and_no_gradient(batch: Any) -> None:
+    _, (task, model) = _pair(_config(), _Z_LOSS, 7)
+    loss, gradients = _loss_and_gradients(task, model, batch | {"labels": torch.full((3, 8), -100)})
+    assert loss.item() == 0.0
+    assert all(not gradient.any() for gradient in gradients.values())
+
+
+def test_a_loss_that_is_not_finite_is_told_as_it_is(batch: Any) -> None:
+    _, (task, model) = _pair(_config(tie_word_embeddings=False), 0.0, 7)
+    weight = model.get_parameter("lm_head.weight")
+    with torch.no_grad():
+        weight[5, 0] = torch.nan
+    loss, gradients = _loss_and_gradients(task, model, batch)
+    assert loss.isnan()
+    assert gradients["lm_head.weight"].isnan().any()
+
+
+def test_a_model_that_changes_its_logits_is_refused(batch: Any) -> None:
+    _, (task, model) = _pair(_config("gemma2", final_logit_softcapping=30.0), 0.0, 7)
+    # A loss of 0 says nothing: it stays 0 under every cap.
+    assert task.loss(model, batch | {"labels": torch.full((3, 8), -100)}).item() == 0.0
+    with pytest.raises(UserError, match=r"task.loss_chunk_tokens=7 does not fit this model.*soft cap"):
+        task.loss(model, batch)
