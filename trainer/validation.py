@@ -105,6 +105,11 @@ def _validate_model_and_data(config: "RunConfig") -> None:
             f"task.loss_chunk_tokens={config.task.loss_chunk_tokens} has a meaning for task.name=causal-lm only, but "
             f"it is {config.task.name}, whose loss is its own; remove task.loss_chunk_tokens."
         )
+    if config.task.loss_chunk_tokens and config.precision.compute == "fp16":
+        raise UserError(
+            f"task.loss_chunk_tokens={config.task.loss_chunk_tokens} makes gradients before precision.compute=fp16 can "
+            "scale the loss, and small ones would be lost; use bf16, or set task.loss_chunk_tokens=0."
+        )
     if model.pretrained is not None and model.vocab_multiple > 1:
         raise UserError(
             f"model.vocab_multiple={model.vocab_multiple} pads a model that is trained from scratch, but "
