@@ -37,7 +37,7 @@ class Rung:
         overrides: what turns it on.
         is_kept: whether the rungs above have it too; else it is measured on what is there so far, and left again.
         has_synthetic_tokens: whether the loader's place is taken by one batch that is there already.
-        keeps_freed_memory: whether it is that the heap keeps freed memory, which no setting decides.
+        keeps_freed_memory: whether the heap keeps what is freed, which no setting decides.
         why_not: a reason why it cannot run, empty where it can.
     """
 

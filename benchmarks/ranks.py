@@ -12,12 +12,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
+from trainer.host_memory import MMAP_THRESHOLD_BYTES
+
 INTERRUPTED = 130
 """Exit status of what was interrupted."""
 
 HEAP_VARIABLES = {
     "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
+    "MALLOC_MMAP_THRESHOLD_": str(MMAP_THRESHOLD_BYTES),
     "MALLOC_TRIM_THRESHOLD_": str(2**40),
 }
 """One heap for all contestants of a race, which keeps what is freed, as Shardline's ranks do: see trainer.host_memory.

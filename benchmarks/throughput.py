@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,44 +108,46 @@ class _Ladder:
         """Measure all; returns the exit status, 0 also where a rung has failed but not all."""
         status = 1
         try:
-            ran = self._first_pass()
-            status = 0 if ran else 1
+            configs = self._first_pass()
+            status = 0 if configs else 1
             for number in range(1, self._options.passes):
                 # Up and down in turn: what drifts with time then falls on all alike.
-                for rung, config, keeps_freed_memory in reversed(ran) if number % 2 else ran:
-                    self._measure(rung, config, keeps_freed_memory, number)
+                for rung, config in reversed(configs) if number % 2 else configs:
+                    self._measure(rung, config, number)
         except KeyboardInterrupt:
             status = INTERRUPTED
         report(self._raw)
         return status
 
-    def _first_pass(self) -> list[tuple[Rung, RunConfig, bool]]:
-        """Measure from bottom to top; returns the rungs that ran, their runs, and whether freed memory was kept."""
+    def _first_pass(self) -> list[tuple[Rung, RunConfig]]:
+        """Measure from bottom to top; returns the rungs that ran, with their runs."""
         kept: list[str] = []
         keeps_freed_memory = False
-        ran = []
-        for rung in self._rungs:
+        configs = []
+        for technique in self._rungs:
+            # What no setting turns on is not in the configuration.
+            rung = replace(technique, keeps_freed_memory=keeps_freed_memory or technique.keeps_freed_memory)
             try:
                 config = self._config(rung, kept)
             except UserError as error:
                 self._leave_out(rung, "skipped", str(error))
                 continue
-            keeps_freed_memory = keeps_freed_memory or rung.keeps_freed_memory
-            if self._measure(rung, config, keeps_freed_memory, 0):
+            if self._measure(rung, config, 0):
                 self._leave_out(rung, "failed", _last_line(self._raw.with_suffix(".log")))
                 continue
-            ran.append((rung, config, keeps_freed_memory))
+            configs.append((rung, config))
             if rung.is_kept:
                 kept += rung.overrides
-        return ran
+                keeps_freed_memory = rung.keeps_freed_memory
+        return configs
 
-    def _measure(self, rung: Rung, config: RunConfig, keeps_freed_memory: bool, number: int) -> int:
+    def _measure(self, rung: Rung, config: RunConfig, number: int) -> int:
         options = self._options
         assignment = ThroughputAssignment(
             row=rung.name,
             config=config.model_dump(mode="json", by_alias=True),
             has_synthetic_tokens=rung.has_synthetic_tokens,
-            keeps_freed_memory=keeps_freed_memory,
+            keeps_freed_memory=rung.keeps_freed_memory,
             num_warmup=options.warmup,
             num_windows=options.windows,
             window_steps=options.window_steps,

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 
 # Of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-# The most that glibc takes.
-_MMAP_THRESHOLD_BYTES = 32 * 2**20
+MMAP_THRESHOLD_BYTES = 32 * 2**20
+"""Smaller blocks are kept; it is the most that glibc takes."""
+
 _VARIABLES = (
     "GLIBC_TUNABLES",
     "MALLOC_MMAP_MAX_",
@@ -30,4 +31,4 @@ def keep_freed_memory(environment: Mapping[str, str]) -> bool:
     if mallopt is None or any(name in environment for name in _VARIABLES):
         return False
     # -1 keeps the top of the heap whatever its size. Either call ends glibc's own adjustment of both.
-    return bool(mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES) and mallopt(_M_TRIM_THRESHOLD, -1))
+    return bool(mallopt(_M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES) and mallopt(_M_TRIM_THRESHOLD, -1))

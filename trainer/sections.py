@@ -17,7 +17,7 @@ class TaskConfig(StrictModel):
     """Coefficient of log^2 Z, added to each token's training loss under `causal-lm`; 1e-4 is usual, 0 means none."""
 
     loss_chunk_tokens: int = Field(default=0, ge=0)
-    """Positions whose logits exist at once under `causal-lm`; saves memory and time, 0 makes all of a micro-batch's."""
+    """Positions whose logits exist at once under `causal-lm`; saves memory, 0 makes all of a micro-batch's."""
 
 
 class ModelConfig(StrictModel):

@@ -95,16 +95,12 @@ def _validate_model_and_data(config: "RunConfig") -> None:
         raise UserError(
             f"model.architecture={model.architecture} and model.pretrained={model.pretrained}: set exactly one of them."
         )
-    if config.task.z_loss and config.task.name != "causal-lm":
-        raise UserError(
-            f"task.z_loss={config.task.z_loss:g} has a meaning for task.name=causal-lm only, but it is "
-            f"{config.task.name}, whose loss is its own; remove task.z_loss."
-        )
-    if config.task.loss_chunk_tokens and config.task.name != "causal-lm":
-        raise UserError(
-            f"task.loss_chunk_tokens={config.task.loss_chunk_tokens} has a meaning for task.name=causal-lm only, but "
-            f"it is {config.task.name}, whose loss is its own; remove task.loss_chunk_tokens."
-        )
+    for key, value in (("z_loss", config.task.z_loss), ("loss_chunk_tokens", config.task.loss_chunk_tokens)):
+        if value and config.task.name != "causal-lm":
+            raise UserError(
+                f"task.{key}={value} has a meaning for task.name=causal-lm only, but it is {config.task.name}, whose "
+                f"loss is its own; remove task.{key}."
+            )
     if config.task.loss_chunk_tokens and config.precision.compute == "fp16":
         raise UserError(
             f"task.loss_chunk_tokens={config.task.loss_chunk_tokens} makes gradients before precision.compute=fp16 can "

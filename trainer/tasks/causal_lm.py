@@ -11,7 +11,8 @@ from torch.nn import functional
 
 from sharding.engine import Batch
 from sharding.errors import UserError
-from trainer.tasks.chunked_loss import IGNORED_LABEL, ChunkedLossHead
+from trainer.data.loader import IGNORED_LABEL
+from trainer.tasks.chunked_loss import ChunkedLossHead
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-IGNORED_LABEL = -100
+from trainer.data.loader import IGNORED_LABEL
 
 
 class ChunkedLossHead(nn.Linear):
