@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
+from sharding.errors import EXIT_FAILED
 from trainer.host_memory import MMAP_THRESHOLD_BYTES
 
 INTERRUPTED = 130
@@ -81,6 +83,9 @@ def run_ranks(
             for process in ranks:
                 process.kill()
                 process.wait()
+    if status < 0:
+        print(f"error: a rank was killed by {signal.Signals(-status).name}", file=sys.stderr)
+        status = EXIT_FAILED
     if status and shows_log:
         print("\n".join(log.read_text().splitlines()[-_NUM_LOG_LINES:]), file=sys.stderr)
     return status

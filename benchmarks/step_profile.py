@@ -1,5 +1,6 @@
 """Where the time of a step goes, from a profile of it, and what it is bound by."""
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ BOUND_SHARE = 0.5
 """A step is bound by a category that takes at least this share of it."""
 
 _EDGE = "benchmark step edge"
+_SETTLE_S = 0.2
 _DATA_LOADER = "enumerate(DataLoader)"
 # Operators and kernels whose arithmetic per byte grows with their size.
 _MATRIX_OPERATORS = (
@@ -166,6 +168,9 @@ class StepProfile:
 
     def end(self) -> None:
         """See Watcher; whoever takes the turn has waited for its collectives by now."""
+        # A thread of gloo's notes the end of a collective after those who wait for it go on. Where ranks share cores,
+        # it may come to that late, and torch has been seen to crash that gathered events meanwhile.
+        time.sleep(_SETTLE_S)
         self._profile.stop()
 
     def shares(self) -> dict[str, float]:
