@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import BinaryIO
 
 from launcher.child import start_child
@@ -16,6 +15,7 @@ from launcher.conclusion import Findings, conclude, conclude_by_force
 from launcher.hang_watch import HangWatch
 from launcher.oom_evidence import OomWatch
 from launcher.rank_exits import RankExits
+from launcher.stop_signals import StopSignals
 from sharding.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED
 from trainer.lease import ATTEMPT_VARIABLE, LEASE_VARIABLE, is_taken_over
 from trainer.places import Places, read_places
@@ -29,31 +29,6 @@ _GRACE_AFTER_FAILURE_S = 5.0
 _KILL_WITHIN_S = 5.0
 # What torch's agent, also Accelerate's, logs when it ends the remaining ranks.
 _CLOSING_LINE = b"closing signal SIGTERM"
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-# `timeout` and others send one signal to a process and once more to its group.
-_SAME_SIGNAL_S = 0.5
-
-
-class _StopSignals:
-    """Signals that reached the launcher: whether to stop, and whether to do so at once.
-
-    At once means SIGINT after any other request, or SIGTERM twice. A batch system's SIGTERM that follows its own
-    SIGUSR1 comes while the run is being saved, and is no sign of impatience.
-    """
-
-    def __init__(self) -> None:
-        self.stop = False
-        self.at_once = False
-        self._last_at: dict[int, float] = {}
-
-    def receive(self, number: int, _frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if now - self._last_at.get(number, -_SAME_SIGNAL_S) < _SAME_SIGNAL_S:
-            return
-        if (number == signal.SIGINT and self.stop) or (number == signal.SIGTERM and number in self._last_at):
-            self.at_once = True
-        self.stop = True
-        self._last_at[number] = now
 
 
 class _FailureWatch:
@@ -85,8 +60,9 @@ def run_ranks(
     run_folder: RunFolder,
     attempt: int,
     lease_token: str,
+    signals: StopSignals,
 ) -> int:
-    """Run an agent and its ranks to the end; call it from the main thread.
+    """Run an agent and its ranks to the end.
 
     The first signal asks the run to save and stop, a second one ends it at once. Nothing is left running, also when
     this process itself is killed: the agent ends with it, and the ranks end with the agent.
@@ -98,14 +74,13 @@ def run_ranks(
         run_folder: the run's folder.
         attempt: number of the attempt.
         lease_token: proof for the ranks that the folder is theirs; also marks their processes.
+        signals: those that reach this process.
 
     Returns:
         The exit status of the run.
     """
     log = run_folder.log_dir(attempt) / "launcher.log"
     marks = {LEASE_VARIABLE: lease_token, ATTEMPT_VARIABLE: str(attempt)}
-    signals = _StopSignals()
-    previous = {number: signal.signal(number, signals.receive) for number in _SIGNALS}
     try:
         with log.open("ab") as stderr:
             oom, places = OomWatch(), Places()
@@ -114,13 +89,11 @@ def run_ranks(
         exits = RankExits(agent.pid)
         with log.open("rb") as agent_log, contextlib.closing(exits):
             hangs = HangWatch(run_folder, log.parent, places.variables)
-            ended_by_force = _wait(agent, agent_log, exits, hangs, signals, run_folder, lease_token)
+            ended_by_force = _wait(agent, agent_log, exits, hangs, oom, signals, run_folder, lease_token)
         findings = Findings(exits, oom, read_places(places.variables))
         places.close()
     finally:
         kill_marked(lease_token)
-        for number, handler in previous.items():
-            signal.signal(number, handler)
     if is_taken_over(run_folder.path, lease_token):
         # The outcome is the new owner's to write.
         print(f"error: run folder {run_folder.path} was taken over by another process; see {log}", file=sys.stderr)
@@ -153,7 +126,8 @@ def _wait(
     agent_log: BinaryIO,
     exits: RankExits,
     hangs: HangWatch,
-    signals: _StopSignals,
+    oom: OomWatch,
+    signals: StopSignals,
     run_folder: RunFolder,
     token: str,
 ) -> bool:
@@ -174,6 +148,7 @@ def _wait(
         now = time.monotonic()
         if failed_at is None and now >= next_look_at:
             next_look_at = now + _LOOK_EVERY_S
+            oom.look()
             hangs.look(_LOOK_EVERY_S)
             failed_at = now if failures.has_failed() else None
         if failed_at is not None and now > failed_at + _GRACE_AFTER_FAILURE_S:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ _KERNEL_LOG = Path("/dev/kmsg")
 # "Out of memory: Killed process 4711 (python)", "Memory cgroup out of memory: Killed process 4711 (python)".
 _KILLED = re.compile(r"[Oo]ut of memory: Killed process (?P<pid>\d+) ")
 _RECORD_BYTES = 8192
+# Longer than it takes to see that a rank has ended.
+_FORGOTTEN_AFTER_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -23,15 +26,25 @@ class _Count:
 
 
 class OomWatch:
-    """Looks now, and once more when asked."""
+    """Looks now and then, and once more when a rank has ended.
+
+    Counts name no process, so one that rose long before the rank's end must not be taken for its cause.
+    """
 
     def __init__(self) -> None:
         """Note the present counts."""
-        self._before = _read_counts()
+        self._before = self._latest = _read_counts()
+        self._looked_at = time.monotonic()
         self._started_us = _uptime_us()
 
+    def look(self) -> None:
+        """Forget what rose a while ago; call it as long as no rank has failed."""
+        now = time.monotonic()
+        if now >= self._looked_at + _FORGOTTEN_AFTER_S:
+            self._before, self._latest, self._looked_at = self._latest, _read_counts(), now
+
     def find(self, pids: Iterable[int]) -> Evidence | None:
-        """What tells that the OOM killer ended one of these processes, or one of their control group, since then.
+        """What tells that the OOM killer ended one of these processes, or lately one of their control group.
 
         The kernel's own message goes first, since it names the process; it is not readable everywhere.
         """

@@ -1,10 +1,9 @@
 """When a failed attempt is followed by another in the same job, and when it is not."""
 
-import signal
 import sys
 import time
-from types import FrameType
 
+from launcher.stop_signals import StopSignals
 from sharding.errors import EXIT_FAILED, EXIT_STOPPED
 from trainer.events import record_event
 from trainer.failure import Failure, read_failure
@@ -13,7 +12,6 @@ from trainer.run_folder import RunFolder
 from trainer.sections import FaultsConfig
 
 _LOOK_EVERY_S = 0.1
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Restarts:
@@ -25,14 +23,13 @@ class Restarts:
         self._run_folder = run_folder
         self._num_restarts = num_restarts
 
-    def after(self, attempt: int, exit_code: int) -> int | None:
+    def after(self, attempt: int, exit_code: int, signals: StopSignals) -> int | None:
         """Wait out the back-off after an attempt, where another is to follow.
-
-        Call it from the main thread.
 
         Args:
             attempt: number of the attempt that ended.
             exit_code: its exit status.
+            signals: those that reach this process, also while the attempt was concluded.
 
         Returns:
             None where another attempt is to begin now, else the exit status of the run.
@@ -59,7 +56,7 @@ class Restarts:
             backoff_s=wait_s,
             num_left=self._settings.max_restarts - self._num_restarts,
         )
-        return self._wait(wait_s)
+        return self._wait(wait_s, signals)
 
     def _comes_again(self, failure: Failure) -> bool:
         """Whether the same failure has come at the same step so often that another attempt is in vain; says so."""
@@ -70,22 +67,12 @@ class Restarts:
         print(f"error: {reason}", file=sys.stderr)
         return True
 
-    def _wait(self, wait_s: float) -> int | None:
-        signals: list[int] = []
-
-        def receive(number: int, _frame: FrameType | None) -> None:
-            signals.append(number)
-
-        previous = {number: signal.signal(number, receive) for number in _SIGNALS}
-        try:
-            until = time.monotonic() + wait_s
-            while not signals and not self._run_folder.stop_file.exists():
-                if time.monotonic() >= until:
-                    return None
-                time.sleep(_LOOK_EVERY_S)
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+    def _wait(self, wait_s: float, signals: StopSignals) -> int | None:
+        until = time.monotonic() + wait_s
+        while not signals.stop and not self._run_folder.stop_file.exists():
+            if time.monotonic() >= until:
+                return None
+            time.sleep(_LOOK_EVERY_S)
         newest = self._run_folder.newest_checkpoint()
         step = 0 if newest is None else newest[0]
         self._run_folder.replace_outcome(

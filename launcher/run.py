@@ -10,6 +10,7 @@ from launcher.conclusion import EXIT_INTERRUPTED
 from launcher.local import run_ranks
 from launcher.plan import Plan, make_plan
 from launcher.restarts import Restarts
+from launcher.stop_signals import StopSignals
 from sharding.errors import EXIT_FINISHED, EXIT_STOPPED, RunFailure, UserError
 from trainer.config import RunConfig
 from trainer.data.prepared import Prepared, find_prepared
@@ -41,36 +42,42 @@ def run(config_path: str, overrides: Sequence[str], nproc_per_node: int | None, 
         return EXIT_FINISHED
     port = rendezvous_port(config.launch.master_port)
     lease = Lease.acquire(run_folder.path)
+    run_folder.lease_token = lease.token
     try:
         corpus = _prepared_corpus(plan)
         corpus.check_sequence_length(config.data.sequence_length)
         _check_vocabulary(config, corpus)
         for sentence in plan.kept:
             print(f"note: {sentence}")
-        exit_code = _run_attempts(plan, run_folder, lease, port)
+        with StopSignals() as signals:
+            exit_code = _run_attempts(plan, run_folder, lease, port, signals)
 
-        def warn(sentence: str) -> None:
-            # After a failure the last line is the failing rank's own error.
-            if exit_code in (EXIT_FINISHED, EXIT_STOPPED):
-                print(f"warning: {sentence}", file=sys.stderr)
+            def warn(sentence: str) -> None:
+                # After a failure the last line is the failing rank's own error.
+                if exit_code in (EXIT_FINISHED, EXIT_STOPPED):
+                    print(f"warning: {sentence}", file=sys.stderr)
 
-        # Rank 0 writes it, unless it died.
-        write_run_report(run_folder, lease.token, warn)
+            # Rank 0 writes it, unless it died.
+            write_run_report(run_folder, lease.token, warn)
         return exit_code
     finally:
         lease.release()
 
 
-def _run_attempts(plan: Plan, run_folder: RunFolder, lease: Lease, port: int) -> int:
+def _run_attempts(plan: Plan, run_folder: RunFolder, lease: Lease, port: int, signals: StopSignals) -> int:
     """One attempt after another until one ends the run; returns its exit status."""
     variables = {variable.name: variable.value for variable in plan.variables}
     restarts = Restarts(plan.config.faults, run_folder)
     while True:
         attempt = run_folder.begin_attempt(plan.config, plan.world, sys.argv)
-        exit_code = run_ranks(plan.launcher, plan.command(port), variables, run_folder, attempt, lease.token)
-        ended = restarts.after(attempt, exit_code)
+        exit_code = run_ranks(plan.launcher, plan.command(port), variables, run_folder, attempt, lease.token, signals)
+        if run_folder.is_taken_over:
+            return exit_code
+        ended = restarts.after(attempt, exit_code, signals)
         if ended is not None:
             return ended
+        # This process may have stood still meanwhile.
+        lease.check()
         # Another process may have taken the port meanwhile.
         port = rendezvous_port(plan.config.launch.master_port)
 

@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -150,7 +150,7 @@ def _run(arguments: Sequence[str], progress: _Progress) -> int:
     attempt = _begin_attempt(config, world, run_folder, progress)
     if attempt:
         # Not before: until the folder is ours, outcome.json is for its holder to write.
-        progress.run_folder = run_folder
+        progress.run_folder, progress.attempt = run_folder, attempt
     if rank == 0:
         progress.ledger = GoodputLedger(run_folder.path, attempt, progress.phases, process_age_s=process_age_s())
     # Every rank asks; a file lock lets one of them work while the others wait. No collective has begun, so however
@@ -161,7 +161,7 @@ def _run(arguments: Sequence[str], progress: _Progress) -> int:
         keep_freed_memory(os.environ)
     progress.phases.enter(Phase.JOIN)
     with process_group(config.launch.init_timeout_s) as ranks:
-        attempt = _agree_on_attempt(attempt, ranks)
+        attempt = _agree_on_attempt(attempt, run_folder, ranks)
         progress.run_folder, progress.attempt = run_folder, attempt
         redirect_output(run_folder.log_dir(attempt), ranks.rank)
         faults = read_faults(os.environ)
@@ -235,14 +235,17 @@ def _begin_attempt(config: RunConfig, world: World, run_folder: RunFolder, progr
     if progress.rank != 0:
         return 0
     progress.lease = Lease.acquire(run_folder.path)
+    run_folder.lease_token = progress.lease.token
     return run_folder.begin_attempt(config, world, sys.argv)
 
 
-def _agree_on_attempt(attempt: int, ranks: Ranks) -> int:
-    number = torch.tensor(attempt)
+def _agree_on_attempt(attempt: int, run_folder: RunFolder, ranks: Ranks) -> int:
+    """The attempt's number, from rank 0; also its lease's token, which tells each rank whether the folder is lost."""
+    told: list[Any] = [attempt, run_folder.lease_token]
     if ranks.world_size > 1:
-        dist.broadcast(number, src=0)
-    return int(number)
+        dist.broadcast_object_list(told, src=0)
+    run_folder.lease_token = told[1]
+    return int(told[0])
 
 
 def _build_observers(config: RunConfig, run_folder: RunFolder, ranks: Ranks, progress: _Progress) -> Observers:

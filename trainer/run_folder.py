@@ -57,6 +57,8 @@ class RunFolder:
         self.outcome_file = path / "outcome.json"
         self.report_file = path / "report.html"
         self._reserve_file = path / ".reserve"
+        # Of the lease that this process writes under; a rank has its launcher's. None: nobody else is expected.
+        self.lease_token = os.environ.get(LEASE_VARIABLE)
 
     @classmethod
     def of(cls, config: RunConfig) -> "RunFolder":
@@ -82,6 +84,11 @@ class RunFolder:
     def damaged_dir(self) -> CheckpointPath:
         """Where damaged checkpoints are moved to."""
         return self.checkpoints_dir / "damaged"
+
+    @property
+    def is_taken_over(self) -> bool:
+        """Whether the folder's writer is now another than the one that this process belongs to."""
+        return is_taken_over(self.path, self.lease_token)
 
     def log_dir(self, attempt: int) -> Path:
         """Where the logs of one attempt go."""
@@ -221,12 +228,12 @@ class RunFolder:
     def write_outcome(self, status: str, exit_code: int, step: int, reason: str, rank: int | None = None) -> bool:
         """Say how the attempt ended, unless a rank has said so before: the first to fail knows best.
 
-        A rank whose folder was taken over stays silent: it would speak for the new owner's attempt.
+        Whoever has lost the folder stays silent: it would speak for the new owner's attempt.
 
         Returns:
             Whether this call has said it.
         """
-        if is_taken_over(self.path, os.environ.get(LEASE_VARIABLE)):
+        if self.is_taken_over:
             return False
         outcome = {"status": status, "exit_code": exit_code, "step": step, "reason": reason, "rank": rank}
         try:
@@ -241,6 +248,8 @@ class RunFolder:
 
     def replace_outcome(self, status: str, exit_code: int, step: int, reason: str, rank: int | None = None) -> None:
         """Say how the run ended where that is another thing than how its last attempt did."""
+        if self.is_taken_over:
+            return
         self.outcome_file.unlink(missing_ok=True)
         self.write_outcome(status, exit_code, step, reason, rank)
 

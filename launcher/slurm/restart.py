@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from launcher.restarts import Restarts
+from launcher.stop_signals import StopSignals
 from sharding.errors import EXIT_FAILED, ends_with_a_sentence
 from trainer.config import load_config
 from trainer.run_folder import RunFolder
@@ -19,7 +20,9 @@ def main(arguments: Sequence[str]) -> int:
     num_restarts, config_path, *overrides = arguments
     config = load_config(config_path, overrides)
     run_folder = RunFolder.of(config)
-    status = Restarts(config.faults, run_folder, int(num_restarts)).after(run_folder.newest_attempt(), EXIT_FAILED)
+    restarts = Restarts(config.faults, run_folder, int(num_restarts))
+    with StopSignals() as signals:
+        status = restarts.after(run_folder.newest_attempt(), EXIT_FAILED, signals)
     return 0 if status is None else status
 
 

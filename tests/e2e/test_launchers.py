@@ -1,5 +1,6 @@
 """One run under every launcher, started by ``shardline run`` and by hand: the same losses, bit for bit."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -25,6 +26,8 @@ from tests.support import (
     wait_until,
     write_config,
 )
+from trainer.atomic_files import write_atomically
+from trainer.rank_error import read_rank_errors
 
 MakeConfig = Callable[..., Path]
 pytestmark = pytest.mark.timeout(400)
@@ -89,6 +92,27 @@ def test_a_bare_command_gives_the_same_losses(
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert _curve(config.parent / "runs" / "bare") == reference[:3]
+
+
+def test_ranks_of_a_bare_command_that_lose_their_folder_save_and_say_nothing_in_it(make_config: MakeConfig) -> None:
+    config = make_config("lost", **_LONG)
+    run_dir = config.parent / "runs" / "lost"
+    module, *options = BARE_COMMANDS["torchrun"]
+    options = [option.format(port=free_port()) for option in options]
+    with subprocess.Popen(
+        [sys.executable, "-m", module, *options, "trainer", config], cwd=ROOT, env=command_environment()
+    ) as process:
+        _wait_for_step(run_dir, 3)
+        # As after a minute in which this machine stood still.
+        lease = run_dir / "lease.json"
+        write_atomically(lease, json.dumps(json.loads(lease.read_text()) | {"token": "of another"}))
+        assert process.wait(120) == 1
+    assert not (run_dir / "outcome.json").exists()
+    assert list((run_dir / "checkpoints").glob("*/manifest.json")) == []
+    # Also the rank that has no lease of its own knows, and neither was left waiting for the other.
+    errors = read_rank_errors(run_dir / "logs" / "attempt-1")
+    assert [(rank, error.type) for rank, error in errors.items()] == [(0, "RunFailure"), (1, "RunFailure")]
+    assert all("was taken over" in error.message for error in errors.values())
 
 
 def test_a_run_moves_between_launchers_through_a_stop_and_a_kill(

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher import local
-from launcher.local import _StopSignals
+from launcher import local, stop_signals
+from launcher.stop_signals import StopSignals
 from tests.support import ROOT, command_environment, free_port, wait_until
 from trainer.run_folder import RunFolder
 
@@ -124,7 +124,7 @@ def test_a_second_interrupt_ends_at_once(supervise: Callable[..., Supervised], l
     supervised.wait_for_ranks()
     supervised.process.send_signal(signal.SIGINT)
     wait_until(supervised.folder.stop_file.exists)
-    time.sleep(local._SAME_SIGNAL_S)
+    time.sleep(stop_signals._SAME_SIGNAL_S)
     sent_at = time.monotonic()
     supervised.process.send_signal(signal.SIGINT)
     status, _, last = supervised.end()
@@ -243,9 +243,9 @@ def test_bad_input_that_only_ranks_can_see(supervise: Callable[..., Supervised],
 def test_which_signals_end_at_once(
     monkeypatch: pytest.MonkeyPatch, received: list[tuple[signal.Signals, float]], at_once: bool
 ) -> None:
-    signals = _StopSignals()
+    signals = StopSignals()
     for number, at in received:
-        monkeypatch.setattr(local.time, "monotonic", lambda at=at: 1000.0 + at)
+        monkeypatch.setattr(stop_signals.time, "monotonic", lambda at=at: 1000.0 + at)
         signals.receive(number, None)
     assert signals.stop
     assert signals.at_once == at_once

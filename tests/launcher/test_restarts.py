@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from launcher.restarts import Restarts
+from launcher.stop_signals import StopSignals
 from trainer.events import read_events
 from trainer.failure import FAILURE_NAME, Failure, FailureKind, set_failure_aside
 from trainer.run_folder import RunFolder
@@ -31,7 +32,7 @@ def _fail(folder: Path, attempt: int, kind: FailureKind, step: int = 7, where: s
 
 def test_no_restart_unless_asked_for(tmp_path: Path) -> None:
     _fail(tmp_path, 1, FailureKind.KILLED)
-    assert _restarts(tmp_path, max_restarts=0).after(1, 1) == 1
+    assert _restarts(tmp_path, max_restarts=0).after(1, 1, StopSignals()) == 1
     assert read_events(tmp_path) == []
 
 
@@ -39,19 +40,19 @@ def test_no_restart_unless_asked_for(tmp_path: Path) -> None:
 def test_an_end_that_is_no_failure_is_the_end(tmp_path: Path, exit_code: int, kind: FailureKind | None) -> None:
     if kind is not None:
         _fail(tmp_path, 1, kind)
-    assert _restarts(tmp_path, max_restarts=3).after(1, exit_code) == exit_code
+    assert _restarts(tmp_path, max_restarts=3).after(1, exit_code, StopSignals()) == exit_code
 
 
 def test_nothing_is_tried_again_that_cannot_go_otherwise(tmp_path: Path) -> None:
     _fail(tmp_path, 1, FailureKind.NONFINITE)
-    assert _restarts(tmp_path, max_restarts=3).after(1, 1) == 1
+    assert _restarts(tmp_path, max_restarts=3).after(1, 1, StopSignals()) == 1
 
 
 def test_restarts_are_bounded_and_each_waits_longer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     restarts = _restarts(tmp_path, max_restarts=2, backoff_s=0.1)
     for attempt in (1, 2, 3):
         _fail(tmp_path, attempt, FailureKind.KILLED)
-        assert restarts.after(attempt, 1) == (None if attempt < 3 else 1)
+        assert restarts.after(attempt, 1, StopSignals()) == (None if attempt < 3 else 1)
     events = read_events(tmp_path)
     assert [(event["kind"], event["attempt"], event["backoff_s"], event["num_left"]) for event in events] == [
         ("restart", 1, 0.1, 1),
@@ -65,9 +66,9 @@ def test_the_same_failure_three_times_in_a_row_is_the_end(tmp_path: Path, capsys
     # Another step, and it is another failure.
     for attempt, step in enumerate((7, 7, 8, 8), start=1):
         _fail(tmp_path, attempt, FailureKind.EXCEPTION, step)
-        assert restarts.after(attempt, 1) is None
+        assert restarts.after(attempt, 1, StopSignals()) is None
     _fail(tmp_path, 5, FailureKind.EXCEPTION, 8)
-    assert restarts.after(5, 1) == 1
+    assert restarts.after(5, 1, StopSignals()) == 1
     outcome = json.loads((tmp_path / "outcome.json").read_text())
     assert outcome["reason"].startswith("the same failure came 3 times in a row at step 8: it went wrong; mend it")
     assert outcome["reason"] in capsys.readouterr().err
@@ -77,17 +78,17 @@ def test_failures_of_an_earlier_command_count_too(tmp_path: Path) -> None:
     for attempt in (1, 2):
         _fail(tmp_path, attempt, FailureKind.EXCEPTION)
     _fail(tmp_path, 3, FailureKind.EXCEPTION)
-    assert _restarts(tmp_path, max_restarts=9).after(3, 1) == 1
+    assert _restarts(tmp_path, max_restarts=9).after(3, 1, StopSignals()) == 1
     # The fourth attempt left no report: it was stopped, or its launcher was killed.
     _fail(tmp_path, 5, FailureKind.EXCEPTION)
-    assert _restarts(tmp_path, max_restarts=9).after(5, 1) is None
+    assert _restarts(tmp_path, max_restarts=9).after(5, 1, StopSignals()) is None
 
 
 def test_kills_from_outside_do_not_count(tmp_path: Path) -> None:
     restarts = _restarts(tmp_path, max_restarts=9)
     for attempt in range(1, 7):
         _fail(tmp_path, attempt, FailureKind.KILLED if attempt % 3 == 0 else FailureKind.EXCEPTION)
-        assert restarts.after(attempt, 1) is None
+        assert restarts.after(attempt, 1, StopSignals()) is None
 
 
 @pytest.mark.parametrize("by_file", [False, True])
@@ -100,6 +101,14 @@ def test_a_stop_while_waiting_ends_the_run_as_stopped(tmp_path: Path, by_file: b
 
     threading.Thread(target=stop).start()
     begun_at = time.monotonic()
-    assert _restarts(tmp_path, max_restarts=1, backoff_s=60.0).after(1, 1) == 75
+    with StopSignals() as signals:
+        assert _restarts(tmp_path, max_restarts=1, backoff_s=60.0).after(1, 1, signals) == 75
     assert time.monotonic() - begun_at < 30
     assert json.loads((tmp_path / "outcome.json").read_text())["status"] == "stopped"
+
+
+def test_a_signal_that_came_while_the_attempt_was_concluded_counts(tmp_path: Path) -> None:
+    _fail(tmp_path, 1, FailureKind.HANG)
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert _restarts(tmp_path, max_restarts=1).after(1, 1, signals) == 75

@@ -237,17 +237,22 @@ def test_the_first_outcome_stays(load: Callable[..., RunConfig]) -> None:
     assert [path.name for path in folder.path.iterdir() if path.name.startswith(".outcome")] == []
 
 
-def test_a_rank_whose_folder_was_taken_over_stays_silent(
+def test_whoever_has_lost_the_folder_stays_silent(
     load: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lease = Lease.acquire(load().run_dir)
     folder, _ = begin(load())
+    # A rank has it from its launcher.
     monkeypatch.setenv("SHARDLINE_LEASE", "of the previous owner")
-    folder.write_outcome("failed", 1, 3, "lost", 0)
+    lost = RunFolder(folder.path)
+    lost.write_outcome("failed", 1, 3, "lost", 0)
     assert folder.read_outcome() is None
-    monkeypatch.setenv("SHARDLINE_LEASE", lease.token)
+    folder.lease_token = lease.token
     folder.write_outcome("finished", 0, 6, "all steps done", 0)
-    assert folder.read_outcome() is not None
+    outcome = folder.read_outcome()
+    assert outcome is not None
+    lost.replace_outcome("stopped", 75, 3, "stopped before a restart")
+    assert folder.read_outcome() == outcome
     lease.release()
 
 
