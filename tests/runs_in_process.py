@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +37,13 @@ class RunsInProcess:
         ranks: this rank's place.
         root: where run folders, cache and consoles go.
         corpus: folder of text files.
+        phases: of the last run.
     """
 
     ranks: Ranks
     root: Path
     corpus: Path
+    phases: Phases = field(default_factory=Phases)
 
     def train(
         self, name: str, injected: Sequence[Fault] = (), steps: int = 10, stop_at: int | None = None, **sections: Any
@@ -70,7 +72,14 @@ class RunsInProcess:
             console = Console(steps, (self.root / f"{name}.log").open("a"))
             observers = Observers(folder.metrics_file, console, attempt=folder.newest_attempt())
         dist.barrier()
-        phases = Phases()
+        self.phases = phases = Phases()
+        asked = threading.Event()
+
+        def is_stop_requested() -> bool:
+            if stop_at is not None and phases.now.step >= stop_at:
+                asked.set()
+            return asked.is_set()
+
         inject_faults(list(injected), phases, folder.path, self.ranks.rank, attempt=1)
         trainer = build_trainer(
             config,
@@ -81,7 +90,7 @@ class RunsInProcess:
             observers,
             phases,
             faults=[fault for fault in injected if fault.rank == self.ranks.rank],
-            is_stop_requested=lambda: stop_at is not None and phases.now.step >= stop_at,
+            is_stop_requested=is_stop_requested,
             before_commit=lambda: None,
         )
         trainer.resume_or_init()

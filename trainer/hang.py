@@ -1,5 +1,6 @@
 """Who was late in a hang: from what every rank wrote down before it was ended, and from nothing else."""
 
+import contextlib
 import json
 import time
 from collections import defaultdict
@@ -101,6 +102,8 @@ def _at(heartbeat: Heartbeat, place: Place | None) -> Heartbeat:
 def raise_alarm(log_dir: Path, seen_by: Heartbeat | None, suspects: Mapping[int, tuple[Heartbeat, float]]) -> None:
     """Let every rank know of a hang, unless it is known; with what can be seen of the other ranks from here.
 
+    Where that cannot be written, on a full disk say, the others find the hang themselves: no reason not to end.
+
     Args:
         log_dir: the attempt's.
         seen_by: the rank that raises it; None for the launcher.
@@ -116,13 +119,15 @@ def raise_alarm(log_dir: Path, seen_by: Heartbeat | None, suspects: Mapping[int,
     }
     if seen_by is not None:
         alarm |= {"phase": seen_by.phase, "step": seen_by.step, "allowance_s": seen_by.allowance_s}
-    create_once(log_dir / ALARM_NAME, json.dumps(alarm) + "\n")
+    with contextlib.suppress(OSError):
+        create_once(log_dir / ALARM_NAME, json.dumps(alarm) + "\n")
 
 
 def conclude_hang(log_dir: Path, places: Mapping[int, Place]) -> Hang:
     """Judge, and write the verdict down, unless somebody has done so: ranks may come to life again."""
     hang = judge(read_traces(log_dir, places))
-    create_once(log_dir / VERDICT_NAME, hang.model_dump_json() + "\n")
+    with contextlib.suppress(OSError):
+        create_once(log_dir / VERDICT_NAME, hang.model_dump_json() + "\n")
     return read_verdict(log_dir) or hang
 
 

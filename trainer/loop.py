@@ -69,6 +69,8 @@ class Trainer:
         self._metrics_file: MetricsFile | None = None
         self._loader: BatchLoader | StreamingLoader | None = None
         self._loader_state: dict[str, Any] | None = None
+        # The run went back to a checkpoint, which does not say what is left out from now on; the next step's will.
+        self._owes_step = False
 
     @property
     def step(self) -> int:
@@ -149,14 +151,17 @@ class Trainer:
             if agreed.all_have_written:
                 self._finish_saving()
             if agreed.stop:
-                self._judge_steps()
-                self._save(waits=True)
-                return Ending.STOPPED
+                if self._judge_steps():
+                    continue
+                if not self._owes_step:
+                    self._save(waits=True)
+                    return Ending.STOPPED
             phases.enter(Phase.TRAIN)
             with self._parts.profiler.step():
                 record = self._train_step(step, micro_batches, agreed.num_targets)
             if record is None:
                 continue
+            self._owes_step = False
             # Not before: a step that was taken and then given up for a stop comes again.
             self._loader_state = loader.state()
             self._clock.add_step(agreed.num_targets, data_wait_s)
@@ -227,6 +232,7 @@ class Trainer:
         if restored is None:
             return False
         self._restore(restored)
+        self._owes_step = True
         self._open_metrics_file()
         self._parts.observers.rewound()
         self._close_loader()
@@ -343,8 +349,8 @@ class Trainer:
             (checkpointer.save if waits else checkpointer.start_saving)(self._parts.engine, training)
 
     def _finish_saving(self) -> None:
-        self._parts.phases.enter(Phase.SAVE)
-        with self._clock.paused("saving"):
+        # A failure that this comes after is reported from the phase that it came in.
+        with self._parts.phases.during(Phase.SAVE), self._clock.paused("saving"):
             self._parts.checkpointer.finish()
 
     def _wait_for_device(self) -> None:

@@ -15,6 +15,7 @@ from tests.support import read_metrics, run_on_ranks
 from trainer.data.show import positions_of_step
 from trainer.events import read_events
 from trainer.injection import Fault
+from trainer.phases import Phase
 from trainer.run_folder import RunFolder
 
 _STEPS = 10
@@ -68,6 +69,8 @@ def _check_skip(runs: RunsInProcess, told: RunFolder) -> None:
             assert "warning: step 7: " in runs.console(f"skip-{kind}")
     with pytest.raises(RunFailure, match="3 batches in a row were bad at step 7"):
         runs.train("skip-all", _spike(num_steps=9), faults=faults | {"max_consecutive_skips": 2})
+    # Not in saving, which has since come to an end.
+    assert runs.phases.now.phase is Phase.TRAIN
 
 
 def _check_rollback(runs: RunsInProcess, told: RunFolder) -> None:
@@ -92,6 +95,15 @@ def _check_rollback(runs: RunsInProcess, told: RunFolder) -> None:
     # The fault is still there for whoever reads these samples.
     folder = runs.train("rollback", _spike(), **logging)
     (state, tensors), (told_state, told_tensors) = saved_state(folder, _STEPS), saved_state(told, _STEPS)
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in told_tensors.items())
+    assert state == told_state.model_copy(update={"num_rollbacks": 1})
+
+    # A stop that is asked for as the run goes back waits for a step, since no checkpoint says yet what is left out.
+    stopped = runs.train("rollback-stopped", _spike(), stop_at=8, **logging)
+    state, _ = saved_state(stopped, 7)
+    assert (state.skipped_samples, state.num_rollbacks) == ([tuple(_SPOILED[0])], 1)
+    runs.train("rollback-stopped", **logging)
+    state, tensors = saved_state(stopped, _STEPS)
     assert all(torch.equal(tensors[name], tensor) for name, tensor in told_tensors.items())
     assert state == told_state.model_copy(update={"num_rollbacks": 1})
 

@@ -100,6 +100,16 @@ def test_a_verdict_comes_from_files_and_stays(tmp_path: Path) -> None:
     assert conclude_hang(tmp_path, {}) == hang == read_verdict(tmp_path)
 
 
+def test_a_verdict_needs_no_disk(tmp_path: Path) -> None:
+    HeartbeatFile(tmp_path, 0).write(beat(0, state="dumped"))
+    # As on a full disk: nothing can be created. A name that is too long does that to root, too.
+    for name in ("ALARM_NAME", "VERDICT_NAME"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(f"trainer.hang.{name}", "x" * 300)
+            raise_alarm(tmp_path, beat(0), {})
+            assert conclude_hang(tmp_path, {}).late == (0,)
+
+
 def test_a_heartbeat_that_stands_still_is_measured_on_our_own_clock(tmp_path: Path) -> None:
     running = RunningTime(100.0)
     pulse = Pulse(tmp_path, running)

@@ -11,7 +11,7 @@ from rich.console import Console
 from tests.support import write_empty_checkpoint
 from trainer.checkpoint.__main__ import show_checkpoints
 from trainer.checkpoint.config import CheckpointConfig
-from trainer.checkpoint.retention import prune_checkpoints
+from trainer.checkpoint.retention import BackgroundPruning, prune_checkpoints
 from trainer.checkpoint.storage import remove_checkpoint
 from trainer.run_folder import RunFolder
 
@@ -37,6 +37,36 @@ def test_kept_are_the_newest_every_nth_and_the_best(tmp_path: Path, settings: di
     assert sorted(int(path.name[5:]) for path in tmp_path.iterdir()) == kept
 
 
+@pytest.mark.parametrize("keep_last", [0, 2])
+def test_what_an_interrupted_save_or_deletion_has_left_goes_with_the_next(tmp_path: Path, keep_last: int) -> None:
+    for step in (4, 8):
+        write_empty_checkpoint(tmp_path / f"step-{step:08d}", step)
+    # Of the last, a save that is under way.
+    for step in (2, 6, 10):
+        (tmp_path / f"step-{step:08d}").mkdir()
+        (tmp_path / f"step-{step:08d}" / "rank-00000.safetensors").touch()
+    (tmp_path / "damaged").mkdir()
+    prune_checkpoints(tmp_path, CheckpointConfig(keep_last=keep_last))
+    kept = ["damaged", "step-00000004", "step-00000008", "step-00000010"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept
+
+
+def test_what_cannot_be_deleted_is_told(tmp_path: Path) -> None:
+    for step in (1, 2):
+        write_empty_checkpoint(tmp_path / f"step-{step:08d}", step)
+    manifest = tmp_path / "step-00000001" / "manifest.json"
+    manifest.unlink()
+    # It cannot be unlinked, whoever asks.
+    manifest.mkdir()
+    told: list[str] = []
+    pruning = BackgroundPruning(told.append)
+    pruning.start(tmp_path, CheckpointConfig(keep_last=1))
+    pruning.wait()
+    assert len(told) == 1
+    assert told[0].startswith("older checkpoints were not deleted: ")
+    assert str(manifest) in told[0]
+
+
 def test_a_checkpoint_that_is_being_deleted_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_empty_checkpoint(tmp_path / "step-00000001", 1)
     (folder / "rank-00000.safetensors").touch()
@@ -49,7 +79,12 @@ def test_a_checkpoint_that_is_being_deleted_is_none(tmp_path: Path, monkeypatch:
 def test_the_list_shows_losses(tmp_path: Path) -> None:
     for step, loss in ((1, None), (2, 3.25)):
         write_empty_checkpoint(tmp_path / "checkpoints" / f"step-{step:08d}", step, loss)
-    text = io.StringIO()
-    show_checkpoints(RunFolder(tmp_path).checkpoints_dir, Console(file=text, width=200))
-    rows = [line.split() for line in text.getvalue().splitlines() if "step-" in line]
-    assert ["3.2500" in row for row in rows] == [False, True]
+    damaged = tmp_path / "checkpoints" / "step-00000001" / "manifest.json"
+    for exit_code in (0, 2):
+        text = io.StringIO()
+        assert show_checkpoints(RunFolder(tmp_path).checkpoints_dir, Console(file=text, width=200)) == exit_code
+        rows = [line.split() for line in text.getvalue().splitlines() if "step-" in line]
+        # A damaged one is told of below the others.
+        assert ["3.2500" in row for row in rows] == ([False, True] if exit_code == 0 else [True, False])
+        damaged.write_text("{")
+    assert rows[1][0] == "step-00000001:"

@@ -21,8 +21,13 @@ def show_checkpoints(checkpoints: CheckpointPath, console: Console) -> int:
     table = Table(title=f"checkpoints in {checkpoints}")
     for header in ("step", "samples", "tokens", "eval loss", "strategy", "ranks", "MiB", "folder"):
         table.add_column(header, justify="left" if header in ("strategy", "folder") else "right")
+    damaged = []
     for _, folder in list_checkpoints(checkpoints):
-        manifest = CheckpointReader(folder).manifest
+        try:
+            manifest = CheckpointReader(folder).manifest
+        except UserError as error:
+            damaged.append(f"{folder.name}: {error}")
+            continue
         num_bytes = sum(entry.num_bytes for entry in manifest.files.values())
         training = manifest.training
         table.add_row(
@@ -36,7 +41,9 @@ def show_checkpoints(checkpoints: CheckpointPath, console: Console) -> int:
             folder.name,
         )
     console.print(table)
-    return EXIT_FINISHED
+    for sentence in damaged:
+        console.print(sentence, highlight=False)
+    return EXIT_BAD_INPUT if damaged else EXIT_FINISHED
 
 
 def verify_checkpoints(checkpoints: CheckpointPath, console: Console) -> int:
@@ -70,8 +77,8 @@ def _compare_corpus(reader: CheckpointReader) -> str:
     config = parse_config(reader.manifest.config, source=f"{reader.folder}")
     try:
         corpus = find_prepared(config.data)
-    except UserError:
-        corpus = None
+    except UserError as error:
+        return f"; its data fingerprint was not compared, since {error}"
     if corpus is None:
         return "; its corpus is not prepared here, so the data fingerprint was not compared"
     if corpus.fingerprint != reader.manifest.data_fingerprint:

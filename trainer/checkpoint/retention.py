@@ -6,7 +6,7 @@ from collections.abc import Callable
 from sharding.errors import UserError
 from trainer.checkpoint.config import CheckpointConfig
 from trainer.checkpoint.manifest import read_manifest
-from trainer.checkpoint.storage import CheckpointPath, list_checkpoints, remove_checkpoint
+from trainer.checkpoint.storage import CheckpointPath, list_checkpoints, list_unfinished, remove_checkpoint
 
 
 class BackgroundPruning:
@@ -21,7 +21,7 @@ class BackgroundPruning:
         """
         self._warn = warn
         self._thread: threading.Thread | None = None
-        self._error: UserError | None = None
+        self._error: UserError | OSError | None = None
 
     def start(self, checkpoints_dir: CheckpointPath, settings: CheckpointConfig) -> None:
         """Begin, once the one before is over."""
@@ -43,7 +43,7 @@ class BackgroundPruning:
     def _run(self, checkpoints_dir: CheckpointPath, settings: CheckpointConfig) -> None:
         try:
             prune_checkpoints(checkpoints_dir, settings)
-        except UserError as error:
+        except (UserError, OSError) as error:
             self._error = error
 
 
@@ -51,11 +51,16 @@ def prune_checkpoints(checkpoints_dir: CheckpointPath, settings: CheckpointConfi
     """Delete all checkpoints but those that the settings keep; the newest one is always among these.
 
     Kept are the newest ``keep_last``, those at multiples of ``keep_every`` steps, and the ``keep_best`` whose step has
-    the lowest held-out loss. A ``keep_last`` of 0 keeps all.
+    the lowest held-out loss. A ``keep_last`` of 0 keeps all. What an interrupted save or deletion has left of steps
+    before the newest goes too.
     """
+    folders = dict(list_checkpoints(checkpoints_dir))
+    for step, folder in list_unfinished(checkpoints_dir):
+        # A later one may be under way.
+        if step < max(folders, default=0):
+            remove_checkpoint(folder)
     if settings.keep_last == 0:
         return
-    folders = dict(list_checkpoints(checkpoints_dir))
     kept = set(sorted(folders)[-settings.keep_last :])
     if settings.keep_every:
         kept |= {step for step in folders if step % settings.keep_every == 0}

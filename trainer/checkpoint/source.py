@@ -130,15 +130,15 @@ def _choose(
     settings: CheckpointConfig, run_folder: RunFolder, last_step: int | None
 ) -> tuple[CheckpointPath | None, bool, str | None]:
     """The checkpoint to try, whether it is the run's own, and why there can be none."""
-    newest = run_folder.newest_checkpoint(last_step)
-    if last_step is not None:
-        return (None if newest is None else newest[1]), True, None
     try:
+        newest = run_folder.newest_checkpoint(last_step)
+        if last_step is not None:
+            return (None if newest is None else newest[1]), True, None
         if newest is not None:
             return newest[1], True, None
         run_folder.check_damaged()
         return (None if settings.from_ is None else resolve_checkpoint(settings.from_)), False, None
-    except UserError as error:
+    except (UserError, OSError) as error:
         return None, False, str(error)
 
 

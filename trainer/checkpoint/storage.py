@@ -192,7 +192,7 @@ def locate(setting: str, place: str) -> CheckpointPath:
         how = f"pip install 'shardline[{extra}]'" if extra else "see fsspec's list of file systems"
         raise UserError(f"{setting}={place} needs {package}, which is not installed: {how}.") from None
     except ValueError as error:
-        raise UserError(f"{setting}={place}: {error}; s3:// and gs:// are tested, a path is a local folder.") from None
+        raise UserError(f"{setting}={place}: {error}; s3:// is tested, and a path is a local folder.") from None
     return UrlPath(file_system, path, parts.scheme)
 
 
@@ -215,6 +215,12 @@ def list_checkpoints(checkpoints: CheckpointPath) -> list[tuple[int, CheckpointP
         folders = [f for f in checkpoints.children() if checkpoint_step(f) is not None and (f / MANIFEST_NAME).exists()]
     found = [(step, folder) for folder in folders if (step := checkpoint_step(folder)) is not None]
     return sorted(found, key=lambda entry: entry[0])
+
+
+def list_unfinished(checkpoints: CheckpointPath) -> list[tuple[int, CheckpointPath]]:
+    """Steps and folders of checkpoints without a manifest: not written yet, or what is left of one."""
+    found = [(step, folder) for folder in list_folders(checkpoints) if (step := checkpoint_step(folder)) is not None]
+    return [(step, folder) for step, folder in found if not (folder / MANIFEST_NAME).exists()]
 
 
 def list_folders(parent: CheckpointPath) -> list[CheckpointPath]:

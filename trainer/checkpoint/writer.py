@@ -5,11 +5,11 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from sharding.errors import UserError
+from sharding.errors import RunFailure, UserError
 from sharding.process_group import Ranks
 from sharding.state import TensorSlice
 from trainer.checkpoint.manifest import (
@@ -22,6 +22,8 @@ from trainer.checkpoint.manifest import (
 )
 from trainer.checkpoint.rank_file import RankReport, write_rank_file
 from trainer.checkpoint.storage import CheckpointPath, make_folder, remove_checkpoint, sync_folder
+
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True)
@@ -82,15 +84,16 @@ def commit_checkpoint(
 
     Raises:
         UserError: a rank could not write; no rank has a checkpoint then.
+        RunFailure: the folder was lost; the same holds.
     """
     reports = _gather(report, ranks)
     _give_up_if_any_failed(folder, reports, training.step, ranks)
-    outcome = None
+    error = None
     if ranks.rank == 0:
-        outcome = _commit(folder, reports, training, identity, ranks, before_commit)
-    outcome = _gather(RankReport(outcome), ranks)[0].error
-    if outcome is not None:
-        raise UserError(outcome)
+        error = _commit(folder, reports, training, identity, ranks, before_commit)
+    error = _gather(error, ranks)[0]
+    if error is not None:
+        raise error
     return max(report.write_s for report in reports)
 
 
@@ -104,10 +107,13 @@ def _prepare_folder(folder: CheckpointPath, slices: list[TensorSlice], ranks: Ra
             return RankReport(f"cannot create {folder}: {getattr(error, 'strerror', None) or error}")
     if not isinstance(folder, Path):
         return RankReport(None)
-    # Not the folder itself: rank 0 may be removing what an unfinished save has left in it.
-    parent = next(p for p in folder.parents if p.exists())
     num_bytes = sum(part.num_bytes for part in slices if part.is_written_here)
-    free_bytes = shutil.disk_usage(parent).free
+    try:
+        # Not the folder itself: rank 0 may be removing what an unfinished save has left in it.
+        parent = next(p for p in folder.parents if p.exists())
+        free_bytes = shutil.disk_usage(parent).free
+    except OSError as error:
+        return RankReport(f"cannot look at the disk of {folder}: {error.strerror}")
     if num_bytes > free_bytes:
         return RankReport(f"needs {num_bytes:,} bytes, but {parent} has {free_bytes:,} bytes free")
     return RankReport(None)
@@ -119,8 +125,8 @@ def _give_up_if_any_failed(folder: CheckpointPath, reports: list[RankReport], st
     if not failed:
         return
     if ranks.rank == 0:
-        # Where a store is away, what is left has no manifest.
-        with contextlib.suppress(UserError):
+        # Where a store or a disk is away, what is left has no manifest.
+        with contextlib.suppress(UserError, OSError):
             remove_checkpoint(folder)
     rank, reason = failed[0]
     raise UserError(
@@ -136,7 +142,7 @@ def _commit(
     identity: CheckpointIdentity,
     ranks: Ranks,
     before_commit: Callable[[], None],
-) -> str | None:
+) -> UserError | RunFailure | None:
     """Write the manifest on rank 0; returns why the checkpoint could not be made, if so."""
     tensors: dict[str, TensorEntry] = {}
     for report in reports:
@@ -159,14 +165,16 @@ def _commit(
         before_commit()
         sync_folder(folder)
         write_manifest(folder, manifest)
+    except RunFailure as error:
+        return error
     except (UserError, OSError) as error:
-        return f"the checkpoint of step {training.step} could not be saved: {error}"
+        return UserError(f"the checkpoint of step {training.step} could not be saved: {error}")
     return None
 
 
-def _gather(report: RankReport, ranks: Ranks) -> list[RankReport]:
+def _gather(value: _Value, ranks: Ranks) -> list[_Value]:
     if ranks.world_size == 1:
-        return [report]
-    reports: list[Any] = [None] * ranks.world_size
-    dist.all_gather_object(reports, report)
-    return reports
+        return [value]
+    values: list[Any] = [None] * ranks.world_size
+    dist.all_gather_object(values, value)
+    return values
