@@ -43,3 +43,4 @@ test-parts: setup
 
 soak: setup
 	$(BIN)/python -m pytest -m slow
+	$(BIN)/shardline drill all configs/quickstart.yaml

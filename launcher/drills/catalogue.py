@@ -53,7 +53,12 @@ def run_drills(
     names = list(DRILLS) if name == "all" else [name]
     for index, each in enumerate(names):
         console.print(f"drill {each} ({index + 1} of {len(names)}): {DRILLS[each].__doc__}", highlight=False)
-        outcome = DRILLS[each](stage)
+        try:
+            outcome = DRILLS[each](stage)
+        except UserError as error:
+            # The others can still say something.
+            outcome = Outcome(each)
+            outcome.expect("it can run on this machine", False, str(error))
         outcome.show(console)
         outcomes.append(outcome)
         stage.write(outcomes)

@@ -1,6 +1,7 @@
 """Drills of damaged files, a full disk, and services that are away."""
 
 import contextlib
+import math
 import os
 import shutil
 import subprocess
@@ -72,12 +73,15 @@ def data_corrupt(stage: Stage) -> Outcome:
     last = ended.text.strip().splitlines()[-1]
     outcome.expect("it names the damaged file", any(file.name in last for file in shards), last)
     outcome.expect("nothing was trained on it", run.lines()[-1]["step"] == SAVE_EVERY)
-    outcome.detect_s = ended.at - struck_at
     for file, content in contents.items():
         file.write_bytes(content)
+    restored_at = time.time()
     again = run.run()
     outcome.expect("with the file restored it finishes", again.exit_code == EXIT_FINISHED, f"exit {again.exit_code}")
     stage.compare(outcome, run)
+    # A block is read when its samples are due.
+    start_up_s = (run.first_seen(after=restored_at) or restored_at) - restored_at
+    stage.time(outcome, run, struck_at=struck_at, detected_at=ended.at, deadline_s=start_up_s)
     return outcome
 
 
@@ -104,8 +108,7 @@ def disk_full(stage: Stage) -> Outcome:
         again = run.run()
         outcome.expect("with space it finishes", again.exit_code == EXIT_FINISHED, f"exit status {again.exit_code}")
         stage.compare(outcome, run)
-        if struck_at:
-            outcome.detect_s = ended.at - struck_at[0]
+        stage.time(outcome, run, struck_at=struck_at[0] if struck_at else math.inf, detected_at=ended.at)
     return outcome
 
 

@@ -8,6 +8,10 @@ from launcher.drills.observed_run import ObservedRun
 from launcher.drills.outcome import Outcome
 from launcher.drills.stage import STRIKE_AT, Stage
 from sharding.errors import EXIT_FINISHED, EXIT_STOPPED
+from trainer.stragglers import NUM_INTERVALS
+
+# Of each step.
+_SLOWER_S = 1.5
 
 
 def kill(stage: Stage) -> Outcome:
@@ -68,7 +72,8 @@ def slow(stage: Stage) -> Outcome:
     """A rank is slow, but alive: it is named, and nothing is ended."""
     outcome = Outcome("slow")
     run = stage.disturbed("slow")
-    ended = run.run(environment=stage.faults({"fault": "slow", "seconds": 1.5, "step": 3, "num_steps": 9}))
+    slow = {"fault": "slow", "seconds": _SLOWER_S, "step": 3, "num_steps": 9}
+    ended = run.run(environment=stage.faults(slow))
     outcome.expect("the run finishes at once", ended.exit_code == EXIT_FINISHED, f"exit status {ended.exit_code}")
     named = run.events("straggler")
     outcome.expect(
@@ -77,8 +82,13 @@ def slow(stage: Stage) -> Outcome:
         f"rank {named[0]['rank']} at step {named[0]['step']}" if named else "no rank named",
     )
     stage.compare(outcome, run)
-    if named:
-        outcome.detect_s = named[0]["time"] - run.struck_at()
+    stage.time(
+        outcome,
+        run,
+        struck_at=run.struck_at(),
+        detected_at=named[0]["time"] if named else None,
+        deadline_s=NUM_INTERVALS * _SLOWER_S,
+    )
     return outcome
 
 

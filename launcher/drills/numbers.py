@@ -18,6 +18,7 @@ def nan(stage: Stage) -> Outcome:
     _expect_left_out(outcome, stage, run, "nonfinite")
     outcome.expect("no step was applied with it", all(line["train/loss"] is not None for line in run.lines()))
     stage.compare(outcome, run, _told(stage))
+    stage.time(outcome, run, struck_at=run.struck_at(), detected_at=_noticed_at(run, "nonfinite"))
     return outcome
 
 
@@ -52,8 +53,6 @@ def _expect_left_out(outcome: Outcome, stage: Stage, run: ObservedRun, kind: str
         names and events[0]["step"] == STRIKE_AT,
         f"step {events[0]['step']}, {len(events[0]['documents'])} documents" if events else f"no event {kind}",
     )
-    if events and outcome.detect_s is None:
-        outcome.detect_s = events[0]["time"] - run.struck_at()
 
 
 def _noticed_at(run: ObservedRun, kind: str) -> float | None:

@@ -8,7 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from launcher.drills import catalogue
 from launcher.drills.catalogue import DRILLS
+from launcher.drills.outcome import Outcome
+from launcher.drills.stage import Stage
+from sharding.errors import UserError
 from tests.support import ROOT, command_environment, shardline, training_curve
 from trainer.events import read_events
 from trainer.injection import INJECT_VARIABLE
@@ -39,6 +43,24 @@ def test_a_folder_of_somebody_else_is_left_alone(config_file: Path, tmp_path: Pa
     assert finished.returncode == 2
     assert "holds something else than an earlier drill; name another folder" in finished.stderr
     assert (mine / "thesis.txt").exists()
+
+
+def test_a_drill_that_cannot_run_here_fails_and_the_others_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuses(_: Stage) -> Outcome:
+        """Wants root."""
+        raise UserError("only root may do that.")
+
+    def runs(_: Stage) -> Outcome:
+        """Wants nothing."""
+        return Outcome("second")
+
+    monkeypatch.setattr(catalogue, "DRILLS", {"first": refuses, "second": runs})
+    assert catalogue.run_drills("all", "unused.yaml", [], None, tmp_path) == 1
+    assert "1 of 2 drills passed; failed: first" in capsys.readouterr().out
+    first, second = json.loads((tmp_path / "drill.json").read_text())
+    assert (first["checks"][0]["detail"], second["passed"]) == ("only root may do that.", True)
 
 
 def test_an_unknown_drill_is_told_of_the_others(config_file: Path) -> None:
