@@ -83,9 +83,9 @@ def run_ranks(
             for process in ranks:
                 process.kill()
                 process.wait()
-    if status < 0:
-        print(f"error: a rank was killed by {signal.Signals(-status).name}", file=sys.stderr)
-        status = EXIT_FAILED
+        if status < 0:
+            stderr.write(f"error: a rank was killed by {signal.Signals(-status).name}\n")
+            status = EXIT_FAILED
     if status and shows_log:
         print("\n".join(log.read_text().splitlines()[-_NUM_LOG_LINES:]), file=sys.stderr)
     return status

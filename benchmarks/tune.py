@@ -42,6 +42,8 @@ _GIB = 2**30
 # Of a GPU's memory: the driver and NCCL have the rest.
 _USABLE = 0.95
 _OUT_OF_MEMORY = (
+    # What the kernel does then.
+    "killed by SIGKILL",
     "OutOfMemoryError",
     "not enough memory",
     "MemoryError",
@@ -258,7 +260,7 @@ def _strategies(text: str) -> list[Strategy]:
 
 def _why(said: str, status: int) -> str:
     """Why ranks failed, from what they said."""
-    if any(sign in said for sign in _OUT_OF_MEMORY) or status == -signal.SIGKILL:
+    if any(sign in said for sign in _OUT_OF_MEMORY):
         return "out of memory"
     last = [line.strip() for line in said.splitlines() if line.strip()]
     return f"failed: {last[-1][:200]}" if last else f"failed with status {status}"

@@ -79,7 +79,7 @@ def test_what_it_recommends_is_a_configuration(values: dict[str, Any], tmp_path:
     [
         ("x\ntorch.OutOfMemoryError: CUDA out of memory. Tried to", 1, "out of memory"),
         ("DefaultCPUAllocator: can't allocate memory. Error code 12 (Cannot allocate memory)", 1, "out of memory"),
-        ("", -9, "out of memory"),
+        ("error: a rank was killed by SIGKILL\n", 1, "out of memory"),
         ("Traceback\nValueError: no\n", 1, "failed: ValueError: no"),
         ("", 1, "failed with status 1"),
     ],
