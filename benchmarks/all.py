@@ -45,10 +45,13 @@ def main(arguments: Sequence[str]) -> int:
         print(f"== {name}, {number} of {len(names)}", flush=True)
         began_at = time.monotonic()
         command = [sys.executable, "-m", f"benchmarks.{name}", "--output", str(options.output)]
-        try:
-            status = subprocess.run([*command, *(QUICK[name] if options.quick else [])], check=False).returncode
-        except KeyboardInterrupt:
-            return _INTERRUPTED
+        with subprocess.Popen([*command, *(QUICK[name] if options.quick else [])]) as benchmark:
+            try:
+                status = benchmark.wait()
+            except KeyboardInterrupt:
+                # The terminal has told it too: it writes down what it has.
+                benchmark.wait()
+                return _INTERRUPTED
         if status == _INTERRUPTED:
             return status
         failed += [f"{name} (status {status})"] if status else []

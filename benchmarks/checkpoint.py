@@ -34,6 +34,7 @@ MODES = ("asynchronous", "in_place", "load")
 
 _PACKAGES = ("torch", "transformers", "safetensors", "numpy")
 _NUM_WARMUP_STEPS = 10
+_DECIDED = ("steps", "tokens", "checkpoint.every_steps", "checkpoint.asynchronous", "metrics.every_steps")
 _QUICKSTART = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
 
 
@@ -79,6 +80,9 @@ def _measure(options: argparse.Namespace) -> int:
             f"--saves {options.saves} --every {options.every} --loads {options.loads}: at least 1 save, 3 steps from "
             "one to the next, of which one is beside a write and one is not, and 1 load are needed; raise them."
         )
+    for override in options.overrides:
+        if override.partition("=")[0] in _DECIDED:
+            raise UserError(f"{override}: shardline bench checkpoint decides this itself; remove it.")
     device = "gpu" if torch.cuda.is_available() else "cpu"
     options.output.mkdir(parents=True, exist_ok=True)
     raw = options.output / f"checkpoint_{num_ranks}x{device}_{time.strftime('%Y%m%d_%H%M%S')}.jsonl"
@@ -123,7 +127,9 @@ def _measure_in(folder: Path, options: argparse.Namespace, num_ranks: int, raw: 
             facts = collect_facts(_PACKAGES) | {"command": ["shardline", "bench", "checkpoint", *sys.argv[1:]]}
             header = {"kind": "header", "num_ranks": num_ranks, "threads": assignment.threads, **facts}
             _append(raw, header | {"config": assignment.config})
-        status = run_ranks("benchmarks.checkpoint_rank", assignment, num_ranks, raw.with_suffix(".log"))
+        # A run's own heap.
+        log = raw.with_suffix(".log")
+        status = run_ranks("benchmarks.checkpoint_rank", assignment, num_ranks, log, variables={})
         _append(raw, {"kind": "end", "mode": mode, "exit_code": status, "load_average": os.getloadavg()})
         if status:
             return status

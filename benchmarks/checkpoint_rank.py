@@ -21,6 +21,7 @@ from trainer.checkpoint.reader import CheckpointReader
 from trainer.config import RunConfig, parse_config
 from trainer.console import Console
 from trainer.data.prepare import prepare_corpus
+from trainer.host_memory import keep_freed_memory
 from trainer.loop import Trainer
 from trainer.observers import Observers
 from trainer.phases import Moment, Phase, Phases
@@ -61,6 +62,9 @@ class _Measurement:
 
     def run(self) -> None:
         """All of it."""
+        if not torch.cuda.is_available():
+            # As a run does.
+            keep_freed_memory(os.environ)
         if self._assignment.mode == "load":
             self._measure_loads()
         else:

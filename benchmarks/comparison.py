@@ -93,16 +93,18 @@ def ratio_of_independent(numerator: Series, denominator: Series, seed: int = 0) 
 
 
 def last_result(raw: Path, folders: Sequence[Path]) -> Path | None:
-    """The newest other file of the same kind, that is with the same name but for the time; None where there is none.
+    """The newest file of the same kind, with the same name but for the time, from before; None where there is none.
 
     Args:
         raw: a raw file, ``KIND_RANKSxDEVICE_DATE_TIME.jsonl``.
         folders: where to look.
     """
     kind = "_".join(raw.name.split("_")[:2])
-    found = [path for folder in folders for path in folder.glob(f"{kind}_*.jsonl") if path.resolve() != raw.resolve()]
     # A file that was kept may have lost the time of day in its name.
-    return max(found, key=lambda path: _header(path).get("time", ""), default=None)
+    times = {path: _header(path).get("time", "") for folder in folders for path in folder.glob(f"{kind}_*.jsonl")}
+    own = _header(raw).get("time", "")
+    earlier = [path for path, time in times.items() if path.resolve() != raw.resolve() and time < own]
+    return max(earlier, key=times.__getitem__, default=None)
 
 
 def read_rows(raw: Path) -> list[dict[str, Any]]:

@@ -26,6 +26,7 @@ from benchmarks.assignment import Assignment
 from benchmarks.facts import collect_facts
 from benchmarks.overhead_table import markdown, plot
 from benchmarks.ranks import run_ranks
+from benchmarks.same_work import check_same_work
 from benchmarks.sizes import QUICKSTART, SIZES
 from sharding.errors import UserError, ends_with_a_sentence
 from trainer.config import RunConfig, load_config
@@ -38,6 +39,7 @@ PACKAGES = ("torch", "transformers", "accelerate", "lightning-fabric", "numpy")
 SIZE_NAMES = ("tiny", "quickstart")
 
 _ACCUMULATION_STEPS = 2
+_DECIDED = ("parallel.strategy", "parallel.backend", "parallel.engine")
 _LOG_EVERY_STEPS = 10
 # Two logged losses of every contestant lie within the warm-up; transformers writes one a step late.
 MIN_WARMUP = 2 * _LOG_EVERY_STEPS + 2
@@ -123,6 +125,9 @@ def contest_config(size: str, num_ranks: int, overrides: Sequence[str]) -> RunCo
     Raises:
         UserError: the overrides do not fit.
     """
+    for override in overrides:
+        if override.partition("=")[0] in _DECIDED:
+            raise UserError(f"{override}: shardline bench overhead races under ddp; see shardline bench scaling.")
     fixed = [
         f"name={size}",
         "steps=1000000",
@@ -138,6 +143,7 @@ def contest_config(size: str, num_ranks: int, overrides: Sequence[str]) -> RunCo
     if not any(override.startswith("batch.global_size=") for override in overrides):
         config = config.model_copy(update={"batch": config.batch.model_copy(update={"global_size": global_size})})
     validate(config, World(num_ranks, has_gpu=torch.cuda.is_available()))
+    check_same_work(config)
     return config
 
 

@@ -28,7 +28,7 @@ from benchmarks.comparison import RESULTS, changes_markdown, compare, difference
 from benchmarks.contestants.field import builders_of
 from benchmarks.facts import collect_facts
 from benchmarks.race import Rounds
-from benchmarks.ranks import run_ranks
+from benchmarks.ranks import HEAP_VARIABLES, run_ranks
 from benchmarks.scaling_plan import (
     LOG_EVERY_STEPS,
     MODES,
@@ -63,6 +63,8 @@ def main(arguments: Sequence[str]) -> int:
             folder = _write_assignments(raw, assignments)
         print(f"raw={shlex.quote(str(raw))}\nassignments={shlex.quote(str(folder))}")
         print(f"counts=({' '.join(str(assignment.num_ranks) for assignment in assignments)})")
+        for name, value in HEAP_VARIABLES.items():
+            print(f"export {name}={value}")
         return 0
     raw, assignments = _plan(options)
     status = 0

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.same_work import check_same_work
 from benchmarks.sizes import Size
 from sharding.config import Strategy
 from sharding.errors import UserError
@@ -112,6 +113,7 @@ def plan_races(
         if override.partition("=")[0] in _DECIDED:
             raise UserError(f"{override}: shardline bench scaling decides this for each race; remove it.")
     base = load_config(size.config, [*size.overrides, *_FIXED, *overrides])
+    check_same_work(base)
     races: list[RacePlan] = []
     for num_ranks in sorted(counts):
         sizes: dict[int, list[str]] = {}
@@ -139,6 +141,8 @@ _FIXED = (
     # Whoever can compile and recompute, can do so in any contestant.
     "compile.enabled=false",
     "activation_checkpointing.mode=none",
+    # Who races under the bucketed engine has it set.
+    "parallel.engine=fully_shard",
 )
 
 

@@ -158,7 +158,9 @@ def _describe(header: Row, races: Sequence[RaceResult]) -> Iterator[str]:
     config = header["config"]
     model = config["model"]
     num_pairs = {len(times) for race in races for times in race.times.values()}
-    planned = "" if num_pairs == {header["num_pairs"]} else f" of {header['num_pairs']} planned: interrupted"
+    counts = {race.num_ranks for race in races}
+    is_whole = num_pairs == {header["num_pairs"]} and counts == set(header["counts"])
+    planned = "" if is_whole else f" of {header['num_pairs']} planned: interrupted"
     found = "0" if not num_pairs else str(min(num_pairs))
     yield (
         f"{found} pairs{planned} of each contestant in each race, after {header['num_warmup']} rounds of warm-up, "

@@ -58,9 +58,10 @@ class RungResult:
 
 
 def read_rungs(rows: Sequence[Row]) -> list[RungResult]:
-    """All rungs that have a window, from bottom to top."""
+    """All rungs that have a window and did not fail, from bottom to top."""
     found = []
-    for name in dict.fromkeys(row["row"] for row in rows if row["kind"] == "rung"):
+    failed = {row["row"] for row in rows if row["kind"] == "failed"}
+    for name in dict.fromkeys(row["row"] for row in rows if row["kind"] == "rung" and row["row"] not in failed):
         own = [row for row in rows if row.get("row") == name]
         windows = [row for row in own if row["kind"] == "window"]
         if not windows:
@@ -118,7 +119,7 @@ def markdown(rows: Sequence[Row], file: str, changes: Sequence[str] = ()) -> str
     left_out = [row for row in rows if row["kind"] in ("skipped", "failed")]
     if left_out:
         lines += ["", *(f"- {row['row']}: {row['kind']}, {row['reason']}" for row in left_out)]
-    if any(rung.peak_flops is None for rung in rungs):
+    if all(rung.peak_flops is None for rung in rungs):
         lines += ["", "The peak of this device is not known, so there is no MFU."]
     if changes:
         lines += ["", "## Since the last result", "", *changes]

@@ -86,6 +86,10 @@ class _Search:
         self._strategies = _strategies(options.strategies)
         if options.steps < 1 or options.warmup < 0:
             raise UserError(f"--steps {options.steps} --warmup {options.warmup}: at least 1 and 0 are needed.")
+        chosen = [override.partition("=")[0] for override in Candidate(1, "ddp").overrides]
+        for override in options.overrides:
+            if override.partition("=")[0] in chosen:
+                raise UserError(f"{override}: shardline tune tries these itself; remove it, or see --strategies.")
         given = load_config(options.config, options.overrides)
         if given.parallel.backend != "torch":
             raise UserError(

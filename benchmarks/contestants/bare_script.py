@@ -18,7 +18,6 @@ def main(model_json: str, micro_size: int, sequence_length: int) -> None:
     has_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if has_gpu else torch.device("cpu")
     dist.init_process_group("nccl" if has_gpu else "gloo")
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // dist.get_world_size()))
     fields = json.loads(model_json)
     model = DistributedDataParallel(AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields)).to(device))
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)

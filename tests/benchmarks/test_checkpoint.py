@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.checkpoint import main
 from benchmarks.checkpoint_table import blocking_times, markdown, step_times_beside_writes
 from tests.support import shardline
 
@@ -37,12 +38,17 @@ def test_times_fall_to_the_save_they_belong_to() -> None:
     assert others == pytest.approx([1.1, 1.0])
 
 
-@pytest.mark.slow
+def test_what_the_benchmark_decides_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--output", str(tmp_path), "checkpoint.asynchronous=false"]) == 2
+    assert "checkpoint.asynchronous=false: shardline bench checkpoint decides this itself" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.timeout(400)
 def test_saving_and_loading_are_measured(tmp_path: Path, shared_corpus: tuple[Path, Path]) -> None:
     corpus, cache = shared_corpus
     finished = shardline(
-        *("bench", "checkpoint", "--", "--saves", 3, "--every", 3, "--loads", 2, "--output", tmp_path),
+        *("bench", "checkpoint", "--", "--saves", 2, "--every", 3, "--loads", 1, "--output", tmp_path),
         *("data.source=text", f"data.paths=[{corpus}]", f"data.cache_dir={cache}", "data.vocab_size=301"),
         *("data.sequence_length=32", "model.config.num_hidden_layers=1"),
         timeout_s=380,
@@ -52,16 +58,16 @@ def test_saving_and_loading_are_measured(tmp_path: Path, shared_corpus: tuple[Pa
     rows = [json.loads(line) for line in raw.read_text().splitlines()]
     for mode in ("asynchronous", "in_place"):
         steps = [row for row in rows if row["kind"] == "step" and row["mode"] == mode]
-        assert [row["step"] for row in steps] == list(range(11, 20))
-        assert len(blocking_times(rows, mode)) == 3
+        assert [row["step"] for row in steps] == list(range(11, 17))
+        assert len(blocking_times(rows, mode)) == 2
         assert all(0 < row["blocking_s"] < row["wall_s"] for row in steps if row["saves"])
         assert not any(row["beside_write"] for row in steps) or mode == "asynchronous"
     assert [row["when"] for row in rows if row["kind"] == "memory"] == [
         *("trained", "trained", "built", "loaded", "trained on"),
     ]
-    assert len([row for row in rows if row["kind"] == "load"]) == 2
+    assert len([row for row in rows if row["kind"] == "load"]) == 1
     table = raw.with_suffix(".md").read_text()
     assert table == markdown(rows, raw.name)
-    assert "| in place | 3 |" in table
+    assert "| in place | 2 |" in table
     # The checkpoints are gone with the measurement.
     assert {path.suffix for path in tmp_path.iterdir()} == {".jsonl", ".md", ".svg", ".log"}

@@ -78,6 +78,8 @@ def test_the_last_file_of_the_kind_is_found(tmp_path: Path) -> None:
     older = write("out", "scaling_4xcpu_20260103_120000.jsonl", "2026-01-03T12:00:00+0000")
     assert last_result(mine, folders) == kept
     kept.unlink()
+    # One that came afterwards is not what has changed.
+    write("kept", "scaling_4xcpu_20260106.jsonl", "2026-01-06T12:00:00+0000")
     assert last_result(mine, folders) == older
 
 

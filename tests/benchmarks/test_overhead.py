@@ -123,6 +123,10 @@ def test_batch_grows_with_the_ranks(size: str, per_rank: int) -> None:
     assert contest_config(size, 2, ["batch.global_size=24", "batch.micro_size=3"]).batch.global_size == 24
     with pytest.raises(UserError, match=r"batch\.global_size=24"):
         contest_config(size, 5, ["batch.global_size=24"])
+    with pytest.raises(UserError, match=r"parallel\.strategy=zero2: shardline bench overhead races under ddp"):
+        contest_config(size, 2, ["parallel.strategy=zero2"])
+    with pytest.raises(UserError, match=r"task\.loss_chunk_tokens=64: of the contestants of a race Shardline alone"):
+        contest_config(size, 2, ["task.loss_chunk_tokens=64"])
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,9 @@ def test_weak_shares_stay_and_strong_batches_stay_and_they_have_a_point_in_commo
     assert {race.global_size for race in odd} == {2 * 6}
     with pytest.raises(UserError, match=r"batch\.global_size=8: shardline bench scaling decides this"):
         plan_races(SIZES["tiny"], ["batch.global_size=8"], counts=[1], modes=["weak"], strategies=[], has_gpu=False)
+    for alone in ("compile.enabled=true", "activation_checkpointing.mode=full", "precision.compute=fp16"):
+        with pytest.raises(UserError, match=f"{alone}: .*contestants of a race"):
+            plan_races(SIZES["tiny"], [alone], counts=[1], modes=["weak"], strategies=[], has_gpu=False)
 
 
 def _race(strategy: str, num_ranks: int, modes: list[str], times: dict[str, list[float]]) -> list[dict[str, Any]]:
@@ -139,6 +142,7 @@ def test_the_table_says_what_was_measured_and_what_cannot_be() -> None:
         in table
     )
     assert "interrupted" not in table
+    assert "3 pairs of 3 planned: interrupted" in markdown([_header(counts=[1, 2, 4]), *_ROWS[1:]], "raw.jsonl")
     assert "3 pairs of 60 planned: interrupted" in markdown([_header(num_pairs=60), *_ROWS[1:]], "raw.jsonl")
     drawn = ElementTree.fromstring(plot(_ROWS))
     assert "weak, zero2" in [element.text for element in drawn.iter("{http://www.w3.org/2000/svg}text")]

@@ -126,6 +126,9 @@ def test_the_table_has_every_rung_and_says_what_is_missing() -> None:
     eager = "| eager | 100 | 100 to 100 | 50 |  |  | 4000.0 | 4800.0 | 25.0% | 20.0% | 1.00 | 1.00% |"
     assert eager in table
     assert "- + bf16: skipped, it has none" in table
+    # One that fails has no figure, whatever it has measured before.
+    failed = {"kind": "failed", "row": "+ compiled", "reason": "it ran out of memory"}
+    assert [rung.name for rung in read_rungs([*_ROWS, failed])] == ["eager", "checkpointing", "synthetic"]
     assert "Since then: nothing." in table
     texts = [element.text for element in ElementTree.fromstring(plot(_ROWS)).iter("{http://www.w3.org/2000/svg}text")]
     assert "200 (MFU 50.0%)" in texts

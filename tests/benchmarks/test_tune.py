@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.sizes import QUICKSTART
 from benchmarks.tune import _why, main
 from benchmarks.tune_plan import Candidate, Trial, gives_up, layouts, micro_sizes, pareto, refinements, table_rows
 from tests.support import TINY_MODEL, write_config
@@ -86,6 +87,11 @@ def test_what_it_recommends_is_a_configuration(values: dict[str, Any], tmp_path:
 )  # fmt: skip
 def test_memory_is_told_from_other_failures(said: str, status: int, reason: str) -> None:
     assert _why(said, status) == reason
+
+
+def test_what_tune_tries_itself_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(QUICKSTART), "parallel.strategy=zero3"]) == 2
+    assert "parallel.strategy=zero3: shardline tune tries these itself" in capsys.readouterr().err
 
 
 @pytest.mark.timeout(300)
