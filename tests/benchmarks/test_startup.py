@@ -47,6 +47,7 @@ def test_the_table_has_medians_and_the_median_of_the_differences() -> None:
     assert "takes +2.00 s (median of the pairs; target: at most +2)" in table
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_both_are_started_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
