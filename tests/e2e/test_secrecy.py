@@ -85,6 +85,8 @@ def test_a_run_keeps_to_itself(make_config: MakeConfig, tmp_path: Path, launcher
             env=command_environment(**_PLANTED, **{_MARK: str(tmp_path)}),
         )
     wait_until(lambda: len(read_metrics(run_dir)) >= 3, what="step 3")
+    # wandb starts beside training, and on a busy machine later than the third step.
+    wait_until(lambda: any((run_dir / "wandb").rglob("*.wandb")), what="wandb's record")
     listening = _listening_addresses(str(tmp_path))
     # The agent or rank 0 with the rendezvous, and both ranks with gloo.
     assert len(listening) >= 3, listening
@@ -92,7 +94,6 @@ def test_a_run_keeps_to_itself(make_config: MakeConfig, tmp_path: Path, launcher
     process.send_signal(signal.SIGINT)
     assert process.wait(90) == 75
     assert (run_dir / "report.html").exists()
-    assert list((run_dir / "wandb").rglob("*.wandb"))
     assert _files_with_secrets(run_dir) == []
     assert _files_with_secrets(tmp_path) == []
     (run_dir / "planted").write_text(_PLANTED["HF_TOKEN"])
