@@ -22,6 +22,7 @@ import torch
 
 from benchmarks.checkpoint_table import markdown, plot
 from benchmarks.facts import collect_facts
+from benchmarks.overrides import refuse
 from benchmarks.ranks import run_ranks
 from sharding.errors import UserError, ends_with_a_sentence
 from trainer.config import load_config
@@ -80,9 +81,7 @@ def _measure(options: argparse.Namespace) -> int:
             f"--saves {options.saves} --every {options.every} --loads {options.loads}: at least 1 save, 3 steps from "
             "one to the next, of which one is beside a write and one is not, and 1 load are needed; raise them."
         )
-    for override in options.overrides:
-        if override.partition("=")[0] in _DECIDED:
-            raise UserError(f"{override}: shardline bench checkpoint decides this itself; remove it.")
+    refuse(options.overrides, _DECIDED, "shardline bench checkpoint decides this itself; remove it.")
     device = "gpu" if torch.cuda.is_available() else "cpu"
     options.output.mkdir(parents=True, exist_ok=True)
     raw = options.output / f"checkpoint_{num_ranks}x{device}_{time.strftime('%Y%m%d_%H%M%S')}.jsonl"

@@ -25,6 +25,7 @@ import torch
 from benchmarks.assignment import Assignment
 from benchmarks.facts import collect_facts
 from benchmarks.overhead_table import markdown, plot
+from benchmarks.overrides import refuse
 from benchmarks.ranks import run_ranks
 from benchmarks.same_work import check_same_work
 from benchmarks.sizes import QUICKSTART, SIZES
@@ -125,9 +126,7 @@ def contest_config(size: str, num_ranks: int, overrides: Sequence[str]) -> RunCo
     Raises:
         UserError: the overrides do not fit.
     """
-    for override in overrides:
-        if override.partition("=")[0] in _DECIDED:
-            raise UserError(f"{override}: shardline bench overhead races under ddp; see shardline bench scaling.")
+    refuse(overrides, _DECIDED, "shardline bench overhead races under ddp; see shardline bench scaling.")
     fixed = [
         f"name={size}",
         "steps=1000000",

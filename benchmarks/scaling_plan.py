@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.overrides import refuse
 from benchmarks.same_work import check_same_work
 from benchmarks.sizes import Size
 from sharding.config import Strategy
-from sharding.errors import UserError
 from trainer.config import RunConfig, load_config
 from trainer.validation import World, validate
 
@@ -109,9 +109,7 @@ def plan_races(
     Raises:
         UserError: an override is the benchmark's own to decide, or does not fit.
     """
-    for override in overrides:
-        if override.partition("=")[0] in _DECIDED:
-            raise UserError(f"{override}: shardline bench scaling decides this for each race; remove it.")
+    refuse(overrides, _DECIDED, "shardline bench scaling decides this for each race; remove it.")
     base = load_config(size.config, [*size.overrides, *_FIXED, *overrides])
     check_same_work(base)
     races: list[RacePlan] = []

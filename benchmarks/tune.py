@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.facts import collect_facts
+from benchmarks.overrides import refuse
 from benchmarks.ranks import INTERRUPTED, run_ranks
 from benchmarks.throughput_rank import ThroughputAssignment
 from benchmarks.throughput_table import read_rungs
@@ -87,9 +88,7 @@ class _Search:
         if options.steps < 1 or options.warmup < 0:
             raise UserError(f"--steps {options.steps} --warmup {options.warmup}: at least 1 and 0 are needed.")
         chosen = [override.partition("=")[0] for override in Candidate(1, "ddp").overrides]
-        for override in options.overrides:
-            if override.partition("=")[0] in chosen:
-                raise UserError(f"{override}: shardline tune tries these itself; remove it, or see --strategies.")
+        refuse(options.overrides, chosen, "shardline tune tries these itself; remove it, or see --strategies.")
         given = load_config(options.config, options.overrides)
         if given.parallel.backend != "torch":
             raise UserError(

@@ -17,7 +17,7 @@ from launcher.oom_evidence import OomWatch
 from launcher.rank_exits import RankExits
 from launcher.stop_signals import StopSignals
 from sharding.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED
-from trainer.lease import ATTEMPT_VARIABLE, LEASE_VARIABLE, is_taken_over
+from trainer.lease import ATTEMPT_VARIABLE, LEASE_VARIABLE
 from trainer.places import Places, read_places
 from trainer.run_folder import RunFolder
 from trainer.stopping import request_stop
@@ -94,7 +94,7 @@ def run_ranks(
         places.close()
     finally:
         kill_marked(lease_token)
-    if is_taken_over(run_folder.path, lease_token):
+    if run_folder.is_taken_over:
         # The outcome is the new owner's to write.
         print(f"error: run folder {run_folder.path} was taken over by another process; see {log}", file=sys.stderr)
         return EXIT_FAILED

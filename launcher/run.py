@@ -58,7 +58,7 @@ def run(config_path: str, overrides: Sequence[str], nproc_per_node: int | None, 
                     print(f"warning: {sentence}", file=sys.stderr)
 
             # Rank 0 writes it, unless it died.
-            write_run_report(run_folder, lease.token, warn)
+            write_run_report(run_folder, warn)
         return exit_code
     finally:
         lease.release()

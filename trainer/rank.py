@@ -7,12 +7,13 @@ import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 
 from sharding.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, RunFailure, UserError
+from sharding.object_exchange import broadcast_object
 from sharding.process_group import Ranks, process_group
 from sharding.rank_place import note_on_place, place_variables, read_ranks
 from trainer.build import build_trainer
@@ -95,14 +96,13 @@ def main(arguments: Sequence[str]) -> NoReturn:
         progress.ledger.finish()
         progress.ledger.write()
     if progress.rank == 0 and progress.run_folder is not None:
-        token = progress.lease.token if progress.lease is not None else None
-        write_run_report(progress.run_folder, token, progress.warn)
+        write_run_report(progress.run_folder, progress.warn)
     if progress.observers is not None:
         progress.observers.close(exit_code)
     if progress.ledger is not None and progress.run_folder is not None:
         # Once more, since the report and the trackers took their time.
         progress.ledger.write()
-        write_run_goodput(progress.run_folder, progress.lease.token if progress.lease is not None else None)
+        write_run_goodput(progress.run_folder)
     if progress.lease is not None:
         progress.lease.release()
     end_process(EXIT_FINISHED if exit_code == EXIT_STOPPED and _is_restarted_by_agent() else exit_code)
@@ -241,11 +241,8 @@ def _begin_attempt(config: RunConfig, world: World, run_folder: RunFolder, progr
 
 def _agree_on_attempt(attempt: int, run_folder: RunFolder, ranks: Ranks) -> int:
     """The attempt's number, from rank 0; also its lease's token, which tells each rank whether the folder is lost."""
-    told: list[Any] = [attempt, run_folder.lease_token]
-    if ranks.world_size > 1:
-        dist.broadcast_object_list(told, src=0)
-    run_folder.lease_token = told[1]
-    return int(told[0])
+    attempt, run_folder.lease_token = broadcast_object((attempt, run_folder.lease_token), ranks)
+    return attempt
 
 
 def _build_observers(config: RunConfig, run_folder: RunFolder, ranks: Ranks, progress: _Progress) -> Observers:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from sharding.engine import Engine
 from sharding.errors import RunFailure
+from sharding.object_exchange import gather_objects
 from sharding.process_group import Ranks
 from sharding.replicas import content_hashes
 
@@ -65,8 +66,8 @@ class ReplicaCheck:
         if len(found) == len({group for group, _ in found}):
             return
         # All ranks have seen that they differ, so all of them come here.
-        copies: list[Any] = [None] * self._ranks.world_size
-        dist.all_gather_object(copies, _Copy(self._ranks.rank, self._place(), replicas.group, tuple(hashes)))
+        own_copy = _Copy(self._ranks.rank, self._place(), replicas.group, tuple(hashes))
+        copies = gather_objects(own_copy, self._ranks)
         details = _describe(copies, list(replicas.tensors), step)
         if self._ranks.rank == 0:
             self._record(step, details)

@@ -45,8 +45,7 @@ def _damaged_checkpoint(stage: Stage, name: str, damage: Callable[[Path], None])
     stage.compare(outcome, run)
     detected_at = moved[0]["time"] if moved else None
     # Nothing is read before the next attempt, and it must be found before that trains.
-    start_up_s = (run.first_seen(after=struck_at) or struck_at) - struck_at
-    stage.time(outcome, run, struck_at=struck_at, detected_at=detected_at, deadline_s=start_up_s)
+    stage.time(outcome, run, struck_at=struck_at, detected_at=detected_at, deadline_s=run.start_up_s(struck_at))
     return outcome
 
 
@@ -80,8 +79,7 @@ def data_corrupt(stage: Stage) -> Outcome:
     outcome.expect("with the file restored it finishes", again.exit_code == EXIT_FINISHED, f"exit {again.exit_code}")
     stage.compare(outcome, run)
     # A block is read when its samples are due.
-    start_up_s = (run.first_seen(after=restored_at) or restored_at) - restored_at
-    stage.time(outcome, run, struck_at=struck_at, detected_at=ended.at, deadline_s=start_up_s)
+    stage.time(outcome, run, struck_at=struck_at, detected_at=ended.at, deadline_s=run.start_up_s(restored_at))
     return outcome
 
 

@@ -165,6 +165,10 @@ class ObservedRun:
         """When, after a moment, the first step was logged; wall clock in seconds."""
         return min((at for at in self.seen.values() if at > after), default=None)
 
+    def start_up_s(self, began_at: float) -> float:
+        """Seconds from a moment at which an attempt began to its first step; 0 where it has logged none."""
+        return (self.first_seen(after=began_at) or began_at) - began_at
+
     def _texts(self) -> list[str]:
         try:
             text = self.folder.metrics_file.read_text()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from sharding.errors import UserError
 from trainer.checkpoint.config import CheckpointConfig
 from trainer.checkpoint.manifest import read_manifest
-from trainer.checkpoint.storage import CheckpointPath, list_checkpoints, list_unfinished, remove_checkpoint
+from trainer.checkpoint.storage import CheckpointPath, list_checkpoints, list_step_folders, remove_checkpoint
 
 
 class BackgroundPruning:
@@ -55,9 +55,10 @@ def prune_checkpoints(checkpoints_dir: CheckpointPath, settings: CheckpointConfi
     before the newest goes too.
     """
     folders = dict(list_checkpoints(checkpoints_dir))
-    for step, folder in list_unfinished(checkpoints_dir):
+    newest = max(folders, default=0)
+    for step, folder in list_step_folders(checkpoints_dir):
         # A later one may be under way.
-        if step < max(folders, default=0):
+        if step < newest and step not in folders:
             remove_checkpoint(folder)
     if settings.keep_last == 0:
         return

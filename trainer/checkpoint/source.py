@@ -3,11 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch.distributed as dist
 
 from sharding.errors import UserError
+from sharding.object_exchange import broadcast_object, gather_objects
 from sharding.process_group import Ranks
 from trainer.checkpoint.config import CheckpointConfig
 from trainer.checkpoint.manifest import DamagedCheckpoint
@@ -70,15 +68,14 @@ def open_source(
     """
     while True:
         # Rank 0 chooses, since a shared file system may show ranks different listings.
-        folder, is_own, refusal = _broadcast(
-            _choose(settings, run_folder, last_step) if ranks.rank == 0 else None, ranks
-        )
+        chosen = _choose(settings, run_folder, last_step) if ranks.rank == 0 else (None, False, None)
+        folder, is_own, refusal = broadcast_object(chosen, ranks)
         if refusal is not None:
             raise UserError(refusal)
         if folder is None:
             return None
         reader, reason = _verify_share(folder, ranks)
-        reasons = [reason for reason in _gather(reason, ranks) if reason is not None]
+        reasons = [reason for reason in gather_objects(reason, ranks) if reason is not None]
         if not reasons and reader is not None:
             return Source(reader, is_own, weights_only=not is_own and settings.load == "weights")
         if not is_own:
@@ -164,18 +161,3 @@ def _set_aside(folder: CheckpointPath, reason: str, run_folder: RunFolder, warn:
     attempt = run_folder.newest_attempt()
     record_event(run_folder.path, "checkpoint_damaged", attempt=attempt, step=step, path=str(target), reason=reason)
     warn(f"checkpoint {folder} is damaged ({reason}): it was moved to {target}, and the one before it is tried")
-
-
-def _broadcast(value: Any, ranks: Ranks) -> Any:
-    values = [value]
-    if ranks.world_size > 1:
-        dist.broadcast_object_list(values, src=0)
-    return values[0]
-
-
-def _gather(value: Any, ranks: Ranks) -> list[Any]:
-    values = [value]
-    if ranks.world_size > 1:
-        values = [None] * ranks.world_size
-        dist.all_gather_object(values, value)
-    return values

@@ -217,10 +217,9 @@ def list_checkpoints(checkpoints: CheckpointPath) -> list[tuple[int, CheckpointP
     return sorted(found, key=lambda entry: entry[0])
 
 
-def list_unfinished(checkpoints: CheckpointPath) -> list[tuple[int, CheckpointPath]]:
-    """Steps and folders of checkpoints without a manifest: not written yet, or what is left of one."""
-    found = [(step, folder) for folder in list_folders(checkpoints) if (step := checkpoint_step(folder)) is not None]
-    return [(step, folder) for step, folder in found if not (folder / MANIFEST_NAME).exists()]
+def list_step_folders(checkpoints: CheckpointPath) -> list[tuple[int, CheckpointPath]]:
+    """Steps and folders, also of checkpoints that are not written yet, or are deleted in part."""
+    return [(step, folder) for folder in list_folders(checkpoints) if (step := checkpoint_step(folder)) is not None]
 
 
 def list_folders(parent: CheckpointPath) -> list[CheckpointPath]:

@@ -5,11 +5,10 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
-
-import torch.distributed as dist
+from typing import Any
 
 from sharding.errors import RunFailure, UserError
+from sharding.object_exchange import gather_objects
 from sharding.process_group import Ranks
 from sharding.state import TensorSlice
 from trainer.checkpoint.manifest import (
@@ -22,8 +21,6 @@ from trainer.checkpoint.manifest import (
 )
 from trainer.checkpoint.rank_file import RankReport, write_rank_file
 from trainer.checkpoint.storage import CheckpointPath, make_folder, remove_checkpoint, sync_folder
-
-_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,7 @@ def prepare_checkpoint(folder: CheckpointPath, slices: list[TensorSlice], step: 
     Raises:
         UserError: a rank has too little space, say.
     """
-    _give_up_if_any_failed(folder, _gather(_prepare_folder(folder, slices, ranks), ranks), step, ranks)
+    _give_up_if_any_failed(folder, gather_objects(_prepare_folder(folder, slices, ranks), ranks), step, ranks)
 
 
 def commit_checkpoint(
@@ -86,12 +83,12 @@ def commit_checkpoint(
         UserError: a rank could not write; no rank has a checkpoint then.
         RunFailure: the folder was lost; the same holds.
     """
-    reports = _gather(report, ranks)
+    reports = gather_objects(report, ranks)
     _give_up_if_any_failed(folder, reports, training.step, ranks)
     error = None
     if ranks.rank == 0:
         error = _commit(folder, reports, training, identity, ranks, before_commit)
-    error = _gather(error, ranks)[0]
+    error = gather_objects(error, ranks)[0]
     if error is not None:
         raise error
     return max(report.write_s for report in reports)
@@ -170,11 +167,3 @@ def _commit(
     except (UserError, OSError) as error:
         return UserError(f"the checkpoint of step {training.step} could not be saved: {error}")
     return None
-
-
-def _gather(value: _Value, ranks: Ranks) -> list[_Value]:
-    if ranks.world_size == 1:
-        return [value]
-    values: list[Any] = [None] * ranks.world_size
-    dist.all_gather_object(values, value)
-    return values

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch.distributed as dist
 
 from sharding.errors import UserError
+from sharding.object_exchange import gather_objects
 from sharding.process_group import Ranks
 from trainer.data.clean import encode_text, hash_position
 from trainer.data.config import DataConfig
@@ -266,13 +266,7 @@ class StreamingLoader:
 
 def gather_states(state: State | None, ranks: Ranks) -> list[State]:
     """The states of all ranks' loaders, none where loaders have no state; every rank must call it."""
-    if state is None:
-        return []
-    states: list[Any] = [state]
-    if ranks.world_size > 1:
-        states = [None] * ranks.world_size
-        dist.all_gather_object(states, state)
-    return states
+    return [] if state is None else gather_objects(state, ranks)
 
 
 def state_of_rank(states: list[State], num_samples: int, dp_rank: int, dp_degree: int) -> State | None:

@@ -4,9 +4,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch.distributed as dist
-
 from sharding.errors import RunFailure
+from sharding.object_exchange import gather_objects
 from sharding.process_group import Ranks
 from trainer.doctor.facts import Links, RankFacts
 from trainer.doctor.links import measure_links
@@ -28,10 +27,7 @@ def examine_ranks(ranks: Ranks, folder: Path, *, quick: bool) -> tuple[list[Rank
         folder: the run folder, or what it will be.
         quick: spend a second or two instead of ten.
     """
-    own = measure_rank(ranks, folder, quick=quick)
-    gathered: list[RankFacts | None] = [None] * ranks.world_size
-    dist.all_gather_object(gathered, own)
-    facts = [one for one in gathered if one is not None]
+    facts = gather_objects(measure_rank(ranks, folder, quick=quick), ranks)
     firsts = [one.rank for one in facts if one.local_rank == 0]
     ends = firsts if len(firsts) > 1 else [one.rank for one in facts]
     size = 2**24 if quick else 2**26

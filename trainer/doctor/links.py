@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 
+from sharding.object_exchange import gather_objects
 from sharding.process_group import Ranks
 from trainer.doctor.facts import Link, Links
 
@@ -26,14 +27,13 @@ def measure_links(ranks: Ranks, ends: Sequence[int], all_reduce_bytes: int, pair
     tensor = torch.ones(all_reduce_bytes // 4, device=ranks.device)
     seconds = _median_s(lambda: dist.all_reduce(tensor), ranks.device)
     pairs = _measure_pairs(ranks, ends, pair_bytes)
-    gathered: list[list[Link] | None] = [None] * ranks.world_size
-    dist.all_gather_object(gathered, pairs)
+    gathered = gather_objects(pairs, ranks)
     slowest = torch.tensor(seconds, dtype=torch.float64, device=ranks.device)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
     return Links(
         all_reduce_bytes_per_s=bus_bandwidth(all_reduce_bytes, float(slowest), ranks.world_size),
         all_reduce_bytes=all_reduce_bytes,
-        pairs=[link for links in gathered for link in links or []],
+        pairs=[link for links in gathered for link in links],
     )
 
 

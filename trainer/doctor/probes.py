@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from sharding.object_exchange import broadcast_object
 from sharding.process_group import Ranks
 from trainer.doctor.facts import RankFacts
 
@@ -39,10 +40,9 @@ def measure_rank(ranks: Ranks, folder: Path, *, quick: bool) -> RankFacts:
         quick: smaller products, copies and files.
     """
     token = _write_token(folder) if ranks.rank == 0 else None
-    names = [token]
-    dist.broadcast_object_list(names, src=0)
+    name = broadcast_object(token, ranks)
     # Also where a file system shows what others wrote only after a while.
-    sees_it = names[0] is not None and _appears(folder / names[0])
+    sees_it = name is not None and _appears(folder / name)
     dist.barrier()
     now = time.time()
     if token is not None:

@@ -34,7 +34,7 @@ def main(arguments: Sequence[str]) -> int:
         return EXIT_BAD_INPUT
     for run in runs:
         # Also where the run goes on: whoever writes it computes it from the same ledgers.
-        write_run_goodput(RunFolder(run), None)
+        write_run_goodput(RunFolder(run))
     print(target)
     return EXIT_FINISHED
 

@@ -5,33 +5,26 @@ from collections.abc import Callable
 
 from trainer.failure import FAILURE_NAME
 from trainer.goodput import write_goodput
-from trainer.lease import is_taken_over
 from trainer.run_folder import RunFolder
 
 
-def write_run_goodput(run_folder: RunFolder, lease_token: str | None) -> None:
-    """Write goodput.json, unless the folder is another process's by now; nothing depends on it.
-
-    Args:
-        run_folder: the run's folder.
-        lease_token: proof that the folder is ours; None where no lease was taken.
-    """
+def write_run_goodput(run_folder: RunFolder) -> None:
+    """Write goodput.json, unless the folder is another process's by now; nothing depends on it."""
     with contextlib.suppress(OSError):
-        if not is_taken_over(run_folder.path, lease_token):
+        if not run_folder.is_taken_over:
             write_goodput(run_folder.path)
 
 
-def write_run_report(run_folder: RunFolder, lease_token: str | None, warn: Callable[[str], None]) -> None:
+def write_run_report(run_folder: RunFolder, warn: Callable[[str], None]) -> None:
     """Write report.html, unless it is there and newer than what it shows, or the folder is another process's by now.
 
     Args:
         run_folder: the run's folder.
-        lease_token: proof that the folder is ours; None where no lease was taken.
         warn: tells a person why there is no report.
     """
-    write_run_goodput(run_folder, lease_token)
+    write_run_goodput(run_folder)
     try:
-        if is_taken_over(run_folder.path, lease_token) or _is_current(run_folder):
+        if run_folder.is_taken_over or _is_current(run_folder):
             return
         # Not needed until a run ends.
         from trainer.report.page import write_report

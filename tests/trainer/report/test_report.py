@@ -255,7 +255,7 @@ def test_a_report_that_fails_is_a_warning(tmp_path: Path) -> None:
     run = RunFolder(make_run(tmp_path / "run", []))
     run.report_file.mkdir()
     warnings: list[str] = []
-    write_run_report(run, None, warnings.append)
+    write_run_report(run, warnings.append)
     assert len(warnings) == 1
     assert str(run.report_file) in warnings[0]
     assert [path.name for path in run.path.iterdir() if path.name.startswith(".")] == []
@@ -264,13 +264,13 @@ def test_a_report_that_fails_is_a_warning(tmp_path: Path) -> None:
 def test_a_report_is_written_again_only_after_another_outcome(tmp_path: Path) -> None:
     run = RunFolder(make_run(tmp_path / "run", []))
     run.write_outcome("failed", 1, 0, "first reason")
-    write_run_report(run, None, pytest.fail)
+    write_run_report(run, pytest.fail)
     first = run.report_file.stat().st_mtime_ns
-    write_run_report(run, None, pytest.fail)
+    write_run_report(run, pytest.fail)
     assert run.report_file.stat().st_mtime_ns == first
     run.outcome_file.unlink()
     run.write_outcome("failed", 1, 0, "second reason")
-    write_run_report(run, None, pytest.fail)
+    write_run_report(run, pytest.fail)
     assert "second reason" in run.report_file.read_text()
 
 
