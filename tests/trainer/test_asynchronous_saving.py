@@ -38,14 +38,21 @@ _ALONE = Ranks(rank=0, world_size=1, local_rank=0, local_world_size=1, device=to
 class _Training:
     """A tiny engine on one rank, and what saves it into a folder."""
 
-    def __init__(self, root: Path, before_write: Callable[[int], None], *, asynchronous: bool = True) -> None:
+    def __init__(
+        self,
+        root: Path,
+        before_write: Callable[[int], None],
+        *,
+        asynchronous: bool = True,
+        before_commit: Callable[[], None] = lambda: None,
+    ) -> None:
         self.engine: Engine = tiny_engine(_ALONE, "none")
         self.folder = RunFolder(root)
         checkpoint = {"asynchronous": asynchronous, "every_steps": 1, "keep_last": 0}
         values = {"steps": 9, "model": TINY_MODEL, "parallel": {"strategy": "none"}, "checkpoint": checkpoint}
         config = parse_config(values, "test")
         self.checkpointer = Checkpointer(
-            config, self.folder, "data", _ALONE, lambda: None, tell=lambda _: None, before_write=before_write
+            config, self.folder, "data", _ALONE, before_commit, tell=lambda _: None, before_write=before_write
         )
         self.step = 0
 
@@ -158,6 +165,19 @@ def test_a_write_that_fails_gives_the_checkpoint_up_and_leaves_the_one_before(tm
     with pytest.raises(UserError, match=r"step 2 could not be saved: rank 0: .*no space left on device"):
         training.checkpointer.finish()
     assert [path.name for path in training.folder.checkpoints_dir.iterdir()] == ["step-00000001"]
+
+
+def test_so_does_a_manifest_that_cannot_be_written(tmp_path: Path) -> None:
+    def fail() -> None:
+        raise OSError(28, "No space left on device")
+
+    training = _Training(tmp_path, lambda _: None, before_commit=fail)
+    training.train()
+    training.start_saving()
+    said = r"step 1 could not be saved: .*No space left on device; free some space or lower checkpoint\.keep_last"
+    with pytest.raises(UserError, match=said):
+        training.checkpointer.finish()
+    assert list(training.folder.checkpoints_dir.iterdir()) == []
 
 
 def test_a_file_reads_as_safetensors_do(tmp_path: Path) -> None:

@@ -122,14 +122,9 @@ def _give_up_if_any_failed(folder: CheckpointPath, reports: list[RankReport], st
     if not failed:
         return
     if ranks.rank == 0:
-        # Where a store or a disk is away, what is left has no manifest.
-        with contextlib.suppress(UserError, OSError):
-            remove_checkpoint(folder)
+        _discard(folder)
     rank, reason = failed[0]
-    raise UserError(
-        f"the checkpoint of step {step} could not be saved: rank {rank}: {reason}; "
-        "free some space or lower checkpoint.keep_last, then run again to continue from the one before."
-    )
+    raise _not_saved(step, f"rank {rank}: {reason}")
 
 
 def _commit(
@@ -164,6 +159,23 @@ def _commit(
         write_manifest(folder, manifest)
     except RunFailure as error:
         return error
-    except (UserError, OSError) as error:
+    except UserError as error:
+        # It says itself what to do.
         return UserError(f"the checkpoint of step {training.step} could not be saved: {error}")
+    except OSError as error:
+        _discard(folder)
+        return _not_saved(training.step, str(error))
     return None
+
+
+def _discard(folder: CheckpointPath) -> None:
+    """Make room again; where a store or a disk is away, what is left has no manifest."""
+    with contextlib.suppress(UserError, OSError):
+        remove_checkpoint(folder)
+
+
+def _not_saved(step: int, reason: str) -> UserError:
+    return UserError(
+        f"the checkpoint of step {step} could not be saved: {reason}; "
+        "free some space or lower checkpoint.keep_last, then run again to continue from the one before."
+    )
