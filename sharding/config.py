@@ -11,6 +11,7 @@ Backend = Literal["torch", "deepspeed", "accelerate"]
 ShardingEngine = Literal["fully_shard", "bucketed"]
 Offload = Literal["none", "cpu", "nvme"]
 ComputeDtype = Literal["auto", "fp32", "bf16", "fp16", "fp8"]
+Float8Recipe = Literal["tensorwise", "rowwise"]
 
 
 class ParallelConfig(StrictModel):
@@ -56,8 +57,11 @@ class PrecisionConfig(StrictModel):
     """Number formats of the forward and backward pass; masters, reduction and optimizer state are always fp32."""
 
     compute: ComputeDtype = "auto"
-    """Format of matrix products: `fp32`, `bf16`, `fp16` (with a dynamic loss scale), or `auto` (bf16 where the device
-    has it natively, else fp32)."""
+    """Format of matrix products: `fp32`, `bf16`, `fp16` (with a dynamic loss scale), `fp8` (bf16, and linear layers of
+    blocks in 8 bits), or `auto` (bf16 where the device has it natively, else fp32)."""
+
+    fp8_recipe: Float8Recipe = "tensorwise"
+    """What has one scale under `fp8`: a whole tensor (faster), or each row (closer to bf16)."""
 
     initial_loss_scale: float = Field(default=65536.0, ge=1.0)
     """First factor of the loss under `fp16`; it halves after an overflow, whose step all ranks skip."""

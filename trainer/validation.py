@@ -127,8 +127,17 @@ def _validate_parallel(config: "RunConfig") -> None:
         degree = getattr(parallel, axis)
         if degree != 1:
             raise UserError(f"parallel.{axis}={degree} is not there yet; only 1 is accepted for now.")
-    if config.precision.compute == "fp8":
-        raise UserError("precision.compute=fp8 is not there yet; use auto, fp32, bf16 or fp16.")
+    precision = config.precision
+    if precision.compute == "fp8" and parallel.backend != "torch":
+        raise UserError(
+            f"precision.compute=fp8 is there under parallel.backend=torch only, but it is {parallel.backend}; choose "
+            "torch, or precision.compute=bf16."
+        )
+    if precision.compute != "fp8" and precision.fp8_recipe != type(precision).model_fields["fp8_recipe"].default:
+        raise UserError(
+            f"precision.fp8_recipe={precision.fp8_recipe} has an effect under precision.compute=fp8 only, but it is "
+            f"{precision.compute}; set that, or remove precision.fp8_recipe."
+        )
     if parallel.replicate > 1 and parallel.strategy != "hsdp":
         raise UserError(
             f"parallel.replicate={parallel.replicate} has a meaning under strategy hsdp only, but "
@@ -278,11 +287,15 @@ def _validate_world(config: "RunConfig", world: World) -> None:
             "parallel.backend=accelerate does parallel.strategy=zero3 on GPUs alone: without one it would train plain "
             "DDP and say nothing; use parallel.backend=torch or deepspeed, or parallel.strategy=ddp."
         )
-    if config.optimizer.name == "adamw8bit" and find_spec("torchao") is None:
-        raise UserError(
-            "optimizer.name=adamw8bit needs torchao, which is not installed; install it with "
-            "pip install 'shardline[eight-bit]', or set optimizer.name to adamw."
-        )
+    for setting, is_eight_bit, other in (
+        ("optimizer.name=adamw8bit", config.optimizer.name == "adamw8bit", "optimizer.name to adamw"),
+        ("precision.compute=fp8", config.precision.compute == "fp8", "precision.compute to bf16"),
+    ):
+        if is_eight_bit and find_spec("torchao") is None:
+            raise UserError(
+                f"{setting} needs torchao, which is not installed; install it with pip install 'shardline[eight-bit]', "
+                f"or set {other}."
+            )
     if parallel.strategy == "none" and num_ranks > 1:
         raise UserError(
             f"parallel.strategy=none runs on one rank, but there are {num_ranks}; "

@@ -75,7 +75,10 @@ def test_text_that_is_not_yaml(tmp_path: Path) -> None:
         (["batch.globl_size=8"], ["unknown key batch.globl_size", "did you mean batch.global_size?"]),
         (["steps=many"], ["steps='many'", "valid integer"]),
         (["batch.global_size=10"], ["batch.global_size=10", "batch.micro_size=3 x 2 ranks = 6", "6 or 12"]),
-        (["precision.compute=fp8"], ["precision.compute=fp8 is not there yet"]),
+        (
+            ["precision.compute=fp8", "parallel.backend=deepspeed"],
+            ["precision.compute=fp8 is there under parallel.backend=torch only"],
+        ),
         (
             ["parallel.backend=deepspeed", "parallel.strategy=ddp"],
             ["parallel.backend=deepspeed cannot do", "zero1, zero2"],

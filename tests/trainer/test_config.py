@@ -155,7 +155,14 @@ def test_refused(config_file: Path, override: str, message: str) -> None:
         (["parallel.tensor=2"], "parallel.tensor=2 is not there yet"),
         (["parallel.context=2"], "parallel.context=2 is not there yet"),
         (["parallel.pipeline=2"], "parallel.pipeline=2 is not there yet"),
-        (["precision.compute=fp8"], "precision.compute=fp8 is not there yet"),
+        (
+            ["precision.compute=fp8", "parallel.backend=deepspeed"],
+            "precision.compute=fp8 is there under parallel.backend=torch only, but it is deepspeed",
+        ),
+        (
+            ["precision.fp8_recipe=rowwise"],
+            "precision.fp8_recipe=rowwise has an effect under precision.compute=fp8 only",
+        ),
         (["schedule.name=constant", _ENDLESS, "schedule.final_lr_ratio=0.0"], "schedule.final_lr_ratio has a meaning"),
         (["schedule.name=exponential", _ENDLESS], "needs schedule.decay_every_steps, which is 0"),
         (["schedule.name=step", _ENDLESS], "schedule.decay_every_steps=0 or schedule.milestones=[]: set exactly one"),

@@ -1,0 +1,57 @@
+"""Matrix products of blocks in 8-bit floating point, by torchao."""
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from sharding.config import Float8Recipe
+from sharding.errors import UserError
+
+# Kernels take multiples of this many rows and columns.
+_MULTIPLE = 16
+# Compute capability: that of the first GPUs with such products, and with one scale for each row.
+_LEAST_CAPABILITY: dict[Float8Recipe, tuple[int, int]] = {"tensorwise": (8, 9), "rowwise": (9, 0)}
+
+
+def check_float8(recipe: Float8Recipe, device: torch.device) -> None:
+    """Assert that the device has products in 8 bits; a CPU, which rounds to 8 bits and multiplies in more, passes.
+
+    Raises:
+        UserError: the GPU is too old.
+    """
+    if device.type != "cuda":
+        return
+    found, least = torch.cuda.get_device_capability(device), _LEAST_CAPABILITY[recipe]
+    if found < least:
+        raise UserError(
+            f"precision.compute=fp8 with precision.fp8_recipe={recipe} needs a GPU of compute capability "
+            f"{least[0]}.{least[1]} or newer, but {torch.cuda.get_device_name(device)} has {found[0]}.{found[1]}; "
+            "use precision.compute=bf16."
+        )
+
+
+def convert_linear_layers(block: nn.Module, recipe: Float8Recipe, device: torch.device) -> int:
+    """Let the linear layers of a block multiply in 8 bits; returns how many do.
+
+    Inputs, weights and gradients are scaled by their largest value, of the whole tensor or of each row, and rounded
+    before each of a layer's three products (Micikevicius et al., "FP8 Formats for Deep Learning", 2022). Parameters
+    stay as they are, with their names, so a checkpoint does not know of it. Layers whose sizes are not multiples of 16
+    are left alone. This must come before compilation and sharding.
+
+    Args:
+        block: a transformer block with its initial values.
+        recipe: what has one scale.
+        device: where it computes; on a CPU products are of rounded values, but in more bits.
+    """
+    # Imports Triton and half of torch's compiler.
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    config = replace(Float8LinearConfig.from_recipe_name(recipe), emulate=device.type != "cuda")
+
+    def is_fit(module: nn.Module, _name: str) -> bool:
+        return isinstance(module, nn.Linear) and not (module.in_features % _MULTIPLE or module.out_features % _MULTIPLE)
+
+    num_layers = sum(is_fit(module, "") for module in block.modules())
+    convert_to_float8_training(block, module_filter_fn=is_fit, config=config)
+    return num_layers
