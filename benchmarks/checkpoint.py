@@ -1,18 +1,17 @@
 """``shardline bench checkpoint``: what saving costs a run, in the background and in place, and how fast it loads.
 
-``python -m benchmarks.checkpoint [--saves 30] [--every 10] [--loads 5] [--output FOLDER] [--nproc N] [key=value ...]``
+``python -m benchmarks.checkpoint [--saves 30] [--every 10] [--loads 5] [--output FOLDER] [--nproc N]
+[--report FILE] [key=value ...]``
 
 The quickstart's run is trained twice from its start, once with each way of saving, and then loaded. Every step's time
 and what of it was waiting for a save is written as a row. See docs/benchmarks.md.
 """
 
 import argparse
-import json
 import os
 import signal
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +19,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.checkpoint_table import markdown, plot
+from benchmarks.checkpoint_table import markdown, plot, series
+from benchmarks.comparison import changes_since_last
 from benchmarks.facts import collect_facts
 from benchmarks.overrides import refuse
 from benchmarks.ranks import run_ranks
+from benchmarks.result_files import append_row, raw_file, write_report
 from sharding.errors import UserError, ends_with_a_sentence
 from trainer.config import load_config
 from trainer.data.prepare import prepare_corpus
@@ -69,8 +70,12 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--loads", type=int, default=5, help="how often a checkpoint is loaded")
     parser.add_argument("--nproc", type=int, default=0, help="ranks; 0 means one per GPU, or 2 where there is none")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="folder for the results")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write table and plot of a raw file, and no more")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the run")
     options = parser.parse_intermixed_args(arguments)
+    if options.report is not None:
+        report(options.report)
+        return 0
     return _measure(options)
 
 
@@ -82,18 +87,17 @@ def _measure(options: argparse.Namespace) -> int:
             "one to the next, of which one is beside a write and one is not, and 1 load are needed; raise them."
         )
     refuse(options.overrides, _DECIDED, "shardline bench checkpoint decides this itself; remove it.")
-    device = "gpu" if torch.cuda.is_available() else "cpu"
-    options.output.mkdir(parents=True, exist_ok=True)
-    raw = options.output / f"checkpoint_{num_ranks}x{device}_{time.strftime('%Y%m%d_%H%M%S')}.jsonl"
+    raw = raw_file(options.output, "checkpoint", num_ranks, has_gpu=torch.cuda.is_available())
     # Where the results go, and not in memory, as temporary folders may be.
     with tempfile.TemporaryDirectory(prefix=".checkpoint-", dir=options.output) as folder:
         status = _measure_in(Path(folder), options, num_ranks, raw)
-    rows = [json.loads(line) for line in raw.read_text().splitlines()]
-    table = markdown(rows, raw.name)
-    raw.with_suffix(".md").write_text(table)
-    raw.with_suffix(".svg").write_text(plot(rows))
-    print(f"\n{table}\nwritten to {raw}, .md and .svg; what libraries said is in .log")
+    report(raw)
     return status
+
+
+def report(raw: Path) -> None:
+    """Write table and plot beside a raw file, and print the table."""
+    write_report(raw, markdown, plot, changes_since_last(raw, series))
 
 
 def _measure_in(folder: Path, options: argparse.Namespace, num_ranks: int, raw: Path) -> int:
@@ -124,20 +128,16 @@ def _measure_in(folder: Path, options: argparse.Namespace, num_ranks: int, raw: 
         )
         if mode == MODES[0]:
             facts = collect_facts(_PACKAGES) | {"command": ["shardline", "bench", "checkpoint", *sys.argv[1:]]}
-            header = {"kind": "header", "num_ranks": num_ranks, "threads": assignment.threads, **facts}
-            _append(raw, header | {"config": assignment.config})
+            setup = {"every": options.every, "overrides": options.overrides, "threads": assignment.threads}
+            header = {"kind": "header", "num_ranks": num_ranks, "threads": assignment.threads, "setup": setup, **facts}
+            append_row(raw, header | {"config": assignment.config})
         # A run's own heap.
         log = raw.with_suffix(".log")
         status = run_ranks("benchmarks.checkpoint_rank", assignment, num_ranks, log, variables={})
-        _append(raw, {"kind": "end", "mode": mode, "exit_code": status, "load_average": os.getloadavg()})
+        append_row(raw, {"kind": "end", "mode": mode, "exit_code": status, "load_average": os.getloadavg()})
         if status:
             return status
     return 0
-
-
-def _append(path: Path, row: dict[str, Any]) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.comparison import Series
 from benchmarks.overhead_table import facts
 from benchmarks.plots import Bar, bars
 from benchmarks.protocol import Ratio, ratio_of_medians
@@ -51,12 +52,20 @@ def step_times_beside_writes(rows: Sequence[Row]) -> tuple[list[float], list[flo
     return beside, others
 
 
-def markdown(rows: Sequence[Row], file: str) -> str:
+def series(rows: Sequence[Row]) -> dict[str, Series]:
+    """What a repeated result is compared by: seconds that saves keep training waiting, and that loads take."""
+    found = {f"blocks, {mode}": Series(blocking_times(rows, mode)) for mode in _MODES}
+    found["load"] = Series([row["seconds"] for row in rows if row["kind"] == "load"])
+    return {name: one for name, one in found.items() if one.values}
+
+
+def markdown(rows: Sequence[Row], file: str, changes: Sequence[str] = ()) -> str:
     """The result as Markdown.
 
     Args:
         rows: what the raw file holds.
         file: name of the raw file.
+        changes: lines that say what has changed since the last result.
     """
     header = rows[0]
     lines = [*facts(header, "Saving and loading"), ""]
@@ -64,6 +73,8 @@ def markdown(rows: Sequence[Row], file: str) -> str:
         f"{header['num_ranks']} ranks with {header['threads']} threads each. The configuration is in the raw file."
     ]
     lines += ["", *_saving(rows), "", *_verdict(rows), "", *_loading(rows)]
+    if changes:
+        lines += ["", *changes]
     return "\n".join([*lines, "", f"Raw times: `{file}`."]) + "\n"
 
 

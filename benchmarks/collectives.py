@@ -8,11 +8,9 @@ started on this machine. See docs/benchmarks.md.
 """
 
 import argparse
-import json
 import os
 import signal
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,9 +19,10 @@ import torch
 
 from benchmarks.collectives_rank import CollectivesAssignment, measure_here
 from benchmarks.collectives_table import markdown, plot, series
-from benchmarks.comparison import RESULTS, changes_markdown, compare, difference_of_setup, last_result, read_rows
+from benchmarks.comparison import changes_since_last
 from benchmarks.facts import collect_facts
 from benchmarks.ranks import run_ranks
+from benchmarks.result_files import append_row, raw_file, write_report
 from sharding.errors import UserError, ends_with_a_sentence
 from sharding.rank_place import place_variables, read_ranks
 
@@ -48,8 +47,7 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError(f"--rounds {options.rounds} --warmup {options.warmup}: each must be at least 1.")
     if num_ranks < 2:
         raise UserError(f"--nproc {num_ranks}: one rank talks to nobody; measure at least 2.")
-    device = "gpu" if torch.cuda.is_available() else "cpu"
-    raw = options.output / f"collectives_{num_ranks}x{device}_{time.strftime('%Y%m%d_%H%M%S')}.jsonl"
+    raw = raw_file(options.output, "collectives", num_ranks, has_gpu=torch.cuda.is_available())
     assignment = CollectivesAssignment(
         sizes=sizes,
         num_warmup=options.warmup,
@@ -58,14 +56,13 @@ def main(arguments: Sequence[str]) -> int:
         output=str(raw.absolute()),
     )
     if rank == 0:
-        options.output.mkdir(parents=True, exist_ok=True)
-        _append(raw, _header(options, assignment, num_ranks, ranks_here))
+        append_row(raw, _header(options, assignment, num_ranks, ranks_here))
     if is_rank:
         status = measure_here(assignment)
     else:
         status = run_ranks("benchmarks.collectives_rank", assignment, num_ranks, raw.with_suffix(".log"))
     if rank == 0:
-        _append(raw, {"kind": "end", "exit_code": status, "load_average": os.getloadavg()})
+        append_row(raw, {"kind": "end", "exit_code": status, "load_average": os.getloadavg()})
         report(raw)
     return status
 
@@ -89,11 +86,7 @@ def message_sizes(smallest: int, largest: int, factor: int) -> list[int]:
 
 def report(raw: Path) -> None:
     """Write table and plot beside a raw file, and print the table."""
-    rows = read_rows(raw)
-    table = markdown(rows, raw.name, _changes(raw, rows))
-    raw.with_suffix(".md").write_text(table)
-    raw.with_suffix(".svg").write_text(plot(rows))
-    print(f"\n{table}\nwritten to {raw}, .md and .svg; what libraries said is in .log")
+    write_report(raw, markdown, plot, changes_since_last(raw, series))
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -124,20 +117,6 @@ def _header(
         "backend": "nccl" if torch.cuda.is_available() else "gloo",
         "setup": {"sizes": assignment.sizes, "threads": assignment.threads},
     }
-
-
-def _changes(raw: Path, rows: Sequence[dict[str, Any]]) -> list[str]:
-    before = last_result(raw, [raw.parent, RESULTS])
-    if before is None:
-        return []
-    old_rows = read_rows(before)
-    difference = difference_of_setup(rows[0], old_rows[0])
-    return changes_markdown(compare(series(rows), series(old_rows)), before.name, difference)
-
-
-def _append(path: Path, row: dict[str, Any]) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """A result beside the one before it: how much every row has changed, and whether that is more than noise."""
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.protocol import CONFIDENCE, Ratio
+from benchmarks.result_files import Rows, last_result, read_rows
 
 RESULTS = Path(__file__).resolve().parent / "results"
 """Results that are kept with the code; the last file of a kind is also looked for here."""
@@ -55,6 +55,23 @@ class Change:
         return not self.ratio.low - _LEAST_CHANGE <= 1.0 <= self.ratio.high + _LEAST_CHANGE
 
 
+def changes_since_last(raw: Path, series_of: Callable[[Rows], Mapping[str, Series]]) -> list[str]:
+    """Lines that say what has changed since the last result of the same kind; none where this is the first.
+
+    It is looked for in the same folder and among the results that are kept with the code.
+
+    Args:
+        raw: this result's raw file.
+        series_of: what rows of a raw file are compared by, by name.
+    """
+    before = last_result(raw, [raw.parent, RESULTS])
+    if before is None:
+        return []
+    rows, old_rows = read_rows(raw), read_rows(before)
+    changes = compare(series_of(rows), series_of(old_rows))
+    return changes_markdown(changes, before.name, difference_of_setup(rows[0], old_rows[0]))
+
+
 def compare(now: Mapping[str, Series], before: Mapping[str, Series]) -> list[Change]:
     """The change of every row that both results have, in the order of the new one.
 
@@ -92,26 +109,6 @@ def ratio_of_independent(numerator: Series, denominator: Series, seed: int = 0) 
     return Ratio(_median(numerator) / _median(denominator), float(low), float(high))
 
 
-def last_result(raw: Path, folders: Sequence[Path]) -> Path | None:
-    """The newest file of the same kind, with the same name but for the time, from before; None where there is none.
-
-    Args:
-        raw: a raw file, ``KIND_RANKSxDEVICE_DATE_TIME.jsonl``.
-        folders: where to look.
-    """
-    kind = "_".join(raw.name.split("_")[:2])
-    # A file that was kept may have lost the time of day in its name.
-    times = {path: _header(path).get("time", "") for folder in folders for path in folder.glob(f"{kind}_*.jsonl")}
-    own = _header(raw).get("time", "")
-    earlier = [path for path, time in times.items() if path.resolve() != raw.resolve() and time < own]
-    return max(earlier, key=times.__getitem__, default=None)
-
-
-def read_rows(raw: Path) -> list[dict[str, Any]]:
-    """The rows of a raw file."""
-    return [json.loads(line) for line in raw.read_text().splitlines()]
-
-
 def difference_of_setup(now: Mapping[str, Any], before: Mapping[str, Any]) -> str:
     """What was different when the earlier result was measured, as a part of a sentence; empty where nothing was.
 
@@ -127,8 +124,11 @@ def difference_of_setup(now: Mapping[str, Any], before: Mapping[str, Any]) -> st
         if old != new:
             found.append(f"hardware {key} {old}, now {new}")
     for section in ("packages", "setup"):
+        if section in now and section not in before:
+            found.append(f"its {section} is not recorded")
+            continue
         for name, new in now.get(section, {}).items():
-            old = before.get(section, {}).get(name)
+            old = before[section].get(name)
             if old != new:
                 found.append(f"{name} {old}, now {new}")
     return "; ".join(found)
@@ -177,10 +177,3 @@ def _resampled_medians(series: Series, generator: np.random.Generator) -> np.nda
         above, below = np.median(pairs[:, chosen], axis=2)
         medians.append(above / below)
     return np.concatenate(medians)
-
-
-def _header(raw: Path) -> dict[str, Any]:
-    with raw.open() as file:
-        line = file.readline()
-    header: dict[str, Any] = json.loads(line) if line else {}
-    return header

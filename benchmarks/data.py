@@ -1,7 +1,8 @@
 """``shardline bench data``: the loader alone, the tokenizer by number of threads, and a corpus of 10^12 tokens.
 
 ``python -m benchmarks.data [--sequence-length 2048] [--batch-size 8] [--num-tokens 268435456] [--num-windows 21]
-[--window-steps 1000] [--huge-tokens 1000000000000] [--output FOLDER]``
+[--window-steps 1000] [--num-documents 500] [--huge-tokens 1000000000000] [--repeats 5] [--output FOLDER]
+[--report FILE]``
 
 A shard of random uint16 tokens is written to a temporary folder and read once; then batches are taken in windows, in
 turn on demand and through the prefetch thread, on one core. See docs/benchmarks.md.
@@ -17,13 +18,14 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.data_table import markdown, plot
+from benchmarks.comparison import changes_since_last
+from benchmarks.data_table import markdown, plot, series
 from benchmarks.facts import collect_facts
+from benchmarks.result_files import append_row, raw_file, write_report
 from sharding.errors import UserError, ends_with_a_sentence
 from trainer.config import load_config
 from trainer.data.blocks import BLOCK_BYTES, hash_blocks
@@ -161,14 +163,19 @@ from tokenizers import Tokenizer
 tokenizer = Tokenizer.from_file(sys.argv[1])
 texts = json.loads(open(sys.argv[2]).read())
 tokenizer.encode_batch(texts[:8])
-began_at = time.perf_counter()
-num_tokens = sum(len(one.ids) for one in tokenizer.encode_batch(texts))
-print(num_tokens / (time.perf_counter() - began_at))
+rates = []
+for _ in range(int(sys.argv[3])):
+    began_at = time.perf_counter()
+    num_tokens = sum(len(one.ids) for one in tokenizer.encode_batch(texts))
+    rates.append(num_tokens / (time.perf_counter() - began_at))
+print(json.dumps(rates))
 """
 
 
-def measure_tokenizer(folder: Path, num_documents: int, num_threads: list[int]) -> dict[int, float]:
-    """Tokens per second of the embedded corpus's tokenizer on its own documents, by number of threads."""
+def measure_tokenizer(
+    folder: Path, num_documents: int, num_threads: list[int], num_repeats: int
+) -> dict[int, list[float]]:
+    """Tokens per second of the embedded corpus's tokenizer on its own documents, each time, by number of threads."""
     config = load_config(_QUICKSTART)
     corpus = prepare_corpus(config.data)
     texts = [path.read_text(errors="replace") for path in stdlib_files()[:num_documents]]
@@ -179,12 +186,13 @@ def measure_tokenizer(folder: Path, num_documents: int, num_threads: list[int]) 
         _TOKENIZE,
         str(corpus.tokenizer_dir / "tokenizer.json"),
         str(folder / "texts.json"),
+        str(num_repeats),
     ]
     rates = {}
     for number in num_threads:
         environment = os.environ | {"RAYON_NUM_THREADS": str(number), "TOKENIZERS_PARALLELISM": "true"}
         finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        rates[number] = float(finished.stdout)
+        rates[number] = json.loads(finished.stdout)
     return rates
 
 
@@ -199,37 +207,53 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--window-steps", type=int, default=1000)
     parser.add_argument("--num-documents", type=int, default=500, help="files of the standard library to tokenise")
     parser.add_argument("--huge-tokens", type=int, default=10**12, help="tokens of the corpus that takes no space")
+    parser.add_argument("--repeats", type=int, default=5, help="of tokenising, and of opening the large corpus")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="folder for the results")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write table and plot of a raw file, and no more")
     options = parser.parse_args(arguments)
-    if options.num_windows < 2:
-        raise UserError(f"--num-windows {options.num_windows}: at least 2 are needed for quartiles; raise it.")
-    options.output.mkdir(parents=True, exist_ok=True)
-    raw = options.output / f"data_1xcpu_{time.strftime('%Y%m%d_%H%M%S')}.jsonl"
-    settings = {name: value for name, value in vars(options).items() if name != "output"}
+    if options.report is not None:
+        report(options.report)
+        return 0
+    if options.num_windows < 2 or options.repeats < 2:
+        raise UserError(
+            f"--num-windows {options.num_windows} --repeats {options.repeats}: at least 2 are needed for quartiles; "
+            "raise them."
+        )
+    _measure(options)
+    return 0
+
+
+def report(raw: Path) -> None:
+    """Write table and plot beside a raw file, and print the table."""
+    write_report(raw, markdown, plot, changes_since_last(raw, series))
+
+
+def _measure(options: argparse.Namespace) -> None:
+    # The loader works on a CPU, whatever else there is.
+    raw = raw_file(options.output, "data", 1, has_gpu=False)
+    settings = {name: value for name, value in vars(options).items() if name not in ("output", "report", "repeats")}
     command = ["shardline", "bench", "data", *sys.argv[1:]]
-    rows: list[dict[str, Any]] = [{"kind": "header", **collect_facts(_PACKAGES), "command": command, "setup": settings}]
+    append_row(raw, {"kind": "header", **collect_facts(_PACKAGES), "command": command, "setup": settings})
     cores = sorted(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory(prefix=".data-", dir=options.output) as folder:
-        rates = measure_tokenizer(Path(folder), options.num_documents, _doubling(len(cores)))
-        rows += [{"kind": "tokenizer", "num_threads": n, "tokens_per_s": rate} for n, rate in rates.items()]
+        rates = measure_tokenizer(Path(folder), options.num_documents, _doubling(len(cores)), options.repeats)
+        for num_threads, values in rates.items():
+            append_row(raw, {"kind": "tokenizer", "num_threads": num_threads, "tokens_per_s": values})
         huge = Path(folder) / "huge"
         huge.mkdir()
         (huge / "facts.json").write_text(make_huge_stream(huge, options.huge_tokens).model_dump_json())
-        found = measure_first_batch(huge, options.sequence_length, options.batch_size)
-        rows.append({"kind": "first batch", "num_tokens": options.huge_tokens, **found})
+        for _ in range(options.repeats):
+            found = measure_first_batch(huge, options.sequence_length, options.batch_size)
+            append_row(raw, {"kind": "first batch", "num_tokens": options.huge_tokens, **found})
         os.sched_setaffinity(0, {cores[0]})
         torch.set_num_threads(1)
         stream = make_stream(Path(folder), options.num_tokens, 1 << 26)
         windows = measure_windows(
             stream, options.sequence_length, options.batch_size, options.num_windows, options.window_steps
         )
-        rows += [{"kind": "loader", "loader": name, "tokens_per_s": values} for name, values in windows.items()]
-    raw.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    table = markdown(rows, raw.name)
-    raw.with_suffix(".md").write_text(table)
-    raw.with_suffix(".svg").write_text(plot(rows))
-    print(f"\n{table}\nwritten to {raw}, .md and .svg")
-    return 0
+        for name, values in windows.items():
+            append_row(raw, {"kind": "loader", "loader": name, "tokens_per_s": values})
+    report(raw)
 
 
 def _doubling(num_cores: int) -> list[int]:

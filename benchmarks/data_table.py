@@ -1,11 +1,12 @@
 """The table of ``shardline bench data``, from its raw rows."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from statistics import median, quantiles
-from typing import Any
 
+from benchmarks.comparison import Series
 from benchmarks.overhead_table import facts
 from benchmarks.plots import Bar, bars
+from benchmarks.result_files import Rows
 
 WANTED_TOKENS_PER_S = 50e6
 """Target of the loader on one core."""
@@ -13,12 +14,26 @@ WANTED_TOKENS_PER_S = 50e6
 _MIB = 2**20
 
 
-def markdown(rows: Sequence[Mapping[str, Any]], file: str) -> str:
+def series(rows: Rows) -> dict[str, Series]:
+    """What a repeated result is compared by: rates of the loader and the tokenizer, and times to a first batch."""
+    found = {row["loader"]: Series(row["tokens_per_s"]) for row in rows if row["kind"] == "loader"}
+    for row in rows:
+        # Results before November 29, 2026 have one value, which says nothing of noise.
+        if row["kind"] == "tokenizer" and isinstance(row["tokens_per_s"], list):
+            found[f"tokenizer, {row['num_threads']} threads"] = Series(row["tokens_per_s"])
+    seconds = _first_batches(rows)
+    if len(seconds) > 1:
+        found["first batch"] = Series(seconds)
+    return found
+
+
+def markdown(rows: Rows, file: str, changes: Sequence[str] = ()) -> str:
     """The result as Markdown.
 
     Args:
         rows: what the raw file holds.
         file: name of the raw file.
+        changes: lines that say what has changed since the last result.
     """
     header = rows[0]
     settings = header["setup"]
@@ -35,18 +50,25 @@ def markdown(rows: Sequence[Mapping[str, Any]], file: str) -> str:
             low, _, high = quantiles(row["tokens_per_s"], n=4, method="inclusive")
             cells = f"{median(row['tokens_per_s']) / 1e6:.0f} | {low / 1e6:.0f} to {high / 1e6:.0f}"
             lines.append(f"| {row['loader']} | {cells} |")
-    lines += ["", "| threads of the tokenizer | million tokens/s |", "| --- | --- |"]
-    lines += [f"| {r['num_threads']} | {r['tokens_per_s'] / 1e6:.2f} |" for r in rows if r["kind"] == "tokenizer"]
-    first = next(row for row in rows if row["kind"] == "first batch")
+    lines += ["", "| threads of the tokenizer | million tokens/s | quartiles |", "| --- | --- | --- |"]
+    for row in rows:
+        if row["kind"] == "tokenizer":
+            low, middle, high = (value / 1e6 for value in quantiles(row["tokens_per_s"], n=4, method="inclusive"))
+            lines.append(f"| {row['num_threads']} | {middle:.2f} | {low:.2f} to {high:.2f} |")
+    firsts = [row for row in rows if row["kind"] == "first batch"]
+    low, middle, high = quantiles(_first_batches(rows), n=4, method="inclusive")
     lines += [
         "",
-        f"A corpus of {first['num_tokens']:.3g} tokens: the first shuffled batch after {first['seconds']:.2f} s in a "
-        f"process that has imported everything, which adds {first['added_bytes'] / _MIB:,.0f} MiB to it.",
+        f"A corpus of {firsts[0]['num_tokens']:.3g} tokens: the first shuffled batch after {middle:.2f} s "
+        f"({low:.2f} to {high:.2f}) in a process that has imported everything, which adds "
+        f"{median(row['added_bytes'] for row in firsts) / _MIB:,.0f} MiB to it.",
     ]
+    if changes:
+        lines += ["", *changes]
     return "\n".join([*lines, "", f"Raw figures: `{file}`."]) + "\n"
 
 
-def plot(rows: Sequence[Mapping[str, Any]]) -> str:
+def plot(rows: Rows) -> str:
     """Rates of the loader, as SVG."""
     found = []
     for row in rows:
@@ -54,3 +76,7 @@ def plot(rows: Sequence[Mapping[str, Any]]) -> str:
             low, middle, high = (value / 1e6 for value in quantiles(row["tokens_per_s"], n=4, method="inclusive"))
             found.append(Bar(row["loader"], middle, low, high))
     return bars(found, "million tokens/s of the loader on one core, median and quartiles")
+
+
+def _first_batches(rows: Rows) -> list[float]:
+    return [row["seconds"] for row in rows if row["kind"] == "first batch"]

@@ -21,11 +21,15 @@ class Machine:
         num_ranks: ranks.
         has_gpu: whether they compute on GPUs.
         has_bf16: whether ``precision.compute=auto`` chooses bf16.
+        has_fp8: whether it has products in 8 bits, with one scale for each row too.
+        tokenizer_size: tokens of the tokenizer's vocabulary, which the model has where it names no size of its own.
     """
 
     num_ranks: int
     has_gpu: bool
     has_bf16: bool
+    has_fp8: bool
+    tokenizer_size: int
 
 
 @dataclass(frozen=True)
@@ -65,9 +69,14 @@ def _needs_ranks(machine: Machine, _config: RunConfig) -> str:
     return "" if machine.num_ranks > 1 else "one rank has nobody to exchange buckets with"
 
 
-def _needs_odd_vocabulary(_machine: Machine, config: RunConfig) -> str:
-    size = config.model.config.get("vocab_size", config.data.vocab_size)
+def _needs_odd_vocabulary(machine: Machine, config: RunConfig) -> str:
+    size = config.model.config.get("vocab_size", machine.tokenizer_size)
     return "" if size % _VOCABULARY_MULTIPLE else f"the vocabulary of {size} is a multiple of it already"
+
+
+def _needs_fp8(machine: Machine, config: RunConfig) -> str:
+    missing = "" if machine.has_fp8 else "this device has no products in 8 bits"
+    return missing or _needs_torchao(machine, config)
 
 
 def _needs_torchao(_machine: Machine, _config: RunConfig) -> str:
@@ -99,6 +108,13 @@ LADDER = (
     ),
     Rung("+ compiled blocks", ("compile.enabled=true",)),
     Rung("+ bucketed engine", ("parallel.engine=bucketed",), why_not=_needs_ranks),
+    Rung("fp8 products", ("precision.compute=fp8",), is_kept=False, why_not=_needs_fp8),
+    Rung(
+        "fp8 products, a scale a row",
+        ("precision.compute=fp8", "precision.fp8_recipe=rowwise"),
+        is_kept=False,
+        why_not=_needs_fp8,
+    ),
     Rung("CUDA graphs", ("compile.mode=reduce-overhead",), is_kept=False, why_not=_needs_gpu),
     Rung("autotuned kernels", ("compile.mode=max-autotune-no-cudagraphs",), is_kept=False, why_not=_needs_gpu),
     Rung("selective checkpointing", ("activation_checkpointing.mode=selective",), is_kept=False),
@@ -119,7 +135,7 @@ def rung_config(
         rung: which.
         size: the model.
         kept: what the rungs below have turned on.
-        overrides: the user's changes, last but for the technique itself.
+        overrides: the user's changes, of nothing that a rung decides.
         machine: where it runs.
         num_steps: steps that are needed.
 
@@ -143,7 +159,7 @@ def rung_config(
     if reason:
         raise UserError(reason)
     config = load_config(size.config, [*below, *rung.overrides])
-    if not any(override.startswith("batch.global_size=") for override in overrides):
+    if not size.has_own_batch and not any(override.startswith("batch.global_size=") for override in overrides):
         global_size = config.batch.micro_size * _ACCUMULATION_STEPS * machine.num_ranks
         config = config.model_copy(update={"batch": config.batch.model_copy(update={"global_size": global_size})})
     validate(config, World(machine.num_ranks, machine.has_gpu))

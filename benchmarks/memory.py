@@ -8,24 +8,23 @@ docs/benchmarks.md.
 """
 
 import argparse
-import json
 import os
 import signal
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from benchmarks.comparison import RESULTS, changes_markdown, compare, difference_of_setup, last_result, read_rows
+from benchmarks.comparison import changes_since_last
 from benchmarks.facts import collect_facts
 from benchmarks.memory_rank import MemoryAssignment
 from benchmarks.memory_table import markdown, plot, series
 from benchmarks.ranks import run_ranks
+from benchmarks.result_files import append_row, raw_file, write_report
 from sharding.errors import UserError, ends_with_a_sentence
 from trainer.config import RunConfig, load_config
+from trainer.data.prepare import prepare_corpus
 from trainer.threads import threads_per_rank
 from trainer.validation import World, validate
 
@@ -85,9 +84,7 @@ def _measure(options: argparse.Namespace) -> int:
     configs = {case: case_config(case, options.config, num_ranks, options.overrides) for case in chosen}
     threads = threads_per_rank(configs[chosen[0]], num_ranks, os.environ)
     values = {case: config.model_dump(mode="json", by_alias=True) for case, config in configs.items()}
-    options.output.mkdir(parents=True, exist_ok=True)
-    device = "gpu" if has_gpu else "cpu"
-    raw = options.output / f"memory_{num_ranks}x{device}_{time.strftime('%Y%m%d_%H%M%S')}.jsonl"
+    raw = raw_file(options.output, "memory", num_ranks, has_gpu=has_gpu)
     header = {
         "kind": "header",
         **collect_facts(_PACKAGES),
@@ -97,11 +94,11 @@ def _measure(options: argparse.Namespace) -> int:
         "setup": {"config": str(options.config or "memory"), "overrides": options.overrides},
         "config": values[chosen[0]],
     }
-    _append(raw, header)
+    append_row(raw, header)
     status = run_ranks(
         "benchmarks.memory_rank", MemoryAssignment(values, threads, str(raw)), num_ranks, raw.with_suffix(".log")
     )
-    _append(raw, {"kind": "end", "exit_code": status})
+    append_row(raw, {"kind": "end", "exit_code": status})
     report(raw)
     return status
 
@@ -120,6 +117,10 @@ def case_config(case: str, config: Path | None, num_ranks: int, overrides: Seque
     """
     fixed = ["name=memory", "tracking.wandb.mode=disabled", *CASES[case]]
     loaded = load_config(config or _QUICKSTART, [*([] if config else _MODEL), *fixed, *overrides])
+    if config:
+        # Ranks read no text, but a tokenizer that was not trained here decides how large its vocabulary is.
+        vocab_size = prepare_corpus(loaded.data).vocab_size
+        loaded = loaded.model_copy(update={"data": loaded.data.model_copy(update={"vocab_size": vocab_size})})
     if not any(override.startswith("batch.global_size=") for override in overrides):
         global_size = loaded.batch.micro_size * _ACCUMULATION_STEPS * num_ranks
         loaded = loaded.model_copy(update={"batch": loaded.batch.model_copy(update={"global_size": global_size})})
@@ -129,25 +130,7 @@ def case_config(case: str, config: Path | None, num_ranks: int, overrides: Seque
 
 def report(raw: Path) -> None:
     """Write table and plot beside a raw file, and print the table."""
-    rows = read_rows(raw)
-    table = markdown(rows, raw.name, _changes(raw, rows))
-    raw.with_suffix(".md").write_text(table)
-    raw.with_suffix(".svg").write_text(plot(rows))
-    print(f"\n{table}\nwritten to {raw}, .md and .svg; what libraries said is in .log")
-
-
-def _changes(raw: Path, rows: Sequence[dict[str, Any]]) -> list[str]:
-    before = last_result(raw, [raw.parent, RESULTS])
-    if before is None:
-        return []
-    old_rows = read_rows(before)
-    difference = difference_of_setup(rows[0], old_rows[0])
-    return changes_markdown(compare(series(rows), series(old_rows)), before.name, difference)
-
-
-def _append(path: Path, row: dict[str, Any]) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    write_report(raw, markdown, plot, changes_since_last(raw, series))
 
 
 if __name__ == "__main__":

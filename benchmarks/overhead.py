@@ -1,7 +1,7 @@
 """``shardline bench overhead``: a step of Shardline beside the same step of a plain loop and of its peers.
 
 ``python -m benchmarks.overhead [--sizes tiny,quickstart] [--pairs 300] [--warmup 22] [--control] [--output FOLDER]
-[--nproc N] [key=value ...]``
+[--nproc N] [--report FILE] [key=value ...]``
 
 A plain PyTorch loop, Shardline, Accelerate, Lightning Fabric and the Trainer of transformers train the same model from
 the same parameters on the same batches, all in one process group, taking turns step by step. Each row of the result is
@@ -10,23 +10,22 @@ a median step time and its ratio to the plain loop's. See docs/benchmarks.md.
 
 import argparse
 import importlib.util
-import json
 import os
 import signal
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from benchmarks.assignment import Assignment
+from benchmarks.comparison import changes_since_last
 from benchmarks.facts import collect_facts
-from benchmarks.overhead_table import markdown, plot
+from benchmarks.overhead_table import markdown, plot, series
 from benchmarks.overrides import refuse
 from benchmarks.ranks import run_ranks
+from benchmarks.result_files import append_row, raw_file, write_report
 from benchmarks.same_work import check_same_work
 from benchmarks.sizes import QUICKSTART, SIZES
 from sharding.errors import UserError, ends_with_a_sentence
@@ -50,6 +49,9 @@ MIN_WARMUP = 2 * _LOG_EVERY_STEPS + 2
 def main(arguments: Sequence[str]) -> int:
     """Measure, write raw times and a table, and print the table; returns the exit status."""
     options = _parse(arguments)
+    if options.report is not None:
+        report(options.report)
+        return 0
     return _measure(options)
 
 
@@ -61,6 +63,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--control", action="store_true", help="let a second copy of the plain loop take part")
     parser.add_argument("--nproc", type=int, default=0, help="ranks; 0 means one per GPU, or 2 where there is none")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="folder for the results")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write table and plot of a raw file, and no more")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the run that all train")
     return parser.parse_intermixed_args(arguments)
 
@@ -78,9 +81,7 @@ def _measure(options: argparse.Namespace) -> int:
         raise UserError("lightning-fabric is not installed, and is one of the peers; pip install lightning-fabric.")
     for config in configs.values():
         prepare_corpus(config.data)
-    device = "gpu" if torch.cuda.is_available() else "cpu"
-    options.output.mkdir(parents=True, exist_ok=True)
-    raw = options.output / f"overhead_{num_ranks}x{device}_{time.strftime('%Y%m%d_%H%M%S')}.jsonl"
+    raw = raw_file(options.output, "overhead", num_ranks, has_gpu=torch.cuda.is_available())
     facts = collect_facts(PACKAGES) | {"command": ["shardline", "bench", "overhead", *sys.argv[1:]]}
     status = 0
     for size, config in configs.items():
@@ -94,17 +95,20 @@ def _measure(options: argparse.Namespace) -> int:
             with_control=options.control,
             output=str(raw),
         )
-        _append(raw, {"size": size, "kind": "header", "num_ranks": num_ranks, **facts, **asdict(assignment)})
+        setup = {"overrides": options.overrides, "threads": threads}
+        header = {"size": size, "kind": "header", "num_ranks": num_ranks, "setup": setup}
+        append_row(raw, header | facts | asdict(assignment))
         status = run_ranks("benchmarks.overhead_rank", assignment, num_ranks, raw.with_suffix(".log"))
-        _append(raw, {"size": size, "kind": "end", "exit_code": status, "load_average": os.getloadavg()})
+        append_row(raw, {"size": size, "kind": "end", "exit_code": status, "load_average": os.getloadavg()})
         if status:
             break
-    rows = [json.loads(line) for line in raw.read_text().splitlines()]
-    table = markdown(rows, raw.name)
-    raw.with_suffix(".md").write_text(table)
-    raw.with_suffix(".svg").write_text(plot(rows))
-    print(f"\n{table}\nwritten to {raw}, .md and .svg; what libraries said is in .log")
+    report(raw)
     return status
+
+
+def report(raw: Path) -> None:
+    """Write table and plot beside a raw file, and print the table."""
+    write_report(raw, markdown, plot, changes_since_last(raw, series))
 
 
 def _sizes(options: argparse.Namespace) -> list[str]:
@@ -144,11 +148,6 @@ def contest_config(size: str, num_ranks: int, overrides: Sequence[str]) -> RunCo
     validate(config, World(num_ranks, has_gpu=torch.cuda.is_available()))
     check_same_work(config)
     return config
-
-
-def _append(path: Path, row: dict[str, Any]) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

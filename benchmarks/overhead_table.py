@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
+from benchmarks.comparison import Series
 from benchmarks.plots import Bar, ratios
 from benchmarks.protocol import Standing, standings
 
@@ -28,17 +29,29 @@ def step_times(rows: Iterable[Mapping[str, Any]], size: str, clock: str = "wall_
     return {name: [max(row[clock][name]) for row in rounds] for name in sorted(names, key=_place)}
 
 
+def series(rows: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
+    """What a repeated result is compared by: each contestant's step times over the plain loop's, by size."""
+    found: dict[str, Series] = {}
+    for size in dict.fromkeys(row["size"] for row in rows):
+        times = step_times(rows, size)
+        found |= {
+            f"{size}: {name}": Series(t, times[REFERENCE]) for name, t in times.items() if name != REFERENCE and t
+        }
+    return found
+
+
 def _place(name: str) -> int:
     """Where a contestant stands in the table; a control comes last."""
     return _ORDER.index(name) if name in _ORDER else len(_ORDER)
 
 
-def markdown(rows: Sequence[Mapping[str, Any]], file: str) -> str:
+def markdown(rows: Sequence[Mapping[str, Any]], file: str, changes: Sequence[str] = ()) -> str:
     """The result as Markdown: facts, and one table per size.
 
     Args:
         rows: what the raw file holds.
         file: name of the raw file.
+        changes: lines that say what has changed since the last result.
     """
     headers = {row["size"]: row for row in rows if row["kind"] == "header"}
     first = next(iter(headers.values()))
@@ -51,6 +64,8 @@ def markdown(rows: Sequence[Mapping[str, Any]], file: str) -> str:
             found = standings(times, REFERENCE)
             cpu_s = {name: median(values) for name, values in step_times(rows, size, "cpu_s").items()}
             lines += [*_table(found, cpu_s, _loss_differences(rows, size)), "", _verdict(size, found), ""]
+    if changes:
+        lines += [*changes, ""]
     return "\n".join([*lines, f"Raw times: `{file}`."]) + "\n"
 
 

@@ -15,7 +15,6 @@ import os
 import shlex
 import signal
 import sys
-import time
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict
@@ -24,11 +23,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.comparison import RESULTS, changes_markdown, compare, difference_of_setup, last_result, read_rows
+from benchmarks.comparison import changes_since_last
 from benchmarks.contestants.field import builders_of
 from benchmarks.facts import collect_facts
 from benchmarks.race import Rounds
 from benchmarks.ranks import HEAP_VARIABLES, run_ranks
+from benchmarks.result_files import append_row, raw_file, write_report
 from benchmarks.scaling_plan import (
     LOG_EVERY_STEPS,
     MODES,
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str]) -> int:
     for assignment in assignments:
         count = assignment.num_ranks
         status = run_ranks("benchmarks.scaling_rank", assignment, count, raw.with_suffix(".log"))
-        _append(raw, {"kind": "end", "num_ranks": count, "exit_code": status, "load_average": os.getloadavg()})
+        append_row(raw, {"kind": "end", "num_ranks": count, "exit_code": status, "load_average": os.getloadavg()})
         if status:
             break
     report(raw)
@@ -80,11 +80,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def report(raw: Path) -> None:
     """Write table and plot beside a raw file, and print the table."""
-    rows = read_rows(raw)
-    table = markdown(rows, raw.name, _changes(raw, rows))
-    raw.with_suffix(".md").write_text(table)
-    raw.with_suffix(".svg").write_text(plot(rows))
-    print(f"\n{table}\nwritten to {raw}, .md and .svg; what libraries said is in .log")
+    write_report(raw, markdown, plot, _changes(raw))
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -120,9 +116,7 @@ def _plan(options: argparse.Namespace) -> tuple[Path, list[ScalingAssignment]]:
     prepare_corpus(first.data)
     # The same on any number of ranks: a rank that had more cores alone would make the others look bad.
     threads = threads_per_rank(first, ranks_per_node, os.environ)
-    options.output.mkdir(parents=True, exist_ok=True)
-    device = "gpu" if has_gpu else "cpu"
-    raw = options.output / f"scaling_{max(counts)}x{device}_{time.strftime('%Y%m%d_%H%M%S')}.jsonl"
+    raw = raw_file(options.output, "scaling", max(counts), has_gpu=has_gpu)
     size_name = str(options.config) if options.config else options.size
     header = {
         "kind": "header",
@@ -143,7 +137,7 @@ def _plan(options: argparse.Namespace) -> tuple[Path, list[ScalingAssignment]]:
         },
         "config": races[0].config,
     }
-    _append(raw, header)
+    append_row(raw, header)
     return raw, [
         ScalingAssignment(
             num_ranks=count,
@@ -216,26 +210,20 @@ def _check_rounds(rounds: Rounds) -> None:
         )
 
 
-def _changes(raw: Path, rows: Sequence[dict[str, Any]]) -> list[str]:
-    before = last_result(raw, [raw.parent, RESULTS])
-    if before is None:
+def _changes(raw: Path) -> list[str]:
+    rates = changes_since_last(raw, lambda rows: series(rows)[0])
+    if not rates:
         return []
-    old_rows = read_rows(before)
-    difference = difference_of_setup(rows[0], old_rows[0])
-    lines = []
-    for what, now, old in zip(
-        ("Tokens/s, which a busier machine lowers for all", "Ratio to the plain loop, which it does not"),
-        series(rows),
-        series(old_rows),
-        strict=True,
-    ):
-        lines += [f"{what}:", "", *changes_markdown(compare(now, old), before.name, difference), ""]
-    return lines[:-1]
-
-
-def _append(path: Path, row: dict[str, Any]) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    ratios = changes_since_last(raw, lambda rows: series(rows)[1])
+    return [
+        "Tokens/s, which a busier machine lowers for all:",
+        "",
+        *rates,
+        "",
+        "Ratio to the plain loop, which it does not:",
+        "",
+        *ratios,
+    ]
 
 
 if __name__ == "__main__":

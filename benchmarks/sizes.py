@@ -18,11 +18,13 @@ class Size:
         config: file that it starts from.
         overrides: changes to it.
         needs_gpu: whether a CPU would take hours for it.
+        has_own_batch: whether the file's ``batch.global_size`` holds; else it is two micro-batches of each rank.
     """
 
     config: Path
     overrides: tuple[str, ...] = ()
     needs_gpu: bool = False
+    has_own_batch: bool = False
 
 
 # Any text will do where only time counts, and this one is always there; the vocabulary is the model's own all the same.

@@ -1,6 +1,7 @@
 """``shardline bench startup``: from the command to the end of the first step, beside torchrun with a bare script.
 
-``python -m benchmarks.startup [--rounds 9] [--nproc N] [--output FOLDER] [key=value ...]``
+``python -m benchmarks.startup [--rounds 9] [--nproc N] [--output FOLDER] [--report FILE]
+[key=value ...]``
 
 The quickstart's model takes one step, on a corpus that is prepared: started by ``shardline run``, and by ``torchrun``
 with ``benchmarks/contestants/bare_script.py``, which trains the same model on random tokens. See docs/benchmarks.md.
@@ -14,16 +15,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import median, quantiles
-from typing import Any
+from statistics import median
 
+import numpy as np
 import torch
 
+from benchmarks.comparison import Series, changes_since_last
 from benchmarks.facts import collect_facts
 from benchmarks.overhead_table import facts
+from benchmarks.plots import Bar, bars
 from benchmarks.protocol import order_of_round
+from benchmarks.result_files import Rows, append_row, raw_file, write_report
 from sharding.errors import RunFailure, UserError, ends_with_a_sentence
 from trainer.config import RunConfig, load_config
 from trainer.data.prepare import prepare_corpus
@@ -47,23 +51,28 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--rounds", type=int, default=9, help="starts of each; one more of each is discarded")
     parser.add_argument("--nproc", type=int, default=0, help="ranks; 0 means one per GPU, or 2 where there is none")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="folder for the results")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write table and plot of a raw file, and no more")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the run")
     options = parser.parse_intermixed_args(arguments)
-    if options.rounds < 2:
-        raise UserError(f"--rounds {options.rounds}: at least 2 starts are needed for quartiles; raise it.")
+    if options.report is not None:
+        report(options.report)
+        return 0
+    if options.rounds < 1:
+        raise UserError(f"--rounds {options.rounds}: at least 1 start is needed that is not discarded; raise it.")
     num_ranks = options.nproc or torch.cuda.device_count() or 2
-    options.output.mkdir(parents=True, exist_ok=True)
-    device = "gpu" if torch.cuda.is_available() else "cpu"
-    raw = options.output / f"startup_{num_ranks}x{device}_{time.strftime('%Y%m%d_%H%M%S')}.jsonl"
+    raw = raw_file(options.output, "startup", num_ranks, has_gpu=torch.cuda.is_available())
     with tempfile.TemporaryDirectory(prefix=".startup-", dir=options.output) as folder:
-        rows = _measure(Path(folder), options, num_ranks, raw)
-    table = markdown(rows, raw.name)
-    raw.with_suffix(".md").write_text(table)
-    print(f"\n{table}\nwritten to {raw} and .md")
+        _measure(Path(folder), options, num_ranks, raw)
+    report(raw)
     return 0
 
 
-def _measure(folder: Path, options: argparse.Namespace, num_ranks: int, raw: Path) -> list[dict[str, Any]]:
+def report(raw: Path) -> None:
+    """Write table and plot beside a raw file, and print the table."""
+    write_report(raw, markdown, plot, changes_since_last(raw, series))
+
+
+def _measure(folder: Path, options: argparse.Namespace, num_ranks: int, raw: Path) -> None:
     fixed = [
         f"output_dir={folder}",
         # Evaluation at the last step comes before its line.
@@ -84,19 +93,18 @@ def _measure(folder: Path, options: argparse.Namespace, num_ranks: int, raw: Pat
         BARE: _bare_command(config, num_ranks),
     }
     header = collect_facts(_PACKAGES) | {"command": ["shardline", "bench", "startup", *sys.argv[1:]]}
-    rows: list[dict[str, Any]] = [{"kind": "header", "num_ranks": num_ranks, **header, "commands": commands}]
+    setup = {"overrides": options.overrides}
+    append_row(raw, {"kind": "header", "num_ranks": num_ranks, **header, "setup": setup, "commands": commands})
     for round_index in range(options.rounds + 1):
         times_s = {}
         for name in order_of_round(list(commands), round_index, seed=0):
             extra = [f"name=start-{round_index}"] if name == SHARDLINE else []
             times_s[name] = time_to_first_step([*commands[name], *extra])
         # The first one finds files that are not in the page cache.
-        rows.append({"kind": "round" if round_index else "warmup", "wall_s": times_s})
+        append_row(raw, {"kind": "round" if round_index else "warmup", "wall_s": times_s})
         print(
             f"{round_index} of {options.rounds}: " + ", ".join(f"{n} {t:.2f} s" for n, t in times_s.items()), flush=True
         )
-    raw.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return rows
 
 
 def _bare_command(config: RunConfig, num_ranks: int) -> list[str]:
@@ -135,28 +143,54 @@ def time_to_first_step(command: Sequence[str]) -> float:
     return first_s
 
 
-def markdown(rows: Sequence[Mapping[str, Any]], file: str) -> str:
+def series(rows: Rows) -> dict[str, Series]:
+    """What a repeated result is compared by: times of `shardline run` over those of torchrun with a bare script."""
+    rounds = _rounds(rows)
+    return {SHARDLINE: Series([one[SHARDLINE] for one in rounds], [one[BARE] for one in rounds])}
+
+
+def markdown(rows: Rows, file: str, changes: Sequence[str] = ()) -> str:
     """The result as Markdown.
 
     Args:
         rows: what the raw file holds.
         file: name of the raw file.
+        changes: lines that say what has changed since the last result.
     """
     header = rows[0]
-    rounds = [row["wall_s"] for row in rows if row["kind"] == "round"]
+    rounds = _rounds(rows)
     lines = [*facts(header, "From the command to the first step"), ""]
     lines += [f"{header['num_ranks']} ranks, {len(rounds)} starts each, taking turns.", ""]
     lines += ["| | median, s | quartiles, s |", "| --- | --- | --- |"]
     for name in (BARE, SHARDLINE):
-        times_s = [one[name] for one in rounds]
-        low, _, high = quantiles(times_s, n=4, method="inclusive")
-        lines.append(f"| {name} | {median(times_s):.2f} | {low:.2f} to {high:.2f} |")
+        low, middle, high = _quartiles([one[name] for one in rounds])
+        lines.append(f"| {name} | {middle:.2f} | {low:.2f} to {high:.2f} |")
     difference_s = median(one[SHARDLINE] - one[BARE] for one in rounds)
     lines += [
         "",
         f"`{SHARDLINE}` takes {difference_s:+.2f} s (median of the pairs; target: at most +{MAX_DIFFERENCE_S:g}).",
     ]
+    if changes:
+        lines += ["", *changes]
     return "\n".join([*lines, "", f"Raw times: `{file}`."]) + "\n"
+
+
+def plot(rows: Rows) -> str:
+    """Both times, as SVG."""
+    rounds, found = _rounds(rows), []
+    for name in (BARE, SHARDLINE):
+        low, middle, high = _quartiles([one[name] for one in rounds])
+        found.append(Bar(name, middle, low, high))
+    return bars(found, "s from the command to the first step, median and quartiles", 2)
+
+
+def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
+    return float(low), float(middle), float(high)
+
+
+def _rounds(rows: Rows) -> list[dict[str, float]]:
+    return [row["wall_s"] for row in rows if row["kind"] == "round"]
 
 
 if __name__ == "__main__":

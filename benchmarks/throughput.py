@@ -7,7 +7,6 @@ Each rung is a run of its own, with one technique more than the one below. See d
 """
 
 import argparse
-import json
 import os
 import signal
 import sys
@@ -19,10 +18,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.comparison import RESULTS, changes_markdown, compare, difference_of_setup, last_result, read_rows
+from benchmarks.comparison import changes_since_last
 from benchmarks.facts import collect_facts
 from benchmarks.ladder import LADDER, Machine, Rung, rung_config
+from benchmarks.overrides import refuse
 from benchmarks.ranks import INTERRUPTED, run_ranks
+from benchmarks.result_files import append_row, raw_file, write_report
 from benchmarks.sizes import SIZES, Size, size_named
 from benchmarks.throughput_rank import ThroughputAssignment
 from benchmarks.throughput_table import markdown, plot, series
@@ -49,11 +50,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def report(raw: Path) -> None:
     """Write table and plot beside a raw file, and print the table."""
-    rows = read_rows(raw)
-    table = markdown(rows, raw.name, _changes(raw, rows))
-    raw.with_suffix(".md").write_text(table)
-    raw.with_suffix(".svg").write_text(plot(rows))
-    print(f"\n{table}\nwritten to {raw}, .md and .svg; what libraries said is in .log")
+    write_report(raw, markdown, plot, changes_since_last(raw, series))
 
 
 class _Ladder:
@@ -70,11 +67,16 @@ class _Ladder:
         num_ranks = options.nproc or torch.cuda.device_count() or 2
         has_bf16 = compute_dtype(PrecisionConfig(), device) is torch.bfloat16
         self._options = options
-        self._machine = Machine(num_ranks, has_gpu, has_bf16)
+        # The tokenizer is known when the corpus is there.
+        has_fp8 = has_gpu and torch.cuda.get_device_capability() >= (9, 0)
+        self._machine = Machine(num_ranks, has_gpu, has_bf16, has_fp8, tokenizer_size=0)
         name = options.size or ("llama-1b" if has_gpu else "quickstart")
         self._size_name = str(options.config) if options.config else name
-        self._size = Size(options.config) if options.config else size_named(name, has_gpu=has_gpu)
+        own = options.config and Size(options.config, has_own_batch=True)
+        self._size = own or size_named(name, has_gpu=has_gpu)
         self._rungs = _chosen(options.rungs)
+        decided = {override.partition("=")[0] for rung in LADDER for override in rung.overrides}
+        refuse(options.overrides, decided, "a rung of the ladder decides this; --rungs chooses among them.")
         if min(options.windows, options.window_steps, options.warmup, options.passes) < 1:
             raise UserError(
                 f"--windows {options.windows} --window-steps {options.window_steps} --warmup {options.warmup} --passes "
@@ -83,11 +85,9 @@ class _Ladder:
         # One more: the loop is left where it asks before a step.
         self._num_steps = options.warmup + options.windows * options.window_steps + 1
         lowest = self._config(LADDER[0], [])
-        prepare_corpus(lowest.data)
+        self._machine = replace(self._machine, tokenizer_size=prepare_corpus(lowest.data).vocab_size)
         self._threads = threads_per_rank(lowest, num_ranks, os.environ)
-        options.output.mkdir(parents=True, exist_ok=True)
-        name = f"throughput_{num_ranks}x{'gpu' if has_gpu else 'cpu'}_{time.strftime('%Y%m%d_%H%M%S')}.jsonl"
-        self._raw: Path = options.output / name
+        self._raw = raw_file(options.output, "throughput", num_ranks, has_gpu=has_gpu)
         header = {
             "kind": "header",
             **collect_facts(PACKAGES),
@@ -176,8 +176,7 @@ class _Ladder:
         self._append({"kind": kind, "row": rung.name, "reason": reason})
 
     def _append(self, row: dict[str, Any]) -> None:
-        with self._raw.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append_row(self._raw, row)
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -210,15 +209,6 @@ def _last_line(log: Path) -> str:
     """What a failed rank said last, as a rule the error."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return lines[-1][:_LONGEST_REASON] if lines else "and said nothing"
-
-
-def _changes(raw: Path, rows: Sequence[dict[str, Any]]) -> list[str]:
-    before = last_result(raw, [raw.parent, RESULTS])
-    if before is None:
-        return []
-    old_rows = read_rows(before)
-    difference = difference_of_setup(rows[0], old_rows[0])
-    return changes_markdown(compare(series(rows), series(old_rows)), before.name, difference)
 
 
 if __name__ == "__main__":

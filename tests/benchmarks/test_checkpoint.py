@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from benchmarks.checkpoint import main
-from benchmarks.checkpoint_table import blocking_times, markdown, step_times_beside_writes
+from benchmarks.checkpoint_table import blocking_times, markdown, series, step_times_beside_writes
+from benchmarks.comparison import changes_since_last
 from tests.support import shardline
 
 
@@ -67,7 +68,7 @@ def test_saving_and_loading_are_measured(tmp_path: Path, shared_corpus: tuple[Pa
     ]
     assert len([row for row in rows if row["kind"] == "load"]) == 1
     table = raw.with_suffix(".md").read_text()
-    assert table == markdown(rows, raw.name)
+    assert table == markdown(rows, raw.name, changes_since_last(raw, series))
     assert "| in place | 2 |" in table
     # The checkpoints are gone with the measurement.
     assert {path.suffix for path in tmp_path.iterdir()} == {".jsonl", ".md", ".svg", ".log"}

@@ -12,10 +12,10 @@ from benchmarks.comparison import (
     changes_markdown,
     compare,
     difference_of_setup,
-    last_result,
     ratio_of_independent,
 )
 from benchmarks.protocol import Ratio
+from benchmarks.result_files import last_result
 
 
 def test_a_change_is_told_from_noise_about_as_often_as_the_interval_says() -> None:
@@ -89,6 +89,7 @@ def test_changes_are_told_with_their_conditions() -> None:
     assert difference_of_setup(now, now) == ""
     difference = difference_of_setup(now, before)
     assert difference == "hardware usable_cores 4, now 2; torch 2.11, now 2.13"
+    assert difference_of_setup(now | {"setup": {"threads": 1}}, now) == "its setup is not recorded"
     changes = [
         Change("still", 1.0, 1.01, Ratio(1.01, 0.98, 1.04)),
         Change("faster", 1000.0, 1200.0, Ratio(1.2, 1.15, 1.25)),

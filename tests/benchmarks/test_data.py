@@ -11,14 +11,18 @@ def test_each_part_is_measured(tmp_path: Path) -> None:
     cores = os.sched_getaffinity(0)
     few = ["--num-tokens", "65536", "--num-windows", "2", "--window-steps", "2", "--sequence-length", "64"]
     try:
-        status = main([*few, "--num-documents", "3", "--huge-tokens", "5000000000", "--output", str(tmp_path)])
+        status = main(
+            [*few, "--num-documents", "3", "--huge-tokens", "5000000000", "--repeats", "2", "--output", str(tmp_path)]
+        )
     finally:
         os.sched_setaffinity(0, cores)
     assert status == 0
     (raw,) = tmp_path.glob("data_1xcpu_*.jsonl")
     rows = [json.loads(line) for line in raw.read_text().splitlines()]
     assert [len(row["tokens_per_s"]) for row in rows if row["kind"] == "loader"] == [2, 2]
-    assert next(row["num_threads"] for row in rows if row["kind"] == "tokenizer") == 1
+    tokenizer = next(row for row in rows if row["kind"] == "tokenizer")
+    assert (tokenizer["num_threads"], len(tokenizer["tokens_per_s"])) == (1, 2)
+    assert len([row for row in rows if row["kind"] == "first batch"]) == 2
     table = raw.with_suffix(".md").read_text()
     assert "A corpus of 5e+09 tokens: the first shuffled batch after" in table
     # What was written for it is gone.

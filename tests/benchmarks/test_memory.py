@@ -6,13 +6,16 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import yaml
 
 from benchmarks.allocations import Event, held, peak_index, read_events, trace_allocations
-from benchmarks.memory import main
+from benchmarks.memory import case_config, main
 from benchmarks.memory_rank import split_masters
 from benchmarks.memory_table import markdown, plot
 from sharding.memory_formula import BUCKET_ELEMENTS
-from tests.support import shardline
+from tests.support import shardline, tiny_values
+from trainer.config import parse_config
+from trainer.data.prepare import prepare_corpus
 
 USES = ("masters", "gradients")
 
@@ -132,6 +135,19 @@ def test_bad_input_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert main(["--cases", "zero4", "--output", str(tmp_path / "out")]) == 2
     assert "--cases zero4: there is no case zero4; there are ddp, zero1," in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_file_of_ones_own_has_the_vocabulary_of_its_tokenizer(
+    tmp_path: Path, shared_corpus: tuple[Path, Path]
+) -> None:
+    text, cache = shared_corpus
+    own = tiny_values(tmp_path, cache, text)
+    corpus = prepare_corpus(parse_config(own, "test").data)
+    own["data"] |= {"tokenizer": str(corpus.tokenizer_dir), "vocab_size": 999}
+    path = tmp_path / "own.yaml"
+    path.write_text(yaml.safe_dump(own))
+    assert corpus.vocab_size == 301
+    assert case_config("ddp", path, 2, []).data.vocab_size == 301
 
 
 @pytest.mark.timeout(300)

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.result_files import read_rows
+from benchmarks.sizes import SIZES
 from benchmarks.startup import BARE, SHARDLINE, main, markdown, time_to_first_step
 from sharding.errors import RunFailure
 from tests.support import ROOT
@@ -47,10 +49,18 @@ def test_the_table_has_medians_and_the_median_of_the_differences() -> None:
     assert "takes +2.00 s (median of the pairs; target: at most +2)" in table
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(200)
-def test_both_are_started_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_are_started_for_real(
+    tmp_path: Path, shared_corpus: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(ROOT)
-    assert main(["--rounds", "2", "--nproc", "2", "--output", str(tmp_path)]) == 0
-    (table,) = tmp_path.glob("startup_2xcpu_*.md")
-    assert "2 starts each, taking turns" in table.read_text()
+    corpus, cache = shared_corpus
+    data = ["data.source=text", f"data.paths=[{corpus}]", f"data.cache_dir={cache}", "data.vocab_size=301"]
+    assert main(["--rounds", "1", "--nproc", "1", "--output", str(tmp_path), *data, *SIZES["tiny"].overrides]) == 0
+    (raw,) = tmp_path.glob("startup_1xcpu_*.jsonl")
+    table = raw.with_suffix(".md").read_text()
+    assert "1 ranks, 1 starts each, taking turns" in table
+    warmup, one = [row["wall_s"] for row in read_rows(raw) if row["kind"] in ("warmup", "round")]
+    assert all(0.5 < seconds < 60 for times_s in (warmup, one) for seconds in times_s.values())
+    assert f"| {SHARDLINE} | {one[SHARDLINE]:.2f} | {one[SHARDLINE]:.2f} to" in table
+    assert "torchrun with a bare script</text>" in raw.with_suffix(".svg").read_text()

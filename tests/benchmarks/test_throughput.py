@@ -1,6 +1,7 @@
 """``shardline bench throughput``: its ladder, its arithmetic on rows made by hand, and two of its rungs."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -8,14 +9,14 @@ from xml.etree import ElementTree
 import pytest
 
 from benchmarks.ladder import LADDER, Machine, rung_config
-from benchmarks.sizes import SIZES
+from benchmarks.sizes import SIZES, Size
 from benchmarks.throughput import main
 from benchmarks.throughput_table import gains, markdown, plot, read_rungs
 from sharding.errors import UserError
 from tests.support import shardline
 
-_CPU = Machine(num_ranks=2, has_gpu=False, has_bf16=False)
-_GPU = Machine(num_ranks=1, has_gpu=True, has_bf16=True)
+_CPU = Machine(num_ranks=2, has_gpu=False, has_bf16=False, has_fp8=False, tokenizer_size=2048)
+_GPU = Machine(num_ranks=1, has_gpu=True, has_bf16=True, has_fp8=True, tokenizer_size=2048)
 _RUNGS = {rung.name: rung for rung in LADDER}
 
 
@@ -38,6 +39,7 @@ def test_what_cannot_run_is_left_out_with_its_reason() -> None:
     assert reasons["+ bf16"] == "this device has no native bf16, which precision.compute=auto would choose"
     assert reasons["+ padded vocabulary"] == "the vocabulary of 2048 is a multiple of it already"
     assert "need a GPU" in reasons["CUDA graphs"]
+    assert reasons["fp8 products"] == "this device has no products in 8 bits"
     # The rules of a run say why not 8-bit moments in flat buckets.
     assert "adamw8bit" in reasons["8-bit moments"]
     on_gpu = _left_out(_GPU, "gpt2-124m")
@@ -57,6 +59,14 @@ def test_a_rung_has_what_the_ones_below_have_and_the_users_changes() -> None:
     one_billion = rung_config(LADDER[0], SIZES["llama-1b"], [], [], _GPU, 10)
     assert one_billion.model.config["vocab_size"] == 128256
     assert one_billion.data.sequence_length == 2048
+
+
+def test_a_file_of_ones_own_keeps_its_batch_and_has_the_vocabulary_of_its_tokenizer(tmp_path: Path) -> None:
+    own = Size(SIZES["quickstart"].config, ("batch.global_size=32",), has_own_batch=True)
+    machine = replace(_CPU, tokenizer_size=2000)
+    config = rung_config(_RUNGS["+ padded vocabulary"], own, [], [], machine, 10)
+    assert (config.batch.global_size, config.model.vocab_multiple) == (32, 128)
+    assert rung_config(LADDER[0], replace(own, has_own_batch=False), [], [], machine, 10).batch.global_size == 16
 
 
 def _rung(name: str, *, is_kept: bool, wall_s: list[float], data_wait_s: float = 0.0) -> list[dict[str, Any]]:
@@ -140,6 +150,7 @@ def test_the_table_has_every_rung_and_says_what_is_missing() -> None:
         (("--rungs", "warp"), "--rungs warp: no rung has warp in its name"),
         (("--windows", "0"), "--windows 0 --window-steps 10"),
         (("--size", "gpt2-124m"), "--size gpt2-124m needs a GPU"),
+        (("parallel.engine=bucketed",), "parallel.engine=bucketed: a rung of the ladder decides this"),
     ],
 )
 def test_bad_input_is_named(
