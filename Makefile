@@ -29,7 +29,7 @@ check: setup
 	$(BIN)/python -m trainer.config_docs --check
 
 # Whole runs on one core, parts and some runs on the other: processes that are starting wait more than they compute.
-RUNS_BESIDE_PARTS := $(patsubst %,tests/e2e/test_%.py,bad_input report)
+RUNS_BESIDE_PARTS := tests/e2e/test_bad_input.py
 PARTS := $(filter-out tests/e2e tests/slurm tests/__pycache__,$(patsubst %/,%,$(wildcard tests/*/)))
 
 test: check
