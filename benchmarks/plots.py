@@ -81,7 +81,7 @@ def line_panels(panels: Sequence[Panel], num_columns: int, x_label: str, y_label
     """Panels in rows, with logarithmic x axes, common y axes from 0, and one legend.
 
     Args:
-        panels: row by row.
+        panels: row by row; none gives an empty plot.
         num_columns: panels in a row.
         x_label: under each column.
         y_label: beside each row.
@@ -89,7 +89,7 @@ def line_panels(panels: Sequence[Panel], num_columns: int, x_label: str, y_label
     names = list(dict.fromkeys(name for panel in panels for name in panel.lines))
     colours = {name: _COLOURS[index % len(_COLOURS)] for index, name in enumerate(names)}
     highest = max([1.0, *(point.high for panel in panels for line in panel.lines.values() for point in line)])
-    num_rows = -(-len(panels) // num_columns)
+    num_rows = max(1, -(-len(panels) // num_columns))
     with rc_context(_STYLE):
         width = max(_LEAST_INCHES, _PANEL_INCHES[0] * num_columns)
         figure = Figure(figsize=(width, _PANEL_INCHES[1] * num_rows + 0.3), layout="constrained")

@@ -138,7 +138,8 @@ def markdown(rows: Sequence[Row], file: str, changes: Sequence[str] = ()) -> str
 def plot(rows: Sequence[Row]) -> str:
     """Efficiency over ranks as SVG: a row of panels for each mode, a column for each strategy."""
     races = read_races(rows)
-    strategies = list(dict.fromkeys(race.strategy for race in races if race.strategy != "none"))
+    # One rank has no strategy, and is the first point of each; where there is nothing else, it is all.
+    strategies = list(dict.fromkeys(race.strategy for race in races if race.strategy != "none")) or ["none"]
     panels = []
     for mode in (mode for mode in MODES if any(mode in race.modes for race in races)):
         base = _base(races, mode)

@@ -93,9 +93,10 @@ def _header(**values: Any) -> dict[str, Any]:
 
 
 _PROFILE = {"compute": [0.6, 0.5], "memory": [0.1, 0.1], "communication": [0.2, 0.3], "input": [0.0, 0.0]}
+_RACE_ON_ONE = _race("none", 1, ["weak"], {"plain": [1.0, 1.0, 1.0], "shardline": [1.1, 1.1, 1.1]})
 _ROWS = [
     _header(),
-    *_race("none", 1, ["weak"], {"plain": [1.0, 1.0, 1.0], "shardline": [1.1, 1.1, 1.1]}),
+    *_RACE_ON_ONE,
     *_race(
         "zero2", 4, ["weak"], {"deepspeed": [5.0, 5.0, 5.0], "plain": [4.0, 4.0, 4.0], "shardline": [2.0, 2.0, 2.0]}
     ),
@@ -146,6 +147,10 @@ def test_the_table_says_what_was_measured_and_what_cannot_be() -> None:
     assert "3 pairs of 60 planned: interrupted" in markdown([_header(num_pairs=60), *_ROWS[1:]], "raw.jsonl")
     drawn = ElementTree.fromstring(plot(_ROWS))
     assert "weak, zero2" in [element.text for element in drawn.iter("{http://www.w3.org/2000/svg}text")]
+    # One rank alone, and nothing at all.
+    assert ">weak, none<" in plot(_ROWS[: 1 + len(_RACE_ON_ONE)])
+    assert "</svg>" in plot(_ROWS[:1])
+    assert "0 pairs of 3 planned: interrupted" in markdown(_ROWS[:1], "raw.jsonl")
 
 
 @pytest.mark.parametrize(
