@@ -30,5 +30,8 @@ def check_same_work(config: RunConfig) -> None:
             raise UserError(
                 f"{name}={found}: of the contestants of a race Shardline alone would obey it; leave it at {neutral}."
             )
-    if config.precision.compute == "fp16":
-        raise UserError("precision.compute=fp16: the contestants of a race train in fp32 or bf16; choose one of these.")
+    if config.precision.compute in ("fp16", "fp8"):
+        raise UserError(
+            f"precision.compute={config.precision.compute}: the contestants of a race train in fp32 or bf16; choose "
+            "one of these."
+        )

@@ -30,7 +30,10 @@ from trainer.provenance import collect_provenance
 from trainer.secrets import blot_out
 from trainer.validation import World
 
-_FROZEN_KEYS = ("task", "model", "data", "seed", "optimizer", "schedule", "batch.global_size", "precision.compute")
+_FROZEN_KEYS = (
+    *("task", "model", "data", "seed", "optimizer", "schedule"),
+    *("batch.global_size", "precision.compute", "precision.fp8_recipe"),
+)
 # These change neither data nor arithmetic: where the cache lies, how fast it is made, when the curve ends, and what is
 # averaged beside training.
 _FREE_KEYS = ("data.cache_dir", "data.num_workers", "schedule.total_steps", "optimizer.ema_decay")

@@ -44,7 +44,10 @@ def test_weak_shares_stay_and_strong_batches_stay_and_they_have_a_point_in_commo
     assert {race.global_size for race in odd} == {2 * 6}
     with pytest.raises(UserError, match=r"batch\.global_size=8: shardline bench scaling decides this"):
         plan_races(SIZES["tiny"], ["batch.global_size=8"], counts=[1], modes=["weak"], strategies=[], has_gpu=False)
-    for alone in ("compile.enabled=true", "activation_checkpointing.mode=full", "precision.compute=fp16"):
+    for alone in (
+        *("compile.enabled=true", "activation_checkpointing.mode=full"),
+        *("precision.compute=fp16", "precision.compute=fp8"),
+    ):
         with pytest.raises(UserError, match=f"{alone}: .*contestants of a race"):
             plan_races(SIZES["tiny"], [alone], counts=[1], modes=["weak"], strategies=[], has_gpu=False)
 

@@ -108,8 +108,8 @@ def test_a_first_attempt_that_saved_nothing_binds_nobody(load: Callable[..., Run
 def test_every_difference_is_listed(load: Callable[..., RunConfig]) -> None:
     folder, _ = begin(load())
     add_checkpoint(folder, 3)
-    with pytest.raises(UserError, match=r"optimizer.lr: .*; seed: "):
-        folder.check(load("seed=8", "optimizer.lr=0.5"))
+    with pytest.raises(UserError, match=r"optimizer.lr: .*; precision.compute: .*; precision.fp8_recipe: .*; seed: "):
+        folder.check(load("seed=8", "optimizer.lr=0.5", "precision.compute=fp8", "precision.fp8_recipe=rowwise"))
 
 
 @pytest.mark.parametrize(
