@@ -73,7 +73,9 @@ def changes_since_last(raw: Path, series_of: Callable[[Rows], Mapping[str, Serie
 
 
 def compare(now: Mapping[str, Series], before: Mapping[str, Series]) -> list[Change]:
-    """The change of every row that both results have, in the order of the new one.
+    """The change of every row of which both results have two values or more, in the order of the new one.
+
+    One value says nothing of noise.
 
     Args:
         now: rows by name.
@@ -81,7 +83,7 @@ def compare(now: Mapping[str, Series], before: Mapping[str, Series]) -> list[Cha
     """
     changes = []
     for name, series in now.items():
-        if name in before:
+        if name in before and min(len(series.values), len(before[name].values)) > 1:
             ratio = ratio_of_independent(series, before[name])
             changes.append(Change(name, _median(before[name]), _median(series), ratio))
     return changes

@@ -1,6 +1,6 @@
 """The ladder of ``shardline bench throughput``: one technique a rung, from nothing to all of them. Imports no torch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -21,14 +21,14 @@ class Machine:
         num_ranks: ranks.
         has_gpu: whether they compute on GPUs.
         has_bf16: whether ``precision.compute=auto`` chooses bf16.
-        has_fp8: whether it has products in 8 bits, with one scale for each row too.
+        fp8_recipes: values of ``precision.fp8_recipe`` that it has products for.
         tokenizer_size: tokens of the tokenizer's vocabulary, which the model has where it names no size of its own.
     """
 
     num_ranks: int
     has_gpu: bool
     has_bf16: bool
-    has_fp8: bool
+    fp8_recipes: Collection[str]
     tokenizer_size: int
 
 
@@ -74,9 +74,15 @@ def _needs_odd_vocabulary(machine: Machine, config: RunConfig) -> str:
     return "" if size % _VOCABULARY_MULTIPLE else f"the vocabulary of {size} is a multiple of it already"
 
 
-def _needs_fp8(machine: Machine, config: RunConfig) -> str:
-    missing = "" if machine.has_fp8 else "this device has no products in 8 bits"
-    return missing or _needs_torchao(machine, config)
+def _needs_fp8(recipe: str) -> Callable[[Machine, RunConfig], str]:
+    def why_not(machine: Machine, config: RunConfig) -> str:
+        if recipe not in machine.fp8_recipes:
+            return "this device has no such products in 8 bits"
+        if config.model.architecture == "gpt2":
+            return "GPT-2 of transformers has no linear layers"
+        return _needs_torchao(machine, config)
+
+    return why_not
 
 
 def _needs_torchao(_machine: Machine, _config: RunConfig) -> str:
@@ -92,6 +98,7 @@ LADDER = (
         (
             "model.attention=eager",
             "precision.compute=fp32",
+            "precision.fp8_recipe=tensorwise",
             "compile.enabled=false",
             "activation_checkpointing.mode=none",
             "parallel.engine=fully_shard",
@@ -108,12 +115,12 @@ LADDER = (
     ),
     Rung("+ compiled blocks", ("compile.enabled=true",)),
     Rung("+ bucketed engine", ("parallel.engine=bucketed",), why_not=_needs_ranks),
-    Rung("fp8 products", ("precision.compute=fp8",), is_kept=False, why_not=_needs_fp8),
+    Rung("fp8 products", ("precision.compute=fp8",), is_kept=False, why_not=_needs_fp8("tensorwise")),
     Rung(
         "fp8 products, a scale a row",
         ("precision.compute=fp8", "precision.fp8_recipe=rowwise"),
         is_kept=False,
-        why_not=_needs_fp8,
+        why_not=_needs_fp8("rowwise"),
     ),
     Rung("CUDA graphs", ("compile.mode=reduce-overhead",), is_kept=False, why_not=_needs_gpu),
     Rung("autotuned kernels", ("compile.mode=max-autotune-no-cudagraphs",), is_kept=False, why_not=_needs_gpu),

@@ -41,6 +41,12 @@ def order_of_round(names: Sequence[str], round_index: int, seed: int) -> list[st
     return orders[place]
 
 
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Lower quartile, median and upper quartile of one or more values."""
+    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
+    return float(low), float(middle), float(high)
+
+
 @dataclass(frozen=True)
 class Ratio:
     """A ratio of step times and the interval that holds it with 95 % confidence.

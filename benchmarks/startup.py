@@ -19,14 +19,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
-import numpy as np
 import torch
 
 from benchmarks.comparison import Series, changes_since_last
 from benchmarks.facts import collect_facts
 from benchmarks.overhead_table import facts
 from benchmarks.plots import Bar, bars
-from benchmarks.protocol import order_of_round
+from benchmarks.protocol import order_of_round, quartiles
 from benchmarks.result_files import Rows, append_row, raw_file, write_report
 from sharding.errors import RunFailure, UserError, ends_with_a_sentence
 from trainer.config import RunConfig, load_config
@@ -42,6 +41,7 @@ _PACKAGES = ("torch", "transformers", "accelerate", "deepspeed")
 _ROOT = Path(__file__).resolve().parent.parent
 _FIRST_STEP = re.compile(r"step 1(/2)?  loss")
 _TIMEOUT_S = 300.0
+_TITLE = "From the command to the first step"
 
 
 @ends_with_a_sentence
@@ -159,11 +159,13 @@ def markdown(rows: Rows, file: str, changes: Sequence[str] = ()) -> str:
     """
     header = rows[0]
     rounds = _rounds(rows)
-    lines = [*facts(header, "From the command to the first step"), ""]
+    if not rounds:
+        return "\n".join([*facts(header, _TITLE), "", "Interrupted before anything can be said."]) + "\n"
+    lines = [*facts(header, _TITLE), ""]
     lines += [f"{header['num_ranks']} ranks, {len(rounds)} starts each, taking turns.", ""]
     lines += ["| | median, s | quartiles, s |", "| --- | --- | --- |"]
     for name in (BARE, SHARDLINE):
-        low, middle, high = _quartiles([one[name] for one in rounds])
+        low, middle, high = quartiles([one[name] for one in rounds])
         lines.append(f"| {name} | {middle:.2f} | {low:.2f} to {high:.2f} |")
     difference_s = median(one[SHARDLINE] - one[BARE] for one in rounds)
     lines += [
@@ -178,15 +180,10 @@ def markdown(rows: Rows, file: str, changes: Sequence[str] = ()) -> str:
 def plot(rows: Rows) -> str:
     """Both times, as SVG."""
     rounds, found = _rounds(rows), []
-    for name in (BARE, SHARDLINE):
-        low, middle, high = _quartiles([one[name] for one in rounds])
+    for name in (BARE, SHARDLINE) if rounds else ():
+        low, middle, high = quartiles([one[name] for one in rounds])
         found.append(Bar(name, middle, low, high))
     return bars(found, "s from the command to the first step, median and quartiles", 2)
-
-
-def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
-    return float(low), float(middle), float(high)
 
 
 def _rounds(rows: Rows) -> list[dict[str, float]]:

@@ -29,6 +29,7 @@ from benchmarks.throughput_rank import ThroughputAssignment
 from benchmarks.throughput_table import markdown, plot, series
 from sharding.config import PrecisionConfig
 from sharding.errors import UserError, ends_with_a_sentence
+from sharding.float8 import LEAST_CAPABILITY
 from sharding.precision import compute_dtype
 from trainer.config import RunConfig
 from trainer.data.prepare import prepare_corpus
@@ -68,8 +69,9 @@ class _Ladder:
         has_bf16 = compute_dtype(PrecisionConfig(), device) is torch.bfloat16
         self._options = options
         # The tokenizer is known when the corpus is there.
-        has_fp8 = has_gpu and torch.cuda.get_device_capability() >= (9, 0)
-        self._machine = Machine(num_ranks, has_gpu, has_bf16, has_fp8, tokenizer_size=0)
+        capability = torch.cuda.get_device_capability() if has_gpu else (0, 0)
+        fp8_recipes = [recipe for recipe, least in LEAST_CAPABILITY.items() if capability >= least]
+        self._machine = Machine(num_ranks, has_gpu, has_bf16, fp8_recipes, tokenizer_size=0)
         name = options.size or ("llama-1b" if has_gpu else "quickstart")
         self._size_name = str(options.config) if options.config else name
         own = options.config and Size(options.config, has_own_batch=True)

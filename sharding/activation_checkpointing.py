@@ -18,7 +18,7 @@ _ATTENTION = {
     _aten._scaled_dot_product_cudnn_attention.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
 }
-_MATRIX_PRODUCTS = {_aten.mm.default, _aten.addmm.default, _aten._scaled_mm.default}
+_MATRIX_PRODUCTS = {_aten.mm.default, _aten.addmm.default}
 
 
 def checkpoint_activations(block: nn.Module, index: int, config: ActivationCheckpointingConfig) -> None:

@@ -13,6 +13,9 @@ Offload = Literal["none", "cpu", "nvme"]
 ComputeDtype = Literal["auto", "fp32", "bf16", "fp16", "fp8"]
 Float8Recipe = Literal["tensorwise", "rowwise"]
 
+FLOAT8_MULTIPLE = 16
+"""Kernels of 8-bit products take multiples of so many values: a layer's inputs and outputs, a micro-batch's tokens."""
+
 
 class ParallelConfig(StrictModel):
     """How the model's state and the batch are divided over ranks."""

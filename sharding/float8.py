@@ -5,13 +5,11 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from sharding.config import Float8Recipe
+from sharding.config import FLOAT8_MULTIPLE, Float8Recipe
 from sharding.errors import UserError
 
-# Kernels take multiples of this many rows and columns.
-_MULTIPLE = 16
-# Compute capability: that of the first GPUs with such products, and with one scale for each row.
-_LEAST_CAPABILITY: dict[Float8Recipe, tuple[int, int]] = {"tensorwise": (8, 9), "rowwise": (9, 0)}
+LEAST_CAPABILITY: dict[Float8Recipe, tuple[int, int]] = {"tensorwise": (8, 9), "rowwise": (9, 0)}
+"""Compute capability of the first GPUs with such products, and with one scale for each row."""
 
 
 def check_float8(recipe: Float8Recipe, device: torch.device) -> None:
@@ -22,7 +20,7 @@ def check_float8(recipe: Float8Recipe, device: torch.device) -> None:
     """
     if device.type != "cuda":
         return
-    found, least = torch.cuda.get_device_capability(device), _LEAST_CAPABILITY[recipe]
+    found, least = torch.cuda.get_device_capability(device), LEAST_CAPABILITY[recipe]
     if found < least:
         raise UserError(
             f"precision.compute=fp8 with precision.fp8_recipe={recipe} needs a GPU of compute capability "
@@ -31,13 +29,21 @@ def check_float8(recipe: Float8Recipe, device: torch.device) -> None:
         )
 
 
+def is_fit(module: nn.Module) -> bool:
+    """Whether a module is a plain linear layer whose sizes kernels take."""
+    # A subclass may do more than its product.
+    return type(module) is nn.Linear and not (
+        module.in_features % FLOAT8_MULTIPLE or module.out_features % FLOAT8_MULTIPLE
+    )
+
+
 def convert_linear_layers(block: nn.Module, recipe: Float8Recipe, device: torch.device) -> int:
     """Let the linear layers of a block multiply in 8 bits; returns how many do.
 
     Inputs, weights and gradients are scaled by their largest value, of the whole tensor or of each row, and rounded
     before each of a layer's three products (Micikevicius et al., "FP8 Formats for Deep Learning", 2022). Parameters
-    stay as they are, with their names, so a checkpoint does not know of it. Layers whose sizes are not multiples of 16
-    are left alone. This must come before compilation and sharding.
+    stay as they are, with their names, so a checkpoint does not know of it. Layers that do not fit are left alone. This
+    must come before compilation and sharding.
 
     Args:
         block: a transformer block with its initial values.
@@ -48,10 +54,6 @@ def convert_linear_layers(block: nn.Module, recipe: Float8Recipe, device: torch.
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     config = replace(Float8LinearConfig.from_recipe_name(recipe), emulate=device.type != "cuda")
-
-    def is_fit(module: nn.Module, _name: str) -> bool:
-        return isinstance(module, nn.Linear) and not (module.in_features % _MULTIPLE or module.out_features % _MULTIPLE)
-
-    num_layers = sum(is_fit(module, "") for module in block.modules())
-    convert_to_float8_training(block, module_filter_fn=is_fit, config=config)
+    num_layers = sum(map(is_fit, block.modules()))
+    convert_to_float8_training(block, module_filter_fn=lambda module, _name: is_fit(module), config=config)
     return num_layers

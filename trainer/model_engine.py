@@ -76,7 +76,10 @@ def describe_model(config: RunConfig, facts: ModelFacts, ranks: Ranks) -> str:
     chosen = " (auto)" if config.precision.compute == "auto" else ""
     if config.precision.compute == "fp8":
         emulated = "" if ranks.device.type == "cuda" else ", emulated, for a CPU has no such products"
-        chosen = f", linear layers of blocks in float8 ({config.precision.fp8_recipe}{emulated})"
+        chosen = (
+            f", {facts.num_float8_linears} of {facts.num_block_linears} linear layers of blocks in float8 "
+            f"({config.precision.fp8_recipe}{emulated})"
+        )
     device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
     backend = "" if config.parallel.backend == "torch" else f"{config.parallel.backend} "
     if config.parallel.engine != "fully_shard":

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from sharding.blocks import find_blocks
 from sharding.errors import UserError
+from sharding.float8 import is_fit
 from trainer.sections import ModelConfig
 from trainer.tasks.task import Task
 
@@ -33,12 +35,16 @@ class ModelFacts:
             one counts as the output projection. Experts that a token does not visit are counted too.
         num_layers: number of blocks.
         attention_width: heads x head width.
+        num_block_linears: linear layers of blocks.
+        num_float8_linears: those of them that ``precision.compute=fp8`` multiplies in 8 bits.
     """
 
     num_parameters: int
     num_matrix_parameters: int
     num_layers: int
     attention_width: int
+    num_block_linears: int
+    num_float8_linears: int
 
     def flops_per_token(self, sequence_length: int, *, causal: bool) -> int:
         """Forward and backward floating-point operations per token: 6N + 12Lds, or 6N + 6Lds discounting the mask.
@@ -163,9 +169,12 @@ def model_facts(model: nn.Module, model_config: "PretrainedConfig") -> ModelFact
     parameters = list(model.parameters())
     num_heads = getattr(text_config, "num_attention_heads", 0)
     head_width = getattr(text_config, "head_dim", None) or text_config.hidden_size // max(num_heads, 1)
+    in_blocks = [module for _, block in find_blocks(model) for module in block.modules()]
     return ModelFacts(
         num_parameters=sum(p.numel() for p in parameters),
         num_matrix_parameters=sum(p.numel() for p in parameters if p.ndim >= 2 and id(p) not in embeddings),
         num_layers=text_config.num_hidden_layers,
         attention_width=num_heads * head_width,
+        num_block_linears=sum(isinstance(module, nn.Linear) for module in in_blocks),
+        num_float8_linears=sum(map(is_fit, in_blocks)),
     )

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from sharding.config import Backend, Strategy
+from sharding.config import FLOAT8_MULTIPLE, Backend, Strategy
 from sharding.errors import UserError
 from trainer.data.rules import validate_data
 from trainer.optimizers.config import validate_optimizer
@@ -63,6 +63,7 @@ def validate(config: "RunConfig", world: World | None = None) -> None:
     _validate_budget(config)
     _validate_model_and_data(config)
     _validate_parallel(config)
+    _validate_float8(config)
     _validate_schedule(config)
     _validate_faults(config)
     validate_optimizer(config.optimizer, config.parallel.backend, config.parallel.engine)
@@ -127,21 +128,39 @@ def _validate_parallel(config: "RunConfig") -> None:
         degree = getattr(parallel, axis)
         if degree != 1:
             raise UserError(f"parallel.{axis}={degree} is not there yet; only 1 is accepted for now.")
-    precision = config.precision
-    if precision.compute == "fp8" and parallel.backend != "torch":
-        raise UserError(
-            f"precision.compute=fp8 is there under parallel.backend=torch only, but it is {parallel.backend}; choose "
-            "torch, or precision.compute=bf16."
-        )
-    if precision.compute != "fp8" and precision.fp8_recipe != type(precision).model_fields["fp8_recipe"].default:
-        raise UserError(
-            f"precision.fp8_recipe={precision.fp8_recipe} has an effect under precision.compute=fp8 only, but it is "
-            f"{precision.compute}; set that, or remove precision.fp8_recipe."
-        )
     if parallel.replicate > 1 and parallel.strategy != "hsdp":
         raise UserError(
             f"parallel.replicate={parallel.replicate} has a meaning under strategy hsdp only, but "
             f"parallel.strategy={parallel.strategy}; set it to hsdp or parallel.replicate to 1."
+        )
+
+
+def _validate_float8(config: "RunConfig") -> None:
+    precision, backend = config.precision, config.parallel.backend
+    if precision.compute != "fp8":
+        if precision.fp8_recipe != type(precision).model_fields["fp8_recipe"].default:
+            raise UserError(
+                f"precision.fp8_recipe={precision.fp8_recipe} has an effect under precision.compute=fp8 only, but it "
+                f"is {precision.compute}; set that, or remove precision.fp8_recipe."
+            )
+        return
+    if backend != "torch":
+        raise UserError(
+            f"precision.compute=fp8 is there under parallel.backend=torch only, but it is {backend}; choose torch, or "
+            "precision.compute=bf16."
+        )
+    length = config.data.sequence_length
+    if config.batch.micro_size * length % FLOAT8_MULTIPLE:
+        raise UserError(
+            f"precision.compute=fp8 adds up gradients over batch.micro_size={config.batch.micro_size} x "
+            f"data.sequence_length={length} = {config.batch.micro_size * length} tokens, which is no multiple of "
+            f"{FLOAT8_MULTIPLE}; change one of them, or set precision.compute=bf16."
+        )
+    if config.data.document_mask and precision.fp8_recipe == "tensorwise":
+        raise UserError(
+            "data.document_mask=true keeps documents apart, but precision.fp8_recipe=tensorwise has one scale for all "
+            "that is in a micro-batch; set precision.fp8_recipe=rowwise, data.document_mask=false, or "
+            "precision.compute=bf16."
         )
 
 

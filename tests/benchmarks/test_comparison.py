@@ -57,7 +57,9 @@ def test_a_reference_takes_out_what_slowed_both() -> None:
 
 
 def test_rows_of_one_result_alone_are_left_out() -> None:
-    both = compare({"a": Series([1.0]), "b": Series([2.0])}, {"b": Series([4.0]), "c": Series([1.0])})
+    now = {"a": Series([1.0, 1.0]), "b": Series([2.0, 2.0]), "once": Series([1.0, 1.0]), "never": Series([])}
+    before = {"b": Series([4.0, 4.0]), "c": Series([1.0, 1.0]), "once": Series([2.0]), "never": Series([])}
+    both = compare(now, before)
     assert [(change.name, change.ratio.value) for change in both] == [("b", 0.5)]
 
 

@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+from benchmarks.comparison import RESULTS
 from benchmarks.data import main, make_huge_stream, measure_first_batch
 
 
@@ -27,6 +28,19 @@ def test_each_part_is_measured(tmp_path: Path) -> None:
     assert "A corpus of 5e+09 tokens: the first shuffled batch after" in table
     # What was written for it is gone.
     assert [path.suffix for path in sorted(tmp_path.iterdir())] == [".jsonl", ".md", ".svg"]
+
+
+def test_a_kept_result_and_an_interrupted_one_can_be_written_again(tmp_path: Path) -> None:
+    lines = (RESULTS / "data_1xcpu_20261128.jsonl").read_text().splitlines(keepends=True)
+    raw = tmp_path / "data_1xcpu_20261128_120000.jsonl"
+    for num_lines, said in (
+        (len(lines), "the first shuffled batch after 0.9"),
+        (2, "| 1 | 0.7"),
+        (1, "threads of the"),
+    ):
+        raw.write_text("".join(lines[:num_lines]))
+        assert main(["--report", str(raw)]) == 0
+        assert said in raw.with_suffix(".md").read_text()
 
 
 def test_a_huge_corpus_takes_no_space_and_its_blocks_are_verified(tmp_path: Path) -> None:

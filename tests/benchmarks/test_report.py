@@ -86,6 +86,7 @@ def test_a_repeated_result_is_compared_by_what_does_not_depend_on_the_machines_m
     assert {name: list(one.values) for name, one in data_series(rates).items()} == {
         "on demand": [5.0, 6.0],
         "tokenizer, 2 threads": [1.0, 2.0],
+        "tokenizer, 1 threads": [1.0],
         "first batch": [0.5, 0.6],
     }
 

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.result_files import read_rows
 from benchmarks.sizes import SIZES
-from benchmarks.startup import BARE, SHARDLINE, main, markdown, time_to_first_step
+from benchmarks.startup import BARE, SHARDLINE, main, markdown, plot, time_to_first_step
 from sharding.errors import RunFailure
 from tests.support import ROOT
 from trainer.provenance import code_revision, hardware_facts
@@ -47,6 +47,8 @@ def test_the_table_has_medians_and_the_median_of_the_differences() -> None:
     assert f"| {BARE} | 6.00 | 5.50 to 6.50 |" in table
     assert f"| {SHARDLINE} | 7.50 | 7.25 to 8.25 |" in table
     assert "takes +2.00 s (median of the pairs; target: at most +2)" in table
+    assert "Interrupted before anything can be said" in markdown([header, warmup], "startup.jsonl")
+    assert "nothing was measured" in plot([header, warmup])
 
 
 @pytest.mark.timeout(200)

@@ -15,8 +15,8 @@ from benchmarks.throughput_table import gains, markdown, plot, read_rungs
 from sharding.errors import UserError
 from tests.support import shardline
 
-_CPU = Machine(num_ranks=2, has_gpu=False, has_bf16=False, has_fp8=False, tokenizer_size=2048)
-_GPU = Machine(num_ranks=1, has_gpu=True, has_bf16=True, has_fp8=True, tokenizer_size=2048)
+_CPU = Machine(num_ranks=2, has_gpu=False, has_bf16=False, fp8_recipes=(), tokenizer_size=2048)
+_GPU = Machine(num_ranks=1, has_gpu=True, has_bf16=True, fp8_recipes=("tensorwise", "rowwise"), tokenizer_size=2048)
 _RUNGS = {rung.name: rung for rung in LADDER}
 
 
@@ -39,14 +39,19 @@ def test_what_cannot_run_is_left_out_with_its_reason() -> None:
     assert reasons["+ bf16"] == "this device has no native bf16, which precision.compute=auto would choose"
     assert reasons["+ padded vocabulary"] == "the vocabulary of 2048 is a multiple of it already"
     assert "need a GPU" in reasons["CUDA graphs"]
-    assert reasons["fp8 products"] == "this device has no products in 8 bits"
+    assert reasons["fp8 products"] == "this device has no such products in 8 bits"
     # The rules of a run say why not 8-bit moments in flat buckets.
     assert "adamw8bit" in reasons["8-bit moments"]
     on_gpu = _left_out(_GPU, "gpt2-124m")
     assert on_gpu == {
         "+ freed memory kept": "a GPU's tensors are not in the heap",
         "+ bucketed engine": "one rank has nobody to exchange buckets with",
+        "fp8 products": "GPT-2 of transformers has no linear layers",
+        "fp8 products, a scale a row": "GPT-2 of transformers has no linear layers",
     }
+    older = replace(_GPU, fp8_recipes=("tensorwise",))
+    assert "fp8 products" not in _left_out(older, "llama-1b")
+    assert "no such products" in _left_out(older, "llama-1b")["fp8 products, a scale a row"]
 
 
 def test_a_rung_has_what_the_ones_below_have_and_the_users_changes() -> None:

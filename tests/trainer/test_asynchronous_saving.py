@@ -167,17 +167,30 @@ def test_a_write_that_fails_gives_the_checkpoint_up_and_leaves_the_one_before(tm
     assert [path.name for path in training.folder.checkpoints_dir.iterdir()] == ["step-00000001"]
 
 
-def test_so_does_a_manifest_that_cannot_be_written(tmp_path: Path) -> None:
-    def fail() -> None:
+def test_so_does_a_manifest_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writer, "write_manifest", fail)
+    training = _Training(tmp_path, lambda _: None)
+    training.train()
+    training.start_saving()
+    said = r"step 1 could not be saved: .*No space left on device; if the disk is full, free some space or lower"
+    with pytest.raises(UserError, match=said):
+        training.checkpointer.finish()
+    assert list(training.folder.checkpoints_dir.iterdir()) == []
+
+
+def test_a_folder_whose_owner_is_not_known_is_left_alone(tmp_path: Path) -> None:
+    def fail() -> None:
+        raise OSError(5, "Input/output error")
 
     training = _Training(tmp_path, lambda _: None, before_commit=fail)
     training.train()
     training.start_saving()
-    said = r"step 1 could not be saved: .*No space left on device; free some space or lower checkpoint\.keep_last"
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=r"step 1 could not be saved: .*Input/output error; run again to continue"):
         training.checkpointer.finish()
-    assert list(training.folder.checkpoints_dir.iterdir()) == []
+    assert [path.name for path in training.folder.checkpoints_dir.iterdir()] == ["step-00000001"]
 
 
 def test_a_file_reads_as_safetensors_do(tmp_path: Path) -> None:

@@ -163,6 +163,14 @@ def test_refused(config_file: Path, override: str, message: str) -> None:
             ["precision.fp8_recipe=rowwise"],
             "precision.fp8_recipe=rowwise has an effect under precision.compute=fp8 only",
         ),
+        (
+            ["precision.compute=fp8", "batch.micro_size=3", "data.sequence_length=40"],
+            "batch.micro_size=3 x data.sequence_length=40 = 120 tokens, which is no multiple of 16",
+        ),
+        (
+            ["precision.compute=fp8", "data.document_mask=true"],
+            "precision.fp8_recipe=tensorwise has one scale for all that is in a micro-batch",
+        ),
         (["schedule.name=constant", _ENDLESS, "schedule.final_lr_ratio=0.0"], "schedule.final_lr_ratio has a meaning"),
         (["schedule.name=exponential", _ENDLESS], "needs schedule.decay_every_steps, which is 0"),
         (["schedule.name=step", _ENDLESS], "schedule.decay_every_steps=0 or schedule.milestones=[]: set exactly one"),

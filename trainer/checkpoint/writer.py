@@ -154,11 +154,18 @@ def _commit(
         files={report.file: report.file_entry for report in reports if report.file and report.file_entry},
     )
     try:
+        # Where it fails, the folder may be another's by now.
         before_commit()
-        sync_folder(folder)
-        write_manifest(folder, manifest)
     except RunFailure as error:
         return error
+    except OSError as error:
+        return UserError(
+            f"the checkpoint of step {training.step} could not be saved: {error}; run again to continue from the one "
+            "before."
+        )
+    try:
+        sync_folder(folder)
+        write_manifest(folder, manifest)
     except UserError as error:
         # It says itself what to do.
         return UserError(f"the checkpoint of step {training.step} could not be saved: {error}")
@@ -177,5 +184,6 @@ def _discard(folder: CheckpointPath) -> None:
 def _not_saved(step: int, reason: str) -> UserError:
     return UserError(
         f"the checkpoint of step {step} could not be saved: {reason}; "
-        "free some space or lower checkpoint.keep_last, then run again to continue from the one before."
+        "if the disk is full, free some space or lower checkpoint.keep_last; then run again to continue from the one "
+        "before."
     )
