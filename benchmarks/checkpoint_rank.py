@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.checkpoint import Assignment
+from benchmarks.result_files import append_row
 from sharding.errors import EXIT_FAILED, EXIT_FINISHED
 from sharding.process_group import Ranks, process_group
 from sharding.process_lifetime import die_with_parent
@@ -152,8 +153,7 @@ class _Measurement:
 
     def _write(self, **row: Any) -> None:
         if self._ranks.rank == 0:
-            with Path(self._assignment.output).open("a") as file:
-                file.write(json.dumps({"mode": self._assignment.mode} | row) + "\n")
+            append_row(Path(self._assignment.output), {"mode": self._assignment.mode} | row)
 
 
 def _forget(folder: Path) -> None:

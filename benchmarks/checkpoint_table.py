@@ -4,12 +4,10 @@ from collections.abc import Mapping, Sequence
 from statistics import mean, median
 from typing import Any
 
-import numpy as np
-
 from benchmarks.comparison import Series
 from benchmarks.overhead_table import facts
 from benchmarks.plots import Bar, bars
-from benchmarks.protocol import Ratio, ratio_of_medians
+from benchmarks.protocol import Ratio, quartiles, ratio_of_medians
 
 MAX_BLOCKING = 0.05
 """Target: what a save in the background keeps training waiting for, as a share of a step."""
@@ -83,7 +81,7 @@ def plot(rows: Sequence[Row]) -> str:
     found = []
     for mode, name in _MODES.items():
         if blocking_s := blocking_times(rows, mode):
-            low, middle, high = (1e3 * value for value in np.quantile(blocking_s, [0.25, 0.5, 0.75]))
+            low, middle, high = (1e3 * value for value in quartiles(blocking_s))
             found.append(Bar(name, middle, low, high, f"{middle / 1e3 / _step_s(rows, mode):.1%} of a step"))
     return bars(found, "a save blocks, ms, median and quartiles", 1)
 

@@ -47,7 +47,11 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError(f"--rounds {options.rounds} --warmup {options.warmup}: each must be at least 1.")
     if num_ranks < 2:
         raise UserError(f"--nproc {num_ranks}: one rank talks to nobody; measure at least 2.")
-    raw = raw_file(options.output, "collectives", num_ranks, has_gpu=torch.cuda.is_available())
+    # The others write nothing, and their nodes may not have it.
+    makes_folder = rank == 0
+    raw = raw_file(
+        options.output, "collectives", num_ranks, has_gpu=torch.cuda.is_available(), makes_folder=makes_folder
+    )
     assignment = CollectivesAssignment(
         sizes=sizes,
         num_warmup=options.warmup,

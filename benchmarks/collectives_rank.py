@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from benchmarks.result_files import append_row
 from sharding.errors import EXIT_FAILED, EXIT_FINISHED
 from sharding.flat_collectives import all_gather, reduce_scatter
 from sharding.process_group import Ranks, process_group
@@ -199,8 +200,7 @@ class _Measurement:
 
     def _write(self, **row: Any) -> None:
         if self._ranks.rank == 0:
-            with Path(self._assignment.output).open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            append_row(Path(self._assignment.output), row)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from torch.nn.parallel import distributed as ddp
 from torch.profiler import record_function
 
 from benchmarks.allocations import Allocations
+from benchmarks.result_files import append_row
 from sharding.engine import Batch, Engine
 from sharding.errors import EXIT_FAILED, EXIT_FINISHED
 from sharding.mesh import build_mesh
@@ -114,8 +115,7 @@ def _measure(case: str, config: RunConfig, ranks: Ranks, output: Path) -> None:
         "formula": asdict(_estimate(config, ranks)),
     }
     # Every rank for itself: a line is written at once.
-    with output.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    append_row(output, row)
     dist.barrier()
     if ranks.rank == 0:
         print(f"{case}: done", flush=True)

@@ -1,7 +1,6 @@
 """A race: contestants of one process group, taking turns step by step."""
 
 import gc
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch.distributed as dist
 from benchmarks.contestants.contest import BuildContestant, Contest, Contestant
 from benchmarks.contestants.plain_loop import PlainLoop
 from benchmarks.protocol import order_of_round
+from benchmarks.result_files import append_row
 from benchmarks.step_profile import StepProfile
 from benchmarks.turns import StepEdge, StepTime, Turns
 from sharding.mesh import build_mesh
@@ -75,8 +75,7 @@ def row_writer(output: str, labels: Mapping[str, Any], ranks: Ranks) -> WriteRow
 
     def write(*, kind: str, **row: Any) -> None:
         if ranks.rank == 0:
-            with Path(output).open("a") as file:
-                file.write(json.dumps({**labels, "kind": kind, **row}) + "\n")
+            append_row(Path(output), {**labels, "kind": kind, **row})
 
     return write
 

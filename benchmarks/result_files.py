@@ -9,16 +9,18 @@ from typing import Any
 Rows = Sequence[Mapping[str, Any]]
 
 
-def raw_file(output: Path, kind: str, num_ranks: int, *, has_gpu: bool) -> Path:
-    """The path of a new raw file, ``KIND_RANKSxDEVICE_DATE_TIME.jsonl``, in a folder that is there afterwards.
+def raw_file(output: Path, kind: str, num_ranks: int, *, has_gpu: bool, makes_folder: bool = True) -> Path:
+    """The path of a new raw file, ``KIND_RANKSxDEVICE_DATE_TIME.jsonl``.
 
     Args:
         output: the folder.
         kind: the benchmark's name.
         num_ranks: ranks that are measured.
         has_gpu: whether they compute on GPUs.
+        makes_folder: whether the folder is made, where it is not there.
     """
-    output.mkdir(parents=True, exist_ok=True)
+    if makes_folder:
+        output.mkdir(parents=True, exist_ok=True)
     device = "gpu" if has_gpu else "cpu"
     return output / f"{kind}_{num_ranks}x{device}_{time.strftime('%Y%m%d_%H%M%S')}.jsonl"
 

@@ -14,7 +14,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -104,7 +103,7 @@ class _Ladder:
             "setup": {"size": self._size_name, "overrides": options.overrides, "threads": self._threads},
             "config": lowest.model_dump(mode="json", by_alias=True),
         }
-        self._append(header)
+        append_row(self._raw, header)
 
     def climb(self) -> int:
         """Measure all; returns the exit status, 0 also where a rung has failed but not all."""
@@ -157,7 +156,7 @@ class _Ladder:
             output=str(self._raw),
         )
         row = {"kind": "rung", "row": rung.name, "pass": number, "is_kept": rung.is_kept}
-        self._append(row | {"config": assignment.config})
+        append_row(self._raw, row | {"config": assignment.config})
         print(f"{rung.name}, pass {number + 1} of {options.passes}", flush=True)
         started_at = time.monotonic()
         log = self._raw.with_suffix(".log")
@@ -165,7 +164,7 @@ class _Ladder:
         status = run_ranks("benchmarks.throughput_rank", assignment, self._machine.num_ranks, log, variables={})
         elapsed_s = time.monotonic() - started_at
         end = {"exit_code": status, "elapsed_s": elapsed_s, "load_average": os.getloadavg()}
-        self._append({"kind": "end", "row": rung.name, "pass": number, **end})
+        append_row(self._raw, {"kind": "end", "row": rung.name, "pass": number, **end})
         if status == INTERRUPTED:
             raise KeyboardInterrupt
         return status
@@ -175,10 +174,7 @@ class _Ladder:
 
     def _leave_out(self, rung: Rung, kind: str, reason: str) -> None:
         print(f"{rung.name}: {kind}, {reason}", flush=True)
-        self._append({"kind": kind, "row": rung.name, "reason": reason})
-
-    def _append(self, row: dict[str, Any]) -> None:
-        append_row(self._raw, row)
+        append_row(self._raw, {"kind": kind, "row": rung.name, "reason": reason})
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -10,7 +10,7 @@ import numpy as np
 from benchmarks.comparison import Series, ratio_of_independent
 from benchmarks.overhead_table import facts
 from benchmarks.plots import Bar, bars
-from benchmarks.protocol import Ratio
+from benchmarks.protocol import Ratio, quartiles
 
 _GIB = 2**30
 Row = Mapping[str, Any]
@@ -130,7 +130,7 @@ def plot(rows: Sequence[Row]) -> str:
     """Tokens per second of each rung as SVG, with quartiles over windows."""
     found = []
     for rung in read_rungs(rows):
-        low, high = np.quantile(rung.rates, [0.25, 0.75])
+        low, _, high = quartiles(rung.rates)
         mfu = rung.mfu(causal=False)
         found.append(Bar(rung.name, rung.tokens_per_s, low, high, "" if mfu is None else f"MFU {mfu:.1%}"))
     return bars(found, "tokens/s, median and quartiles over windows")
@@ -154,7 +154,7 @@ def _table(rungs: Sequence[RungResult]) -> list[str]:
     )
     lines, ratios = [_row(headings), _row(["---"] * len(headings))], gains(rungs)
     for rung in rungs:
-        low, high = np.quantile(rung.rates, [0.25, 0.75])
+        low, _, high = quartiles(rung.rates)
         p50, p95 = np.quantile(rung.steps_s, [0.5, 0.95])
         ratio = ratios.get(rung.name)
         cells = (

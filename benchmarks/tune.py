@@ -7,14 +7,12 @@ The training stays the same: model, data, optimizer and global batch are the run
 """
 
 import argparse
-import json
 import os
 import signal
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from rich.console import Console
@@ -23,6 +21,7 @@ from rich.table import Table
 from benchmarks.facts import collect_facts
 from benchmarks.overrides import refuse
 from benchmarks.ranks import INTERRUPTED, run_ranks
+from benchmarks.result_files import append_row, raw_file, read_rows
 from benchmarks.throughput_rank import ThroughputAssignment
 from benchmarks.throughput_table import read_rungs
 from benchmarks.tune_plan import Candidate, Trial, gives_up, layouts, micro_sizes, pareto, refinements, table_rows
@@ -105,10 +104,9 @@ class _Search:
         self._threads = threads_per_rank(given, self._num_ranks, os.environ)
         self._memory_bytes = options.memory_gib * _GIB or self._device_memory()
         self._trials: list[Trial] = []
-        options.output.mkdir(parents=True, exist_ok=True)
-        name = f"tune_{self._num_ranks}x{'gpu' if self._has_gpu else 'cpu'}_{time.strftime('%Y%m%d_%H%M%S')}.jsonl"
-        self._raw: Path = options.output / name
-        self._append(
+        self._raw = raw_file(options.output, "tune", self._num_ranks, has_gpu=self._has_gpu)
+        append_row(
+            self._raw,
             {
                 "kind": "header",
                 **collect_facts(_PACKAGES),
@@ -117,7 +115,7 @@ class _Search:
                 "threads": self._threads,
                 "memory_bytes": self._memory_bytes,
                 "config": given.model_dump(mode="json", by_alias=True),
-            }
+            },
         )
 
     def run(self) -> int:
@@ -180,18 +178,17 @@ class _Search:
             output=str(self._raw),
         )
         row = {"kind": "rung", "row": candidate.label, "pass": 0, "is_kept": False}
-        self._append(row | {"config": assignment.config})
+        append_row(self._raw, row | {"config": assignment.config})
         log = self._raw.with_suffix(".log")
         began_at = log.stat().st_size if log.exists() else 0
         status = run_ranks("benchmarks.tune_rank", assignment, self._num_ranks, log, variables={}, shows_log=False)
-        self._append({"kind": "end", "row": candidate.label, "pass": 0, "exit_code": status})
+        append_row(self._raw, {"kind": "end", "row": candidate.label, "pass": 0, "exit_code": status})
         if status == INTERRUPTED:
             raise KeyboardInterrupt
         if status:
             said = log.read_bytes()[began_at:].decode(errors="replace")
             return Trial(candidate, estimated, reason=_why(said, status))
-        rows = [json.loads(line) for line in self._raw.read_text().splitlines()]
-        result = next(rung for rung in read_rungs(rows) if rung.name == candidate.label)
+        result = next(rung for rung in read_rungs(read_rows(self._raw)) if rung.name == candidate.label)
         return Trial(candidate, estimated, result.tokens_per_s, result.peak_bytes)
 
     def _config(self, candidate: Candidate) -> RunConfig:
@@ -246,10 +243,6 @@ class _Search:
         else:
             print(f"\n{text}")
         print(f"written to {self._raw} and .md; what libraries said is in .log")
-
-    def _append(self, row: dict[str, Any]) -> None:
-        with self._raw.open("a") as file:
-            file.write(json.dumps(row) + "\n")
 
 
 def _strategies(text: str) -> list[Strategy]:

@@ -13,7 +13,6 @@ from sharding.config import ActivationCheckpointingConfig, CompileConfig, Parall
 from sharding.ddp import DdpEngine
 from sharding.deepspeed_engine import BlockPartitioner, DeepSpeedEngine
 from sharding.engine import Engine, ModelDefinition, OptimizerFactory
-from sharding.errors import UserError
 from sharding.float8 import check_float8, convert_linear_layers
 from sharding.initialization import Materializer, check_initialized, initialize_one, initialize_tree
 from sharding.loss_scaler import LossScaler
@@ -69,9 +68,8 @@ def build_engine(
         block_buckets = BlockBuckets(model, mesh, dtype, BUCKET_ELEMENTS[device.type])
     partitioner = BlockPartitioner(deepspeed_settings, model, mesh.dp_degree) if partitions else None
 
-    float8_layers = 0
     if precision.compute == "fp8":
-        check_float8(precision.fp8_recipe, device)
+        check_float8(model, precision.fp8_recipe, device)
     model.train()
     for index, (name, block) in enumerate(blocks):
         for module in block.modules():
@@ -79,7 +77,7 @@ def build_engine(
         initialize_tree(block, name, definition.seed, definition.initialize)
         check_initialized(block, name)
         if precision.compute == "fp8":
-            float8_layers += convert_linear_layers(block, precision.fp8_recipe, device)
+            convert_linear_layers(block, precision.fp8_recipe, device)
         checkpoint_activations(block, index, activation_checkpointing)
         if compilation.enabled:
             block.compile(mode=None if compilation.mode == "default" else compilation.mode)
@@ -90,11 +88,6 @@ def build_engine(
         if block_buckets is not None:
             block_buckets.add(name, block)
 
-    if precision.compute == "fp8" and not float8_layers:
-        raise UserError(
-            f"precision.compute=fp8: no block of {type(model).__name__} has a linear layer whose sizes are multiples "
-            "of 16; use precision.compute=bf16, or another model."
-        )
     _initialize_outside_blocks(definition, materializer, {id(block) for _, block in blocks})
     loss_scaler = LossScaler(precision, device) if dtype is torch.float16 else None
     if shards:

@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from sharding.blocks import find_blocks
 from sharding.config import FLOAT8_MULTIPLE, Float8Recipe
 from sharding.errors import UserError
 
@@ -12,12 +13,24 @@ LEAST_CAPABILITY: dict[Float8Recipe, tuple[int, int]] = {"tensorwise": (8, 9), "
 """Compute capability of the first GPUs with such products, and with one scale for each row."""
 
 
-def check_float8(recipe: Float8Recipe, device: torch.device) -> None:
-    """Assert that the device has products in 8 bits; a CPU, which rounds to 8 bits and multiplies in more, passes.
+def check_float8(model: nn.Module, recipe: Float8Recipe, device: torch.device) -> None:
+    """Assert that a model has layers for products in 8 bits, and the device such products.
+
+    A CPU, which rounds to 8 bits and multiplies in more, passes.
+
+    Args:
+        model: the whole model; it may be on the meta device.
+        recipe: what has one scale.
+        device: where it computes.
 
     Raises:
-        UserError: the GPU is too old.
+        UserError: no layer fits, or the GPU is too old.
     """
+    if not any(is_fit(module) for _, block in find_blocks(model) for module in block.modules()):
+        raise UserError(
+            f"precision.compute=fp8: no block of {type(model).__name__} has a linear layer whose sizes are multiples "
+            f"of {FLOAT8_MULTIPLE}; use precision.compute=bf16, or another model."
+        )
     if device.type != "cuda":
         return
     found, least = torch.cuda.get_device_capability(device), LEAST_CAPABILITY[recipe]
@@ -37,8 +50,8 @@ def is_fit(module: nn.Module) -> bool:
     )
 
 
-def convert_linear_layers(block: nn.Module, recipe: Float8Recipe, device: torch.device) -> int:
-    """Let the linear layers of a block multiply in 8 bits; returns how many do.
+def convert_linear_layers(block: nn.Module, recipe: Float8Recipe, device: torch.device) -> None:
+    """Let the linear layers of a block multiply in 8 bits.
 
     Inputs, weights and gradients are scaled by their largest value, of the whole tensor or of each row, and rounded
     before each of a layer's three products (Micikevicius et al., "FP8 Formats for Deep Learning", 2022). Parameters
@@ -54,6 +67,4 @@ def convert_linear_layers(block: nn.Module, recipe: Float8Recipe, device: torch.
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     config = replace(Float8LinearConfig.from_recipe_name(recipe), emulate=device.type != "cuda")
-    num_layers = sum(map(is_fit, block.modules()))
     convert_to_float8_training(block, module_filter_fn=lambda module, _name: is_fit(module), config=config)
-    return num_layers

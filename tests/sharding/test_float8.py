@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torchao.float8.float8_linear import Float8Linear
 
 from sharding.config import Float8Recipe
 from sharding.errors import UserError
@@ -70,7 +71,8 @@ def test_a_layer_multiplies_rounded_values_and_keeps_its_parameters(recipe: Floa
             parameter.normal_(generator=generator)
     before = dict(block.named_parameters())
     # 30 is no multiple of 16, and a subclass may do more than its product.
-    assert convert_linear_layers(block, recipe, _CPU) == 1
+    convert_linear_layers(block, recipe, _CPU)
+    assert sum(isinstance(layer, Float8Linear) for layer in block) == 1
     after = dict(block.named_parameters())
     assert all(after[name] is parameter for name, parameter in before.items())
     assert len(after) == len(before)
@@ -161,10 +163,11 @@ def test_an_older_gpu_is_refused(
     said = (
         f"fp8_recipe={recipe} needs a GPU of compute capability .* but an older GPU has {capability[0]}.{capability[1]}"
     )
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(16, 16)])})
     with pytest.raises(UserError, match=said):
-        check_float8(recipe, torch.device("cuda"))
+        check_float8(model, recipe, torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
-    check_float8(recipe, torch.device("cuda"))
+    check_float8(model, recipe, torch.device("cuda"))
 
 
 def test_the_log_says_how_many_layers_there_are() -> None:
