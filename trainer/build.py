@@ -18,7 +18,7 @@ from trainer.data.prepared import Prepared, PreparedStream, describe_mixture
 from trainer.data.skipped_samples import SkippedSamples
 from trainer.data.streaming import StreamingLoader, state_of_rank
 from trainer.events import record_event
-from trainer.hardware import peak_flops
+from trainer.hardware import compute_format, peak_flops
 from trainer.injection import Fault
 from trainer.loop import Trainer
 from trainer.model_engine import build_model_engine, describe_model, parameter_hash
@@ -143,7 +143,9 @@ def build_trainer(
         meter=SystemMeter(ranks, os.environ, enabled=config.metrics.system),
         facts=facts,
         busy=busy,
-        peak_flops=peak_flops(ranks.device, compute_dtype(config.precision, ranks.device)),
+        peak_flops=peak_flops(
+            ranks.device, compute_format(config.precision.compute, compute_dtype(config.precision, ranks.device))
+        ),
         weight_average=average,
     )
     trainer = Trainer(config, parts)
