@@ -7,7 +7,7 @@ import torch
 
 ComputeFormat = Literal["fp32", "tf32", "fp16", "bf16", "fp8"]
 
-# Dense tensor-core rates in FLOP/s, without structured sparsity, from NVIDIA's data sheets, which give the sparse figure,
+# Dense tensor-core rates in FLOP/s, without structured sparsity, from NVIDIA's data sheets, which give the sparse one,
 # twice as much, for all but A100: H100 and H200 "NVIDIA H100 Tensor Core GPU" and "NVIDIA H200 Tensor Core GPU", A100
 # "NVIDIA A100 Tensor Core GPU", B200 "NVIDIA DGX B200" (per GPU), L40S "NVIDIA L40S". fp16 has bf16's rate on all.
 _PEAK_FLOPS: dict[str, dict[ComputeFormat, float]] = {

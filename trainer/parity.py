@@ -2,15 +2,21 @@
 
 ``python -m trainer.parity CONFIG [key=value ...]`` trains a few fp32 steps on one fixed batch of the run's corpus, with
 ragged numbers of valid targets, in a plain PyTorch loop and under every backend and strategy; it prints a table of
-differences and exits with 1 where one is out of tolerance.
+differences and exits with 1 where one is out of tolerance. A case that fails is a row, and the others go on; one whose
+package is not installed is named.
 """
 
 import json
+import math
+import multiprocessing.connection
+import signal
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import get_args
 
@@ -28,21 +34,30 @@ from trainer.data.prepare import prepare_corpus
 from trainer.data.prepared import Prepared
 from trainer.models import Vocabulary
 from trainer.optimizers.config import OptimizerName, refused_optimizer
-from trainer.parity_cases import NUM_STEPS, ParityCase, Trajectory, run_plain, run_rank
+from trainer.parity_cases import NUM_STEPS, ParityCase, Trajectory, error_file, run_plain, run_rank
 from trainer.validation import BACKEND_STRATEGIES, BUCKETED_STRATEGIES
 
 NUM_SEQUENCES = 12
 """Divides by 1, 2, 3 and 4 ranks, with and without accumulation."""
 
-LOSS_TOLERANCE = 1e-5
-GRAD_NORM_TOLERANCE = 1e-5
+LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}
+GRAD_NORM_TOLERANCE = {"fp32": 1e-5, "bf16": 5e-2}
+"""Relative. In bf16 engines that cast parameters round elsewhere than the plain loop's autocast."""
+
 PARAMETER_TOLERANCE = {"sgd": 1e-5, "adamw": 1e-2, "muon": 1e-2, "adafactor": 1e-2, "adamw8bit": 1e-2}
-"""Largest difference of any parameter; Adam amplifies rounding where a gradient is nearly zero."""
+"""Largest difference of any parameter in fp32; Adam amplifies rounding where a gradient is nearly zero."""
+
+_BF16_PARAMETER_TOLERANCE = {"sgd": 1e-2}
+_CASE_TIMEOUT_S = 300.0
+_POLL_EVERY_S = 1.0
 
 
 @dataclass(frozen=True)
 class ParityRow:
-    """One case against the plain process: relative differences of loss and norm, absolute of parameters."""
+    """One case against the plain process: relative differences of loss and norm, absolute of parameters.
+
+    ``failure`` says why there are none, where a rank failed.
+    """
 
     case: ParityCase
     loss_difference: float
@@ -51,18 +66,28 @@ class ParityRow:
     unmoved: list[str]
     forward_saw_update: bool
     same_initial_parameters: bool
+    failure: str = ""
 
     @property
     def passed(self) -> bool:
         """Whether everything is inside its tolerance. NaN is not."""
         return (
-            self.loss_difference <= LOSS_TOLERANCE
-            and self.grad_norm_difference <= GRAD_NORM_TOLERANCE
-            and self.parameter_difference <= PARAMETER_TOLERANCE[self.case.optimizer]
+            not self.failure
+            and self.loss_difference <= LOSS_TOLERANCE[self.case.compute]
+            and self.grad_norm_difference <= GRAD_NORM_TOLERANCE[self.case.compute]
+            and self.parameter_difference <= parameter_tolerance(self.case)
             and not self.unmoved
             and self.forward_saw_update
             and self.same_initial_parameters
         )
+
+
+def parameter_tolerance(case: ParityCase) -> float:
+    """Largest absolute difference of any parameter."""
+    if case.compute == "bf16":
+        # Of the learning rate in each step, which is as far as Adam goes where the sign of a gradient is rounding.
+        return _BF16_PARAMETER_TOLERANCE.get(case.optimizer, 2e-2 * NUM_STEPS)
+    return PARAMETER_TOLERANCE[case.optimizer]
 
 
 ALWAYS_COMPARED: tuple[OptimizerName, ...] = ("adamw", "muon", "adafactor")
@@ -125,28 +150,38 @@ def run_parity(config: RunConfig, cases: Sequence[ParityCase], folder: Path) -> 
     """Run the cases, one group of processes per number of ranks, and compare each with the plain process.
 
     Args:
-        config: the run; dropout is set to 0, computation to fp32.
-        cases: what to run.
+        config: the run; dropout is set to 0, computation to each case's format.
+        cases: what to run; their packages must be installed.
         folder: an empty folder for parameters and trajectories.
+
+    Returns:
+        A row for each case, also for one that failed.
 
     Raises:
         UserError: the corpus cannot be prepared, or the model is not accepted.
-        RuntimeError: a rank failed.
     """
     config = _without_dropout(config)
     corpus = prepare_corpus(config.data)
     vocabulary = Vocabulary(corpus.vocab_size, corpus.eos_token_id)
     _write_ragged_batch(config, corpus, folder)
+    failures: dict[str, str] = {}
     for num_ranks in sorted({case.num_ranks for case in cases}):
         group = [case for case in cases if case.num_ranks == num_ranks]
-        _run_group(config, vocabulary, group, num_ranks, folder)
+        failures |= _run_group(config, vocabulary, group, num_ranks, folder)
     rows = []
-    for optimizer in sorted({case.optimizer for case in cases}):
-        matching = [case for case in cases if case.optimizer == optimizer]
-        initial = folder / f"{matching[0].label}.initial.safetensors"
-        plain, parameters = run_plain(config, vocabulary, folder, initial, optimizer)
-        rows += [_compare(case, plain, parameters, initial, folder) for case in matching]
+    for optimizer, compute in sorted({(case.optimizer, case.compute) for case in cases}):
+        matching = [case for case in cases if (case.optimizer, case.compute) == (optimizer, compute)]
+        rows += [_failed_row(case, failures[case.label]) for case in matching if case.label in failures]
+        trained = [case for case in matching if case.label not in failures]
+        if trained:
+            initial = folder / f"{trained[0].label}.initial.safetensors"
+            plain, parameters = run_plain(config, vocabulary, folder, initial, optimizer, compute)
+            rows += [_compare(case, plain, parameters, initial, folder) for case in trained]
     return rows
+
+
+def _failed_row(case: ParityCase, reason: str) -> ParityRow:
+    return ParityRow(case, math.nan, math.nan, math.nan, [], False, False, reason)
 
 
 def _without_dropout(config: RunConfig) -> RunConfig:
@@ -183,7 +218,28 @@ def _write_ragged_batch(config: RunConfig, corpus: Prepared, folder: Path) -> No
 
 def _run_group(
     config: RunConfig, vocabulary: Vocabulary, cases: Sequence[ParityCase], num_ranks: int, folder: Path
-) -> None:
+) -> dict[str, str]:
+    """Run cases on so many ranks; returns why cases failed, by label.
+
+    A failure ends its group of processes, and the cases after it have another one.
+    """
+    failures: dict[str, str] = {}
+    waiting = list(cases)
+    while waiting:
+        end = _run_processes(config, vocabulary, waiting, num_ranks, folder)
+        waiting = [case for case in waiting if not _result_file(folder, case).exists()]
+        if waiting:
+            # In order, so that it is the first without a result.
+            failed = waiting.pop(0)
+            error = error_file(folder, failed)
+            failures[failed.label] = error.read_text() if error.exists() else end
+    return failures
+
+
+def _run_processes(
+    config: RunConfig, vocabulary: Vocabulary, cases: Sequence[ParityCase], num_ranks: int, folder: Path
+) -> str:
+    """Start ranks for cases and see them end, or stand still; returns how, as far as it is known from outside."""
     context = rank_context()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -198,17 +254,40 @@ def _run_group(
     ]
     for process in processes:
         process.start()
-    for process in processes:
-        process.join()
-    failed = [rank for rank, process in enumerate(processes) if process.exitcode]
-    if failed:
-        raise RuntimeError(f"parity on {num_ranks} ranks: rank {failed[0]} failed; its error is above")
+    try:
+        return _wait(processes, [_result_file(folder, case) for case in cases])
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _wait(processes: Sequence[BaseProcess], results: Sequence[Path]) -> str:
+    """Wait until all have ended well, one has not, or none has had a result for long; returns what it was."""
+    num_results, since = 0, time.monotonic()
+    while True:
+        ended = [process.exitcode for process in processes]
+        for rank, status in enumerate(ended):
+            if status:
+                how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+                return f"rank {rank} {how}"
+        if None not in ended:
+            return "the ranks ended without a result"
+        if (now := sum(path.exists() for path in results)) > num_results:
+            num_results, since = now, time.monotonic()
+        if time.monotonic() - since > _CASE_TIMEOUT_S:
+            return f"no result in {_CASE_TIMEOUT_S:.0f} s"
+        multiprocessing.connection.wait([p.sentinel for p in processes if p.exitcode is None], _POLL_EVERY_S)
+
+
+def _result_file(folder: Path, case: ParityCase) -> Path:
+    return folder / f"{case.label}.json"
 
 
 def _compare(
     case: ParityCase, plain: Trajectory, plain_parameters: dict[str, torch.Tensor], initial: Path, folder: Path
 ) -> ParityRow:
-    ours = Trajectory(**json.loads((folder / f"{case.label}.json").read_text()))
+    ours = Trajectory(**json.loads(_result_file(folder, case).read_text()))
     before, after = (
         load_file(folder / f"{case.label}.initial.safetensors"),
         load_file(folder / f"{case.label}.final.safetensors"),
@@ -224,7 +303,7 @@ def _compare(
         unmoved=[name for name, tensor in after.items() if torch.equal(tensor, before[name])],
         # The batch never changes, so a forward pass that misses an update repeats the loss of the step before.
         forward_saw_update=all(
-            abs(later - earlier) > 10 * LOSS_TOLERANCE * abs(earlier)
+            abs(later - earlier) > 10 * LOSS_TOLERANCE["fp32"] * abs(earlier)
             for earlier, later in zip(ours.losses, ours.losses[1:], strict=False)
         ),
         same_initial_parameters=all(torch.equal(reference[name], tensor) for name, tensor in before.items()),
@@ -269,7 +348,8 @@ def print_table(rows: Sequence[ParityRow], console: Console) -> None:
         )
     console.print(table)
     console.print(
-        f"tolerances: loss {LOSS_TOLERANCE:.0e} relative, gradient norm {GRAD_NORM_TOLERANCE:.0e} relative, parameters "
+        f"tolerances: loss {LOSS_TOLERANCE['fp32']:.0e} relative, gradient norm {GRAD_NORM_TOLERANCE['fp32']:.0e} "
+        "relative, parameters "
         + ", ".join(f"{tolerance:.0e} ({name})" for name, tolerance in PARAMETER_TOLERANCE.items())
         + " absolute"
     )
@@ -299,6 +379,8 @@ def print_refusals(console: Console) -> None:
 
 
 def _problems(row: ParityRow) -> list[str]:
+    if row.failure:
+        return [row.failure]
     problems = []
     if row.unmoved:
         problems.append(f"parameters that did not move: {', '.join(row.unmoved)}")
@@ -316,10 +398,14 @@ def main(arguments: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="shardline-parity-") as folder:
         optimizers = dict.fromkeys([*ALWAYS_COMPARED, config.optimizer.name])
         optimizers.pop("sgd", None)
-        rows = run_parity(config, parity_cases(default_group_sizes(), list(optimizers)), Path(folder))
+        cases = parity_cases(default_group_sizes(), list(optimizers))
+        rows = run_parity(config, [case for case in cases if case.missing_package is None], Path(folder))
     console = Console(width=None if sys.stdout.isatty() else 120)
     print_table(rows, console)
     print_refusals(console)
+    for package in sorted({case.missing_package for case in cases if case.missing_package is not None}):
+        num_left_out = sum(case.missing_package == package for case in cases)
+        console.print(f"left out: {num_left_out} cases need {package}, which is not installed")
     num_failed = sum(not row.passed for row in rows)
     console.print(f"{len(rows) - num_failed} of {len(rows)} cases agree")
     return EXIT_FAILED if num_failed else EXIT_FINISHED

@@ -2,9 +2,12 @@
 
 import json
 import os
+import traceback
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -13,6 +16,7 @@ from torch.nn import functional
 
 from sharding.config import Backend, ShardingEngine, Strategy
 from sharding.engine import Engine
+from sharding.errors import EXIT_FAILED
 from sharding.mesh import build_mesh
 from sharding.process_group import Ranks, process_group
 from sharding.process_lifetime import die_with_parent
@@ -28,7 +32,7 @@ NUM_STEPS = 3
 
 @dataclass(frozen=True)
 class ParityCase:
-    """One way to train: strategy, ranks, micro-batches a step, optimizer, backend, engine."""
+    """One way to train: strategy, ranks, micro-batches a step, optimizer, backend, engine, number format."""
 
     strategy: Strategy
     num_ranks: int
@@ -36,11 +40,20 @@ class ParityCase:
     optimizer: str
     backend: Backend = "torch"
     engine: ShardingEngine = "fully_shard"
+    compute: Literal["fp32", "bf16"] = "fp32"
 
     @property
     def label(self) -> str:
         """A name for files."""
-        return f"{self.mechanism}-{self.strategy}-{self.num_ranks}-{self.accumulation_steps}-{self.optimizer}"
+        parts = (self.mechanism, self.strategy, self.num_ranks, self.accumulation_steps, self.optimizer, self.compute)
+        return "-".join(map(str, parts))
+
+    @property
+    def missing_package(self) -> str | None:
+        """A package that the case needs and that is not installed."""
+        needed = {"deepspeed": "deepspeed", "accelerate": "accelerate"}.get(self.backend)
+        needed = "torchao" if self.optimizer == "adamw8bit" else needed
+        return needed if needed is not None and find_spec(needed) is None else None
 
     @property
     def mechanism(self) -> str:
@@ -58,7 +71,7 @@ class Trajectory:
 
 
 def case_config(config: RunConfig, case: ParityCase, num_sequences: int) -> RunConfig:
-    """The run's configuration made comparable: fp32, constant rate, the case's strategy, batch and optimizer."""
+    """The run's configuration made comparable: constant rate, the case's strategy, format, batch and optimizer."""
     parallel = config.parallel.model_copy(
         update={
             "strategy": case.strategy,
@@ -74,7 +87,7 @@ def case_config(config: RunConfig, case: ParityCase, num_sequences: int) -> RunC
             "parallel": parallel,
             "optimizer": optimizer,
             "batch": config.batch.model_copy(update={"global_size": num_sequences, "micro_size": micro_size}),
-            "precision": config.precision.model_copy(update={"compute": "fp32"}),
+            "precision": config.precision.model_copy(update={"compute": case.compute}),
         }
     )
 
@@ -87,7 +100,10 @@ def case_lr(config: RunConfig, optimizer: str) -> float:
 def run_rank(
     rank: int, num_ranks: int, port: int, config_json: str, vocabulary: Vocabulary, cases_json: str, folder: Path
 ) -> None:
-    """One rank of a group: run every case, and let rank 0 write trajectories and parameters to the folder."""
+    """One rank of a group: run every case, and let rank 0 write trajectories and parameters to the folder.
+
+    The first rank that fails in a case says why in the case's error file, and the process ends.
+    """
     die_with_parent()
     os.environ |= {
         "RANK": str(rank),
@@ -101,9 +117,30 @@ def run_rank(
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_ranks))
     with process_group(config.launch.init_timeout_s) as ranks:
         for values in json.loads(cases_json):
-            _run_case(config, ParityCase(**values), vocabulary, ranks, folder)
+            case = ParityCase(**values)
+            try:
+                _run_case(config, case, vocabulary, ranks, folder)
+            except BaseException as error:  # noqa: BLE001 - whatever it was, it is this case's row, and not the end
+                traceback.print_exc()
+                _write_error(error, rank, error_file(folder, case))
+                # The others may be in a collective that this rank will not join.
+                os._exit(EXIT_FAILED)
     # Not by way of the interpreter's shutdown: see trainer.rank.end_process.
     os._exit(0)
+
+
+def error_file(folder: Path, case: ParityCase) -> Path:
+    """Where a rank says why a case failed."""
+    return folder / f"{case.label}.error"
+
+
+def _write_error(error: BaseException, rank: int, path: Path) -> None:
+    try:
+        # The first to fail is the cause; others fail because it is gone.
+        with path.open("x") as file:
+            file.write(f"rank {rank}: {type(error).__name__}: {' '.join(str(error).split())}")
+    except FileExistsError:
+        pass
 
 
 def _run_case(config: RunConfig, case: ParityCase, vocabulary: Vocabulary, ranks: Ranks, folder: Path) -> None:
@@ -156,24 +193,35 @@ def _write_parameters(engine: Engine, ranks: Ranks, path: Path) -> None:
 
 
 def run_plain(
-    config: RunConfig, vocabulary: Vocabulary, folder: Path, initial: Path, optimizer_name: str
+    config: RunConfig,
+    vocabulary: Vocabulary,
+    folder: Path,
+    initial: Path,
+    optimizer_name: str,
+    compute: Literal["fp32", "bf16"] = "fp32",
 ) -> tuple[Trajectory, dict[str, torch.Tensor]]:
-    """The reference: one process, one whole batch, torch and transformers alone."""
+    """The reference: one process, one whole batch, torch and transformers alone, on the device that ranks have."""
     from transformers import AutoModelForCausalLM
 
-    batch, clip_norm = load_file(folder / "batch.safetensors"), config.optimizer.clip_norm
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batch = {name: tensor.to(device) for name, tensor in load_file(folder / "batch.safetensors").items()}
+    clip_norm = config.optimizer.clip_norm
     model_config = build_model_config(config.model, vocabulary, config.data.sequence_length)
     model = AutoModelForCausalLM.from_config(
         model_config, dtype=torch.float32, trust_remote_code=config.model.trust_remote_code
     )
     model.load_state_dict(load_file(initial), strict=False)
     model.tie_weights()
+    model.to(device)
     lr = case_lr(config, optimizer_name)
     optimizer = plain_optimizer(model, config.optimizer, optimizer_name, lr)
     num_targets = (batch["labels"] != -100).sum()
     losses, norms = [], []
+    autocast = torch.autocast(device.type, torch.bfloat16) if compute == "bf16" else nullcontext()
     for _ in range(NUM_STEPS):
-        logits = model(**{name: tensor for name, tensor in batch.items() if name != "labels"}, use_cache=False).logits
+        with autocast:
+            inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+            logits = model(**inputs, use_cache=False).logits.float()
         loss = functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum") / num_targets
         loss.backward()
         norm = torch.cat([p.grad.double().flatten() for p in model.parameters() if p.grad is not None]).norm()
@@ -182,4 +230,4 @@ def run_plain(
         optimizer.zero_grad()
         losses.append(loss.item())
         norms.append(norm.item())
-    return Trajectory(losses, norms), {name: p.detach() for name, p in model.named_parameters()}
+    return Trajectory(losses, norms), {name: p.detach().cpu() for name, p in model.named_parameters()}

@@ -1,14 +1,18 @@
 """Every strategy against one plain process: 2 and 3 ranks, hsdp on 4, shapes that do not divide."""
 
+import io
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from tests.support import TINY_MODEL
+from trainer import parity_cases as parity_cases_module
 from trainer.config import parse_config
-from trainer.parity import ParityRow, parity_cases, run_parity
+from trainer.parity import ParityRow, parity_cases, print_table, run_parity
 from trainer.parity_cases import ParityCase
 from trainer.validation import BACKEND_STRATEGIES, BUCKETED_STRATEGIES
 
@@ -81,6 +85,40 @@ def test_eight_bit_moments_are_the_same_in_every_layout(values: dict[str, Any], 
     cases = [ParityCase(strategy, 3, 2, "adamw8bit") for strategy in ("ddp", "zero1", "zero2", "zero3")]
     rows = run_parity(parse_config(values | {"model": model, "optimizer": optimizer}, "test"), cases, tmp_path)
     assert [row for row in rows if not row.passed] == []
+
+
+@pytest.mark.timeout(400)
+def test_a_case_that_fails_is_a_row_and_the_others_go_on(values: dict[str, Any], tmp_path: Path) -> None:
+    cases = [
+        ParityCase("ddp", 2, 2, "sgd"),
+        ParityCase("ddp", 2, 1, "sgd"),
+        ParityCase("zero2", 2, 3, "sgd"),
+        ParityCase("ddp", 2, 1, "sgd", compute="bf16"),
+        ParityCase("zero2", 2, 1, "adamw", compute="bf16"),
+    ]
+    config = parse_config(values | {"task": {"name": "tests.trainer.failing_task:FailingTask"}}, "test")
+    rows = {row.case: row for row in run_parity(config, cases, tmp_path)}
+    assert set(rows) == set(cases)
+    raising, good, killed, *in_bf16 = (rows[case] for case in cases)
+    assert re.fullmatch(r"rank [01]: ValueError: struck on purpose", raising.failure)
+    # Whoever notices first says so: the parent, or the rank whose collective broke.
+    assert "SIGKILL" in killed.failure or killed.failure.startswith("rank 0: ")
+    assert not raising.passed
+    assert not killed.passed
+    assert good.passed
+    assert all(row.passed for row in in_bf16)
+    # In fp32 they would agree to 1e-6.
+    assert all(row.loss_difference > 1e-6 for row in in_bf16[1:])
+    console = Console(file=io.StringIO(), width=200)
+    print_table(list(rows.values()), console)
+    assert "struck on purpose" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_cases_of_a_package_that_is_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parity_cases_module, "find_spec", lambda name: None if name == "deepspeed" else object())
+    cases = parity_cases([2])
+    assert {case.backend for case in cases if case.missing_package == "deepspeed"} == {"deepspeed"}
+    assert {case.backend for case in cases if case.missing_package is None} == {"torch", "accelerate"}
 
 
 _GOOD = ParityRow(ParityCase("ddp", 2, 1, "sgd"), 1e-7, 1e-7, 1e-7, [], True, True)
