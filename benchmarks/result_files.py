@@ -1,10 +1,14 @@
 """The files of a result: raw rows as JSONL, and the table and the plot that are made of them."""
 
 import json
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+# KIND_RANKSxDEVICE, and then the time.
+_NAME = re.compile(r"(.+_\d+x(?:cpu|gpu))_")
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -37,18 +41,32 @@ def read_rows(raw: Path) -> list[dict[str, Any]]:
 
 
 def last_result(raw: Path, folders: Sequence[Path]) -> Path | None:
-    """The newest file of the same kind, with the same name but for the time, from before; None where there is none.
+    """The newest file of the same kind from before; None where there is none.
+
+    That is one with the same name but for the time, of the same size, and with the same changes to it.
 
     Args:
         raw: a raw file, as ``raw_file`` names it.
         folders: where to look.
     """
-    kind = "_".join(raw.name.split("_")[:2])
+    match = _NAME.match(raw.name)
+    if match is None:
+        return None
+    own = _header(raw)
+    earlier: dict[Path, str] = {}
     # A file that was kept may have lost the time of day in its name.
-    times = {path: _header(path).get("time", "") for folder in folders for path in folder.glob(f"{kind}_*.jsonl")}
-    own = _header(raw).get("time", "")
-    earlier = [path for path, time in times.items() if path.resolve() != raw.resolve() and time < own]
-    return max(earlier, key=times.__getitem__, default=None)
+    for path in (path for folder in folders for path in folder.glob(f"{match[1]}_[0-9]*.jsonl")):
+        header = _header(path)
+        is_before = path.resolve() != raw.resolve() and header.get("time", "") < own.get("time", "")
+        if is_before and _configuration(header) == _configuration(own):
+            earlier[path] = header.get("time", "")
+    return max(earlier, key=earlier.__getitem__, default=None)
+
+
+def _configuration(header: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What makes two results of one benchmark comparable at all, as far as a header says."""
+    setup = header.get("setup", {})
+    return (setup.get("size"), setup.get("config"), list(setup.get("overrides") or []))
 
 
 def write_report(

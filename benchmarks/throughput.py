@@ -8,6 +8,7 @@ Each rung is a run of its own, with one technique more than the one below. See d
 
 import argparse
 import os
+import re
 import signal
 import sys
 import time
@@ -19,7 +20,7 @@ import torch
 
 from benchmarks.comparison import changes_since_last
 from benchmarks.facts import collect_facts
-from benchmarks.ladder import LADDER, Machine, Rung, rung_config
+from benchmarks.ladder import BEGINNING, LADDER, Machine, Rung, rung_config
 from benchmarks.overrides import refuse
 from benchmarks.ranks import INTERRUPTED, run_ranks
 from benchmarks.result_files import append_row, raw_file, write_report
@@ -76,7 +77,7 @@ class _Ladder:
         own = options.config and Size(options.config, has_own_batch=True)
         self._size = own or size_named(name, has_gpu=has_gpu)
         self._rungs = _chosen(options.rungs)
-        decided = {override.partition("=")[0] for rung in LADDER for override in rung.overrides}
+        decided = {text.partition("=")[0] for text in (*BEGINNING, *(o for rung in LADDER for o in rung.overrides))}
         refuse(options.overrides, decided, "a rung of the ladder decides this; --rungs chooses among them.")
         if min(options.windows, options.window_steps, options.warmup, options.passes) < 1:
             raise UserError(
@@ -88,7 +89,8 @@ class _Ladder:
         lowest = self._config(LADDER[0], [])
         self._machine = replace(self._machine, tokenizer_size=prepare_corpus(lowest.data).vocab_size)
         self._threads = threads_per_rank(lowest, num_ranks, os.environ)
-        self._raw = raw_file(options.output, "throughput", num_ranks, has_gpu=has_gpu)
+        size_slug = re.sub(r"[^A-Za-z0-9.-]+", "-", Path(self._size_name).stem if options.config else self._size_name)
+        self._raw = raw_file(options.output, f"throughput_{size_slug}", num_ranks, has_gpu=has_gpu)
         header = {
             "kind": "header",
             **collect_facts(PACKAGES),
@@ -181,7 +183,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="shardline bench throughput")
     parser.add_argument("--size", help=f"one of {', '.join(SIZES)}; default: llama-1b on a GPU, else quickstart")
     parser.add_argument("--config", type=Path, help="a run of your own in place of a size")
-    parser.add_argument("--rungs", default="", help="parts of names, separated by commas; default: all")
+    parser.add_argument(
+        "--rungs", default="", help="parts of names, separated by commas, of those to measure; default: all"
+    )
     parser.add_argument("--windows", type=int, default=6, help="measured windows of each rung in each pass")
     parser.add_argument("--window-steps", type=int, default=10, help="steps between two synchronisations")
     parser.add_argument("--warmup", type=int, default=5, help="steps that are discarded")
@@ -199,8 +203,7 @@ def _chosen(text: str) -> list[Rung]:
     if unknown:
         there_are = ", ".join(rung.name for rung in LADDER)
         raise UserError(f"--rungs {text}: no rung has {unknown[0]} in its name; there are: {there_are}.")
-    # The lowest sets everything to its beginning.
-    return [rung for rung in LADDER if rung is LADDER[0] or any(part in rung.name for part in parts)]
+    return [rung for rung in LADDER if any(part in rung.name for part in parts)]
 
 
 def _last_line(log: Path) -> str:

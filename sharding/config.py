@@ -80,7 +80,8 @@ class CompileConfig(StrictModel):
     """Compile each block; the first step takes longer, later ones are faster."""
 
     mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
-    """torch.compile's own mode name."""
+    """torch.compile's own mode name; `reduce-overhead` and `max-autotune`, which replay CUDA graphs, are refused until
+    gradients were seen to be right under accumulation on a GPU."""
 
 
 class ActivationCheckpointingConfig(StrictModel):

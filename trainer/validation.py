@@ -64,6 +64,7 @@ def validate(config: "RunConfig", world: World | None = None) -> None:
     _validate_model_and_data(config)
     _validate_parallel(config)
     _validate_float8(config)
+    _validate_compilation(config)
     _validate_schedule(config)
     _validate_faults(config)
     validate_optimizer(config.optimizer, config.parallel.backend, config.parallel.engine)
@@ -161,6 +162,16 @@ def _validate_float8(config: "RunConfig") -> None:
             "data.document_mask=true keeps documents apart, but precision.fp8_recipe=tensorwise has one scale for all "
             "that is in a micro-batch; set precision.fp8_recipe=rowwise, data.document_mask=false, or "
             "precision.compute=bf16."
+        )
+
+
+def _validate_compilation(config: "RunConfig") -> None:
+    mode = config.compile.mode
+    if mode in ("reduce-overhead", "max-autotune"):
+        raise UserError(
+            f"compile.mode={mode} replays CUDA graphs, which overwrite what the micro-batch before has left, and no "
+            "GPU has shown yet that gradients are right under accumulation (python -m benchmarks.device will); use "
+            "compile.mode=default or max-autotune-no-cudagraphs."
         )
 
 

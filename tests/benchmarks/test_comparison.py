@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,10 +65,10 @@ def test_rows_of_one_result_alone_are_left_out() -> None:
 
 
 def test_the_last_file_of_the_kind_is_found(tmp_path: Path) -> None:
-    def write(folder: str, name: str, time: str) -> Path:
+    def write(folder: str, name: str, time: str, **setup: Any) -> Path:
         path = tmp_path / folder / name
         path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps({"time": time}) + "\n" + json.dumps({"kind": "end"}) + "\n")
+        path.write_text(json.dumps({"time": time, "setup": setup}) + "\n" + json.dumps({"kind": "end"}) + "\n")
         return path
 
     folders = [tmp_path / "out", tmp_path / "kept"]
@@ -75,6 +76,10 @@ def test_the_last_file_of_the_kind_is_found(tmp_path: Path) -> None:
     assert last_result(mine, folders) is None
     write("out", "scaling_2xcpu_20260104_120000.jsonl", "2026-01-04T12:00:00+0000")
     write("out", "overhead_4xcpu_20260104_120000.jsonl", "2026-01-04T12:00:00+0000")
+    assert last_result(mine, folders) is None
+    # Another size, and another configuration.
+    write("out", "scaling_4xcpu_20260104_130000.jsonl", "2026-01-04T13:00:00+0000", size="tiny")
+    write("out", "scaling_4xcpu_20260104_140000.jsonl", "2026-01-04T14:00:00+0000", overrides=["batch.micro_size=2"])
     assert last_result(mine, folders) is None
     kept = write("kept", "scaling_4xcpu_20260103.jsonl", "2026-01-03T23:00:00+0000")
     older = write("out", "scaling_4xcpu_20260103_120000.jsonl", "2026-01-03T12:00:00+0000")

@@ -10,10 +10,11 @@ import pytest
 
 from benchmarks.ladder import LADDER, Machine, rung_config
 from benchmarks.sizes import SIZES, Size
-from benchmarks.throughput import main
+from benchmarks.throughput import _chosen, main
 from benchmarks.throughput_table import gains, markdown, plot, read_rungs
 from sharding.errors import UserError
 from tests.support import shardline
+from trainer.config import load_config
 
 _CPU = Machine(num_ranks=2, has_gpu=False, has_bf16=False, fp8_recipes=(), tokenizer_size=2048)
 _GPU = Machine(num_ranks=1, has_gpu=True, has_bf16=True, fp8_recipes=("tensorwise", "rowwise"), tokenizer_size=2048)
@@ -38,7 +39,7 @@ def test_what_cannot_run_is_left_out_with_its_reason() -> None:
     reasons = _left_out(_CPU, "quickstart")
     assert reasons["+ bf16"] == "this device has no native bf16, which precision.compute=auto would choose"
     assert reasons["+ padded vocabulary"] == "the vocabulary of 2048 is a multiple of it already"
-    assert "need a GPU" in reasons["CUDA graphs"]
+    assert "need a GPU" in reasons["autotuned kernels"]
     assert reasons["fp8 products"] == "this device has no such products in 8 bits"
     # The rules of a run say why not 8-bit moments in flat buckets.
     assert "adamw8bit" in reasons["8-bit moments"]
@@ -61,6 +62,9 @@ def test_a_rung_has_what_the_ones_below_have_and_the_users_changes() -> None:
     assert (config.batch.micro_size, config.batch.global_size, config.parallel.strategy) == (8, 16, "none")
     padded = rung_config(_RUNGS["+ padded vocabulary"], SIZES["gpt2-124m"], kept, ["batch.global_size=64"], _GPU, 10)
     assert (padded.model.vocab_multiple, padded.batch.global_size) == (128, 64)
+    # Whether the lowest was measured, failed or was left out: what it stands for is beneath all.
+    bare = rung_config(_RUNGS["+ bf16"], SIZES["llama-1b"], [], [], _GPU, 10)
+    assert (bare.model.attention, bare.compile.enabled, bare.activation_checkpointing.mode) == ("eager", False, "none")
     one_billion = rung_config(LADDER[0], SIZES["llama-1b"], [], [], _GPU, 10)
     assert one_billion.model.config["vocab_size"] == 128256
     assert one_billion.data.sequence_length == 2048
@@ -166,17 +170,28 @@ def test_bad_input_is_named(
     assert not (tmp_path / "out").exists()
 
 
+def test_the_lowest_rung_can_be_left_out() -> None:
+    assert [rung.name for rung in _chosen("synthetic,bf16")] == ["+ bf16", "synthetic tokens"]
+    assert _chosen("") == list(LADDER)
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_modes_with_cuda_graphs_are_refused_by_name(mode: str) -> None:
+    with pytest.raises(UserError, match=f"compile.mode={mode} replays CUDA graphs"):
+        load_config(SIZES["quickstart"].config, ["compile.enabled=true", f"compile.mode={mode}"])
+
+
 @pytest.mark.timeout(300)
 def test_rungs_are_measured(tmp_path: Path, shared_corpus: tuple[Path, Path]) -> None:
     corpus, cache = shared_corpus
     finished = shardline(
-        *("bench", "throughput", "--", "--size", "tiny", "--nproc", 1, "--rungs", "freed,synthetic,bucketed"),
+        *("bench", "throughput", "--", "--size", "tiny", "--nproc", 1, "--rungs", "eager,freed,synthetic,bucketed"),
         *("--windows", 2, "--window-steps", 3, "--warmup", 2, "--passes", 1, "--output", tmp_path),
         *("data.source=text", f"data.paths=[{corpus}]", f"data.cache_dir={cache}", "data.vocab_size=301"),
         timeout_s=280,
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    (raw,) = tmp_path.glob("throughput_1xcpu_*.jsonl")
+    (raw,) = tmp_path.glob("throughput_tiny_1xcpu_*.jsonl")
     rows = [json.loads(line) for line in raw.read_text().splitlines()]
     rungs = read_rungs(rows)
     assert [rung.name for rung in rungs] == ["eager attention, fp32", "+ freed memory kept", "synthetic tokens"]
