@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.autograd import DeviceType
@@ -172,6 +173,25 @@ class StepProfile:
         # it may come to that late, and torch has been seen to crash that gathered events meanwhile.
         time.sleep(_SETTLE_S)
         self._profile.stop()
+
+    def longest(self, num: int) -> list[dict[str, Any]]:
+        """The kernels, or on a CPU the operators, that took the most time, with calls and milliseconds of all steps."""
+        on_gpu = self._device_type == "cuda"
+        kind, attribute = (
+            (DeviceType.CUDA, "self_device_time_total") if on_gpu else (DeviceType.CPU, "self_cpu_time_total")
+        )
+        found = [event for event in self._profile.key_averages() if event.device_type == kind]
+        total = sum(getattr(event, attribute) for event in found) or 1.0
+        found.sort(key=lambda event: -getattr(event, attribute))
+        return [
+            {
+                "name": event.key,
+                "num_calls": event.count,
+                "total_ms": getattr(event, attribute) / 1e3,
+                "share": getattr(event, attribute) / total,
+            }
+            for event in found[:num]
+        ]
 
     def shares(self) -> dict[str, float]:
         """Each category's share of the steps, ``communication_busy``, and ``step_s``, the time of a profiled step.

@@ -40,14 +40,14 @@ from trainer.validation import BACKEND_STRATEGIES, BUCKETED_STRATEGIES
 NUM_SEQUENCES = 12
 """Divides by 1, 2, 3 and 4 ranks, with and without accumulation."""
 
-LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}
-GRAD_NORM_TOLERANCE = {"fp32": 1e-5, "bf16": 5e-2}
+LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3}
+GRAD_NORM_TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}
 """Relative. In bf16 engines that cast parameters round elsewhere than the plain loop's autocast."""
 
 PARAMETER_TOLERANCE = {"sgd": 1e-5, "adamw": 1e-2, "muon": 1e-2, "adafactor": 1e-2, "adamw8bit": 1e-2}
 """Largest difference of any parameter in fp32; Adam amplifies rounding where a gradient is nearly zero."""
 
-_BF16_PARAMETER_TOLERANCE = {"sgd": 1e-2}
+_BF16_PARAMETER_TOLERANCE = {"sgd": 2e-3, "adamw": 6e-2, "muon": 6e-2, "adafactor": 6e-2, "adamw8bit": 6e-2}
 _CASE_TIMEOUT_S = 300.0
 _POLL_EVERY_S = 1.0
 
@@ -85,8 +85,7 @@ class ParityRow:
 def parameter_tolerance(case: ParityCase) -> float:
     """Largest absolute difference of any parameter."""
     if case.compute == "bf16":
-        # Of the learning rate in each step, which is as far as Adam goes where the sign of a gradient is rounding.
-        return _BF16_PARAMETER_TOLERANCE.get(case.optimizer, 2e-2 * NUM_STEPS)
+        return _BF16_PARAMETER_TOLERANCE[case.optimizer]
     return PARAMETER_TOLERANCE[case.optimizer]
 
 

@@ -26,6 +26,7 @@ from trainer.model_engine import build_model_engine, parameter_hash
 from trainer.models import Vocabulary, build_model_config
 from trainer.parity_optimizers import plain_optimizer
 from trainer.tasks.registry import build_task
+from trainer.threads import threads_per_rank
 
 NUM_STEPS = 3
 
@@ -114,7 +115,7 @@ def run_rank(
         "MASTER_PORT": str(port),
     }
     config = RunConfig.model_validate(json.loads(config_json))
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_ranks))
+    torch.set_num_threads(threads_per_rank(config, num_ranks, os.environ))
     with process_group(config.launch.init_timeout_s) as ranks:
         for values in json.loads(cases_json):
             case = ParityCase(**values)

@@ -1,0 +1,1 @@
+"""``python -m benchmarks.device``: all that is to be known of a GPU, in one command of a few minutes."""
