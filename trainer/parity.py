@@ -8,15 +8,10 @@ package is not installed is named.
 
 import json
 import math
-import multiprocessing.connection
-import signal
-import socket
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from multiprocessing.process import BaseProcess
+from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
@@ -27,14 +22,14 @@ from safetensors.torch import load_file, save_file
 
 from sharding.config import Backend, ShardingEngine, Strategy
 from sharding.errors import EXIT_FAILED, EXIT_FINISHED, ends_with_a_sentence
-from sharding.forked_ranks import rank_context
 from trainer.config import RunConfig, load_config
 from trainer.data.loader import BatchLoader
 from trainer.data.prepare import prepare_corpus
 from trainer.data.prepared import Prepared
 from trainer.models import Vocabulary
 from trainer.optimizers.config import OptimizerName, refused_optimizer
-from trainer.parity_cases import NUM_STEPS, ParityCase, Trajectory, error_file, run_plain, run_rank
+from trainer.parity_cases import NUM_STEPS, ParityCase, Trajectory, run_plain
+from trainer.parity_processes import result_file, run_group
 from trainer.validation import BACKEND_STRATEGIES, BUCKETED_STRATEGIES
 
 NUM_SEQUENCES = 12
@@ -48,8 +43,6 @@ PARAMETER_TOLERANCE = {"sgd": 1e-5, "adamw": 1e-2, "muon": 1e-2, "adafactor": 1e
 """Largest difference of any parameter in fp32; Adam amplifies rounding where a gradient is nearly zero."""
 
 _BF16_PARAMETER_TOLERANCE = {"sgd": 2e-3, "adamw": 6e-2, "muon": 6e-2, "adafactor": 6e-2, "adamw8bit": 6e-2}
-_CASE_TIMEOUT_S = 300.0
-_POLL_EVERY_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -166,7 +159,7 @@ def run_parity(config: RunConfig, cases: Sequence[ParityCase], folder: Path) -> 
     failures: dict[str, str] = {}
     for num_ranks in sorted({case.num_ranks for case in cases}):
         group = [case for case in cases if case.num_ranks == num_ranks]
-        failures |= _run_group(config, vocabulary, group, num_ranks, folder)
+        failures |= run_group(config, vocabulary, group, num_ranks, folder)
     rows = []
     for optimizer, compute in sorted({(case.optimizer, case.compute) for case in cases}):
         matching = [case for case in cases if (case.optimizer, case.compute) == (optimizer, compute)]
@@ -215,78 +208,10 @@ def _write_ragged_batch(config: RunConfig, corpus: Prepared, folder: Path) -> No
     save_file({name: tensor.contiguous() for name, tensor in batch.items()}, folder / "batch.safetensors")
 
 
-def _run_group(
-    config: RunConfig, vocabulary: Vocabulary, cases: Sequence[ParityCase], num_ranks: int, folder: Path
-) -> dict[str, str]:
-    """Run cases on so many ranks; returns why cases failed, by label.
-
-    A failure ends its group of processes, and the cases after it have another one.
-    """
-    failures: dict[str, str] = {}
-    waiting = list(cases)
-    while waiting:
-        end = _run_processes(config, vocabulary, waiting, num_ranks, folder)
-        waiting = [case for case in waiting if not _result_file(folder, case).exists()]
-        if waiting:
-            # In order, so that it is the first without a result.
-            failed = waiting.pop(0)
-            error = error_file(folder, failed)
-            failures[failed.label] = error.read_text() if error.exists() else end
-    return failures
-
-
-def _run_processes(
-    config: RunConfig, vocabulary: Vocabulary, cases: Sequence[ParityCase], num_ranks: int, folder: Path
-) -> str:
-    """Start ranks for cases and see them end, or stand still; returns how, as far as it is known from outside."""
-    context = rank_context()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    cases_json = json.dumps([asdict(case) for case in cases])
-    config_json = config.model_dump_json(by_alias=True)
-    processes = [
-        context.Process(
-            target=run_rank, args=(rank, num_ranks, port, config_json, vocabulary, cases_json, folder), daemon=True
-        )
-        for rank in range(num_ranks)
-    ]
-    for process in processes:
-        process.start()
-    try:
-        return _wait(processes, [_result_file(folder, case) for case in cases])
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
-
-
-def _wait(processes: Sequence[BaseProcess], results: Sequence[Path]) -> str:
-    """Wait until all have ended well, one has not, or none has had a result for long; returns what it was."""
-    num_results, since = 0, time.monotonic()
-    while True:
-        ended = [process.exitcode for process in processes]
-        for rank, status in enumerate(ended):
-            if status:
-                how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-                return f"rank {rank} {how}"
-        if None not in ended:
-            return "the ranks ended without a result"
-        if (now := sum(path.exists() for path in results)) > num_results:
-            num_results, since = now, time.monotonic()
-        if time.monotonic() - since > _CASE_TIMEOUT_S:
-            return f"no result in {_CASE_TIMEOUT_S:.0f} s"
-        multiprocessing.connection.wait([p.sentinel for p in processes if p.exitcode is None], _POLL_EVERY_S)
-
-
-def _result_file(folder: Path, case: ParityCase) -> Path:
-    return folder / f"{case.label}.json"
-
-
 def _compare(
     case: ParityCase, plain: Trajectory, plain_parameters: dict[str, torch.Tensor], initial: Path, folder: Path
 ) -> ParityRow:
-    ours = Trajectory(**json.loads(_result_file(folder, case).read_text()))
+    ours = Trajectory(**json.loads(result_file(folder, case).read_text()))
     before, after = (
         load_file(folder / f"{case.label}.initial.safetensors"),
         load_file(folder / f"{case.label}.final.safetensors"),
