@@ -15,7 +15,7 @@ from tests.support import read_metrics, tiny_values
 from trainer.build import build_trainer
 from trainer.checkpoint.manifest import TrainingState
 from trainer.checkpoint.reader import CheckpointReader
-from trainer.config import parse_config
+from trainer.config import RunConfig, parse_config
 from trainer.console import Console
 from trainer.data.prepare import prepare_corpus
 from trainer.injection import Fault, inject_faults
@@ -64,12 +64,15 @@ class RunsInProcess:
         values |= {"name": name, "steps": steps, "checkpoint": {"every_steps": 3, "keep_last": 0}}
         for key, section in sections.items():
             values[key] = values.get(key, {}) | section
-        config = parse_config(values, name)
+        return self.train_as(parse_config(values, name), injected, stop_at)
+
+    def train_as(self, config: RunConfig, injected: Sequence[Fault] = (), stop_at: int | None = None) -> RunFolder:
+        """Train, or continue, what a configuration says; see ``train``."""
         folder = RunFolder(config.run_dir)
         observers = Observers(folder.metrics_file)
         if self.ranks.rank == 0:
             folder.begin_attempt(config, World(self.ranks.world_size, has_gpu=False), [])
-            console = Console(steps, (self.root / f"{name}.log").open("a"))
+            console = Console(config.num_steps, (self.root / f"{config.name}.log").open("a"))
             observers = Observers(folder.metrics_file, console, attempt=folder.newest_attempt())
         dist.barrier()
         self.phases = phases = Phases()

@@ -1,5 +1,6 @@
 """The pages: links lead somewhere, commands and keys exist, and nothing is said of what is not there."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -58,6 +59,37 @@ def test_keys_exist(page: Path) -> None:
         section, _, name = key.rpartition(".")
         if key not in FILES:
             assert section not in KEYS or name in KEYS[section], f"{page.name}: {key}"
+
+
+def _tests_of(file: Path) -> dict[str, bool]:
+    """Each test of a file, and whether it or one of its cases is marked slow."""
+    functions = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.FunctionDef)]
+    return {
+        node.name: any("mark.slow" in ast.unparse(decorator) for decorator in node.decorator_list)
+        for node in functions
+        if node.name.startswith("test_")
+    }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_tests_exist(page: Path) -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", page.read_text())
+    missing = [file for file, _ in named if not (ROOT / file).is_file()]
+    assert missing == []
+    assert [f"{file}::{test}" for file, test in named if test and test not in _tests_of(ROOT / file)] == []
+
+
+def test_promises_say_which_tests_are_slow() -> None:
+    page = (ROOT / "docs" / "promises.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| ") and "`tests/" in line]
+    assert len(rows) > 50
+    wrong = []
+    for row in rows:
+        promise, held_by = row.strip("| ").split(" | ")
+        tests = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", held_by)
+        if any(_tests_of(ROOT / file)[test] for file, test in tests) != ("(s)" in promise):
+            wrong.append(promise)
+    assert wrong == []
 
 
 def test_the_first_page_leads_to_all_others() -> None:

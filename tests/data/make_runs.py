@@ -1,13 +1,15 @@
 """Run folders as a release leaves them, kept for ``tests/trainer/test_earlier_releases.py``.
 
-``python tests/data/make_runs.py`` writes ``tests/data/runs_MAJOR_MINOR_PATCH/`` with the code as it stands. What an earlier
-release made is never made again: a change of format has to read it.
+``python tests/data/make_runs.py`` writes ``tests/data/runs_MAJOR_MINOR_PATCH/`` with the code as it stands. What an
+earlier release made is never made again: a change of format has to read it.
 
-In that folder ``corpus/`` is what all runs were trained on, each run stopped after step 4 of 8 under its own name, and
-``undisturbed/NAME.jsonl`` is what training computed at each step of a run that went to step 8 in one piece. Paths are
-relative to the folder. Of a run's folder what only its machine could use is left out: consoles, heartbeats, the report.
+In that folder ``corpus/`` is what all runs were trained on. Each run was stopped after step 4 of 8 and lies under its
+own name. ``undisturbed/NAME.jsonl`` is what training computed at each step of a run that went to step 8 in one piece;
+``runs.json`` says which of these a run is compared with. Paths are relative to the folder. Of a run's folder what only
+its machine could use is left out: consoles, heartbeats, the report.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -15,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -61,8 +64,8 @@ _AVERAGED = {"optimizer": {"ema_decay": 0.75}, "metrics": {"gradient_noise_scale
 _STREAMED = {"data": {"streaming": True, "shuffle_window": 5, "sample_documents": 6, "document_mask": True}}
 _SCALED = {
     "optimizer": {"name": "muon"},
-    # It overflows at first, and grows again after every second step.
-    "precision": {"compute": "fp16", "initial_loss_scale": 2.0**22, "loss_scale_growth_steps": 2},
+    # Far below what overflows, so that no machine skips a step; it grows after steps 3 and 6.
+    "precision": {"compute": "fp16", "initial_loss_scale": 1024.0, "loss_scale_growth_steps": 3},
 }
 # Each run, and the one in one piece that it is compared with: the same training, whatever its layout.
 _RUNS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -91,7 +94,8 @@ _KEPT = (
 
 def _write_corpus(folder: Path) -> None:
     """Documents with all that cleaning acts on: a double, an empty one, other line ends, composed letters."""
-    words = "every rank keeps in step and each claim can be checked on a laptop by whoever doubts it".split()
+    sentence = "every rank keeps in step and each claim can be checked on a laptop by whoever doubts it"
+    words = sentence.split()
     generator = random.Random(3)
     folder.mkdir(parents=True)
     texts = ["\n".join(" ".join(generator.choices(words, k=9)) for _ in range(5 + index)) for index in range(6)]
@@ -115,15 +119,9 @@ def _train(folder: Path, name: str, sections: dict[str, Any], stop_after: int | 
     lease: dict[str, Any] = {}
     with subprocess.Popen(command, cwd=folder, env=environment) as process:
         while process.poll() is None:
-            try:
+            with contextlib.suppress(FileNotFoundError):
                 lease = json.loads((folder / name / "lease.json").read_text())
-            except (FileNotFoundError, ValueError):
-                continue
-            finally:
-                try:
-                    process.wait(0.2)
-                except subprocess.TimeoutExpired:
-                    pass
+            time.sleep(0.1)
     assert process.returncode == (0 if stop_after is None else 75), (name, process.returncode)
     return lease
 
@@ -164,11 +162,13 @@ def main() -> None:
             file = target / "undisturbed" / f"{name}.jsonl"
             file.parent.mkdir(exist_ok=True)
             file.write_text("".join(json.dumps(line) + "\n" for line in computed))
+        index = {}
         for name, (undisturbed, sections) in _RUNS.items():
             lease = _train(folder, name, sections, STOPPED_AFTER)
             # One as its machine left it when it lost power: its lease was never given back.
             _keep(folder / name, target / name, version, lease if name == "torch-ddp" else {})
-            (target / name / "undisturbed").write_text(f"{undisturbed}\n")
+            index[name] = undisturbed
+        (target / "runs.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 if __name__ == "__main__":
