@@ -11,10 +11,15 @@ container=("${container[@]}")
 inside=("${inside[@]}")
 # Set by prepare.
 run_dir=
+outcome_before=
 # shellcheck disable=SC2034  # read by the scripts
 ranks_per_node=1
 max_restarts=0
 num_restarts=0
+# Starts in a row that may end at the same step, before this job is not started again.
+max_idle_starts=3
+# What a step prints for us, quoted as Python's shlex does it, so that evaluating it runs nothing.
+export_line="^export [A-Za-z_][A-Za-z0-9_]*=([A-Za-z0-9_@%+=:,./-]|'[^']*'|\"'\")*\$"
 
 # Python with Shardline: yours, a virtual environment where the job was submitted, or the first on PATH. In a container it
 # is the container's.
@@ -55,7 +60,7 @@ trap 'on_signal TERM' TERM
 see_through() {
     local pid=$1 folder=${2:-} status=0 pause
     while kill -0 "$pid" 2> /dev/null; do
-        if [[ -n $stop_signal && -d $folder && ! -e $folder/stop && $(outcome_id) == "$outcome_before" ]]; then
+        if [[ -n $stop_signal && -d $folder && ! -e $folder/stop ]] && ! has_new_outcome; then
             echo "signal SIG$stop_signal to the batch script" > "$folder/stop" || true
         fi
         sleep 0.5 &
@@ -68,29 +73,46 @@ see_through() {
 
 # Which outcome.json there is: each is a new file, so that one of an earlier attempt is not taken for ours.
 outcome_id() {
-    stat -c '%i %Y' "$run_dir/outcome.json" 2> /dev/null || true
+    stat -c '%i %.9Y' "$run_dir/outcome.json" 2> /dev/null || true
+}
+
+# Whether the step has said how it ended. The outcome of an earlier attempt is there until this one begins, then none.
+has_new_outcome() {
+    local id
+    id=$(outcome_id)
+    [[ -n $id && $id != "$outcome_before" ]]
 }
 
 outcome_field() {
     sed -n "s/.*\"$1\": \"\{0,1\}\([^\",}]*\).*/\1/p" "$run_dir/outcome.json"
 }
 
+# first_node MODULE ARGUMENT ...: runs a module there, and takes over the variables that it prints. Other lines, such as a
+# container's greeting, are passed on.
+first_node() {
+    local output line pid status=0
+    output=$(mktemp)
+    srun --nodes=1 --relative=0 --ntasks=1 --ntasks-per-node=1 --cpus-per-task="$cpus_per_node" \
+        "${container[@]}" "${inside[@]}" "$SHARDLINE_PYTHON" -m "$@" > "$output" &
+    pid=$!
+    see_through "$pid" "$run_dir" || status=$?
+    while IFS= read -r line || [[ -n $line ]]; do
+        if [[ $status == 0 && $line =~ $export_line ]]; then
+            eval "$line"
+        else
+            printf '%s\n' "$line"
+        fi
+    done < "$output"
+    rm -f "$output"
+    return "$status"
+}
+
 # prepare torchrun|deepspeed|srun: checks configuration and allocation for that way to start ranks, prepares the corpus,
 # and sets run_dir, ranks_per_node and the ranks' environment.
 prepare() {
-    local output pid status=0
-    output=$(mktemp)
-    srun --nodes=1 --ntasks=1 --ntasks-per-node=1 --cpus-per-task="$cpus_per_node" "${container[@]}" "${inside[@]}" \
-        "$SHARDLINE_PYTHON" -m launcher.slurm.job "$@" "${arguments[@]}" > "$output" &
-    pid=$!
-    see_through "$pid" || status=$?
-    if ((status == 0)); then
-        # shellcheck disable=SC1090
-        source "$output"
-    fi
-    rm -f "$output"
-    if ((status != 0)); then
-        exit "$status"
+    first_node launcher.slurm.job "$@" "${arguments[@]}" || exit "$?"
+    if [[ ${SLURM_RESTART_COUNT:-0} == 0 && -z ${SHARDLINE_IS_SUCCESSOR:-} ]]; then
+        rm -f "$run_dir/requeues"
     fi
 }
 
@@ -109,7 +131,7 @@ run_step() {
             "${container[@]}" "${inside[@]}" "$@" &
         pid=$!
         see_through "$pid" "$run_dir" || status=$?
-        if [[ $(outcome_id) == "$outcome_before" ]]; then
+        if ! has_new_outcome; then
             if ((status == 0)); then status=1; fi
             echo "job $job: the step ended with status $status, and no rank could say how the run ended" >&2
             exit "$status"
@@ -132,15 +154,12 @@ run_step() {
 
 # Waits out the back-off; false where all restarts were used, the failure comes again and again, or a stop was asked for.
 may_restart_step() {
-    local pid status=0
+    local status=0
     if ((max_restarts == 0)) || [[ -n $stop_signal ]]; then
         return 1
     fi
     outcome_before=$(outcome_id)
-    srun --nodes=1 --ntasks=1 --ntasks-per-node=1 --cpus-per-task="$cpus_per_node" "${container[@]}" "${inside[@]}" \
-        "$SHARDLINE_PYTHON" -m launcher.slurm.restart "$num_restarts" "${arguments[@]}" &
-    pid=$!
-    see_through "$pid" "$run_dir" || status=$?
+    first_node launcher.slurm.restart "$num_restarts" "${arguments[@]}" || status=$?
     num_restarts=$((num_restarts + 1))
     return "$status"
 }
@@ -151,7 +170,24 @@ start_again_if_signalled() {
     if [[ -z $stop_signal && ! $(outcome_field reason) =~ SIG(TERM|USR1|USR2) ]]; then
         return
     fi
-    start_again
+    if makes_progress; then
+        start_again
+    fi
+}
+
+# Whether another start is worth it. Without, a job whose time is too short for one step would be requeued for ever.
+makes_progress() {
+    local step num_idle
+    step=$(outcome_field step)
+    echo "$SLURM_JOB_ID ${SLURM_RESTART_COUNT:-0} $step" >> "$run_dir/requeues" || return 0
+    num_idle=$(tail -n "$max_idle_starts" "$run_dir/requeues" | grep -c " $step\$")
+    if ((num_idle < max_idle_starts)); then
+        return 0
+    fi
+    rm -f "$run_dir/requeues"
+    echo "job $job: not started again: $max_idle_starts starts in a row ended at step $step, so that another would come" \
+        "to nothing too; give it more time (--time), or a later warning (--signal), and submit it again to continue" >&2
+    return 1
 }
 
 # launch.preflight wrote down which nodes' own check failed. Each time the list of nodes to leave out grows, so that this
@@ -192,7 +228,7 @@ start_again() {
         sleep 60
     elif [[ -n ${SHARDLINE_RESUBMIT:-} ]]; then
         echo "job $job: this cluster forbids to requeue it; submitting another in its place"
-        bash "$SHARDLINE_RESUBMIT" "--dependency=afterany:$SLURM_JOB_ID" ${excluded:+"--exclude=$excluded"}
+        SHARDLINE_IS_SUCCESSOR=1 bash "$SHARDLINE_RESUBMIT" "--dependency=afterany:$SLURM_JOB_ID" ${excluded:+"--exclude=$excluded"}
     else
         echo "job $job: this cluster forbids to requeue it; submit it again to continue" >&2
     fi
