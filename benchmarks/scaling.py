@@ -61,10 +61,9 @@ def main(arguments: Sequence[str]) -> int:
         with redirect_stdout(sys.stderr):
             raw, assignments = _plan(options)
             folder = _write_assignments(raw, assignments)
-        print(f"raw={shlex.quote(str(raw))}\nassignments={shlex.quote(str(folder))}")
-        print(f"counts=({' '.join(str(assignment.num_ranks) for assignment in assignments)})")
-        for name, value in HEAP_VARIABLES.items():
-            print(f"export {name}={value}")
+        counts = " ".join(str(assignment.num_ranks) for assignment in assignments)
+        for name, value in {"raw": raw, "assignments": folder, "counts": counts, **HEAP_VARIABLES}.items():
+            print(f"export {name}={shlex.quote(str(value))}")
         return 0
     raw, assignments = _plan(options)
     status = 0

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from launcher.child import start_child
 from launcher.command import rendezvous_port
 from launcher.conclusion import EXIT_INTERRUPTED
+from launcher.lasting_output import lasting_output
 from launcher.local import run_ranks
 from launcher.plan import Plan, make_plan
 from launcher.restarts import Restarts
@@ -19,6 +20,7 @@ from trainer.report.end_of_run import write_run_report
 from trainer.run_folder import RunFolder
 
 
+@lasting_output()
 def run(config_path: str, overrides: Sequence[str], nproc_per_node: int | None, launcher: str, dry_run: bool) -> int:
     """Check everything that can be known before ranks start, then start them and see them through.
 
@@ -99,15 +101,16 @@ def _prepared_corpus(plan: Plan) -> Prepared:
             child.kill()
             print("error: interrupted while preparing the corpus; the same command goes on", file=sys.stderr)
             raise SystemExit(EXIT_INTERRUPTED) from None
+    found = find_prepared(plan.config.data)
+    if found is not None:
+        # Also where the child could not say so, to a reader that is gone.
+        return found
     if status > 0:
         # The child has said why.
         raise SystemExit(status)
     if status < 0:
         raise RunFailure(f"preparing the corpus was killed by signal {-status}; run again to go on.")
-    found = find_prepared(plan.config.data)
-    if found is None:
-        raise UserError("the corpus changed while it was being prepared; run again.")
-    return found
+    raise UserError("the corpus changed while it was being prepared; run again.")
 
 
 def _check_vocabulary(config: RunConfig, corpus: Prepared) -> None:

@@ -5,7 +5,8 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+from trainer.stopping import stop_signals
+
 # `timeout` and others send one signal to a process and once more to its group.
 _SAME_SIGNAL_S = 0.5
 
@@ -14,7 +15,8 @@ class StopSignals:
     """Signals that reached the launcher: whether to stop, and whether to do so at once.
 
     At once means SIGINT after any other request, or SIGTERM twice. A batch system's SIGTERM that follows its own
-    SIGUSR1 comes while the run is being saved, and is no sign of impatience.
+    SIGUSR1 comes while the run is being saved, and is no sign of impatience. Nor is a second SIGHUP: a terminal that goes
+    away sends it, and so does its shell.
     """
 
     def __init__(self) -> None:
@@ -25,7 +27,7 @@ class StopSignals:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
-        self._previous = {number: signal.signal(number, self.receive) for number in _SIGNALS}
+        self._previous = {number: signal.signal(number, self.receive) for number in stop_signals()}
         return self
 
     def __exit__(

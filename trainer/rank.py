@@ -31,6 +31,7 @@ from trainer.hang import Hang
 from trainer.heartbeat import read_heartbeats
 from trainer.host_memory import keep_freed_memory
 from trainer.injection import faults_of, inject_faults, read_faults
+from trainer.last_work import LastWork
 from trainer.lease import Lease
 from trainer.loop import Ending, Trainer
 from trainer.observers import Observers
@@ -64,6 +65,7 @@ class _Progress:
     attempt: int = 0
     watchdog: Watchdog | None = None
     ledger: GoodputLedger | None = None
+    last_work: LastWork | None = None
 
     @property
     def step(self) -> int:
@@ -105,6 +107,8 @@ def main(arguments: Sequence[str]) -> NoReturn:
         write_run_goodput(progress.run_folder)
     if progress.lease is not None:
         progress.lease.release()
+    if progress.last_work is not None:
+        progress.last_work.finish()
     end_process(EXIT_FINISHED if exit_code == EXIT_STOPPED and _is_restarted_by_agent() else exit_code)
 
 
@@ -188,8 +192,9 @@ def _run(arguments: Sequence[str], progress: _Progress) -> int:
             before_write=lambda step: writing.enter(Phase.WRITE, step),
         )
         ending = _train(trainer, config, run_folder, observers, ranks, progress.phases, stop_request)
-        # What comes now is each rank's own, and may take its time: trackers that send what they have.
+        # What comes now is rank 0's alone, and may take its time: trackers that send what they have.
         _stop_watchdog(progress)
+        progress.last_work = LastWork(ranks)
     return EXIT_FINISHED if ending is Ending.FINISHED else EXIT_STOPPED
 
 

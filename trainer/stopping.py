@@ -11,7 +11,13 @@ from trainer.atomic_files import write_atomically
 POLL_EVERY_S = 0.5
 # torchrun passes a terminal's Ctrl-C on to ranks that the terminal has sent it to already.
 _SAME_INTERRUPT_S = 0.5
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """Those that ask a run to stop; SIGHUP where nobody has this process ignore it, as ``nohup`` does."""
+    ignores_hangup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return tuple(number for number in _SIGNALS if number != signal.SIGHUP or not ignores_hangup)
 
 
 class StopRequest:
@@ -25,11 +31,12 @@ class StopRequest:
         self._interrupted_at: float | None = None
 
     def install_handlers(self) -> None:
-        """Let SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 ask this rank to stop; a second SIGINT interrupts it at once."""
-        for number in _SIGNALS:
+        """Let each of ``stop_signals`` ask this rank to stop; a second SIGINT interrupts it at once."""
+        numbers = stop_signals()
+        for number in numbers:
             signal.signal(number, self._on_signal)
         # The launcher holds them back from its agent, and so from us until now.
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
 
     def poll(self, stop_file: Path | None) -> bool:
         """Whether to stop; looks for the file, where one is given, at most every half second."""

@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 
 from launcher.environment import applied, rank_variables
 from launcher.slurm.allocation import RANKS_VARIABLE, Allocation, ranks_of, read_allocation
+from launcher.slurm.port import meeting_port
 from launcher.topology import local_topology
 from sharding.errors import UserError, ends_with_a_sentence
-from sharding.slurm_step import job_port
 from trainer.config import RunConfig, load_config
 from trainer.data.prepared import find_prepared
 from trainer.run_folder import RunFolder
@@ -59,7 +59,8 @@ def prepare_job(arguments: Sequence[str], starter: str, environment: Mapping[str
         "ranks_per_node": str(ranks),
         "max_restarts": str(config.faults.max_restarts),
         RANKS_VARIABLE: str(ranks),
-        "MASTER_PORT": environment.get("MASTER_PORT") or str(config.launch.master_port or job_port(allocation.job_id)),
+        # Last, since preparing a corpus can take an hour.
+        "MASTER_PORT": str(meeting_port(config, environment)),
         **{variable.name: variable.value for variable in added},
     }
 
@@ -102,9 +103,14 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError("no configuration given; write sbatch SCRIPT CONFIG [key=value ...].")
     with contextlib.redirect_stdout(sys.stderr):
         variables = prepare_job(arguments, starter, os.environ)
+    print_variables(variables)
+    return 0
+
+
+def print_variables(variables: Mapping[str, str]) -> None:
+    """Tell them to ``slurm/job.sh``, which reads standard output and takes nothing but such lines for variables."""
     for name, value in variables.items():
         print(f"export {name}={shlex.quote(value)}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -25,10 +25,9 @@ from sharding.errors import EXIT_BAD_INPUT, EXIT_FINISHED, EXIT_STOPPED, UserErr
 from sharding.slurm_step import first_host
 from trainer.config import load_config
 from trainer.run_folder import RunFolder
-from trainer.stopping import request_stop
+from trainer.stopping import request_stop, stop_signals
 
 _COMMANDS = {"torchrun": torchrun_command, "deepspeed": deepspeed_command}
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _LOOK_EVERY_S = 0.2
 
 
@@ -51,17 +50,19 @@ def run_node(launcher: str, arguments: Sequence[str], environment: Mapping[str, 
         environment: that of a step with one task a node.
 
     Returns:
-        The agent's exit status, as a shell would say it.
+        0 where the run is finished, or stopped and saved: another status of a task would have srun end the others,
+        rank 0 among them, which may still be at its last work. Else the agent's exit status, as a shell would say it.
 
     Raises:
         UserError: the step is not what the batch script should have started.
     """
     stop = _StopSignal()
-    for number in _SIGNALS:
+    for number in stop_signals():
         signal.signal(number, stop.receive)
     num_ranks, place = _read_step(environment)
     config = load_config(arguments[0], arguments[1:])
     run_folder = RunFolder(config.run_dir)
+    before = _outcome_id(run_folder)
     topology = local_topology()
     devices = rank_devices(num_ranks, topology.num_gpus > 0, environment)
     command = _COMMANDS[launcher](arguments, int(environment["MASTER_PORT"]), devices, place)
@@ -81,9 +82,10 @@ def run_node(launcher: str, arguments: Sequence[str], environment: Mapping[str, 
                     exits.wait(_LOOK_EVERY_S)
         if exits.first_failure is not None:
             record_crash(run_folder, exits)
-        if agent.returncode and _has_failed(run_folder):
-            log.seek(began_at)
-            sys.stderr.write(log.read().decode(errors="replace"))
+        if not agent.returncode or (_outcome_id(run_folder) != before and not _has_failed(run_folder)):
+            return EXIT_FINISHED
+        log.seek(began_at)
+        sys.stderr.write(log.read().decode(errors="replace"))
     return agent.returncode if agent.returncode >= 0 else 128 - agent.returncode
 
 
@@ -97,6 +99,15 @@ def _open_log(run_folder: RunFolder, node_rank: int) -> BinaryIO:
         raise UserError(f"{path} cannot be written: {error.strerror}; choose another output_dir.") from None
     log.seek(0, os.SEEK_END)
     return log
+
+
+def _outcome_id(run_folder: RunFolder) -> tuple[int, int] | None:
+    """Which outcome there is: until the attempt begins, that of the one before is still there."""
+    try:
+        facts = run_folder.outcome_file.stat()
+    except OSError:
+        return None
+    return facts.st_ino, facts.st_mtime_ns
 
 
 def _has_failed(run_folder: RunFolder) -> bool:

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 from launcher.command import find_launcher, rank_devices, rendezvous_port
+from launcher.lasting_output import lasting_output
 from launcher.local import run_ranks
 from launcher.stop_signals import StopSignals
 from trainer.run_folder import RunFolder
@@ -13,6 +14,6 @@ folder = RunFolder(Path(path))
 folder.log_dir(1).mkdir(parents=True)
 command = find_launcher(launcher)([behaviour, path], rendezvous_port(0), rank_devices(2, has_gpu=False, environment={}))
 command[command.index("trainer")] = "tests.launcher.stand_in_rank"
-with StopSignals() as signals:
+with lasting_output(), StopSignals() as signals:
     status = run_ranks(launcher, command, {}, folder, 1, f"token-{behaviour}-{path}", signals)
 sys.exit(status)

@@ -38,6 +38,17 @@ def test_dry_run_shows_the_plan_and_writes_nothing(config_file: Path) -> None:
     assert list(config_file.parent.iterdir()) == [config_file]
 
 
+def test_who_stops_reading_changes_no_status(config_file: Path) -> None:
+    command = [sys.executable, "-m", "launcher", "run", str(config_file), "--dry-run"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    finished = subprocess.run(
+        command, stdout=writing, stderr=subprocess.PIPE, cwd=ROOT, env=command_environment(), check=False
+    )
+    os.close(writing)
+    assert (finished.returncode, finished.stderr) == (0, b"")
+
+
 @pytest.mark.parametrize(
     ("launcher", "agent", "variable"),
     [

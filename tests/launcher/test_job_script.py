@@ -1,4 +1,4 @@
-"""``slurm/job.sh`` by itself: the real script over stand-ins of srun, scontrol and ranks, in a bash that Slurm never saw.
+"""``slurm/job.sh`` by itself: the real script over stand-ins of srun, scontrol and ranks.
 
 What Slurm really does with it is in ``tests/slurm``, which needs root.
 """
@@ -44,7 +44,7 @@ case $2 in
         [[ ! -e dies ]] || exit 9
         end() {
             echo "$step" > run/step
-            echo "{\\"status\\": \\"$1\\", \\"exit_code\\": $2, \\"step\\": $step, \\"reason\\": \\"$3\\", \\"rank\\": 0}" > run/new
+            printf '{"status": "%s", "exit_code": %s, "step": %s, "reason": "%s", "rank": 0}' "$1" "$2" "$step" "$3" > run/new
             mv run/new run/outcome.json
             exit "$2"
         }

@@ -97,13 +97,41 @@ def test_one_interrupt_saves_and_stops(supervise: Callable[..., Supervised], lau
     assert supervised.folder.stop_file.read_text() == "signal to the launcher\n"
 
 
+def test_a_terminal_that_goes_away_saves_and_stops(supervise: Callable[..., Supervised]) -> None:
+    supervised = supervise("stoppable")
+    supervised.wait_for_ranks()
+    assert supervised.process.stdout is not None
+    assert supervised.process.stderr is not None
+    # Nobody reads any more, as on a terminal that is closed.
+    supervised.process.stdout.close()
+    supervised.process.stderr.close()
+    supervised.process.send_signal(signal.SIGHUP)
+    assert supervised.process.wait(30) == 75
+    assert supervised.descendants() == []
+
+
+def test_a_run_that_nobody_is_to_hang_up_goes_on(supervise: Callable[..., Supervised]) -> None:
+    """As under ``nohup``."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        supervised = supervise("stoppable")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    supervised.wait_for_ranks()
+    supervised.process.send_signal(signal.SIGHUP)
+    time.sleep(0.5)
+    assert supervised.folder.read_outcome() is None
+    supervised.process.send_signal(signal.SIGTERM)
+    assert supervised.end()[0] == 75
+
+
 @each_launcher
 def test_signals_to_every_process_save_and_stop_too(supervise: Callable[..., Supervised], launcher: str) -> None:
     """As batch systems do: of SIGUSR1 an agent would die, at SIGTERM end its ranks, were it not shielded."""
     supervised = supervise("stoppable", launcher)
     supervised.wait_for_ranks()
     processes = [supervised.process.pid, *supervised.descendants()]
-    for number in (signal.SIGUSR1, signal.SIGTERM):
+    for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM):
         for pid in processes:
             os.kill(pid, number)
     assert supervised.end()[0] == 75
@@ -238,6 +266,7 @@ def test_bad_input_that_only_ranks_can_see(supervise: Callable[..., Supervised],
         ([(signal.SIGUSR1, 0.0), (signal.SIGTERM, 2.0)], False),
         ([(signal.SIGUSR1, 0.0), (signal.SIGUSR1, 2.0)], False),
         ([(signal.SIGTERM, 0.0), (signal.SIGTERM, 2.0)], True),
+        ([(signal.SIGHUP, 0.0), (signal.SIGHUP, 2.0)], False),
     ],
 )
 def test_which_signals_end_at_once(

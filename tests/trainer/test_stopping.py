@@ -11,7 +11,7 @@ import pytest
 from trainer import stopping
 from trainer.stopping import StopRequest, request_stop
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 @pytest.fixture
@@ -30,6 +30,21 @@ def test_each_signal_asks_and_ends_nothing(stop_request: StopRequest, number: in
     assert not stop_request.poll(None)
     os.kill(os.getpid(), number)
     assert stop_request.poll(None)
+
+
+def test_a_hangup_that_is_ignored_stays_so() -> None:
+    """As ``nohup`` has it."""
+    previous = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        request = StopRequest()
+        request.install_handlers()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not request.poll(None)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def test_a_second_interrupt_is_at_once(stop_request: StopRequest, monkeypatch: pytest.MonkeyPatch) -> None:
