@@ -27,12 +27,14 @@ TORCHRUN = ("pretrain.sbatch", "--nodes=2 --gpus-per-node=2")
 SRUN = ("pretrain_srun.sbatch", "--nodes=2 --gpus-per-node=2 --ntasks-per-node=2")
 
 
-# Until Slurm, which looks at time limits each half minute, gets round to it. The first attempt alone is so slow.
-_SLOWLY = {
-    "SHARDLINE_INJECT": json.dumps(
-        [{"fault": "slow", "rank": 0, "step": 15, "num_steps": 60, "seconds": 2.0, "attempt": 1}]
-    )
-}
+def _slow(*attempts: int, from_step: int = 15) -> dict[str, str]:
+    """The environment of a job whose attempts last from this step on."""
+    fault = {"fault": "slow", "rank": 0, "step": from_step, "num_steps": 60, "seconds": 2.0}
+    return {"SHARDLINE_INJECT": json.dumps([{**fault, "attempt": attempt} for attempt in attempts])}
+
+
+# Until Slurm, which looks at time limits each half minute, gets round to it.
+_SLOWLY = _slow(1)
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,9 @@ class Job:
     def step(self) -> int:
         lines = read_metrics(self.run_dir)
         return lines[-1]["step"] if lines else 0
+
+    def attempts(self) -> int:
+        return len(list((self.run_dir / "logs").glob("attempt-*")))
 
 
 Submit = Callable[..., Job]
@@ -88,7 +93,7 @@ def _equal(cluster: Cluster, job: Job, undisturbed: Job, attempts: int, restarts
     facts = cluster.wait(job.number)
     assert (facts["JobState"], facts["ExitCode"]) == ("COMPLETED", "0:0"), job.output.read_text()
     assert int(facts["Restarts"]) == (attempts - 1 if restarts is None else restarts)
-    assert len(list((job.run_dir / "logs").glob("attempt-*"))) == attempts
+    assert job.attempts() == attempts
     cluster.wait(undisturbed.number)
     assert [row[:5] for row in training_curve(job.run_dir)] == [row[:5] for row in training_curve(undisturbed.run_dir)]
     assert _parameters(job.run_dir) == _parameters(undisturbed.run_dir)
@@ -103,14 +108,18 @@ def undisturbed(cluster: Cluster, slurm_config: MakeConfig, tmp_path_factory: py
 def test_a_requeued_job_and_one_whose_ranks_are_warned_go_on(
     cluster: Cluster, submit: Submit, undisturbed: Job
 ) -> None:
-    requeued = submit("requeued", TORCHRUN)
+    requeued = submit("requeued", TORCHRUN, **_slow(2, from_step=20))
     warned = submit("warned", SRUN)
     _wait_for_step(requeued, 12)
     cluster.run("scontrol", "requeue", requeued.number)
     _wait_for_step(warned, 12)
     # As --signal=USR1 does it: to the tasks alone. Ranks save by themselves, and the script requeues the job.
     cluster.run("scancel", "--signal=USR1", warned.number)
-    _equal(cluster, requeued, undisturbed, attempts=2)
+    # A job that goes on hears a warning as one that begins does; here the batch script alone.
+    wait_until(lambda: requeued.attempts() == 2 and requeued.step() >= 20, timeout_s=200, what="the second attempt")
+    cluster.run("scancel", "--batch", "--signal=USR1", requeued.number)
+    _equal(cluster, requeued, undisturbed, attempts=3)
+    assert "stopped by signal SIGUSR1 to the batch script" in requeued.output.read_text()
     _equal(cluster, warned, undisturbed, attempts=2)
     assert "stopped by signal SIGUSR1; run again to continue" in warned.output.read_text()
 
@@ -157,6 +166,19 @@ def test_the_warning_before_the_time_limit_reaches_script_or_tasks(
     assert "stopped by signal SIGUSR1 to" in jobs[1].output.read_text()
     last = jobs[2].output.read_text()
     assert "DUE TO TIME LIMIT" in last or "stopped by signal SIGUSR1 to" in last
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_job_whose_time_limit_strikes_three_times_ends_as_the_undisturbed_run(
+    cluster: Cluster, submit: Submit, undisturbed: Job
+) -> None:
+    cluster.wait(undisturbed.number)
+    job = submit("limit-thrice", TORCHRUN, "--time=2 --signal=B:USR1@70", **_slow(1, 2, 3, from_step=5))
+    wait_until(lambda: cluster.facts(job.number)["Restarts"] == "3", timeout_s=600, what="the third requeue")
+    cluster.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=20", check=False)
+    _equal(cluster, job, undisturbed, attempts=4)
+    assert job.output.read_text().count("SIGUSR1 to the batch script; the run saves and stops") == 3
 
 
 @pytest.mark.slow
