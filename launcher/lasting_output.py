@@ -1,4 +1,4 @@
-"""Output that may lose its reader: ``shardline run ... | head -1``, or a terminal that is closed while a run goes on."""
+"""Output that may lose its reader: ``shardline run ... | head -1``, or a terminal that is closed under a run."""
 
 import contextlib
 import os
@@ -39,9 +39,9 @@ class _Lasting:
 
 @contextlib.contextmanager
 def lasting_output() -> Iterator[None]:
-    """Let what this process says, within a ``with`` block, never end it: a run's status is not a matter of its readers."""
+    """Within the block or function, let this process go on whoever reads what it says: a run's status is its own."""
     streams = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = _Lasting(sys.stdout), _Lasting(sys.stderr)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = _Lasting(sys.stdout), _Lasting(sys.stderr)
     try:
         yield
     finally:

@@ -15,8 +15,8 @@ class StopSignals:
     """Signals that reached the launcher: whether to stop, and whether to do so at once.
 
     At once means SIGINT after any other request, or SIGTERM twice. A batch system's SIGTERM that follows its own
-    SIGUSR1 comes while the run is being saved, and is no sign of impatience. Nor is a second SIGHUP: a terminal that goes
-    away sends it, and so does its shell.
+    SIGUSR1 comes while the run is being saved, and is no sign of impatience. Nor is a second SIGHUP: a terminal that
+    goes away sends it, and so does its shell.
     """
 
     def __init__(self) -> None:

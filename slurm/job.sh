@@ -21,12 +21,16 @@ max_idle_starts=3
 # What a step prints for us, quoted as Python's shlex does it, so that evaluating it runs nothing.
 export_line="^export [A-Za-z_][A-Za-z0-9_]*=([A-Za-z0-9_@%+=:,./-]|'[^']*'|\"'\")*\$"
 
-# Python with Shardline: yours, a virtual environment where the job was submitted, or the first on PATH. In a container it
-# is the container's.
+# Python with Shardline: yours, or the one that submitted the job, a virtual environment where it was submitted, or the
+# first on PATH. In a container it is yours or the container's.
 if [[ -z ${SHARDLINE_PYTHON:-} ]]; then
     SHARDLINE_PYTHON=python
-    if [[ -x .venv/bin/python && ${#inside[@]} == 0 && ${#container[@]} == 0 ]]; then
-        SHARDLINE_PYTHON=$PWD/.venv/bin/python
+    if ((${#inside[@]} == 0 && ${#container[@]} == 0)); then
+        if [[ -n ${SHARDLINE_HOST_PYTHON:-} ]]; then
+            SHARDLINE_PYTHON=$SHARDLINE_HOST_PYTHON
+        elif [[ -x .venv/bin/python ]]; then
+            SHARDLINE_PYTHON=$PWD/.venv/bin/python
+        fi
     fi
 fi
 # Steps of this job do not inherit CPUs per task from sbatch (Slurm 22.05 and later): each srun below says it again.

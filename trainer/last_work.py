@@ -1,6 +1,6 @@
 """Rank 0 has work to do when training is over, and the others stay until it is done.
 
-Launchers take a rank that ends with 75 for a failure and end the others soon after: torchrun and DeepSpeed's after 30 s,
+Launchers take a rank that ends with 75 for a failure and end the others: torchrun and DeepSpeed's after 30 s,
 ``srun --kill-on-bad-exit`` at once. Trackers that still send would be cut short, and the run's lease would stay.
 """
 

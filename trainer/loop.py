@@ -102,7 +102,7 @@ class Trainer:
         self._open_metrics_file()
 
     def fit(self) -> Ending:
-        """Train up to ``steps``, or until a stop is agreed; either way the last step is saved.
+        """Train up to ``steps``, or until a stop is agreed; either way the last step, if there was one, is saved.
 
         Raises:
             RunFailure: too many steps in a row were not finite.
@@ -154,7 +154,10 @@ class Trainer:
                 if self._judge_steps():
                     continue
                 if not self._owes_step:
-                    self._save(waits=True)
+                    # Before the first step there is nothing to save: no optimizer has moments yet that could be
+                    # loaded again, and the run begins anew as it has begun.
+                    if self.step:
+                        self._save(waits=True)
                     return Ending.STOPPED
             phases.enter(Phase.TRAIN)
             with self._parts.profiler.step():

@@ -16,12 +16,19 @@ def submit(
     config: Annotated[str, typer.Argument(help="YAML file of the run.", metavar="CONFIG")],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(help="Settings; {task} is the number of an array's task.", metavar="key=value"),
+        typer.Argument(
+            help="Settings; {task} is the number of an array's task. Options of sbatch go after --.",
+            metavar="key=value",
+        ),
     ] = None,
     nodes: Annotated[int, typer.Option(min=1, help="Nodes.")] = 1,
-    gpus_per_node: Annotated[int, typer.Option(min=0, help="GPUs of each node, and so its ranks; 0: CPUs.")] = 0,
+    gpus_per_node: Annotated[
+        Text, typer.Option(help="GPUs of each node, and so its ranks: 4, or h100:4; 0: CPUs.", metavar="[KIND:]NUMBER")
+    ] = None,
     ntasks_per_node: Annotated[int | None, typer.Option(min=1, help="Ranks of each node without GPUs.")] = None,
-    cpus_per_rank: Annotated[int, typer.Option(min=1, help="CPUs for each rank.")] = 8,
+    cpus_per_rank: Annotated[
+        int | None, typer.Option(min=1, help="CPUs for each rank; what the nodes have for each GPU if not given.")
+    ] = None,
     launcher: Annotated[str, typer.Option(help="torchrun, deepspeed or srun.")] = "torchrun",
     time: Annotated[Text, typer.Option(help="Time limit, such as 12:00:00.")] = None,
     partition: Annotated[Text, typer.Option(help="Partition.")] = None,
@@ -37,7 +44,7 @@ def submit(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the command, and submit nothing.")] = False,
 ) -> None:
     """Freeze configuration and code into the run's folder, and submit a job that trains and goes on by itself."""
-    from launcher.slurm.submit import Request
+    from launcher.slurm.request import Request, split_arguments, with_further
     from launcher.slurm.submit import submit as submit_run
 
     options = {
@@ -54,7 +61,8 @@ def submit(
         "signal": signal,
     }
     request = Request(nodes, gpus_per_node, ntasks_per_node, cpus_per_rank, launcher, options)
-    submit_run(config, overrides or [], request, dry_run)
+    settings, further = split_arguments(overrides or [])
+    submit_run(config, settings, with_further(request, further), dry_run)
 
 
 @app.command()
@@ -64,7 +72,7 @@ def status(
         typer.Argument(help="Runs, or folders full of them; runs/ if none.", metavar="RUN"),
     ] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Show it again every few seconds.")] = False,
-    every: Annotated[float, typer.Option(min=1.0, help="Seconds between two looks.")] = 5.0,
+    every: Annotated[float, typer.Option(min=1.0, help="Seconds between two looks.")] = 30.0,
 ) -> None:
     """Show what submitted runs are doing."""
     from launcher.slurm.status import show_status

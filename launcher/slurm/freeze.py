@@ -6,12 +6,14 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+from launcher.slurm.own_modules import copy_modules
 from sharding.errors import UserError
 from trainer.config import RunConfig, config_to_yaml
 from trainer.provenance import FROZEN_REVISION_NAME, code_revision
 
 _ROOT = Path(__file__).resolve().parent.parent.parent
 _FOLDERS = ("benchmarks", "launcher", "sharding", "slurm", "trainer")
+SCRIPTS_FOLDER = _ROOT / "slurm"
 
 
 def new_submission(run_dir: Path) -> Path:
@@ -35,12 +37,16 @@ def submissions(run_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
-def freeze(folder: Path, config: RunConfig) -> None:
-    """Write configuration, code and the code's revision.
+def freeze(folder: Path, config: RunConfig, scripts: Path | None = None) -> None:
+    """Write configuration, code, the module of a task of one's own, and the code's revision.
 
     Args:
         folder: the submission's.
         config: what the job is to train.
+        scripts: folder of the user's own batch scripts, which go before ours.
+
+    Raises:
+        UserError: the task's module is not there.
     """
     (folder / "config.yaml").write_text(config_to_yaml(config))
     code = folder / "code"
@@ -48,6 +54,11 @@ def freeze(folder: Path, config: RunConfig) -> None:
         target = code / source.relative_to(_ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(source, target)
+    for script in [] if scripts is None else [*scripts.glob("*.sbatch"), *scripts.glob("*.sh")]:
+        shutil.copy2(script, code / "slurm")
+    module, colon, _ = config.task.name.partition(":")
+    if colon:
+        copy_modules(module, code)
     # The copy has no history of its own.
     (code / FROZEN_REVISION_NAME).write_text(json.dumps(code_revision(), indent=2) + "\n")
 

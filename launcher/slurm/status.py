@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.slurm.queue import QueuedJob, call, queued_jobs
+from launcher.slurm.reasons import meaning_of
 from launcher.slurm.submit import jobs_of
 from sharding.errors import UserError
 from trainer.run_folder import RunFolder
@@ -93,9 +94,10 @@ def _table(folders: Sequence[Path]) -> str:
     if len(rows) == 1:
         return f"no run in {', '.join(map(str, folders))} was submitted yet"
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    reasons = {job.reason for job in (known.get(row[1]) for row in rows) if job is not None and job.state == "PENDING"}
+    meanings = [f"{reason}: {meaning}" for reason in sorted(reasons) if (meaning := meaning_of(reason))]
+    return "\n".join([*lines, *([""] if meanings else []), *meanings])
 
 
 def _submitted(folders: Sequence[Path], known: Mapping[str, QueuedJob]) -> Iterator[tuple[Path, str]]:

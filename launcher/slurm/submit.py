@@ -5,53 +5,32 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.slurm.freeze import freeze, new_submission, submissions
+from launcher.slurm.freeze import SCRIPTS_FOLDER, freeze, new_submission, submissions
+from launcher.slurm.partition import USUAL_CPUS_PER_RANK, fitted, partition_nodes
 from launcher.slurm.queue import QueuedJob, call, queued_jobs
-from sharding.errors import UserError
+from launcher.slurm.request import Request
+from sharding.errors import RunFailure, UserError
 from trainer.config import RunConfig, load_config
+from trainer.data.prepared import find_prepared
 from trainer.run_folder import RunFolder
 from trainer.validation import World, validate
 
 SCRIPTS = {"torchrun": "pretrain.sbatch", "deepspeed": "pretrain_deepspeed.sbatch", "srun": "pretrain_srun.sbatch"}
 TASK = "{task}"
+# Most CPUs emulate them, several times slower than fp32.
+_GPU_PRECISIONS = ("bf16", "fp16", "fp8")
 _COMPLETING_S, _LOOK_EVERY_S = 120.0, 2.0
 # What it prints with --parsable is the number, and on some sites a semicolon and the cluster's name.
 _SUBMIT = """\
 #!/bin/bash
 # Submits this as it was submitted first; arguments are further options of sbatch, which go before those of then.
 set -euo pipefail
+{variables}
 job=$({sbatch} "$@" {script})
 echo "${{job%%;*}}" | tee -a {jobs}
 """
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a person asks Slurm for.
-
-    Attributes:
-        nodes: nodes.
-        gpus_per_node: GPUs of each; 0 for ranks on CPUs.
-        ntasks_per_node: ranks of each node where there are no GPUs.
-        cpus_per_rank: CPUs of each rank.
-        launcher: torchrun, deepspeed or srun.
-        options: further options of sbatch by name; those without a value are left out.
-    """
-
-    nodes: int
-    gpus_per_node: int
-    ntasks_per_node: int | None
-    cpus_per_rank: int
-    launcher: str
-    options: dict[str, str | None]
-
-    @property
-    def ranks_per_node(self) -> int:
-        """One per GPU, or as many as asked for."""
-        return self.gpus_per_node or self.ntasks_per_node or 1
 
 
 def submit(config_path: str, overrides: Sequence[str], request: Request, dry_run: bool) -> None:
@@ -65,24 +44,35 @@ def submit(config_path: str, overrides: Sequence[str], request: Request, dry_run
     later = [override for override in overrides if TASK in override]
     config = load_config(config_path, [override for override in overrides if TASK not in override])
     _check(config, request, later, is_array)
+    scripts = _own_scripts(Path(config_path), request)
+    request = _fitted(request, (scripts or SCRIPTS_FOLDER) / SCRIPTS[request.launcher], dry_run)
     name = next((override[5:] for override in later if override.startswith("name=")), config.name)
     run_dir = Path(config.output_dir) / name.replace(TASK, "array")
     if dry_run:
         folder = run_dir.absolute() / "slurm" / "submission-N"
-        command = [*_sbatch(folder, request, name, is_array), *_script(folder, request, later)]
+        variables = [f"{name}={value}" for name, value in _variables(folder).items()]
+        command = ["env", *variables, *_sbatch(folder, request, name, is_array), *_script(folder, request, later)]
         print(" \\\n  ".join(map(shlex.quote, command)))
         return
     RunFolder(run_dir).check(config)
     _refuse_second_job(run_dir, request)
     folder = new_submission(run_dir)
-    freeze(folder, config)
+    freeze(folder, config, scripts)
     (folder / "submit.sh").write_text(
         _SUBMIT.format(
+            variables="\n".join(f"export {name}={shlex.quote(value)}" for name, value in _variables(folder).items()),
             sbatch=shlex.join(_sbatch(folder, request, name, is_array)),
             script=shlex.join(_script(folder, request, later)),
             jobs=shlex.quote(str(folder.parent / "jobs")),
         )
     )
+    if scripts is not None:
+        print(f"scripts of your own: {scripts}")
+    if find_prepared(config.data) is None:
+        print(
+            "the corpus is not prepared yet: the job's first node does it, while the others wait; to have it done "
+            f"before, cancel the job and run shardline data prepare {shlex.join([config_path, *overrides])}"
+        )
     start(run_dir, folder)
 
 
@@ -120,7 +110,7 @@ def jobs_of(run_dir: Path) -> list[str]:
 def _check(config: RunConfig, request: Request, later: Sequence[str], is_array: bool) -> None:
     if request.launcher not in SCRIPTS:
         raise UserError(f"--launcher {request.launcher} is not known; choose one of {', '.join(SCRIPTS)}.")
-    if request.gpus_per_node and request.ntasks_per_node not in (None, request.gpus_per_node):
+    if request.num_gpus and request.ntasks_per_node not in (None, request.num_gpus):
         raise UserError(
             f"--ntasks-per-node {request.ntasks_per_node} does not fit --gpus-per-node {request.gpus_per_node}: each "
             "GPU has one rank; leave --ntasks-per-node out."
@@ -132,7 +122,13 @@ def _check(config: RunConfig, request: Request, later: Sequence[str], is_array: 
         )
     if later and not is_array:
         raise UserError(f"{later[0]} has a meaning with --array only; add --array, or take {TASK} out.")
-    validate(config, World(request.nodes * request.ranks_per_node, has_gpu=request.gpus_per_node > 0))
+    compute = config.precision.compute
+    if request.gpus_per_node is None and compute in _GPU_PRECISIONS:
+        raise UserError(
+            f"precision.compute={compute} is for GPUs, but --gpus-per-node is not given, and the job would train on "
+            "CPUs; add --gpus-per-node, or --gpus-per-node 0 where that is meant."
+        )
+    validate(config, World(request.nodes * request.ranks_per_node, has_gpu=request.num_gpus > 0))
     configured = config.launch.nproc_per_node
     if configured and configured != request.ranks_per_node:
         raise UserError(
@@ -176,27 +172,56 @@ def _script(folder: Path, request: Request, later: Sequence[str]) -> list[str]:
     return [str(folder / "code" / "slurm" / SCRIPTS[request.launcher]), str(folder / "config.yaml"), *later]
 
 
-def _sbatch(folder: Path, request: Request, name: str, is_array: bool) -> list[str]:
+def _own_scripts(config_path: Path, request: Request) -> Path | None:
+    """The folder of scripts that ``shardline init`` copied, with what their owner has written for the site."""
+    for folder in (Path("slurm").absolute(), config_path.absolute().parent.parent / "slurm"):
+        if (folder / SCRIPTS[request.launcher]).is_file() and not folder.samefile(SCRIPTS_FOLDER):
+            return folder
+    return None
+
+
+def _fitted(request: Request, script: Path, dry_run: bool) -> Request:
+    """The request with what is missing in it, held against the nodes that are there."""
+    try:
+        nodes = partition_nodes(request, script)
+    except (UserError, RunFailure):
+        if not dry_run:
+            raise
+        # To look at a command no cluster is needed.
+        nodes = []
+        if request.cpus_per_rank is None:
+            print(f"note: no Slurm to ask: {USUAL_CPUS_PER_RANK} CPUs a rank are a guess", file=sys.stderr)
+    return fitted(request, nodes)
+
+
+def _variables(folder: Path) -> dict[str, str]:
+    """What the job's environment has beyond the submitter's own."""
     code = folder / "code"
     own_path = f":{os.environ['PYTHONPATH']}" if os.environ.get("PYTHONPATH") else ""
-    exported = {
+    return {
         # The copy before all else, and never the folder that the job starts in, which may hold newer code.
         "PYTHONPATH": f"{code}{own_path}",
         "PYTHONSAFEPATH": "1",
-        "SHARDLINE_PYTHON": sys.executable,
+        # For a job without a container, which has a Python of its own.
+        "SHARDLINE_HOST_PYTHON": sys.executable,
         "SHARDLINE_RESUBMIT": str(folder / "submit.sh"),
     }
-    one_task_per_rank = request.launcher == "srun" or not request.gpus_per_node
-    tasks = request.ranks_per_node if one_task_per_rank else 1
+
+
+def _sbatch(folder: Path, request: Request, name: str, is_array: bool) -> list[str]:
+    tasks, cpus = request.tasks_per_node, request.cpus_per_rank or USUAL_CPUS_PER_RANK
     options = {
         "nodes": str(request.nodes),
-        "gpus-per-node": str(request.gpus_per_node) if request.gpus_per_node else None,
+        "gpus-per-node": request.gpus_per_node if request.num_gpus else None,
         "ntasks-per-node": str(tasks),
-        "cpus-per-task": str(request.cpus_per_rank * request.ranks_per_node // tasks),
+        "cpus-per-task": str(cpus * request.ranks_per_node // tasks),
         "job-name": name.replace(TASK, "array"),
         "output": str(folder.parent / f"job-{'%A_%a' if is_array else '%j'}.out"),
+        # Relative paths in the configuration mean the same, from wherever it is submitted again.
+        "chdir": os.getcwd(),
+        # Not with their values: sbatch would end one at its first comma.
+        "export": "ALL",
         **request.options,
-        "export": ",".join(["ALL", *(f"{variable}={value}" for variable, value in exported.items())]),
     }
     given = [f"--{option}={value}" for option, value in options.items() if value is not None]
-    return ["sbatch", "--parsable", *given]
+    return ["sbatch", "--parsable", *given, *request.further]

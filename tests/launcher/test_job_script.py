@@ -44,7 +44,7 @@ case $2 in
         [[ ! -e dies ]] || exit 9
         end() {
             echo "$step" > run/step
-            printf '{"status": "%s", "exit_code": %s, "step": %s, "reason": "%s", "rank": 0}' "$1" "$2" "$step" "$3" > run/new
+            printf '{"status": "%s", "exit_code": %s, "step": %s, "reason": "%s"}' "$1" "$2" "$step" "$3" > run/new
             mv run/new run/outcome.json
             exit "$2"
         }

@@ -31,8 +31,6 @@ SCRIPTS = sorted([*(ROOT / "slurm").rglob("*.sh"), *(ROOT / "slurm").rglob("*.sb
                 *(
                     "--nodes",
                     8,
-                    "--gpus-per-node",
-                    8,
                     "--launcher",
                     "srun",
                     "--cpus-per-rank",
@@ -53,14 +51,16 @@ SCRIPTS = sorted([*(ROOT / "slurm").rglob("*.sh"), *(ROOT / "slurm").rglob("*.sb
                     "n[3,7]",
                 ),
                 *("--dependency", "afterany:41", "--array", "0-3", "name=sweep-{task}", "seed={task}"),
+                *("--", "--exclusive", "--mail-user", "me@example.org", "--gpus-per-node=h100:8"),
             ],
         ),
     ],
 )
 def test_the_command_is_shown(config_file: Path, tmp_path: Path, name: str, options: list[object]) -> None:
     shown = shardline(
-        "slurm", "submit", config_file, "batch.global_size=192", *options, "--dry-run", PYTHONPATH=str(ROOT)
-    )
+        "slurm", "submit", config_file, "batch.global_size=192", "--dry-run", *options,
+        PYTHONPATH=str(ROOT), SLURM_CONF=str(tmp_path / "no-slurm"),
+    )  # fmt: skip
     assert shown.returncode == 0, shown.stderr
     text = shown.stdout.replace(str(tmp_path), "TMP").replace(sys.executable, "PYTHON").replace(str(ROOT), "ROOT")
     assert text == (GOLDEN / name).read_text()
@@ -80,6 +80,14 @@ def test_the_command_is_shown(config_file: Path, tmp_path: Path, name: str, opti
         ),
         (["name=x-{task}"], "name=x-{task} has a meaning with --array only"),
         (["--gpus-per-node", 2, "--ntasks-per-node", 4], "--ntasks-per-node 4 does not fit --gpus-per-node 2"),
+        (["precision.compute=bf16"], "precision.compute=bf16 is for GPUs, but --gpus-per-node is not given"),
+        (["--gpus-per-node", "all"], "--gpus-per-node all is no number of GPUs; write 4, or h100:4"),
+        (
+            ["--gpus-per-node", 2, "--", "--gpus-per-node", "h100:4"],
+            "--gpus-per-node 2 before -- and h100:4 after it: write it once.",
+        ),
+        (["--", "--exclusive", "--gres=gpu:4"], "--gres=gpu:4 after -- would contradict what submit asks for; use --g"),
+        (["--", "-N2"], "-N2 after -- would contradict what submit asks for; use --nodes before --."),
         (["launch.nproc_per_node=3"], "launch.nproc_per_node=3 does not fit the 1 ranks that you ask for"),
         (["--launcher", "mpirun"], "--launcher mpirun is not known; choose one of torchrun, deepspeed, srun"),
     ],

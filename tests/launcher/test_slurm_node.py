@@ -88,13 +88,13 @@ def test_a_port_of_ones_own_is_kept_or_refused(config_file: Path, taken: int) ->
         with pytest.raises(UserError, match=f"^launch.master_port={port} is taken"):
             meeting_port(config, _SLURM)
     assert meeting_port(config, _SLURM) == port
-    with pytest.raises(UserError, match="^MASTER_PORT=http is not a number"):
+    with pytest.raises(UserError, match=r"^MASTER_PORT=http is not a number"):
         meeting_port(config, {**_SLURM, "MASTER_PORT": "http"})
 
 
 def test_a_job_whose_ports_are_all_taken_fails(config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("launcher.slurm.port._is_free", lambda port: False)
-    with pytest.raises(RunFailure, match="are all taken on .*; set launch.master_port to one that is free"):
+    with pytest.raises(RunFailure, match=r"are all taken on .*; set launch.master_port to one that is free"):
         meeting_port(load_config(config_file), _SLURM)
 
 

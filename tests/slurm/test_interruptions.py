@@ -169,13 +169,13 @@ def test_the_warning_before_the_time_limit_reaches_script_or_tasks(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1100)
 def test_a_job_whose_time_limit_strikes_three_times_ends_as_the_undisturbed_run(
     cluster: Cluster, submit: Submit, undisturbed: Job
 ) -> None:
     cluster.wait(undisturbed.number)
-    job = submit("limit-thrice", TORCHRUN, "--time=2 --signal=B:USR1@70", **_slow(1, 2, 3, from_step=5))
-    wait_until(lambda: cluster.facts(job.number)["Restarts"] == "3", timeout_s=600, what="the third requeue")
+    job = submit("limit-thrice", TORCHRUN, "--time=3 --signal=B:USR1@100", **_slow(1, 2, 3, from_step=5))
+    wait_until(lambda: cluster.facts(job.number)["Restarts"] == "3", timeout_s=700, what="the third requeue")
     cluster.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=20", check=False)
     _equal(cluster, job, undisturbed, attempts=4)
     assert job.output.read_text().count("SIGUSR1 to the batch script; the run saves and stops") == 3

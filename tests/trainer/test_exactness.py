@@ -1,4 +1,4 @@
-"""A run in five pieces, two of them cut short, is bit for bit the run in one piece: all engines."""
+"""A run in six pieces, two of them cut short, is bit for bit the run in one piece: all engines."""
 
 import itertools
 from pathlib import Path
@@ -50,6 +50,8 @@ def _killed(runs: RunsInProcess, name: str, step: int, phase: Phase, **sections:
 def _assert_exact(runs: RunsInProcess, name: str, **sections: Any) -> None:
     whole = runs.train(f"whole-{name}", steps=_STEPS, **sections)
     pieces = f"pieces-{name}"
+    # Before the first step, where there is nothing yet to be loaded again.
+    assert runs.train(pieces, steps=_STEPS, stop_at=1, **sections).newest_checkpoint() is None
     # Between two checkpoints, then in the middle of saving one.
     _killed(runs, pieces, 5, Phase.TRAIN, **sections)
     _killed(runs, pieces, 9, Phase.SAVE, **sections)

@@ -27,7 +27,8 @@ def build_task(name: str, z_loss: float = 0.0, loss_chunk_tokens: int = 0) -> Ta
         return _TASKS[name](z_loss, loss_chunk_tokens)
     module_name, _, class_name = name.partition(":")
     if "" not in sys.path:
-        sys.path.insert(0, "")
+        # A job's own copy of the module, on PYTHONPATH, goes before the one in the working folder.
+        sys.path.insert(len(sys.path) if sys.flags.safe_path else 0, "")
     try:
         return getattr(importlib.import_module(module_name), class_name)()
     except (ImportError, AttributeError) as error:
