@@ -14,13 +14,13 @@ MakeConfig = Callable[..., Path]
 pytestmark = pytest.mark.timeout(500)
 
 
-def _shardline(cluster: Cluster, *arguments: object, status: int = 0) -> str:
+def _shardline(cluster: Cluster, *arguments: object, status: int = 0, folder: Path = ROOT) -> str:
     finished = subprocess.run(
         [sys.executable, "-m", "launcher", *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=100,
-        cwd=ROOT,
+        cwd=folder,
         env=cluster.environment,
         check=False,
     )
@@ -39,7 +39,9 @@ def _cells(cluster: Cluster, folder: Path) -> dict[str, str]:
 def test_from_submit_to_the_last_step(cluster: Cluster, slurm_config: MakeConfig) -> None:
     config = slurm_config("submitted", steps=60, checkpoint={"every_steps": 10})
     run_dir = config.parent / "runs" / "submitted"
-    asked = ["--nodes", 2, "--gpus-per-node", 2, "--cpus-per-rank", 2]
+    few = _shardline(cluster, "slurm", "submit", config, "--nodes", 3, "--gpus-per-node", 2, status=2)
+    assert "error: --nodes 3: partition main has 2 nodes that can hold 2 ranks" in few
+    asked = ["--nodes", 2, "--gpus-per-node", 2, "--", "--comment=mine"]
     shown = _shardline(cluster, "slurm", "submit", config, *asked)
     job = (run_dir / "slurm" / "jobs").read_text().strip()
     assert shown.splitlines()[:2] == [
@@ -48,7 +50,9 @@ def test_from_submit_to_the_last_step(cluster: Cluster, slurm_config: MakeConfig
     ]
     # A queued job trains what was submitted: the file is another now.
     config.write_text("steps: nonsense\n")
-    assert cluster.facts(job)["NumCPUs"] == "8"
+    facts = cluster.facts(job)
+    # Of 64 CPUs and 16 GPUs on each node.
+    assert (facts["NumCPUs"], facts["Comment"]) == ("16", "mine")
     again = _shardline(cluster, "slurm", "resubmit", run_dir, status=2)
     assert f"error: {run_dir} has job {job} already" in again
 
@@ -68,7 +72,7 @@ def test_from_submit_to_the_last_step(cluster: Cluster, slurm_config: MakeConfig
     assert _cells(cluster, run_dir)["STATE"] == "STOPPED"
     assert "no job of" in _shardline(cluster, "slurm", "cancel", run_dir, status=2)
 
-    _shardline(cluster, "slurm", "resubmit", run_dir)
+    _shardline(cluster, "slurm", "resubmit", run_dir, folder=run_dir)
     second = (run_dir / "slurm" / "jobs").read_text().split()[-1]
     assert second != job
     assert cluster.wait(second)["ExitCode"] == "0:0"
