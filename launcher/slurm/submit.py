@@ -68,6 +68,9 @@ def submit(config_path: str, overrides: Sequence[str], request: Request, dry_run
     )
     if scripts is not None:
         print(f"scripts of your own: {scripts}")
+        own, ours = scripts / "job.sh", SCRIPTS_FOLDER / "job.sh"
+        if own.exists() and own.read_bytes() != ours.read_bytes():
+            print(f"note: {own} is not the one of this version; where you have not changed it, copy {ours} over it")
     if find_prepared(config.data) is None:
         print(
             "the corpus is not prepared yet: the job's first node does it, while the others wait; to have it done "

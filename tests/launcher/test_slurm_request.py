@@ -157,6 +157,7 @@ def test_a_submission_takes_scripts_of_ones_own_and_can_be_submitted_again_from_
     home = tmp_path / "a home, with a comma"
     (home / "slurm").mkdir(parents=True)
     (home / "slurm" / "pretrain.sbatch").write_text("#!/bin/bash\n#SBATCH --partition=cpu\nmodule load ours\n")
+    (home / "slurm" / "job.sh").write_text("# of another version\n")
     monkeypatch.chdir(home)
     monkeypatch.setenv("PYTHONPATH", "/mine,and/yours")
     run_dir = home / "runs" / "tiny"
@@ -167,7 +168,8 @@ def test_a_submission_takes_scripts_of_ones_own_and_can_be_submitted_again_from_
     assert "the corpus is not prepared yet: the job's first node does it, while the others wait" in printed
     frozen = run_dir / "slurm" / "submission-1" / "code" / "slurm"
     assert "module load ours" in (frozen / "pretrain.sbatch").read_text()
-    assert (frozen / "job.sh").exists()
+    assert (frozen / "job.sh").read_text() == "# of another version\n"
+    assert f"note: {home}/slurm/job.sh is not the one of this version" in printed
     first = (tmp_path / "calls").read_text().splitlines()
     assert first[1:3] == [f"{frozen.parent}:/mine,and/yours", sys.executable]
     assert {f"--chdir={home}", "--export=ALL", "--cpus-per-task=8", "--time=10", "--exclusive"} <= set(first)
