@@ -24,7 +24,7 @@ from benchmarks.ranks import run_ranks
 from benchmarks.result_files import append_row, raw_file, write_report
 from sharding.errors import UserError, ends_with_a_sentence
 from trainer.config import RunConfig, load_config
-from trainer.data.tokenizer import TRAINED, load_tokenizer
+from trainer.data.tokenizer import TRAINED, load_tokenizer, vocabulary_size
 from trainer.threads import threads_per_rank
 from trainer.validation import World, validate
 
@@ -119,7 +119,7 @@ def case_config(case: str, config: Path | None, num_ranks: int, overrides: Seque
     loaded = load_config(config or _QUICKSTART, [*([] if config else _MODEL), *fixed, *overrides])
     if loaded.data.tokenizer != TRAINED:
         # Ranks read no text, but a tokenizer that is there already decides how large the vocabulary is.
-        vocab_size = len(load_tokenizer(loaded.data.tokenizer))
+        vocab_size = vocabulary_size(load_tokenizer(loaded.data.tokenizer))
         loaded = loaded.model_copy(update={"data": loaded.data.model_copy(update={"vocab_size": vocab_size})})
     if not any(override.startswith("batch.global_size=") for override in overrides):
         global_size = loaded.batch.micro_size * _ACCUMULATION_STEPS * num_ranks

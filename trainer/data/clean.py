@@ -28,6 +28,7 @@ class CleanedCorpus:
         num_read: documents in the source.
         num_empty: of these, dropped for being empty.
         num_duplicates: of these, dropped for being equal to an earlier one.
+        empty_files: files of the source without a single row.
     """
 
     spool: Path
@@ -39,6 +40,7 @@ class CleanedCorpus:
     num_read: int = 0
     num_empty: int = 0
     num_duplicates: int = 0
+    empty_files: list[Path] = field(default_factory=list)
 
     def num_documents(self, split: str) -> int:
         """Documents of one split."""
@@ -76,7 +78,7 @@ def clean_corpus(source: SourceConfig, config: DataConfig, work: Path, stages: S
     hash_positions: list[float] = []
     digest = hashlib.sha256()
     with cleaned.spool.open("wb") as spool, stages.stage("reading documents") as advance:
-        for document in read_documents(source):
+        for document in read_documents(source, cleaned.empty_files.append):
             cleaned.num_read += 1
             advance(1)
             text = encode_text(document.text, config.normalize)

@@ -2,12 +2,19 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from sharding.strict_model import StrictModel
 
 # First global sample position, and the one after the last.
 SampleRange = Annotated[tuple[int, int], Field(strict=False)]
+
+# One path may stand without a list.
+Paths = Annotated[
+    tuple[str, ...],
+    BeforeValidator(lambda paths: (paths,) if isinstance(paths, str) else paths),
+    Field(strict=False),
+]
 
 
 class SourceConfig(StrictModel):
@@ -17,8 +24,10 @@ class SourceConfig(StrictModel):
     """Kind of corpus: the embedded `python-stdlib`, local `text` (a file is a document), `jsonl` or `parquet`
     files, or a data set of the `hub`."""
 
-    paths: Annotated[tuple[str, ...], Field(strict=False)] = ()
-    """Files, folders or glob patterns of a `text`, `jsonl` or `parquet` source."""
+    paths: Paths = ()
+    """Files, folders or glob patterns of a `text`, `jsonl` or `parquet` source, also compressed (gzip, zstd, bzip2,
+    xz); of a folder, files are read whose names end in `.txt` or `.md`, in `.jsonl`, `.ndjson` or `.json`, or in
+    `.parquet`."""
 
     hub_name: str | None = None
     """Name of the data set under `hub`, as `datasets.load_dataset` takes it."""

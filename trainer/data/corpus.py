@@ -1,30 +1,18 @@
 """Documents of a corpus, in source order, and the cleaning each goes through."""
 
 import contextlib
-import glob
 import hashlib
 import json
 import sys
 import unicodedata
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from sharding.errors import UserError
 from trainer.data.config import SourceConfig
+from trainer.data.files import Document, find_files, read_file
 from trainer.data.python_stdlib import stdlib_files, stdlib_folder
-
-_SUFFIXES = {"text": (".txt", ".md"), "jsonl": (".jsonl", ".json"), "parquet": (".parquet",)}
-_BUILDERS = {"text": "text", "python-stdlib": "text", "jsonl": "json", "parquet": "parquet"}
-
-
-@dataclass(frozen=True)
-class Document:
-    """A text and where it came from: a path, with ``#row`` where a file holds several."""
-
-    text: str
-    source_id: str
 
 
 def corpus_fingerprint(config: SourceConfig) -> str:
@@ -43,37 +31,17 @@ def corpus_fingerprint(config: SourceConfig) -> str:
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
 
-def source_files(config: SourceConfig) -> list[Path]:
-    """The files that ``data.paths`` names, in the order given, those of a folder or pattern sorted.
-
-    Raises:
-        UserError: a path names nothing.
-    """
-    files: list[Path] = []
-    for text in config.paths:
-        path = Path(text).expanduser()
-        if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix in _SUFFIXES[config.source])
-        elif path.is_file():
-            found = [path]
-        else:
-            found = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
-        if not found:
-            endings = " or ".join(_SUFFIXES[config.source])
-            raise UserError(
-                f"data.paths: {text} names no file (of a folder, {endings} files are read); check the path."
-            )
-        files += found
-    return files
-
-
-def read_documents(config: SourceConfig) -> Iterator[Document]:
+def read_documents(config: SourceConfig, pass_over: Callable[[Path], None] = lambda _: None) -> Iterator[Document]:
     """Every document of the corpus as it stands in the source.
+
+    Args:
+        config: the source.
+        pass_over: told of files in which there is nothing.
 
     Raises:
         UserError: a file cannot be read, or has no column ``data.text_field``.
     """
-    documents = _read_source(config)
+    documents = _read_source(config, pass_over)
     if config.max_documents == 0:
         yield from documents
         return
@@ -96,73 +64,73 @@ def all_files(config: SourceConfig) -> list[Path]:
     Raises:
         UserError: a path names nothing.
     """
-    return stdlib_files() if config.source == "python-stdlib" else source_files(config)
+    return stdlib_files() if config.source == "python-stdlib" else find_files(config).files
 
 
-def dataset_arguments(config: SourceConfig, files: list[Path]) -> dict[str, Any]:
-    """What ``datasets.load_dataset`` reads a source with, or only some files of it."""
-    if config.source == "hub":
-        return {"path": config.hub_name, "name": config.hub_config, "split": config.hub_split}
-    names = [str(path) for path in files]
-    arguments: dict[str, Any] = {"path": _BUILDERS[config.source], "data_files": names, "split": "train"}
-    if config.source in ("text", "python-stdlib"):
-        arguments["sample_by"] = "document"
-    if config.source == "python-stdlib":
-        arguments["encoding_errors"] = "replace"
-    return arguments
+def hub_rows(config: SourceConfig) -> Any:
+    """The rows of a data set of the hub, read as they come, without a copy in a cache."""
+    import datasets
+
+    return datasets.load_dataset(config.hub_name, config.hub_config, split=config.hub_split, streaming=True)
 
 
-def text_of(row: dict[str, Any], config: SourceConfig, where: str) -> str | None:
-    """The text of a row; None where there is none.
+def text_of(row: dict[str, Any], config: SourceConfig, where: str) -> str:
+    """The text of a row of the hub; empty where it is null.
 
     Raises:
         UserError: the row has no column ``data.text_field``, or it holds something else.
     """
-    column = "text" if config.source in ("text", "python-stdlib") else config.text_field
+    column = config.text_field
     if column not in row:
         raise UserError(
             f"data.text_field={column} is not a column of {where}, which has {', '.join(row)}; name one of them."
         )
     if row[column] is None or isinstance(row[column], str):
-        return row[column]
+        return row[column] or ""
     raise UserError(f"data.text_field={column}: {where} is not text; name another column.")
+
+
+def read_local_file(path: Path, config: SourceConfig) -> Iterator[Document]:
+    """The documents of one local file.
+
+    Raises:
+        UserError: it cannot be read, or a row is not what it should be.
+    """
+    with reading(config, str(path)):
+        if config.source == "python-stdlib":
+            text = path.read_text(encoding="utf-8", errors="replace")
+            yield Document(text, str(path.relative_to(stdlib_folder())))
+        else:
+            yield from read_file(path, config)
 
 
 @contextlib.contextmanager
 def reading(config: SourceConfig, name: str) -> Iterator[None]:
-    """Turn what ``datasets`` raises into a sentence."""
+    """Turn what a library raises into a sentence."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # noqa: BLE001 - datasets raises a different family for each format
+    except Exception as error:  # noqa: BLE001 - each format's library has errors of its own
         cause = error.__cause__ or error
         reason = " ".join(str(cause).split())[:300]
-        setting = "data.hub_name" if config.source == "hub" else "data.paths"
+        setting = {"hub": "data.hub_name", "python-stdlib": "data.source"}.get(config.source, "data.paths")
         raise UserError(
             f"{setting}: {name} cannot be read ({type(cause).__name__}: {reason}); check the source."
         ) from None
 
 
-def _read_source(config: SourceConfig) -> Iterator[Document]:
-    if config.source == "python-stdlib":
-        root = stdlib_folder()
-        for path in stdlib_files():
-            yield Document(path.read_text(encoding="utf-8", errors="replace"), str(path.relative_to(root)))
-    elif config.source == "hub":
-        yield from _read_rows(config, [], f"{config.hub_name}")
-    else:
-        for path in source_files(config):
-            yield from _read_rows(config, [path], str(path))
-
-
-def _read_rows(config: SourceConfig, files: list[Path], name: str) -> Iterator[Document]:
-    import datasets
-
-    with reading(config, name):
-        # Streaming reads the source as it is, without a second copy in a cache.
-        rows = datasets.load_dataset(streaming=True, **dataset_arguments(config, files))
-        for number, row in enumerate(rows):
-            text = text_of(row, config, f"row {number} of {name}")
-            if text is not None:
-                yield Document(text, name if config.source == "text" else f"{name}#{number}")
+def _read_source(config: SourceConfig, pass_over: Callable[[Path], None]) -> Iterator[Document]:
+    if config.source == "hub":
+        with reading(config, f"{config.hub_name}"):
+            for number, row in enumerate(hub_rows(config)):
+                name = f"{config.hub_name}#{number}"
+                yield Document(text_of(row, config, f"row {number} of {config.hub_name}"), name)
+        return
+    for path in all_files(config):
+        is_empty = True
+        for document in read_local_file(path, config):
+            is_empty = False
+            yield document
+        if is_empty:
+            pass_over(path)

@@ -2,7 +2,6 @@
 
 import hashlib
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +11,7 @@ from trainer.data.blocks import hash_blocks
 from trainer.data.clean import CleanedCorpus
 from trainer.data.progress import StageProgress
 from trainer.data.shards import FileFacts, SplitFacts
+from trainer.data.tokenizer import text_encoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -40,12 +40,14 @@ def pack_split(
         stages: shows progress.
     """
     writer = _ShardWriter(folder, name, dtype, shard_tokens)
+    encoder = text_encoder(tokenizer)
     starts, sources = [0], []
     with stages.stage(f"tokenising {name}", cleaned.num_documents(name)) as advance:
         documents = cleaned.documents(name)
         while batch := list(itertools.islice(documents, _BATCH_DOCUMENTS)):
-            for tokens in _encode([text for text, _ in batch], tokenizer, dtype):
-                writer.write(tokens)
+            # The library encodes a batch on all its threads.
+            for encoding in encoder.encode_batch_fast([text for text, _ in batch], add_special_tokens=False):
+                writer.write(np.array([*encoding.ids, tokenizer.eos_token_id], dtype=dtype))
                 starts.append(writer.num_tokens)
             sources += [source_id.encode() for _, source_id in batch]
             advance(len(batch))
@@ -60,13 +62,6 @@ def pack_split(
         sources=write_file(folder / f"{name}-sources.txt", b"".join(sources)),
         blocks=write_file(folder / f"{name}-blocks.sha256", writer.block_hashes),
     )
-
-
-def _encode(texts: list[str], tokenizer: "PreTrainedTokenizerFast", dtype: str) -> Iterator[np.ndarray]:
-    """Tokens of each text, with the one that ends it; the library encodes a batch on all its threads."""
-    backend = tokenizer.backend_tokenizer
-    for encoding in backend.encode_batch_fast(texts, add_special_tokens=False):
-        yield np.array([*encoding.ids, tokenizer.eos_token_id], dtype=dtype)
 
 
 class _ShardWriter:

@@ -4,11 +4,11 @@
 """
 
 import contextlib
-import errno
 import fcntl
 import itertools
 import os
 import platform
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +19,9 @@ from sharding.errors import EXIT_FINISHED, UserError, ends_with_a_sentence
 from trainer.atomic_files import write_atomically
 from trainer.checked_json import dump_checked
 from trainer.data.clean import CleanedCorpus, clean_corpus
-from trainer.data.config import DataConfig
+from trainer.data.config import DataConfig, SourceConfig
+from trainer.data.corpus import read_documents
+from trainer.data.files import check_readable, find_files, name_endings, name_some
 from trainer.data.pack import describe_file, pack_split
 from trainer.data.prepared import (
     MANIFEST_NAME,
@@ -42,6 +44,7 @@ from trainer.data.tokenizer import (
     tokenizer_fingerprint,
     train_byte_level_bpe,
     use_worker_threads,
+    vocabulary_size,
 )
 
 if TYPE_CHECKING:
@@ -73,10 +76,10 @@ def prepare_corpus(config: DataConfig, *, progress: bool = True) -> Prepared:
                 _prepare(prepared_part(config), folder, progress)
                 found = open_prepared(folder, config)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.ENOTDIR):
-            raise
+        # Sources are read elsewhere: whatever comes here is of the place that is written to.
+        reason = error.strerror or str(error)
         raise UserError(
-            f"the corpus cannot be prepared in {folder.parent}: {os.strerror(error.errno)}; free some space or set "
+            f"the corpus cannot be prepared in {folder.parent}: {reason}; free some space (or quota) there, or set "
             "data.cache_dir to another folder."
         ) from None
     assert found is not None, "what was prepared can be opened"
@@ -92,12 +95,19 @@ def _prepare(config: DataConfig, folder: Path, progress: bool) -> None:
     try:
         use_worker_threads(config.num_workers)
         with StageProgress(progress) as stages:
+            # What is cheap to check comes before hours of reading.
+            named = None if config.tokenizer == TRAINED else load_tokenizer(config.tokenizer)
+            for name, source in named_sources(config):
+                with errors_of(name):
+                    _check_source(source, stages)
             cleaned = {}
             for name, source in named_sources(config):
                 (work / name).mkdir(exist_ok=True)
                 with errors_of(name):
                     cleaned[name] = clean_corpus(source, config, work / name, stages)
-            tokenizer = _tokenizer(config, list(cleaned.values()), stages)
+                if empty := cleaned[name].empty_files:
+                    stages.note(f"data.paths: {len(empty):,} files have nothing in them: {name_some(empty)}")
+            tokenizer = named or _train_tokenizer(config, list(cleaned.values()), stages)
             for name, corpus in cleaned.items():
                 _write_corpus(config, corpus, tokenizer, work / name, stages)
         # Without a manifest it is no corpus, and a mixture without a folder is none.
@@ -108,12 +118,26 @@ def _prepare(config: DataConfig, folder: Path, progress: bool) -> None:
         raise
 
 
+def _check_source(source: SourceConfig, stages: StageProgress) -> None:
+    """Check that all files of a source can be read, and its first row; say which files are passed over."""
+    if source.paths:
+        found = find_files(source)
+        check_readable(found.files)
+        if found.passed_over:
+            stages.note(
+                f"data.paths: {len(found.passed_over):,} files of folders are passed over, since data.source="
+                f"{source.source} reads {name_endings(source.source)} there: {name_some(found.passed_over)}"
+            )
+    next(read_documents(source), None)
+
+
 def _write_corpus(
     config: DataConfig, cleaned: CleanedCorpus, tokenizer: "PreTrainedTokenizerFast", work: Path, stages: StageProgress
 ) -> None:
     """Pack one source, with a copy of the tokenizer and with the manifest last."""
-    tokenizer.save_pretrained(work / TOKENIZER_FOLDER)
-    dtype = "<u2" if len(tokenizer) <= 1 << 16 else "<u4"
+    _save_tokenizer(tokenizer, work / TOKENIZER_FOLDER)
+    vocab_size = vocabulary_size(tokenizer)
+    dtype = "<u2" if vocab_size <= 1 << 16 else "<u4"
     splits = {
         name: pack_split(name, cleaned, tokenizer, dtype, config.shard_tokens, work, stages)
         for name in ("train", "validation")
@@ -122,7 +146,7 @@ def _write_corpus(
     manifest = CorpusManifest(
         preparation_version=PREPARATION_VERSION,
         dtype=dtype,
-        vocab_size=len(tokenizer),
+        vocab_size=vocab_size,
         eos_token_id=tokenizer.eos_token_id,
         tokenizer_sha256=tokenizer_fingerprint(tokenizer),
         corpus_sha256=cleaned.sha256,
@@ -139,9 +163,27 @@ def _write_corpus(
     write_atomically(work / MANIFEST_NAME, dump_checked(manifest.model_dump(mode="json")))
 
 
-def _tokenizer(config: DataConfig, cleaned: list[CleanedCorpus], stages: StageProgress) -> "PreTrainedTokenizerFast":
-    if config.tokenizer != TRAINED:
-        return load_tokenizer(config.tokenizer)
+def _save_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
+    """Save a tokenizer.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    try:
+        tokenizer.save_pretrained(folder)
+    except OSError:
+        raise
+    except Exception as error:
+        # The library's native code raises this, with the number in its text.
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from None
+
+
+def _train_tokenizer(
+    config: DataConfig, cleaned: list[CleanedCorpus], stages: StageProgress
+) -> "PreTrainedTokenizerFast":
     num_documents = sum(corpus.num_documents("train") for corpus in cleaned)
     with stages.stage("training the tokenizer", num_documents) as advance:
         texts = itertools.chain.from_iterable(corpus.texts("train") for corpus in cleaned)

@@ -20,7 +20,7 @@ from trainer.data.order import SampleOrder
 from trainer.data.shards import FileFacts, SplitFacts, StreamUnion, TokenStream, check_files, hash_files
 from trainer.data.tokenizer import tokenizer_identity
 
-PREPARATION_VERSION = 2
+PREPARATION_VERSION = 3
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
 
@@ -35,7 +35,7 @@ class CorpusManifest(StrictModel):
     """NumPy type of a token: `<u2` or `<u4`."""
 
     vocab_size: int
-    """Tokens of the tokenizer."""
+    """Largest token id of the tokenizer and one: more than its tokens where ids have gaps."""
 
     eos_token_id: int
     """Token that ends each document."""

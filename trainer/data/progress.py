@@ -37,6 +37,13 @@ class StageProgress:
         if self._bars is not None:
             self._bars.stop()
 
+    def note(self, sentence: str) -> None:
+        """Tell a person something."""
+        if self._bars is not None:
+            self._bars.console.print(f"note: {sentence}", highlight=False, markup=False, soft_wrap=True)
+        elif self._enabled:
+            print(f"note: {sentence}", flush=True)
+
     @contextlib.contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
         """Show one stage; yields a function that says how much more is done.

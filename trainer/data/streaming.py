@@ -8,7 +8,7 @@ import hashlib
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,26 +17,22 @@ from sharding.object_exchange import gather_objects
 from sharding.process_group import Ranks
 from trainer.data.clean import encode_text, hash_position
 from trainer.data.config import DataConfig
-from trainer.data.corpus import all_files, dataset_arguments, reading, text_of
+from trainer.data.corpus import all_files
 from trainer.data.loader import Batch, packed_batch
 from trainer.data.order import SampleOrder
 from trainer.data.prepared import PreparedStream
 from trainer.data.read_ahead import ReadAhead
-from trainer.data.tokenizer import use_worker_threads
+from trainer.data.rows import FileRows, HubRows, Rows, State
+from trainer.data.tokenizer import text_encoder, use_worker_threads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _BATCH_DOCUMENTS = 32
 
-State = dict[str, Any]
-
 
 class DocumentStream:
-    """One rank's part of a source, over and over, without the documents that are held out.
-
-    Ranks share out whole files where their number allows it, else every rank reads all and takes each n-th row.
-    """
+    """One rank's part of a source, over and over, without the documents that are held out."""
 
     def __init__(
         self, config: DataConfig, validation_limit: float, dp_rank: int, dp_degree: int, state: State | None
@@ -48,16 +44,11 @@ class DocumentStream:
         self._name = config.hub_name or ", ".join(config.paths) or config.source
         self._epoch = 0 if state is None else int(state["epoch"])
         self._num_kept = 0 if state is None else int(state["num_kept"])
-        self._loaded: State | None = None
-        self._rows: Any = None
-        self._iterator: Iterator[dict[str, Any]] = iter(())
-        self._open(None if state is None else state["source"])
+        self._rows = self._open(None if state is None else state["source"])
 
     def state(self) -> State:
         """Where the next document is."""
-        # Until the first row is read, datasets does not give back the state that it was given.
-        source = self._rows.state_dict() if self._loaded is None else self._loaded
-        return {"epoch": self._epoch, "num_kept": self._num_kept, "source": source}
+        return {"epoch": self._epoch, "num_kept": self._num_kept, "source": self._rows.state()}
 
     def next_texts(self, num_documents: int) -> list[str]:
         """The next documents, cleaned; fewer at the end of an epoch.
@@ -66,40 +57,28 @@ class DocumentStream:
             UserError: the source cannot be read, or this rank's part of it has no documents.
         """
         texts: list[str] = []
-        with reading(self._config, self._name):
-            while len(texts) < num_documents:
-                row = next(self._iterator, None)
-                self._loaded = None
-                if row is None:
-                    if self._num_kept + len(texts) == 0:
-                        raise UserError(self._nothing())
-                    self._epoch += 1
-                    self._num_kept = 0
-                    self._open(None)
-                    return texts
-                text = self._kept_text(row)
-                if text is not None:
-                    texts.append(text)
+        while len(texts) < num_documents:
+            row = self._rows.next_text()
+            if row is None:
+                if self._num_kept + len(texts) == 0:
+                    raise UserError(self._nothing())
+                self._epoch += 1
+                self._num_kept = 0
+                self._rows = self._open(None)
+                return texts
+            text = self._kept_text(row)
+            if text is not None:
+                texts.append(text)
         self._num_kept += len(texts)
         return texts
 
-    def _open(self, state: State | None) -> None:
-        import datasets
-        from datasets.distributed import split_dataset_by_node
+    def _open(self, state: State | None) -> Rows:
+        if self._config.source == "hub":
+            return HubRows(self._config, *self._place, state)
+        return FileRows(self._config, all_files(self._config), *self._place, state)
 
-        config = self._config
-        files = [] if config.source == "hub" else all_files(config)
-        with reading(config, self._name):
-            rows = datasets.load_dataset(streaming=True, **dataset_arguments(config, files))
-            self._rows = split_dataset_by_node(rows, *self._place)
-            self._loaded = state
-            if state is not None:
-                self._rows.load_state_dict(state)
-            self._iterator = iter(self._rows)
-
-    def _kept_text(self, row: dict[str, Any]) -> str | None:
-        text = text_of(row, self._config, f"a row of {self._name}")
-        encoded = encode_text(text or "", self._config.normalize)
+    def _kept_text(self, text: str) -> str | None:
+        encoded = encode_text(text, self._config.normalize)
         if not encoded.strip() or hash_position(hashlib.sha256(encoded).digest()) < self._validation_limit:
             return None
         return encoded.decode()
@@ -127,7 +106,8 @@ class PackedStream:
     def __init__(self, documents: DocumentStream, tokenizer: "PreTrainedTokenizerFast", num_skipped: int = 0) -> None:
         """Begin a number of tokens after the place where the documents are."""
         self._documents = documents
-        self._tokenizer = tokenizer
+        self._encoder = text_encoder(tokenizer)
+        self._eos_token_id = tokenizer.eos_token_id
         self._chunks: deque[_Chunk] = deque()
         self._num_available = 0
         self._num_read = num_skipped
@@ -162,9 +142,9 @@ class PackedStream:
         texts = self._documents.next_texts(_BATCH_DOCUMENTS)
         tokens: list[int] = []
         starts = []
-        for encoding in self._tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False):
+        for encoding in self._encoder.encode_batch_fast(texts, add_special_tokens=False):
             starts.append(len(tokens))
-            tokens += [*encoding.ids, self._tokenizer.eos_token_id]
+            tokens += [*encoding.ids, self._eos_token_id]
         is_start = np.zeros(len(tokens), dtype=bool)
         is_start[starts] = True
         self._chunks.append(_Chunk(before, np.array(tokens, dtype=np.int64), is_start))

@@ -3,18 +3,23 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sharding.errors import UserError
 from trainer.data.config import DataConfig
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 TRAINED = "train-bpe"
 END_OF_TEXT = "<|endoftext|>"
+# A noncharacter: no text has it.
+_HIDDEN = "\U0010ffff"
+# A tokenizer of fewer tokens for text is none.
+_MIN_TOKENS = 2
 
 
 def train_byte_level_bpe(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast":
@@ -42,26 +47,97 @@ def train_byte_level_bpe(texts: Iterable[str], vocab_size: int) -> "PreTrainedTo
     )
 
 
-def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
+def load_tokenizer(name: str, setting: str = "data.tokenizer") -> "PreTrainedTokenizerFast":
     """Load a tokenizer by `transformers` name or folder.
+
+    Args:
+        name: the name or folder.
+        setting: what names it, to speak of.
 
     Raises:
         UserError: there is none, or it has no fast implementation or no token that ends a document.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    remedy = f"name the folder of a tokenizer as data.tokenizer, or {TRAINED} for a model that begins from nothing"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(str(Path(name).expanduser()), trust_remote_code=False)
     except Exception as error:  # noqa: BLE001 - transformers raises many kinds for a missing or broken tokenizer
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"data.tokenizer={name} cannot be loaded ({reason}); name a tokenizer folder, or use {TRAINED}."
-        ) from None
+        if name.startswith((".", "/", "~")) and not Path(name).expanduser().exists():
+            reason = "there is no such folder"
+        raise UserError(f"{setting}={name} cannot be loaded ({reason}); {remedy}.") from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise UserError(f"data.tokenizer={name} has no fast implementation; name another, or use {TRAINED}.")
+        raise UserError(f"{setting}={name} has no fast tokenizer; {remedy}.")
+    if len(tokenizer.get_vocab().keys() - _special_tokens(tokenizer)) < _MIN_TOKENS:
+        # Of a model's folder without a tokenizer, transformers makes some kinds of tokenizer with nothing in them.
+        raise UserError(f"{setting}={name} has no tokenizer, or one without tokens for text; {remedy}.")
     if tokenizer.eos_token_id is None:
-        raise UserError(f"data.tokenizer={name} has no end-of-text token to put between documents; name another.")
+        raise UserError(f"{setting}={name} has no end-of-text token to put between documents; {remedy}.")
     return tokenizer
+
+
+def vocabulary_size(tokenizer: "PreTrainedTokenizerFast") -> int:
+    """Rows that a model's embedding needs: the largest id and one, where ids have gaps more than there are tokens."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def text_encoder(tokenizer: "PreTrainedTokenizerFast") -> "Tokenizer":
+    """What encodes documents: all that is in them is text, a control token's name too, and nothing is cut off.
+
+    An end-of-text token inside a document would end it for the model.
+    """
+    from tokenizers import Tokenizer
+
+    description: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    # What a tokenizer brings along for the inputs of some model.
+    description["truncation"] = description["padding"] = None
+    special = _special_tokens(tokenizer)
+    for token in description["added_tokens"]:
+        token["special"] = token["special"] or token["content"] in special
+    model = description["model"]
+    # What stands for the unknown is the model's to give; a name of one character is text too.
+    hidden = _hide(model, {name for name in special if len(name) > 1} - {model.get("unk_token")})
+    # One that the model does not know any more would be given a new id, and push those behind it to others.
+    description["added_tokens"] = [token for token in description["added_tokens"] if token["content"] not in hidden]
+    encoder = Tokenizer.from_str(json.dumps(description))
+    encoder.encode_special_tokens = True
+    return encoder
+
+
+def first_difference(tokens: Mapping[str, int], reference: Mapping[str, int]) -> str | None:
+    """The first token, by id, that stands for another id in the reference, or for none, in words; None if none does."""
+    for token, token_id in sorted(tokens.items(), key=lambda item: item[1]):
+        if reference.get(token) != token_id:
+            other = f"id {reference[token]}" if token in reference else "no id"
+            return f"{token!r} is id {token_id} in the one and has {other} in the other"
+    return None
+
+
+def _special_tokens(tokenizer: "PreTrainedTokenizerFast") -> set[str]:
+    added = tokenizer.added_tokens_decoder.values()
+    return {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
+
+
+def _hide(model: dict[str, Any], names: set[str]) -> set[str]:
+    """Rename tokens of a tokenizer's model to what no text has, so that it cannot put them together from characters.
+
+    Returns:
+        Those of the names that the model had.
+    """
+    vocabulary = model["vocab"]
+    if isinstance(vocabulary, dict):
+        model["vocab"] = {(_HIDDEN + name if name in names else name): i for name, i in vocabulary.items()}
+        hidden = names & vocabulary.keys()
+    else:
+        # Of (token, score), the id being the place.
+        unknown = model.get("unk_id")
+        hidden = {name for i, (name, _) in enumerate(vocabulary) if name in names and i != unknown}
+        model["vocab"] = [[_HIDDEN + name if name in hidden else name, score] for name, score in vocabulary]
+    if "merges" in model:
+        pairs = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
+        model["merges"] = [pair for pair in pairs if not hidden & {*pair, "".join(pair)}]
+    return hidden
 
 
 def tokenizer_identity(config: DataConfig) -> str:

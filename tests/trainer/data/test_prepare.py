@@ -177,8 +177,9 @@ def test_a_damaged_corpus(tmp_path: Path) -> None:
         ({"paths": ["/nowhere/x.jsonl"]}, None, "data.paths: /nowhere/x.jsonl names no file"),
         ({}, '{"text": ""}\n', "the corpus is empty"),
         ({"text_field": "body"}, '{"text": "x"}\n', "data.text_field=body is not a column"),
-        ({"text_field": "n"}, '{"n": 3}\n', "row 0 of .* is not text"),
-        ({}, '{"text": "x"}\n{"text": \n', "cannot be read"),
+        ({"text_field": "n"}, '{"n": 3}\n', r"line 1 of .*x\.jsonl is not text"),
+        ({}, '{"text": "x"}\n\n{"text": \n', r"line 3 of .*x\.jsonl is not JSON \(Expecting value at character 9\)"),
+        ({"tokenizer": "./nofolder"}, '{"text": \n', r"data.tokenizer=./nofolder cannot be loaded \(there is no such"),
         ({"tokenizer": "/nowhere/tokenizer"}, '{"text": "x"}\n', "data.tokenizer=/nowhere/tokenizer cannot be loaded"),
     ],
 )

@@ -1,0 +1,263 @@
+"""Local files of documents: which files a source names, and the rows that are in them.
+
+Files are read here and not by ``datasets``: that takes the columns of a JSON-lines file from its first 10 MB and fails
+on a later row with another one, and it counts lines from the beginning of a block.
+"""
+
+import bz2
+import glob
+import gzip
+import io
+import json
+import lzma
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from sharding.errors import UserError
+from trainer.data.config import SourceConfig
+
+_SUFFIXES = {
+    "text": (".txt", ".md"),
+    "jsonl": (".jsonl", ".ndjson", ".json"),
+    "parquet": (".parquet",),
+}
+_COMPRESSED_SUFFIXES = (".gz", ".zst", ".bz2", ".xz")
+# A file may lack the column in some rows, but one that begins with so many such rows has another one.
+_MAX_ROWS_WITHOUT_COLUMN = 10_000
+_PARQUET_BATCH_ROWS = 256
+_BYTE_ORDER_MARK = "\ufeff"
+_PARQUET_MAGIC = b"PAR1"
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text and where it came from: a path, with ``#row`` where a file holds several."""
+
+    text: str
+    source_id: str
+
+
+@dataclass
+class FoundFiles:
+    """What ``data.paths`` names.
+
+    Attributes:
+        files: the files to read, in the order given, those of a folder or pattern sorted.
+        passed_over: files of folders that are of another kind by their names.
+    """
+
+    files: list[Path] = field(default_factory=list)
+    passed_over: list[Path] = field(default_factory=list)
+
+
+def find_files(config: SourceConfig) -> FoundFiles:
+    """The files of a source: a path is a path where there is something by its name, else a glob pattern.
+
+    Raises:
+        UserError: a path names nothing.
+    """
+    found = FoundFiles()
+    for text in config.paths:
+        path = Path(text).expanduser()
+        passed_over: list[Path] = []
+        if path.is_dir():
+            files = sorted(p for p in path.rglob("*") if p.is_file())
+            passed_over = [p for p in files if not _is_of_kind(p, config.source)]
+            files = [p for p in files if _is_of_kind(p, config.source)]
+        elif path.is_file():
+            files = [path]
+        else:
+            files = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
+        if not files:
+            raise UserError(
+                f"data.paths: {text} names no file (of a folder, {name_endings(config.source)} are read); check the "
+                f"path{_and_not(passed_over)}."
+            )
+        found.files += files
+        found.passed_over += passed_over
+    return found
+
+
+def name_endings(source: str) -> str:
+    """The names that files of a folder must have to be read, in words."""
+    return f"{' or '.join(_SUFFIXES[source])}, also with {' or '.join(_COMPRESSED_SUFFIXES)} behind it,"
+
+
+def name_some(paths: list[Path], limit: int = 20) -> str:
+    """The paths, or the first of many."""
+    more = f" and {len(paths) - limit:,} more" if len(paths) > limit else ""
+    return ", ".join(str(path) for path in paths[:limit]) + more
+
+
+def read_file(path: Path, config: SourceConfig) -> Iterator[Document]:
+    """The documents of one file; one without a text, null or absent, is empty.
+
+    Raises:
+        UserError: a row is not what it should be, or no row has a column ``data.text_field``.
+        Exception: of the library that reads the format, where the file is damaged.
+    """
+    readers: dict[str, Callable[[Path, str], Iterator[Document]]] = {
+        "text": _read_text,
+        "jsonl": _read_json,
+        "parquet": _read_parquet,
+    }
+    return readers[config.source](path, config.text_field)
+
+
+def open_decompressed(path: Path) -> BinaryIO:
+    """Open a file that may be compressed, which its first bytes tell."""
+    with path.open("rb") as file:
+        begins = file.read(6)
+    opener = next((opener for magic, opener in _OPENERS.items() if begins.startswith(magic)), None)
+    return path.open("rb") if opener is None else opener(path, "rb")
+
+
+def _open_zstandard(path: Path, mode: str) -> io.BufferedReader:
+    import zstandard
+
+    # Several frames one behind the other are one file, as the format's own tool has it.
+    reader = zstandard.ZstdDecompressor().stream_reader(path.open(mode), read_across_frames=True)
+    return io.BufferedReader(cast(io.RawIOBase, reader))
+
+
+_OPENERS: dict[bytes, Callable[..., Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\x00": lzma.open,
+    b"\x28\xb5\x2f\xfd": _open_zstandard,
+}
+
+
+def check_readable(files: list[Path]) -> None:
+    """Assert that all files may be opened, before hours are spent on the first ones.
+
+    Raises:
+        UserError: one may not.
+    """
+    for path in files:
+        try:
+            path.open("rb").close()
+        except OSError as error:
+            raise UserError(f"data.paths: {path} cannot be read: {error.strerror}; check the source.") from None
+
+
+def _is_of_kind(path: Path, source: str) -> bool:
+    name = path.name.lower()
+    for suffix in _COMPRESSED_SUFFIXES:
+        name = name.removesuffix(suffix)
+    return name.endswith(_SUFFIXES[source])
+
+
+def _and_not(passed_over: list[Path]) -> str:
+    return f"; there are {name_some(passed_over, 3)}" if passed_over else ""
+
+
+def _read_text(path: Path, _column: str) -> Iterator[Document]:
+    with open_decompressed(path) as file:
+        contents = file.read()
+    yield Document(_decode(contents, path, 1), str(path))
+
+
+def _read_json(path: Path, column: str) -> Iterator[Document]:
+    others: dict[str, Any] | None = None
+    for number, (place, row) in enumerate(_json_rows(path)):
+        if column in row:
+            has_column = True
+        elif number == 0:
+            others, has_column = row, False
+        if not has_column and number + 1 >= _MAX_ROWS_WITHOUT_COLUMN:
+            break
+        yield Document(_text(row.get(column), column, place), f"{path}#{number}")
+    if others is not None and not has_column:
+        raise _no_column(column, str(path), others)
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of JSON lines, or of a list of objects, and where each is."""
+    with open_decompressed(path) as file:
+        is_first = True
+        for line_number, line in enumerate(file, start=1):
+            text = _decode(line, path, line_number).strip()
+            if not text:
+                continue
+            place = f"line {line_number} of {path}"
+            if is_first and (text.startswith("[") or text == "{"):
+                rest = _decode(file.read(), path, line_number + 1)
+                rows = _parse(f"{text}\n{rest}", path, line_number)
+                for number, row in enumerate(rows if isinstance(rows, list) else [rows]):
+                    yield _checked_row(row, f"row {number} of {path}")
+                return
+            is_first = False
+            yield _checked_row(_parse(text, path, line_number), place)
+
+
+def _checked_row(row: Any, place: str) -> tuple[str, dict[str, Any]]:
+    if not isinstance(row, dict):
+        raise UserError(f"data.paths: {place} is {type(row).__name__} and no object with columns; mend or remove it.")
+    return place, row
+
+
+def _parse(text: str, path: Path, first_line: int) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = first_line + error.lineno - 1
+        raise UserError(
+            f"data.paths: line {line} of {path} is not JSON ({error.msg} at character {error.colno}); mend or remove "
+            "it."
+        ) from None
+    except RecursionError:
+        raise UserError(
+            f"data.paths: line {first_line} of {path} is nested too deeply to be read; mend or remove it."
+        ) from None
+
+
+def _read_parquet(path: Path, column: str) -> Iterator[Document]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    place: Any = path
+    with path.open("rb") as file:
+        is_plain = file.read(4) == _PARQUET_MAGIC
+    if not is_plain:
+        # The format is read from its end, which a stream that is being decompressed does not have.
+        with open_decompressed(path) as decompressed:
+            contents = decompressed.read()
+        if not contents:
+            return
+        place = pa.py_buffer(contents)
+    table = pq.ParquetFile(place)
+    names = table.schema_arrow.names
+    if table.metadata.num_rows and column not in names:
+        raise _no_column(column, str(path), dict.fromkeys(names))
+    number = 0
+    for batch in table.iter_batches(batch_size=_PARQUET_BATCH_ROWS, columns=[column]):
+        for value in batch.column(0).to_pylist():
+            yield Document(_text(value, column, f"row {number} of {path}"), f"{path}#{number}")
+            number += 1
+
+
+def _text(value: Any, column: str, place: str) -> str:
+    if value is None or isinstance(value, str):
+        return value or ""
+    raise UserError(f"data.text_field={column}: {place} is not text; name another column.")
+
+
+def _no_column(column: str, where: str, row: dict[str, Any]) -> UserError:
+    return UserError(
+        f"data.text_field={column} is not a column of {where}, which has {', '.join(row)}; name one of them."
+    )
+
+
+def _decode(contents: bytes, path: Path, first_line: int) -> str:
+    try:
+        text = contents.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = first_line + contents.count(b"\n", 0, error.start)
+        byte = contents[error.start]
+        raise UserError(
+            f"data.paths: line {line} of {path} is not UTF-8 (byte 0x{byte:02x}); convert the file, or mend the line."
+        ) from None
+    return text.removeprefix(_BYTE_ORDER_MARK) if first_line == 1 else text
