@@ -18,6 +18,7 @@ from trainer.data.prepared import Prepared, find_prepared
 from trainer.lease import Lease
 from trainer.report.end_of_run import write_run_report
 from trainer.run_folder import RunFolder
+from trainer.trained_corpus import trained_fingerprint
 
 
 @lasting_output()
@@ -46,7 +47,7 @@ def run(config_path: str, overrides: Sequence[str], nproc_per_node: int | None, 
     lease = Lease.acquire(run_folder.path)
     run_folder.lease_token = lease.token
     try:
-        corpus = _prepared_corpus(plan)
+        corpus = _prepared_corpus(plan, trained_fingerprint(config, run_folder))
         corpus.check_sequence_length(config.data.sequence_length)
         _check_vocabulary(config, corpus)
         for sentence in plan.kept:
@@ -88,9 +89,9 @@ def _longer_budget(config: RunConfig) -> str:
     return f"tokens={2 * config.tokens}" if config.tokens is not None else f"steps={2 * config.num_steps}"
 
 
-def _prepared_corpus(plan: Plan) -> Prepared:
+def _prepared_corpus(plan: Plan, fingerprint: str | None) -> Prepared:
     """The prepared corpus; prepared in a process of its own, since it needs libraries that this one must not load."""
-    found = find_prepared(plan.config.data)
+    found = find_prepared(plan.config.data, fingerprint)
     if found is not None:
         return found
     command = [sys.executable, "-m", "trainer.data.prepare", plan.config_path, *plan.overrides]

@@ -10,6 +10,7 @@ from sharding.process_group import Ranks, set_step_timeout
 from trainer.bad_numbers import BadNumbers
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.manifest import TrainingState
+from trainer.checkpoint.tokenizer_archive import pack_tokenizer
 from trainer.config import RunConfig
 from trainer.data.document_mask import check_architecture, check_engine
 from trainer.data.documents import documents_in
@@ -121,6 +122,8 @@ def build_trainer(
             ranks,
             before_commit,
             average,
+            # Rank 0 writes it.
+            pack_tokenizer(corpus.tokenizer_dir, corpus.vocab_size, corpus.eos_token_id) if ranks.rank == 0 else None,
             warn=observers.warn,
             tell=observers.message,
             before_write=before_write,

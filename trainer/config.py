@@ -147,8 +147,17 @@ def parse_config(values: dict[str, Any], source: str) -> RunConfig:
     except ValidationError as error:
         problems = [_describe(problem) for problem in error.errors()]
         raise UserError(f"{source}: " + "\n".join(problems)) from None
+    config = _with_own_tokenizer(config)
     validate(config)
     return config
+
+
+def _with_own_tokenizer(config: RunConfig) -> RunConfig:
+    """A pretrained model reads the tokenizer that it was trained with, unless another one is named."""
+    if config.model.pretrained is None or "tokenizer" in config.data.model_fields_set:
+        return config
+    data = config.data.model_copy(update={"tokenizer": config.model.pretrained})
+    return config.model_copy(update={"data": data})
 
 
 def config_to_yaml(config: RunConfig) -> str:

@@ -20,6 +20,7 @@ from sharding.errors import EXIT_FINISHED, UserError, ends_with_a_sentence
 from trainer.atomic_files import umask
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.config import RunConfig, parse_config
+from trainer.data.prepared import Prepared
 from trainer.models import Vocabulary, build_model_config, build_model_on_meta
 from trainer.run_arguments import open_checkpoint, open_corpus
 from trainer.tasks.registry import build_task
@@ -38,8 +39,8 @@ def export_model(reader: CheckpointReader, folder: Path, *, averaged: bool = Fal
         averaged: whether to take the moving average of the weights instead of the weights.
 
     Raises:
-        UserError: the folder has contents or cannot be written, the run's corpus with its tokenizer is gone, or the
-            checkpoint has no average or is damaged.
+        UserError: the folder has contents or cannot be written, the checkpoint has no average or is damaged, or it is
+            an old one without a tokenizer and the run's corpus is gone.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--to {folder} is {'not empty' if folder.is_dir() else 'a file'}; name a new folder.")
@@ -50,20 +51,19 @@ def export_model(reader: CheckpointReader, folder: Path, *, averaged: bool = Fal
         )
     reader.verify()
     config = parse_config(reader.manifest.config, source=f"{reader.folder}")
-    corpus = open_corpus(config)
-    if corpus.fingerprint != reader.manifest.data_fingerprint:
-        raise UserError(
-            f"checkpoint {reader.folder} was trained on another corpus than {corpus.folder}, whose tokenizer may "
-            "differ; restore the corpus, or use the Python version of the run if data.source is python-stdlib."
-        )
+    corpus = None if reader.manifest.tokenizer else _corpus_of(reader, config)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     except OSError as error:
         raise _not_writable(folder, error) from None
     try:
-        shutil.copytree(corpus.tokenizer_dir, work, dirs_exist_ok=True)
-        _write_configuration(config, Vocabulary(corpus.vocab_size, corpus.eos_token_id), work)
+        if corpus is not None:
+            shutil.copytree(corpus.tokenizer_dir, work, dirs_exist_ok=True)
+        reader.unpack_tokenizer(work)
+        facts = corpus or reader.manifest.tokenizer
+        assert facts is not None, "there is a tokenizer or a corpus"
+        _write_configuration(config, Vocabulary(facts.vocab_size, facts.eos_token_id), work)
         _write_weights(reader, work, averaged=averaged)
         # mkdtemp made it private.
         work.chmod(0o777 & ~umask())
@@ -75,6 +75,17 @@ def export_model(reader: CheckpointReader, folder: Path, *, averaged: bool = Fal
         if isinstance(error, OSError | SafetensorError):
             raise _not_writable(folder, error) from None
         raise
+
+
+def _corpus_of(reader: CheckpointReader, config: RunConfig) -> Prepared:
+    """The corpus of a checkpoint that was written without its tokenizer."""
+    corpus = open_corpus(config, reader.manifest.data_fingerprint)
+    if corpus.fingerprint != reader.manifest.data_fingerprint:
+        raise UserError(
+            f"checkpoint {reader.folder} was trained on another corpus than {corpus.folder}, whose tokenizer may "
+            "differ; restore the corpus, or use the Python version of the run if data.source is python-stdlib."
+        )
+    return corpus
 
 
 def _not_writable(folder: Path, error: Exception) -> UserError:

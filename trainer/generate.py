@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from sharding.errors import EXIT_FINISHED, UserError, ends_with_a_sentence
+from trainer.data.tokenizer import text_encoder
 from trainer.export import export_model
 from trainer.run_arguments import open_checkpoint
 
@@ -52,7 +53,7 @@ def generate_text(
     Args:
         model: a causal model of `transformers`.
         tokenizer: its tokenizer.
-        prompt: text to continue; empty starts a new document.
+        prompt: text to continue, all of it text, control tokens' names too; empty starts a new document.
         max_new_tokens: tokens to add at most.
         temperature: divides the logits; 0 takes the likeliest token each time.
         top_k: choose among this many; 0 means all.
@@ -60,14 +61,14 @@ def generate_text(
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = model.to(device)
-    ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
-    if ids.numel() == 0:
-        ids = torch.tensor([[tokenizer.eos_token_id]])
+    # As in training: a control token's name in a text is text.
+    encoded = text_encoder(tokenizer).encode(prompt, add_special_tokens=False).ids
+    ids = torch.tensor([encoded or [tokenizer.eos_token_id]])
     torch.manual_seed(seed)
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k}
-    ids = ids.long().to(device)
+    ids = ids.to(device)
     output = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),

@@ -20,6 +20,7 @@ from trainer.build import build_trainer
 from trainer.config import RunConfig, load_config
 from trainer.console import Console
 from trainer.data.prepare import prepare_corpus
+from trainer.data.prepared import is_of_present_source
 from trainer.deadlines import Deadlines
 from trainer.doctor.examination import check_before_training
 from trainer.events import record_event
@@ -46,6 +47,7 @@ from trainer.stopping import StopRequest
 from trainer.stragglers import StragglerWatch
 from trainer.threads import threads_per_rank
 from trainer.trackers.composite import build_trackers
+from trainer.trained_corpus import trained_fingerprint
 from trainer.validation import World, validate
 from trainer.watchdog import Watchdog
 
@@ -159,7 +161,7 @@ def _run(arguments: Sequence[str], progress: _Progress) -> int:
         progress.ledger = GoodputLedger(run_folder.path, attempt, progress.phases, process_age_s=process_age_s())
     # Every rank asks; a file lock lets one of them work while the others wait. No collective has begun, so however
     # long it takes, nothing times out.
-    corpus = prepare_corpus(config.data, progress=rank == 0)
+    corpus = prepare_corpus(config.data, progress=rank == 0, fingerprint=trained_fingerprint(config, run_folder))
     # Not before: what preparing took is not needed again.
     if not world.has_gpu:
         keep_freed_memory(os.environ)
@@ -176,6 +178,11 @@ def _run(arguments: Sequence[str], progress: _Progress) -> int:
         progress.phases.enter(Phase.BUILD)
         _start_watchdog(config, ranks, progress)
         progress.observers = observers = _build_observers(config, run_folder, ranks, progress)
+        if rank == 0 and not is_of_present_source(corpus, config.data):
+            observers.message(
+                f"the sources of data have changed or moved since; the run goes on with the corpus that it has, "
+                f"{corpus.folder}"
+            )
         if config.launch.preflight:
             for check in check_before_training(ranks, run_folder.path):
                 observers.warn(f"{check.name}: {check.value}; {check.remedy}")

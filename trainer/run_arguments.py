@@ -4,7 +4,7 @@ from pathlib import Path
 
 from sharding.errors import UserError
 from trainer.checkpoint.reader import CheckpointReader
-from trainer.checkpoint.source import checkpoints_of
+from trainer.checkpoint.reference import checkpoints_of
 from trainer.checkpoint.storage import checkpoint_folder, is_url, list_checkpoints
 from trainer.config import RunConfig
 from trainer.data.prepared import Prepared, find_prepared
@@ -28,13 +28,17 @@ def open_checkpoint(run: str, step: int | None) -> CheckpointReader:
     return CheckpointReader(found[-1][1])
 
 
-def open_corpus(config: RunConfig) -> Prepared:
+def open_corpus(config: RunConfig, fingerprint: str | None) -> Prepared:
     """The corpus that a run was trained on.
+
+    Args:
+        config: the run's.
+        fingerprint: what its checkpoints say of the tokens; None where there is none.
 
     Raises:
         UserError: it is no longer there.
     """
-    corpus = find_prepared(config.data)
+    corpus = find_prepared(config.data, fingerprint)
     if corpus is None:
         raise UserError(
             "the run's prepared corpus is not there (data.cache_dir or $SHARDLINE_CACHE may have changed); "

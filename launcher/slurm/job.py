@@ -20,6 +20,7 @@ from sharding.errors import UserError, ends_with_a_sentence
 from trainer.config import RunConfig, load_config
 from trainer.data.prepared import find_prepared
 from trainer.run_folder import RunFolder
+from trainer.trained_corpus import trained_fingerprint
 from trainer.validation import World, validate
 
 _STARTERS = ("torchrun", "deepspeed", "srun")
@@ -47,7 +48,7 @@ def prepare_job(arguments: Sequence[str], starter: str, environment: Mapping[str
     validate(config, world)
     run_folder = RunFolder(config.run_dir)
     run_folder.check(config)
-    _check_vocabulary_and_corpus(config, arguments)
+    _check_vocabulary_and_corpus(config, arguments, trained_fingerprint(config, run_folder))
     _describe(config, allocation, ranks, world)
     # Threads are each rank's own matter: this step has not the cores that a rank will have.
     table = rank_variables(config, topology, ranks, environment, allocation.num_nodes)
@@ -65,15 +66,15 @@ def prepare_job(arguments: Sequence[str], starter: str, environment: Mapping[str
     }
 
 
-def _check_vocabulary_and_corpus(config: RunConfig, arguments: Sequence[str]) -> None:
-    if find_prepared(config.data) is None:
+def _check_vocabulary_and_corpus(config: RunConfig, arguments: Sequence[str], fingerprint: str | None) -> None:
+    if find_prepared(config.data, fingerprint) is None:
         # Standard output is the batch script's to read.
         command = [sys.executable, "-m", "trainer.data.prepare", *arguments]
         status = subprocess.run(command, stdout=sys.stderr, check=False).returncode
         if status:
             # It has said why.
             raise SystemExit(status if status > 0 else 1)
-    corpus = find_prepared(config.data)
+    corpus = find_prepared(config.data, fingerprint)
     if corpus is None:
         raise UserError("the corpus changed while it was being prepared; submit the job again.")
     corpus.check_sequence_length(config.data.sequence_length)

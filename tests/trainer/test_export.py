@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sharding.errors import UserError
 from tests.support import TINY_MODEL, shardline, tiny_values, trained, write_config
 from trainer import export
-from trainer.checkpoint.manifest import write_manifest
+from trainer.checkpoint.manifest import fingerprint, write_manifest
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.export import export_model
 from trainer.generate import generate_text, load_model, main
@@ -165,9 +165,64 @@ def test_a_damaged_checkpoint_leaves_nothing_behind(reader: CheckpointReader, tm
     assert list(tmp_path.iterdir()) == [copy]
 
 
-def test_the_tokenizer_of_another_corpus_is_refused(reader: CheckpointReader, tmp_path: Path) -> None:
-    copy = tmp_path / "step-00000001"
-    shutil.copytree(reader.folder, copy)
-    write_manifest(copy, reader.manifest.model_copy(update={"data_fingerprint": "0" * 64}))
+def _copy(reader: CheckpointReader, folder: Path, without_tokenizer: bool = False, **data: Any) -> CheckpointReader:
+    """The same checkpoint of a run with other settings of its corpus."""
+    shutil.copytree(reader.folder, folder)
+    config = reader.manifest.config | {"data": reader.manifest.config["data"] | data}
+    update: dict[str, Any] = {"config": config, "config_fingerprint": fingerprint(config)}
+    if without_tokenizer:
+        (folder / "tokenizer.zip").unlink()
+        files = {name: entry for name, entry in reader.manifest.files.items() if name != "tokenizer.zip"}
+        update |= {"format_version": 3, "tokenizer": None, "files": files}
+    write_manifest(folder, reader.manifest.model_copy(update=update))
+    return CheckpointReader(folder)
+
+
+def _tokens(folder: Path) -> dict[str, int]:
+    return AutoTokenizer.from_pretrained(folder).get_vocab()
+
+
+def test_a_checkpoint_is_exported_when_its_corpus_is_gone(reader: CheckpointReader, tmp_path: Path) -> None:
+    export_model(reader, tmp_path / "model")
+    gone = _copy(reader, tmp_path / "gone", cache_dir=str(tmp_path / "nothing"), paths=["nothing"])
+    export_model(gone, tmp_path / "again")
+    assert _tokens(tmp_path / "again") == _tokens(tmp_path / "model")
+    for name in sorted(path.name for path in (tmp_path / "model").iterdir()):
+        assert (tmp_path / "model" / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
+
+
+def test_a_checkpoint_without_its_tokenizer_has_that_of_its_corpus(reader: CheckpointReader, tmp_path: Path) -> None:
+    """As earlier releases wrote them."""
+    export_model(reader, tmp_path / "model")
+    for name, paths in (("old", reader.manifest.config["data"]["paths"]), ("moved", ["nothing"])):
+        old = _copy(reader, tmp_path / name, without_tokenizer=True, paths=paths)
+        old.verify()
+        export_model(old, tmp_path / f"{name}-model")
+        assert _tokens(tmp_path / f"{name}-model") == _tokens(tmp_path / "model")
+    gone = _copy(reader, tmp_path / "gone", without_tokenizer=True, cache_dir=str(tmp_path / "x"), paths=["nothing"])
+    with pytest.raises(UserError, match="nothing names no file"):
+        export_model(gone, tmp_path / "never")
+    other = _copy(reader, tmp_path / "other", without_tokenizer=True)
+    write_manifest(other.folder, other.manifest.model_copy(update={"data_fingerprint": "0" * 64}))
     with pytest.raises(UserError, match="was trained on another corpus"):
-        export_model(CheckpointReader(copy), tmp_path / "model")
+        export_model(CheckpointReader(other.folder), tmp_path / "never")
+
+
+def test_a_damaged_tokenizer_is_found(reader: CheckpointReader, tmp_path: Path) -> None:
+    copy = _copy(reader, tmp_path / "step-00000001")
+    contents = bytearray((copy.folder / "tokenizer.zip").read_bytes())
+    contents[len(contents) // 2] ^= 1
+    (copy.folder / "tokenizer.zip").write_bytes(contents)
+    with pytest.raises(UserError, match="contents of tokenizer.zip do not have the SHA-256"):
+        copy.verify()
+    with pytest.raises(UserError, match="contents of tokenizer.zip do not have the SHA-256"):
+        copy.unpack_tokenizer(tmp_path / "never")
+    assert not (tmp_path / "never").exists()
+
+
+def test_a_prompt_is_text(reader: CheckpointReader, tmp_path: Path) -> None:
+    """As documents are: a control token's name in it does not become the token, which would end the text."""
+    export_model(reader, tmp_path / "model")
+    model, tokenizer = load_model(str(tmp_path / "model"), None)
+    text = generate_text(model, tokenizer, "a<|endoftext|>b", max_new_tokens=1, temperature=0, top_k=0, seed=0)
+    assert text.startswith("a<|endoftext|>b")

@@ -31,7 +31,7 @@ from trainer.checkpoint.__main__ import verify_checkpoints
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.manifest import TrainingState
 from trainer.checkpoint.reader import CheckpointReader
-from trainer.checkpoint.source import resolve_checkpoint
+from trainer.checkpoint.reference import resolve_checkpoint
 from trainer.checkpoint.storage import UrlPath, list_checkpoints, list_folders, locate
 from trainer.checkpoint.tensor_file import TensorFile
 from trainer.config import RunConfig, parse_config

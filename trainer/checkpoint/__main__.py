@@ -9,7 +9,7 @@ from rich.table import Table
 
 from sharding.errors import EXIT_BAD_INPUT, EXIT_FINISHED, UserError, ends_with_a_sentence
 from trainer.checkpoint.reader import CheckpointReader
-from trainer.checkpoint.source import checkpoints_of
+from trainer.checkpoint.reference import checkpoints_of
 from trainer.checkpoint.storage import MANIFEST_NAME, CheckpointPath, is_url, list_checkpoints, list_folders
 from trainer.config import parse_config
 from trainer.data.prepared import find_prepared
@@ -76,7 +76,7 @@ def _compare_corpus(reader: CheckpointReader) -> str:
     """
     config = parse_config(reader.manifest.config, source=f"{reader.folder}")
     try:
-        corpus = find_prepared(config.data)
+        corpus = find_prepared(config.data, reader.manifest.data_fingerprint)
     except UserError as error:
         return f"; its data fingerprint was not compared, since {error}"
     if corpus is None:

@@ -14,6 +14,7 @@ from trainer.checkpoint.retention import BackgroundPruning, remove_checkpoints_a
 from trainer.checkpoint.snapshot import Snapshot
 from trainer.checkpoint.source import Source, open_source
 from trainer.checkpoint.storage import CheckpointPath
+from trainer.checkpoint.tokenizer_archive import TokenizerArchive
 from trainer.checkpoint.writer import CheckpointIdentity, commit_checkpoint, prepare_checkpoint
 from trainer.config import RunConfig
 from trainer.run_folder import RunFolder
@@ -40,6 +41,7 @@ class Checkpointer:
         ranks: Ranks,
         before_commit: Callable[[], None],
         weight_average: WeightAverage | None = None,
+        tokenizer: TokenizerArchive | None = None,
         warn: Callable[[str], None] = print,
         tell: Callable[[str], None] = print,
         before_write: Callable[[int], None] = lambda _: None,
@@ -53,6 +55,7 @@ class Checkpointer:
             ranks: this rank's place.
             before_commit: called on rank 0 before a checkpoint is made valid; raises if the folder was lost.
             weight_average: is saved and loaded with the engine's state.
+            tokenizer: is saved beside it, by rank 0.
             warn: tells a person that a checkpoint is damaged; called on rank 0.
             tell: tells a person that a checkpoint is there; called on rank 0.
             before_write: called with the step where this rank begins to write, in the thread that writes.
@@ -70,7 +73,9 @@ class Checkpointer:
             config=config.model_dump(mode="json"),
             data_fingerprint=data_fingerprint,
             strategy=config.parallel.strategy,
+            tokenizer=None if tokenizer is None else tokenizer.entry,
         )
+        self._attachments = {} if tokenizer is None or ranks.rank else {tokenizer.entry.file: tokenizer.contents}
         self._snapshot = Snapshot()
         self._pruning = BackgroundPruning(warn)
         self._pending: _PendingSave | None = None
@@ -161,7 +166,7 @@ class Checkpointer:
         prepare_checkpoint(folder, slices, training.step, self._ranks)
         copies = self._snapshot.take(slices)
         write = BackgroundWrite(
-            lambda: write_rank_file(folder, copies, rank, lambda: self._before_write(training.step))
+            lambda: write_rank_file(folder, copies, rank, lambda: self._before_write(training.step), self._attachments)
         )
         self._pending = _PendingSave(folder, training, write)
 
@@ -177,7 +182,9 @@ class Checkpointer:
         folder = self._run_folder.checkpoint_path(training.step)
         slices = self._state(engine)
         prepare_checkpoint(folder, slices, training.step, self._ranks)
-        report = write_rank_file(folder, slices, self._ranks.rank, lambda: self._before_write(training.step))
+        report = write_rank_file(
+            folder, slices, self._ranks.rank, lambda: self._before_write(training.step), self._attachments
+        )
         self._commit(folder, report, training)
         self._pruning.wait()
 

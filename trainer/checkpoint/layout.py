@@ -48,8 +48,12 @@ def check_parts(folder: CheckpointPath, manifest: Manifest) -> None:
         DamagedCheckpoint: a file is not listed.
     """
     named = {part.file for entry in manifest.tensors.values() for part in entry.slices}
+    if manifest.tokenizer is not None:
+        named.add(manifest.tokenizer.file)
     if unlisted := sorted(named - manifest.files.keys()):
-        raise DamagedCheckpoint(folder, f"the manifest does not list {unlisted[0]}, in which it says that tensors are")
+        raise DamagedCheckpoint(
+            folder, f"the manifest does not list {unlisted[0]}, in which it says that tensors or the tokenizer are"
+        )
 
 
 def check_tensors(folder: CheckpointPath, manifest: Manifest, names: Sequence[str]) -> None:

@@ -12,7 +12,9 @@ from trainer.checked_json import dump_checked, load_checked
 from trainer.checkpoint.storage import MANIFEST_NAME, CheckpointPath, write_whole
 from trainer.data.config import SampleRange
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
+# Checkpoints of the version before have no tokenizer.
+_READ_VERSIONS = (3, FORMAT_VERSION)
 _CHUNK_BYTES = 8 * 2**20
 
 
@@ -62,6 +64,19 @@ class FileEntry(StrictModel):
 
     sha256: str
     """SHA-256 of the contents, in hexadecimal digits."""
+
+
+class TokenizerEntry(StrictModel):
+    """The tokenizer of the corpus that the run is trained on."""
+
+    file: str
+    """Name of the zip archive of its files in the checkpoint's folder."""
+
+    vocab_size: int
+    """Largest token id and one."""
+
+    eos_token_id: int
+    """Token that ends each document."""
 
 
 class TrainingState(StrictModel):
@@ -147,6 +162,9 @@ class Manifest(StrictModel):
     tensors: dict[str, TensorEntry]
     """The canonical state."""
 
+    tokenizer: TokenizerEntry | None = None
+    """The tokenizer; None in checkpoints of format version 3."""
+
     files: dict[str, FileEntry]
     """Every other file of the checkpoint."""
 
@@ -196,13 +214,13 @@ def parse_manifest(raw: bytes, folder: object) -> Manifest:
     try:
         # Earlier versions had no checksum, and began with their number.
         values = {} if raw.startswith(b'{"format_version": ') else load_checked(raw)
-        if values.get("format_version") == FORMAT_VERSION:
+        if values.get("format_version") in _READ_VERSIONS:
             return Manifest.model_validate(values)
     except (ValueError, ValidationError) as error:
         raise DamagedCheckpoint(folder, f"{MANIFEST_NAME}: {str(error).splitlines()[0]}") from None
     raise UserError(
         f"{folder} has {MANIFEST_NAME} of format version {values.get('format_version', 'below 3')}, but this Shardline "
-        f"reads {FORMAT_VERSION}; use the release that wrote it."
+        f"reads {' and '.join(map(str, _READ_VERSIONS))}; use the release that wrote it."
     )
 
 

@@ -1,14 +1,15 @@
 """The file that one rank writes of a checkpoint."""
 
 import errno
+import hashlib
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from sharding.state import TensorSlice
 from trainer.checkpoint.manifest import FileEntry, SliceEntry
 from trainer.checkpoint.safetensors_file import write_tensors
-from trainer.checkpoint.storage import CheckpointPath
+from trainer.checkpoint.storage import CheckpointPath, write_whole
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class RankReport:
         file_entry: size and hash.
         slices: name, type and global shape of each tensor in it, and where which part of it is.
         write_s: seconds that writing took.
+        attachments: size and hash of other files that it wrote, by name.
     """
 
     error: str | None
@@ -28,10 +30,15 @@ class RankReport:
     file_entry: FileEntry | None = None
     slices: tuple[tuple[str, str, list[int], SliceEntry], ...] = ()
     write_s: float = 0.0
+    attachments: dict[str, FileEntry] = field(default_factory=dict)
 
 
 def write_rank_file(
-    folder: CheckpointPath, slices: list[TensorSlice], rank: int, before_write: Callable[[], None] = lambda: None
+    folder: CheckpointPath,
+    slices: list[TensorSlice],
+    rank: int,
+    before_write: Callable[[], None] = lambda: None,
+    attachments: Mapping[str, bytes] | None = None,
 ) -> RankReport:
     """Write those of a rank's slices that it is to write; an error becomes part of the report.
 
@@ -40,15 +47,20 @@ def write_rank_file(
         slices: the rank's canonical state.
         rank: its number.
         before_write: called first; what it raises counts as an error of writing.
+        attachments: contents of small files that it is to write beside, by name.
     """
     started_at = time.perf_counter()
     file = f"rank-{rank:05d}.safetensors"
     written = [part for part in slices if part.is_written_here]
     path = folder / file
+    attached: dict[str, FileEntry] = {}
     try:
         before_write()
+        for name, contents in (attachments or {}).items():
+            write_whole(folder / name, contents)
+            attached[name] = FileEntry(num_bytes=len(contents), sha256=hashlib.sha256(contents).hexdigest())
         if not written:
-            return RankReport(None)
+            return RankReport(None, attachments=attached)
         entry = write_tensors(path, {_key(part): part.tensor for part in written})
     except Exception as error:  # noqa: BLE001 - whatever went wrong here must reach the other ranks, who wait
         reason = "no space left on device" if getattr(error, "errno", None) == errno.ENOSPC else str(error)
@@ -62,7 +74,7 @@ def write_rank_file(
         )
         for part in written
     )
-    return RankReport(None, file, entry, entries, time.perf_counter() - started_at)
+    return RankReport(None, file, entry, entries, time.perf_counter() - started_at, attached)
 
 
 def _key(part: TensorSlice) -> str:

@@ -1,6 +1,8 @@
 """Reading any part of a checkpoint, by any layout."""
 
+import hashlib
 import math
+from pathlib import Path
 
 import torch
 
@@ -18,6 +20,7 @@ from trainer.checkpoint.manifest import (
 )
 from trainer.checkpoint.storage import CheckpointPath
 from trainer.checkpoint.tensor_file import TensorFile
+from trainer.checkpoint.tokenizer_archive import unpack_tokenizer
 from trainer.weight_average import AVERAGE_PREFIX, MODEL_PREFIX
 
 # Each has a buffer of its own, where it lies in an object store.
@@ -61,7 +64,29 @@ class CheckpointReader:
                 raise DamagedCheckpoint(
                     self.folder, f"the contents of {name} do not have the SHA-256 that the manifest says"
                 )
+            if manifest.tokenizer is not None and name == manifest.tokenizer.file:
+                continue
             check_header(self.folder, name, parts[name], self._file(name).header)
+
+    def unpack_tokenizer(self, folder: Path) -> bool:
+        """Write the files of the run's tokenizer into a folder; false where the checkpoint, an old one, has none.
+
+        Raises:
+            DamagedCheckpoint: it is not as it was written.
+        """
+        entry = self.manifest.tokenizer
+        if entry is None:
+            return False
+        try:
+            contents = (self.folder / entry.file).read_bytes()
+        except OSError as error:
+            raise DamagedCheckpoint(self.folder, f"{entry.file} cannot be read ({error.strerror})") from None
+        if hashlib.sha256(contents).hexdigest() != self.manifest.files[entry.file].sha256:
+            raise DamagedCheckpoint(
+                self.folder, f"the contents of {entry.file} do not have the SHA-256 that the manifest says"
+            )
+        unpack_tokenizer(contents, folder)
+        return True
 
     @property
     def has_average(self) -> bool:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from sharding.errors import UserError
 from sharding.object_exchange import broadcast_object, gather_objects
@@ -10,16 +9,8 @@ from sharding.process_group import Ranks
 from trainer.checkpoint.config import CheckpointConfig
 from trainer.checkpoint.manifest import DamagedCheckpoint
 from trainer.checkpoint.reader import CheckpointReader
-from trainer.checkpoint.storage import (
-    MANIFEST_NAME,
-    CheckpointPath,
-    checkpoint_folder,
-    is_url,
-    list_checkpoints,
-    locate,
-    make_folder,
-    move_checkpoint,
-)
+from trainer.checkpoint.reference import resolve_checkpoint
+from trainer.checkpoint.storage import CheckpointPath, make_folder, move_checkpoint
 from trainer.events import record_event
 from trainer.run_folder import RunFolder
 
@@ -83,44 +74,6 @@ def open_source(
         if ranks.rank == 0:
             before_change()
             _set_aside(folder, reasons[0], run_folder, warn)
-
-
-def resolve_checkpoint(reference: str) -> CheckpointPath:
-    """The checkpoint folder that ``RUN_FOLDER`` (its newest) or ``RUN_FOLDER@STEP`` names.
-
-    In place of the run's folder there may be the URL that its checkpoints lie under.
-
-    Raises:
-        UserError: there is no such run or checkpoint.
-    """
-    folder_text, separator, step_text = reference.rpartition("@")
-    if not separator:
-        folder_text = reference
-    elif not step_text.isdigit():
-        raise UserError(f"checkpoint.from={reference}: {step_text!r} is not a step; write RUN_FOLDER@STEP.")
-    checkpoints = checkpoints_of("checkpoint.from", folder_text)
-    if separator:
-        path = checkpoint_folder(checkpoints, int(step_text))
-        if not (path / MANIFEST_NAME).exists():
-            raise UserError(f"checkpoint.from={reference}: there is no checkpoint {path}; name another step.")
-        return path
-    found = list_checkpoints(checkpoints)
-    if not found:
-        raise UserError(f"checkpoint.from={reference}: {folder_text} has no checkpoint; name another run folder.")
-    return found[-1][1]
-
-
-def checkpoints_of(setting: str, run: str) -> CheckpointPath:
-    """Where the checkpoints of a run are: of its folder, or under a URL.
-
-    Args:
-        setting: what to call the origin of the run in an error.
-        run: folder or URL.
-
-    Raises:
-        UserError: the URL cannot be used.
-    """
-    return locate(setting, run) if is_url(run) else RunFolder(Path(run)).checkpoints_dir
 
 
 def _choose(

@@ -15,6 +15,7 @@ from trainer.checkpoint.manifest import (
     FORMAT_VERSION,
     Manifest,
     TensorEntry,
+    TokenizerEntry,
     TrainingState,
     fingerprint,
     write_manifest,
@@ -30,6 +31,7 @@ class CheckpointIdentity:
     config: dict[str, Any]
     data_fingerprint: str
     strategy: str
+    tokenizer: TokenizerEntry | None = None
 
 
 def save_checkpoint(
@@ -150,8 +152,10 @@ def _commit(
         data_fingerprint=identity.data_fingerprint,
         num_ranks=ranks.world_size,
         strategy=identity.strategy,
+        tokenizer=identity.tokenizer,
         tensors=tensors,
-        files={report.file: report.file_entry for report in reports if report.file and report.file_entry},
+        files={report.file: report.file_entry for report in reports if report.file and report.file_entry}
+        | {name: entry for report in reports for name, entry in report.attachments.items()},
     )
     try:
         # Where it fails, the folder may be another's by now.

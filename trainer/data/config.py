@@ -77,7 +77,8 @@ class DataConfig(SourceConfig):
     """Share of documents, chosen by a hash of their text, that is held out for evaluation."""
 
     tokenizer: str = "train-bpe"
-    """A `transformers` tokenizer name or folder, or `train-bpe` for a byte-level BPE trained on the corpus."""
+    """A `transformers` tokenizer name or folder, or `train-bpe` for a byte-level BPE trained on the corpus; if not set,
+    that of `model.pretrained`, and a named one must have its ids."""
 
     vocab_size: int = Field(default=8192, ge=257)
     """Number of tokens of a trained byte-level BPE; unused with any other tokenizer."""

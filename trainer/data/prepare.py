@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-def prepare_corpus(config: DataConfig, *, progress: bool = True) -> Prepared:
+def prepare_corpus(config: DataConfig, *, progress: bool = True, fingerprint: str | None = None) -> Prepared:
     """The prepared corpus or mixture of a configuration, made now if need be.
 
     Several processes may ask at once: one works, the others wait for it. Work goes to a folder of its own that is
@@ -60,14 +60,15 @@ def prepare_corpus(config: DataConfig, *, progress: bool = True) -> Prepared:
     Args:
         config: the corpus.
         progress: whether this process shows a person how it goes.
+        fingerprint: of the tokens that a run is trained on, see ``find_prepared``.
 
     Raises:
         UserError: the source cannot be read or is empty, the tokenizer cannot be had, or there is no space.
     """
-    folder = corpus_folder(config)
-    found = open_prepared(folder, config)
+    found = find_prepared(config, fingerprint)
     if found is not None:
         return found
+    folder = corpus_folder(config)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _exclusive(folder.with_suffix(".lock"), progress):

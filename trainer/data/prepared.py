@@ -286,13 +286,46 @@ def describe_mixture(corpus: Prepared, sequence_length: int, num_positions: int)
     return lines
 
 
-def find_prepared(config: DataConfig) -> Prepared | None:
+def find_prepared(config: DataConfig, fingerprint: str | None = None) -> Prepared | None:
     """The prepared corpus or mixture of a configuration, if there is one. Imports neither torch nor datasets.
+
+    Args:
+        config: the corpus.
+        fingerprint: of the tokens that a run is trained on. They are found wherever its sources are now, and whether
+            these are there at all; where they are not found, what the sources are now decides.
 
     Raises:
         UserError: a source file is missing, or the prepared corpus is damaged.
     """
-    return open_prepared(corpus_folder(config), config)
+    try:
+        folder = corpus_folder(config)
+    except UserError:
+        found = None if fingerprint is None else _find_by_fingerprint(config, fingerprint)
+        if found is None:
+            raise
+        return found
+    present = open_prepared(folder, config)
+    if fingerprint is None or (present is not None and present.fingerprint == fingerprint):
+        return present
+    return _find_by_fingerprint(config, fingerprint) or present
+
+
+def _find_by_fingerprint(config: DataConfig, fingerprint: str) -> Prepared | None:
+    for folder in sorted((cache_root(config) / "corpora").glob(f"{_kind(config)}-*")):
+        # What another run has damaged is its own matter.
+        with contextlib.suppress(UserError):
+            prepared = open_prepared(folder, config) if folder.is_dir() else None
+            if prepared is not None and prepared.fingerprint == fingerprint:
+                return prepared
+    return None
+
+
+def is_of_present_source(corpus: Prepared, config: DataConfig) -> bool:
+    """Whether a corpus was prepared of what the sources of a configuration are now."""
+    try:
+        return corpus_folder(config) == corpus.folder
+    except UserError:
+        return False
 
 
 def open_prepared(folder: Path, config: DataConfig) -> Prepared | None:
@@ -341,7 +374,11 @@ def corpus_folder(config: DataConfig) -> Path:
     )
     identity = [PREPARATION_VERSION, settings, _sources_identity(config), tokenizer_identity(config)]
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    return cache_root(config) / "corpora" / f"{'mixture' if config.mixture else config.source}-{key}"
+    return cache_root(config) / "corpora" / f"{_kind(config)}-{key}"
+
+
+def _kind(config: DataConfig) -> str:
+    return "mixture" if config.mixture else config.source
 
 
 def _sources_identity(config: DataConfig) -> str:

@@ -20,6 +20,7 @@ from trainer.data.prepared import Prepared
 from trainer.data.skipped_samples import SkippedSamples
 from trainer.run_arguments import open_corpus
 from trainer.run_folder import RunFolder
+from trainer.trained_corpus import trained_fingerprint
 
 
 def positions_of_step(run_folder: RunFolder, config: RunConfig, step: int) -> np.ndarray:
@@ -60,7 +61,9 @@ def main(arguments: Sequence[str]) -> int:
             "data show works with prepared corpora and mixtures."
         )
     positions = positions_of_step(run_folder, config, options.step)
-    _print_step(config, open_corpus(config), options.step, positions, options.limit)
+    _print_step(
+        config, open_corpus(config, trained_fingerprint(config, run_folder)), options.step, positions, options.limit
+    )
     return EXIT_FINISHED
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 from sharding.errors import UserError
 from trainer.config import load_config
 from trainer.data.prepared import PreparedCorpus, find_prepared
+from trainer.run_folder import RunFolder
+from trainer.trained_corpus import trained_fingerprint
 
 _MAX_CHARACTERS = 4000
 _MAX_TOKENS = 1000
@@ -43,7 +45,8 @@ def _generated(run_dir: Path) -> Sample | None:
 def _document(run_dir: Path) -> Sample | None:
     """The beginning of the first held-out document, or of the first training document where none is held out."""
     try:
-        prepared = find_prepared(load_config(run_dir / "config.yaml").data)
+        config = load_config(run_dir / "config.yaml")
+        prepared = find_prepared(config.data, trained_fingerprint(config, RunFolder(run_dir)))
         if prepared is None:
             return None
         corpus = prepared.corpora[0]

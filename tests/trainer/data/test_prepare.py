@@ -18,7 +18,7 @@ from tests.support import ROOT, command_environment, processes_of, tiny_values, 
 from trainer.data.config import DataConfig
 from trainer.data.corpus import clean_text
 from trainer.data.prepare import prepare_corpus
-from trainer.data.prepared import PreparedCorpus, corpus_folder, find_prepared
+from trainer.data.prepared import PreparedCorpus, corpus_folder, find_prepared, is_of_present_source
 
 TEXTS = ["first\r\ndocument", "  \n", "second document", "cafe\u0301", "second document", "caf\u00e9", "last"]
 
@@ -212,3 +212,42 @@ def test_looking_for_a_corpus_loads_no_heavy_library() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=command_environment(), check=True
     )
     assert finished.stdout.strip() == "[]"
+
+
+def test_what_was_prepared_is_found_by_its_fingerprint(tmp_path: Path) -> None:
+    _write_jsonl(tmp_path / "x.jsonl", TEXTS)
+    config = _config(tmp_path)
+    first = prepare_corpus(config, progress=False)
+    found = find_prepared(config, first.fingerprint)
+    assert found is not None
+    assert found.folder == first.folder
+    # Touched, moved, changed: what a run began with is still there.
+    os.utime(tmp_path / "x.jsonl")
+    assert find_prepared(config) is None
+    for change in (lambda: None, (tmp_path / "x.jsonl").unlink, lambda: _write_jsonl(tmp_path / "x.jsonl", TEXTS[:2])):
+        change()
+        found = prepare_corpus(config, progress=False, fingerprint=first.fingerprint)
+        assert found.folder == first.folder
+        assert not is_of_present_source(found, config)
+    # A run that begins now reads what is there now.
+    second = prepare_corpus(config, progress=False)
+    assert second.fingerprint != first.fingerprint
+    assert is_of_present_source(second, config)
+    assert prepare_corpus(config, progress=False, fingerprint=first.fingerprint).folder == first.folder
+    (tmp_path / "x.jsonl").unlink()
+    with pytest.raises(UserError, match="names no file"):
+        prepare_corpus(config, progress=False, fingerprint="0" * 64)
+
+
+def test_a_mixture_is_found_by_its_fingerprint(tmp_path: Path) -> None:
+    sources = []
+    for name, texts in (("one", TEXTS), ("two", ["something else", "and more"])):
+        _write_jsonl(tmp_path / f"{name}.jsonl", texts)
+        sources.append({"name": name, "weight": 1, "source": "jsonl", "paths": str(tmp_path / f"{name}.jsonl")})
+    settings = {"mixture": sources, "vocab_size": 300, "cache_dir": str(tmp_path / "cache")}
+    config = DataConfig.model_validate(settings)
+    first = prepare_corpus(config, progress=False)
+    (tmp_path / "two.jsonl").unlink()
+    found = find_prepared(config, first.fingerprint)
+    assert found is not None
+    assert found.folder == first.folder

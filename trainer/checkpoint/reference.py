@@ -1,0 +1,52 @@
+"""Checkpoints and runs by the words that a person names them with; imports no torch."""
+
+from pathlib import Path
+
+from sharding.errors import UserError
+from trainer.checkpoint.storage import (
+    MANIFEST_NAME,
+    CheckpointPath,
+    checkpoint_folder,
+    is_url,
+    list_checkpoints,
+    locate,
+)
+from trainer.run_folder import RunFolder
+
+
+def resolve_checkpoint(reference: str) -> CheckpointPath:
+    """The checkpoint folder that ``RUN_FOLDER`` (its newest) or ``RUN_FOLDER@STEP`` names.
+
+    In place of the run's folder there may be the URL that its checkpoints lie under.
+
+    Raises:
+        UserError: there is no such run or checkpoint.
+    """
+    folder_text, separator, step_text = reference.rpartition("@")
+    if not separator:
+        folder_text = reference
+    elif not step_text.isdigit():
+        raise UserError(f"checkpoint.from={reference}: {step_text!r} is not a step; write RUN_FOLDER@STEP.")
+    checkpoints = checkpoints_of("checkpoint.from", folder_text)
+    if separator:
+        path = checkpoint_folder(checkpoints, int(step_text))
+        if not (path / MANIFEST_NAME).exists():
+            raise UserError(f"checkpoint.from={reference}: there is no checkpoint {path}; name another step.")
+        return path
+    found = list_checkpoints(checkpoints)
+    if not found:
+        raise UserError(f"checkpoint.from={reference}: {folder_text} has no checkpoint; name another run folder.")
+    return found[-1][1]
+
+
+def checkpoints_of(setting: str, run: str) -> CheckpointPath:
+    """Where the checkpoints of a run are: of its folder, or under a URL.
+
+    Args:
+        setting: what to call the origin of the run in an error.
+        run: folder or URL.
+
+    Raises:
+        UserError: the URL cannot be used.
+    """
+    return locate(setting, run) if is_url(run) else RunFolder(Path(run)).checkpoints_dir
