@@ -33,6 +33,7 @@ from trainer.spoiled_samples import SpoiledTask
 from trainer.stragglers import BusyMeter
 from trainer.system_metrics import SystemMeter
 from trainer.tasks.registry import build_task
+from trainer.token_ids import agree, check_named_tokenizer, check_tokenizer_of_checkpoint
 from trainer.trainer_parts import TrainerParts
 from trainer.weight_average import WeightAverage
 
@@ -86,6 +87,8 @@ def build_trainer(
     vocabulary = Vocabulary(corpus.vocab_size, corpus.eos_token_id)
     if config.data.document_mask:
         check_architecture(config, task, vocabulary)
+    if config.checkpoint.from_ is None:
+        agree(lambda: _check_beginning(config, run_folder, corpus), ranks)
     busy = BusyMeter(phases, config.parallel.strategy)
     engine, facts = build_model_engine(config, task, mesh, ranks, vocabulary, busy)
     observers.message(describe_model(config, facts, ranks))
@@ -124,6 +127,9 @@ def build_trainer(
             average,
             # Rank 0 writes it.
             pack_tokenizer(corpus.tokenizer_dir, corpus.vocab_size, corpus.eos_token_id) if ranks.rank == 0 else None,
+            check_weights=lambda reader: agree(
+                lambda: check_tokenizer_of_checkpoint(reader, corpus.tokenizer_dir), ranks
+            ),
             warn=observers.warn,
             tell=observers.message,
             before_write=before_write,
@@ -155,6 +161,12 @@ def build_trainer(
     if isinstance(task, SpoiledTask):
         task.next_samples = lambda: trainer.next_samples
     return trainer
+
+
+def _check_beginning(config: RunConfig, run_folder: RunFolder, corpus: Prepared) -> None:
+    """Check that a run that begins with pretrained weights has their tokenizer; one that goes on has its own."""
+    if run_folder.newest_checkpoint() is None:
+        check_named_tokenizer(config, corpus.tokenizer_dir)
 
 
 def _replica_check(

@@ -213,9 +213,9 @@ def test_a_damaged_tokenizer_is_found(reader: CheckpointReader, tmp_path: Path) 
     contents = bytearray((copy.folder / "tokenizer.zip").read_bytes())
     contents[len(contents) // 2] ^= 1
     (copy.folder / "tokenizer.zip").write_bytes(contents)
-    with pytest.raises(UserError, match="contents of tokenizer.zip do not have the SHA-256"):
+    with pytest.raises(UserError, match=r"contents of tokenizer\.zip do not have the SHA-256"):
         copy.verify()
-    with pytest.raises(UserError, match="contents of tokenizer.zip do not have the SHA-256"):
+    with pytest.raises(UserError, match=r"contents of tokenizer\.zip do not have the SHA-256"):
         copy.unpack_tokenizer(tmp_path / "never")
     assert not (tmp_path / "never").exists()
 

@@ -10,6 +10,7 @@ from sharding.state import TensorSlice
 from trainer.checkpoint.background import BackgroundWrite
 from trainer.checkpoint.manifest import TrainingState
 from trainer.checkpoint.rank_file import RankReport, write_rank_file
+from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.retention import BackgroundPruning, remove_checkpoints_after
 from trainer.checkpoint.snapshot import Snapshot
 from trainer.checkpoint.source import Source, open_source
@@ -42,6 +43,7 @@ class Checkpointer:
         before_commit: Callable[[], None],
         weight_average: WeightAverage | None = None,
         tokenizer: TokenizerArchive | None = None,
+        check_weights: Callable[[CheckpointReader], None] = lambda _: None,
         warn: Callable[[str], None] = print,
         tell: Callable[[str], None] = print,
         before_write: Callable[[int], None] = lambda _: None,
@@ -56,6 +58,8 @@ class Checkpointer:
             before_commit: called on rank 0 before a checkpoint is made valid; raises if the folder was lost.
             weight_average: is saved and loaded with the engine's state.
             tokenizer: is saved beside it, by rank 0.
+            check_weights: called on every rank with another run's checkpoint whose weights alone are to be loaded;
+                raises if they do not fit the corpus.
             warn: tells a person that a checkpoint is damaged; called on rank 0.
             tell: tells a person that a checkpoint is there; called on rank 0.
             before_write: called with the step where this rank begins to write, in the thread that writes.
@@ -68,6 +72,7 @@ class Checkpointer:
         self._weight_average = weight_average
         self._warn = warn
         self._tell = tell
+        self._check_weights = check_weights
         self._before_write = before_write
         self._identity = CheckpointIdentity(
             config=config.model_dump(mode="json"),
@@ -139,6 +144,8 @@ class Checkpointer:
                 "data has no meaning here; restore the corpus, or start another run with checkpoint.from and "
                 "checkpoint.load=weights."
             )
+        if weights_only:
+            self._check_weights(reader)
         engine.load_state(reader.read_into, with_optimizer=not weights_only)
         if self._weight_average is not None:
             # A run that turns averaging on begins with the weights it has.

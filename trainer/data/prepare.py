@@ -236,10 +236,18 @@ def describe_corpus(corpus: Prepared) -> str:
 def main(arguments: Sequence[str]) -> int:
     """Prepare the corpus of a configuration; returns the exit status."""
     from trainer.config import load_config
+    from trainer.run_folder import RunFolder
+    from trainer.trained_corpus import trained_fingerprint
 
     if not arguments:
         raise UserError("no configuration given; write python -m trainer.data.prepare CONFIG [key=value ...].")
-    corpus = prepare_corpus(load_config(arguments[0], arguments[1:]).data)
+    config = load_config(arguments[0], arguments[1:])
+    fingerprint = trained_fingerprint(config, RunFolder.of(config))
+    if config.model.pretrained is not None and fingerprint is None and config.checkpoint.from_ is None:
+        from trainer.token_ids import check_named_tokenizer
+
+        check_named_tokenizer(config)
+    corpus = prepare_corpus(config.data, fingerprint=fingerprint)
     print(describe_corpus(corpus))
     return EXIT_FINISHED
 

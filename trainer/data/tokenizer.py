@@ -106,11 +106,11 @@ def text_encoder(tokenizer: "PreTrainedTokenizerFast") -> "Tokenizer":
 
 
 def first_difference(tokens: Mapping[str, int], reference: Mapping[str, int]) -> str | None:
-    """The first token, by id, that stands for another id in the reference, or for none, in words; None if none does."""
+    """The first token, by id, that has another id in the reference, or none, in words; None if there is none."""
     for token, token_id in sorted(tokens.items(), key=lambda item: item[1]):
         if reference.get(token) != token_id:
-            other = f"id {reference[token]}" if token in reference else "no id"
-            return f"{token!r} is id {token_id} in the one and has {other} in the other"
+            other = f"instead of {reference[token]}" if token in reference else "and is not there"
+            return f"{token!r} has id {token_id} {other}"
     return None
 
 

@@ -140,5 +140,5 @@ def test_a_model_without_a_tokenizer_has_none(tmp_path: Path, kind: str) -> None
 def test_the_first_difference_is_named() -> None:
     tokens = {"a": 0, "b": 1, "c": 2}
     assert first_difference(tokens, tokens | {"d": 3}) is None
-    assert first_difference(tokens, {"a": 0, "c": 1, "b": 2}) == "'b' is id 1 in the one and has id 2 in the other"
-    assert first_difference(tokens | {"d": 3}, tokens) == "'d' is id 3 in the one and has no id in the other"
+    assert first_difference(tokens, {"a": 0, "c": 1, "b": 2}) == "'b' has id 1 instead of 2"
+    assert first_difference(tokens | {"d": 3}, tokens) == "'d' has id 3 and is not there"
