@@ -19,6 +19,7 @@ from trainer.data.prepared import Prepared, PreparedStream, describe_mixture
 from trainer.data.skipped_samples import SkippedSamples
 from trainer.data.streaming import StreamingLoader, state_of_rank
 from trainer.events import record_event
+from trainer.fetch import fetch_pretrained
 from trainer.hardware import compute_format, peak_flops
 from trainer.injection import Fault
 from trainer.loop import Trainer
@@ -85,12 +86,13 @@ def build_trainer(
         )
     mesh = build_mesh(config.parallel, ranks)
     vocabulary = Vocabulary(corpus.vocab_size, corpus.eos_token_id)
+    fetched = _fetched(config, ranks)
     if config.data.document_mask:
-        check_architecture(config, task, vocabulary)
+        check_architecture(fetched, task, vocabulary)
     if config.checkpoint.from_ is None:
         agree(lambda: _check_beginning(config, run_folder, corpus), ranks)
     busy = BusyMeter(phases, config.parallel.strategy)
-    engine, facts = build_model_engine(config, task, mesh, ranks, vocabulary, busy)
+    engine, facts = build_model_engine(fetched, task, mesh, ranks, vocabulary, busy)
     observers.message(describe_model(config, facts, ranks))
     if config.metrics.parameter_hash:
         observers.message(f"initial parameters {parameter_hash(engine, ranks)}")
@@ -98,7 +100,7 @@ def build_trainer(
     validation = corpus.stream("validation", verify=config.faults.verify_data)
     length = config.data.sequence_length
     if config.data.document_mask:
-        check_engine(engine, config, task, vocabulary)
+        check_engine(engine, fetched, task, vocabulary)
     for line in describe_mixture(corpus, length, config.num_steps * config.batch.global_size):
         observers.message(line)
 
@@ -161,6 +163,14 @@ def build_trainer(
     if isinstance(task, SpoiledTask):
         task.next_samples = lambda: trainer.next_samples
     return trainer
+
+
+def _fetched(config: RunConfig, ranks: Ranks) -> RunConfig:
+    """The configuration with the folder of the pretrained model in place of its name; every rank must call it."""
+    if config.model.pretrained is None:
+        return config
+    folder = fetch_pretrained(config.model.pretrained, ranks)
+    return config.model_copy(update={"model": config.model.model_copy(update={"pretrained": folder})})
 
 
 def _check_beginning(config: RunConfig, run_folder: RunFolder, corpus: Prepared) -> None:

@@ -167,7 +167,8 @@ class Trainer:
             self._owes_step = False
             # Not before: a step that was taken and then given up for a stop comes again.
             self._loader_state = loader.state()
-            self._clock.add_step(agreed.num_targets, data_wait_s)
+            # The model computes on every position, whether it has a target or not.
+            self._clock.add_step(self._config.tokens_per_step, data_wait_s)
             if step == first_step:
                 self._parts.after_first_step()
             self._after_step(record)

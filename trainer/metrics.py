@@ -50,6 +50,8 @@ class StepRecord:
 class ThroughputClock:
     """Time and tokens since the last log line; evaluation and saving do not count.
 
+    Tokens are the positions that the model computes on, with or without a target: these cost the time.
+
     ``take_busy_s`` gives the time that this rank worked by itself.
     """
 

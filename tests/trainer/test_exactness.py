@@ -9,7 +9,7 @@ import torch
 
 from sharding.process_group import Ranks
 from tests.runs_in_process import RunsInProcess, computed_lines, saved_state
-from tests.support import run_on_ranks
+from tests.support import read_metrics, run_on_ranks
 from trainer.injection import Fault
 from trainer.phases import Phase
 from trainer.run_folder import RunFolder
@@ -86,6 +86,11 @@ def _on_torch(ranks: Ranks, root: Path, corpus: Path) -> None:
     _assert_exact(runs, "accelerate", parallel={"backend": "accelerate", "strategy": "ddp"}, **everything)
     stream = {"streaming": True, "shuffle_window": 5, "sample_documents": 8, "document_mask": True}
     _assert_exact(runs, "streamed", data=stream, parallel={"strategy": "ddp"}, precision={"compute": "bf16"})
+    lines = read_metrics(root / "runs" / "whole-streamed")
+    for line in lines:
+        # Rates are of all positions of 12 sequences, also of those that, as a document's first, are nobody's target.
+        assert line["throughput/tokens_per_s"] * line["throughput/step_time_s"] == pytest.approx(12 * 32)
+    assert lines[-1]["train/tokens"] < _STEPS * 12 * 32
 
 
 @pytest.mark.timeout(300)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -251,3 +252,23 @@ def test_a_mixture_is_found_by_its_fingerprint(tmp_path: Path) -> None:
     found = find_prepared(config, first.fingerprint)
     assert found is not None
     assert found.folder == first.folder
+
+
+@pytest.mark.parametrize(
+    "limit_bytes",
+    # At the texts, and at the tokenizer, which native code writes.
+    [20, 4_000],
+)
+def test_whatever_keeps_it_from_writing_is_a_sentence(tmp_path: Path, limit_bytes: int) -> None:
+    """Files must not grow beyond a limit, which is another error than that of a full disk."""
+    _write_jsonl(tmp_path / "x.jsonl", [f"document {number}" for number in range(10)])
+    config = _config(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot be prepared in .*corpora: File too large; free some space \(or"):
+            prepare_corpus(config, progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not [path for path in (tmp_path / "cache" / "corpora").iterdir() if path.is_dir()]
+    assert prepare_corpus(config, progress=False).corpora[0].manifest.num_documents_read == 10
