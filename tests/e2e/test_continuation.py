@@ -1,5 +1,6 @@
 """A continued run against the run that was never interrupted."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -66,10 +67,21 @@ def straight(tmp_path_factory: pytest.TempPathFactory, shared_corpus: tuple[Path
     return root / "runs" / "straight"
 
 
-def test_two_continuations_are_bit_for_bit_the_uninterrupted_run(straight: Path, make_config: MakeConfig) -> None:
-    config = make_config("pieces", checkpoint=_EVERY_STEP, evaluation={"every_steps": 6})
-    for steps in (3, 7, 12):
-        _run(config, f"steps={steps}")
+def test_two_continuations_are_bit_for_bit_the_uninterrupted_run(
+    straight: Path, make_config: MakeConfig, shared_corpus: tuple[Path, Path], tmp_path: Path
+) -> None:
+    documents, cache = tmp_path / "documents", tmp_path / "cache"
+    shutil.copytree(shared_corpus[0], documents)
+    data = {"paths": str(documents), "cache_dir": str(cache)}
+    config = make_config("pieces", checkpoint=_EVERY_STEP, evaluation={"every_steps": 6}, data=data)
+    _run(config, "steps=3")
+    # What is prepared is all that is needed: its source may be touched, and may go.
+    for path in documents.iterdir():
+        os.utime(path)
+    _run(config, "steps=7")
+    documents.rename(tmp_path / "elsewhere")
+    _run(config, "steps=12")
+    assert len([path for path in (cache / "corpora").iterdir() if path.is_dir()]) == 1
     pieces = config.parent / "runs" / "pieces"
     steps = [line["step"] for line in read_metrics(pieces)]
     assert steps == list(range(1, 13))

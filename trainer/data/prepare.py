@@ -98,6 +98,11 @@ def _prepare(config: DataConfig, folder: Path, progress: bool) -> None:
         with StageProgress(progress) as stages:
             # What is cheap to check comes before hours of reading.
             named = None if config.tokenizer == TRAINED else load_tokenizer(config.tokenizer)
+            if named is not None and config.vocab_size != DataConfig.model_fields["vocab_size"].default:
+                stages.note(
+                    f"data.vocab_size={config.vocab_size} has no effect: data.tokenizer={config.tokenizer} has "
+                    f"{len(named):,} tokens of its own"
+                )
             for name, source in named_sources(config):
                 with errors_of(name):
                     _check_source(source, stages)

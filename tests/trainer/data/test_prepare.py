@@ -194,10 +194,14 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_dir() and path.name != "corpora"]
 
 
-def test_a_local_tokenizer_is_taken_as_it_is(tmp_path: Path) -> None:
+def test_a_local_tokenizer_is_taken_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _write_jsonl(tmp_path / "x.jsonl", TEXTS)
     trained = prepare_corpus(_config(tmp_path), progress=False)
-    reused = prepare_corpus(_config(tmp_path, tokenizer=str(trained.tokenizer_dir)), progress=False)
+    reused = prepare_corpus(_config(tmp_path, tokenizer=str(trained.tokenizer_dir)))
+    assert (
+        f"note: data.vocab_size=300 has no effect: data.tokenizer={trained.tokenizer_dir} has"
+        in capsys.readouterr().out
+    )
     assert reused.folder != trained.folder
     assert reused.manifest.tokenizer_sha256 == trained.manifest.tokenizer_sha256
     assert reused.fingerprint == trained.fingerprint
