@@ -180,8 +180,8 @@ def _run(arguments: Sequence[str], progress: _Progress) -> int:
         progress.observers = observers = _build_observers(config, run_folder, ranks, progress)
         if rank == 0 and not is_of_present_source(corpus, config.data):
             observers.message(
-                f"the sources of data have changed or moved since; the run goes on with the corpus that it has, "
-                f"{corpus.folder}"
+                f"the run goes on with its prepared corpus {corpus.folder}, though its sources have moved or changed "
+                "since, or this release would prepare them otherwise"
             )
         if config.launch.preflight:
             for check in check_before_training(ranks, run_folder.path):

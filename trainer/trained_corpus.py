@@ -3,23 +3,44 @@
 import contextlib
 
 from sharding.errors import UserError
-from trainer.checkpoint.manifest import read_manifest
+from trainer.checkpoint.manifest import Manifest, read_manifest
 from trainer.checkpoint.reference import resolve_checkpoint
 from trainer.checkpoint.storage import list_checkpoints
 from trainer.config import RunConfig
+from trainer.data.config import DataConfig
 from trainer.run_folder import RunFolder
 
 
 def trained_fingerprint(config: RunConfig, run_folder: RunFolder) -> str | None:
-    """The data fingerprint of the checkpoint that a run goes on from, be it another run's; None where it begins anew.
+    """The data fingerprint of the checkpoint that a run goes on from, its own or another run's.
 
-    One that cannot be read is passed over here: whoever loads it says so.
+    A checkpoint that cannot be read is passed over here: whoever loads it says so.
+
+    Returns:
+        None where the run begins anew, and where the checkpoint is of other settings of ``data``: who names another
+        corpus must not get the old one.
     """
+    manifest = _manifest(config, run_folder)
+    if manifest is not None:
+        with contextlib.suppress(ValueError):
+            if _corpus_settings(DataConfig.model_validate(manifest.config.get("data"))) == _corpus_settings(
+                config.data
+            ):
+                return manifest.data_fingerprint
+    return None
+
+
+def _manifest(config: RunConfig, run_folder: RunFolder) -> Manifest | None:
     with contextlib.suppress(UserError):
         for _, folder in reversed(list_checkpoints(run_folder.checkpoints_dir)):
             with contextlib.suppress(UserError):
-                return read_manifest(folder).data_fingerprint
+                return read_manifest(folder)
     if config.checkpoint.from_ is not None and config.checkpoint.load == "all":
         with contextlib.suppress(UserError, OSError):
-            return read_manifest(resolve_checkpoint(config.checkpoint.from_)).data_fingerprint
+            return read_manifest(resolve_checkpoint(config.checkpoint.from_))
     return None
+
+
+def _corpus_settings(config: DataConfig) -> DataConfig:
+    """Without what says nothing of the tokens."""
+    return config.model_copy(update={"cache_dir": None, "num_workers": 0, "skip_samples": ()})
