@@ -10,6 +10,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,7 +64,7 @@ def find_files(config: SourceConfig) -> FoundFiles:
         path = Path(text).expanduser()
         passed_over: list[Path] = []
         if path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.is_file())
+            files = _files_below(path)
             passed_over = [p for p in files if not _is_of_kind(p, config.source)]
             files = [p for p in files if _is_of_kind(p, config.source)]
         elif path.is_file():
@@ -143,6 +144,29 @@ def check_readable(files: list[Path]) -> None:
             raise UserError(f"data.paths: {path} cannot be read: {error.strerror}; check the source.") from None
 
 
+def _files_below(folder: Path) -> list[Path]:
+    """All files in a folder and in those in it, links to folders followed, sorted.
+
+    Raises:
+        UserError: a folder cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"data.paths: {error.filename} cannot be read: {error.strerror}; check the source.")
+
+    files: list[Path] = []
+    seen = set()
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            # A link back.
+            folders.clear()
+            continue
+        seen.add(real)
+        files += [path for path in (Path(place, name) for name in names) if path.is_file()]
+    return sorted(files)
+
+
 def _is_of_kind(path: Path, source: str) -> bool:
     name = path.name.lower()
     for suffix in _COMPRESSED_SUFFIXES:
@@ -161,7 +185,8 @@ def _read_text(path: Path, _column: str) -> Iterator[Document]:
 
 
 def _read_json(path: Path, column: str) -> Iterator[Document]:
-    others: dict[str, Any] | None = None
+    others: dict[str, Any] = {}
+    has_column = True
     for number, (place, row) in enumerate(_json_rows(path)):
         if column in row:
             has_column = True
@@ -170,7 +195,7 @@ def _read_json(path: Path, column: str) -> Iterator[Document]:
         if not has_column and number + 1 >= _MAX_ROWS_WITHOUT_COLUMN:
             break
         yield Document(_text(row.get(column), column, place), f"{path}#{number}")
-    if others is not None and not has_column:
+    if not has_column:
         raise _no_column(column, str(path), others)
 
 

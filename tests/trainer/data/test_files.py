@@ -73,6 +73,10 @@ def test_a_folder_is_read_whole_and_what_is_passed_over_is_named(
     (folder / "deep").mkdir(parents=True)
     for number, (name, pack) in enumerate(plain + packed):
         (folder / ("deep" if number % 2 else "") / name).write_bytes(pack(make(2 * number, 2 * number + 2)))
+    # A link to a folder is followed, once.
+    (folder / "deep").rename(tmp_path / "elsewhere")
+    (folder / "deep").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(folder)
     (folder / "notes.csv").write_text("x")
     (folder / "deep" / "old.tar.gz").write_text("x")
     corpus = _prepare(tmp_path, [str(folder)], source=source)
@@ -166,7 +170,9 @@ def test_what_is_wrong_is_named_by_file_and_line(tmp_path: Path, source: str, co
 def test_a_file_that_may_not_be_read_is_found_before_the_first_is_read(tmp_path: Path) -> None:
     for name in ("a.jsonl", "b.jsonl"):
         (tmp_path / name).write_text("{")
-    (tmp_path / "b.jsonl").chmod(0)
+    (tmp_path / "closed").mkdir()
+    for name in ("b.jsonl", "closed"):
+        (tmp_path / name).chmod(0)
     user = os.geteuid()
     try:
         if user == 0:
@@ -175,8 +181,11 @@ def test_a_file_that_may_not_be_read_is_found_before_the_first_is_read(tmp_path:
                 folder.chmod(0o755)
             os.seteuid(65534)
         paths = [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl")]
-        with tempfile.TemporaryDirectory() as cache, pytest.raises(UserError, match=r"b\.jsonl cannot be read: Perm"):
-            _prepare(tmp_path, paths, cache_dir=cache)
+        with tempfile.TemporaryDirectory() as cache:
+            with pytest.raises(UserError, match=r"b\.jsonl cannot be read: Permission denied"):
+                _prepare(tmp_path, paths, cache_dir=cache)
+            with pytest.raises(UserError, match=r"closed cannot be read: Permission denied"):
+                _prepare(tmp_path, [str(tmp_path)], cache_dir=cache)
     finally:
         os.seteuid(user)
 
