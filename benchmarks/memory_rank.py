@@ -136,14 +136,14 @@ def split_masters(uses: dict[str, int], own_bytes: int) -> dict[str, int]:
 def _build(config: RunConfig, ranks: Ranks) -> Engine:
     vocabulary = Vocabulary(config.data.vocab_size, 0)
     mesh = build_mesh(config.parallel, ranks)
-    task = build_task(config.task.name, loss_chunk_tokens=config.task.loss_chunk_tokens)
+    task = build_task(config.task.name, loss_chunk_tokens=config.task.loss_chunk_tokens, folder=config.task.folder)
     engine, _ = build_model_engine(config, task, mesh, ranks, vocabulary)
     return engine
 
 
 def _estimate(config: RunConfig, ranks: Ranks) -> MemoryEstimate:
     model_config = build_model_config(config.model, Vocabulary(config.data.vocab_size, 0), config.data.sequence_length)
-    model = build_model_on_meta(build_task(config.task.name), model_config)
+    model = build_model_on_meta(build_task(config.task.name, folder=config.task.folder), model_config)
     return estimate_memory(config, model, model_config, ranks.world_size, ranks.device)
 
 

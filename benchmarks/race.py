@@ -92,7 +92,7 @@ def build_contest(config: RunConfig, ranks: Ranks, num_steps: int, folder: Path)
     (corpus,) = prepare_corpus(config.data).corpora
     alone = config.model_copy(update={"parallel": config.parallel.model_copy(update={"strategy": "none"})})
     vocabulary = Vocabulary(corpus.vocab_size, corpus.eos_token_id)
-    task = build_task(config.task.name)
+    task = build_task(config.task.name, folder=config.task.folder)
     engine, _ = build_model_engine(alone, task, build_mesh(alone.parallel, ranks), ranks, vocabulary)
     initial = {name: tensor.clone() for name, tensor in engine.named_local_shards().items()}
     dtype = compute_dtype(config.precision, ranks.device)

@@ -211,7 +211,7 @@ class _Search:
     def _estimate(self, config: RunConfig) -> float:
         vocabulary = Vocabulary(self._corpus.vocab_size, self._corpus.eos_token_id)
         model_config = build_model_config(config.model, vocabulary, config.data.sequence_length)
-        model = build_model_on_meta(build_task(config.task.name), model_config)
+        model = build_model_on_meta(build_task(config.task.name, folder=config.task.folder), model_config)
         device = torch.device("cuda" if self._has_gpu else "cpu")
         return estimate_memory(config, model, model_config, self._num_ranks, device).total
 

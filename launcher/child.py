@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from launcher.import_path import import_variables, module_command
 from sharding.process_lifetime import LAUNCHER_PID_VARIABLE, die_with_parent
 
 _SHIELDED = "--shielded"
@@ -29,8 +30,8 @@ def start_child(
     """
     # A session of its own, since a Ctrl-C on the terminal must reach the launcher alone.
     return subprocess.Popen(
-        [sys.executable, "-m", "launcher.child", *([_SHIELDED] if shielded else []), *command],
-        env={**environment, LAUNCHER_PID_VARIABLE: str(os.getpid())},
+        module_command("launcher.child", *([_SHIELDED] if shielded else []), *command),
+        env={**environment, **import_variables(environment), LAUNCHER_PID_VARIABLE: str(os.getpid())},
         stdin=subprocess.DEVNULL,
         start_new_session=True,
         **options,

@@ -8,6 +8,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from launcher.import_path import import_variables, module_command
 from launcher.slurm.commands import app as slurm_app
 from sharding.errors import UserError
 
@@ -267,4 +268,5 @@ def _option(name: str, value: object) -> list[str]:
 def _become(module: str, *arguments: str) -> NoReturn:
     """Replace this process by a module that loads torch; the launcher itself stays light."""
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-m", module, *arguments])  # noqa: S606 - no shell is what we want
+    command, environment = module_command(module, *arguments), {**os.environ, **import_variables(os.environ)}
+    os.execve(command[0], command, environment)  # noqa: S606 - no shell is what we want

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from launcher.import_path import import_variables
 from launcher.topology import Topology
 from trainer.config import RunConfig
 from trainer.threads import threads_per_rank
@@ -40,7 +41,10 @@ def rank_variables(
         num_nodes: machines of the run; ranks of several reach one another over the network that the libraries find.
     """
     threads = threads_per_rank(config, num_ranks, environment)
+    only_ours = "code comes from Shardline and from what is installed, never from the working folder"
+    imports = import_variables(environment).items()
     variables = [
+        *(Variable(name, value, only_ours, is_configured=True) for name, value in imports),
         Variable(
             "OMP_NUM_THREADS",
             str(threads),

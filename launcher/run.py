@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from launcher.child import start_child
 from launcher.command import rendezvous_port
 from launcher.conclusion import EXIT_INTERRUPTED
+from launcher.import_path import module_command
 from launcher.lasting_output import lasting_output
 from launcher.local import run_ranks
 from launcher.plan import Plan, make_plan
@@ -94,7 +95,7 @@ def _prepared_corpus(plan: Plan, fingerprint: str | None) -> Prepared:
     found = find_prepared(plan.config.data, fingerprint)
     if found is not None:
         return found
-    command = [sys.executable, "-m", "trainer.data.prepare", plan.config_path, *plan.overrides]
+    command = module_command("trainer.data.prepare", plan.config_path, *plan.overrides)
     with start_child(command, os.environ, shielded=False) as child:
         try:
             status = child.wait()

@@ -33,6 +33,12 @@ if [[ -z ${SHARDLINE_PYTHON:-} ]]; then
         fi
     fi
 fi
+# Nothing is imported from the folder that the job starts in. The packages of a checkout lie beside its scripts.
+export PYTHONSAFEPATH=1
+checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+if [[ -e $checkout/pyproject.toml && -d $checkout/launcher && ":${PYTHONPATH:-}:" != *":$checkout:"* ]]; then
+    export PYTHONPATH=$checkout${PYTHONPATH:+:$PYTHONPATH}
+fi
 # Steps of this job do not inherit CPUs per task from sbatch (Slurm 22.05 and later): each srun below says it again.
 cpus_per_node=$SLURM_CPUS_ON_NODE
 # The first step below is asked about the whole job, but srun tells each step of its own tasks alone.

@@ -29,6 +29,11 @@ TINY_MODEL = {
     },
 }
 
+PLANTED_VARIABLE = "SHARDLINE_TEST_PLANTED"
+_PLANTED = f"import os\nopen(os.environ['{PLANTED_VARIABLE}'], 'a').write(__name__ + '\\n')\nos._exit(99)\n"
+# Imported by the interpreter's own start of a module, by libraries, by us.
+_PLANTED_NAMES = ("contextlib", "logging", "json", "subprocess", "yaml", "numpy", "pydantic", "launcher", "trainer")
+
 
 def tiny_values(output_dir: Path, cache_dir: Path, corpus: Path) -> dict[str, Any]:
     """Settings of a run that trains for a moment, on 12 sequences a step: 1, 2, 3 and 4 ranks divide it."""
@@ -83,6 +88,17 @@ def write_empty_checkpoint(folder: Path, step: int = 0, eval_loss: float | None 
     )
     folder.mkdir(parents=True, exist_ok=True)
     write_manifest(folder, manifest)
+    return folder
+
+
+def plant_modules(folder: Path) -> Path:
+    """A folder like a run of somebody else's with modules in it, which say that they were imported and end the process.
+
+    They write their name to the file that PLANTED_VARIABLE names.
+    """
+    for name in _PLANTED_NAMES:
+        (folder / name).mkdir(parents=True)
+        (folder / name / "__init__.py").write_text(_PLANTED)
     return folder
 
 

@@ -69,7 +69,7 @@ def build_trainer(
     Raises:
         UserError: model, task, tokenizer and data do not fit together.
     """
-    task = build_task(config.task.name, config.task.z_loss, config.task.loss_chunk_tokens)
+    task = build_task(config.task.name, config.task.z_loss, config.task.loss_chunk_tokens, config.task.folder)
     if faults:
         task = SpoiledTask(
             task,

@@ -127,6 +127,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     values = read_yaml_mapping(Path(path))
     for override in overrides:
         _apply_override(values, override)
+    _find_task(values, Path(path))
     config = parse_config(values, source=str(path))
     refuse_secrets(config.model_dump(mode="json"), os.environ)
     return config
@@ -163,6 +164,18 @@ def _with_own_tokenizer(config: RunConfig) -> RunConfig:
 def config_to_yaml(config: RunConfig) -> str:
     """The whole configuration as YAML that load_config reads back to an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _find_task(values: dict[str, Any], path: Path) -> None:
+    """Write down where a task of the user's own lies, for whoever reads a copy of the configuration elsewhere."""
+    task = values.get("task")
+    # A copy says so itself, also where it has none.
+    if not isinstance(task, dict) or "folder" in task:
+        return
+    module, colon, _ = str(task.get("name", "")).partition(":")
+    folder, top = path.absolute().parent, module.partition(".")[0]
+    if colon and ((folder / f"{top}.py").is_file() or (folder / top).is_dir()):
+        values["task"] = {**task, "folder": str(folder)}
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:

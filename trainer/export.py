@@ -95,7 +95,7 @@ def _not_writable(folder: Path, error: Exception) -> UserError:
 
 def _write_configuration(config: RunConfig, vocabulary: Vocabulary, work: Path) -> None:
     model_config = build_model_config(config.model, vocabulary, config.data.sequence_length)
-    model: Any = build_model_on_meta(build_task(config.task.name), model_config)
+    model: Any = build_model_on_meta(build_task(config.task.name, folder=config.task.folder), model_config)
     model_config.architectures = [type(model).__name__]
     model_config.dtype = torch.float32
     model_config.save_pretrained(work)

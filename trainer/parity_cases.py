@@ -148,7 +148,7 @@ def _run_case(config: RunConfig, case: ParityCase, vocabulary: Vocabulary, ranks
     batch = load_file(folder / "batch.safetensors")
     config = case_config(config, case, len(batch["labels"]))
     # Without a z-loss, which the plain loop does not have.
-    task = build_task(config.task.name, loss_chunk_tokens=config.task.loss_chunk_tokens)
+    task = build_task(config.task.name, loss_chunk_tokens=config.task.loss_chunk_tokens, folder=config.task.folder)
     mesh = build_mesh(config.parallel, ranks)
     engine, _ = build_model_engine(config, task, mesh, ranks, vocabulary)
     initial_hash = parameter_hash(engine, ranks)

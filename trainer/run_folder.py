@@ -34,9 +34,9 @@ _FROZEN_KEYS = (
     *("task", "model", "data", "seed", "optimizer", "schedule"),
     *("batch.global_size", "precision.compute", "precision.fp8_recipe"),
 )
-# These change neither data nor arithmetic: where the cache lies, how fast it is made, when the curve ends, and what is
-# averaged beside training.
-_FREE_KEYS = ("data.cache_dir", "data.num_workers", "schedule.total_steps", "optimizer.ema_decay")
+# These change neither data nor arithmetic: where a task's module and the cache lie, how fast it is made, when the curve
+# ends, and what is averaged beside training.
+_FREE_KEYS = ("task.folder", "data.cache_dir", "data.num_workers", "schedule.total_steps", "optimizer.ema_decay")
 _CHECKPOINTS = "checkpoints"
 _MIN_FREE_BYTES = 16 * 2**20
 _RESERVE_BYTES = 64 * 2**10

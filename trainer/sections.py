@@ -11,7 +11,11 @@ class TaskConfig(StrictModel):
     """What the model is trained to do."""
 
     name: str = "causal-lm"
-    """`causal-lm`, or `module:Class` for a task of your own that is importable from the working folder."""
+    """`causal-lm`, or `module:Class` for a task of your own, from `folder` or from what is installed."""
+
+    folder: str | None = None
+    """Folder of the module of a task of your own; where it is not given, that of the configuration file if the module
+    lies there. The working folder is none: what lies there is not run."""
 
     z_loss: float = Field(default=0.0, ge=0.0)
     """Coefficient of log^2 Z, added to each token's training loss under `causal-lm`; 1e-4 is usual, 0 means none."""

@@ -5,7 +5,6 @@ import math
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.child import start_child
+from launcher.import_path import module_command
 from sharding.errors import EXIT_FINISHED
 from trainer.events import read_events
 from trainer.run_folder import RunFolder
@@ -76,7 +76,7 @@ class ObservedRun:
             then: called once with the process id when the condition holds.
             options: of ``subprocess.Popen``.
         """
-        command = [sys.executable, "-m", "launcher", "run", self.config, *self.settings, *extra]
+        command = module_command("launcher", "run", self.config, *self.settings, *extra)
         if self.nproc_per_node is not None:
             command.append(f"--nproc-per-node={self.nproc_per_node}")
         log = self.folder.path.parent / f"{self.folder.path.name}.log"

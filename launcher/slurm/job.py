@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from launcher.environment import applied, rank_variables
+from launcher.import_path import import_variables, module_command
 from launcher.slurm.allocation import RANKS_VARIABLE, Allocation, ranks_of, read_allocation
 from launcher.slurm.port import meeting_port
 from launcher.topology import local_topology
@@ -69,8 +70,9 @@ def prepare_job(arguments: Sequence[str], starter: str, environment: Mapping[str
 def _check_vocabulary_and_corpus(config: RunConfig, arguments: Sequence[str], fingerprint: str | None) -> None:
     if find_prepared(config.data, fingerprint) is None:
         # Standard output is the batch script's to read.
-        command = [sys.executable, "-m", "trainer.data.prepare", *arguments]
-        status = subprocess.run(command, stdout=sys.stderr, check=False).returncode
+        command = module_command("trainer.data.prepare", *arguments)
+        environment = {**os.environ, **import_variables(os.environ)}
+        status = subprocess.run(command, stdout=sys.stderr, env=environment, check=False).returncode
         if status:
             # It has said why.
             raise SystemExit(status if status > 0 else 1)

@@ -1,4 +1,5 @@
-"""What a run shows to others: no secret in anything that it writes, no socket beyond this machine."""
+"""What a run shows to others: no secret in anything that it writes, no socket beyond this machine; and what it
+does not take from others: code that lies where it is started."""
 
 import os
 import signal
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import ROOT, command_environment, read_metrics, wait_until
+from tests.support import PLANTED_VARIABLE, command_environment, plant_modules, read_metrics, wait_until
 
 MakeConfig = Callable[..., Path]
 
@@ -75,14 +76,24 @@ def test_a_run_keeps_to_itself(make_config: MakeConfig, tmp_path: Path, launcher
         "quiet", steps=400, schedule={"total_steps": 400}, tracking={"wandb": {"mode": "offline", "project": "quiet"}}
     )
     run_dir = config.parent / "runs" / "quiet"
+    imported = tmp_path / "imported.txt"
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "launcher", "run", str(config), "--nproc-per-node=2", f"--launcher={launcher}"],
+            [
+                sys.executable,
+                "-P",
+                "-m",
+                "launcher",
+                "run",
+                str(config),
+                "--nproc-per-node=2",
+                f"--launcher={launcher}",
+            ],
             stdout=log,
             stderr=log,
             stdin=subprocess.DEVNULL,
-            cwd=ROOT,
-            env=command_environment(**_PLANTED, **{_MARK: str(tmp_path)}),
+            cwd=plant_modules(tmp_path / "planted"),
+            env=command_environment(**_PLANTED, **{_MARK: str(tmp_path), PLANTED_VARIABLE: str(imported)}),
         )
     wait_until(lambda: len(read_metrics(run_dir)) >= 3, what="step 3")
     # wandb starts beside training, and on a busy machine later than the third step.
@@ -94,6 +105,7 @@ def test_a_run_keeps_to_itself(make_config: MakeConfig, tmp_path: Path, launcher
     process.send_signal(signal.SIGINT)
     assert process.wait(90) == 75
     assert (run_dir / "report.html").exists()
+    assert not imported.exists()
     assert _files_with_secrets(run_dir) == []
     assert _files_with_secrets(tmp_path) == []
     (run_dir / "planted").write_text(_PLANTED["HF_TOKEN"])

@@ -141,10 +141,8 @@ def test_init_copies_the_examples_and_overwrites_nothing(tmp_path: Path) -> None
 
 
 def test_a_package_of_the_same_name_in_the_working_folder_is_named(tmp_path: Path) -> None:
-    assert find_intruder(ROOT, tmp_path) is None
+    assert find_intruder(ROOT) is None
     (tmp_path / "trainer").mkdir()
-    # A mere folder of that name is no package that would be taken.
-    assert find_intruder(ROOT, tmp_path) is None
     (tmp_path / "trainer" / "__init__.py").write_text("")
     finished = subprocess.run(
         [sys.executable, "-c", "from launcher.cli import main; main()", "--help"],
@@ -199,11 +197,12 @@ def test_options_reach_the_modules_that_do_the_work(
 
     became: list[list[str]] = []
 
-    def become(path: str, argv: list[str]) -> None:
+    def become(path: str, argv: list[str], environment: dict[str, str]) -> None:
+        assert environment["PYTHONSAFEPATH"] == "1"
         became.append(argv)
         raise SystemExit(0)
 
-    monkeypatch.setattr(os, "execv", become)
+    monkeypatch.setattr(os, "execve", become)
     with pytest.raises(SystemExit):
         app(list(arguments))
-    assert became == [[sys.executable, "-m", module, *passed]]
+    assert became == [[sys.executable, "-P", "-m", module, *passed]]

@@ -6,6 +6,7 @@ import pytest
 
 from launcher.environment import applied, launcher_variables, rank_variables
 from launcher.topology import Topology
+from tests.support import ROOT
 from trainer.config import load_config
 
 CPU, GPU = Topology(num_gpus=0, num_cores=4), Topology(num_gpus=8, num_cores=64)
@@ -18,6 +19,8 @@ def table(config_file: Path, topology: Topology, environment: dict[str, str], *o
 
 def test_golden_tables(config_file: Path) -> None:
     cpu = {
+        "PYTHONSAFEPATH": "1",
+        "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "3",
         "TOKENIZERS_PARALLELISM": "false",
         "GLOO_SOCKET_IFNAME": "lo",

@@ -2,6 +2,8 @@
 
 import importlib
 import sys
+from pathlib import Path
+from types import ModuleType
 
 from sharding.errors import UserError
 from trainer.tasks.causal_lm import CausalLanguageModelling
@@ -10,13 +12,14 @@ from trainer.tasks.task import Task
 _TASKS = {"causal-lm": CausalLanguageModelling}
 
 
-def build_task(name: str, z_loss: float = 0.0, loss_chunk_tokens: int = 0) -> Task:
-    """A task by its name, or by ``module:Class`` for one that the working folder or the environment offers.
+def build_task(name: str, z_loss: float = 0.0, loss_chunk_tokens: int = 0, folder: str | None = None) -> Task:
+    """A task by its name, or by ``module:Class`` for one that a folder or the environment offers.
 
     Args:
         name: the task.
         z_loss: coefficient of the z-loss in its training loss, where it is one of ours.
         loss_chunk_tokens: positions whose logits exist at once, where it is one of ours; 0 means all.
+        folder: where the module of one that is not ours lies, and what it imports from beside it.
 
     Raises:
         UserError: there is no such task.
@@ -26,10 +29,28 @@ def build_task(name: str, z_loss: float = 0.0, loss_chunk_tokens: int = 0) -> Ta
             raise UserError(f"task.name={name} is unknown; use {', '.join(_TASKS)} or module:Class.")
         return _TASKS[name](z_loss, loss_chunk_tokens)
     module_name, _, class_name = name.partition(":")
-    if "" not in sys.path:
-        # A job's own copy of the module, on PYTHONPATH, goes before the one in the working folder.
-        sys.path.insert(len(sys.path) if sys.flags.safe_path else 0, "")
     try:
-        return getattr(importlib.import_module(module_name), class_name)()
+        return getattr(_import(module_name, folder), class_name)()
     except (ImportError, AttributeError) as error:
-        raise UserError(f"task.name={name} cannot be imported: {error}; check the module and class name.") from None
+        place = "no task.folder is set" if folder is None else f"task.folder={folder}"
+        raise UserError(
+            f"task.name={name} cannot be imported: {error}; check the module and class name, and where the module lies "
+            f"({place}; else it must be installed or on PYTHONPATH, and the working folder does not count)."
+        ) from None
+
+
+def _import(name: str, folder: str | None) -> ModuleType:
+    if folder is None:
+        return importlib.import_module(name)
+    place = str(Path(folder).absolute())
+    # Last, so that nothing in it is taken in place of a library.
+    if place not in sys.path:
+        sys.path.append(place)
+    module = importlib.import_module(name)
+    if not _lies_in(module, Path(place)):
+        raise ImportError(f"the module {name} is taken from {module.__file__ or 'elsewhere'}, so rename yours")
+    return module
+
+
+def _lies_in(module: ModuleType, folder: Path) -> bool:
+    return module.__file__ is not None and Path(module.__file__).resolve().is_relative_to(folder.resolve())

@@ -1,0 +1,81 @@
+"""Where a task of the user's own comes from: the configuration's folder, and never the working folder."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sharding.errors import UserError
+from tests.support import write_config
+from trainer.config import RunConfig, config_to_yaml, load_config
+from trainer.tasks.registry import build_task
+
+TASK = "import own_task_words\nclass Own:\n    words = own_task_words.WORDS\n"
+
+
+@pytest.fixture(autouse=True)
+def _imports_nothing_for_others(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder not in ("", ".")])
+    yield
+    for name in ("own_task", "own_task_words", "own_package", "own_package.task"):
+        sys.modules.pop(name, None)
+
+
+def build(config: RunConfig) -> Any:
+    return build_task(config.task.name, folder=config.task.folder)
+
+
+def test_a_task_beside_the_configuration(
+    tmp_path: Path, config_file: Path, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_task.py").write_text(TASK)
+    (tmp_path / "own_task_words.py").write_text("WORDS = 'beside'\n")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    config = load_config(config_file, ["task.name=own_task:Own"])
+    assert config.task.folder == str(tmp_path)
+    # A copy of it in the run's folder still knows.
+    copy = elsewhere / "config.yaml"
+    copy.write_text(config_to_yaml(config))
+    assert load_config(copy) == config
+    assert build(load_config(copy)).words == "beside"
+    # Not before what is installed.
+    assert sys.path.index(str(tmp_path)) == len(sys.path) - 1
+
+
+def test_a_package_beside_the_configuration(tmp_path: Path, config_file: Path) -> None:
+    (tmp_path / "own_package").mkdir()
+    (tmp_path / "own_package" / "task.py").write_text("class Own:\n    pass\n")
+    assert type(build(load_config(config_file, ["task.name=own_package.task:Own"]))).__name__ == "Own"
+
+
+def test_the_working_folder_is_no_place_for_it(
+    tmp_path: Path, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_task.py").write_text("class Own:\n    pass\n")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    file = write_config(tmp_path / "configs" / "own.yaml", values)
+    config = load_config(file, ["task.name=own_task:Own"])
+    with pytest.raises(UserError, match=r"No module named 'own_task'.*the working folder does not count") as refused:
+        build(config)
+    assert "no task.folder is set" in str(refused.value)
+    assert build(load_config(file, ["task.name=own_task:Own", f"task.folder={tmp_path}"])) is not None
+
+
+def test_one_that_is_installed(tmp_path: Path, config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "own_task.py").write_text("class Own:\n    pass\n")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "site")])
+    config = load_config(config_file, ["task.name=own_task:Own"])
+    assert config.task.folder is None
+    assert build(config) is not None
+
+
+def test_one_of_the_name_of_a_library_is_not_mixed_up(tmp_path: Path, config_file: Path) -> None:
+    (tmp_path / "yaml.py").write_text("class Own:\n    pass\n")
+    with pytest.raises(UserError, match=r"the module yaml is taken from .*/yaml/__init__.py, so rename yours"):
+        build(load_config(config_file, ["task.name=yaml:Own"]))
