@@ -5,9 +5,15 @@ import tempfile
 from pathlib import Path
 
 
-def write_atomically(path: Path, text: str | bytes) -> None:
-    """Write a file so that a reader sees either the old contents or the new, even across a crash."""
-    temporary = _write_beside(path, text)
+def write_atomically(path: Path, text: str | bytes, *, owner_only: bool = False) -> None:
+    """Write a file so that a reader sees either the old contents or the new, even across a crash.
+
+    Args:
+        path: the file.
+        text: its contents.
+        owner_only: whether nobody else may read it, whatever the umask allows.
+    """
+    temporary = _write_beside(path, text, owner_only=owner_only)
     try:
         os.replace(temporary, path)
     except BaseException:
@@ -39,7 +45,7 @@ def _create_exclusively(path: Path, text: str) -> bool:
     return True
 
 
-def _write_beside(path: Path, text: str | bytes) -> Path:
+def _write_beside(path: Path, text: str | bytes, *, owner_only: bool = False) -> Path:
     """A temporary file in the same folder, whose name is its own on every node that shares the folder."""
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     temporary = Path(name)
@@ -49,7 +55,8 @@ def _write_beside(path: Path, text: str | bytes) -> Path:
             file.flush()
             os.fsync(file.fileno())
         # mkstemp makes files that nobody else can read; give this one what the umask allows.
-        temporary.chmod(0o666 & ~umask())
+        if not owner_only:
+            temporary.chmod(0o666 & ~umask())
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

@@ -11,22 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config import RunConfig
+from trainer.secrets import blot_out, blot_out_arguments
 from trainer.threads import threads_per_rank
 from trainer.validation import World
 
 # Beside the packages of a copy that a Slurm job runs with: the revision of what was copied.
 FROZEN_REVISION_NAME = "revision.json"
 _PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "safetensors", "numpy", "wandb", "pydantic")
-# The last word of a setting's name tells: api_key= and HF_TOKEN= are secret, data.tokenizer= and shard_tokens= are not.
-_SECRET = re.compile(r"(?is)((?:^|[^a-z])(?:api)?(?:key|token|secret|password)=).+")
 _TIMEOUT_S = 30.0
 
 
 def collect_provenance(config: RunConfig, world: World, argv: list[str]) -> dict[str, Any]:
-    """Facts about this attempt, as plain values; secrets in the command line are blotted out."""
+    """Facts about this attempt, as plain values; secrets in the command line and in changed code are blotted out."""
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "argv": [_SECRET.sub(r"\1***", argument) for argument in argv],
+        "argv": blot_out_arguments(argv, os.environ),
         "code": code_revision(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
@@ -39,7 +38,7 @@ def collect_provenance(config: RunConfig, world: World, argv: list[str]) -> dict
 def code_revision() -> dict[str, Any]:
     """Git revision and uncommitted changes of Shardline's own checkout, or the installed distribution's version.
 
-    A Slurm job's copy of the code says what it was copied from.
+    Secrets in the changes are blotted out. A Slurm job's copy of the code says what it was copied from.
     """
     root = Path(__file__).resolve().parent.parent
     if (frozen := root / FROZEN_REVISION_NAME).exists():
@@ -47,9 +46,10 @@ def code_revision() -> dict[str, Any]:
     if (root / ".git").exists():
         revision = _output(["git", "-C", str(root), "rev-parse", "HEAD"])
         if revision:
+            diff = _output(["git", "-C", str(root), "diff", "HEAD"])
             return {
                 "git_revision": revision,
-                "git_diff": _output(["git", "-C", str(root), "diff", "HEAD"]),
+                "git_diff": diff if diff is None else blot_out(diff, os.environ),
                 "git_untracked": _output(["git", "-C", str(root), "ls-files", "--others", "--exclude-standard"]),
             }
     return {"distribution_version": _version("shardline")}

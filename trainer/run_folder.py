@@ -27,7 +27,7 @@ from trainer.goodput import write_goodput
 from trainer.goodput_ledger import begin_ledger
 from trainer.lease import LEASE_VARIABLE, is_taken_over, record_attempt
 from trainer.provenance import collect_provenance
-from trainer.secrets import blot_out
+from trainer.secrets import blot_out_values
 from trainer.validation import World
 
 _FROZEN_KEYS = (
@@ -213,8 +213,10 @@ class RunFolder:
                 write_atomically(self.config_file, config_to_yaml(config))
             if attempt > 1:
                 write_atomically(self.path / f"config{suffix}.yaml", config_to_yaml(config))
-            provenance = blot_out(json.dumps(collect_provenance(config, world, argv), indent=2), os.environ)
-            write_atomically(self.path / f"provenance{suffix}.json", provenance + "\n")
+            provenance = blot_out_values(collect_provenance(config, world, argv), os.environ)
+            # It holds uncommitted changes of the code, in which there may be what no rule finds.
+            text = json.dumps(provenance, indent=2) + "\n"
+            write_atomically(self.path / f"provenance{suffix}.json", text, owner_only=True)
             self.stop_file.unlink(missing_ok=True)
             self.outcome_file.unlink(missing_ok=True)
             set_failure_aside(self.path)

@@ -18,6 +18,8 @@ _PLANTED = {
     "WANDB_API_KEY": "5" * 8 + "c0ffee" * 5 + "42",
     "HF_TOKEN": "hf_plantedplantedplantedplantedplanted",
     "AWS_ACCESS_KEY_ID": "AKIAPLANTEDPLANTED77",
+    "GITHUB_PAT": "planted-personal-access-1",
+    "DATABASE_URL": "postgresql://me:planted-password-2@db/runs",
     "AWS_SECRET_ACCESS_KEY": "planted/aws/secret/planted/aws/secret/00",
 }
 _MARK = "SHARDLINE_TEST_MARK"

@@ -45,6 +45,8 @@ def test_first_attempt_freezes_configuration_and_provenance(load: Callable[..., 
     provenance = json.loads((folder.path / "provenance.json").read_text())
     assert provenance["argv"][-2:] == ["tracking.api_key=***", "data.tokenizer=gpt2"]
     assert provenance["num_ranks"] == 2
+    # It holds uncommitted code.
+    assert (folder.path / "provenance.json").stat().st_mode & 0o777 == 0o600
     assert provenance["packages"]["torch"]
     assert folder.log_dir(1).is_dir()
 
@@ -70,7 +72,7 @@ def test_files_have_the_users_own_permissions(load: Callable[..., RunConfig]) ->
         request_stop(folder.stop_file, "enough")
     finally:
         os.umask(previous)
-    for path in (folder.config_file, folder.stop_file, folder.path / "provenance.json"):
+    for path in (folder.config_file, folder.stop_file):
         assert stat.S_IMODE(path.stat().st_mode) == 0o640
     assert stat.S_IMODE(folder.path.stat().st_mode) == 0o750
 
