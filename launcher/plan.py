@@ -44,8 +44,12 @@ class Plan:
         """Argv of the launcher's agent with the ranks' rendezvous on a port."""
         return find_launcher(self.launcher)([self.config_path, *self.overrides], port, self.devices)
 
-    def describe(self) -> str:
-        """The plan as ``--dry-run`` prints it."""
+    def describe(self, preview: str) -> str:
+        """The plan as ``--dry-run`` prints it.
+
+        Args:
+            preview: lines about model, memory and corpus.
+        """
         config, num_ranks = self.config, self.world.num_ranks
         steps = accumulation_steps(config, num_ranks)
         tokens, total = config.tokens_per_step, config.num_steps
@@ -59,6 +63,7 @@ class Plan:
                 f"batch         {config.batch.global_size} sequences = {config.batch.micro_size} x {steps} "
                 f"accumulation steps x {num_ranks} ranks",
                 f"tokens        {tokens:,} a step, {tokens * total:,} in {total:,} steps",
+                *preview.splitlines(),
                 "environment",
                 *(f"  {shlex.quote(f'{v.name}={v.value}')}    # {v.why}" for v in self.variables),
                 *(f"  # {sentence}" for sentence in self.kept),

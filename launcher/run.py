@@ -11,6 +11,7 @@ from launcher.import_path import module_command
 from launcher.lasting_output import lasting_output
 from launcher.local import run_ranks
 from launcher.plan import Plan, make_plan
+from launcher.preview import preview
 from launcher.restarts import Restarts
 from launcher.stop_signals import StopSignals
 from sharding.errors import EXIT_FINISHED, EXIT_STOPPED, RunFailure, UserError
@@ -34,7 +35,7 @@ def run(config_path: str, overrides: Sequence[str], nproc_per_node: int | None, 
     """
     plan = make_plan(config_path, overrides, nproc_per_node, launcher)
     if dry_run:
-        print(plan.describe())
+        print(plan.describe(preview(plan.config, plan.world)))
         return EXIT_FINISHED
     config, run_folder = plan.config, RunFolder.of(plan.config)
     run_folder.check(config)

@@ -48,17 +48,19 @@ def freeze(folder: Path, config: RunConfig, scripts: Path | None = None) -> None
     Raises:
         UserError: the task's module is not there.
     """
-    (folder / "config.yaml").write_text(config_to_yaml(config))
     code = folder / "code"
+    module, colon, _ = config.task.name.partition(":")
+    # The job takes its task from the copy, whatever becomes of the original.
+    task = config.task.model_copy(update={"folder": str(code.absolute())}) if colon else config.task
+    (folder / "config.yaml").write_text(config_to_yaml(config.model_copy(update={"task": task})))
     for source in _sources():
         target = code / source.relative_to(_ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(source, target)
     for script in [] if scripts is None else [*scripts.glob("*.sbatch"), *scripts.glob("*.sh")]:
         shutil.copy2(script, code / "slurm")
-    module, colon, _ = config.task.name.partition(":")
     if colon:
-        copy_modules(module, code)
+        copy_modules(module, code, config.task.folder)
     # The copy has no history of its own.
     (code / FROZEN_REVISION_NAME).write_text(json.dumps(code_revision(), indent=2) + "\n")
 

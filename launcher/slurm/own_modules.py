@@ -15,7 +15,7 @@ _INSTALLED = {"site-packages", "dist-packages"}
 _LARGEST_BYTES = 2**20
 
 
-def copy_modules(name: str, folder: Path) -> None:
+def copy_modules(name: str, folder: Path, home: str | None) -> None:
     """Copy a module, or the package that it is part of, and those beside it that it imports.
 
     What is installed stays where it is: a job finds it there, and an installation does not change under edits.
@@ -23,6 +23,7 @@ def copy_modules(name: str, folder: Path) -> None:
     Args:
         name: the module, such as ``my.tasks``.
         folder: where they go, beside Shardline's own packages.
+        home: ``task.folder``, where modules are that are not on PYTHONPATH.
 
     Raises:
         UserError: there is no such module.
@@ -33,9 +34,11 @@ def copy_modules(name: str, folder: Path) -> None:
         if top in seen:
             continue
         seen.add(top)
-        spec = PathFinder.find_spec(top, [os.getcwd(), *sys.path])
+        # Last, as where it runs: nothing beside a configuration is taken in place of a library.
+        spec = PathFinder.find_spec(top, [*sys.path, *([] if home is None else [home])])
         if spec is None and top == name.partition(".")[0]:
-            raise UserError(f"task.name={name}:...: there is no module {top} in {os.getcwd()} or on PYTHONPATH.")
+            place = f"in task.folder={home} or " if home is not None else ""
+            raise UserError(f"task.name={name}:...: there is no module {top} {place}on PYTHONPATH.")
         for source in _sources(spec):
             target = folder / source.relative_to(_home(spec) or source.parent)
             target.parent.mkdir(parents=True, exist_ok=True)

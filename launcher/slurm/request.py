@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from sharding.errors import UserError
+from trainer.validation import World
 
 _GPUS = re.compile(r"(?:(?P<kind>[^:,=\s]+):)?(?P<num>\d+)")
 # Options of sbatch that the scripts and the commands build on, and what to write in their place.
@@ -53,6 +54,11 @@ class Request:
     def ranks_per_node(self) -> int:
         """One per GPU, or as many as asked for."""
         return self.num_gpus or self.ntasks_per_node or 1
+
+    @property
+    def world(self) -> World:
+        """The ranks of all nodes."""
+        return World(self.nodes * self.ranks_per_node, has_gpu=self.num_gpus > 0)
 
     @property
     def tasks_per_node(self) -> int:

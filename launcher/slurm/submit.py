@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from launcher.preview import preview
 from launcher.slurm.freeze import SCRIPTS_FOLDER, freeze, new_submission, submissions
 from launcher.slurm.partition import USUAL_CPUS_PER_RANK, fitted, partition_nodes
 from launcher.slurm.queue import QueuedJob, call, queued_jobs
@@ -15,7 +16,7 @@ from sharding.errors import RunFailure, UserError
 from trainer.config import RunConfig, load_config
 from trainer.data.prepared import find_prepared
 from trainer.run_folder import RunFolder
-from trainer.validation import World, validate
+from trainer.validation import validate
 
 SCRIPTS = {"torchrun": "pretrain.sbatch", "deepspeed": "pretrain_deepspeed.sbatch", "srun": "pretrain_srun.sbatch"}
 TASK = "{task}"
@@ -48,6 +49,7 @@ def submit(config_path: str, overrides: Sequence[str], request: Request, dry_run
     request = _fitted(request, (scripts or SCRIPTS_FOLDER) / SCRIPTS[request.launcher], dry_run)
     name = next((override[5:] for override in later if override.startswith("name=")), config.name)
     run_dir = Path(config.output_dir) / name.replace(TASK, "array")
+    print(preview(config.model_copy(update={"name": run_dir.name}), request.world), file=sys.stderr)
     if dry_run:
         folder = run_dir.absolute() / "slurm" / "submission-N"
         variables = [f"{name}={value}" for name, value in _variables(folder).items()]
@@ -131,7 +133,7 @@ def _check(config: RunConfig, request: Request, later: Sequence[str], is_array: 
             f"precision.compute={compute} is for GPUs, but --gpus-per-node is not given, and the job would train on "
             "CPUs; add --gpus-per-node, or --gpus-per-node 0 where that is meant."
         )
-    validate(config, World(request.nodes * request.ranks_per_node, has_gpu=request.num_gpus > 0))
+    validate(config, request.world)
     configured = config.launch.nproc_per_node
     if configured and configured != request.ranks_per_node:
         raise UserError(

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from launcher.cli import find_intruder
+from launcher.plan import make_plan
 from tests.support import ROOT, command_environment, shardline, write_empty_checkpoint
 from trainer.run_folder import RunFolder
 
@@ -33,6 +34,7 @@ def test_dry_run_shows_the_plan_and_writes_nothing(config_file: Path) -> None:
     assert "ranks         3 (CPU, gloo), torch zero2, data-parallel degree 3" in lines
     assert "batch         12 sequences = 2 x 2 accumulation steps x 3 ranks" in lines
     assert "tokens        384 a step, 2,304 in 6 steps" in lines
+    assert [line[:14].strip() for line in lines[4:8]] == ["parameters", "memory", "corpus", "continues"]
     assert any(line.startswith("  OMP_NUM_THREADS=") and "    # " in line for line in lines)
     assert lines[-1].endswith(f"-m trainer {config_file} batch.micro_size=2")
     assert list(config_file.parent.iterdir()) == [config_file]
@@ -57,9 +59,7 @@ def test_who_stops_reading_changes_no_status(config_file: Path) -> None:
     ],
 )
 def test_dry_run_shows_each_launcher(config_file: Path, launcher: str, agent: str, variable: str) -> None:
-    finished = shardline("run", config_file, "steps=9", "--dry-run", "--launcher", launcher)
-    assert finished.returncode == 0, finished.stderr
-    lines = finished.stdout.splitlines()
+    lines = make_plan(str(config_file), ["steps=9"], None, launcher).describe("").splitlines()
     assert any(line.startswith(variable) for line in lines)
     assert agent in lines[-1]
     assert lines[-1].endswith(f"--module trainer {config_file} steps=9")
@@ -70,6 +70,7 @@ def test_a_mistake_is_one_sentence_and_status_2(config_file: Path) -> None:
         (("run", config_file, "optimiser.lr=1"), "unknown key optimiser; did you mean optimizer?"),
         (("run", config_file, "--launcher", "mpirun"), "--launcher mpirun is not known; choose one of torchrun, deep"),
         (("run", config_file, "parallel.strategy=none", "--nproc-per-node", "2"), "parallel.strategy=none runs on one"),
+        (("slurm", "submit", config_file, "data.paths=[/nowhere]"), "data.paths: /nowhere names no file"),
         (("run", "nowhere.yaml"), "cannot read the configuration nowhere.yaml: No such file or directory"),
         (("bench", "everything"), "there is no benchmark everything; there are: throughput, scaling, "),
     ]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from launcher.command import Place, deepspeed_command, torchrun_command
+from launcher.plan import make_plan
 from launcher.slurm.allocation import Allocation, ranks_of, read_allocation
 from launcher.slurm.freeze import freeze, new_submission
 from launcher.slurm.queue import call
@@ -178,13 +179,17 @@ def test_scripts_pass_shellcheck(script: Path) -> None:
     assert checked.returncode == 0, checked.stdout
 
 
-def test_a_run_of_one_machine_is_not_started_by_each_of_several_tasks(config_file: Path) -> None:
+def test_a_run_of_one_machine_is_not_started_by_each_of_several_tasks(
+    config_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     step = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4"}
     refused = shardline("run", config_file, "--dry-run", **step)
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: srun started 4 tasks, each of which would start a run of its own")
     # The batch script's own variables, and those of a step of one task, are no obstacle.
-    assert shardline("run", config_file, "--dry-run", SLURM_NTASKS="4", SLURM_PROCID="0").returncode == 0
+    for name, value in {"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert make_plan(str(config_file), [], None, "torchrun").world.num_ranks == 2
 
 
 def test_a_log_that_is_empty_is_called_so(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 from pydantic import Field
 
+from launcher.plan import make_plan
 from sharding.strict_model import StrictModel
-from tests.support import ROOT, shardline
+from tests.support import ROOT
 from tests.trainer.field_reads import declaring_model, find_reads
 from trainer.config import RunConfig, load_config
 from trainer.config_docs import PAGE, main, render_page, section_of, sections
+from trainer.preview import preview
 
 PACKAGES = ("launcher", "trainer", "sharding", "benchmarks")
 # Refused by name unless they have their one value, so a rule is all that reads them.
@@ -130,11 +132,9 @@ def test_there_are_examples() -> None:
 def test_examples_can_be_planned(path: str, num_ranks: int, tmp_path: Path) -> None:
     config = ROOT / "configs" / f"{path}.yaml"
     # Without GPUs a plan may have any number of ranks.
-    finished = shardline(
-        "run", config, f"output_dir={tmp_path}", "--dry-run", "--nproc-per-node", num_ranks, CUDA_VISIBLE_DEVICES=""
-    )
-    assert finished.returncode == 0, finished.stderr
-    assert f"x {num_ranks} ranks" in finished.stdout
+    plan = make_plan(str(config), [f"output_dir={tmp_path}", "data.tokenizer=train-bpe"], num_ranks, "torchrun")
+    assert f"x {num_ranks} ranks" in plan.describe("")
+    assert preview(plan.config, plan.world)[0].startswith("parameters    ")
 
 
 def test_the_quickstart_can_be_tried_in_a_few_steps() -> None:

@@ -113,7 +113,7 @@ def test_a_file_of_keys_is_named_and_no_secret(tmp_path: Path) -> None:
             "+get('https://x.blob.example/a?sv=1&sig=" + "AbCd1234%2B" * 3 + "')",
             "+get('https://x.blob.example/a?sv=1&sig=***')",
         ),
-        ("+eyJ" + "hbGciOiJI.eyJ" + "zdWIiOiIxMjM0NTY.SflKxwRJSMeKKF", "+***"),
+        ("+eyJ" + "hbGciOiJIUzI1NiJ9.eyJ" + "zdWIiOiIxMjM0NTY.SflKxwRJSMeKKF", "+***"),
         (
             "+k = '-----BEGIN RSA PRIVATE KEY-----\n+MIIEpAIBAAKCAQEA\n+-----END RSA PRIVATE KEY-----\n+' # mine",
             "+k = '***\n+' # mine",

@@ -1,0 +1,48 @@
+"""The check of a run before it is started or queued, in a process of its own: the libraries that it needs are heavy."""
+
+import os
+import subprocess
+import sys
+
+from launcher.import_path import import_variables, module_command
+from sharding.errors import EXIT_BAD_INPUT, UserError
+from trainer.config import RunConfig, config_to_yaml
+from trainer.run_folder import RunFolder
+from trainer.validation import World
+
+_ERROR = "error: "
+
+
+def preview(config: RunConfig, world: World) -> str:
+    """Check all of a run that needs no rank, and describe it: parameters, memory, epochs, where it continues.
+
+    Args:
+        config: the run.
+        world: the ranks that are to be started, here or elsewhere.
+
+    Raises:
+        UserError: something that the user can mend is wrong.
+    """
+    # First, for it takes no time.
+    RunFolder.of(config).check(config)
+    command = module_command(
+        "trainer.preview", f"--num-ranks={world.num_ranks}", *(["--gpus"] if world.has_gpu else [])
+    )
+    finished = subprocess.run(
+        command,
+        input=config_to_yaml(config),
+        env={**os.environ, **import_variables(os.environ)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    said = [line for line in finished.stderr.splitlines() if line.strip()]
+    if finished.returncode == EXIT_BAD_INPUT:
+        refusals = [line.removeprefix(_ERROR) for line in said if line.startswith(_ERROR)]
+        raise UserError(refusals[0] if refusals else said[-1])
+    if finished.returncode:
+        # This machine may lack what the ranks have, memory say.
+        reason = said[-1] if said else f"status {finished.returncode}"
+        print(f"warning: the model and the corpus could not be looked at here ({reason})", file=sys.stderr)
+        return ""
+    return finished.stdout.rstrip("\n")
