@@ -8,6 +8,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from launcher.arguments import expanded
 from launcher.import_path import import_variables, module_command
 from launcher.slurm.commands import app as slurm_app
 from sharding.errors import UserError
@@ -41,18 +42,20 @@ _BENCHMARKS = {
 _EXAMPLES = ("configs", "slurm")
 _EXAMPLE_SUFFIXES = (".yaml", ".sbatch", ".sh", ".md")
 
-Config = Annotated[str, typer.Argument(help="YAML file of the run.", metavar="CONFIG")]
+Config = Annotated[str, typer.Argument(help="YAML file of the run.", metavar="CONFIG", callback=expanded)]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Settings, such as optimizer.lr=1e-3.", metavar="key=value")
 ]
-Run = Annotated[str, typer.Argument(help="Folder of a run, output_dir/name.", metavar="RUN")]
+Run = Annotated[str, typer.Argument(help="Folder of a run, output_dir/name.", metavar="RUN", callback=expanded)]
 Step = Annotated[int | None, typer.Option(help="Step of the checkpoint; the newest if not given.")]
 Average = Annotated[bool, typer.Option("--ema", help="Take the moving average of the weights.")]
 
 
 @app.command()
 def init(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to copy them; created if need be.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Where to copy them; created if need be.", callback=expanded)
+    ],
 ) -> None:
     """Copy the example configurations and Slurm scripts into a folder of your own."""
     root = Path(__file__).resolve().parent.parent
@@ -95,7 +98,7 @@ def drill(
     overrides: Overrides = None,
     nproc_per_node: Annotated[int | None, typer.Option(min=1, help="Ranks on this machine.")] = None,
     folder: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where runs and results go; runs/drills/NAME.")
+        Path | None, typer.Option(metavar="DIR", help="Where runs and results go; runs/drills/NAME.", callback=expanded)
     ] = None,
 ) -> None:
     """Strike a short run with a fault and prove that it ends as the undisturbed run does; exit status 1 if not."""
@@ -107,7 +110,10 @@ def drill(
 @app.command()
 def doctor(
     config: Annotated[
-        str | None, typer.Argument(help="YAML file of a run, whose folder is to be looked at.", metavar="CONFIG")
+        str | None,
+        typer.Argument(
+            help="YAML file of a run, whose folder is to be looked at.", metavar="CONFIG", callback=expanded
+        ),
     ] = None,
     overrides: Overrides = None,
     nproc_per_node: Annotated[int | None, typer.Option(min=1, help="Ranks on this machine.")] = None,
@@ -134,7 +140,7 @@ def parity(config: Config, overrides: Overrides = None) -> None:
 @app.command()
 def export(
     run_folder: Run,
-    to: Annotated[Path, typer.Option(metavar="DIR", help="New folder for the model.")],
+    to: Annotated[Path, typer.Option(metavar="DIR", help="New folder for the model.", callback=expanded)],
     step: Step = None,
     ema: Average = False,
 ) -> None:
@@ -144,7 +150,9 @@ def export(
 
 @app.command()
 def generate(
-    run_folder: Annotated[str, typer.Argument(help="Folder of a run or of an exported model.", metavar="RUN")],
+    run_folder: Annotated[
+        str, typer.Argument(help="Folder of a run or of an exported model.", metavar="RUN", callback=expanded)
+    ],
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 120,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.8,
@@ -170,11 +178,15 @@ def generate(
 @app.command()
 def report(
     run_folders: Annotated[
-        list[str], typer.Argument(help="Folders of runs, output_dir/name.", metavar="RUN [RUN ...]")
+        list[str], typer.Argument(help="Folders of runs, output_dir/name.", metavar="RUN [RUN ...]", callback=expanded)
     ],
     to: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Page to write; RUN/report.html, or comparison.html for several runs."),
+        typer.Option(
+            metavar="FILE",
+            help="Page to write; RUN/report.html, or comparison.html for several runs.",
+            callback=expanded,
+        ),
     ] = None,
 ) -> None:
     """Write a run's page of plots for a browser, or one that compares several runs."""
@@ -241,7 +253,7 @@ def checkpoint_verify(run_folder: Run) -> None:
 
 @tracking_app.command("sync")
 def tracking_sync(
-    run_folders: Annotated[list[str], typer.Argument(help="Folders of runs.", metavar="RUN...")],
+    run_folders: Annotated[list[str], typer.Argument(help="Folders of runs.", metavar="RUN...", callback=expanded)],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show parts and commands, and upload nothing.")] = False,
 ) -> None:
     """Join the offline parts of a run's attempts into its one wandb run."""
@@ -250,7 +262,9 @@ def tracking_sync(
 
 @tracking_app.command("dashboard")
 def tracking_dashboard(
-    source: Annotated[str | None, typer.Argument(help="Whose wandb project it is for.", metavar="CONFIG|RUN")] = None,
+    source: Annotated[
+        str | None, typer.Argument(help="Whose wandb project it is for.", metavar="CONFIG|RUN", callback=expanded)
+    ] = None,
     save: Annotated[bool, typer.Option("--save", help="Save it to the wandb server.")] = False,
 ) -> None:
     """Show the report's plots as a wandb workspace, in JSON, or save it."""

@@ -6,7 +6,7 @@ import sys
 
 from launcher.import_path import import_variables, module_command
 from sharding.errors import EXIT_BAD_INPUT, UserError
-from trainer.config import RunConfig, config_to_yaml
+from trainer.config import RunConfig
 from trainer.run_folder import RunFolder
 from trainer.validation import World
 
@@ -30,7 +30,7 @@ def preview(config: RunConfig, world: World) -> str:
     )
     finished = subprocess.run(
         command,
-        input=config_to_yaml(config),
+        input=config.model_dump_json(),
         env={**os.environ, **import_variables(os.environ)},
         capture_output=True,
         text=True,

@@ -1,9 +1,29 @@
 """The base of every configuration section."""
 
-from pydantic import BaseModel, ConfigDict
+from typing import Any, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
 
 class StrictModel(BaseModel):
     """A configuration section: unknown keys and wrong types are errors, and nothing changes after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _whole_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        """``tokens: 1e9``, which YAML has for a float, is the integer that it equals."""
+        kinds = _kinds(cls.model_fields[info.field_name or ""].annotation)
+        return _as_integers(value) if int in kinds and float not in kinds else value
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """A type and all that it is made of."""
+    return {annotation}.union(*(_kinds(part) for part in get_args(annotation)))
+
+
+def _as_integers(value: Any) -> Any:
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return [_as_integers(item) for item in value] if isinstance(value, list) else value

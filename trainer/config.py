@@ -1,19 +1,20 @@
 """RunConfig: one file plus overrides becomes one strict, frozen description of a run. Imports no torch."""
 
-import difflib
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from sharding.config import ActivationCheckpointingConfig, CompileConfig, ParallelConfig, PrecisionConfig
 from sharding.errors import UserError
 from sharding.strict_model import StrictModel
 from trainer.checkpoint.config import CheckpointConfig
 from trainer.data.config import DataConfig
+from trainer.expansion import escape_settings, expand_argument, expand_settings
 from trainer.optimizers.config import OptimizerConfig
 from trainer.secrets import refuse_secrets
 from trainer.sections import (
@@ -26,6 +27,7 @@ from trainer.sections import (
     ScheduleConfig,
     TaskConfig,
 )
+from trainer.setting_hints import list_hint, setting_hint, value_hint
 from trainer.trackers.config import TrackingConfig
 from trainer.validation import validate
 from trainer.yaml_files import parse_yaml, read_yaml_mapping
@@ -122,13 +124,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file, apply ``key.sub=value`` overrides and check the result.
 
     Raises:
-        UserError: the file cannot be read or parsed, a key is unknown, or a value is wrong or a secret.
+        UserError: the file cannot be read or parsed, a key is unknown, or a value is wrong or a secret, or a path names
+            a variable that is not set.
     """
+    path = expand_argument(str(path))
     values = read_yaml_mapping(Path(path))
     for override in overrides:
         _apply_override(values, override)
+    expand_settings(values)
     _find_task(values, Path(path))
-    config = parse_config(values, source=str(path))
+    config = parse_config(values, source=path)
     refuse_secrets(config.model_dump(mode="json"), os.environ)
     return config
 
@@ -162,8 +167,10 @@ def _with_own_tokenizer(config: RunConfig) -> RunConfig:
 
 
 def config_to_yaml(config: RunConfig) -> str:
-    """The whole configuration as YAML that load_config reads back to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    """The whole configuration as YAML that load_config reads back to an equal one; paths as they are, without ~."""
+    values = config.model_dump(mode="json")
+    escape_settings(values)
+    return yaml.safe_dump(values, sort_keys=False)
 
 
 def _find_task(values: dict[str, Any], path: Path) -> None:
@@ -200,39 +207,19 @@ def _describe(problem: Any) -> str:
     location = [str(part) for part in problem["loc"]]
     key = ".".join(location)
     if problem["type"] == "extra_forbidden":
-        return f"unknown key {key}{_nearest(location)}"
+        return f"unknown key {key}{setting_hint(location, RunConfig)}"
     if problem["type"] == "missing":
         return f"{key} is missing; set it in the file or with {key}=VALUE."
     if problem["type"] == "model_type":
         return f"{key}={problem['input']!r} is a value, but {key} is a section of settings."
-    message = problem["msg"]
-    return f"{key}={problem['input']!r}: {message[:1].lower()}{message[1:]}."
-
-
-def _nearest(location: list[str]) -> str:
-    model: type[BaseModel] = RunConfig
-    for part in location[:-1]:
-        if part.isdigit():
-            # An element of a list of sections.
-            continue
-        inner = _section_of(model, part)
-        if inner is None:
-            return ""
-        model = inner
-    names = [field.alias or name for name, field in model.model_fields.items()]
-    close = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean {'.'.join([*location[:-1], close[0]])}?"
-    section = ".".join(location[:-1])
-    return f"; {section or 'the top level'} has {', '.join(names)}."
-
-
-def _section_of(model: type[BaseModel], part: str) -> type[BaseModel] | None:
-    for name, field in model.model_fields.items():
-        if part in (name, field.alias):
-            kinds = (field.annotation, *get_args(field.annotation))
-            return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
-    return None
+    message, value = problem["msg"], problem["input"]
+    hint = ""
+    if problem["type"] == "literal_error":
+        choices = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
+        hint = value_hint(key, value, choices)
+    elif problem["type"] in ("tuple_type", "list_type") and isinstance(value, str | int | float):
+        hint = list_hint(key, value)
+    return f"{key}={value!r}: {message[:1].lower()}{message[1:]}{hint or '.'}"
 
 
 def _one_line(error: Exception) -> str:

@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 
 from sharding.strict_model import StrictModel
 from trainer.config import RunConfig
+from trainer.expansion import PATH_SETTINGS
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 
@@ -30,7 +31,16 @@ A run is one YAML file. `key.sub=value` arguments of any command that takes a co
 
 What neither names has the default below. An unknown key, a wrong type and a combination that cannot work are errors
 before anything starts; the message names the key, its value and what to do. A key without a default must be set.
-"""
+
+Integers may be written as `1e9`. Anchors and merge keys (`<<: *base`) work; a top-level key `x-...` is left out, so that
+a part to be merged can stand there.
+
+In {paths} a leading `~` and `$NAME` or `${{NAME}}` are
+replaced, as in paths on the command line; a variable that is not set is an error, and `$$` is a dollar sign. The run's
+frozen `config.yaml` has what came of it: whoever continues, exports or looks at the run from there reaches the same
+files, under another name and home too. So your own file continues the run where `~` and the variables are what they
+were; elsewhere take `RUN/config.yaml`, and `output_dir=` if the folder has moved.
+""".format(paths=", ".join(f"`{key}`" for key in PATH_SETTINGS))
 _KINDS = {int: "integer", float: "number", str: "text", bool: "true or false", dict: "mapping", type(None): "null"}
 _BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 

@@ -1,10 +1,11 @@
 """What a run will be, and what is wrong with it, as far as no rank is needed to tell.
 
-``python -m trainer.preview --num-ranks N [--gpus]`` reads a configuration from standard input and prints a few lines:
-the model's size, the memory of a rank, how often training goes through the corpus, where it continues.
+``python -m trainer.preview --num-ranks N [--gpus]`` reads a configuration as JSON from standard input and prints a few
+lines: the model's size, the memory of a rank, how often training goes through the corpus, where it continues.
 """
 
 import argparse
+import json
 import logging
 import os
 import re
@@ -29,7 +30,6 @@ from trainer.tasks.causal_lm import CausalLanguageModelling
 from trainer.tasks.registry import build_task
 from trainer.tasks.task import Task
 from trainer.validation import World, validate
-from trainer.yaml_files import parse_yaml
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -180,7 +180,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--gpus", action="store_true")
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
-    values = parse_yaml(sys.stdin.read())
+    values = json.loads(sys.stdin.read())
     print("\n".join(preview(parse_config(values, "the configuration"), World(options.num_ranks, options.gpus))))
     return EXIT_FINISHED
 

@@ -254,7 +254,9 @@ def _validate_schedule(config: "RunConfig") -> None:
     total = schedule.total_steps or config.num_steps
     if schedule.warmup_steps > total:
         raise UserError(
-            f"schedule.warmup_steps={schedule.warmup_steps} is more than the {total} steps of the schedule; lower it."
+            f"schedule.warmup_steps={schedule.warmup_steps} is more than the {total} steps of the schedule; set "
+            f"schedule.warmup_steps to {total} at most, or schedule.total_steps to the steps of the whole schedule, of "
+            "which a short run is the beginning."
         )
     if schedule.warmup_steps + schedule.decay_steps > total:
         raise UserError(

@@ -1,4 +1,4 @@
-"""YAML as people write it: safe, no duplicate keys, and 3e-4 is a number."""
+"""YAML as people write it: safe, no duplicate keys, merge keys, and 3e-4 is a number."""
 
 import re
 from pathlib import Path
@@ -12,16 +12,18 @@ from sharding.errors import UserError
 class _Loader(yaml.SafeLoader):
     """SafeLoader that refuses a key given twice."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        # Before merge keys (<<) are resolved, which puts what is merged beside what is given in its place.
+        node = super().compose_mapping_node(anchor)
         seen = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
+            key = (key_node.tag, str(key_node.value))
             if key in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is given twice", key_node.start_mark
+                    None, None, f"the key {key_node.value!r} is given twice", key_node.start_mark
                 )
             seen.add(key)
-        return super().construct_mapping(node, deep)
+        return node
 
 
 # YAML 1.1 takes 3e-4 for a string, since it demands a dot and a signed exponent in a float.
@@ -42,7 +44,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def read_yaml_mapping(path: Path) -> dict[str, Any]:
-    """Read a YAML file whose top level is a mapping.
+    """Read a YAML file whose top level is a mapping; what it calls ``x-...`` is for its own anchors, and left out.
 
     Raises:
         UserError: the file is missing, unreadable, not YAML or not a mapping.
@@ -60,4 +62,4 @@ def read_yaml_mapping(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise UserError(f"{path}: the top level is {type(values).__name__}, but must be a mapping of settings.")
-    return values
+    return {key: value for key, value in values.items() if not str(key).startswith("x-")}

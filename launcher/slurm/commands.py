@@ -5,15 +5,17 @@ from typing import Annotated
 
 import typer
 
+from launcher.arguments import expanded
+
 app = typer.Typer(help="Submit runs to Slurm, and look after them.", no_args_is_help=True)
 
-RunDir = Annotated[Path, typer.Argument(help="Folder of a run, output_dir/name.", metavar="RUN")]
+RunDir = Annotated[Path, typer.Argument(help="Folder of a run, output_dir/name.", metavar="RUN", callback=expanded)]
 Text = str | None
 
 
 @app.command()
 def submit(
-    config: Annotated[str, typer.Argument(help="YAML file of the run.", metavar="CONFIG")],
+    config: Annotated[str, typer.Argument(help="YAML file of the run.", metavar="CONFIG", callback=expanded)],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
@@ -69,7 +71,7 @@ def submit(
 def status(
     folders: Annotated[
         list[Path] | None,
-        typer.Argument(help="Runs, or folders full of them; runs/ if none.", metavar="RUN"),
+        typer.Argument(help="Runs, or folders full of them; runs/ if none.", metavar="RUN", callback=expanded),
     ] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Show it again every few seconds.")] = False,
     every: Annotated[float, typer.Option(min=1.0, help="Seconds between two looks.")] = 30.0,

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from sharding.errors import UserError
+from tests.support import write_config
 from trainer.config import config_to_yaml, load_config
 from trainer.validation import World, accumulation_steps, validate
 from trainer.yaml_files import parse_yaml
@@ -325,3 +327,67 @@ def test_noise_needs_a_batch_of_several_micro_batches(config_file: Path) -> None
     for overrides, ranks in ((["batch.micro_size=1"], 1), (["batch.global_size=6"], 2)):
         config = load_config(config_file, ["metrics.gradient_noise_scale=true", "batch.global_size=3", *overrides])
         validate(config, World(ranks, has_gpu=False))
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [("tokens=1e9", 10**9), ("tokens=2.5e3", 2500), ("tokens=1_000", 1000), ("tokens=4.0", 4)],
+)
+def test_whole_numbers_may_be_written_as_floats(config_file: Path, override: str, value: int) -> None:
+    tokens = load_config(config_file, ["steps=null", override]).tokens
+    assert (tokens, type(tokens)) == (value, int)
+
+
+def test_whole_numbers_in_lists(config_file: Path) -> None:
+    overrides = ["schedule.name=step", "schedule.milestones=[4, 1e1]", "steps=20", "schedule.total_steps=0"]
+    assert load_config(config_file, overrides).schedule.milestones == (4, 10)
+    with pytest.raises(UserError, match=r"steps=1.5: input should be a valid integer"):
+        load_config(config_file, ["steps=1.5"])
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("lr=1e-3", "unknown key lr; it is optimizer.lr"),
+        ("learning_rate=1e-3", "unknown key learning_rate; it is optimizer.lr here."),
+        ("warmup_steps=5", "unknown key warmup_steps; it is schedule.warmup_steps here."),
+        ("optimizer.learning_rate=1e-3", "unknown key optimizer.learning_rate; it is optimizer.lr here."),
+        ("batch.size=3", "unknown key batch.size; did you mean batch."),
+        ("sequence_length=64", "unknown key sequence_length; it is data.sequence_length here."),
+        ("epochs=3", "unknown key epochs; it is steps or tokens here."),
+        ("strategy=ddp", "unknown key strategy; it is parallel.strategy here."),
+        ("optimizer.name=adam", "did you mean adamw?"),
+        ("parallel.strategy=fsdp", "did you mean zero3?"),
+        ("parallel.strategy=zero_3", "did you mean zero3?"),
+        ("precision.compute=bfloat16", "did you mean bf16?"),
+        ("model.attention=flash", "did you mean flash_attention_2?"),
+        ("optimizer.betas=0.9,0.95", "write a list: optimizer.betas='[0.9, 0.95]'"),
+        ("schedule.milestones=7", "write a list: schedule.milestones='[7]'"),
+        ("steps=1", "set schedule.warmup_steps to 1 at most, or schedule.total_steps to the steps of the whole"),
+    ],
+)
+def test_what_works_is_named(config_file: Path, override: str, hint: str) -> None:
+    with pytest.raises(UserError) as refused:
+        load_config(config_file, [override, "schedule.total_steps=0"] if override == "steps=1" else [override])
+    assert hint in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_merge_keys(tmp_path: Path, values: dict[str, Any]) -> None:
+    file = write_config(tmp_path / "merged.yaml", {key: value for key, value in values.items() if key != "optimizer"})
+    parts = """
+x-slow: &slow {lr: 1e-4, weight_decay: 0.5}
+x-slower: &slower
+  <<: *slow
+  lr: 1e-5
+optimizer:
+  <<: [*slower, *slow]
+  clip_norm: 2.0
+  weight_decay: 0.25
+"""
+    file.write_text(file.read_text() + parts)
+    optimizer = load_config(file).optimizer
+    assert (optimizer.lr, optimizer.weight_decay, optimizer.clip_norm) == (1e-5, 0.25, 2.0)
+    file.write_text(file.read_text() + "  clip_norm: 3.0\n")
+    with pytest.raises(UserError, match="the key 'clip_norm' is given twice"):
+        load_config(file)
