@@ -32,8 +32,8 @@ A run is one YAML file. `key.sub=value` arguments of any command that takes a co
 What neither names has the default below. An unknown key, a wrong type and a combination that cannot work are errors
 before anything starts; the message names the key, its value and what to do. A key without a default must be set.
 
-Integers may be written as `1e9`. Anchors and merge keys (`<<: *base`) work; a top-level key `x-...` is left out, so that
-a part to be merged can stand there.
+Integers may be written as `1e9`. Anchors and merge keys (`<<: *base`) work; a top-level key `x-...` is left out, so
+that a part to be merged can stand there.
 
 In {paths} a leading `~` and `$NAME` or `${{NAME}}` are
 replaced, as in paths on the command line; a variable that is not set is an error, and `$$` is a dollar sign. The run's
