@@ -45,11 +45,12 @@ def submit(config_path: str, overrides: Sequence[str], request: Request, dry_run
     later = [override for override in overrides if TASK in override]
     config = load_config(config_path, [override for override in overrides if TASK not in override])
     _check(config, request, later, is_array)
-    scripts = _own_scripts(Path(config_path), request)
-    request = _fitted(request, (scripts or SCRIPTS_FOLDER) / SCRIPTS[request.launcher], dry_run)
     name = next((override[5:] for override in later if override.startswith("name=")), config.name)
     run_dir = Path(config.output_dir) / name.replace(TASK, "array")
+    # What is wrong with the run counts before what is wrong with the cluster.
     print(preview(config.model_copy(update={"name": run_dir.name}), request.world), file=sys.stderr)
+    scripts = _own_scripts(Path(config_path), request)
+    request = _fitted(request, (scripts or SCRIPTS_FOLDER) / SCRIPTS[request.launcher], dry_run)
     if dry_run:
         folder = run_dir.absolute() / "slurm" / "submission-N"
         variables = [f"{name}={value}" for name, value in _variables(folder).items()]
