@@ -198,7 +198,8 @@ def test_the_module_of_a_task_of_ones_own_is_frozen_with_what_it_imports(
     }.items():
         (tmp_path / name).write_text(text)
     (tmp_path / "mine" / "weights.bin").write_bytes(bytes(2**20 + 1))
-    monkeypatch.chdir(tmp_path)
+    # Not the working folder: modules come from where the configuration is.
+    monkeypatch.chdir("/")
     config = load_config(config_file, ["task.name=my_task:Task"])
     folder = new_submission(config.run_dir)
     freeze(folder, config)
@@ -215,11 +216,13 @@ import sys, types
 for name, found in {"causal_lm": "CausalLanguageModelling", "task": "Task"}.items():
     module = sys.modules[f"trainer.tasks.{name}"] = types.ModuleType(name)
     setattr(module, found, None)
+from trainer.config import load_config
 from trainer.tasks.registry import build_task
-print(build_task("my_task:Task").where)
+task = load_config(sys.argv[1], []).task
+print(build_task(task.name, folder=task.folder).where)
 """
     printed = subprocess.run(
-        [sys.executable, "-c", program],
+        [sys.executable, "-c", program, folder / "config.yaml"],
         capture_output=True,
         text=True,
         cwd=tmp_path,
@@ -227,7 +230,7 @@ print(build_task("my_task:Task").where)
         check=False,
     )
     assert printed.stdout == "frozen\n", printed.stderr
-    with pytest.raises(UserError, match=r"^task.name=nowhere:...: there is no module nowhere in "):
+    with pytest.raises(UserError, match=r"^task.name=nowhere:...: there is no module nowhere on "):
         freeze(new_submission(config.run_dir), load_config(config_file, ["task.name=nowhere:Task"]))
 
 
