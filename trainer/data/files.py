@@ -4,12 +4,10 @@ Files are read here and not by ``datasets``: that takes the columns of a JSON-li
 on a later row with another one, and it counts lines from the beginning of a block.
 """
 
-import bz2
 import glob
-import gzip
+import importlib
 import io
 import json
-import lzma
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -30,6 +28,8 @@ _MAX_ROWS_WITHOUT_COLUMN = 10_000
 _PARQUET_BATCH_ROWS = 256
 _BYTE_ORDER_MARK = "\ufeff"
 _PARQUET_MAGIC = b"PAR1"
+_ZSTANDARD_MAGIC = b"\x28\xb5\x2f\xfd"
+_MODULES = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ\x00": "lzma"}
 
 
 @dataclass(frozen=True)
@@ -111,24 +111,15 @@ def open_decompressed(path: Path) -> BinaryIO:
     """Open a file that may be compressed, which its first bytes tell."""
     with path.open("rb") as file:
         begins = file.read(6)
-    opener = next((opener for magic, opener in _OPENERS.items() if begins.startswith(magic)), None)
-    return path.open("rb") if opener is None else opener(path, "rb")
+    if begins.startswith(_ZSTANDARD_MAGIC):
+        import zstandard
 
-
-def _open_zstandard(path: Path, mode: str) -> io.BufferedReader:
-    import zstandard
-
-    # Several frames one behind the other are one file, as the format's own tool has it.
-    reader = zstandard.ZstdDecompressor().stream_reader(path.open(mode), read_across_frames=True)
-    return io.BufferedReader(cast(io.RawIOBase, reader))
-
-
-_OPENERS: dict[bytes, Callable[..., Any]] = {
-    b"\x1f\x8b": gzip.open,
-    b"BZh": bz2.open,
-    b"\xfd7zXZ\x00": lzma.open,
-    b"\x28\xb5\x2f\xfd": _open_zstandard,
-}
+        # Several frames one behind the other are one file, as the format's own tool has it.
+        reader = zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True)
+        return io.BufferedReader(cast(io.RawIOBase, reader))
+    # Imported when needed: an interpreter may have been built without one of them.
+    module = next((module for magic, module in _MODULES.items() if begins.startswith(magic)), None)
+    return path.open("rb") if module is None else importlib.import_module(module).open(path, "rb")
 
 
 def check_readable(files: list[Path]) -> None:
