@@ -285,7 +285,7 @@ def test_a_run_on_a_mixture_says_what_a_step_trained_on(tmp_path: Path) -> None:
     assert "lines.jsonl#" in output.getvalue()
     # The audit of samples that are left out names the same documents.
     frozen = RunFolder(tmp_path / "runs" / "tiny").frozen_config()
-    documents = documents_in(frozen, open_corpus(frozen), [(12, 20), (20, 24)])
+    documents = documents_in(frozen, open_corpus(frozen, None), [(12, 20), (20, 24)])
     assert {document["source"] for document in documents} == {"files", "lines"}
     shown = {line.split("  tokens ")[0].strip() for line in output.getvalue().splitlines() if "  tokens " in line}
     assert {document["id"] for document in documents} == shown
