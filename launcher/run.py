@@ -104,7 +104,7 @@ def _prepared_corpus(plan: Plan, fingerprint: str | None) -> Prepared:
             child.kill()
             print("error: interrupted while preparing the corpus; the same command goes on", file=sys.stderr)
             raise SystemExit(EXIT_INTERRUPTED) from None
-    found = find_prepared(plan.config.data)
+    found = find_prepared(plan.config.data, fingerprint)
     if found is not None:
         # Also where the child could not say so, to a reader that is gone.
         return found

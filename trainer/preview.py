@@ -17,18 +17,20 @@ from typing import TYPE_CHECKING
 import torch
 
 from sharding.errors import EXIT_FINISHED, UserError, ends_with_a_sentence
-from trainer.checkpoint.source import resolve_checkpoint
+from trainer.checkpoint.reference import resolve_checkpoint
 from trainer.config import RunConfig, parse_config
 from trainer.data.corpus import read_documents
 from trainer.data.document_mask import check_architecture
 from trainer.data.prepared import Prepared, PreparedMixture, PreparedStream, errors_of, find_prepared, named_sources
-from trainer.data.tokenizer import TRAINED, load_tokenizer
+from trainer.data.tokenizer import TRAINED, load_tokenizer, vocabulary_size
 from trainer.memory_estimate import estimate_memory
 from trainer.models import Vocabulary, build_model_config, build_model_on_meta, model_facts
 from trainer.run_folder import RunFolder
 from trainer.tasks.causal_lm import CausalLanguageModelling
 from trainer.tasks.registry import build_task
 from trainer.tasks.task import Task
+from trainer.token_ids import check_named_tokenizer
+from trainer.trained_corpus import trained_fingerprint
 from trainer.validation import World, validate
 
 if TYPE_CHECKING:
@@ -55,7 +57,10 @@ def preview(config: RunConfig, world: World) -> list[str]:
     """
     validate(config, world)
     task = build_task(config.task.name, config.task.z_loss, config.task.loss_chunk_tokens, config.task.folder)
-    corpus = find_prepared(config.data)
+    fingerprint = trained_fingerprint(config, RunFolder.of(config))
+    if fingerprint is None and config.checkpoint.from_ is None:
+        check_named_tokenizer(config)
+    corpus = find_prepared(config.data, fingerprint)
     vocabulary = _vocabulary(config, corpus)
     model_config = build_model_config(config.model, vocabulary, config.data.sequence_length)
     try:
@@ -90,7 +95,7 @@ def _vocabulary(config: RunConfig, corpus: Prepared | None) -> Vocabulary:
         # The most that will be trained; a small corpus may give fewer.
         return Vocabulary(config.data.vocab_size, 0)
     tokenizer = load_tokenizer(config.data.tokenizer)
-    return Vocabulary(len(tokenizer), tokenizer.eos_token_id)
+    return Vocabulary(vocabulary_size(tokenizer), tokenizer.eos_token_id)
 
 
 def _try_forward(task: Task, model_config: "PretrainedConfig", sequence_length: int) -> None:

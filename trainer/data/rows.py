@@ -10,6 +10,8 @@ from trainer.data.corpus import hub_rows, read_local_file, reading, text_of
 
 State = dict[str, Any]
 
+_START = {"file": 0, "row": 0, "num_rows": 0}
+
 
 class Rows(Protocol):
     """Texts of a source, and the place of the next one."""
@@ -32,23 +34,26 @@ class FileRows:
         """Begin at the start, or at a state.
 
         Raises:
-            UserError: the state was written by a release that read files otherwise.
+            UserError: the state is of an unknown kind.
         """
         divides = len(files) % degree == 0
         self._config = config
         self._files = files[rank::degree] if divides else files
         self._every, self._first = (1, 0) if divides else (degree, rank)
-        state = {"file": 0, "row": 0, "num_rows": 0} if state is None else state
-        if state.keys() != {"file", "row", "num_rows"}:
+        num_given = 0 if state is None else _num_given_by_datasets(state)
+        place = _START if state is None or num_given is not None else state
+        if place.keys() != _START.keys():
             raise UserError(
-                "data.streaming=true: the checkpoint's place in the stream was written by a release that read files "
-                "otherwise; continue with that one, or begin the data anew in another run with checkpoint.from and "
+                "data.streaming=true: the checkpoint's place in the stream is of an unknown kind; continue with the "
+                "release that wrote it, or begin the data anew in another run with checkpoint.from and "
                 "checkpoint.load=weights."
             )
-        self._file, self._row = int(state["file"]), int(state["row"])
+        self._file, self._row = int(place["file"]), int(place["row"])
         # Over all files.
-        self._num_rows = int(state["num_rows"])
+        self._num_rows = int(place["num_rows"])
         self._texts = self._open(self._row)
+        for _ in range(num_given or 0):
+            self.next_text()
 
     def next_text(self) -> str | None:
         """See Rows."""
@@ -73,6 +78,17 @@ class FileRows:
             for number, document in enumerate(read_local_file(self._files[self._file], self._config)):
                 if number >= num_skipped:
                     yield document.text
+
+
+def _num_given_by_datasets(state: State) -> int | None:
+    """Rows that a rank had been given where a state is of 0.1.0, which read files by ``datasets``; None elsewhere.
+
+    Files and rows were shared out as here, and each row was a batch.
+    """
+    place = state.get("examples_iterable")
+    if isinstance(place, dict) and place.get("type") == "RebatchedArrowExamplesIterable":
+        return int(place["batch_idx"])
+    return None
 
 
 class HubRows:
