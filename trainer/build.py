@@ -89,7 +89,7 @@ def build_trainer(
     fetched = _fetched(config, ranks)
     if config.data.document_mask:
         check_architecture(fetched, task, vocabulary)
-    if config.checkpoint.from_ is None:
+    if config.model.pretrained is not None and config.checkpoint.from_ is None:
         agree(lambda: _check_beginning(config, run_folder, corpus), ranks)
     busy = BusyMeter(phases, config.parallel.strategy)
     engine, facts = build_model_engine(fetched, task, mesh, ranks, vocabulary, busy)
