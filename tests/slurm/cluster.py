@@ -1,5 +1,6 @@
 """A handle on the Slurm that slurm/testbed starts."""
 
+import json
 import os
 import re
 import shutil
@@ -40,6 +41,12 @@ def why_no_cluster() -> str:
     if finished.returncode:
         return f"{', '.join(missing)} missing, and apt-get failed: {finished.stderr.strip().splitlines()[-1:]}"
     return ""
+
+
+def slow_from(step: int, *attempts: int) -> dict[str, str]:
+    """The environment of a job whose attempts last from this step on."""
+    fault = {"fault": "slow", "rank": 0, "step": step, "num_steps": 60, "seconds": 2.0}
+    return {"SHARDLINE_INJECT": json.dumps([{**fault, "attempt": attempt} for attempt in attempts])}
 
 
 class Cluster:

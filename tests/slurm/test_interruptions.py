@@ -1,8 +1,10 @@
 """Jobs that Slurm interrupts: each goes on by itself and ends with the undisturbed run's parameters, bit for bit."""
 
+import fcntl
 import json
 import shutil
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import Cluster, slow_from
 from tests.support import ROOT, read_metrics, training_curve, wait_until
 
 MakeConfig = Callable[..., Path]
@@ -27,14 +29,8 @@ TORCHRUN = ("pretrain.sbatch", "--nodes=2 --gpus-per-node=2")
 SRUN = ("pretrain_srun.sbatch", "--nodes=2 --gpus-per-node=2 --ntasks-per-node=2")
 
 
-def _slow(*attempts: int, from_step: int = 15) -> dict[str, str]:
-    """The environment of a job whose attempts last from this step on."""
-    fault = {"fault": "slow", "rank": 0, "step": from_step, "num_steps": 60, "seconds": 2.0}
-    return {"SHARDLINE_INJECT": json.dumps([{**fault, "attempt": attempt} for attempt in attempts])}
-
-
 # Until Slurm, which looks at time limits each half minute, gets round to it.
-_SLOWLY = _slow(1)
+_SLOWLY = slow_from(15, 1)
 
 
 @dataclass(frozen=True)
@@ -108,7 +104,7 @@ def undisturbed(cluster: Cluster, slurm_config: MakeConfig, tmp_path_factory: py
 def test_a_requeued_job_and_one_whose_ranks_are_warned_go_on(
     cluster: Cluster, submit: Submit, undisturbed: Job
 ) -> None:
-    requeued = submit("requeued", TORCHRUN, **_slow(2, from_step=20))
+    requeued = submit("requeued", TORCHRUN, **slow_from(20, 2))
     warned = submit("warned", SRUN)
     _wait_for_step(requeued, 12)
     cluster.run("scontrol", "requeue", requeued.number)
@@ -129,12 +125,19 @@ def test_a_person_who_stops_or_cancels_a_job_is_obeyed(cluster: Cluster, submit:
     stopped = submit("stopped", TORCHRUN)
     cancelled = submit("cancelled", TORCHRUN)
     _wait_for_step(stopped, 3)
-    (stopped.run_dir / "stop").touch()
+    with (stopped.run_dir / ".lease.lock").open() as lock:
+        # Rank 0 cannot give the folder back: its last work takes longer than Slurm gives a step that it ends.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (stopped.run_dir / "stop").touch()
+        wait_until((stopped.run_dir / "outcome.json").exists, what="the outcome")
+        time.sleep(20)
     _wait_for_step(cancelled, 3)
     cluster.run("scancel", cancelled.number)
     facts = cluster.wait(stopped.number)
     assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", "75:0", "0")
     assert "stopped on request; run again to continue" in stopped.output.read_text()
+    assert "CANCELLED" not in stopped.output.read_text()
+    assert not (stopped.run_dir / "lease.json").exists()
     facts = cluster.wait(cancelled.number)
     assert (facts["JobState"], facts["Restarts"]) == ("CANCELLED", "0")
     # It had the time to save, and is not started again.
@@ -174,7 +177,7 @@ def test_a_job_whose_time_limit_strikes_three_times_ends_as_the_undisturbed_run(
     cluster: Cluster, submit: Submit, undisturbed: Job
 ) -> None:
     cluster.wait(undisturbed.number)
-    job = submit("limit-thrice", TORCHRUN, "--time=3 --signal=B:USR1@100", **_slow(1, 2, 3, from_step=5))
+    job = submit("limit-thrice", TORCHRUN, "--time=3 --signal=B:USR1@100", **slow_from(5, 1, 2, 3))
     wait_until(lambda: cluster.facts(job.number)["Restarts"] == "3", timeout_s=700, what="the third requeue")
     cluster.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=20", check=False)
     _equal(cluster, job, undisturbed, attempts=4)

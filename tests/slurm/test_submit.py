@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import Cluster, slow_from
 from tests.support import ROOT, read_metrics, wait_until
 
 MakeConfig = Callable[..., Path]
@@ -36,11 +36,15 @@ def _cells(cluster: Cluster, folder: Path) -> dict[str, str]:
     return {header[a:b].strip(): row[a:b].strip() for a, b in zip(starts, ends, strict=True)}
 
 
-def test_from_submit_to_the_last_step(cluster: Cluster, slurm_config: MakeConfig) -> None:
+def test_from_submit_to_the_last_step(
+    cluster: Cluster, slurm_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # So that it is there as long as it is looked at.
+    monkeypatch.setattr(cluster, "environment", {**cluster.environment, **slow_from(8, 1)})
     config = slurm_config("submitted", steps=60, checkpoint={"every_steps": 10})
     run_dir = config.parent / "runs" / "submitted"
-    few = _shardline(cluster, "slurm", "submit", config, "--nodes", 3, "--gpus-per-node", 2, status=2)
-    assert "error: --nodes 3: partition main has 2 nodes that can hold 2 ranks" in few
+    few = _shardline(cluster, "slurm", "submit", config, "--nodes", 4, "--gpus-per-node", 1, status=2)
+    assert "error: --nodes 4: partition main has 2 nodes that can hold 1 ranks" in few
     asked = ["--nodes", 2, "--gpus-per-node", 2, "--", "--comment=mine"]
     shown = _shardline(cluster, "slurm", "submit", config, *asked)
     job = (run_dir / "slurm" / "jobs").read_text().strip()
