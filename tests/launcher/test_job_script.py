@@ -245,6 +245,23 @@ def test_a_restart_meets_where_it_is_told_to(
     assert (job.folder / "ports").read_text().split() == ports
 
 
+@pytest.mark.parametrize(
+    ("container", "own", "expected"),
+    [("", "", "{host}"), ("--container-image=x", "", "python"), ("--container-image=x", "/opt/python", "/opt/python")],
+)
+def test_the_hosts_python_is_not_looked_for_in_a_container(job: Job, container: str, own: str, expected: str) -> None:
+    batch = (job.folder / "batch").read_text()
+    job.write("batch", batch.replace("container=()", f"container=({container})"))
+    job.write("num-steps", "0")
+    host = job.folder / "host-python"
+    host.symlink_to("python")
+    job.start(SHARDLINE_PYTHON=own, SHARDLINE_HOST_PYTHON=str(host))
+    status, output = job.end()
+    (first, *_) = job.calls("srun")
+    assert f" {container}{' ' if container else ''}{expected.format(host=host)} -m launcher.slurm.job" in first
+    assert status == (127 if own else 0), output
+
+
 def test_where_requeue_is_forbidden_a_successor_follows(job: Job) -> None:
     job.write("forbids-requeue")
     job.write("submit.sh", 'echo "successor $SHARDLINE_IS_SUCCESSOR $*" >> calls\n')

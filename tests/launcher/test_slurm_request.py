@@ -144,6 +144,41 @@ def test_options_of_sbatch_follow_two_dashes() -> None:
     assert (given.num_gpus, given.ranks_per_node, given.further) == (4, 4, ("--exclusive", "--comment=x"))
 
 
+@pytest.mark.parametrize(
+    ("gpus", "further", "sentence"),
+    [
+        ("all", [], "--gpus-per-node all is no number of GPUs; write 4, or h100:4 for a kind of them."),
+        ("2", ["--gpus-per-node", "h100:4"], "--gpus-per-node 2 before -- and h100:4 after it: write it once."),
+        (
+            None,
+            ["--exclusive", "--gres=gpu:4"],
+            "--gres=gpu:4 after -- would contradict what submit asks for; use --gpus-per-node.",
+        ),
+        (None, ["-N2"], "-N2 after -- would contradict what submit asks for; use --nodes before --."),
+        (
+            None,
+            ["--export=NONE"],
+            "--export=NONE after -- would contradict what submit asks for; use export NAME=value before you submit: "
+            "the job has your environment.",
+        ),
+    ],
+)
+def test_options_that_contradict_one_another_are_refused(
+    gpus: str | None, further: Sequence[str], sentence: str
+) -> None:
+    with pytest.raises(UserError) as refused:
+        _request(gpus=gpus, further=further)
+    assert str(refused.value) == sentence
+
+
+def test_a_gpu_configuration_is_not_sent_to_cpus(config_file: Path, stand_in: Callable[[str, str], None]) -> None:
+    stand_in("sinfo", "echo 'cpu*|3|16|(null)'")
+    overrides = ["precision.compute=bf16"]
+    with pytest.raises(UserError, match=r"^precision.compute=bf16 is for GPUs, but --gpus-per-node is not given"):
+        submission.submit(str(config_file), overrides, _request(), dry_run=True)
+    submission.submit(str(config_file), overrides, _request(gpus="0"), dry_run=True)
+
+
 def test_a_submission_takes_scripts_of_ones_own_and_can_be_submitted_again_from_anywhere(
     tmp_path: Path,
     config_file: Path,
