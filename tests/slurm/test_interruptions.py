@@ -123,7 +123,7 @@ def test_a_requeued_job_and_one_whose_ranks_are_warned_go_on(
 @pytest.mark.slow
 def test_a_person_who_stops_or_cancels_a_job_is_obeyed(cluster: Cluster, submit: Submit) -> None:
     stopped = submit("stopped", TORCHRUN)
-    cancelled = submit("cancelled", TORCHRUN)
+    cancelled = submit("cancelled", TORCHRUN, **slow_from(5, 1))
     _wait_for_step(stopped, 3)
     with (stopped.run_dir / ".lease.lock").open() as lock:
         # Rank 0 cannot give the folder back: its last work takes longer than Slurm gives a step that it ends.
