@@ -16,12 +16,24 @@ def main() -> NoReturn:
         print(f"error: {sentence}", file=sys.stderr)
         sys.exit(2)
 
-    # Only now, for they would take the intruder's modules.
+    # Only now, for it would take the intruder's modules.
+    from sharding.quiet_end import ends_quietly
+
+    with ends_quietly():
+        _run()
+
+
+def _run() -> NoReturn:
     from launcher.commands import app
     from sharding.errors import EXIT_BAD_INPUT, EXIT_FAILED, RunFailure, UserError
 
     try:
         app(prog_name="shardline")
+    except SystemExit as end:
+        # typer has made an exit status of it, by its version 1 or 130.
+        if end.__context__ is not None and isinstance(end.__context__.__cause__, KeyboardInterrupt):
+            raise end.__context__.__cause__ from None
+        raise
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)

@@ -282,5 +282,7 @@ def _option(name: str, value: object) -> list[str]:
 def _become(module: str, *arguments: str) -> NoReturn:
     """Replace this process by a module that loads torch; the launcher itself stays light."""
     sys.stdout.flush()
-    command, environment = module_command(module, *arguments), {**os.environ, **import_variables(os.environ)}
+    # Through another module, for a person may interrupt it while it imports torch.
+    command = module_command("sharding.quiet_end", module, *arguments)
+    environment = {**os.environ, **import_variables(os.environ)}
     os.execve(command[0], command, environment)  # noqa: S606 - no shell is what we want

@@ -5,6 +5,8 @@ import sys
 from collections.abc import Callable
 from typing import ParamSpec
 
+from sharding.quiet_end import ends_quietly
+
 EXIT_FINISHED = 0
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -30,12 +32,16 @@ _Parameters = ParamSpec("_Parameters")
 
 
 def ends_with_a_sentence(main: Callable[_Parameters, int]) -> Callable[_Parameters, int]:
-    """Make an entry point print the sentence of a UserError or RunFailure and return its exit status."""
+    """Make an entry point print the sentence of a UserError or RunFailure and return its exit status.
+
+    It exits with one line where a person interrupts it, and with none where what it prints is no longer read.
+    """
 
     @functools.wraps(main)
     def run(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> int:
         try:
-            return main(*args, **kwargs)
+            with ends_quietly():
+                return main(*args, **kwargs)
         except (UserError, RunFailure) as error:
             print(f"error: {error}", file=sys.stderr)
             return EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_FAILED

@@ -206,4 +206,4 @@ def test_options_reach_the_modules_that_do_the_work(
     monkeypatch.setattr(os, "execve", become)
     with pytest.raises(SystemExit):
         app(list(arguments))
-    assert became == [[sys.executable, "-P", "-m", module, *passed]]
+    assert became == [[sys.executable, "-P", "-m", "sharding.quiet_end", module, *passed]]
