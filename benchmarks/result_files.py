@@ -7,8 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.terminal import show
+
 # KIND_RANKSxDEVICE, and then the time.
-_NAME = re.compile(r"(.+_\d+x(?:cpu|gpu))_")
+_NAME = re.compile(r"(.+_\d+x[a-z]+)_")
+_MEMORY_STEP_GIB = 4
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -43,7 +46,8 @@ def read_rows(raw: Path) -> list[dict[str, Any]]:
 def last_result(raw: Path, folders: Sequence[Path]) -> Path | None:
     """The newest file of the same kind from before; None where there is none.
 
-    That is one with the same name but for the time, of the same size, and with the same changes to it.
+    That is one with the same name but for the time, of the same size, with the same changes to it, and measured on a
+    machine like this one: what another machine did says nothing of a change.
 
     Args:
         raw: a raw file, as ``raw_file`` names it.
@@ -58,7 +62,7 @@ def last_result(raw: Path, folders: Sequence[Path]) -> Path | None:
     for path in (path for folder in folders for path in folder.glob(f"{match[1]}_[0-9]*.jsonl")):
         header = _header(path)
         is_before = path.resolve() != raw.resolve() and header.get("time", "") < own.get("time", "")
-        if is_before and _configuration(header) == _configuration(own):
+        if is_before and _configuration(header) == _configuration(own) and _machine(header) == _machine(own):
             earlier[path] = header.get("time", "")
     return max(earlier, key=earlier.__getitem__, default=None)
 
@@ -67,6 +71,15 @@ def _configuration(header: Mapping[str, Any]) -> tuple[Any, ...]:
     """What makes two results of one benchmark comparable at all, as far as a header says."""
     setup = header.get("setup", {})
     return (setup.get("size"), setup.get("config"), list(setup.get("overrides") or []))
+
+
+def _machine(header: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What tells machines apart: processor, cores, memory in GiB, and the models of its GPUs without their driver."""
+    hardware = header.get("hardware", {})
+    gpus = [gpu.partition(",")[0] for gpu in hardware.get("gpus", [])]
+    # Kernels keep a little for themselves, each another amount.
+    memory = round(hardware.get("memory_gib", 0.0) / _MEMORY_STEP_GIB)
+    return (hardware.get("cpu"), hardware.get("usable_cores"), memory, gpus)
 
 
 def write_report(
@@ -88,7 +101,9 @@ def write_report(
     raw.with_suffix(".md").write_text(table)
     raw.with_suffix(".svg").write_text(plot(rows))
     log = "; what libraries said is in .log" if raw.with_suffix(".log").exists() else ""
-    print(f"\n{table}\nwritten to {raw}, .md and .svg{log}")
+    print()
+    show(table)
+    print(f"written to {raw}, .md and .svg{log}")
 
 
 def _header(raw: Path) -> dict[str, Any]:

@@ -24,7 +24,17 @@ from benchmarks.ranks import INTERRUPTED, run_ranks
 from benchmarks.result_files import append_row, raw_file, read_rows
 from benchmarks.throughput_rank import ThroughputAssignment
 from benchmarks.throughput_table import read_rungs
-from benchmarks.tune_plan import Candidate, Trial, gives_up, layouts, micro_sizes, pareto, refinements, table_rows
+from benchmarks.tune_plan import (
+    Candidate,
+    Trial,
+    gives_up,
+    layouts,
+    micro_sizes,
+    pareto,
+    refinements,
+    table_rows,
+    verdict,
+)
 from benchmarks.tune_rank import LIMIT_VARIABLE
 from sharding.config import Strategy
 from sharding.errors import UserError, ends_with_a_sentence
@@ -51,7 +61,8 @@ _OUT_OF_MEMORY = (
     "bad_alloc",
     "can't start new thread",
 )
-_HEADINGS = ("", "candidate", "tokens/s", "peak GiB", "formula GiB", "")
+_HEADINGS = ("", "candidate", "tokens/s", "95 % interval", "peak GiB", "formula GiB", "")
+_REFINEMENTS = "compiled blocks and recomputed activations"
 
 
 @ends_with_a_sentence
@@ -104,6 +115,8 @@ class _Search:
         self._threads = threads_per_rank(given, self._num_ranks, os.environ)
         self._memory_bytes = options.memory_gib * _GIB or self._device_memory()
         self._trials: list[Trial] = []
+        # What is still to be tried, for people.
+        self._left: list[str] = []
         self._raw = raw_file(options.output, "tune", self._num_ranks, has_gpu=self._has_gpu)
         append_row(
             self._raw,
@@ -122,11 +135,18 @@ class _Search:
         """Try everything; returns the exit status, 1 where nothing could be measured."""
         if self._options.memory_gib:
             os.environ[LIMIT_VARIABLE] = str(int(self._memory_bytes))
+        planned = layouts(self._num_ranks, self._strategies)
+        refines = not (self._options.no_compile and self._options.no_recompute)
+        self._left = [layout.layout for layout in planned] + ([_REFINEMENTS] if refines else [])
         try:
-            for layout in layouts(self._num_ranks, self._strategies):
+            for layout in planned:
                 self._try_sizes(layout)
-            for candidate in self._refinements():
+                self._left.remove(layout.layout)
+            candidates = self._refinements()
+            self._left = [candidate.label for candidate in candidates]
+            for candidate in candidates:
                 self._try(candidate)
+                self._left.remove(candidate.label)
             status = 0 if pareto(self._trials) else 1
         except KeyboardInterrupt:
             status = INTERRUPTED
@@ -189,7 +209,7 @@ class _Search:
             said = log.read_bytes()[began_at:].decode(errors="replace")
             return Trial(candidate, estimated, reason=_why(said, status))
         result = next(rung for rung in read_rungs(read_rows(self._raw)) if rung.name == candidate.label)
-        return Trial(candidate, estimated, result.tokens_per_s, result.peak_bytes)
+        return Trial(candidate, estimated, tuple(result.rates), result.peak_bytes)
 
     def _config(self, candidate: Candidate) -> RunConfig:
         num_steps = self._options.warmup + self._options.steps + 1
@@ -225,11 +245,11 @@ class _Search:
     def _report(self) -> None:
         rows = table_rows(self._trials)
         lines = ["| " + " | ".join(cells) + " |" for cells in (_HEADINGS, ["---"] * len(_HEADINGS), *rows)]
-        front = pareto(self._trials)
-        use = f"fastest: {' '.join(front[0].candidate.overrides)}" if front else "nothing could be measured"
+        use = verdict(self._trials, self._left)
         described = (
             "\\* no other is both faster and smaller. Peaks are of the rank with the most, libraries included on a "
-            "CPU; the formula has the state and the least of activations."
+            "CPU; the formula has the state and the least of activations. The interval is of the median over steps "
+            "that follow one another: what differs between two starts is not in it."
         )
         text = "\n".join([*lines, "", described, "", use])
         self._raw.with_suffix(".md").write_text(text + "\n")

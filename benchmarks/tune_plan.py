@@ -2,7 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 
+from benchmarks.comparison import Series, ratio_of_independent
+from benchmarks.protocol import Ratio, ratio_of_medians
 from sharding.config import Strategy
 from trainer.validation import BUCKETED_STRATEGIES
 
@@ -61,16 +64,26 @@ class Trial:
     Attributes:
         candidate: what was tried.
         estimated_bytes: a rank's memory by the formula, without what kernels need for a moment.
-        tokens_per_s: of all ranks, median; None where it was not measured.
+        rates: tokens/s of all ranks in each measured window; empty where it was not measured.
         peak_bytes: of the rank with the most; None where it was not measured.
         reason: why it was not.
     """
 
     candidate: Candidate
     estimated_bytes: float
-    tokens_per_s: float | None = None
+    rates: tuple[float, ...] = ()
     peak_bytes: int | None = None
     reason: str = ""
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Of all ranks, median; None where it was not measured."""
+        return median(self.rates) if self.rates else None
+
+    @property
+    def interval(self) -> Ratio | None:
+        """The median with its 95 % interval; None where one window or none was measured: it says nothing of noise."""
+        return ratio_of_medians(self.rates, [1.0] * len(self.rates)) if len(self.rates) > 1 else None
 
 
 def micro_sizes(global_size: int, num_ranks: int) -> list[int]:
@@ -139,8 +152,38 @@ def pareto(trials: Sequence[Trial]) -> list[Trial]:
     return best
 
 
+def equals(trials: Sequence[Trial]) -> list[Trial]:
+    """Trials that cannot be told from the fastest: the 95 % interval of the ratio of their rates has 1 in it."""
+    measured = sorted((t for t in trials if len(t.rates) > 1), key=lambda t: -(t.tokens_per_s or 0.0))
+    if not measured:
+        return []
+    fastest, others = measured[0], measured[1:]
+    return [t for t in others if ratio_of_independent(Series(t.rates), Series(fastest.rates)).high >= 1.0]
+
+
+def verdict(trials: Sequence[Trial], left: Sequence[str]) -> str:
+    """What to take, in sentences.
+
+    Args:
+        trials: all that were made.
+        left: what was still to be tried when the search was cut short; empty where it went to its end.
+    """
+    front = pareto(trials)
+    if not front:
+        said = "nothing could be measured"
+    else:
+        scope = "fastest of what was measured" if left else "fastest"
+        said = f"{scope}: {' '.join(front[0].candidate.overrides)}"
+    same = [trial.candidate.label for trial in equals(trials)]
+    if same:
+        said += f"\nas fast within the noise of this search: {'; '.join(same)}"
+    if left:
+        said += f"\ncut short, and any of it may be faster: not tried, or not to the end: {'; '.join(left)}"
+    return said
+
+
 def table_rows(trials: Sequence[Trial]) -> list[tuple[str, ...]]:
-    """Cells of the table: a star on the Pareto front, candidate, tokens/s, peak and estimated GiB, reason."""
+    """Cells: a star on the Pareto front, candidate, tokens/s, its interval, peak GiB, estimated GiB, reason."""
     front = pareto(trials)
     measured = sorted((t for t in trials if t.tokens_per_s is not None), key=lambda t: -(t.tokens_per_s or 0.0))
     others = [trial for trial in trials if trial.tokens_per_s is None]
@@ -149,6 +192,7 @@ def table_rows(trials: Sequence[Trial]) -> list[tuple[str, ...]]:
             "*" if trial in front else "",
             trial.candidate.label,
             "-" if trial.tokens_per_s is None else f"{trial.tokens_per_s:,.0f}",
+            "-" if trial.interval is None else f"{trial.interval.low:,.0f} to {trial.interval.high:,.0f}",
             "-" if trial.peak_bytes is None else f"{trial.peak_bytes / _GIB:.2f}",
             f"{trial.estimated_bytes / _GIB:.2f}",
             trial.reason,

@@ -1,11 +1,13 @@
 """Two results of one kind: what has changed, and what is noise."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from benchmarks.comparison import (
     Change,
@@ -17,6 +19,7 @@ from benchmarks.comparison import (
 )
 from benchmarks.protocol import Ratio
 from benchmarks.result_files import last_result
+from benchmarks.terminal import show
 
 
 def test_a_change_is_told_from_noise_about_as_often_as_the_interval_says() -> None:
@@ -106,3 +109,37 @@ def test_changes_are_told_with_their_conditions() -> None:
     assert lines[0].endswith(f"Measured under other conditions: {difference}.")
     assert lines[4:] == ["| faster | 1,000 | 1,200 | 1.200 | 1.150 to 1.250 |"]
     assert len(changes_markdown(changes[:1], "old.jsonl", "")) == 1
+
+
+def test_another_machines_result_is_no_last_one(tmp_path: Path) -> None:
+    hardware = {"cpu": "EPYC", "usable_cores": 2, "memory_gib": 23.5, "gpus": ["NVIDIA H200, 570.1, 143771 MiB"]}
+    others = {
+        "cores": hardware | {"usable_cores": 64},
+        "cpu": hardware | {"cpu": "Xeon"},
+        "memory": hardware | {"memory_gib": 47.1},
+        "gpus": hardware | {"gpus": ["NVIDIA A100, 570.1, 81920 MiB"]},
+    }
+
+    def write(name: str, time: str, machine: dict[str, Any]) -> Path:
+        path = tmp_path / f"data_1xgpu_{name}.jsonl"
+        path.write_text(json.dumps({"kind": "header", "time": time, "hardware": machine}) + "\n")
+        return path
+
+    mine = write("20261103_000000", "2026-11-03", hardware | {"memory_gib": 23.4})
+    for number, machine in enumerate(others.values()):
+        write(f"2026110{number}_000001", "2026-11-02", machine)
+    assert last_result(mine, [tmp_path]) is None
+    # Another driver is a condition that is told.
+    same = write("20261101_000002", "2026-11-01", hardware | {"gpus": ["NVIDIA H200, 580.2, 143771 MiB"]})
+    assert last_result(mine, [tmp_path]) == same
+
+
+def test_tables_on_a_terminal_and_markdown_elsewhere() -> None:
+    markdown = "# Data\n\n| row | tokens/s |\n| --- | --- |\n| a | 12 |\n"
+    for is_terminal, expected in ((True, False), (False, True)):
+        file = io.StringIO()
+        show(markdown, Console(file=file, force_terminal=is_terminal, width=80))
+        shown = file.getvalue()
+        assert ("| --- |" in shown) is expected
+        assert "tokens/s" in shown
+        assert "12" in shown

@@ -8,7 +8,18 @@ import pytest
 
 from benchmarks.sizes import QUICKSTART
 from benchmarks.tune import _why, main
-from benchmarks.tune_plan import Candidate, Trial, gives_up, layouts, micro_sizes, pareto, refinements, table_rows
+from benchmarks.tune_plan import (
+    Candidate,
+    Trial,
+    equals,
+    gives_up,
+    layouts,
+    micro_sizes,
+    pareto,
+    refinements,
+    table_rows,
+    verdict,
+)
 from tests.support import TINY_MODEL, write_config
 from trainer.config import load_config
 
@@ -16,7 +27,8 @@ GIB = 2**30
 
 
 def trial(candidate: Candidate, rate: float | None = None, peak_gib: float = 0.0, reason: str = "") -> Trial:
-    return Trial(candidate, GIB, rate, None if rate is None else int(peak_gib * GIB), reason)
+    rates = () if rate is None else (rate,)
+    return Trial(candidate, GIB, rates, None if rate is None else int(peak_gib * GIB), reason)
 
 
 def test_the_global_batch_stays() -> None:
@@ -45,8 +57,42 @@ def test_the_front_has_what_no_other_beats_in_both() -> None:
     assert pareto([beaten, lost, small, fast]) == [fast, small]
     rows = table_rows([beaten, lost, small, fast])
     assert [row[0] for row in rows] == ["*", "*", "", ""]
-    assert rows[0] == ("*", "ddp, micro 4", "100", "8.00", "1.00", "")
-    assert rows[-1] == ("", "ddp, micro 8", "-", "-", "1.00", "out of memory")
+    assert rows[0] == ("*", "ddp, micro 4", "100", "-", "8.00", "1.00", "")
+    assert rows[-1] == ("", "ddp, micro 8", "-", "-", "-", "1.00", "out of memory")
+
+
+def test_an_interval_is_shown_and_what_is_as_fast_within_noise() -> None:
+    fast = Trial(Candidate(4, "ddp"), GIB, (90.0, 100.0, 102.0, 110.0, 101.0), 8 * GIB)
+    alike = Trial(Candidate(4, "zero2"), GIB, (88.0, 99.0, 100.0, 108.0, 100.0), 9 * GIB)
+    slow = Trial(Candidate(1, "ddp"), GIB, (50.0, 51.0, 50.0, 52.0, 50.5), 2 * GIB)
+    assert equals([slow, alike, fast]) == [alike]
+    low, _, high = table_rows([slow, alike, fast])[0][3].partition(" to ")
+    assert 90 <= float(low) < 101 < float(high) <= 110
+    said = verdict([slow, alike, fast], [])
+    assert said.startswith("fastest: batch.micro_size=4 parallel.strategy=ddp ")
+    assert said.endswith("\nas fast within the noise of this search: zero2, micro 4")
+
+
+def test_a_search_that_was_cut_short_names_what_is_missing() -> None:
+    said = verdict([trial(Candidate(1, "ddp"), 50.0, 2.0)], ["zero3", "zero3 bucketed", "compiled blocks"])
+    assert said.startswith("fastest of what was measured: batch.micro_size=1 ")
+    assert said.endswith("not tried, or not to the end: zero3; zero3 bucketed; compiled blocks")
+    assert verdict([], ["ddp"]).startswith("nothing could be measured\ncut short")
+
+
+def test_what_an_interrupted_search_had_still_to_try(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("benchmarks.tune.run_ranks", interrupted)
+    config = write_config(tmp_path / "run.yaml", values)
+    assert main([str(config), "--strategies", "ddp,zero2", "--output", str(tmp_path)]) == 130
+    assert (
+        "cut short, and any of it may be faster: not tried, or not to the end: ddp; zero2; zero2 bucketed; compiled "
+        "blocks and recomputed activations"
+    ) in capfd.readouterr().out
 
 
 def test_recomputation_is_tried_where_a_run_did_not_fit() -> None:
