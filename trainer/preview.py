@@ -5,6 +5,7 @@ lines: the model's size, the memory of a rank, how often training goes through t
 """
 
 import argparse
+import itertools
 import json
 import logging
 import os
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 _LARGE_BYTES = 2**28
 _FIELDS = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "hidden_act")
 _TRIAL_TOKENS = 8
+_MAX_DOCUMENTS = 10_000
 # What torch says of sizes that do not fit; what else a model without values cannot do is none of the user's mistakes.
 _SIZES = re.compile(
     r"must match the size|shape '.*' is invalid|shapes cannot be multiplied|not divisible|must be divisible"
@@ -57,10 +59,10 @@ def preview(config: RunConfig, world: World) -> list[str]:
     """
     validate(config, world)
     task = build_task(config.task.name, config.task.z_loss, config.task.loss_chunk_tokens, config.task.folder)
-    fingerprint = trained_fingerprint(config, RunFolder.of(config))
-    if fingerprint is None and config.checkpoint.from_ is None:
-        check_named_tokenizer(config)
-    corpus = find_prepared(config.data, fingerprint)
+    run_folder = RunFolder.of(config)
+    corpus = find_prepared(config.data, trained_fingerprint(config, run_folder))
+    if config.checkpoint.from_ is None and run_folder.newest_checkpoint() is None:
+        check_named_tokenizer(config, None if corpus is None else corpus.tokenizer_dir)
     vocabulary = _vocabulary(config, corpus)
     model_config = build_model_config(config.model, vocabulary, config.data.sequence_length)
     try:
@@ -84,7 +86,7 @@ def preview(config: RunConfig, world: World) -> list[str]:
         f"memory        {_size(memory.state.total)} a rank for parameters, gradients and optimizer state, at least "
         f"{_size(memory.activations)} for activations",
         f"corpus        {_describe_corpus(config, corpus)}",
-        f"continues     {_describe_start(config)}",
+        f"continues     {_describe_start(config, run_folder)}",
     ]
 
 
@@ -139,7 +141,9 @@ def _read_first_documents(config: RunConfig) -> None:
         # A source on the hub is another machine's.
         if source.source != "hub":
             with errors_of(name):
-                next(iter(read_documents(source)), None)
+                # Rows without the column are empty ones until it is clear that there is none.
+                documents = itertools.islice(read_documents(source), _MAX_DOCUMENTS)
+                next((document for document in documents if document.text), None)
 
 
 def _with_format(config: RunConfig, world: World) -> RunConfig:
@@ -164,8 +168,7 @@ def _describe_corpus(config: RunConfig, corpus: Prepared | None) -> str:
     )
 
 
-def _describe_start(config: RunConfig) -> str:
-    folder = RunFolder.of(config)
+def _describe_start(config: RunConfig, folder: RunFolder) -> str:
     folder.check(config)
     newest = folder.newest_checkpoint()
     if newest is None:

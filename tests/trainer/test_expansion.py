@@ -9,7 +9,7 @@ from launcher.arguments import expanded
 from sharding.errors import UserError
 from tests.support import write_config
 from trainer.config import RunConfig, config_to_yaml, load_config
-from trainer.data.corpus import all_files
+from trainer.data.files import find_files
 from trainer.expansion import PATH_SETTINGS, expand
 
 
@@ -67,7 +67,7 @@ def test_a_copy_reads_the_same_elsewhere(tmp_path: Path, config_file: Path, monk
     monkeypatch.delenv("SCRATCH")
     again = load_config(copy)
     assert again == config
-    assert all_files(again.data) == [tmp_path / "scratch" / "a$b.txt"]
+    assert find_files(again.data).files == [tmp_path / "scratch" / "a$b.txt"]
     assert RunConfig.model_validate(again.model_dump(mode="json")) == config
 
 

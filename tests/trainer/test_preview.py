@@ -52,7 +52,7 @@ def test_a_missing_column_is_found_before_anything_is_prepared(
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"body": "a text"}) + "\n" for _ in range(20)))
     config = make_config(data={"source": "jsonl", "paths": [str(file)], "cache_dir": str(tmp_path / "cache")})
-    with pytest.raises(UserError, match=r"data.text_field=text is not a column of row 0 of .*, which has body"):
+    with pytest.raises(UserError, match=r"data.text_field=text is not a column of .*, which has body"):
         preview(load_config(config), WORLD)
     lines = preview(load_config(config, ["data.text_field=body"]), WORLD)
     assert "corpus        not prepared yet: how many epochs there are is known once it is" in lines
