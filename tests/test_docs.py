@@ -1,6 +1,7 @@
 """The pages: links lead somewhere, commands and keys exist, and nothing is said of what is not there."""
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -61,6 +62,7 @@ def test_keys_exist(page: Path) -> None:
             assert section not in KEYS or name in KEYS[section], f"{page.name}: {key}"
 
 
+@functools.cache
 def _tests_of(file: Path) -> dict[str, bool]:
     """Each test of a file, and whether it or one of its cases is marked slow."""
     functions = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.FunctionDef)]
