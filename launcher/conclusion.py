@@ -11,7 +11,7 @@ from typing import Any
 
 from launcher.oom_evidence import OomWatch
 from launcher.rank_exits import CRASHES, RankExits, RankFailure, root_cause
-from sharding.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, UserError
+from sharding.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, RunFailure, UserError
 from trainer.failure import FAILURE_TEXT_NAME, Evidence
 from trainer.failure_report import ProcessEnd, Sources, write_failure
 from trainer.hang import read_verdict
@@ -193,7 +193,7 @@ def _overwrite_outcome(
 def _saved_step(run_folder: RunFolder) -> int:
     try:
         newest = run_folder.newest_checkpoint()
-    except UserError as error:
+    except (UserError, RunFailure) as error:
         # What is to be said of the run's end does not depend on a storage that cannot be reached.
         print(f"warning: {error}", file=sys.stderr)
         return 0

@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import secrets
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -16,11 +15,17 @@ from typing import Any
 
 from sharding.errors import RunFailure, UserError
 from trainer.atomic_files import write_atomically
+from trainer.lease_holder import Verdict, describe, judge, new_holder, next_beat
+from trainer.outages import cannot_be_written
 
 LEASE_VARIABLE = "SHARDLINE_LEASE"
 ATTEMPT_VARIABLE = "SHARDLINE_ATTEMPT"
 HEARTBEAT_EVERY_S = 10.0
+# Of the clock of whoever looks: clocks of two machines are never compared.
 STALE_AFTER_S = 60.0
+_LOOK_EVERY_S = 0.5
+# For so long a file may be missing, or a file system be away, before that means something.
+SETTLE_WITHIN_S = 5.0
 _FIELDS = frozenset({"host", "process_space", "pid", "process_started", "attempt", "token", "heartbeat"})
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
@@ -46,23 +51,21 @@ class Lease:
     def acquire(cls, folder: Path) -> "Lease":
         """Become the folder's writer; creates the folder. A holder that is gone is replaced, and a warning says so.
 
+        Where neither its process nor the batch system can be asked, its heartbeat is watched, until it changes or for
+        ``STALE_AFTER_S``.
+
         Raises:
             UserError: another live process is its writer, or the folder cannot be written.
+            StorageOutage: it cannot be written for now.
         """
         lease = cls(folder, secrets.token_hex(8))
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with _exclusive(folder):
-                holder = _read(lease._path)
-                if holder is not None and _is_alive(holder):
-                    raise UserError(_refusal(folder, holder))
-                write_atomically(lease._path, json.dumps(_new_holder(lease._token)))
+            replaced = lease._take()
         except OSError as error:
-            raise UserError(
-                f"run folder {folder} cannot be written: {error.strerror}; choose another output_dir."
-            ) from None
-        if holder is not None:
-            _log.warning("taking over run folder %s from %s, which is gone", folder, _describe(holder))
+            raise cannot_be_written("run folder", folder, error) from None
+        if replaced is not None:
+            _log.warning("taking over run folder %s from %s, which is gone", folder, describe(replaced))
         threading.Thread(target=lease._keep_alive, name="lease-heartbeat", daemon=True).start()
         return lease
 
@@ -72,14 +75,29 @@ class Lease:
         return cls(folder, token)
 
     def check(self) -> None:
-        """Assert that the folder is still ours.
+        """Assert that the folder is still ours: before each commit, and before anything is removed or moved.
 
         Raises:
-            RunFailure: another process has taken it over.
+            RunFailure: another process has taken it over, or its lease cannot be read.
         """
-        holder = _read(self._path)
+        until = time.monotonic() + SETTLE_WITHIN_S
+        while True:
+            holder, error = None, None
+            try:
+                holder = _read(self._path)
+            except OSError as caught:
+                error = caught
+            # A file that others replace may be missing for a moment on a network file system, or the system be away.
+            if holder is not None or time.monotonic() > until:
+                break
+            time.sleep(_LOOK_EVERY_S)
+        if error is not None:
+            raise RunFailure(
+                f"whether run folder {self._folder} is still this run's cannot be read ({error.strerror}); nothing "
+                "was saved."
+            )
         if holder is None or holder["token"] != self._token:
-            who = "nobody" if holder is None else _describe(holder)
+            who = "nobody" if holder is None else describe(holder)
             raise RunFailure(
                 f"run folder {self._folder} was taken over: its lease is held by {who}; nothing was saved."
             )
@@ -92,19 +110,72 @@ class Lease:
             if holder is not None and holder["token"] == self._token and holder["pid"] == os.getpid():
                 self._path.unlink()
 
+    def _take(self) -> dict[str, Any] | None:
+        """Write this process into the lease; returns the holder that it replaces.
+
+        Raises:
+            UserError: the holder is alive.
+        """
+        gone: dict[str, Any] | None = None
+        while True:
+            holder = _read(self._path)
+            if holder is not None:
+                # Not with the lock in hand: asking takes its time.
+                verdict = judge(holder)
+                if verdict is Verdict.ALIVE:
+                    raise UserError(_refusal(self._folder, holder, "its process is running"))
+                if verdict is Verdict.UNKNOWN:
+                    self._watch(holder)
+                gone = holder
+            with _exclusive(self._folder):
+                now = _read(self._path)
+                # What another has taken or renewed meanwhile is judged anew.
+                if now is None or now == gone:
+                    write_atomically(self._path, json.dumps(new_holder(self._token)))
+                    return now
+
+    def _watch(self, holder: dict[str, Any]) -> None:
+        """Wait until a holder's lease has stood still for long enough, or is no longer its.
+
+        Raises:
+            UserError: the holder has renewed it.
+        """
+        _log.warning(
+            "run folder %s is held by %s, whose process cannot be seen from here: watching its heartbeat for up to %g "
+            "s",
+            self._folder,
+            describe(holder),
+            STALE_AFTER_S,
+        )
+        until = time.monotonic() + STALE_AFTER_S
+        while time.monotonic() < until:
+            time.sleep(_LOOK_EVERY_S)
+            now = _read(self._path)
+            if now is None or now["token"] != holder["token"]:
+                return
+            if now != holder:
+                raise UserError(_refusal(self._folder, now, "its heartbeat goes on"))
+
     def _keep_alive(self) -> None:
         while not self._released.wait(HEARTBEAT_EVERY_S):
             # A full disk or a file system that is away for a moment must not end the run; the next beat may succeed.
             with contextlib.suppress(OSError), _exclusive(self._folder):
                 holder = _read(self._path)
-                if holder is None or holder["token"] != self._token or self._released.is_set():
+                if self._released.is_set() or (holder is not None and holder["token"] != self._token):
                     return
-                write_atomically(self._path, json.dumps(holder | {"heartbeat": time.time()}))
+                # Not there for a moment, or removed. It is not made anew: a successor may have come and gone.
+                if holder is not None:
+                    write_atomically(self._path, json.dumps(next_beat(holder)))
 
 
 def is_taken_over(folder: Path, token: str | None) -> bool:
-    """Whether the folder's writer is now another than the one with this token; never where no token was handed over."""
-    holder = _read(folder / "lease.json")
+    """Whether the folder's writer is now another than the one with this token; never where no token was handed over.
+
+    Nor where that cannot be read: it is asked before a run says how it ended, which must not be lost for that.
+    """
+    holder = None
+    with contextlib.suppress(OSError):
+        holder = _read(folder / "lease.json")
     return token is not None and holder is not None and holder["token"] != token
 
 
@@ -117,30 +188,11 @@ def record_attempt(folder: Path, attempt: int) -> None:
             write_atomically(path, json.dumps(holder | {"attempt": attempt}))
 
 
-def _new_holder(token: str) -> dict[str, Any]:
-    return {
-        "host": socket.gethostname(),
-        "process_space": process_space(),
-        "pid": os.getpid(),
-        "process_started": _process_start(os.getpid()),
-        "attempt": None,
-        "token": token,
-        "heartbeat": time.time(),
-        "slurm_job": _slurm_job(),
-    }
-
-
-def _refusal(folder: Path, holder: dict[str, Any]) -> str:
-    age_s = max(0.0, time.time() - holder["heartbeat"])
+def _refusal(folder: Path, holder: dict[str, Any], why: str) -> str:
     return (
-        f"run folder {folder} is in use by {_describe(holder)} (last sign of life {age_s:.0f} s ago); wait for it, "
-        f"stop it with `touch {folder}/stop`, or choose another name."
+        f"run folder {folder} is in use by {describe(holder)} ({why}); wait for it, stop it with "
+        f"`touch {folder}/stop`, or choose another name."
     )
-
-
-def _describe(holder: dict[str, Any]) -> str:
-    attempt = f", attempt {holder['attempt']}" if holder["attempt"] else ""
-    return f"process {holder['pid']} on {holder['host']}{attempt}"
 
 
 @contextlib.contextmanager
@@ -165,40 +217,3 @@ def _read(path: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, ValueError):
         return None
     return holder if isinstance(holder, dict) and holder.keys() >= _FIELDS else None
-
-
-def _is_alive(holder: dict[str, Any]) -> bool:
-    """Where its process can be seen, the process itself tells; elsewhere the batch system, or else the heartbeat."""
-    if holder["process_space"] == process_space():
-        return _process_start(holder["pid"]) == holder["process_started"]
-    own_job, its_job = _slurm_job(), holder.get("slurm_job")
-    if own_job and its_job and own_job[0] == its_job[0] and own_job[1] > its_job[1]:
-        # Slurm starts a job again when no process of its last start is left, or the node is dead.
-        return False
-    return time.time() - holder["heartbeat"] < STALE_AFTER_S
-
-
-def process_space() -> str:
-    """What process ids refer to: this boot of this kernel, and the container. A host name does not tell that."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return socket.gethostname()
-
-
-def _slurm_job() -> list[int] | None:
-    """Number of this Slurm job and how often it was started again; None outside of one."""
-    job, restarts = os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_RESTART_COUNT", "0")
-    return [int(job), int(restarts)] if job.isdigit() and restarts.isdigit() else None
-
-
-def _process_start(pid: int) -> str | None:
-    """Start time of a process in clock ticks since boot, which tells it from a later one with the same id."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    # The name in parentheses may itself hold spaces and parentheses. A zombie is not alive.
-    fields = text.rpartition(")")[2].split()
-    return None if fields[0] in "ZX" else fields[19]

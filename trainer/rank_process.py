@@ -9,7 +9,7 @@ from pathlib import Path
 from types import FrameType
 
 from trainer.heartbeat import Heartbeat
-from trainer.lease import process_space
+from trainer.lease_holder import process_space
 from trainer.stacks import STACKS_SIGNAL
 
 _DEBUGGERS = ("pydevd", "debugpy")

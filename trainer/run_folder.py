@@ -26,6 +26,7 @@ from trainer.failure import set_failure_aside
 from trainer.goodput import write_goodput
 from trainer.goodput_ledger import begin_ledger
 from trainer.lease import LEASE_VARIABLE, is_taken_over, record_attempt
+from trainer.outages import cannot_be_written
 from trainer.provenance import collect_provenance
 from trainer.secrets import blot_out_values
 from trainer.validation import World
@@ -201,6 +202,7 @@ class RunFolder:
 
         Raises:
             UserError: see ``check``; also where the folder cannot be written.
+            StorageOutage: it cannot be written for now.
         """
         began_at = time.time()
         self.check(config)
@@ -225,9 +227,7 @@ class RunFolder:
             # Room to say how the attempt ended, should the disk be full by then.
             write_atomically(self._reserve_file, bytes(_RESERVE_BYTES))
         except OSError as error:
-            raise UserError(
-                f"run folder {self.path} cannot be written: {error.strerror}; choose another output_dir."
-            ) from None
+            raise cannot_be_written("run folder", self.path, error) from None
         return attempt
 
     def write_outcome(self, status: str, exit_code: int, step: int, reason: str, rank: int | None = None) -> bool:

@@ -23,7 +23,7 @@ from trainer.heartbeat import (
     peak_rss_gib,
     read_heartbeats,
 )
-from trainer.lease import process_space
+from trainer.lease_holder import process_space
 from trainer.phases import Phases
 from trainer.places import publish_place, read_places
 from trainer.rank_process import am_i_debugged, ask_for_stacks, is_debugged

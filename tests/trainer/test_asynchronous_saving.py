@@ -1,11 +1,14 @@
 """Checkpoints that are written while training goes on: of the state at the save, whole or not there at all."""
 
+import errno
+import os
+import re
 import shutil
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,10 +17,18 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from sharding.engine import Engine
-from sharding.errors import UserError
+from sharding.errors import RunFailure, UserError
 from sharding.process_group import Ranks
 from tests.sharding.engine_cases import random_batch, tiny_engine
-from tests.support import TINY_MODEL, read_metrics, run_on_ranks, tiny_values, wait_until, write_corpus
+from tests.support import (
+    TINY_MODEL,
+    read_metrics,
+    run_on_ranks,
+    tiny_values,
+    wait_until,
+    write_corpus,
+    write_empty_checkpoint,
+)
 from trainer.build import build_trainer
 from trainer.checkpoint import writer
 from trainer.checkpoint.checkpointer import Checkpointer
@@ -136,20 +147,66 @@ def test_going_back_waits_for_what_is_being_written(tmp_path: Path) -> None:
         assert torch.equal(part.tensor, tensor), part.name
 
 
-def test_what_an_unfinished_save_has_left_may_go_while_another_rank_looks_for_space(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_ranks_parts_must_have_space_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000))
     folder = tmp_path / "checkpoints" / "step-00000002"
-    folder.mkdir(parents=True)
-    disk_usage = shutil.disk_usage
+    assert writer._prepare_folder(folder, [600, 400], 2, lambda: None) is None
+    error = writer._prepare_folder(folder, [600, 401], 2, lambda: None)
+    said = "2 ranks write 1,001 bytes together, up to 600 each, but .*/checkpoints has 1,000 bytes free; if the disk"
+    assert isinstance(error, UserError)
+    assert re.search(said, str(error)), error
+    assert not folder.exists()
+    assert "it has 1,001 bytes, but" in str(writer._prepare_folder(folder, [1_001], 2, lambda: None))
 
-    def late(path: Path) -> Any:
-        # Rank 0 is faster.
-        folder.rmdir()
-        return disk_usage(path)
 
-    monkeypatch.setattr(shutil, "disk_usage", late)
-    assert writer._prepare_folder(folder, [], replace(_ALONE, rank=1, world_size=2)).error is None
+def test_whoever_has_lost_the_folder_removes_nothing_of_its_successors(tmp_path: Path) -> None:
+    lost: list[str] = []
+
+    def before_commit() -> None:
+        if lost:
+            raise RunFailure(lost[0])
+
+    def before_write(step: int) -> None:
+        if step == 3:
+            # While it is written, and then it cannot be.
+            lost.append("taken over while it wrote")
+            raise OSError(28, "No space left on device")
+
+    training = _Training(tmp_path, before_write, before_commit=before_commit)
+    training.train()
+    training.start_saving()
+    training.checkpointer.finish()
+    training.train()
+    lost.append("taken over")
+    successors = write_empty_checkpoint(training.folder.checkpoint_path(2), 2)
+    with pytest.raises(RunFailure, match="taken over"):
+        training.start_saving()
+    with pytest.raises(RunFailure, match="taken over"):
+        training.checkpointer.roll_back(training.engine, 1)
+    assert (successors / "manifest.json").exists()
+    lost.clear()
+    training.train()
+    training.start_saving()
+    with pytest.raises(UserError, match="no space left"):
+        training.checkpointer.finish()
+    assert training.folder.checkpoint_path(3).exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"), [(errno.ENOSPC, UserError), (errno.EDQUOT, UserError)]
+    + [(number, RunFailure) for number in (errno.ESTALE, errno.EIO, errno.ETIMEDOUT)],
+)  # fmt: skip
+def test_a_storage_that_is_away_is_a_failure_and_a_full_one_bad_input(
+    tmp_path: Path, number: int, kind: type[Exception]
+) -> None:
+    def fail(_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    training = _Training(tmp_path, fail)
+    training.train()
+    training.start_saving()
+    with pytest.raises(kind, match=r"step 1 could not be saved: rank 0: cannot write .*; run again|free some space"):
+        training.checkpointer.finish()
 
 
 def test_a_write_that_fails_gives_the_checkpoint_up_and_leaves_the_one_before(tmp_path: Path) -> None:
@@ -182,13 +239,16 @@ def test_so_does_a_manifest_that_cannot_be_written(tmp_path: Path, monkeypatch: 
 
 
 def test_a_folder_whose_owner_is_not_known_is_left_alone(tmp_path: Path) -> None:
+    is_ours = iter([True])
+
     def fail() -> None:
-        raise OSError(5, "Input/output error")
+        if not next(is_ours, False):
+            raise OSError(5, "Input/output error")
 
     training = _Training(tmp_path, lambda _: None, before_commit=fail)
     training.train()
     training.start_saving()
-    with pytest.raises(UserError, match=r"step 1 could not be saved: .*Input/output error; run again to continue"):
+    with pytest.raises(RunFailure, match=r"step 1 could not be saved: .*Input/output error; run again to continue"):
         training.checkpointer.finish()
     assert [path.name for path in training.folder.checkpoints_dir.iterdir()] == ["step-00000001"]
 

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from sharding.errors import RunFailure
 from tests.support import write_empty_checkpoint
 from trainer.checkpoint.__main__ import show_checkpoints
 from trainer.checkpoint.config import CheckpointConfig
-from trainer.checkpoint.retention import BackgroundPruning, prune_checkpoints
+from trainer.checkpoint.retention import BackgroundPruning, prune_checkpoints, remove_checkpoints_after
 from trainer.checkpoint.storage import remove_checkpoint
 from trainer.run_folder import RunFolder
 
@@ -33,7 +34,7 @@ _LOSSES = {1: None, 2: 3.0, 3: None, 4: 2.0, 5: None, 6: 2.0, 7: None, 8: 2.5, 9
 def test_kept_are_the_newest_every_nth_and_the_best(tmp_path: Path, settings: dict[str, int], kept: list[int]) -> None:
     for step, loss in _LOSSES.items():
         write_empty_checkpoint(tmp_path / f"step-{step:08d}", step, loss)
-    prune_checkpoints(tmp_path, CheckpointConfig(**settings))
+    prune_checkpoints(tmp_path, CheckpointConfig(**settings), lambda: None)
     assert sorted(int(path.name[5:]) for path in tmp_path.iterdir()) == kept
 
 
@@ -46,7 +47,7 @@ def test_what_an_interrupted_save_or_deletion_has_left_goes_with_the_next(tmp_pa
         (tmp_path / f"step-{step:08d}").mkdir()
         (tmp_path / f"step-{step:08d}" / "rank-00000.safetensors").touch()
     (tmp_path / "damaged").mkdir()
-    prune_checkpoints(tmp_path, CheckpointConfig(keep_last=keep_last))
+    prune_checkpoints(tmp_path, CheckpointConfig(keep_last=keep_last), lambda: None)
     kept = ["damaged", "step-00000004", "step-00000008", "step-00000010"]
     assert sorted(path.name for path in tmp_path.iterdir()) == kept
 
@@ -59,12 +60,33 @@ def test_what_cannot_be_deleted_is_told(tmp_path: Path) -> None:
     # It cannot be unlinked, whoever asks.
     manifest.mkdir()
     told: list[str] = []
-    pruning = BackgroundPruning(told.append)
+    pruning = BackgroundPruning(told.append, lambda: None)
     pruning.start(tmp_path, CheckpointConfig(keep_last=1))
     pruning.wait()
     assert len(told) == 1
     assert told[0].startswith("older checkpoints were not deleted: ")
     assert str(manifest) in told[0]
+
+
+def test_whoever_loses_the_folder_while_it_deletes_stops_there(tmp_path: Path) -> None:
+    for step in range(1, 6):
+        write_empty_checkpoint(tmp_path / f"step-{step:08d}", step)
+    asked: list[None] = []
+
+    def before_remove() -> None:
+        asked.append(None)
+        if len(asked) > 2:
+            raise RunFailure("the folder was taken over")
+
+    told: list[str] = []
+    pruning = BackgroundPruning(told.append, before_remove)
+    pruning.start(tmp_path, CheckpointConfig(keep_last=1))
+    pruning.wait()
+    assert len(list(tmp_path.iterdir())) == 3
+    assert told == ["older checkpoints were not deleted: the folder was taken over"]
+    with pytest.raises(RunFailure):
+        remove_checkpoints_after(tmp_path, 0, before_remove)
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_a_checkpoint_that_is_being_deleted_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

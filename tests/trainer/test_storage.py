@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from safetensors.torch import save
 
-from sharding.errors import UserError
+from sharding.errors import RunFailure, UserError
 from sharding.process_group import Ranks
 from sharding.state import TensorSlice
 from tests.sharding.engine_cases import random_batch, tiny_engine
@@ -249,9 +249,16 @@ def test_a_store_that_is_away_is_no_empty_one(tmp_path: Path, monkeypatch: pytes
     def fail(*_: object, **__: object) -> None:
         raise ConnectionResetError("the line is down")
 
+    def forbid(*_: object, **__: object) -> None:
+        raise PermissionError("not yours")
+
     with monkeypatch.context() as away:
         away.setattr(fsspec.filesystem("memory"), "info", fail)
-        with pytest.raises(UserError, match=r"memory://.* cannot be reached: the line is down; check the URL"):
+        with pytest.raises(RunFailure, match=r"memory://.* cannot be reached for now: the line is down; run again"):
+            run.folder.newest_checkpoint()
+    with monkeypatch.context() as forbidden:
+        forbidden.setattr(fsspec.filesystem("memory"), "info", forbid)
+        with pytest.raises(UserError, match=r"memory://.* cannot be reached: not yours; check the URL and the cred"):
             run.folder.newest_checkpoint()
     with monkeypatch.context() as away:
         away.setattr(fsspec.filesystem("memory"), "rm", fail)
@@ -260,7 +267,7 @@ def test_a_store_that_is_away_is_no_empty_one(tmp_path: Path, monkeypatch: pytes
     assert any("older checkpoints were not deleted" in warning for warning in run.warnings)
     with monkeypatch.context() as away:
         away.setattr(fsspec.filesystem("memory"), "open", fail)
-        with pytest.raises(UserError, match=r"step 4 could not be saved: rank 0: cannot write .*the line is down"):
+        with pytest.raises(RunFailure, match=r"step 4 could not be saved: rank 0: cannot write .*the line is down"):
             run.train_and_save(1)
     assert run.saved_steps()[-1] == 3
 
@@ -273,7 +280,7 @@ def test_a_store_that_goes_away_while_a_checkpoint_is_written(
     run.train_and_save(1)
     before = _tensors(run)
     run.checkpointer._before_write = lambda _step: s3_line.cut()
-    with pytest.raises(UserError, match=r"step 2 could not be saved: rank 0: cannot write .*run again to continue"):
+    with pytest.raises(RunFailure, match=r"step 2 could not be saved: rank 0: cannot write .*run again to continue"):
         run.train_and_save(1)
     s3_line.mend()
     continued = _Run(tmp_path, url)

@@ -13,7 +13,7 @@ from trainer.checkpoint.rank_file import RankReport, write_rank_file
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.retention import BackgroundPruning, remove_checkpoints_after
 from trainer.checkpoint.snapshot import Snapshot
-from trainer.checkpoint.source import Source, open_source
+from trainer.checkpoint.source import Source, on_rank_0, open_source
 from trainer.checkpoint.storage import CheckpointPath
 from trainer.checkpoint.tokenizer_archive import TokenizerArchive
 from trainer.checkpoint.writer import CheckpointIdentity, commit_checkpoint, prepare_checkpoint
@@ -55,7 +55,8 @@ class Checkpointer:
             run_folder: where checkpoints go.
             data_fingerprint: identity of the prepared corpus.
             ranks: this rank's place.
-            before_commit: called on rank 0 before a checkpoint is made valid; raises if the folder was lost.
+            before_commit: called on rank 0 before a checkpoint is made valid, removed or moved; raises if the folder
+                was lost.
             weight_average: is saved and loaded with the engine's state.
             tokenizer: is saved beside it, by rank 0.
             check_weights: called on every rank with another run's checkpoint whose weights alone are to be loaded;
@@ -82,7 +83,7 @@ class Checkpointer:
         )
         self._attachments = {} if tokenizer is None or ranks.rank else {tokenizer.entry.file: tokenizer.contents}
         self._snapshot = Snapshot()
-        self._pruning = BackgroundPruning(warn)
+        self._pruning = BackgroundPruning(warn, before_commit)
         self._pending: _PendingSave | None = None
         self._saved_step: int | None = None
         self.last_write_s: float | None = None
@@ -98,11 +99,14 @@ class Checkpointer:
         Of the run's own checkpoints the newest one that is whole is taken; see ``open_source``.
 
         Raises:
-            UserError: a checkpoint is of another model or corpus, or none is whole.
+            UserError: a checkpoint is of another model or corpus, none is whole, or a fork has nothing left to train.
+            RunFailure: the storage is away, or the folder was lost.
         """
         source = self._open(None)
         if source is None:
             return None
+        if not source.is_own and not source.weights_only:
+            self._check_fork(source.reader.manifest.training.step)
         training = self._load(engine, source)
         if source.weights_only:
             return None
@@ -118,6 +122,7 @@ class Checkpointer:
 
         Raises:
             UserError: the checkpoint that was being written could not be.
+            RunFailure: the folder was lost.
         """
         self.finish()
         self._pruning.wait()
@@ -125,15 +130,29 @@ class Checkpointer:
         if source is None:
             return None
         training = self._load(engine, source)
-        if self._ranks.rank == 0:
-            # They are of a training that did not happen: were the run killed now, it must not continue from them.
-            remove_checkpoints_after(self._run_folder.checkpoints_dir, training.step)
+        # They are of a training that did not happen: were the run killed now, it must not continue from them.
+        place = self._run_folder.checkpoints_dir
+        on_rank_0(lambda: remove_checkpoints_after(place, training.step, self._before_commit), self._ranks)
         self._saved_step = training.step
         return training
 
     def _open(self, last_step: int | None) -> Source | None:
         settings = self._config.checkpoint
         return open_source(settings, self._run_folder, self._ranks, self._before_commit, self._warn, last_step)
+
+    def _check_fork(self, step: int) -> None:
+        """Assert that something is left to train after the step that a fork begins from."""
+        config = self._config
+        left = config.num_steps - step
+        if left > 0:
+            return
+        key, unit = ("steps", 1) if config.tokens is None else ("tokens", config.tokens_per_step)
+        of_tokens = "" if config.tokens is None else f" = {config.num_steps} steps of {unit} tokens"
+        raise UserError(
+            f"checkpoint.from={config.checkpoint.from_} goes on after step {step}, but {key}={getattr(config, key)}"
+            f"{of_tokens} leaves {config.num_steps} - {step} = {left} steps to train; set {key} to more than "
+            f"{step * unit}, or checkpoint.load=weights to begin at step 0 with its parameters."
+        )
 
     def _load(self, engine: Engine, source: Source) -> TrainingState:
         reader, weights_only = source.reader, source.weights_only
@@ -170,7 +189,7 @@ class Checkpointer:
             return
         folder, rank = self._run_folder.checkpoint_path(training.step), self._ranks.rank
         slices = self._state(engine)
-        prepare_checkpoint(folder, slices, training.step, self._ranks)
+        prepare_checkpoint(folder, slices, training.step, self._ranks, self._before_commit)
         copies = self._snapshot.take(slices)
         write = BackgroundWrite(
             lambda: write_rank_file(folder, copies, rank, lambda: self._before_write(training.step), self._attachments)
@@ -188,7 +207,7 @@ class Checkpointer:
             return
         folder = self._run_folder.checkpoint_path(training.step)
         slices = self._state(engine)
-        prepare_checkpoint(folder, slices, training.step, self._ranks)
+        prepare_checkpoint(folder, slices, training.step, self._ranks, self._before_commit)
         report = write_rank_file(
             folder, slices, self._ranks.rank, lambda: self._before_write(training.step), self._attachments
         )

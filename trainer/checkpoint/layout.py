@@ -6,7 +6,7 @@ Imports no torch, so that the launcher may look before it starts ranks.
 import math
 from collections.abc import Mapping, Sequence
 
-from trainer.checkpoint.manifest import DamagedCheckpoint, Manifest, SliceEntry, TensorEntry
+from trainer.checkpoint.manifest import DamagedCheckpoint, Manifest, SliceEntry, TensorEntry, unreadable
 from trainer.checkpoint.storage import CheckpointPath, file_sizes
 
 # torch's names of the element types that a checkpoint may hold, as a safetensors header has them.
@@ -29,8 +29,12 @@ def check_sizes(folder: CheckpointPath, manifest: Manifest) -> None:
 
     Raises:
         DamagedCheckpoint: a file is missing, has another size, or a name that leads out of the checkpoint's folder.
+        StorageOutage: they cannot be looked at for now.
     """
-    sizes = file_sizes(folder)
+    try:
+        sizes = file_sizes(folder)
+    except OSError as error:
+        raise unreadable(folder, "its folder", error) from None
     for name, entry in manifest.files.items():
         if name in ("", ".", "..") or "/" in name or "\0" in name:
             raise DamagedCheckpoint(folder, f"the manifest lists {name!r}, which is not a name of a file in it")

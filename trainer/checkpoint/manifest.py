@@ -9,8 +9,9 @@ from pydantic import Field, ValidationError
 from sharding.errors import UserError
 from sharding.strict_model import StrictModel
 from trainer.checked_json import dump_checked, load_checked
-from trainer.checkpoint.storage import MANIFEST_NAME, CheckpointPath, write_whole
+from trainer.checkpoint.storage import MANIFEST_NAME, CheckpointPath, reaching, write_whole
 from trainer.data.config import SampleRange
+from trainer.outages import StorageOutage, is_outage
 
 FORMAT_VERSION = 4
 # Checkpoints of the version before have no tokenizer.
@@ -24,7 +25,11 @@ class DamagedCheckpoint(UserError):
     def __init__(self, folder: object, reason: str) -> None:
         """Say what is wrong with which."""
         super().__init__(f"checkpoint {folder} is damaged: {reason}; choose another step, or restore it from a copy.")
-        self.reason = reason
+        self.folder, self.reason = str(folder), reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Ranks tell each other."""
+        return type(self), (self.folder, self.reason)
 
 
 class SliceEntry(StrictModel):
@@ -190,14 +195,22 @@ def read_manifest(folder: CheckpointPath) -> Manifest:
     Raises:
         UserError: there is none, or it is of another version.
         DamagedCheckpoint: it is not as it was written.
+        StorageOutage: it cannot be read for now.
     """
     try:
         raw = (folder / MANIFEST_NAME).read_bytes()
     except FileNotFoundError:
         raise UserError(f"{folder} is not a checkpoint: it has no {MANIFEST_NAME}; name another step.") from None
     except OSError as error:
-        raise DamagedCheckpoint(folder, f"{MANIFEST_NAME} cannot be read ({error.strerror})") from None
+        raise unreadable(folder, MANIFEST_NAME, error) from None
     return parse_manifest(raw, folder)
+
+
+def unreadable(folder: CheckpointPath, name: str, error: OSError) -> DamagedCheckpoint | StorageOutage:
+    """What to raise where a file of a checkpoint cannot be read: a file system that is away has damaged nothing."""
+    if is_outage(error):
+        return StorageOutage(f"{name} of {folder} cannot be read for now: {error.strerror}; run again to continue.")
+    return DamagedCheckpoint(folder, f"{name} cannot be read ({error.strerror})")
 
 
 def parse_manifest(raw: bytes, folder: object) -> Manifest:
@@ -227,7 +240,7 @@ def parse_manifest(raw: bytes, folder: object) -> Manifest:
 def hash_file(path: CheckpointPath) -> str:
     """SHA-256 of a file's contents."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with reaching(path), path.open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()

@@ -10,6 +10,7 @@ from sharding.state import TensorSlice
 from trainer.checkpoint.manifest import FileEntry, SliceEntry
 from trainer.checkpoint.safetensors_file import write_tensors
 from trainer.checkpoint.storage import CheckpointPath, write_whole
+from trainer.outages import StorageOutage, blames_storage
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class RankReport:
         slices: name, type and global shape of each tensor in it, and where which part of it is.
         write_s: seconds that writing took.
         attachments: size and hash of other files that it wrote, by name.
+        is_outage: whether the error is a storage that is away, and no fault of the input.
     """
 
     error: str | None
@@ -31,6 +33,7 @@ class RankReport:
     slices: tuple[tuple[str, str, list[int], SliceEntry], ...] = ()
     write_s: float = 0.0
     attachments: dict[str, FileEntry] = field(default_factory=dict)
+    is_outage: bool = False
 
 
 def write_rank_file(
@@ -64,7 +67,8 @@ def write_rank_file(
         entry = write_tensors(path, {_key(part): part.tensor for part in written})
     except Exception as error:  # noqa: BLE001 - whatever went wrong here must reach the other ranks, who wait
         reason = "no space left on device" if getattr(error, "errno", None) == errno.ENOSPC else str(error)
-        return RankReport(f"cannot write {path}: {reason}")
+        is_away = isinstance(error, StorageOutage) or (isinstance(error, OSError) and blames_storage(error))
+        return RankReport(f"cannot write {path}: {reason}", is_outage=is_away)
     entries = tuple(
         (
             part.name,

@@ -17,6 +17,7 @@ from trainer.checkpoint.manifest import (
     fingerprint,
     hash_file,
     read_manifest,
+    unreadable,
 )
 from trainer.checkpoint.storage import CheckpointPath
 from trainer.checkpoint.tensor_file import TensorFile
@@ -159,15 +160,17 @@ class CheckpointReader:
         target = part.tensor[tuple(target_index)] if target_index else part.tensor
         try:
             file.read_into(stored.key, tuple(source_index), target)
-        except (ValueError, OSError) as error:
+        except ValueError as error:
             raise DamagedCheckpoint(self.folder, f"{stored.key} in {stored.file}: {error}") from None
+        except OSError as error:
+            raise unreadable(self.folder, stored.file, error) from None
         return target.numel()
 
     def _hash(self, name: str) -> str:
         try:
             return hash_file(self.folder / name)
         except OSError as error:
-            raise DamagedCheckpoint(self.folder, f"{name} cannot be read ({error.strerror})") from None
+            raise unreadable(self.folder, name, error) from None
 
     def _file(self, name: str) -> TensorFile:
         file = self._open_files.pop(name, None)
@@ -176,7 +179,9 @@ class CheckpointReader:
                 self._open_files.pop(next(iter(self._open_files))).close()
             try:
                 file = TensorFile(self.folder / name)
-            except (ValueError, OSError) as error:
+            except ValueError as error:
                 raise DamagedCheckpoint(self.folder, f"{name}: {error}") from None
+            except OSError as error:
+                raise unreadable(self.folder, name, error) from None
         self._open_files[name] = file
         return file

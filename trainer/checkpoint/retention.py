@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable
 
-from sharding.errors import UserError
+from sharding.errors import RunFailure, UserError
 from trainer.checkpoint.config import CheckpointConfig
 from trainer.checkpoint.manifest import read_manifest
 from trainer.checkpoint.storage import CheckpointPath, list_checkpoints, list_step_folders, remove_checkpoint
@@ -12,16 +12,18 @@ from trainer.checkpoint.storage import CheckpointPath, list_checkpoints, list_st
 class BackgroundPruning:
     """``prune_checkpoints`` in a thread, one at a time: deleting large files takes a file system its time."""
 
-    def __init__(self, warn: Callable[[str], None]) -> None:
+    def __init__(self, warn: Callable[[str], None], before_remove: Callable[[], None]) -> None:
         """Nothing runs yet.
 
         Args:
             warn: told, in ``wait``, what could not be deleted; the checkpoint is there all the same, and the next save
                 deletes what this one could not.
+            before_remove: called before each checkpoint that is deleted; raises if the folder was lost.
         """
         self._warn = warn
+        self._before_remove = before_remove
         self._thread: threading.Thread | None = None
-        self._error: UserError | OSError | None = None
+        self._error: UserError | RunFailure | OSError | None = None
 
     def start(self, checkpoints_dir: CheckpointPath, settings: CheckpointConfig) -> None:
         """Begin, once the one before is over."""
@@ -42,12 +44,14 @@ class BackgroundPruning:
 
     def _run(self, checkpoints_dir: CheckpointPath, settings: CheckpointConfig) -> None:
         try:
-            prune_checkpoints(checkpoints_dir, settings)
-        except (UserError, OSError) as error:
+            prune_checkpoints(checkpoints_dir, settings, self._before_remove)
+        except (UserError, RunFailure, OSError) as error:
             self._error = error
 
 
-def prune_checkpoints(checkpoints_dir: CheckpointPath, settings: CheckpointConfig) -> None:
+def prune_checkpoints(
+    checkpoints_dir: CheckpointPath, settings: CheckpointConfig, before_remove: Callable[[], None]
+) -> None:
     """Delete all checkpoints but those that the settings keep; the newest one is always among these.
 
     Kept are the newest ``keep_last``, those at multiples of ``keep_every`` steps, and the ``keep_best`` whose step has
@@ -59,6 +63,7 @@ def prune_checkpoints(checkpoints_dir: CheckpointPath, settings: CheckpointConfi
     for step, folder in list_step_folders(checkpoints_dir):
         # A later one may be under way.
         if step < newest and step not in folders:
+            before_remove()
             remove_checkpoint(folder)
     if settings.keep_last == 0:
         return
@@ -68,13 +73,15 @@ def prune_checkpoints(checkpoints_dir: CheckpointPath, settings: CheckpointConfi
     if settings.keep_best:
         kept |= set(_best_steps(folders)[: settings.keep_best])
     for step in folders.keys() - kept:
+        before_remove()
         remove_checkpoint(folders[step])
 
 
-def remove_checkpoints_after(checkpoints_dir: CheckpointPath, step: int) -> None:
+def remove_checkpoints_after(checkpoints_dir: CheckpointPath, step: int, before_remove: Callable[[], None]) -> None:
     """Delete the checkpoints of later steps."""
     for later, folder in list_checkpoints(checkpoints_dir):
         if later > step:
+            before_remove()
             remove_checkpoint(folder)
 
 

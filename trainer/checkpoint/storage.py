@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
-from sharding.errors import UserError
+from sharding.errors import RunFailure, UserError
+from trainer.lease import ATTEMPT_VARIABLE
+from trainer.outages import StorageOutage, is_outage
 
 MANIFEST_NAME = "manifest.json"
 _PREFIX = "step-"
@@ -21,18 +23,27 @@ _BLOCK_BYTES = 16 * 2**20
 _EXTRAS = {"s3": ("s3fs", "s3"), "s3a": ("s3fs", "s3"), "gs": ("gcsfs", "gs"), "gcs": ("gcsfs", "gs")}
 
 
+class _Reach:
+    """Whether a store has answered, so that its address is right; shared by all that is in it."""
+
+    def __init__(self) -> None:
+        # The launcher asks it before it starts ranks.
+        self.has_answered = ATTEMPT_VARIABLE in os.environ
+
+
 class UrlPath:
     """A file or folder of an object store: the few methods of ``Path`` that checkpoints need."""
 
-    def __init__(self, file_system: Any, path: str, protocol: str) -> None:
+    def __init__(self, file_system: Any, path: str, protocol: str, reach: _Reach | None = None) -> None:
         """Name a place; nothing is reached yet. Use ``locate``."""
+        self._reach = reach or _Reach()
         self._file_system = file_system
         self._path = path.rstrip("/")
         self._protocol = protocol
 
     def __truediv__(self, name: str) -> "UrlPath":
         """A file or folder in this one."""
-        return UrlPath(self._file_system, f"{self._path}/{name}", self._protocol)
+        return UrlPath(self._file_system, f"{self._path}/{name}", self._protocol, self._reach)
 
     def __str__(self) -> str:
         """The URL."""
@@ -58,7 +69,7 @@ class UrlPath:
     @property
     def parent(self) -> "UrlPath":
         """The folder that this is in."""
-        return UrlPath(self._file_system, self._path.rpartition("/")[0], self._protocol)
+        return UrlPath(self._file_system, self._path.rpartition("/")[0], self._protocol, self._reach)
 
     def exists(self) -> bool:
         """Whether it is there now."""
@@ -145,14 +156,19 @@ class UrlPath:
         """Turn whatever a store's library raises into one sentence; a file that is not there stays an OSError."""
         try:
             yield
-        except (FileNotFoundError, UserError):
+        except (FileNotFoundError, UserError, RunFailure):
             raise
         except Exception as error:  # each store has errors of its own
             reason = " ".join(str(error).split()) or type(error).__name__
+            if is_outage(error, was_reached=self._reach.has_answered):
+                raise StorageOutage(
+                    f"{self} cannot be reached for now: {reason}; run again to continue once it answers."
+                ) from error
             raise UserError(
                 f"{self} cannot be reached: {reason}; check the URL and the credentials, which come from the "
                 "environment."
             ) from error
+        self._reach.has_answered = True
 
 
 CheckpointPath = Path | UrlPath
@@ -245,13 +261,13 @@ def file_sizes(folder: CheckpointPath) -> dict[str, int]:
     sizes = {}
     for entry in os.scandir(folder):
         # One that is gone meanwhile, or leads nowhere, is not there.
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(FileNotFoundError):
             sizes[entry.name] = entry.stat().st_size
     return sizes
 
 
 def reaching(file: CheckpointPath) -> contextlib.AbstractContextManager[None]:
-    """Within this, what goes wrong on the way to an object store is a UserError: it says nothing of the file."""
+    """Within this, what goes wrong on the way to an object store says nothing of the file: no OSError comes of it."""
     return contextlib.nullcontext() if isinstance(file, Path) else file.reached()
 
 

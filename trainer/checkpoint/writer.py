@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sharding.errors import RunFailure, UserError
-from sharding.object_exchange import gather_objects
+from sharding.object_exchange import broadcast_object, gather_objects
 from sharding.process_group import Ranks
 from sharding.state import TensorSlice
 from trainer.checkpoint.manifest import (
@@ -22,6 +22,7 @@ from trainer.checkpoint.manifest import (
 )
 from trainer.checkpoint.rank_file import RankReport, write_rank_file
 from trainer.checkpoint.storage import CheckpointPath, make_folder, remove_checkpoint, sync_folder
+from trainer.outages import StorageOutage, blames_storage
 
 
 @dataclass(frozen=True)
@@ -50,22 +51,31 @@ def save_checkpoint(
         training: counters.
         identity: configuration and data.
         ranks: this rank's place.
-        before_commit: called on rank 0 before the manifest is written; raises to give up.
+        before_commit: called on rank 0 before anything is removed, and before the manifest is written; raises to give
+            up.
 
     Raises:
         UserError: a rank could not write, for example for want of space; no rank has a checkpoint then.
+        RunFailure: the folder was lost, or the storage is away; the same holds.
     """
-    prepare_checkpoint(folder, slices, training.step, ranks)
+    prepare_checkpoint(folder, slices, training.step, ranks, before_commit)
     commit_checkpoint(folder, write_rank_file(folder, slices, ranks.rank), training, identity, ranks, before_commit)
 
 
-def prepare_checkpoint(folder: CheckpointPath, slices: list[TensorSlice], step: int, ranks: Ranks) -> None:
-    """Make the folder, and check for space on all ranks; every rank must call it.
+def prepare_checkpoint(
+    folder: CheckpointPath, slices: list[TensorSlice], step: int, ranks: Ranks, before_change: Callable[[], None]
+) -> None:
+    """Make the folder, and check that all ranks' parts have space together; every rank must call it.
 
     Raises:
-        UserError: a rank has too little space, say.
+        UserError: there is too little space, say.
+        RunFailure: the folder was lost, or the storage is away.
     """
-    _give_up_if_any_failed(folder, gather_objects(_prepare_folder(folder, slices, ranks), ranks), step, ranks)
+    num_bytes = gather_objects(sum(part.num_bytes for part in slices if part.is_written_here), ranks)
+    error = _prepare_folder(folder, num_bytes, step, before_change) if ranks.rank == 0 else None
+    error = broadcast_object(error, ranks)
+    if error is not None:
+        raise error
 
 
 def commit_checkpoint(
@@ -86,7 +96,7 @@ def commit_checkpoint(
         RunFailure: the folder was lost; the same holds.
     """
     reports = gather_objects(report, ranks)
-    _give_up_if_any_failed(folder, reports, training.step, ranks)
+    _give_up_if_any_failed(folder, reports, training.step, ranks, before_commit)
     error = None
     if ranks.rank == 0:
         error = _commit(folder, reports, training, identity, ranks, before_commit)
@@ -96,37 +106,45 @@ def commit_checkpoint(
     return max(report.write_s for report in reports)
 
 
-def _prepare_folder(folder: CheckpointPath, slices: list[TensorSlice], ranks: Ranks) -> RankReport:
-    """Check for space before anything is written: a full disk found half-way costs the time of the whole save."""
-    if ranks.rank == 0:
-        try:
-            remove_checkpoint(folder)
-            make_folder(folder)
-        except (OSError, UserError) as error:
-            return RankReport(f"cannot create {folder}: {getattr(error, 'strerror', None) or error}")
-    if not isinstance(folder, Path):
-        return RankReport(None)
-    num_bytes = sum(part.num_bytes for part in slices if part.is_written_here)
+def _prepare_folder(
+    folder: CheckpointPath, num_bytes: list[int], step: int, before_change: Callable[[], None]
+) -> UserError | RunFailure | None:
+    """Make the folder; returns why it cannot be, or why it has too little space for what each rank would write.
+
+    A full disk found half-way costs the time of the whole save. All ranks write into this one folder, so it is one file
+    system that must hold all their parts, whatever each machine calls it.
+    """
     try:
-        # Not the folder itself: rank 0 may be removing what an unfinished save has left in it.
-        parent = next(p for p in folder.parents if p.exists())
-        free_bytes = shutil.disk_usage(parent).free
-    except OSError as error:
-        return RankReport(f"cannot look at the disk of {folder}: {error.strerror}")
-    if num_bytes > free_bytes:
-        return RankReport(f"needs {num_bytes:,} bytes, but {parent} has {free_bytes:,} bytes free")
-    return RankReport(None)
+        # What is there may be a checkpoint of whoever has taken the run over.
+        before_change()
+        remove_checkpoint(folder)
+        make_folder(folder)
+        free_bytes = shutil.disk_usage(folder).free if isinstance(folder, Path) else None
+    except RunFailure as error:
+        return error
+    except (OSError, UserError) as error:
+        reason = f"cannot create {folder}: {getattr(error, 'strerror', None) or error}"
+        return _not_saved(step, reason, is_outage=isinstance(error, OSError) and blames_storage(error))
+    if free_bytes is None or sum(num_bytes) <= free_bytes:
+        return None
+    _discard(folder, before_change)
+    parts = f"{len(num_bytes)} ranks write {sum(num_bytes):,} bytes together, up to {max(num_bytes):,} each"
+    if len(num_bytes) == 1:
+        parts = f"it has {num_bytes[0]:,} bytes"
+    return _not_saved(step, f"{parts}, but {folder.parent} has {free_bytes:,} bytes free")
 
 
-def _give_up_if_any_failed(folder: CheckpointPath, reports: list[RankReport], step: int, ranks: Ranks) -> None:
+def _give_up_if_any_failed(
+    folder: CheckpointPath, reports: list[RankReport], step: int, ranks: Ranks, before_change: Callable[[], None]
+) -> None:
     """Have all ranks, which know the same reports, give the checkpoint up together."""
     failed = [(rank, report.error) for rank, report in enumerate(reports) if report.error]
     if not failed:
         return
     if ranks.rank == 0:
-        _discard(folder)
+        _discard(folder, before_change)
     rank, reason = failed[0]
-    raise _not_saved(step, f"rank {rank}: {reason}")
+    raise _not_saved(step, f"rank {rank}: {reason}", is_outage=reports[rank].is_outage)
 
 
 def _commit(
@@ -158,34 +176,32 @@ def _commit(
         | {name: entry for report in reports for name, entry in report.attachments.items()},
     )
     try:
-        # Where it fails, the folder may be another's by now.
         before_commit()
-    except RunFailure as error:
-        return error
-    except OSError as error:
-        return UserError(
-            f"the checkpoint of step {training.step} could not be saved: {error}; run again to continue from the one "
-            "before."
-        )
-    try:
         sync_folder(folder)
         write_manifest(folder, manifest)
+    except RunFailure as error:
+        return error
     except UserError as error:
         # It says itself what to do.
         return UserError(f"the checkpoint of step {training.step} could not be saved: {error}")
     except OSError as error:
-        _discard(folder)
-        return _not_saved(training.step, str(error))
+        _discard(folder, before_commit)
+        return _not_saved(training.step, str(error), is_outage=blames_storage(error))
     return None
 
 
-def _discard(folder: CheckpointPath) -> None:
-    """Make room again; where a store or a disk is away, what is left has no manifest."""
-    with contextlib.suppress(UserError, OSError):
+def _discard(folder: CheckpointPath, before_change: Callable[[], None]) -> None:
+    """Make room again; where a store or a disk is away, what is left has no manifest. A lost folder is left alone."""
+    with contextlib.suppress(UserError, RunFailure, OSError):
+        before_change()
         remove_checkpoint(folder)
 
 
-def _not_saved(step: int, reason: str) -> UserError:
+def _not_saved(step: int, reason: str, *, is_outage: bool = False) -> UserError | StorageOutage:
+    if is_outage:
+        return StorageOutage(
+            f"the checkpoint of step {step} could not be saved: {reason}; run again to continue from the one before."
+        )
     return UserError(
         f"the checkpoint of step {step} could not be saved: {reason}; "
         "if the disk is full, free some space or lower checkpoint.keep_last; then run again to continue from the one "
