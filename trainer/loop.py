@@ -12,7 +12,7 @@ import torch
 from sharding.engine import Batch
 from sharding.errors import NonFiniteFailure, RunFailure, UserError
 from trainer.accumulation import agree_on_step
-from trainer.bad_numbers import TakenStep, leave_out_as_told
+from trainer.bad_numbers import TakenStep
 from trainer.checkpoint.manifest import TrainingState
 from trainer.config import RunConfig
 from trainer.data.loader import BatchLoader
@@ -32,10 +32,13 @@ from trainer.metrics import (
 from trainer.noise_scale import NoiseScale, train_and_measure
 from trainer.phases import Phase
 from trainer.randomness import seed_step
-from trainer.schedules import learning_rate
+from trainer.schedules import learning_rate, sentence_after_curve
 from trainer.trainer_parts import TrainerParts
 
 _GC_EVERY_STEPS = 100
+# Between log lines, skipped steps are counted on the device and looked at so often, each time as they were at the last
+# look: a series of them ends the run at most twice as many steps after it has become too long.
+_LOOK_EVERY_STEPS = 10
 
 
 class Ending(Enum):
@@ -98,7 +101,11 @@ class Trainer:
         self._parts.phases.enter(Phase.LOAD)
         restored = self._parts.checkpointer.resume(self._parts.engine)
         if restored is not None:
-            self._restore(leave_out_as_told(restored, self._config.data.skip_samples))
+            self._restore(self._bad_numbers.leave_out_as_told(restored, self._config.data.skip_samples))
+        if sentence := sentence_after_curve(
+            self._config.schedule, self._training.schedule_total_steps, self.step, self._config.num_steps
+        ):
+            self._parts.observers.warn(sentence)
         self._open_metrics_file()
 
     def fit(self) -> Ending:
@@ -225,7 +232,9 @@ class Trainer:
             return
         if logs:
             self._log(record, evaluates=evaluates)
-        elif self._parts.ranks.rank == 0:
+        elif is_due(step, _LOOK_EVERY_STEPS):
+            self._refuse_skips(self._skipped.look())
+        if not logs and self._parts.ranks.rank == 0:
             self._parts.observers.advance(step)
         if saves and not is_last:
             self._save(waits=False)
@@ -294,13 +303,17 @@ class Trainer:
             metrics |= parts.observers.goodput()
             self._metrics_file.write(self.step, metrics)
             parts.observers.log(self.step, metrics)
-        if longest_skip >= self._config.faults.max_nonfinite_steps + self._num_halvings():
+        self._refuse_skips(longest_skip)
+        self._clock.restart()
+
+    def _refuse_skips(self, longest: int) -> None:
+        """Assert that no series of skipped steps is too long; every rank has counted the same."""
+        if longest >= self._config.faults.max_nonfinite_steps + self._num_halvings():
             raise NonFiniteFailure(
-                f"the loss or a gradient was not finite in {longest_skip} steps in a row before step {self.step + 1} "
+                f"the loss or a gradient was not finite in {longest} steps in a row before step {self.step + 1} "
                 f"(faults.max_nonfinite_steps={self._config.faults.max_nonfinite_steps}), all of them skipped; "
                 "lower optimizer.lr, lengthen schedule.warmup_steps or look at the data of these steps."
             )
-        self._clock.restart()
 
     def _num_halvings(self) -> int:
         """Steps that fp16 may skip in a row for good reason: each halves the loss scale, down to 1."""

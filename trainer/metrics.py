@@ -116,6 +116,8 @@ class SkippedSteps:
         self.total = torch.tensor(float(total), device=device)
         self.in_a_row = torch.tensor(float(in_a_row), device=device)
         self.longest = self.in_a_row.clone()
+        self._looked_at = torch.zeros((), pin_memory=device.type == "cuda")
+        self._is_copied = torch.cuda.Event() if device.type == "cuda" else None
 
     def add(self, stepped: torch.Tensor) -> None:
         """Count one step; ``stepped`` is 1 where parameters were updated, else 0."""
@@ -123,6 +125,19 @@ class SkippedSteps:
         self.total += skipped
         self.in_a_row = (self.in_a_row + skipped) * skipped
         self.longest = torch.maximum(self.longest, self.in_a_row)
+
+    def look(self) -> int:
+        """The longest series of skipped steps as it was at the look before this one; 0 at the first.
+
+        What is seen now is copied meanwhile: the device has long done so by the next look, and no step waits for it.
+        """
+        if self._is_copied is not None:
+            self._is_copied.synchronize()
+        longest = int(self._looked_at)
+        self._looked_at.copy_(self.longest, non_blocking=True)
+        if self._is_copied is not None:
+            self._is_copied.record()
+        return longest
 
 
 def summarize_step(

@@ -64,6 +64,25 @@ def learning_rate(step: int, peak: float, schedule: ScheduleConfig, total_steps:
     return peak * (final + (1.0 - final) * share)
 
 
+def sentence_after_curve(schedule: ScheduleConfig, total_steps: int, step: int, num_steps: int) -> str | None:
+    """What to say of a run that goes on after its curve has ended, at its last rate; None where none does.
+
+    Args:
+        schedule: the curve.
+        total_steps: step at which a curve with an end ends.
+        step: finished steps.
+        num_steps: steps after which the run is finished.
+    """
+    if schedule.name not in _CURVES_WITH_END or num_steps <= total_steps or step >= num_steps:
+        return None
+    whose = "" if schedule.total_steps else ", the steps that this run was first started with"
+    return (
+        f"schedule.name={schedule.name} ends at step {total_steps}{whose}: steps {max(total_steps, step) + 1} to "
+        f"{num_steps} train at {schedule.final_lr_ratio:g} x optimizer.lr (schedule.final_lr_ratio); set "
+        f"schedule.total_steps={num_steps} to have it end there."
+    )
+
+
 def _endless_share(step: int, schedule: ScheduleConfig) -> float:
     """Share of the peak on a curve without a horizon, before the floor."""
     after_warmup = step - schedule.warmup_steps

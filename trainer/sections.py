@@ -143,8 +143,9 @@ class FaultsConfig(StrictModel):
     """What the run does when something goes wrong."""
 
     max_nonfinite_steps: int = Field(default=5, ge=1)
-    """Consecutive steps with a non-finite loss or gradient, each skipped by all ranks, before the run stops; under
-    fp16 the steps that it takes to halve the loss scale down to 1 come on top."""
+    """Consecutive steps with a non-finite loss or gradient, each skipped by all ranks, before the run stops: at the
+    next line of metrics, and at most 20 steps later; under fp16 the steps that it takes to halve the loss scale down to
+    1 come on top."""
 
     max_restarts: int = Field(default=0, ge=0)
     """Times that `shardline run`, or a job of `slurm/`, starts the ranks again after a failure, from the last

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from sharding.errors import RunFailure
+from sharding.errors import NonFiniteFailure, RunFailure, UserError
 from sharding.process_group import Ranks
 from tests.runs_in_process import RunsInProcess, saved_state
 from tests.support import read_metrics, run_on_ranks
@@ -49,6 +49,44 @@ def _events(folder: RunFolder) -> dict[str, list[dict[str, Any]]]:
 
 def _spike(step: int = 7, num_steps: int = 1, kind: Any = "spike") -> list[Fault]:
     return [Fault(fault=kind, rank=1, step=step, num_steps=num_steps)]
+
+
+def _check_told_later(runs: RunsInProcess, told: RunFolder) -> None:
+    """What a spike's line advises: a run that is continued leaves out what it is told then."""
+    runs.train("told-later", steps=6, faults=_JUDGED)
+    for steps in (8, _STEPS):
+        later = runs.train("told-later", steps=steps, data={"skip_samples": _SPOILED}, faults=_JUDGED)
+    _assert_same_end(later, told)
+    if runs.ranks.rank == 0:
+        (left_out,) = _events(later)["samples_skipped"]
+        assert (left_out["attempt"], left_out["step"], left_out["samples"]) == (2, 6, _SPOILED)
+        assert left_out["documents"]
+    with pytest.raises(UserError, match=r"skip_samples=\[\[0, 12\]\] names samples before position"):
+        runs.train("told-later", steps=12, data={"skip_samples": [[0, 12]]}, faults=_JUDGED)
+
+
+def _check_too_many(runs: RunsInProcess) -> None:
+    """Every step counts, however seldom there are lines of metrics."""
+    faults = {"max_nonfinite_steps": 3, "spike_policy": "off"}
+    with pytest.raises(
+        NonFiniteFailure, match=r"not finite in \d+ steps in a row .*max_nonfinite_steps=3\), all of them"
+    ):
+        runs.train(
+            "never-finite",
+            _spike(2, 99, "nan"),
+            steps=60,
+            metrics={"every_steps": 0},
+            checkpoint={"every_steps": 0},
+            faults=faults,
+        )
+    # The fourth step is too much; the bound is twice ten steps.
+    assert runs.phases.now.step <= 4 + 20
+    # The curve of these runs ends at step 12.
+    runs.train("beyond", steps=14, faults={"spike_policy": "off"})
+    if runs.ranks.rank == 0:
+        said = " ".join(runs.console("beyond").split())
+        assert said.count("ends at step 12: steps 13 to 14 train at 0.1 x optimizer.lr") == 1
+        assert "set schedule.total_steps=14" in said
 
 
 def _check_skip(runs: RunsInProcess, told: RunFolder) -> None:
@@ -156,6 +194,8 @@ def _bad_numbers(ranks: Ranks, root: Path, corpus: Path) -> None:
         told = runs.train("told", steps=steps, data={"skip_samples": _SPOILED}, faults=_JUDGED)
     assert _curve(told)[:6] == _curve(undisturbed)[:6]
     assert _curve(told)[6] != _curve(undisturbed)[6]
+    _check_told_later(runs, told)
+    _check_too_many(runs)
     _check_skip(runs, told)
     _check_rollback(runs, told)
     _check_warn(runs, undisturbed)

@@ -81,7 +81,7 @@ class CheckpointReader:
         try:
             contents = (self.folder / entry.file).read_bytes()
         except OSError as error:
-            raise DamagedCheckpoint(self.folder, f"{entry.file} cannot be read ({error.strerror})") from None
+            raise unreadable(self.folder, entry.file, error) from None
         if hashlib.sha256(contents).hexdigest() != self.manifest.files[entry.file].sha256:
             raise DamagedCheckpoint(
                 self.folder, f"the contents of {entry.file} do not have the SHA-256 that the manifest says"
