@@ -145,7 +145,9 @@ def _is_consequence(outcome: dict[str, Any], first: RankFailure | None, log: Pat
         return False
     if -first.exit_code in CRASHES:
         return True
-    return is_of_a_peer(outcome["reason"]) and first.rank not in read_rank_errors(log.parent)
+    # As the rank wrote it.
+    kind, _, message = outcome["reason"].partition(": ")
+    return is_of_a_peer(kind, message) and first.rank not in read_rank_errors(log.parent)
 
 
 def _explain(agent: str, agent_status: int, first: RankFailure | None, log: Path, oom_kill: Evidence | None) -> str:

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Sequence
 
 from sharding.engine import Engine
+from sharding.errors import UserError
 from sharding.mesh import DataParallelMesh, build_mesh
 from sharding.precision import compute_dtype
 from sharding.process_group import Ranks, set_step_timeout
@@ -99,6 +100,12 @@ def build_trainer(
     corpus.check_sequence_length(config.data.sequence_length)
     validation = corpus.stream("validation", verify=config.faults.verify_data)
     length = config.data.sequence_length
+    if config.evaluation.every_steps and validation.num_sequences(length) == 0:
+        raise UserError(
+            f"evaluation.every_steps={config.evaluation.every_steps} evaluates held-out sequences, but what "
+            f"data.validation_fraction={config.data.validation_fraction:g} holds out makes none of "
+            f"data.sequence_length={length} tokens; raise the fraction, or set evaluation.every_steps=0."
+        )
     if config.data.document_mask:
         check_engine(engine, fetched, task, vocabulary)
     for line in describe_mixture(corpus, length, config.num_steps * config.batch.global_size):

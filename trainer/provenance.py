@@ -31,7 +31,7 @@ def collect_provenance(config: RunConfig, world: World, argv: list[str]) -> dict
         "packages": {name: _version(name) for name in _PACKAGES},
         "hardware": hardware_facts(),
         "num_ranks": world.num_ranks,
-        "threads_per_rank": threads_per_rank(config, world.num_ranks, os.environ),
+        "threads_per_rank": threads_per_rank(config, world.num_local_ranks or world.num_ranks, os.environ),
     }
 
 

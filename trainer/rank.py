@@ -141,7 +141,7 @@ def _run(arguments: Sequence[str], progress: _Progress) -> int:
         raise UserError("no configuration given; write python -m trainer CONFIG [key=value ...].")
     config = load_config(arguments[0], arguments[1:])
     rank, world_size, _, local_world_size = read_ranks(os.environ)
-    world = World(num_ranks=world_size, has_gpu=torch.cuda.is_available())
+    world = World(world_size, has_gpu=torch.cuda.is_available(), num_local_ranks=local_world_size)
     validate(config, world)
     refuse_foreign_settings(os.environ)
     if note := note_on_place(os.environ):

@@ -18,13 +18,15 @@ from trainer.phases import Moment, Phase
 from trainer.stacks import Frame, innermost
 
 ELASTIC_ERROR_VARIABLE = "TORCHELASTIC_ERROR_FILE"
-# What gloo, NCCL and the store say on a rank whose peer is gone or late: never the cause.
+# What gloo, NCCL and torch's store say on a rank whose peer is gone or late: never the cause.
 _PEER_GONE = re.compile(
-    r"Connection closed by peer|Connection reset by peer|Broken pipe|Connection refused|Socket closed"
-    r"|ncclRemoteError|ncclSystemError|NCCL communicator was aborted|remote process exited"
+    r"Connection closed by peer|ncclRemoteError|ncclSystemError|NCCL communicator was aborted|remote process exited"
     r"|(recv|send)Bytes failed|failed to (recv|send)|Application timeout caused pair closure|Timed out waiting"
-    r"|Read timeout|Socket Timeout|wait timeout after"
+    r"|Socket Timeout|wait timeout after"
 )
+# Anybody at the other end of a line may be meant: a hub, a store, a tracker; unless it is one of these who says so.
+_LINE_BROKE = re.compile(r"Connection reset by peer|Broken pipe|Connection refused|Socket closed|Read timeout")
+_BETWEEN_RANKS = re.compile(r"gloo|pair\.cc|c10d|NCCL|TCPStore|SocketImpl")
 
 
 class RankError(StrictModel):
@@ -60,12 +62,23 @@ class RankError(StrictModel):
     @property
     def is_consequence(self) -> bool:
         """Whether it says no more than that another rank is gone or late."""
-        return is_of_a_peer(self.message)
+        return is_of_a_peer(self.type, self.message)
 
 
-def is_of_a_peer(message: str) -> bool:
-    """Whether an error's text says no more than that another rank is gone or late."""
-    return _PEER_GONE.search(message) is not None
+def is_of_a_peer(kind: str, message: str) -> bool:
+    """Whether an error says no more than that another rank is gone or late.
+
+    Args:
+        kind: name of its type.
+        message: its text.
+    """
+    line_broke = _LINE_BROKE.search(message) is not None
+    if kind.startswith("Dist"):
+        # torch.distributed's own: DistBackendError, DistNetworkError, DistStoreError.
+        return line_broke or _PEER_GONE.search(message) is not None
+    if kind != "RuntimeError":
+        return False
+    return _PEER_GONE.search(message) is not None or (line_broke and _BETWEEN_RANKS.search(message) is not None)
 
 
 def describe_error(error: BaseException, rank: int, moment: Moment) -> RankError:

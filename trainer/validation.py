@@ -30,10 +30,17 @@ BUCKETED_STRATEGIES: tuple[Strategy, ...] = ("zero1", "zero2", "zero3")
 
 @dataclass(frozen=True)
 class World:
-    """How many ranks there are and what they run on."""
+    """How many ranks there are and what they run on.
+
+    Attributes:
+        num_ranks: all of them.
+        has_gpu: whether they compute on GPUs.
+        num_local_ranks: those of this node; None where it has them all.
+    """
 
     num_ranks: int
     has_gpu: bool
+    num_local_ranks: int | None = None
 
 
 def accumulation_steps(config: "RunConfig", num_ranks: int) -> int:
@@ -85,6 +92,11 @@ def validate(config: "RunConfig", world: World | None = None) -> None:
         )
     if config.checkpoint.load == "weights" and config.checkpoint.from_ is None:
         raise UserError("checkpoint.load=weights needs checkpoint.from, which is not set; name the run to start from.")
+    if config.evaluation.every_steps and config.data.validation_fraction == 0:
+        raise UserError(
+            f"evaluation.every_steps={config.evaluation.every_steps} evaluates held-out documents, but "
+            "data.validation_fraction=0 holds none out; raise it, or set evaluation.every_steps=0."
+        )
     _validate_retention(config)
     _validate_replica_check(config)
     if world is not None:

@@ -142,6 +142,10 @@ def test_refused(config_file: Path, override: str, message: str) -> None:
         (["faults.spike_policy=rollback"], "but checkpoint.every_steps=0 saves none before the end"),
         (["checkpoint.keep_best=1", "checkpoint.keep_last=0"], "has no effect while checkpoint.keep_last=0 keeps all"),
         (["checkpoint.keep_best=1", "data.validation_fraction=0"], "data.validation_fraction=0 holds nothing out"),
+        (
+            ["evaluation.every_steps=1", "data.validation_fraction=0"],
+            "evaluation.every_steps=1 evaluates held-out documents, but data.validation_fraction=0 holds none out",
+        ),
         (["checkpoint.keep_best=1", "checkpoint.every_steps=2"], "but evaluation.every_steps=0 has one at the end"),
         (["checkpoint.keep_best=1", "evaluation.every_steps=2"], "but checkpoint.every_steps=0 has one at the end"),
         (

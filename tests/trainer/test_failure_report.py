@@ -16,7 +16,7 @@ from trainer.failure_report import ProcessEnd, Sources, build_failure, write_fai
 from trainer.heartbeat import HeartbeatFile
 from trainer.phases import Moment, Phase, Phases
 from trainer.places import Places, publish_place, read_places
-from trainer.rank_error import ELASTIC_ERROR_VARIABLE, describe_error, write_rank_error
+from trainer.rank_error import ELASTIC_ERROR_VARIABLE, describe_error, is_of_a_peer, write_rank_error
 
 PEER_GONE = "[pair.cc:553] Connection closed by peer [127.0.0.1]:27027."
 
@@ -55,6 +55,31 @@ def test_an_error_goes_before_what_it_does_to_the_others(run_dir: Path) -> None:
     assert failure.signature == f"exception ZeroDivisionError at {failure.where} in step 7"
     assert [state.role for state in failure.ranks] == ["running", "first"]
     assert any("ZeroDivisionError: by zero" in one.text for one in failure.evidence)
+
+
+def test_a_line_to_a_hub_that_breaks_is_no_peers_fault(run_dir: Path) -> None:
+    hub = ConnectionResetError(104, "Connection reset by peer")
+    leave(run_dir, {}, {}, rank_0=RuntimeError(PEER_GONE), rank_1=hub)
+    failure = build_failure(Sources(run_dir, 1, outcome(f"RuntimeError: {PEER_GONE}", 0)))
+    assert (failure.kind, failure.rank) == (FailureKind.EXCEPTION, 1)
+    assert "ConnectionResetError" in failure.signature
+
+
+@pytest.mark.parametrize(
+    ("kind", "message", "is_peers"),
+    [
+        ("RuntimeError", PEER_GONE, True),
+        ("RuntimeError", "[/x/gloo/transport/tcp/pair.cc:144] writev: Connection reset by peer", True),
+        ("DistNetworkError", "Connection reset by peer", True),
+        ("DistBackendError", "NCCL error: ncclRemoteError: remote process exited", True),
+        ("ConnectionError", "('Connection aborted.', ConnectionResetError(104, 'Connection reset by peer'))", False),
+        ("RuntimeError", "Data processing error: Connection reset by peer", False),
+        ("BrokenPipeError", "[Errno 32] Broken pipe", False),
+        ("StorageOutage", "s3://b/x cannot be reached for now: Read timeout on endpoint", False),
+    ],
+)
+def test_who_broke_the_line(kind: str, message: str, is_peers: bool) -> None:
+    assert is_of_a_peer(kind, message) is is_peers
 
 
 def test_a_signature_does_not_name_the_rank(run_dir: Path, tmp_path: Path) -> None:

@@ -38,6 +38,14 @@ def test_the_machine_and_the_packages(config_file: Path) -> None:
     assert provenance["threads_per_rank"] >= 1
 
 
+def test_cores_are_divided_among_the_ranks_of_a_node(config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    num_cores = len(os.sched_getaffinity(0))
+    for world, num_local in ((World(64, has_gpu=False, num_local_ranks=1), 1), (World(64, has_gpu=False), 64)):
+        provenance = collect_provenance(load_config(config_file), world, [])
+        assert provenance["threads_per_rank"] == max(1, num_cores // num_local)
+
+
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")
 def test_the_revision_is_this_checkouts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
+CLOSE_WITHIN_S = 5.0
 
 
 class ReadAhead(Generic[Item]):
@@ -46,12 +47,16 @@ class ReadAhead(Generic[Item]):
         return item
 
     def close(self) -> None:
-        """Stop reading ahead."""
+        """Stop reading ahead.
+
+        A thread that is in the middle of an item, such as one that a hub does not answer for, is left behind after
+        ``CLOSE_WITHIN_S``: a rank that fails must get to say so.
+        """
         with self._changed:
             self._is_closed = True
             self._changed.notify()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(CLOSE_WITHIN_S)
 
     def _is_low(self) -> bool:
         return len(self._ready) <= self._num_ahead // 2

@@ -30,13 +30,17 @@ def build_task(name: str, z_loss: float = 0.0, loss_chunk_tokens: int = 0, folde
         return _TASKS[name](z_loss, loss_chunk_tokens)
     module_name, _, class_name = name.partition(":")
     try:
-        return getattr(_import(module_name, folder), class_name)()
-    except (ImportError, AttributeError) as error:
+        module = _import(module_name, folder)
+        if not hasattr(module, class_name):
+            raise ImportError(f"module {module_name!r} has no {class_name!r}")
+    except ImportError as error:
         place = "no task.folder is set" if folder is None else f"task.folder={folder}"
         raise UserError(
             f"task.name={name} cannot be imported: {error}; check the module and class name, and where the module lies "
             f"({place}; else it must be installed or on PYTHONPATH, and the working folder does not count)."
         ) from None
+    # What goes wrong in its own code is shown with its traceback.
+    return getattr(module, class_name)()
 
 
 def _import(name: str, folder: str | None) -> ModuleType:

@@ -8,6 +8,7 @@ from itertools import count
 import pytest
 
 from tests.support import wait_until
+from trainer.data import read_ahead
 from trainer.data.read_ahead import ReadAhead
 
 
@@ -52,6 +53,17 @@ def test_an_error_comes_after_the_items_before_it(num_ahead: int) -> None:
     with pytest.raises(OSError, match="the disk is gone"):
         reader.next()
     reader.close()
+
+
+def test_closing_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(read_ahead, "CLOSE_WITHIN_S", 0.2)
+    answers = threading.Event()
+    reader = ReadAhead((answers.wait() for _ in count()), 1)
+    closing = threading.Thread(target=reader.close, daemon=True)
+    closing.start()
+    closing.join(20)
+    assert not closing.is_alive()
+    answers.set()
 
 
 @pytest.mark.parametrize("num_ahead", [1, 8])

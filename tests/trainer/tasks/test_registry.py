@@ -79,3 +79,25 @@ def test_one_of_the_name_of_a_library_is_not_mixed_up(tmp_path: Path, config_fil
     (tmp_path / "yaml.py").write_text("class Own:\n    pass\n")
     with pytest.raises(UserError, match=r"the module yaml is taken from .*/yaml/__init__.py, so rename yours"):
         build(load_config(config_file, ["task.name=yaml:Own"]))
+
+
+_MISTAKEN = """
+class Broken:
+    def __init__(self):
+        self.weight = self.no_such_attribute
+
+class NeedsMore:
+    def __init__(self):
+        import no_such_module_of_the_users
+"""
+
+
+def test_a_mistake_in_a_tasks_own_code_is_not_called_a_wrong_name(tmp_path: Path) -> None:
+    (tmp_path / "own_task.py").write_text(_MISTAKEN)
+    folder = str(tmp_path)
+    with pytest.raises(AttributeError, match="no_such_attribute"):
+        build_task("own_task:Broken", folder=folder)
+    with pytest.raises(ModuleNotFoundError, match="no_such_module_of_the_users"):
+        build_task("own_task:NeedsMore", folder=folder)
+    with pytest.raises(UserError, match=r"task.name=own_task:Other cannot be imported: module 'own_task' has no 'Other';"):
+        build_task("own_task:Other", folder=folder)
