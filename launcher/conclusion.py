@@ -97,7 +97,7 @@ def conclude_by_force(run_folder: RunFolder) -> int:
     """Say that a second signal ended the run, and return the exit status."""
     outcome = run_folder.read_outcome()
     if outcome is None or outcome["exit_code"] not in (EXIT_FINISHED, EXIT_STOPPED):
-        step = _saved_step(run_folder)
+        step = saved_step(run_folder)
         run_folder.replace_outcome("failed", EXIT_INTERRUPTED, step, "ended at once by a second signal")
         then = f"the same command continues after step {step}" if step else "nothing was saved yet"
         print(f"error: ended at once by a second signal; {then}", file=sys.stderr)
@@ -186,13 +186,14 @@ def _last_error(log: Path) -> str:
 def _overwrite_outcome(
     run_folder: RunFolder, reported: dict[str, Any] | None, first: RankFailure | None, reason: str
 ) -> dict[str, Any]:
-    step = reported["step"] if reported is not None else _saved_step(run_folder)
+    step = reported["step"] if reported is not None else saved_step(run_folder)
     rank = first.rank if first is not None else None
     run_folder.replace_outcome("failed", EXIT_FAILED, step, reason, rank)
     return {"status": "failed", "exit_code": EXIT_FAILED, "step": step, "reason": reason, "rank": rank}
 
 
-def _saved_step(run_folder: RunFolder) -> int:
+def saved_step(run_folder: RunFolder) -> int:
+    """Step of the newest checkpoint; 0 where there is none, or the storage cannot be asked."""
     try:
         newest = run_folder.newest_checkpoint()
     except (UserError, RunFailure) as error:

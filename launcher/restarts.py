@@ -3,11 +3,12 @@
 import sys
 import time
 
+from launcher.conclusion import saved_step
 from launcher.stop_signals import StopSignals
 from sharding.errors import EXIT_FAILED, EXIT_STOPPED
 from trainer.events import record_event
 from trainer.failure import Failure, read_failure
-from trainer.restart_policy import backoff_s, is_for_good, repeated_failure
+from trainer.restart_policy import backoff_s, is_for_good, num_restarts_that_count, repeated_failure
 from trainer.run_folder import RunFolder
 from trainer.sections import FaultsConfig
 
@@ -39,12 +40,15 @@ class Restarts:
             return exit_code
         if self._comes_again(failure):
             return exit_code
-        if self._num_restarts == self._settings.max_restarts:
-            print(f"not restarted: {self._num_restarts} restarts were all (faults.max_restarts)", file=sys.stderr)
+        num_counted = num_restarts_that_count(
+            self._run_folder, attempt, self._num_restarts, self._settings.restart_refill_steps
+        )
+        if num_counted >= self._settings.max_restarts:
+            print(f"not restarted: {num_counted} restarts were all (faults.max_restarts)", file=sys.stderr)
             return exit_code
         self._num_restarts += 1
-        wait_s = backoff_s(self._settings, self._num_restarts)
-        print(f"restart {self._num_restarts} of {self._settings.max_restarts} in {wait_s:g} s", flush=True)
+        wait_s = backoff_s(self._settings, num_counted + 1)
+        print(f"restart {num_counted + 1} of {self._settings.max_restarts} in {wait_s:g} s", flush=True)
         record_event(
             self._run_folder.path,
             "restart",
@@ -54,7 +58,7 @@ class Restarts:
             rank=failure.rank,
             reason=failure.reason,
             backoff_s=wait_s,
-            num_left=self._settings.max_restarts - self._num_restarts,
+            num_left=self._settings.max_restarts - num_counted - 1,
         )
         return self._wait(wait_s, signals)
 
@@ -73,8 +77,7 @@ class Restarts:
             if time.monotonic() >= until:
                 return None
             time.sleep(_LOOK_EVERY_S)
-        newest = self._run_folder.newest_checkpoint()
-        step = 0 if newest is None else newest[0]
+        step = saved_step(self._run_folder)
         self._run_folder.replace_outcome(
             "stopped", EXIT_STOPPED, step, "stopped before a restart; run again to continue", None
         )

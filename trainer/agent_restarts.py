@@ -12,7 +12,7 @@ from sharding.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_FINISHED, EXIT_STO
 from trainer.config import load_config
 from trainer.events import record_event
 from trainer.failure import read_failure
-from trainer.restart_policy import backoff_s, is_for_good, repeated_failure
+from trainer.restart_policy import backoff_s, is_for_good, num_restarts_that_count, repeated_failure
 from trainer.run_folder import RunFolder
 
 
@@ -46,7 +46,10 @@ def await_restart(arguments: Sequence[str], num_restarts: int) -> int | None:
         print(f"error: {reason}", file=sys.stderr)
     if reason is not None or (failure is not None and is_for_good(failure)):
         return EXIT_FAILED
-    wait_s = backoff_s(config.faults, num_restarts)
+    num_counted = num_restarts_that_count(
+        run_folder, run_folder.newest_attempt(), num_restarts - 1, config.faults.restart_refill_steps
+    )
+    wait_s = backoff_s(config.faults, num_counted + 1)
     if is_first:
         record_event(
             run_folder.path,

@@ -43,7 +43,8 @@ class Category(StrEnum):
     """All that was spent on steps that were taken again, or given up."""
 
     DOWN = "down"
-    """Between the end of an attempt and the beginning of the next, waiting in a queue included."""
+    """Between the end of an attempt and the beginning of the next where the run, or Slurm for it, began that one,
+    back-off and waiting in a queue included."""
 
     OTHER = "other"
     """Comparing replicas, going back to a checkpoint, outcome, report, trackers."""
@@ -86,6 +87,9 @@ class AttemptLedger(StrictModel):
 
     began_at: float
     """When it began, in seconds since 1970."""
+
+    began_by_hand: bool = False
+    """Whether a person began it, and neither the run nor a batch system that was asked to: nobody waited before it."""
 
     startup_s: float = 0.0
     """Before its first batch."""
@@ -154,7 +158,10 @@ class Goodput(StrictModel):
     """When the first attempt began, in seconds since 1970."""
 
     wall_s: float
-    """Seconds from then to the latest news of the latest attempt."""
+    """Seconds from then to the latest news of the latest attempt, less `idle_s`."""
+
+    idle_s: float = 0.0
+    """Seconds between attempts of which a person began the later one; in no category."""
 
     goodput: float
     """Share of training in it."""
@@ -186,7 +193,8 @@ class Goodput(StrictModel):
         described = ", ".join(f"{title(name)} {share:.1%}" for share, name in others)
         trained_s = self.seconds[Category.TRAINING]
         line = f"goodput {self.goodput:.1%}: training {trained_s:,.0f} s of {self.wall_s:,.0f} s"
-        return f"{line} ({described})" if described else line
+        line = f"{line} ({described})" if described else line
+        return f"{line}; {self.idle_s:,.0f} s between attempts do not count" if self.idle_s >= 1 else line
 
 
 def title(category: str) -> str:
@@ -222,12 +230,18 @@ def summarize(ledgers: Sequence[AttemptLedger]) -> Goodput | None:
     typical = [ledger.typical_step_s for ledger in ledgers if ledger.typical_step_s is not None]
     typical_step_s = sum(typical) / len(typical) if typical else None
     attempts: list[AttemptGoodput] = []
-    kept_until, next_began_at = None, None
+    kept_until: int | None = None
+    later: AttemptLedger | None = None
+    idle_s = 0.0
     for ledger in reversed(ledgers):
         seconds, num_lost_steps = account(ledger, kept_until, typical_step_s)
-        if next_began_at is not None:
+        if later is not None:
             # The clocks of two machines may disagree.
-            seconds[Category.DOWN] = max(0.0, next_began_at - ledger.began_at - ledger.duration_s)
+            between_s = max(0.0, later.began_at - ledger.began_at - ledger.duration_s)
+            if later.began_by_hand:
+                idle_s += between_s
+            else:
+                seconds[Category.DOWN] = between_s
         attempts.append(
             AttemptGoodput(
                 attempt=ledger.attempt,
@@ -237,7 +251,7 @@ def summarize(ledgers: Sequence[AttemptLedger]) -> Goodput | None:
                 seconds={str(category): seconds[category] for category in Category},
             )
         )
-        next_began_at = ledger.began_at
+        later = ledger
         if ledger.began_after is not None:
             kept_until = ledger.began_after if kept_until is None else min(kept_until, ledger.began_after)
     attempts.reverse()
@@ -247,6 +261,7 @@ def summarize(ledgers: Sequence[AttemptLedger]) -> Goodput | None:
     return Goodput(
         began_at=ledgers[0].began_at,
         wall_s=wall_s,
+        idle_s=idle_s,
         goodput=shares[Category.TRAINING],
         seconds=total,
         shares=shares,

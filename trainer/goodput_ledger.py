@@ -3,12 +3,13 @@
 import contextlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from trainer.atomic_files import write_atomically
+from trainer.events import read_events
 from trainer.goodput import (
     GOODPUT_NAME,
     LOOP_CATEGORIES,
@@ -36,21 +37,37 @@ _WRITE_EVERY_S = 1.0
 # Writing takes at most one part in so many of the time; a slow file system gets fewer writes.
 _WRITE_SHARE = 1000
 _MAX_MARKS = 256
+# Set by a job that submits another in its place.
+SUCCESSOR_VARIABLE = "SHARDLINE_IS_SUCCESSOR"
 
 
-def begin_ledger(log_dir: Path, attempt: int, began_at: float) -> None:
-    """Note when an attempt began; called before its ranks are started, where a launcher does that.
+def begin_ledger(log_dir: Path, attempt: int, began_at: float, *, by_hand: bool = False) -> None:
+    """Note when an attempt began, and by whom; called before its ranks are started, where a launcher does that.
 
     Raises:
         OSError: the file cannot be written.
     """
-    _write(log_dir / GOODPUT_NAME, AttemptLedger(attempt=attempt, began_at=began_at))
+    _write(log_dir / GOODPUT_NAME, AttemptLedger(attempt=attempt, began_at=began_at, began_by_hand=by_hand))
+
+
+def begins_by_hand(run_dir: Path, attempt: int, environment: Mapping[str, str]) -> bool:
+    """Whether a person begins an attempt: neither the run, after one that failed, nor Slurm, which starts a job again.
+
+    Args:
+        run_dir: the run's folder.
+        attempt: number of the attempt that begins.
+        environment: of a Slurm job, where there is one.
+    """
+    if environment.get("SLURM_RESTART_COUNT", "0") != "0" or SUCCESSOR_VARIABLE in environment:
+        return False
+    restarts = (event.get("attempt") for event in read_events(run_dir) if event.get("kind") == "restart")
+    return attempt - 1 not in restarts
 
 
 class GoodputLedger:
     """Adds up rank 0's phases; costs about a microsecond for each.
 
-    A process that is killed loses what it spent since the last write, which then counts as down time.
+    A process that is killed loses what it spent since the last write, which then counts as time between attempts.
     """
 
     def __init__(
@@ -80,6 +97,7 @@ class GoodputLedger:
         self._attempt = attempt
         now = wall_clock()
         self._began_at = now - process_age_s if begun is None else begun.began_at
+        self._began_by_hand = begun is not None and begun.began_by_hand
         self._startup_s = max(0.0, now - self._began_at)
         self._finish_s = self._lost_s = self._first_step_s = 0.0
         self._loop_s = [0.0] * len(LOOP_CATEGORIES)
@@ -114,6 +132,7 @@ class GoodputLedger:
         return AttemptLedger(
             attempt=self._attempt,
             began_at=self._began_at,
+            began_by_hand=self._began_by_hand,
             startup_s=startup_s,
             first_step_s=first_step_s,
             is_first_step_lost=self._is_first_step_lost,
@@ -132,7 +151,12 @@ class GoodputLedger:
         own = self.snapshot
         if self._earlier_s is None or self._earlier_s[0] != own.began_after:
             # Earlier attempts change no more; what remains of them depends on where this one began.
-            nothing = AttemptLedger(attempt=self._attempt, began_at=self._began_at, began_after=own.began_after)
+            nothing = AttemptLedger(
+                attempt=self._attempt,
+                began_at=self._began_at,
+                began_by_hand=self._began_by_hand,
+                began_after=own.began_after,
+            )
             before = summarize([*self._earlier, nothing])
             assert before is not None, "one ledger at least"
             self._earlier_s = own.began_after, before.seconds[Category.TRAINING], before.wall_s

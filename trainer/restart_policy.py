@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from trainer.failure import Failure, FailureKind, read_failure
+from trainer.goodput import read_ledgers
 from trainer.run_folder import RunFolder
 from trainer.sections import FaultsConfig
 
@@ -17,6 +18,31 @@ _FOR_GOOD = (FailureKind.BAD_INPUT, FailureKind.NONFINITE)
 def backoff_s(settings: FaultsConfig, num_restarts: int) -> float:
     """Seconds to wait before a restart, the first of which is 1."""
     return min(settings.restart_backoff_s * 2 ** (num_restarts - 1), _MAX_BACKOFF_S)
+
+
+def num_restarts_that_count(run_folder: RunFolder, attempt: int, num_restarts: int, refill_steps: int) -> int:
+    """How many of the restarts before a failed attempt still count: those since the last attempt that got on well.
+
+    Only steps that no attempt before had reached are progress: a run that always falls back to the same checkpoint
+    makes none.
+
+    Args:
+        run_folder: the run.
+        attempt: number of the attempt that failed.
+        num_restarts: restarts so far, each of which began one of the latest attempts.
+        refill_steps: steps of progress after which earlier restarts do not count; 0 for never.
+    """
+    if refill_steps == 0:
+        return num_restarts
+    reached: dict[int, int] = {}
+    for ledger in read_ledgers(run_folder.path):
+        reached[ledger.attempt] = max(ledger.last_step or 0, reached.get(ledger.attempt, 0))
+    for counted in range(num_restarts):
+        latest = attempt - counted
+        before = max((step for number, step in reached.items() if number < latest), default=0)
+        if reached.get(latest, 0) - before >= refill_steps:
+            return counted
+    return num_restarts
 
 
 def is_for_good(failure: Failure) -> bool:

@@ -24,7 +24,7 @@ from trainer.config import RunConfig, config_to_yaml, load_config, parse_config
 from trainer.events import read_events
 from trainer.failure import set_failure_aside
 from trainer.goodput import write_goodput
-from trainer.goodput_ledger import begin_ledger
+from trainer.goodput_ledger import begin_ledger, begins_by_hand
 from trainer.lease import LEASE_VARIABLE, is_taken_over, record_attempt
 from trainer.outages import cannot_be_written
 from trainer.provenance import collect_provenance
@@ -209,7 +209,8 @@ class RunFolder:
         try:
             attempt = self.newest_attempt() + 1
             self.log_dir(attempt).mkdir(parents=True)
-            begin_ledger(self.log_dir(attempt), attempt, began_at)
+            by_hand = begins_by_hand(self.path, attempt, os.environ)
+            begin_ledger(self.log_dir(attempt), attempt, began_at, by_hand=by_hand)
             suffix = "" if attempt == 1 else f".attempt-{attempt}"
             if self.newest_checkpoint() is None or not self.config_file.exists():
                 write_atomically(self.config_file, config_to_yaml(config))

@@ -149,11 +149,15 @@ class FaultsConfig(StrictModel):
 
     max_restarts: int = Field(default=0, ge=0)
     """Times that `shardline run`, or a job of `slurm/`, starts the ranks again after a failure, from the last
-    checkpoint; the same failure three times in a row at the same step ends it before that. 0 leaves it to whoever
-    started the run."""
+    checkpoint, without restart_refill_steps of progress in between; the same failure three times in a row at the same
+    step ends it before that. 0 leaves it to whoever started the run."""
 
     restart_backoff_s: float = Field(default=1.0, ge=0.0)
     """Seconds before the first restart; each further one waits twice as long, up to 300."""
+
+    restart_refill_steps: int = Field(default=1000, ge=0)
+    """Steps beyond those of all earlier attempts after which the restarts so far no longer count, neither for
+    max_restarts nor for the wait; 0 has all of them count."""
 
     verify_data: bool = True
     """Compare each block of a prepared corpus with its SHA-256 when it is first read; one that differs ends the run."""

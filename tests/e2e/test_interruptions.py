@@ -113,7 +113,9 @@ def _check_goodput(run_dir: Path) -> None:
     assert (third.last_step, third.num_lost_steps) == (60, 0)
     assert goodput.num_lost_steps == first.num_lost_steps + second.num_lost_steps
     assert third.seconds["lost"] == 0 < first.seconds["lost"]
-    assert all(goodput.seconds[name] > 0 for name in ("training", "startup", "checkpoint", "logging", "down"))
+    assert all(goodput.seconds[name] > 0 for name in ("training", "startup", "checkpoint", "logging"))
+    # Each was begun by hand, after a while that nobody waited for.
+    assert goodput.seconds["down"] == 0 < goodput.idle_s
     logged = read_metrics(run_dir)[-1]["goodput/fraction"]
     assert goodput.goodput == goodput.shares["training"] == pytest.approx(logged, rel=0.5)
 

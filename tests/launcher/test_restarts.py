@@ -13,6 +13,8 @@ from launcher.restarts import Restarts
 from launcher.stop_signals import StopSignals
 from trainer.events import read_events
 from trainer.failure import FAILURE_NAME, Failure, FailureKind, set_failure_aside
+from trainer.goodput import GOODPUT_NAME, AttemptLedger
+from trainer.restart_policy import num_restarts_that_count
 from trainer.run_folder import RunFolder
 from trainer.sections import FaultsConfig
 
@@ -59,6 +61,45 @@ def test_restarts_are_bounded_and_each_waits_longer(tmp_path: Path, capsys: pyte
         ("restart", 2, 0.2, 0),
     ]
     assert "2 restarts were all" in capsys.readouterr().err
+
+
+def _take_steps(folder: Path, attempt: int, began_after: int, last_step: int) -> None:
+    ledger = AttemptLedger(attempt=attempt, began_at=0.0, began_after=began_after, last_step=last_step)
+    path = folder / "logs" / f"attempt-{attempt}" / GOODPUT_NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(ledger.model_dump_json())
+
+
+def test_restarts_are_there_again_after_enough_progress(tmp_path: Path) -> None:
+    settings = FaultsConfig(max_restarts=2, restart_backoff_s=0.01, restart_refill_steps=100)
+    # A job of Slurm counts them itself, and makes a new one of these each time.
+    for number, (began_after, last_step, counted) in enumerate(
+        # The fourth has taken 100 steps that none before it had; the sixth again, from an older checkpoint.
+        [(0, 50, 0), (40, 60, 1), (60, 155, None), (40, 255, 0), (250, 300, 1), (200, 400, 0), (300, 450, 1)],
+        start=1,
+    ):
+        _take_steps(tmp_path, number, began_after, last_step)
+        _fail(tmp_path, number, FailureKind.KILLED, step=last_step)
+        ended = Restarts(settings, RunFolder(tmp_path), number - 1).after(number, 1, StopSignals())
+        assert ended == (1 if counted is None else None), number
+        if counted is not None:
+            event = read_events(tmp_path)[-1]
+            assert (event["attempt"], event["num_left"]) == (number, 1 - counted)
+            assert event["backoff_s"] == 0.01 * 2**counted
+
+
+def test_falling_back_to_the_same_checkpoint_is_no_progress(tmp_path: Path) -> None:
+    settings = FaultsConfig(max_restarts=2, restart_backoff_s=0.0, restart_refill_steps=100)
+    restarts = Restarts(settings, RunFolder(tmp_path))
+    found = []
+    for attempt in (1, 2, 3, 4):
+        _take_steps(tmp_path, attempt, 0, 500 + attempt)
+        _fail(tmp_path, attempt, FailureKind.KILLED)
+        found.append(restarts.after(attempt, 1, StopSignals()))
+        if found[-1] is not None:
+            break
+    assert found == [None, None, 1]
+    assert num_restarts_that_count(RunFolder(tmp_path), 3, 2, 0) == 2
 
 
 def test_the_same_failure_three_times_in_a_row_is_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

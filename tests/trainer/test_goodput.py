@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from trainer.events import record_event
 from trainer.goodput import (
     GOODPUT_NAME,
     AttemptLedger,
@@ -16,19 +17,27 @@ from trainer.goodput import (
     spent_until,
     write_goodput,
 )
-from trainer.goodput_ledger import GoodputLedger, begin_ledger
+from trainer.goodput_ledger import GoodputLedger, begin_ledger, begins_by_hand
 from trainer.phases import Moment, Phase, Phases
 
 
 class Attempt:
     """One attempt whose phases last as long as they are told to."""
 
-    def __init__(self, run_dir: Path, number: int, began_at: float, startup_s: float, launches: bool = True) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        number: int,
+        began_at: float,
+        startup_s: float,
+        launches: bool = True,
+        by_hand: bool = False,
+    ) -> None:
         self.now = 1000.0 * number
         log_dir = run_dir / "logs" / f"attempt-{number}"
         log_dir.mkdir(parents=True, exist_ok=True)
         if launches:
-            begin_ledger(log_dir, number, began_at)
+            begin_ledger(log_dir, number, began_at, by_hand=by_hand)
         self.phases = Phases()
         self.phases.now = Moment(Phase.START, 0, self.now)
         # The launcher needed two seconds before the rank was there.
@@ -210,6 +219,35 @@ def test_ranks_started_anew_within_an_attempt_are_counted_apart(tmp_path: Path) 
     assert [attempt.attempt for attempt in goodput.attempts] == [1, 1]
     assert in_seconds(goodput)["down"] == 50.0 - 9.0
     assert goodput.num_lost_steps == 2
+
+
+def test_time_that_nobody_asked_the_run_for_is_no_down_time(tmp_path: Path) -> None:
+    first = Attempt(tmp_path, 1, began_at=0.0, startup_s=4.0)
+    first.steps([1, 2])
+    first.save(2)
+    first.end()
+    # Over lunch, and then after a restart.
+    second = Attempt(tmp_path, 2, began_at=3600.0, startup_s=4.0, by_hand=True)
+    second.steps([3, 4])
+    second.save(4)
+    second.end()
+    assert second.ledger.fraction() == read(tmp_path).goodput
+    third = Attempt(tmp_path, 3, began_at=3600.0 + 10.0 + 30.0, startup_s=4.0)
+    third.steps([5])
+    third.end()
+    goodput = read(tmp_path)
+    assert (in_seconds(goodput)["down"], goodput.idle_s) == (30.0, 3590.0)
+    assert goodput.wall_s == 10.0 + 10.0 + 30.0 + 6.5
+    assert goodput.sentence().endswith("); 3,590 s between attempts do not count")
+
+
+def test_who_begins_an_attempt(tmp_path: Path) -> None:
+    assert begins_by_hand(tmp_path, 1, {})
+    record_event(tmp_path, "restart", attempt=1, step=7)
+    assert not begins_by_hand(tmp_path, 2, {})
+    assert begins_by_hand(tmp_path, 3, {"SLURM_JOB_ID": "12", "SLURM_RESTART_COUNT": "0"})
+    assert not begins_by_hand(tmp_path, 3, {"SLURM_JOB_ID": "12", "SLURM_RESTART_COUNT": "1"})
+    assert not begins_by_hand(tmp_path, 3, {"SHARDLINE_IS_SUCCESSOR": "1"})
 
 
 def test_writing_is_rare_and_a_very_long_run_stays_small(tmp_path: Path) -> None:
