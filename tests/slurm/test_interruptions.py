@@ -217,6 +217,10 @@ def test_ranks_start_again_within_a_job_whose_rank_was_killed(
 ) -> None:
     kill = {"SHARDLINE_INJECT": json.dumps([{"fault": "kill", "rank": 3, "step": 12, "attempt": 1}])}
     job = submit("restarted", TORCHRUN, overrides=["faults.max_restarts=2"], **kill)
+    _wait_for_step(job, 3)
+    # Whatever becomes of the user's file, a job trains what it began with.
+    file = job.run_dir.parent.parent / "restarted.yaml"
+    file.write_text(file.read_text().replace("lr: 0.01", "lr: 0.5"))
     _equal(cluster, job, undisturbed, attempts=2, restarts=0)
     assert "restart 1 of 2 in 1 s" in job.output.read_text()
     failure = json.loads((job.run_dir / "logs" / "attempt-1" / "failure.json").read_text())

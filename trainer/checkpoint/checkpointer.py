@@ -131,10 +131,14 @@ class Checkpointer:
             return None
         training = self._load(engine, source)
         # They are of a training that did not happen: were the run killed now, it must not continue from them.
-        place = self._run_folder.checkpoints_dir
-        on_rank_0(lambda: remove_checkpoints_after(place, training.step, self._before_commit), self._ranks)
+        on_rank_0(lambda: self._remove_after(training.step), self._ranks)
         self._saved_step = training.step
         return training
+
+    def _remove_after(self, step: int) -> None:
+        # Also where there is none: what comes next moves lines of metrics.
+        self._before_commit()
+        remove_checkpoints_after(self._run_folder.checkpoints_dir, step, self._before_commit)
 
     def _open(self, last_step: int | None) -> Source | None:
         settings = self._config.checkpoint
