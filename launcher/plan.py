@@ -40,9 +40,14 @@ class Plan:
     variables: list[Variable]
     kept: list[str]
 
-    def command(self, port: int) -> list[str]:
-        """Argv of the launcher's agent with the ranks' rendezvous on a port."""
-        return find_launcher(self.launcher)([self.config_path, *self.overrides], port, self.devices)
+    def command(self, port: int, arguments: Sequence[str]) -> list[str]:
+        """Argv of the launcher's agent.
+
+        Args:
+            port: of the ranks' rendezvous.
+            arguments: the configuration that ranks read, and ``key=value`` arguments.
+        """
+        return find_launcher(self.launcher)(arguments, port, self.devices)
 
     def describe(self, preview: str) -> str:
         """The plan as ``--dry-run`` prints it.
@@ -53,7 +58,7 @@ class Plan:
         config, num_ranks = self.config, self.world.num_ranks
         steps = accumulation_steps(config, num_ranks)
         tokens, total = config.tokens_per_step, config.num_steps
-        free_port = " (port 0 becomes a free one)" if config.launch.master_port == 0 else ""
+        free_port = "; port 0 becomes a free one" if config.launch.master_port == 0 else ""
         device = "GPU, NCCL" if self.world.has_gpu else "CPU, gloo"
         return "\n".join(
             [
@@ -67,8 +72,8 @@ class Plan:
                 "environment",
                 *(f"  {shlex.quote(f'{v.name}={v.value}')}    # {v.why}" for v in self.variables),
                 *(f"  # {sentence}" for sentence in self.kept),
-                f"command{free_port}",
-                f"  {shlex.join(self.command(config.launch.master_port))}",
+                f"command (with the copy that is frozen in the run folder in place of what follows trainer{free_port})",
+                f"  {shlex.join(self.command(config.launch.master_port, [self.config_path, *self.overrides]))}",
                 *self._deepspeed_lines(),
             ]
         )

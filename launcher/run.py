@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 
 from launcher.child import start_child
@@ -15,7 +16,7 @@ from launcher.preview import preview
 from launcher.restarts import Restarts
 from launcher.stop_signals import StopSignals
 from sharding.errors import EXIT_FINISHED, EXIT_STOPPED, RunFailure, UserError
-from trainer.config import RunConfig
+from trainer.config import RunConfig, config_to_yaml
 from trainer.data.prepared import Prepared, find_prepared
 from trainer.lease import Lease
 from trainer.report.end_of_run import write_run_report
@@ -49,7 +50,7 @@ def run(config_path: str, overrides: Sequence[str], nproc_per_node: int | None, 
     lease = Lease.acquire(run_folder.path)
     run_folder.lease_token = lease.token
     try:
-        corpus = _prepared_corpus(plan, trained_fingerprint(config, run_folder))
+        corpus = _prepared_corpus(config, trained_fingerprint(config, run_folder))
         corpus.check_sequence_length(config.data.sequence_length)
         _check_vocabulary(config, corpus)
         for sentence in plan.kept:
@@ -75,7 +76,9 @@ def _run_attempts(plan: Plan, run_folder: RunFolder, lease: Lease, port: int, si
     restarts = Restarts(plan.config.faults, run_folder)
     while True:
         attempt = run_folder.begin_attempt(plan.config, plan.world, sys.argv)
-        exit_code = run_ranks(plan.launcher, plan.command(port), variables, run_folder, attempt, lease.token, signals)
+        # Not the user's file, which may be another by now, or have been a pipe.
+        command = plan.command(port, [str(run_folder.attempt_config_file(attempt))])
+        exit_code = run_ranks(plan.launcher, command, variables, run_folder, attempt, lease.token, signals)
         if run_folder.is_taken_over:
             return exit_code
         ended = restarts.after(attempt, exit_code, signals)
@@ -91,12 +94,19 @@ def _longer_budget(config: RunConfig) -> str:
     return f"tokens={2 * config.tokens}" if config.tokens is not None else f"steps={2 * config.num_steps}"
 
 
-def _prepared_corpus(plan: Plan, fingerprint: str | None) -> Prepared:
+def _prepared_corpus(config: RunConfig, fingerprint: str | None) -> Prepared:
     """The prepared corpus; prepared in a process of its own, since it needs libraries that this one must not load."""
-    found = find_prepared(plan.config.data, fingerprint)
+    found = find_prepared(config.data, fingerprint)
     if found is not None:
         return found
-    command = module_command("trainer.data.prepare", plan.config_path, *plan.overrides)
+    with tempfile.NamedTemporaryFile("w", prefix="shardline-", suffix=".yaml") as file:
+        file.write(config_to_yaml(config))
+        file.flush()
+        return _prepare(config, file.name)
+
+
+def _prepare(config: RunConfig, config_file: str) -> Prepared:
+    command = module_command("trainer.data.prepare", config_file)
     with start_child(command, os.environ, shielded=False) as child:
         try:
             status = child.wait()
@@ -104,7 +114,7 @@ def _prepared_corpus(plan: Plan, fingerprint: str | None) -> Prepared:
             child.kill()
             print("error: interrupted while preparing the corpus; the same command goes on", file=sys.stderr)
             raise SystemExit(EXIT_INTERRUPTED) from None
-    found = find_prepared(plan.config.data, fingerprint)
+    found = find_prepared(config.data)
     if found is not None:
         # Also where the child could not say so, to a reader that is gone.
         return found

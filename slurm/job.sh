@@ -121,6 +121,9 @@ first_node() {
 # and sets run_dir, ranks_per_node and the ranks' environment.
 prepare() {
     first_node launcher.slurm.job "$@" "${arguments[@]}" || exit "$?"
+    # A copy of this start's own: a file that is edited while the job runs would reach some ranks and not others.
+    # shellcheck disable=SC2154  # job's output sets it
+    arguments=("$config_file")
     if [[ ${SLURM_RESTART_COUNT:-0} == 0 && -z ${SHARDLINE_IS_SUCCESSOR:-} ]]; then
         rm -f "$run_dir/requeues"
     fi

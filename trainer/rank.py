@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from sharding.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, RunFailure, UserError
-from sharding.object_exchange import broadcast_object
+from sharding.object_exchange import broadcast_object, gather_objects
 from sharding.process_group import Ranks, process_group
 from sharding.rank_place import note_on_place, place_variables, read_ranks
 from trainer.build import build_trainer
@@ -27,6 +27,7 @@ from trainer.events import record_event
 from trainer.failure_report import Sources, write_failure
 from trainer.flight_recorder import dump_flight_recorder
 from trainer.foreign_settings import refuse_foreign_settings
+from trainer.frozen_config import all_differences
 from trainer.goodput_ledger import GoodputLedger, process_age_s
 from trainer.hang import Hang
 from trainer.heartbeat import read_heartbeats
@@ -167,6 +168,7 @@ def _run(arguments: Sequence[str], progress: _Progress) -> int:
         keep_freed_memory(os.environ)
     progress.phases.enter(Phase.JOIN)
     with process_group(config.launch.init_timeout_s) as ranks:
+        _refuse_other_config(config, ranks)
         attempt = _agree_on_attempt(attempt, run_folder, ranks)
         progress.run_folder, progress.attempt = run_folder, attempt
         redirect_output(run_folder.log_dir(attempt), ranks.rank)
@@ -241,14 +243,27 @@ def _train(
 def _begin_attempt(config: RunConfig, world: World, run_folder: RunFolder, progress: _Progress) -> int:
     """The attempt's number; 0 on ranks that must hear it from rank 0."""
     if "SHARDLINE_ATTEMPT" in os.environ:
+        attempt = int(os.environ["SHARDLINE_ATTEMPT"])
         if progress.rank == 0:
             progress.lease = Lease.attach(run_folder.path, os.environ["SHARDLINE_LEASE"])
-        return int(os.environ["SHARDLINE_ATTEMPT"])
+            run_folder.check_attempt_config(config, attempt)
+        return attempt
     if progress.rank != 0:
         return 0
     progress.lease = Lease.acquire(run_folder.path)
     run_folder.lease_token = progress.lease.token
     return run_folder.begin_attempt(config, world, sys.argv)
+
+
+def _refuse_other_config(config: RunConfig, ranks: Ranks) -> None:
+    """Assert that every rank has read what rank 0 has, which is what the attempt was frozen with."""
+    differences = gather_objects(all_differences(broadcast_object(config, ranks), config), ranks)
+    if found := next(((rank, differing) for rank, differing in enumerate(differences) if differing), None):
+        rank, differing = found
+        raise UserError(
+            f"rank 0 and rank {rank} have read different settings ({'; '.join(differing)}): the configuration was "
+            "changed while ranks were starting, or nodes see different files of its name; run again."
+        )
 
 
 def _agree_on_attempt(attempt: int, run_folder: RunFolder, ranks: Ranks) -> int:

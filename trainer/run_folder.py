@@ -23,6 +23,7 @@ from trainer.checkpoint.storage import (
 from trainer.config import RunConfig, config_to_yaml, load_config, parse_config
 from trainer.events import read_events
 from trainer.failure import set_failure_aside
+from trainer.frozen_config import all_differences, frozen_differences
 from trainer.goodput import write_goodput
 from trainer.goodput_ledger import begin_ledger, begins_by_hand
 from trainer.lease import LEASE_VARIABLE, is_taken_over, record_attempt
@@ -31,13 +32,6 @@ from trainer.provenance import collect_provenance
 from trainer.secrets import blot_out_values
 from trainer.validation import World
 
-_FROZEN_KEYS = (
-    *("task", "model", "data", "seed", "optimizer", "schedule"),
-    *("batch.global_size", "precision.compute", "precision.fp8_recipe"),
-)
-# These change neither data nor arithmetic: where a task's module and the cache lie, how fast it is made, when the curve
-# ends, and what is averaged beside training.
-_FREE_KEYS = ("task.folder", "data.cache_dir", "data.num_workers", "schedule.total_steps", "optimizer.ema_decay")
 _CHECKPOINTS = "checkpoints"
 _MIN_FREE_BYTES = 16 * 2**20
 _RESERVE_BYTES = 64 * 2**10
@@ -128,9 +122,26 @@ class RunFolder:
             UserError: there is no run in this folder.
         """
         for attempt in range(self.newest_attempt(), 1, -1):
-            if (file := self.path / f"config.attempt-{attempt}.yaml").exists():
+            if (file := self.attempt_config_file(attempt)).exists():
                 return load_config(file)
         return self.frozen_config()
+
+    def attempt_config_file(self, attempt: int) -> Path:
+        """The file with the configuration that an attempt was begun with, which its ranks read."""
+        return self.config_file if attempt == 1 else self.path / f"config.attempt-{attempt}.yaml"
+
+    def check_attempt_config(self, config: RunConfig, attempt: int) -> None:
+        """Assert that an attempt's rank has been given the configuration that the attempt was begun with.
+
+        Raises:
+            UserError: it has another.
+        """
+        file = self.attempt_config_file(attempt)
+        if differences := all_differences(load_config(file), config):
+            raise UserError(
+                f"attempt {attempt} of {self.path} was begun with other settings than this rank was given "
+                f"({'; '.join(differences)}); ranks must be given {file}."
+            )
 
     def is_complete(self, config: RunConfig) -> bool:
         """Whether the newest checkpoint is at or beyond the last step, and whole as far as sizes tell.
@@ -215,7 +226,7 @@ class RunFolder:
             if self.newest_checkpoint() is None or not self.config_file.exists():
                 write_atomically(self.config_file, config_to_yaml(config))
             if attempt > 1:
-                write_atomically(self.path / f"config{suffix}.yaml", config_to_yaml(config))
+                write_atomically(self.attempt_config_file(attempt), config_to_yaml(config))
             provenance = blot_out_values(collect_provenance(config, world, argv), os.environ)
             # It holds uncommitted changes of the code, in which there may be what no rule finds.
             text = json.dumps(provenance, indent=2) + "\n"
@@ -316,13 +327,7 @@ class RunFolder:
             )
 
     def _check_frozen(self, config: RunConfig) -> None:
-        frozen = _flatten(self._config_of_checkpoints().model_dump(mode="json"))
-        wanted = _flatten(config.model_dump(mode="json"))
-        differences = [
-            f"{key}: frozen {frozen.get(key)}, now {wanted.get(key)}"
-            for key in sorted(frozen.keys() | wanted.keys())
-            if _is_frozen(key) and frozen.get(key) != wanted.get(key)
-        ]
+        differences = frozen_differences(self._config_of_checkpoints(), config)
         if differences:
             raise UserError(
                 f"{self.path} holds a run with other settings ({'; '.join(differences)}); "
@@ -338,17 +343,3 @@ def _number(folder: Path) -> int | None:
     """The number at the end of ``step-00000010`` or ``attempt-2``; None for a folder that somebody named otherwise."""
     digits = folder.name.rpartition("-")[2]
     return int(digits) if digits.isdecimal() else None
-
-
-def _is_frozen(key: str) -> bool:
-    return key not in _FREE_KEYS and any(key == frozen or key.startswith(f"{frozen}.") for frozen in _FROZEN_KEYS)
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

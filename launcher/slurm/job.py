@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from launcher.environment import applied, rank_variables
 from launcher.import_path import import_variables, module_command
@@ -18,7 +19,8 @@ from launcher.slurm.allocation import RANKS_VARIABLE, Allocation, ranks_of, read
 from launcher.slurm.port import meeting_port
 from launcher.topology import local_topology
 from sharding.errors import UserError, ends_with_a_sentence
-from trainer.config import RunConfig, load_config
+from trainer.atomic_files import write_atomically
+from trainer.config import RunConfig, config_to_yaml, load_config
 from trainer.data.prepared import find_prepared
 from trainer.run_folder import RunFolder
 from trainer.trained_corpus import trained_fingerprint
@@ -36,7 +38,8 @@ def prepare_job(arguments: Sequence[str], starter: str, environment: Mapping[str
         environment: that of the batch script.
 
     Returns:
-        Shell variables: ``run_dir``, ``ranks_per_node``, ``max_restarts``, and those that ranks are started with.
+        Shell variables: ``run_dir``, ``config_file`` (what ranks are given), ``ranks_per_node``, ``max_restarts``, and
+        those that ranks are started with.
 
     Raises:
         UserError: something that the user can mend is wrong.
@@ -49,7 +52,8 @@ def prepare_job(arguments: Sequence[str], starter: str, environment: Mapping[str
     validate(config, world)
     run_folder = RunFolder(config.run_dir)
     run_folder.check(config)
-    _check_vocabulary_and_corpus(config, arguments, trained_fingerprint(config, run_folder))
+    config_file = _freeze(config, run_folder, allocation.job_id)
+    _check_vocabulary_and_corpus(config, config_file, trained_fingerprint(config, run_folder))
     _describe(config, allocation, ranks, world)
     # Threads are each rank's own matter: this step has not the cores that a rank will have.
     table = rank_variables(config, topology, ranks, environment, allocation.num_nodes)
@@ -58,6 +62,7 @@ def prepare_job(arguments: Sequence[str], starter: str, environment: Mapping[str
         print(f"note: {sentence}", file=sys.stderr)
     return {
         "run_dir": str(run_folder.path.absolute()),
+        "config_file": str(config_file),
         "ranks_per_node": str(ranks),
         "max_restarts": str(config.faults.max_restarts),
         RANKS_VARIABLE: str(ranks),
@@ -67,10 +72,10 @@ def prepare_job(arguments: Sequence[str], starter: str, environment: Mapping[str
     }
 
 
-def _check_vocabulary_and_corpus(config: RunConfig, arguments: Sequence[str], fingerprint: str | None) -> None:
+def _check_vocabulary_and_corpus(config: RunConfig, config_file: Path, fingerprint: str | None) -> None:
     if find_prepared(config.data, fingerprint) is None:
         # Standard output is the batch script's to read.
-        command = module_command("trainer.data.prepare", *arguments)
+        command = module_command("trainer.data.prepare", str(config_file))
         environment = {**os.environ, **import_variables(os.environ)}
         status = subprocess.run(command, stdout=sys.stderr, env=environment, check=False).returncode
         if status:
@@ -80,6 +85,17 @@ def _check_vocabulary_and_corpus(config: RunConfig, arguments: Sequence[str], fi
     if corpus is None:
         raise UserError("the corpus changed while it was being prepared; submit the job again.")
     corpus.check_sequence_length(config.data.sequence_length)
+
+
+def _freeze(config: RunConfig, run_folder: RunFolder, job_id: int) -> Path:
+    """Write down what this start of the job runs with, so that all ranks and restarts of its step have the same."""
+    file = run_folder.path.absolute() / "slurm" / f"job-{job_id}.config.yaml"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, config_to_yaml(config))
+    except OSError as error:
+        raise UserError(f"{file} cannot be written: {error.strerror}; choose another output_dir.") from None
+    return file
 
 
 def _describe(config: RunConfig, allocation: Allocation, ranks: int, world: World) -> None:

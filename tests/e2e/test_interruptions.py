@@ -120,6 +120,27 @@ def _check_goodput(run_dir: Path) -> None:
     assert goodput.goodput == goodput.shares["training"] == pytest.approx(logged, rel=0.5)
 
 
+def test_ranks_and_restarts_train_what_was_frozen_whatever_becomes_of_the_users_file(make_config: MakeConfig) -> None:
+    """The file is a pipe, which nobody can read twice."""
+    config = make_config("frozen", steps=4, checkpoint={"every_steps": 2}, parallel={"strategy": "none"})
+    fault = {"fault": "kill", "rank": 0, "step": 4, "phase": "train", "attempt": 1}
+    settings = "--nproc-per-node 1 optimizer.lr=0.02 faults.max_restarts=1 faults.restart_backoff_s=0"
+    finished = subprocess.run(
+        ["bash", "-c", f'"$0" -m launcher run <(cat "$1") {settings}', sys.executable, str(config)],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        cwd=ROOT,
+        env=command_environment(SHARDLINE_INJECT=json.dumps([fault])),
+        check=False,
+    )
+    trained(finished)
+    run_dir = config.parent / "runs" / "frozen"
+    assert (run_dir / "config.attempt-2.yaml").read_bytes() == (run_dir / "config.yaml").read_bytes()
+    assert [line["step"] for line in read_metrics(run_dir)] == [1, 2, 3, 4]
+    assert [line["train/learning_rate"] for line in read_metrics(run_dir)][1] == pytest.approx(0.02)
+
+
 def test_a_rank_that_is_killed_while_it_writes_leaves_no_checkpoint(make_config: MakeConfig) -> None:
     config = make_config("writing", steps=8, checkpoint={"every_steps": 3, "keep_last": 0})
     checkpoints = config.parent / "runs" / "writing" / "checkpoints"
