@@ -16,6 +16,7 @@ from launcher.preview import preview
 from launcher.restarts import Restarts
 from launcher.stop_signals import StopSignals
 from sharding.errors import EXIT_FINISHED, EXIT_STOPPED, RunFailure, UserError
+from trainer.checkpoint.reference import check_source
 from trainer.config import RunConfig, config_to_yaml
 from trainer.data.prepared import Prepared, find_prepared
 from trainer.lease import Lease
@@ -40,6 +41,7 @@ def run(config_path: str, overrides: Sequence[str], nproc_per_node: int | None, 
         return EXIT_FINISHED
     config, run_folder = plan.config, RunFolder.of(plan.config)
     run_folder.check(config)
+    check_source(config, run_folder)
     if run_folder.is_complete(config):
         print(
             f"run {config.name} is complete at step {config.num_steps}; nothing to do. Its last checkpoint is "

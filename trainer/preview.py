@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sharding.errors import EXIT_FINISHED, UserError, ends_with_a_sentence
-from trainer.checkpoint.reference import resolve_checkpoint
+from trainer.checkpoint.reference import check_source, resolve_checkpoint
 from trainer.config import RunConfig, parse_config
 from trainer.data.corpus import read_documents
 from trainer.data.document_mask import check_architecture
@@ -170,6 +170,7 @@ def _describe_corpus(config: RunConfig, corpus: Prepared | None) -> str:
 
 def _describe_start(config: RunConfig, folder: RunFolder) -> str:
     folder.check(config)
+    check_source(config, folder)
     newest = folder.newest_checkpoint()
     if newest is None:
         if config.checkpoint.from_ is None:

@@ -19,6 +19,7 @@ from trainer.checkpoint import source
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.config import CheckpointConfig
 from trainer.checkpoint.reader import CheckpointReader
+from trainer.checkpoint.reference import check_source
 from trainer.checkpoint.source import Source, open_source
 from trainer.config import parse_config
 from trainer.run_folder import RunFolder
@@ -128,6 +129,11 @@ def test_a_fork_with_nothing_left_to_train_is_refused(
     config = parse_config(values | {"checkpoint": checkpoint}, "test")
     ranks = Ranks(rank=0, world_size=1, local_rank=0, local_world_size=1, device=torch.device("cpu"))
     checkpointer = Checkpointer(config, RunFolder.of(config), "", ranks, lambda: None)
+    if said is None:
+        check_source(config, RunFolder.of(config))
+    else:
+        with pytest.raises(UserError, match=said):
+            check_source(config, RunFolder.of(config))
     # The checkpoint has no tensors: whoever gets so far has not been refused for its step.
     with pytest.raises(UserError, match=said or "of another model or optimizer"):
         checkpointer.resume(tiny_engine(ranks, "none"))

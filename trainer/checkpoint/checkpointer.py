@@ -11,6 +11,7 @@ from trainer.checkpoint.background import BackgroundWrite
 from trainer.checkpoint.manifest import TrainingState
 from trainer.checkpoint.rank_file import RankReport, write_rank_file
 from trainer.checkpoint.reader import CheckpointReader
+from trainer.checkpoint.reference import check_fork
 from trainer.checkpoint.retention import BackgroundPruning, remove_checkpoints_after
 from trainer.checkpoint.snapshot import Snapshot
 from trainer.checkpoint.source import Source, on_rank_0, open_source
@@ -106,7 +107,7 @@ class Checkpointer:
         if source is None:
             return None
         if not source.is_own and not source.weights_only:
-            self._check_fork(source.reader.manifest.training.step)
+            check_fork(self._config, source.reader.manifest.training.step)
         training = self._load(engine, source)
         if source.weights_only:
             return None
@@ -143,20 +144,6 @@ class Checkpointer:
     def _open(self, last_step: int | None) -> Source | None:
         settings = self._config.checkpoint
         return open_source(settings, self._run_folder, self._ranks, self._before_commit, self._warn, last_step)
-
-    def _check_fork(self, step: int) -> None:
-        """Assert that something is left to train after the step that a fork begins from."""
-        config = self._config
-        left = config.num_steps - step
-        if left > 0:
-            return
-        key, unit = ("steps", 1) if config.tokens is None else ("tokens", config.tokens_per_step)
-        of_tokens = "" if config.tokens is None else f" = {config.num_steps} steps of {unit} tokens"
-        raise UserError(
-            f"checkpoint.from={config.checkpoint.from_} goes on after step {step}, but {key}={getattr(config, key)}"
-            f"{of_tokens} leaves {config.num_steps} - {step} = {left} steps to train; set {key} to more than "
-            f"{step * unit}, or checkpoint.load=weights to begin at step 0 with its parameters."
-        )
 
     def _load(self, engine: Engine, source: Source) -> TrainingState:
         reader, weights_only = source.reader, source.weights_only

@@ -7,10 +7,12 @@ from trainer.checkpoint.storage import (
     MANIFEST_NAME,
     CheckpointPath,
     checkpoint_folder,
+    checkpoint_step,
     is_url,
     list_checkpoints,
     locate,
 )
+from trainer.config import RunConfig
 from trainer.run_folder import RunFolder
 
 
@@ -37,6 +39,38 @@ def resolve_checkpoint(reference: str) -> CheckpointPath:
     if not found:
         raise UserError(f"checkpoint.from={reference}: {folder_text} has no checkpoint; name another run folder.")
     return found[-1][1]
+
+
+def check_source(config: RunConfig, run_folder: RunFolder) -> None:
+    """Check, before ranks start, what ``checkpoint.from`` names and that a fork of it has something left to train.
+
+    Raises:
+        UserError: there is no such run or checkpoint, or nothing is left.
+    """
+    settings = config.checkpoint
+    if settings.from_ is None or run_folder.newest_checkpoint() is not None:
+        return
+    step = checkpoint_step(resolve_checkpoint(settings.from_))
+    if settings.load == "all" and step is not None:
+        check_fork(config, step)
+
+
+def check_fork(config: RunConfig, step: int) -> None:
+    """Assert that something is left to train after the step that a fork begins from.
+
+    Raises:
+        UserError: nothing is.
+    """
+    left = config.num_steps - step
+    if left > 0:
+        return
+    key, unit = ("steps", 1) if config.tokens is None else ("tokens", config.tokens_per_step)
+    of_tokens = "" if config.tokens is None else f" = {config.num_steps} steps of {unit} tokens"
+    raise UserError(
+        f"checkpoint.from={config.checkpoint.from_} goes on after step {step}, but {key}={getattr(config, key)}"
+        f"{of_tokens} leaves {config.num_steps} - {step} = {left} steps to train; set {key} to more than "
+        f"{step * unit}, or checkpoint.load=weights to begin at step 0 with its parameters."
+    )
 
 
 def checkpoints_of(setting: str, run: str) -> CheckpointPath:
