@@ -34,13 +34,14 @@ class AccelerateDdpEngine(DdpEngine):
         # What it wraps averages over ranks; the loss is a global sum over a global count.
         return float(self._mesh.dp_degree)
 
-    def _backward(self, loss: torch.Tensor) -> None:
+    def _run_backward(self, loss: torch.Tensor) -> None:
         self._accelerator.backward(loss)
 
     def _apply_optimizer(self) -> None:
         self._prepared_optimizer.step()
 
     def _accumulation_context(self, *, is_last: bool) -> AbstractContextManager[Any]:
+        self._is_last = is_last
         # By way of the accelerator, since on one rank the model is not wrapped.
         return nullcontext() if is_last else self._accelerator.no_sync(self._ddp)
 

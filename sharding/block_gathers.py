@@ -69,7 +69,11 @@ class BlockBuckets:
 
 
 class BlockGathers:
-    """Gathers each block for its passes, one ahead; every rank must use the same blocks in the same order."""
+    """Gathers each block for its passes, one ahead, in the same order on every rank.
+
+    A collective is known to the other ranks by its place in the order alone. So a block that this rank does not use,
+    or uses only in some passes, is gathered in its turn all the same, and freed at once.
+    """
 
     def __init__(
         self,
@@ -84,12 +88,16 @@ class BlockGathers:
             model: the model; its blocks may be compiled.
             blocks: in forward order, with their buckets.
             outside: buckets of what is in no block.
-            group: the ranks that divide each bucket.
+            group: the ranks that divide each bucket; during a pass nothing else may travel in it.
         """
         self._outside = _Gathered(outside, group)
         self._blocks = [_Gathered(buckets, group) for _, buckets in blocks]
         # By id: those that are freed after each pass.
         self._freed = {id(bucket) for _, buckets in blocks[1:] for bucket in buckets}
+        # Blocks that had their turn in this forward pass, and those whose turn in this backward pass is to come.
+        self._num_forwards = 0
+        self._num_to_go = 0
+        self._has_gradients = True
         for index, (block, _) in enumerate(blocks):
             block.register_forward_pre_hook(_outside_graphs(lambda *_, index=index: self._before(index)))
             block.register_forward_hook(
@@ -111,8 +119,16 @@ class BlockGathers:
         for gathered in (self._outside, *self._blocks):
             gathered.wait_if_started()
 
+    def begin_pass(self, *, has_gradients: bool) -> None:
+        """Prepare for a forward pass; ``has_gradients`` says that a backward pass follows."""
+        self._num_forwards, self._num_to_go = 0, len(self._blocks)
+        self._has_gradients = has_gradients
+
     def end_pass(self) -> None:
-        """Free what a backward pass did not come to; after each."""
+        """Take the turns that are left, and free what this rank did not come to; after each backward or last pass."""
+        self._finish_forward()
+        if self._has_gradients:
+            self._pass_over_backward(0)
         for block in self._blocks[1:]:
             block.free()
 
@@ -122,27 +138,63 @@ class BlockGathers:
             bucket.free()
 
     def _before(self, index: int) -> None:
+        if index == 0 and self._num_forwards:
+            # A second forward pass of the model, before or without a backward pass.
+            self._finish_forward()
+            self._num_forwards = 0
+        self._pass_over(index)
         self._blocks[index].wait()
+        self._num_forwards = max(self._num_forwards, index + 1)
         if index + 1 < len(self._blocks):
             self._blocks[index + 1].start()
             return
         # What comes after the blocks may be used without a call of its module, as a fused head is.
         self._outside.wait()
-        if not torch.is_grad_enabled():
+        if not self._has_gradients:
             self._blocks[0].start()
 
     def _after(self, index: int, output: Any) -> None:
         for tensor in _tensors(output):
             if tensor.requires_grad:
                 tensor.register_hook(lambda _gradient: self._before_backward(index))
-        is_last = index + 1 == len(self._blocks)
-        if not (is_last and torch.is_grad_enabled()):
+        if not self._is_kept(index):
             self._blocks[index].free()
 
     def _before_backward(self, index: int) -> None:
+        self._finish_forward()
+        self._pass_over_backward(index + 1)
         self._blocks[index].wait()
+        self._num_to_go = min(self._num_to_go, index)
         if index:
             self._blocks[index - 1].start()
+
+    def _is_kept(self, index: int) -> bool:
+        """Whether a block stays after its forward pass, since the backward pass begins with it."""
+        return self._has_gradients and index + 1 == len(self._blocks)
+
+    def _finish_forward(self) -> None:
+        if self._num_forwards == len(self._blocks):
+            return
+        self._pass_over(len(self._blocks))
+        if not self._has_gradients and self._blocks:
+            self._blocks[0].start()
+
+    def _pass_over(self, stop: int) -> None:
+        """Take the forward turns of the blocks before ``stop`` that were not called."""
+        while self._num_forwards < stop:
+            index = self._num_forwards
+            self._blocks[index].start()
+            if not self._is_kept(index):
+                self._blocks[index].free()
+            self._num_forwards += 1
+
+    def _pass_over_backward(self, stop: int) -> None:
+        """Take the backward turns of the blocks from ``stop`` on that backward did not come to."""
+        while self._num_to_go > stop:
+            self._num_to_go -= 1
+            self._blocks[self._num_to_go].start()
+            if self._num_to_go:
+                self._blocks[self._num_to_go].free()
 
 
 class _Gathered:

@@ -10,11 +10,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from sharding.block_gathers import BlockBuckets, BlockGathers
 from sharding.config import Strategy
-from sharding.engine import ModelDefinition, OptimizedParameter, OptimizerFactory
+from sharding.engine import Batch, ModelDefinition, OptimizedParameter, OptimizerFactory
 from sharding.flat_buckets import flatten_parameters
 from sharding.gradient_buckets import GradientBuckets
 from sharding.loss_scaler import LossScaler
@@ -62,6 +63,7 @@ class BucketedEngine(TorchEngine):
         """
         limit = BUCKET_ELEMENTS[device.type]
         model, group = definition.model, mesh.shard_group
+        reductions = group
         self._gathers: ParameterGathers | BlockGathers
         if block_buckets is None:
             trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -72,9 +74,12 @@ class BucketedEngine(TorchEngine):
             blocks = block_buckets.blocks
             self._buckets = [*after, *(bucket for _, buckets in reversed(blocks) for bucket in buckets), *before]
             self._gathers = BlockGathers(model, blocks, [*after, *before], group)
+            # Gradients that not every rank has leave at other moments between the gathers on each rank: each of both
+            # kinds is in order, but not the two together.
+            reductions = None if group is None else dist.new_group(dist.get_process_group_ranks(group))
         self._is_whole_between_steps = block_buckets is None
         self._gradients = GradientBuckets(
-            self._buckets, group, limit, keeps_whole=strategy == "zero1", filled=self._gathers.leave
+            self._buckets, reductions, limit, keeps_whole=strategy == "zero1", filled=self._gathers.leave
         )
         # By id: this rank's run of a parameter as the optimizer gets it, and the run's start in the parameter.
         self._runs: dict[int, tuple[nn.Parameter, int]] = {}
@@ -93,6 +98,13 @@ class BucketedEngine(TorchEngine):
         stepped = super().step(learning_rate)
         self._gathers.start()
         return stepped
+
+    def evaluate_batch(self, batch: Batch) -> torch.Tensor:
+        """See Engine."""
+        self._gathers.begin_pass(has_gradients=False)
+        sums = super().evaluate_batch(batch)
+        self._gathers.end_pass()
+        return sums
 
     def settle(self) -> None:
         """See Engine; the gathering after a step."""
@@ -134,6 +146,7 @@ class BucketedEngine(TorchEngine):
 
     @contextmanager
     def _accumulation_context(self, *, is_last: bool) -> Iterator[None]:
+        self._gathers.begin_pass(has_gradients=True)
         self._gradients.begin_micro_batch(is_first=not self._has_gradients, is_last=is_last)
         yield
         # Not where the pass failed: other ranks may not come to these collectives.

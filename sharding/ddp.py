@@ -31,6 +31,7 @@ class DdpEngine(TorchEngine):
         """See TorchEngine; the process group must be up."""
         super().__init__(definition, mesh, device, autocast_dtype, build_optimizer, loss_scaler)
         self._ddp = self._wrap()
+        self._is_last = False
 
     def _wrap(self) -> Any:
         ddp = DistributedDataParallel(
@@ -59,12 +60,39 @@ class DdpEngine(TorchEngine):
     def _forward_module(self) -> nn.Module:
         return self._ddp
 
+    def _backward(self, loss: torch.Tensor) -> None:
+        if self._is_last:
+            # A bucket leaves when all its parameters have been reached, on every rank, or never.
+            loss = _ReachAll.apply(loss, *(entry.parameter for entry in self._trainable))
+        self._run_backward(loss)
+
+    def _run_backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
     def _accumulation_context(self, *, is_last: bool) -> AbstractContextManager[Any]:
+        self._is_last = is_last
         # no_sync must span the forward pass too: DDP decides there whether the reducer is armed.
         return nullcontext() if is_last else self._ddp.no_sync()
 
     def _is_written_here(self, index: int) -> bool:
         return index % self._mesh.dp_degree == self._mesh.dp_rank
+
+
+class _ReachAll(torch.autograd.Function):
+    """A loss whose backward pass comes to every parameter, with no gradient of its own for any.
+
+    What the loss does not depend on, on this rank, then contributes zeros to its bucket. ``find_unused_parameters``
+    does the same at the price of a walk through the graph and one more all-reduce.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, loss: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        ctx.num_parameters = len(parameters)
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return (gradients[0], *[None] * ctx.num_parameters)
 
 
 def _sum_bucket(group: dist.ProcessGroup | None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:

@@ -18,7 +18,8 @@ class ParameterGathers:
         """Attach to the modules of a model.
 
         Each block waits for its buckets. What comes after the blocks may be used without a call of its module, as a
-        fused head is: the last block waits for all. What comes before is waited for by every module outside of them.
+        fused head is: the last block waits for all. What comes before is waited for by every module outside of them,
+        and each of these for its own besides: the order in which modules are registered need not be that of the pass.
 
         Args:
             model: the model; its blocks may be compiled.
@@ -30,13 +31,16 @@ class ParameterGathers:
         self._works: dict[int, list[dist.Work]] = {}
         bucket_of = {id(member.parameter): index for index, b in enumerate(buckets) for member in b.members}
         blocks = [block for _, block in find_blocks(model)]
+        blocks_found = set(blocks)
         inside = [{bucket_of[id(p)] for p in block.parameters() if id(p) in bucket_of} for block in blocks]
         every = set(range(len(buckets)))
         before = {index for index in every if not inside or index >= max(inside[0], default=0)}
         for block, indices in zip(blocks, [*inside[:-1], every], strict=False):
             self._attach(block, indices)
         for module in modules_outside(model, blocks):
-            self._attach(module, before)
+            # What contains a block would wait for all of it.
+            own = module.parameters(recurse=not any(child in blocks_found for child in module.modules()))
+            self._attach(module, before | {bucket_of[id(p)] for p in own if id(p) in bucket_of})
 
     def start(self) -> None:
         """Begin to gather every bucket; this rank's slices must be ready, and stay as they are until the end."""
@@ -51,6 +55,9 @@ class ParameterGathers:
         for index in list(self._works) if indices is None else indices:
             for work in self._works.pop(index, ()):
                 work.wait()
+
+    def begin_pass(self, *, has_gradients: bool) -> None:
+        """Nothing: what a pass needs is on its way."""
 
     def end_pass(self) -> None:
         """Nothing: parameters stay."""

@@ -179,7 +179,10 @@ class TorchEngine:
 
     def _give_gradients_to_optimizer(self) -> None:
         for entry in self._trainable:
-            if entry.local is not entry.parameter and entry.parameter.grad is not None:
+            if entry.parameter.grad is None:
+                # Nothing in the step depended on it: its gradient is zero, here as where gradients travel.
+                entry.parameter.grad = torch.zeros_like(entry.parameter)
+            if entry.local is not entry.parameter:
                 entry.local.grad = local_tensor(entry.parameter.grad)
 
     def _make_gradients_zero(self) -> None:

@@ -63,6 +63,9 @@ class ZeroEngine(TorchEngine):
             # divide factor of 1 alone selects a pre-multiplied sum, which gloo does not have.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+            # What the loss does not depend on, on this rank, contributes zeros, or ranks would add up runs of memory
+            # that hold other parameters.
+            module.set_reduce_scatter_unused_params(True, recurse=False)
         self._keeps_parameters = strategy in ("zero1", "zero2")
 
     def evaluate_batch(self, batch: Batch) -> torch.Tensor:

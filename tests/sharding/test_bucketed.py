@@ -122,6 +122,7 @@ def _train_and_save(ranks: Ranks, root: Path) -> None:
         _check_norms(ranks, strategy)
         if strategy != "zero3":
             _check_unused(ranks, strategy)
+    _check_waits(ranks, "zero1")
     _check_recomputed(ranks, losses, activation_checkpointing={"mode": "full"})
     backends = (("torch", "zero3"), ("deepspeed", "zero2"))
     for backend, strategy in backends:
@@ -224,6 +225,32 @@ def _check_unused(ranks: Ranks, strategy: str) -> None:
     flat = torch.cat([gradient.flatten() for gradient in expected.values()])
     torch.distributed.all_reduce(flat)
     assert norm == pytest.approx(float(flat.double().norm()), rel=1e-5), strategy
+
+
+_BART = {
+    "architecture": "bart",
+    "config": {"d_model": 30, "decoder_layers": 2, "decoder_attention_heads": 3, "decoder_ffn_dim": 53, "dropout": 0.0},
+}
+
+
+def _check_waits(ranks: Ranks, strategy: str) -> None:
+    """BART registers a norm after its blocks and runs it before them."""
+    options: dict[str, Any] = {"model": _BART, "optimizer": {"lr": 1e-2}}
+    engine = _bucketed(ranks, strategy, **options)
+    pending: list[str] = []
+
+    def look(module: nn.Module, _arguments: object) -> None:
+        own = {id(parameter) for parameter in module.parameters(recurse=False)}
+        for index, bucket in enumerate(engine._buckets):
+            if own & {id(m.parameter) for m in bucket.members} and index in engine._gathers._works:  # type: ignore[union-attr]
+                pending.append(type(module).__name__)
+
+    for module in engine._model.modules():
+        module.register_forward_pre_hook(look)
+    assert train_steps(engine, ranks, num_steps=2) == pytest.approx(
+        train_steps(_engine(ranks, "ddp", **options), ranks, num_steps=2), rel=1e-6
+    )
+    assert not pending, pending
 
 
 def _as_on_gpus(ranks: Ranks) -> None:

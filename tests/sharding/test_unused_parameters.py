@@ -1,0 +1,123 @@
+"""Parameters that only some ranks use: data decide, and no rank waits for another or gets another's gradient."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from sharding import bucketed
+from sharding.process_group import Ranks
+from tests.sharding.engine_cases import num_targets, random_batch, tiny_engine
+from tests.support import run_on_ranks
+
+_SGD = {"optimizer": {"name": "sgd", "lr": 0.1, "weight_decay": 0.0}}
+
+
+class _Sometimes:
+    """A function that takes turns with a replacement, the other way round on the next rank."""
+
+    def __init__(self, function: Any, replacement: Any, rank: int) -> None:
+        self._function = function
+        self._replacement = replacement
+        self._rank = rank
+        self.num_calls = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.num_calls += 1
+        chosen = self._replacement if (self.num_calls + self._rank) % 2 else self._function
+        return chosen(*args, **kwargs)
+
+
+def _skip_a_parameter(model: Any, rank: int) -> _Sometimes:
+    mlp = model.model.layers[1].mlp
+    mlp.forward = _Sometimes(mlp.forward, lambda x: mlp.down_proj(mlp.up_proj(x)), rank)
+    return mlp.forward
+
+
+def _skip_outside(model: Any, rank: int) -> _Sometimes:
+    norm = model.model.norm
+    norm.forward = _Sometimes(norm.forward, lambda x: x, rank)
+    return norm.forward
+
+
+def _skip_blocks(model: Any, rank: int) -> list[_Sometimes]:
+    """The two last blocks are not even called."""
+    return [_skip_block(block, rank) for block in model.model.layers[1:]]
+
+
+def _skip_block(block: nn.Module, rank: int) -> _Sometimes:
+    cls = type(block)
+    call = _Sometimes(lambda *args, **kwargs: cls.__call__(block, *args, **kwargs), lambda hidden, **_: hidden, rank)
+    block.__class__ = type(cls.__name__, (cls,), {"__call__": lambda _self, *args, **kwargs: call(*args, **kwargs)})
+    return call
+
+
+def _model_of(engine: Any) -> Any:
+    return engine._model if hasattr(engine, "_model") else engine._definition.model
+
+
+def _batches(ranks: Ranks, num_micro_batches: int) -> list[dict[str, torch.Tensor]]:
+    return [random_batch(7 * ranks.rank + index) for index in range(num_micro_batches)]
+
+
+def _expected(ranks: Ranks, skip: Any, num_micro_batches: int) -> dict[str, torch.Tensor]:
+    """Parameters after a step of plain SGD on the sum of all ranks' gradients."""
+    engine: Any = tiny_engine(ranks, "ddp", **_SGD)
+    model, batches = engine._model, _batches(ranks, num_micro_batches)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    total = [torch.zeros_like(p) for p in parameters]
+    skip(model, ranks.rank)
+    for batch in batches:
+        loss = engine._loss(model, batch) / num_targets(batches, ranks.world_size)
+        for sum_, gradient in zip(total, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
+            if gradient is not None:
+                sum_ += gradient
+    for sum_ in total:
+        torch.distributed.all_reduce(sum_)
+    return {name: p.detach() - 0.1 * sum_ for name, p, sum_ in zip(names, parameters, total, strict=True)}
+
+
+def _check(ranks: Ranks, backend: str, strategy: str, skip: Any) -> None:
+    for num_micro_batches in (1, 3):
+        case = (backend, strategy, skip.__name__, num_micro_batches)
+        engine: Any = tiny_engine(ranks, strategy, backend=backend, **_SGD)
+        batches = _batches(ranks, num_micro_batches)
+        counters = skip(_model_of(engine), ranks.rank)
+        for is_kept in (False, True):
+            for counter in counters if isinstance(counters, list) else [counters]:
+                counter.num_calls = 0
+            engine.train_batch(batches, num_targets(batches, ranks.world_size))
+            engine.clip_grad_norm(0.0)
+            if not is_kept:
+                engine.drop_gradients()
+        engine.step(0.1)
+        # The passes of evaluation take turns as well.
+        for _ in range(3):
+            engine.evaluate_batch(batches[0])
+        expected = _expected(ranks, skip, num_micro_batches)
+        for part in engine.state(with_optimizer=False):
+            whole = expected[part.name.removeprefix("model/")]
+            index = tuple(slice(o, o + n) for o, n in zip(part.offsets, part.tensor.shape, strict=True))
+            torch.testing.assert_close(part.tensor, whole[index], rtol=1e-5, atol=1e-6, msg=f"{case} {part.name}")
+
+
+def _all(ranks: Ranks) -> None:
+    # The tiny model would lie in one bucket.
+    bucketed.BUCKET_ELEMENTS["cpu"] = 4096
+    for backend, strategies in (
+        ("torch", ("ddp", "zero1", "zero2", "zero3")),
+        ("bucketed", ("zero1", "zero2", "zero3")),
+        ("accelerate", ("ddp",)),
+    ):
+        for strategy in strategies:
+            skips = [_skip_a_parameter, _skip_outside]
+            if (backend, strategy) in (("torch", "ddp"), ("bucketed", "zero1"), ("bucketed", "zero3")):
+                skips.append(_skip_blocks)
+            for skip in skips:
+                _check(ranks, backend, strategy, skip)
+
+
+@pytest.mark.timeout(300)
+def test_what_a_rank_does_not_use_contributes_zeros() -> None:
+    run_on_ranks(_all, 2, timeout_s=240)
