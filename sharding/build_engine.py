@@ -1,5 +1,6 @@
 """From a model on the meta device to an engine: the one place that knows the order of things."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ import torch
 from sharding.accelerate_engine import AccelerateDdpEngine, AccelerateZero3Engine
 from sharding.activation_checkpointing import checkpoint_activations
 from sharding.block_gathers import BlockBuckets
-from sharding.blocks import find_blocks
+from sharding.blocks import find_blocks, modules_outside
 from sharding.bucketed import BucketedEngine
 from sharding.config import ActivationCheckpointingConfig, CompileConfig, ParallelConfig, PrecisionConfig
 from sharding.ddp import DdpEngine
@@ -18,9 +19,10 @@ from sharding.initialization import Materializer, check_initialized, initialize_
 from sharding.loss_scaler import LossScaler
 from sharding.memory_formula import BUCKET_ELEMENTS
 from sharding.mesh import DataParallelMesh
+from sharding.pass_agreement import PassAgreement
 from sharding.precision import compute_dtype
 from sharding.torch_engine import TorchEngine
-from sharding.zero import ZeroEngine, shard_module
+from sharding.zero import REDUCES_UNUSED_PARAMETERS, ZeroEngine, shard_module
 
 
 def build_engine(
@@ -92,6 +94,8 @@ def build_engine(
     loss_scaler = LossScaler(precision, device) if dtype is torch.float16 else None
     if shards:
         shard_module(model, mesh, parallel.strategy, dtype)
+    definition = _compare_passes(definition, blocks, mesh, parallel)
+    if shards:
         return ZeroEngine(definition, mesh, device, parallel.strategy, build_optimizer, loss_scaler)
     autocast_dtype = None if dtype is torch.float32 else dtype
     if parallel.engine == "bucketed":
@@ -106,6 +110,38 @@ def build_engine(
         return AccelerateZero3Engine(definition, mesh, device, dtype, build_optimizer, loss_scaler)
     engine = {"none": TorchEngine, "ddp": AccelerateDdpEngine if parallel.backend == "accelerate" else DdpEngine}
     return engine[parallel.strategy](definition, mesh, device, autocast_dtype, build_optimizer, loss_scaler)
+
+
+def _compare_passes(
+    definition: ModelDefinition,
+    blocks: list[tuple[str, torch.nn.Module]],
+    mesh: DataParallelMesh,
+    parallel: ParallelConfig,
+) -> ModelDefinition:
+    """Let ranks compare their first passes, where a collective of one is taken for that of another if they differ."""
+    if mesh.dp_degree == 1 or parallel.strategy in ("none", "ddp") or parallel.engine == "bucketed":
+        return definition
+    is_deepspeed = parallel.backend == "deepspeed"
+    agreement = PassAgreement(
+        definition.model,
+        _gathered_when_called(definition.model, blocks, parallel),
+        f"parallel.backend={parallel.backend} with parallel.strategy={parallel.strategy}",
+        compares_parameters=is_deepspeed or not REDUCES_UNUSED_PARAMETERS,
+    )
+    return replace(definition, loss=agreement.watch(definition.loss))
+
+
+def _gathered_when_called(
+    model: torch.nn.Module, blocks: list[tuple[str, torch.nn.Module]], parallel: ParallelConfig
+) -> list[tuple[str, torch.nn.Module]]:
+    """Modules at whose call parameters are gathered, apart from the model itself."""
+    if parallel.backend != "deepspeed":
+        return blocks
+    if parallel.strategy != "zero3":
+        return []
+    outside = modules_outside(model, [block for _, block in blocks])
+    own = {id(module) for module in outside if next(module.parameters(recurse=False), None) is not None}
+    return [*blocks, *((name, module) for name, module in model.named_modules() if id(module) in own)]
 
 
 def _initialize_outside_blocks(definition: ModelDefinition, materializer: Materializer, block_ids: set[int]) -> None:

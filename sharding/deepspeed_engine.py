@@ -183,11 +183,11 @@ class DeepSpeedEngine:
         """See Engine."""
         if with_optimizer:
             self._allocate_optimizer_state()
-        for part in self._replicated_slices():
-            read(part)
         if self._stage == 3:
             # Parameters that a forward pass left gathered would not be gathered again.
             self._zero._partition_all_parameters()
+        for part in self._replicated_slices():
+            read(part)
         for group in range(len(self._members)):
             with self._in_memory(group, changes=True):
                 for part in self._slices_of_partition(group, with_optimizer=with_optimizer):
@@ -272,8 +272,17 @@ class DeepSpeedEngine:
         model, written = self._definition.model, self._mesh.dp_rank == 0
         persistent = set(model.state_dict().keys())
         buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in persistent]
-        frozen = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
-        return [slice_of(f"model/{name}", tensor, is_written_here=written) for name, tensor in buffers + frozen]
+        frozen = [(f"model/{name}", p) for name, p in model.named_parameters() if not p.requires_grad]
+        slices = [slice_of(f"model/{name}", buffer, is_written_here=written) for name, buffer in buffers]
+        if self._stage != 3:
+            return slices + [slice_of(name, p, is_written_here=written) for name, p in frozen]
+        for name, parameter in frozen:
+            # Frozen or not, stage 3 divides it: each rank holds a run of it, and the last ones less or nothing.
+            partition = parameter.ds_tensor.ds_numel
+            start = self._mesh.dp_rank * partition
+            run = parameter.ds_tensor[: max(0, min(partition, parameter.ds_numel - start))]
+            slices += slices_of_flat_range(name, run, _whole_shape(parameter), start, is_written_here=True)
+        return slices
 
     def _run(self, parameter: Any) -> tuple[int, int, int]:
         """This rank's run of a parameter: its offset and size in the flat partition, and its start in the parameter."""

@@ -20,6 +20,9 @@ from sharding.mesh import SHARD_AXIS, DataParallelMesh
 from sharding.replicas import Replicas
 from sharding.torch_engine import TorchEngine, sum_over
 
+REDUCES_UNUSED_PARAMETERS = hasattr(FSDPModule, "set_reduce_scatter_unused_params")
+"""Whether ``fully_shard`` can reduce gradients of parameters that only some ranks use; torch 2.11 cannot."""
+
 
 def shard_module(module: nn.Module, mesh: DataParallelMesh, strategy: Strategy, dtype: torch.dtype) -> None:
     """Shard one module's parameters over the mesh, in place.
@@ -65,7 +68,8 @@ class ZeroEngine(TorchEngine):
             module.set_force_sum_reduction_for_comms(True)
             # What the loss does not depend on, on this rank, contributes zeros, or ranks would add up runs of memory
             # that hold other parameters.
-            module.set_reduce_scatter_unused_params(True, recurse=False)
+            if REDUCES_UNUSED_PARAMETERS:
+                module.set_reduce_scatter_unused_params(True, recurse=False)
         self._keeps_parameters = strategy in ("zero1", "zero2")
 
     def evaluate_batch(self, batch: Batch) -> torch.Tensor:

@@ -10,6 +10,7 @@ from torch import nn
 from sharding.blocks import find_blocks
 from sharding.errors import UserError
 from sharding.float8 import is_fit
+from trainer.model_refusals import refuse_padding
 from trainer.sections import ModelConfig
 from trainer.tasks.task import Task
 
@@ -79,6 +80,7 @@ def build_model_config(model: ModelConfig, vocabulary: Vocabulary, sequence_leng
         config = _config_from_scratch(model, vocabulary, sequence_length)
     config._attn_implementation = model.attention
     _check_sizes(config, vocabulary, sequence_length)
+    refuse_padding(model, config)
     return config
 
 
@@ -99,7 +101,8 @@ def _config_from_scratch(model: ModelConfig, vocabulary: Vocabulary, sequence_le
             close = difflib.get_close_matches(key, [k for k in vars(defaults) if not k.startswith("_")], n=1)
             hint = f"; did you mean {close[0]}?" if close else "."
             raise UserError(f"model.config.{key} is not a field of {model.architecture}{hint}")
-    values: dict[str, Any] = {"vocab_size": vocabulary.size}
+    # The class's own padding token is one of another tokenizer: here a word, whose embedding would stay zero.
+    values: dict[str, Any] = {"vocab_size": vocabulary.size, "pad_token_id": None}
     if vocabulary.eos_token_id is not None:
         values |= {"bos_token_id": vocabulary.eos_token_id, "eos_token_id": vocabulary.eos_token_id}
     positions = getattr(defaults, "max_position_embeddings", None)

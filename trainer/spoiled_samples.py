@@ -46,6 +46,11 @@ class SpoiledTask:
         self._factor = 1.0
         self.next_samples: Callable[[], list[SampleRange]] = list
 
+    @property
+    def inner(self) -> Task:
+        """The task that is spoiled."""
+        return self._task
+
     def build_model(self, model_config: "PretrainedConfig") -> nn.Module:
         """See Task."""
         return self._task.build_model(model_config)

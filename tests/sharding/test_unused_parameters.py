@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from sharding import bucketed
+from sharding.errors import UserError
 from sharding.process_group import Ranks
 from tests.sharding.engine_cases import num_targets, random_batch, tiny_engine
 from tests.support import run_on_ranks
@@ -121,3 +122,25 @@ def _all(ranks: Ranks) -> None:
 @pytest.mark.timeout(300)
 def test_what_a_rank_does_not_use_contributes_zeros() -> None:
     run_on_ranks(_all, 2, timeout_s=240)
+
+
+def _refused(ranks: Ranks) -> None:
+    """Where ranks must do the same, those that do not are told so, all of them, and none waits."""
+    for backend, strategy, skip, found in (
+        ("torch", "zero1", _skip_blocks, "model.layers.1 where another came to the end of its pass"),
+        ("torch", "zero3", _skip_blocks, "model.layers.1 where another came to the end of its pass"),
+        ("deepspeed", "zero1", _skip_a_parameter, "model.layers.1.mlp.gate_proj.weight was used by some ranks only"),
+        ("deepspeed", "zero2", _skip_blocks, "model.layers.1.* was used by some ranks only"),
+        ("deepspeed", "zero3", _skip_outside, "model.norm.weight was used by some ranks only"),
+        ("deepspeed", "zero3", _skip_blocks, "model.layers.1 where another came to model.norm"),
+    ):
+        engine: Any = tiny_engine(ranks, strategy, backend=backend, **_SGD)
+        batches = _batches(ranks, 2)
+        skip(_model_of(engine), ranks.rank)
+        with pytest.raises(UserError, match=f"^parallel.backend={backend} with parallel.strategy={strategy} .*{found}"):
+            engine.train_batch(batches, num_targets(batches, ranks.world_size))
+
+
+@pytest.mark.timeout(300)
+def test_where_all_ranks_must_run_the_same_a_sentence_says_so() -> None:
+    run_on_ranks(_refused, 2, timeout_s=240)

@@ -13,6 +13,7 @@ from sharding.engine import Batch
 from sharding.errors import UserError
 from trainer.data.loader import IGNORED_LABEL
 from trainer.tasks.chunked_loss import ChunkedLossHead
+from trainer.tasks.task import Task
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -112,6 +113,15 @@ class CausalLanguageModelling:
                     )
                 self._heads[model] = head
         return loss
+
+
+def predicts_next_tokens(task: Task) -> bool:
+    """Whether a task is causal language modelling in all but, perhaps, the model that it builds."""
+    task = getattr(task, "inner", task)
+    ours = CausalLanguageModelling
+    return isinstance(task, ours) and all(
+        getattr(type(task), name) is getattr(ours, name) for name in ("make_batch", "loss", "evaluation_sums")
+    )
 
 
 def _inputs(batch: Batch) -> Batch:
