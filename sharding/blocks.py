@@ -1,8 +1,12 @@
 """Finding the repeated blocks of a model by its structure."""
 
+from collections import defaultdict
 from collections.abc import Iterable
 
 from torch import nn
+
+from sharding.config import Strategy
+from sharding.errors import UserError
 
 
 def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -21,6 +25,38 @@ def modules_outside(model: nn.Module, blocks: Iterable[nn.Module]) -> list[nn.Mo
     """The modules of a model that are neither blocks nor in one."""
     inside = {id(module) for block in blocks for module in block.modules()}
     return [module for module in model.modules() if id(module) not in inside]
+
+
+def refuse_scattered_layers(model: nn.Module, strategy: Strategy) -> None:
+    """Refuse a model most of whose repeated layers are no blocks, where only a block's parameters are whole at a time.
+
+    Raises:
+        UserError: they are in no ``nn.ModuleList``; all of them would be gathered at once.
+    """
+    if strategy not in ("zero3", "hsdp"):
+        return
+    in_blocks = {id(p): p.numel() for _, block in find_blocks(model) for p in block.parameters()}
+    alike: dict[object, list[str]] = defaultdict(list)
+    sizes: dict[object, int] = defaultdict(int)
+    inside = {id(module) for _, block in find_blocks(model) for module in block.modules()}
+    for name, module in model.named_modules():
+        is_layer_of_torch = type(module).__module__.startswith("torch.nn.") and not any(True for _ in module.children())
+        if id(module) in inside or is_layer_of_torch or isinstance(module, nn.ModuleList):
+            continue
+        parameters = [(inner, p) for inner, p in module.named_parameters() if id(p) not in in_blocks]
+        if name and parameters:
+            kind = (type(module), *((inner, p.shape) for inner, p in parameters))
+            alike[kind].append(name)
+            sizes[kind] += sum(p.numel() for _, p in parameters)
+    repeated = {kind: names for kind, names in alike.items() if len(names) > 1}
+    largest = max(repeated, key=lambda kind: sizes[kind], default=None)
+    if largest is not None and sizes[largest] > sum(in_blocks.values()):
+        first, second, *_ = names = repeated[largest]
+        raise UserError(
+            f"parallel.strategy={strategy} keeps one layer whole at a time, but {type(model).__name__} has "
+            f"{len(names)} layers alike ({first}, {second} ...) outside of any torch.nn.ModuleList, by which "
+            "layers are found; keep them in one, or use parallel.strategy=zero2."
+        )
 
 
 def hidden_matrices(model: nn.Module) -> set[str]:

@@ -8,7 +8,7 @@ import torch
 from sharding.accelerate_engine import AccelerateDdpEngine, AccelerateZero3Engine
 from sharding.activation_checkpointing import checkpoint_activations
 from sharding.block_gathers import BlockBuckets
-from sharding.blocks import find_blocks, modules_outside
+from sharding.blocks import find_blocks, modules_outside, refuse_scattered_layers
 from sharding.bucketed import BucketedEngine
 from sharding.config import ActivationCheckpointingConfig, CompileConfig, ParallelConfig, PrecisionConfig
 from sharding.ddp import DdpEngine
@@ -55,12 +55,14 @@ def build_engine(
         deepspeed_settings: DeepSpeed's configuration, read under that backend alone.
 
     Raises:
-        UserError: the device or the model does not have the precision.
+        UserError: the device or the model does not have the precision, or the strategy does not find its layers.
         RuntimeError: initialisation left a tensor without values, or touched a block from outside.
     """
     dtype = compute_dtype(precision, device)
     model = definition.model
     blocks = find_blocks(model)
+    if mesh.dp_degree > 1:
+        refuse_scattered_layers(model, parallel.strategy)
     materializer = Materializer(device)
     shards = parallel.backend == "torch" and parallel.strategy not in ("none", "ddp") and parallel.engine != "bucketed"
     partitions = parallel.backend == "deepspeed" and parallel.strategy == "zero3"

@@ -9,6 +9,7 @@ from sharding.mesh import DataParallelMesh, build_mesh
 from sharding.precision import compute_dtype
 from sharding.process_group import Ranks, set_step_timeout
 from trainer.bad_numbers import BadNumbers
+from trainer.causality import check_causality
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.manifest import TrainingState
 from trainer.checkpoint.tokenizer_archive import pack_tokenizer
@@ -34,6 +35,7 @@ from trainer.run_folder import RunFolder
 from trainer.spoiled_samples import SpoiledTask
 from trainer.stragglers import BusyMeter
 from trainer.system_metrics import SystemMeter
+from trainer.tasks.causal_lm import predicts_next_tokens
 from trainer.tasks.registry import build_task
 from trainer.token_ids import agree, check_named_tokenizer, check_tokenizer_of_checkpoint
 from trainer.trainer_parts import TrainerParts
@@ -95,6 +97,8 @@ def build_trainer(
     busy = BusyMeter(phases, config.parallel.strategy)
     engine, facts = build_model_engine(fetched, task, mesh, ranks, vocabulary, busy)
     observers.message(describe_model(config, facts, ranks))
+    if predicts_next_tokens(task):
+        check_causality(engine, config, vocabulary, ranks)
     if config.metrics.parameter_hash:
         observers.message(f"initial parameters {parameter_hash(engine, ranks)}")
     corpus.check_sequence_length(config.data.sequence_length)

@@ -7,8 +7,6 @@ from contextlib import suppress
 from enum import Enum
 from typing import Any
 
-import torch
-
 from sharding.engine import Batch
 from sharding.errors import NonFiniteFailure, RunFailure, UserError
 from trainer.accumulation import agree_on_step
@@ -18,6 +16,7 @@ from trainer.config import RunConfig
 from trainer.data.loader import BatchLoader
 from trainer.data.skipped_samples import SampleRange, SkippedSamples
 from trainer.data.streaming import StreamingLoader, gather_states
+from trainer.evaluation import Evaluation
 from trainer.metrics import (
     Metrics,
     MetricsFile,
@@ -69,6 +68,7 @@ class Trainer:
         self._bad_numbers = parts.bad_numbers
         self._clock = ThroughputClock(take_busy_s=parts.busy.take_s)
         self._noise_scale = NoiseScale() if config.metrics.gradient_noise_scale else None
+        self._evaluation = Evaluation(parts.engine, parts.task, parts.ranks, dp_rank=parts.dp_rank, seed=config.seed)
         self._metrics_file: MetricsFile | None = None
         self._loader: BatchLoader | StreamingLoader | None = None
         self._loader_state: dict[str, Any] | None = None
@@ -337,10 +337,7 @@ class Trainer:
 
     def _evaluate_weights(self) -> Metrics:
         parts = self._parts
-        sums: torch.Tensor | None = None
-        for sequences in parts.evaluation_batches():
-            batch_sums = parts.engine.evaluate_batch(parts.task.make_batch(sequences))
-            sums = batch_sums if sums is None else sums + batch_sums
+        sums = self._evaluation.sums(parts.evaluation_batches())
         return {} if sums is None else parts.task.evaluation_metrics(sum_over_ranks(sums, parts.ranks))
 
     def _save(self, *, waits: bool) -> None:

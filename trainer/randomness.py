@@ -1,7 +1,8 @@
-"""Random generators as functions of (seed, step, rank): nothing to save, nothing to lose."""
+"""Random generators as functions of (seed, step, rank) or (seed, sample): nothing to save, nothing to lose."""
 
 import hashlib
 import random
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,25 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     Dropout masks therefore are the same in a continued run as in one that was never interrupted, however often it was
     continued, and differ between ranks.
     """
-    digest = hashlib.sha256(f"{seed}:{step}:{rank}".encode()).digest()
+    _seed_generators(f"{seed}:{step}:{rank}")
+
+
+def seed_sample(seed: int, position: int) -> None:
+    """Seed all generators for one sample of an evaluation, by its position in the split."""
+    _seed_generators(f"{seed}:evaluation:{position}")
+
+
+def generator_states() -> tuple[Any, ...]:
+    """States of all generators on this rank, equal to earlier ones where nothing was drawn in between."""
+    _, numpy_words, numpy_place, *_ = np.random.get_state()
+    states = [torch.default_generator.get_state()]
+    if torch.cuda.is_initialized():
+        states.append(torch.cuda.default_generators[torch.cuda.current_device()].get_state())
+    return random.getstate(), bytes(numpy_words), numpy_place, *(bytes(state.numpy()) for state in states)
+
+
+def _seed_generators(key: str) -> None:
+    digest = hashlib.sha256(key.encode()).digest()
     value = int.from_bytes(digest[:8], "little") >> 1
     # torch.manual_seed asks every kind of accelerator, and where CUDA is not in use it keeps a stack trace per call:
     # that costs more than the rest of this function, and memory that grows with the steps.

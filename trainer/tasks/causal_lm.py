@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
+PROBED_POSITION = "probed_position"
+"""Key of a batch in evaluation that asks for the logits of the first row's token at this position, and no metrics."""
+
+
 class CausalLanguageModelling:
     """Next-token prediction; ``labels[b, t]`` is the token that follows ``input_ids[b, t]``, or -100."""
 
@@ -77,6 +81,8 @@ class CausalLanguageModelling:
 
     def evaluation_sums(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """See Task; [summed cross-entropy, valid targets]: never a z-loss, so that perplexity means perplexity."""
+        if PROBED_POSITION in batch:
+            return self._logits_at(model, batch)
         num_targets = (batch["labels"] != IGNORED_LABEL).sum()
         if self._chunk_tokens:
             loss_sum = self._chunked_loss(model, batch)
@@ -96,6 +102,15 @@ class CausalLanguageModelling:
         """Logits in fp32, [positions, vocabulary], and labels, [positions]."""
         logits = model(**_inputs(batch), use_cache=False).logits
         return logits.flatten(0, 1).float(), batch["labels"].flatten()
+
+    def _logits_at(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """Logits of the probed token, [vocabulary]."""
+        position = batch[PROBED_POSITION]
+        if not self._chunk_tokens:
+            return model(**_inputs(batch), use_cache=False).logits[0, position].float()
+        head = next(m for m in model.modules() if isinstance(m, ChunkedLossHead))
+        head.position = position
+        return model(**_inputs(batch), use_cache=False).logits[0, 0].float()
 
     def _chunked_loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """The summed loss, computed where the model would compute logits."""

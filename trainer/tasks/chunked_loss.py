@@ -17,10 +17,12 @@ class ChunkedLossHead(nn.Linear):
 
     Attributes:
         targets: labels of the next forward pass, which uses them up; None for logits.
+        position: the one position whose logits the next forward pass gives, which uses it up; None for all.
         last_loss: what the last forward pass with targets gave, detached.
     """
 
     targets: torch.Tensor | None
+    position: torch.Tensor | None
     last_loss: torch.Tensor | None
     _chunk_tokens: int
     _z_loss: float
@@ -36,13 +38,14 @@ class ChunkedLossHead(nn.Linear):
         """
         projection.__class__ = cls
         assert isinstance(projection, cls)
-        projection.targets = projection.last_loss = None
+        projection.targets = projection.position = projection.last_loss = None
         projection._chunk_tokens, projection._z_loss = chunk_tokens, z_loss
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Logits [..., vocabulary]; with targets the summed loss, an fp32 scalar."""
         if self.targets is None:
-            return super().forward(input)
+            position, self.position = self.position, None
+            return super().forward(input if position is None else input[:, position, None])
         labels, self.targets = self.targets, None
         z_loss = self._z_loss if self.training else 0.0
         loss: torch.Tensor = _ChunkedLoss.apply(

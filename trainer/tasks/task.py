@@ -28,7 +28,9 @@ class Task(Protocol):
         They are ``input_ids`` and shifted ``labels``, int64 [micro, length], and under ``data.document_mask`` also
         ``position_ids``, which start again with each document and must reach the model.
 
-        Runs on the host, before the step; may draw from torch's default generator, which is seeded by step and rank.
+        Runs on the host, before the step; may draw from the default generators of torch, NumPy and Python. In training
+        they are seeded by step and rank; in evaluation by the sample's position, and a task that draws gets the rows of
+        a micro-batch one by one.
         """
 
     def num_targets(self, batch: Batch) -> int:
@@ -38,7 +40,7 @@ class Task(Protocol):
         """Sum of the losses of all valid targets, an fp32 scalar with a gradient."""
 
     def evaluation_sums(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        """A vector of fp64 sums that add up over batches and ranks."""
+        """A vector of fp64 sums that add up over batches and ranks; of one row at a time where anything is drawn."""
 
     def evaluation_metrics(self, sums: Sequence[float]) -> dict[str, Any]:
         """Named metrics, ``eval/...``, from the added-up sums."""
