@@ -272,7 +272,9 @@ class DeepSpeedEngine:
         model, written = self._definition.model, self._mesh.dp_rank == 0
         persistent = set(model.state_dict().keys())
         buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in persistent]
-        frozen = [(f"model/{name}", p) for name, p in model.named_parameters() if not p.requires_grad]
+        frozen: list[tuple[str, Any]] = [
+            (f"model/{name}", p) for name, p in model.named_parameters() if not p.requires_grad
+        ]
         slices = [slice_of(f"model/{name}", buffer, is_written_here=written) for name, buffer in buffers]
         if self._stage != 3:
             return slices + [slice_of(name, p, is_written_here=written) for name, p in frozen]

@@ -11,7 +11,7 @@ from sharding.state import layout_independent_hash
 from trainer.config import RunConfig
 from trainer.deepspeed_settings import deepspeed_settings
 from trainer.metrics import sum_integers_over_ranks
-from trainer.model_refusals import refuse_auxiliary_losses, refuse_layer_drop, refuse_positions_by_padding
+from trainer.model_refusals import refuse_positions_by_padding, refuse_settings
 from trainer.models import (
     ModelFacts,
     Vocabulary,
@@ -23,7 +23,6 @@ from trainer.models import (
 from trainer.optimizers.build import optimizer_factory
 from trainer.pretrained import load_pretrained
 from trainer.stragglers import BusyMeter
-from trainer.tasks.causal_lm import predicts_next_tokens
 from trainer.tasks.task import Task
 
 
@@ -41,9 +40,7 @@ def build_model_engine(
         UserError: model, tokenizer, sequence length, task and strategy do not fit together.
     """
     model_config = build_model_config(config.model, vocabulary, config.data.sequence_length)
-    refuse_layer_drop(config, model_config, mesh.dp_degree)
-    if predicts_next_tokens(task):
-        refuse_auxiliary_losses(config, model_config)
+    refuse_settings(config, task, model_config, mesh.dp_degree)
     model = build_model_on_meta(task, model_config)
     refuse_positions_by_padding(config, model, model_config)
     facts = model_facts(model, model_config)

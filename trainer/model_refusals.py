@@ -9,12 +9,25 @@ from torch import nn
 from sharding.errors import UserError
 from trainer.config import RunConfig
 from trainer.sections import ModelConfig
+from trainer.tasks.causal_lm import predicts_next_tokens
+from trainer.tasks.task import Task
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 _LAYER_DROP = re.compile(r"layer_?drop$")
 _LOSS_COEFFICIENT = re.compile(r"(aux|z)_loss_(coef|coefficient|weight|alpha)$|^moe_loss_weight$")
+
+
+def refuse_settings(config: RunConfig, task: Task, model_config: "PretrainedConfig", num_ranks: int) -> None:
+    """Refuse what is to be seen before there is a model.
+
+    Raises:
+        UserError: a setting would be ignored, or does not go with the strategy.
+    """
+    refuse_layer_drop(config, model_config, num_ranks)
+    if predicts_next_tokens(task):
+        refuse_auxiliary_losses(config, model_config)
 
 
 def refuse_auxiliary_losses(config: RunConfig, model_config: "PretrainedConfig") -> None:

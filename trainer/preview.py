@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sharding.blocks import refuse_scattered_layers
 from sharding.errors import EXIT_FINISHED, UserError, ends_with_a_sentence
 from trainer.checkpoint.reference import check_source, resolve_checkpoint
 from trainer.config import RunConfig, parse_config
@@ -25,6 +26,7 @@ from trainer.data.document_mask import check_architecture
 from trainer.data.prepared import Prepared, PreparedMixture, PreparedStream, errors_of, find_prepared, named_sources
 from trainer.data.tokenizer import TRAINED, load_tokenizer, vocabulary_size
 from trainer.memory_estimate import estimate_memory
+from trainer.model_refusals import refuse_positions_by_padding, refuse_settings
 from trainer.models import Vocabulary, build_model_config, build_model_on_meta, model_facts
 from trainer.run_folder import RunFolder
 from trainer.tasks.causal_lm import CausalLanguageModelling
@@ -65,8 +67,12 @@ def preview(config: RunConfig, world: World) -> list[str]:
         check_named_tokenizer(config, None if corpus is None else corpus.tokenizer_dir)
     vocabulary = _vocabulary(config, corpus)
     model_config = build_model_config(config.model, vocabulary, config.data.sequence_length)
+    refuse_settings(config, task, model_config, world.num_ranks)
     try:
         model = build_model_on_meta(task, model_config)
+        refuse_positions_by_padding(config, model, model_config)
+        if world.num_ranks > 1:
+            refuse_scattered_layers(model, config.parallel.strategy)
         _try_forward(task, model_config, config.data.sequence_length)
     except UserError:
         raise

@@ -24,11 +24,11 @@ def seed_sample(seed: int, position: int) -> None:
 
 def generator_states() -> tuple[Any, ...]:
     """States of all generators on this rank, equal to earlier ones where nothing was drawn in between."""
-    _, numpy_words, numpy_place, *_ = np.random.get_state()
+    numpy_state: Any = np.random.get_state()
     states = [torch.default_generator.get_state()]
     if torch.cuda.is_initialized():
         states.append(torch.cuda.default_generators[torch.cuda.current_device()].get_state())
-    return random.getstate(), bytes(numpy_words), numpy_place, *(bytes(state.numpy()) for state in states)
+    return random.getstate(), bytes(numpy_state[1]), numpy_state[2:], *(bytes(state.numpy()) for state in states)
 
 
 def _seed_generators(key: str) -> None:

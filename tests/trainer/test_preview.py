@@ -32,6 +32,14 @@ WORLD = World(2, has_gpu=False)
         (["model.config.hidden_act=swiglu"], "KeyError: 'swiglu'"),
         (["model.config.num_attention_heads=7"], "not divisible|must be divisible|not a multiple"),
         (["model.config.max_position_embeddings=16"], "data.sequence_length=32 is more than the model's 16 positions"),
+        (
+            ["model.architecture=mixtral", "model.config={output_router_logits: true}"],
+            "output_router_logits=true with model.config.router_aux_loss_coef=0.001 asks transformers for a loss",
+        ),
+        (
+            ["model.architecture=opt", "model.config={layerdrop: 0.1}"],
+            "model.config.layerdrop=0.1 lets each rank drop other layers",
+        ),
         (["task.name=nowhere:Task"], "task.name=nowhere:Task cannot be imported: No module named 'nowhere'"),
         (["task.name=causal-ml"], "task.name=causal-ml is unknown; use causal-lm or module:Class"),
         (["data.paths=[/nowhere]"], "data.paths: /nowhere names no file"),
