@@ -99,11 +99,15 @@ def refuse_positions_by_padding(config: RunConfig, model: nn.Module, model_confi
         return
     counts = ("create_position_ids_from_input_ids", "pad_index")
     if any(hasattr(module, name) for module in model.modules() for name in counts):
-        raise UserError(
-            f"{config.model.architecture or config.model.pretrained} finds positions by its padding token, but "
-            "pad_token_id=null, for the tokenizer has none; set model.config.pad_token_id to a token that no text "
-            "contains, or choose an architecture that counts positions itself (llama, gpt2, say)."
-        )
+        raise needs_padding(config.model.architecture or str(config.model.pretrained))
+
+
+def needs_padding(name: str) -> UserError:
+    """What to say of a model that cannot be without a padding token."""
+    return UserError(
+        f"{name} cannot be without a padding token, but pad_token_id=null, for the tokenizer has none; set "
+        "model.config.pad_token_id to a token that no text contains, or choose another architecture (llama, gpt2, say)."
+    )
 
 
 def _where(config: RunConfig, settings: str) -> str:

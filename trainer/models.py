@@ -10,7 +10,7 @@ from torch import nn
 from sharding.blocks import find_blocks
 from sharding.errors import UserError
 from sharding.float8 import is_fit
-from trainer.model_refusals import refuse_padding
+from trainer.model_refusals import needs_padding, refuse_padding
 from trainer.sections import ModelConfig
 from trainer.tasks.task import Task
 
@@ -114,6 +114,8 @@ def _config_from_scratch(model: ModelConfig, vocabulary: Vocabulary, sequence_le
     try:
         return config_class(**values)
     except (TypeError, ValueError, StrictDataclassError) as error:
+        if "pad_token_id" in str(error) and "pad_token_id" not in model.config:
+            raise needs_padding(str(model.architecture)) from None
         reason = str(error).splitlines()[-1].strip().removeprefix("ValueError: ")
         raise UserError(f"model.config is not accepted by {model.architecture}: {reason}") from None
 

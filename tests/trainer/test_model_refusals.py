@@ -52,10 +52,16 @@ def test_positions_that_are_counted_from_padding_need_it() -> None:
         model_config = build_model_config(config.model, _VOCABULARY, 16)
         model = build_model_on_meta(build_task("causal-lm"), model_config)
         if padding is None:
-            with pytest.raises(UserError, match="roberta finds positions by its padding token, but pad_token_id=null"):
+            with pytest.raises(UserError, match="roberta cannot be without a padding token, but pad_token_id=null"):
                 refuse_positions_by_padding(config, model, model_config)
         else:
             refuse_positions_by_padding(config, model, model_config)
+
+
+def test_a_class_that_must_have_padding_says_so() -> None:
+    config = tiny_config({"strategy": "none"}, **_model("modernbert-decoder", hidden_size=32))
+    with pytest.raises(UserError, match="modernbert-decoder cannot be without a padding token, but pad_token_id=null"):
+        build_model_config(config.model, _VOCABULARY, 16)
 
 
 @pytest.mark.parametrize(
