@@ -6,7 +6,7 @@ blocks.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -40,7 +40,7 @@ class AdamW8bit(BesideAdamW):
         self._betas, self._eps = betas, eps
         is_cuda = parameters[0].tensor.is_cuda
         # A GPU would launch some 40 kernels a parameter; a CPU gains little for the minutes that compilation takes.
-        self._update_one = torch.compile(_update, fullgraph=True, dynamic=False) if is_cuda else _update
+        self._update_one = compiled_update() if is_cuda else _update
 
     def update(self, members: list[tuple[dict[str, Any], nn.Parameter]], skips: torch.Tensor) -> None:
         """See BesideAdamW."""
@@ -85,6 +85,21 @@ def quantization_block(shape: tuple[int, ...]) -> int | None:
     if len(shape) < 2 or shape[0] * row_length < _SMALLEST_PARAMETER:
         return None
     return next((size for size in range(_LARGEST_BLOCK, _SMALLEST_BLOCK - 1, -1) if row_length % size == 0), None)
+
+
+def compiled_update(backend: str = "inductor") -> Callable[..., None]:
+    """The update of one parameter, compiled for each shape by a backend of ``torch.compile``."""
+    # Loaded with the compiler, and only then.
+    from torch._dynamo.utils import disable_cache_limit
+
+    compiled = torch.compile(_update, fullgraph=True, dynamic=False, backend=backend)
+
+    def update(*arguments: Any) -> None:
+        # As torchao does around its own: the ninth shape is an error without.
+        with disable_cache_limit():
+            compiled(*arguments)
+
+    return update
 
 
 def _update(

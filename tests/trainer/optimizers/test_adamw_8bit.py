@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from sharding.engine import OptimizedParameter
-from trainer.optimizers.adamw_8bit import AdamW8bit, quantization_block
+from trainer.optimizers.adamw_8bit import AdamW8bit, compiled_update, quantization_block
 
 SHAPE = (20, 512)
 BETAS, EPS, LR, DECAY = (0.9, 0.95), 1e-8, 1e-2, 0.1
@@ -52,6 +52,21 @@ def test_it_stays_near_fp32_in_a_quarter_of_the_memory() -> None:
     assert 0 < (eight_bit - full).norm() < 0.1 * moved
     num_bytes = sum(tensor.nbytes for tensor in optimizers[0].state[eight_bit].values())
     assert num_bytes < 0.26 * sum(tensor.nbytes for tensor in optimizers[1].state[full].values())
+
+
+def test_a_compiled_step_takes_any_number_of_shapes() -> None:
+    # What the compiler limits is their number, 8 by default, and not what becomes of the graphs.
+    parameters = [nn.Parameter(torch.ones(64 + index, 64)) for index in range(2)]
+    whole = [OptimizedParameter(str(p.shape), p, tuple(p.shape), 0, None, is_hidden_matrix=True) for p in parameters]
+    optimizer = AdamW8bit([{"params": parameters, "weight_decay": DECAY}], whole, None, LR, BETAS, EPS)
+    optimizer._update_one = compiled_update(backend="eager")
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        optimizer.step()
+    for parameter in parameters:
+        assert torch.equal(parameter, parameters[0][:1].expand_as(parameter))
+        assert bool((parameter < 1.0).all())
 
 
 def test_what_a_block_is() -> None:
