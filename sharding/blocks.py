@@ -1,7 +1,7 @@
 """Finding the repeated blocks of a model by its structure."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
@@ -14,11 +14,32 @@ def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
     A block is an element of an outermost ``nn.ModuleList`` whose elements all hold parameters. That is how
     decoder and encoder layers are kept in every ``transformers`` architecture, so no table of names is needed; a
-    list inside a block (experts, say) belongs to its block.
+    list inside a block (experts, say) belongs to its block. A module that is in a list several times is one block.
     """
     blocks: list[tuple[str, nn.Module]] = []
     _collect(model, "", blocks)
-    return blocks
+    unique: dict[int, tuple[str, nn.Module]] = {}
+    for name, block in blocks:
+        unique.setdefault(id(block), (name, block))
+    return list(unique.values())
+
+
+def sharding_units(model: nn.Module, blocks: Sequence[nn.Module]) -> list[list[nn.Module]]:
+    """Blocks by what must be sharded at once: most alone, those that share parameters with one another together.
+
+    A block that shares parameters with a module outside of blocks, or with another that does, is in no unit: it is
+    sharded with what is outside.
+    """
+    outside = {id(p) for module in modules_outside(model, blocks) for p in module.parameters(recurse=False)}
+    # The model stands for what is outside.
+    units: list[tuple[set[int], list[nn.Module]]] = [(outside, [model])]
+    for block in blocks:
+        parameters = {id(parameter) for parameter in block.parameters()}
+        tied = [unit for unit in units if not parameters.isdisjoint(unit[0])]
+        units = [unit for unit in units if parameters.isdisjoint(unit[0])]
+        members = [*(member for _, others in tied for member in others), block]
+        units.append((parameters.union(*(others for others, _ in tied)), members))
+    return [members for _, members in units if model not in members]
 
 
 def modules_outside(model: nn.Module, blocks: Iterable[nn.Module]) -> list[nn.Module]:

@@ -22,6 +22,7 @@ from sharding.loss_scaler import LossScaler
 from sharding.memory_formula import BUCKET_ELEMENTS
 from sharding.mesh import DataParallelMesh
 from sharding.parameter_gathers import ParameterGathers
+from sharding.reached import ReachedParameters
 from sharding.replicas import Replicas
 from sharding.state import TensorSlice, slice_of, slices_of_flat_range
 from sharding.torch_engine import TorchEngine, sum_over
@@ -91,6 +92,7 @@ class BucketedEngine(TorchEngine):
                 self._runs[id(member.parameter)] = run, start
         self._has_gradients = False
         super().__init__(definition, mesh, device, autocast_dtype, build_optimizer, loss_scaler)
+        self._reached = ReachedParameters([entry.parameter for entry in self._trainable], group, device)
 
     def step(self, learning_rate: float) -> torch.Tensor:
         """See Engine."""
@@ -107,8 +109,9 @@ class BucketedEngine(TorchEngine):
         return sums
 
     def settle(self) -> None:
-        """See Engine; the gathering after a step."""
+        """See Engine; the gathering after a step, and the exchange of what was reached before it."""
         self._gathers.wait()
+        super().settle()
 
     def drop_gradients(self) -> None:
         """See Engine."""
@@ -160,24 +163,12 @@ class BucketedEngine(TorchEngine):
     def _give_gradients_to_optimizer(self) -> None:
         """Nothing: the runs' gradients are the buckets' memory."""
 
-    def _make_gradients_zero(self) -> None:
-        for gradient in self._gradients.own:
-            gradient.zero_()
-
-    def _allocate_optimizer_state(self) -> None:
-        super()._allocate_optimizer_state()
-        # It may have taken a step; what is read next must not change under a gathering.
-        self._gathers.wait()
-
     def local_gradients(self) -> list[torch.Tensor]:
         """See TorchEngine; in rows."""
         return [piece for entry in self._trainable for piece in _rows(entry.local.grad) if piece.numel()]
 
     def _sum_over_shards(self, squares: torch.Tensor) -> torch.Tensor:
         return sum_over(self._mesh.shard_group, squares)
-
-    def _is_written_here(self, index: int) -> bool:
-        return index % self._mesh.dp_degree == self._mesh.dp_rank
 
     def _optimized_parameters(self) -> list[OptimizedParameter]:
         return [
@@ -203,7 +194,7 @@ class BucketedEngine(TorchEngine):
                     slices += self._boxes(name, entry, value)
                 else:
                     # A count of steps: the same on every rank, also for a run without elements.
-                    slices.append(slice_of(name, value, is_written_here=self._mesh.dp_rank == 0))
+                    slices.append(slice_of(name, value, is_written_here=self._mesh.writes_copy()))
         return slices
 
     def _boxes(self, name: str, entry: Any, run: torch.Tensor) -> list[TensorSlice]:

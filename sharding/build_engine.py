@@ -8,7 +8,7 @@ import torch
 from sharding.accelerate_engine import AccelerateDdpEngine, AccelerateZero3Engine
 from sharding.activation_checkpointing import checkpoint_activations
 from sharding.block_gathers import BlockBuckets
-from sharding.blocks import find_blocks, modules_outside, refuse_scattered_layers
+from sharding.blocks import find_blocks, modules_outside, refuse_scattered_layers, sharding_units
 from sharding.bucketed import BucketedEngine
 from sharding.config import ActivationCheckpointingConfig, CompileConfig, ParallelConfig, PrecisionConfig
 from sharding.ddp import DdpEngine
@@ -22,7 +22,7 @@ from sharding.mesh import DataParallelMesh
 from sharding.pass_agreement import PassAgreement
 from sharding.precision import compute_dtype
 from sharding.torch_engine import TorchEngine
-from sharding.zero import REDUCES_UNUSED_PARAMETERS, ZeroEngine, shard_module
+from sharding.zero import REDUCES_UNUSED_PARAMETERS, ZeroEngine, shard_modules
 
 
 def build_engine(
@@ -40,8 +40,8 @@ def build_engine(
     """Bring a model to life under a strategy.
 
     Block by block: memory, initial values, checkpointing, compilation, sharding. So a rank holds one whole block at a
-    time beside its shards, and initial values do not depend on the layout. The optimizer comes last, when parameters
-    lie where they will stay.
+    time beside its shards, or those that share parameters, and initial values do not depend on the layout. The
+    optimizer comes last, when parameters lie where they will stay.
 
     Args:
         definition: the model and its functions.
@@ -75,6 +75,7 @@ def build_engine(
     if precision.compute == "fp8":
         check_float8(model, precision.fp8_recipe, device)
     model.train()
+    units = {id(members[-1]): members for members in sharding_units(model, [block for _, block in blocks])}
     for index, (name, block) in enumerate(blocks):
         for module in block.modules():
             materializer.materialize(module)
@@ -85,17 +86,20 @@ def build_engine(
         checkpoint_activations(block, index, activation_checkpointing)
         if compilation.enabled:
             block.compile(mode=None if compilation.mode == "default" else compilation.mode)
-        if shards:
-            shard_module(block, mesh, parallel.strategy, dtype)
+        # What blocks share is drawn anew by each of them: not before the last one.
+        unit = units.get(id(block), [])
+        if shards and unit:
+            shard_modules(unit, mesh, parallel.strategy, dtype)
         if partitioner is not None:
-            partitioner.partition(block)
+            for member in unit:
+                partitioner.partition(member)
         if block_buckets is not None:
             block_buckets.add(name, block)
 
     _initialize_outside_blocks(definition, materializer, {id(block) for _, block in blocks})
     loss_scaler = LossScaler(precision, device) if dtype is torch.float16 else None
     if shards:
-        shard_module(model, mesh, parallel.strategy, dtype)
+        shard_modules([model], mesh, parallel.strategy, dtype)
     definition = _compare_passes(definition, blocks, mesh, parallel)
     if shards:
         return ZeroEngine(definition, mesh, device, parallel.strategy, build_optimizer, loss_scaler)

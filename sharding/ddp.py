@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sharding.engine import ModelDefinition, OptimizerFactory
 from sharding.loss_scaler import LossScaler
 from sharding.mesh import DataParallelMesh
+from sharding.reached import ReachedParameters
 from sharding.replicas import Replicas
 from sharding.torch_engine import TorchEngine
 
@@ -32,6 +33,7 @@ class DdpEngine(TorchEngine):
         super().__init__(definition, mesh, device, autocast_dtype, build_optimizer, loss_scaler)
         self._ddp = self._wrap()
         self._is_last = False
+        self._reached = ReachedParameters([entry.parameter for entry in self._trainable], mesh.shard_group, device)
 
     def _wrap(self) -> Any:
         ddp = DistributedDataParallel(
@@ -73,9 +75,6 @@ class DdpEngine(TorchEngine):
         self._is_last = is_last
         # no_sync must span the forward pass too: DDP decides there whether the reducer is armed.
         return nullcontext() if is_last else self._ddp.no_sync()
-
-    def _is_written_here(self, index: int) -> bool:
-        return index % self._mesh.dp_degree == self._mesh.dp_rank
 
 
 class _ReachAll(torch.autograd.Function):

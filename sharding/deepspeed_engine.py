@@ -3,7 +3,7 @@
 import logging
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -16,6 +16,7 @@ from sharding.deepspeed_files import check_file_access, in_memory, keeps_files, 
 from sharding.engine import Batch, ModelDefinition, OptimizedParameter, OptimizerFactory
 from sharding.loss_scaler import LossScaler
 from sharding.mesh import DataParallelMesh
+from sharding.reached import ReachedParameters
 from sharding.replicas import Replicas
 from sharding.state import TensorSlice, slice_of, slices_of_flat_range
 
@@ -93,6 +94,11 @@ class DeepSpeedEngine:
         self._trainable = trainable
         self._members = self._members_of_flat_partitions()
         self._has_allocated = False
+        self._reached = ReachedParameters([p for _, p in trainable], mesh.shard_group, device)
+        self._kept: dict[tuple[str, str], torch.Tensor] = {}
+        self._unreached: set[str] = set()
+        self._base_optimizer.register_step_pre_hook(self._keep_unreached)
+        self._base_optimizer.register_step_post_hook(self._restore_unreached)
 
     @property
     def loss_scale(self) -> torch.Tensor | None:
@@ -113,6 +119,7 @@ class DeepSpeedEngine:
             factor = torch.where(loss_sum.detach().isfinite(), scale, torch.nan)
             self._module.backward(loss_sum * factor, scale_wrt_gas=False)
             total += loss_sum.detach()
+        self._reached.share()
         return total
 
     def evaluate_batch(self, batch: Batch) -> torch.Tensor:
@@ -138,14 +145,17 @@ class DeepSpeedEngine:
         """See Engine."""
         for group in self._base_optimizer.param_groups:
             group["lr"] = learning_rate * group.get("lr_scale", 1.0)
+        self._unreached = {self._trainable[index][0] for index in self._reached.unreached()}
         self._module.step()
+        self._unreached = set()
         skipped = torch.tensor(float(bool(self._zero.overflow)), device=self._device)
         if self._loss_scaler is not None:
             self._loss_scaler.update(skipped)
         return 1.0 - skipped
 
     def settle(self) -> None:
-        """See Engine; nothing outlasts a step."""
+        """See Engine; the exchange of what was reached."""
+        self._reached.wait()
 
     def drop_gradients(self) -> None:
         """See Engine."""
@@ -176,7 +186,7 @@ class DeepSpeedEngine:
                 parts = self._slices_of_partition(group, with_optimizer=with_optimizer)
                 slices += [replace(p, tensor=p.tensor.clone()) for p in parts] if is_borrowed else parts
         if with_optimizer and self._loss_scaler is not None:
-            slices += self._loss_scaler.slices(is_written_here=self._mesh.dp_rank == 0)
+            slices += self._loss_scaler.slices(is_written_here=self._mesh.writes_copy())
         return slices
 
     def load_state(self, read: Callable[[TensorSlice], None], *, with_optimizer: bool) -> None:
@@ -190,8 +200,7 @@ class DeepSpeedEngine:
             read(part)
         for group in range(len(self._members)):
             with self._in_memory(group, changes=True):
-                for part in self._slices_of_partition(group, with_optimizer=with_optimizer):
-                    read(part)
+                self._read_partition(group, read, with_optimizer=with_optimizer)
                 if self._stage == 3:
                     self._zero._reassign_or_swap_out_partitioned_parameters(group)
         if with_optimizer and self._loss_scaler is not None:
@@ -265,25 +274,37 @@ class DeepSpeedEngine:
                     slices += slices_of_flat_range(tensor_name, run, shape, start, is_written_here=True)
                 else:
                     # A count of steps: one for each flat partition, the same on every rank.
-                    slices.append(slice_of(tensor_name, tensor, is_written_here=self._mesh.dp_rank == 0))
+                    slices.append(slice_of(tensor_name, tensor, is_written_here=self._mesh.writes_copy()))
         return slices
 
+    def _read_partition(self, group: int, read: Callable[[TensorSlice], None], *, with_optimizer: bool) -> None:
+        state = self._base_optimizer.state.get(self._masters[group], {}) if with_optimizer else {}
+        # One for all parameters of the partition, some of which may have had fewer gradients than others.
+        counts = [value.zero_() for value in state.values() if value is not None and not value.ndim]
+        largest = [count.clone() for count in counts]
+        for part in self._slices_of_partition(group, with_optimizer=with_optimizer):
+            read(part)
+            largest = [torch.maximum(one, count) for one, count in zip(largest, counts, strict=True)]
+        for count, value in zip(counts, largest, strict=True):
+            count.copy_(value)
+
     def _replicated_slices(self) -> list[TensorSlice]:
-        model, written = self._definition.model, self._mesh.dp_rank == 0
+        model = self._definition.model
         persistent = set(model.state_dict().keys())
-        buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in persistent]
-        frozen: list[tuple[str, Any]] = [
-            (f"model/{name}", p) for name, p in model.named_parameters() if not p.requires_grad
-        ]
-        slices = [slice_of(f"model/{name}", buffer, is_written_here=written) for name, buffer in buffers]
+        copied: list[tuple[str, Any]] = [(name, buffer) for name, buffer in model.named_buffers() if name in persistent]
+        frozen: list[tuple[str, Any]] = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
         if self._stage != 3:
-            return slices + [slice_of(name, p, is_written_here=written) for name, p in frozen]
+            copied, frozen = copied + frozen, []
+        slices = [
+            slice_of(f"model/{name}", tensor, is_written_here=self._mesh.writes_copy(index))
+            for index, (name, tensor) in enumerate(copied)
+        ]
         for name, parameter in frozen:
             # Frozen or not, stage 3 divides it: each rank holds a run of it, and the last ones less or nothing.
             partition = parameter.ds_tensor.ds_numel
             start = self._mesh.dp_rank * partition
             run = parameter.ds_tensor[: max(0, min(partition, parameter.ds_numel - start))]
-            slices += slices_of_flat_range(name, run, _whole_shape(parameter), start, is_written_here=True)
+            slices += slices_of_flat_range(f"model/{name}", run, _whole_shape(parameter), start, is_written_here=True)
         return slices
 
     def _run(self, parameter: Any) -> tuple[int, int, int]:
@@ -310,6 +331,31 @@ class DeepSpeedEngine:
         """The optimizer's group that a flat partition belongs to."""
         index = self._zero.sub_group_to_group_id[partition] if self._stage == 3 else partition
         return self._base_optimizer.param_groups[index]
+
+    def _keep_unreached(self, optimizer: torch.optim.Optimizer, *_arguments: object) -> None:
+        """Remember what a step must not change, though it lies in the partition that is updated as one."""
+        self._kept = {key: run.clone() for key, run in self._runs_of_unreached(optimizer)}
+
+    def _restore_unreached(self, optimizer: torch.optim.Optimizer, *_arguments: object) -> None:
+        for key, run in self._runs_of_unreached(optimizer):
+            # Moments that this step has created were zero before it.
+            run.copy_(self._kept[key]) if key in self._kept else run.zero_()
+        self._kept = {}
+
+    def _runs_of_unreached(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[tuple[str, str], torch.Tensor]]:
+        """Masters and moments of unreached parameters in the partitions that the optimizer updates now."""
+        if not self._unreached:
+            return
+        updated = {id(flat) for group in optimizer.param_groups for flat in group["params"]}
+        for master, members in zip(self._masters, self._members, strict=True):
+            if id(master) not in updated:
+                continue
+            moments = {key: v for key, v in optimizer.state.get(master, {}).items() if v is not None and v.ndim}
+            for name, parameter in members:
+                if name in self._unreached:
+                    offset, size, _ = self._run(parameter)
+                    for key, flat in ({"": master.detach()} | moments).items():
+                        yield (name, key), flat[offset : offset + size]
 
     def _allocate_optimizer_state(self) -> None:
         """Make the optimizer create its moments, as they are before the first step, unless it has some.

@@ -5,8 +5,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+
+from sharding.gradient_leaves import gradient_leaves
 
 
 class MicroBatchNorms:
@@ -25,7 +25,8 @@ class MicroBatchNorms:
         The first time, every rank must call it, since sharded parameters are gathered once to find their leaves.
         """
         if self._leaves is None:
-            self._leaves = _find_leaves(self._model)
+            # Once each, also those that are tied.
+            self._leaves = list(dict.fromkeys(gradient_leaves(self._model).values()))
         self._norms = []
         handles = [self._model.register_forward_pre_hook(self._begin_micro_batch)]
         # A leaf's hook sees the gradient once per backward pass, summed over all uses, so shared weights count once.
@@ -43,21 +44,8 @@ class MicroBatchNorms:
     def _begin_micro_batch(self, module: nn.Module, arguments: object) -> None:
         self._norms.append([])
 
-    def _add(self, gradient: torch.Tensor) -> None:
+    def _add(self, gradient: torch.Tensor | None) -> None:
+        if gradient is None:
+            return
         # fp64, since the noise is a difference of norms that may be close to one another.
         self._norms[-1].append(torch.linalg.vector_norm(gradient, dtype=torch.float64))
-
-
-def _find_leaves(model: nn.Module) -> list[nn.Parameter]:
-    """The tensors that autograd accumulates gradients for, each once.
-
-    Under ``fully_shard`` these are the gathered parameters; each comes into being with the first gathering of its
-    module and stays the same object from then on.
-    """
-    leaves = {id(p): p for p in model.parameters() if not isinstance(p, DTensor)}
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.unshard()
-            leaves |= {id(p): p for p in module.parameters() if not isinstance(p, DTensor)}
-            module.reshard()
-    return [leaf for leaf in leaves.values() if leaf.requires_grad]

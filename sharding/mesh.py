@@ -31,6 +31,14 @@ class DataParallelMesh:
     shard_group: dist.ProcessGroup | None
     is_first_replica: bool
 
+    def writes_copy(self, index: int = 0) -> bool:
+        """Whether this rank writes the index-th of the tensors of which every rank has a copy.
+
+        Buffers, replicated parameters, counts of steps, the loss scale: of each one rank alone, and of many each rank
+        about as many as the others.
+        """
+        return index % self.dp_degree == self.dp_rank
+
 
 def build_mesh(parallel: ParallelConfig, ranks: Ranks) -> DataParallelMesh:
     """Arrange all ranks for ``parallel.strategy``; the process group must be up.

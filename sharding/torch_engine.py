@@ -1,7 +1,7 @@
 """What all strategies on torch share: the accumulation loop, agreed skipping, and canonical state."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from sharding.engine import Batch, ModelDefinition, OptimizedParameter, Optimize
 from sharding.gradient_noise import MicroBatchNorms
 from sharding.loss_scaler import LossScaler
 from sharding.mesh import DataParallelMesh
+from sharding.reached import ReachedParameters
 from sharding.replicas import Replicas
 from sharding.state import TensorSlice, local_tensor, slice_of
 
@@ -55,6 +56,9 @@ class TorchEngine:
         self._optimizer = build_optimizer(self._optimized_parameters())
         self._found_nonfinite = torch.zeros((), device=device)
         self._loss_scaler = loss_scaler
+        self._has_whole_optimizer_state = False
+        # Of strategies under which gradients travel.
+        self._reached: ReachedParameters | None = None
         self._micro_batch_norms = MicroBatchNorms(self._model)
 
     @property
@@ -77,6 +81,8 @@ class TorchEngine:
                 factor = torch.where(loss_sum.detach().isfinite(), scale, torch.nan)
                 self._backward(loss_sum * factor)
             total += loss_sum.detach()
+        if self._reached is not None:
+            self._reached.share()
         return total
 
     def train_batch_with_norms(
@@ -122,14 +128,17 @@ class TorchEngine:
         self._give_gradients_to_optimizer()
         # The fused kernels read this flag on the device and leave everything alone where it is 1: no host sync.
         self._optimizer.found_inf = self._found_nonfinite  # type: ignore[attr-defined]
-        self._apply_optimizer()
+        with _gradients_replaced(dict.fromkeys(self._unreached_parameters())):
+            self._apply_optimizer()
         if self._loss_scaler is not None:
             self._loss_scaler.update(self._found_nonfinite)
         self.drop_gradients()
         return 1.0 - self._found_nonfinite
 
     def settle(self) -> None:
-        """See Engine; nothing outlasts a step."""
+        """See Engine; the exchange of what was reached."""
+        if self._reached is not None:
+            self._reached.wait()
 
     def drop_gradients(self) -> None:
         """See Engine."""
@@ -140,15 +149,14 @@ class TorchEngine:
         """See Engine."""
         slices = self._model_slices()
         if with_optimizer:
+            self._allocate_optimizer_state()
             slices += self._optimizer_slices({part.name: part for part in slices})
             if self._loss_scaler is not None:
-                slices += self._loss_scaler.slices(is_written_here=self._mesh.dp_rank == 0)
+                slices += self._loss_scaler.slices(is_written_here=self._mesh.writes_copy())
         return slices
 
     def load_state(self, read: Callable[[TensorSlice], None], *, with_optimizer: bool) -> None:
         """See Engine."""
-        if with_optimizer:
-            self._allocate_optimizer_state()
         for part in self.state(with_optimizer=with_optimizer):
             read(part)
 
@@ -179,15 +187,14 @@ class TorchEngine:
 
     def _give_gradients_to_optimizer(self) -> None:
         for entry in self._trainable:
-            if entry.parameter.grad is None:
-                # Nothing in the step depended on it: its gradient is zero, here as where gradients travel.
-                entry.parameter.grad = torch.zeros_like(entry.parameter)
-            if entry.local is not entry.parameter:
+            if entry.local is not entry.parameter and entry.parameter.grad is not None:
                 entry.local.grad = local_tensor(entry.parameter.grad)
 
-    def _make_gradients_zero(self) -> None:
-        for entry in self._trainable:
-            entry.parameter.grad = torch.zeros_like(entry.parameter)
+    def _unreached_parameters(self) -> list[nn.Parameter]:
+        """Local parameters that may have a gradient of zeros, though no rank's backward pass has come to them."""
+        if self._reached is None:
+            return []
+        return [self._trainable[index].local for index in self._reached.unreached()]
 
     def _gradient_scale(self) -> float:
         """Factor that turns the strategy's gradient reduction into a sum over ranks."""
@@ -198,10 +205,6 @@ class TorchEngine:
 
     def _sum_over_shards(self, squares: torch.Tensor) -> torch.Tensor:
         return squares
-
-    def _is_written_here(self, index: int) -> bool:
-        """Whether this rank writes the index-th replicated tensor to checkpoints."""
-        return True
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self._autocast_dtype is None:
@@ -249,7 +252,7 @@ class TorchEngine:
                     continue
                 if value.ndim == 0 or (holds_whole is not None and holds_whole(entry.local, key)):
                     # A count of steps, for example: the same on every rank.
-                    slices.append(slice_of(name, value, is_written_here=self._mesh.dp_rank == 0))
+                    slices.append(slice_of(name, value, is_written_here=self._mesh.writes_copy()))
                 else:
                     shape = (whole.global_shape[0], *value.shape[1:])
                     offsets = (whole.offsets[0], *(0 for _ in value.shape[1:]))
@@ -259,19 +262,37 @@ class TorchEngine:
     def _slice(self, name: str, tensor: torch.Tensor, index: int) -> TensorSlice:
         if isinstance(tensor, DTensor):
             return slice_of(name, tensor, is_written_here=self._mesh.is_first_replica)
-        return slice_of(name, tensor, is_written_here=self._is_written_here(index))
+        return slice_of(name, tensor, is_written_here=self._mesh.writes_copy(index))
 
     def _allocate_optimizer_state(self) -> None:
-        """Make the optimizer create its moments, by a step that changes nothing: zero gradients, zero rate."""
-        if self._optimizer.state:
+        """Make the optimizer create what state is missing, as it is before the first gradient, by a skipped step.
+
+        Before the first step there is none; after it, that of parameters which have not had a gradient yet.
+        """
+        if self._has_whole_optimizer_state:
             return
-        rates = [group["lr"] for group in self._optimizer.param_groups]
-        self._make_gradients_zero()
-        self._found_nonfinite.zero_()
-        # It reads the checkpoint's scale afterwards.
-        self.step(learning_rate=0.0)
-        for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
+        self._has_whole_optimizer_state = True
+        gradients = {
+            entry.local: None if self._optimizer.state.get(entry.local) else torch.zeros_like(entry.local)
+            for entry in self._trainable
+        }
+        if any(gradient is not None for gradient in gradients.values()):
+            self._optimizer.found_inf = torch.ones((), device=self._device)  # type: ignore[attr-defined]
+            with _gradients_replaced(gradients):
+                self._optimizer.step()
+
+
+@contextmanager
+def _gradients_replaced(gradients: Mapping[nn.Parameter, torch.Tensor | None]) -> Iterator[None]:
+    """Give parameters other gradients, or none, for a while."""
+    replaced = [(parameter, parameter.grad) for parameter in gradients]
+    for parameter, gradient in gradients.items():
+        parameter.grad = gradient
+    try:
+        yield
+    finally:
+        for parameter, gradient in replaced:
+            parameter.grad = gradient
 
 
 def _sum_of_squares(gradients: list[torch.Tensor]) -> torch.Tensor:

@@ -6,6 +6,7 @@ is stage 3 inside groups of ranks, with an all-reduce across groups on the last 
 al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models" (2020).
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -15,8 +16,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from sharding.config import Strategy
 from sharding.engine import Batch, ModelDefinition, OptimizerFactory
+from sharding.gradient_leaves import gradient_leaves
 from sharding.loss_scaler import LossScaler
 from sharding.mesh import SHARD_AXIS, DataParallelMesh
+from sharding.reached import ReachedParameters
 from sharding.replicas import Replicas
 from sharding.torch_engine import TorchEngine, sum_over
 
@@ -24,11 +27,12 @@ REDUCES_UNUSED_PARAMETERS = hasattr(FSDPModule, "set_reduce_scatter_unused_param
 """Whether ``fully_shard`` can reduce gradients of parameters that only some ranks use; torch 2.11 cannot."""
 
 
-def shard_module(module: nn.Module, mesh: DataParallelMesh, strategy: Strategy, dtype: torch.dtype) -> None:
-    """Shard one module's parameters over the mesh, in place.
+def shard_modules(modules: Sequence[nn.Module], mesh: DataParallelMesh, strategy: Strategy, dtype: torch.dtype) -> None:
+    """Shard the parameters of modules over the mesh, in place.
 
     Args:
-        module: a block, or the model once its blocks are sharded.
+        modules: a block, blocks that share parameters, or the model once its blocks are sharded; gathered together from
+            the first that runs to the last.
         mesh: a mesh with a device mesh.
         strategy: one of the zero stages or hsdp.
         dtype: format of the gathered parameters and of computation; gradients are reduced in fp32.
@@ -38,7 +42,7 @@ def shard_module(module: nn.Module, mesh: DataParallelMesh, strategy: Strategy, 
         reduce_dtype=torch.float32,
     )
     fully_shard(
-        module,
+        modules[0] if len(modules) == 1 else list(modules),
         mesh=mesh.device_mesh,
         reshard_after_forward=strategy in ("zero3", "hsdp"),
         mp_policy=policy,
@@ -46,7 +50,7 @@ def shard_module(module: nn.Module, mesh: DataParallelMesh, strategy: Strategy, 
 
 
 class ZeroEngine(TorchEngine):
-    """A model sharded by ``shard_module``."""
+    """A model sharded by ``shard_modules``."""
 
     def __init__(
         self,
@@ -71,6 +75,10 @@ class ZeroEngine(TorchEngine):
             if REDUCES_UNUSED_PARAMETERS:
                 module.set_reduce_scatter_unused_params(True, recurse=False)
         self._keeps_parameters = strategy in ("zero1", "zero2")
+        leaves = gradient_leaves(self._model)
+        # Replicas read different data too.
+        group = None if strategy == "hsdp" else mesh.shard_group
+        self._reached = ReachedParameters([leaves[entry.name] for entry in self._trainable], group, device)
 
     def evaluate_batch(self, batch: Batch) -> torch.Tensor:
         """See Engine."""

@@ -1,0 +1,95 @@
+"""One model with everything that makes a layout stumble, under every engine: parity, saving, verifying, resuming."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sharding.process_group import Ranks
+from tests.sharding import nasty_model
+from tests.support import run_on_ranks
+from trainer.checkpoint.reader import CheckpointReader
+
+_ON_2 = (
+    ("torch", "ddp"),
+    ("torch", "zero1"),
+    ("torch", "zero2"),
+    ("torch", "zero3"),
+    ("bucketed", "zero1"),
+    ("bucketed", "zero2"),
+    ("bucketed", "zero3"),
+    ("deepspeed", "zero1"),
+    ("deepspeed", "zero2"),
+    # ("deepspeed", "zero3"),
+    ("accelerate", "ddp"),
+)
+
+
+_ON_4 = (("torch", "hsdp"), ("torch", "zero3"), ("bucketed", "zero2"))
+
+
+def _check(ranks: Ranks, root: Path, cases: tuple[tuple[str, str], ...]) -> None:
+    """Train, save, go on; and go on from what was saved, by the same engine and by one plain process."""
+    for backend, strategy in cases:
+        case, folder = (backend, strategy, ranks.world_size), root / f"{backend}-{strategy}-{ranks.world_size}"
+        engine = nasty_model.nasty_engine(ranks, backend, strategy)
+        nasty_model.save(engine, folder / "initial", ranks)
+        nasty_model.train(engine, ranks, range(2))
+        nasty_model.save(engine, folder / "middle", ranks)
+        middle = nasty_model.state_hash(engine, ranks)
+        losses = nasty_model.train(engine, ranks, range(2, 4))
+        nasty_model.save(engine, folder / "final", ranks)
+        resumed = nasty_model.nasty_engine(ranks, backend, strategy)
+        nasty_model.load(resumed, folder / "middle")
+        assert nasty_model.state_hash(resumed, ranks) == middle, case
+        assert nasty_model.train(resumed, ranks, range(2, 4)) == losses, case
+        nasty_model.save(resumed, folder / "resumed", ranks)
+        nasty_model.load(resumed, root / "torch-none-1" / "middle")
+        nasty_model.train(resumed, ranks, range(2, 4))
+        nasty_model.save(resumed, folder / "from-elsewhere", ranks)
+        if hasattr(engine, "train_batch_with_norms"):
+            squares = engine.train_batch_with_norms(*nasty_model.share_of(ranks, step=4))[1]
+            assert len(squares) == int((squares > 0).sum()) == 2, case
+            engine.drop_gradients()
+
+
+@pytest.mark.timeout(400)
+def test_every_engine_trains_saves_and_resumes_it(tmp_path: Path) -> None:
+    run_on_ranks(_check, 1, tmp_path, (("torch", "none"),))
+    run_on_ranks(_check, 2, tmp_path, _ON_2, timeout_s=240)
+    run_on_ranks(_check, 4, tmp_path, _ON_4, timeout_s=180)
+    initial = nasty_model.whole_state(tmp_path / "torch-none-1" / "initial")
+    plain = nasty_model.train_plainly(initial, range(4))
+    for name in ("layers.1.never_used.weight", "never_used"):
+        assert torch.equal(plain[name], initial[f"model/{name}"])
+    for folder in sorted(tmp_path.iterdir()):
+        CheckpointReader(folder / "final").verify()
+        _assert_equal(nasty_model.whole_state(folder / "initial"), initial, folder.name)
+        final = nasty_model.whole_state(folder / "final")
+        _assert_equal(nasty_model.whole_state(folder / "resumed"), final, folder.name)
+        _check_against_plain(final, initial, plain, folder.name)
+        _check_against_plain(nasty_model.whole_state(folder / "from-elsewhere"), initial, plain, folder.name)
+    assert len(list(tmp_path.iterdir())) == 1 + len(_ON_2) + len(_ON_4)
+
+
+def _assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], case: str) -> None:
+    assert found.keys() == expected.keys(), case
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), (case, name)
+
+
+def _check_against_plain(
+    state: dict[str, torch.Tensor], initial: dict[str, torch.Tensor], plain: dict[str, torch.Tensor], case: str
+) -> None:
+    for name, tensor in plain.items():
+        found, before = state.get(f"model/{name}"), initial.get(f"model/{name}")
+        if found is None or before is None:
+            # The other name of a tie, or a buffer that is not kept.
+            assert name in ("head.weight", "layers.2.inner.weight") or name.endswith("frequencies"), (case, name)
+        elif torch.equal(tensor, before):
+            # Buffers, what is frozen, and what no gradient ever reached: not decayed either.
+            assert torch.equal(found, before), (case, name)
+            if (moment := state.get(f"optimizer/{name}/exp_avg_sq")) is not None:
+                assert not moment.any(), (case, name)
+        else:
+            torch.testing.assert_close(found, tensor, rtol=0.0, atol=1e-5, msg=lambda m, n=name: f"{case} {n}: {m}")
