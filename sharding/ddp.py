@@ -32,6 +32,7 @@ class DdpEngine(TorchEngine):
         """See TorchEngine; the process group must be up."""
         super().__init__(definition, mesh, device, autocast_dtype, build_optimizer, loss_scaler)
         self._ddp = self._wrap()
+        self._fix_buckets()
         self._is_last = False
         self._reached = ReachedParameters([entry.parameter for entry in self._trainable], mesh.shard_group, device)
 
@@ -45,6 +46,19 @@ class DdpEngine(TorchEngine):
         )
         ddp.register_comm_hook(self._mesh.shard_group, _sum_bucket)
         return ddp
+
+    def _fix_buckets(self) -> None:
+        """Have DDP order its buckets anew now, which it does once, after the first pass that it reduces.
+
+        Where more than two ranks add up, the place of an element in its bucket says in which order. A process that
+        continues a run would add up its first step in another order than one that has been running.
+        """
+        if isinstance(self._ddp, DistributedDataParallel):
+            self._ddp.reducer.prepare_for_forward()
+            self._ddp.reducer.prepare_for_backward([])
+            # Last first, as backward comes to them.
+            for entry in reversed(self._trainable):
+                entry.parameter.backward(torch.zeros_like(entry.parameter))
 
     def replicas(self) -> Replicas | None:
         """See Engine."""

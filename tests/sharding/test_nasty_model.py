@@ -25,7 +25,7 @@ _ON_2 = (
 )
 
 
-_ON_4 = (("torch", "hsdp"), ("torch", "zero3"), ("bucketed", "zero2"))
+_ON_4 = (("torch", "ddp"), ("torch", "hsdp"), ("torch", "zero3"), ("bucketed", "zero2"))
 
 
 def _check(ranks: Ranks, root: Path, cases: tuple[tuple[str, str], ...]) -> None:
