@@ -116,7 +116,7 @@ class TorchEngine:
         coefficient = None if max_norm == 0 else (max_norm / (norm + 1e-6)).clamp(max=1.0)
         if self._loss_scaler is not None:
             coefficient = (1.0 if coefficient is None else coefficient) / self._loss_scaler.scale
-        if coefficient is not None:
+        if coefficient is not None and gradients:
             torch._foreach_mul_(gradients, coefficient)
         self._found_nonfinite = (~norm.isfinite()).float()
         return norm

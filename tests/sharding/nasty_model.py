@@ -96,8 +96,19 @@ def _initialize(module: nn.Module) -> None:
         reset()
 
 
-def nasty_engine(ranks: Ranks, backend: str, strategy: str, optimizer: str = "adamw", **sections: Any) -> Engine:
-    """An engine of the model with its initial parameters; ``backend`` may be ``bucketed``."""
+def nasty_engine(
+    ranks: Ranks, backend: str, strategy: str, optimizer: str = "adamw", trained: str = "", **sections: Any
+) -> Engine:
+    """An engine of the model with its initial parameters.
+
+    Args:
+        ranks: the ranks.
+        backend: of the strategy, or ``bucketed``.
+        strategy: the strategy.
+        optimizer: its name.
+        trained: parameters whose names do not begin so are frozen.
+        sections: other sections of the configuration.
+    """
     parallel: dict[str, Any] = {"strategy": strategy}
     parallel |= {"engine": "bucketed"} if backend == "bucketed" else {"backend": backend}
     if strategy == "hsdp":
@@ -110,6 +121,8 @@ def nasty_engine(ranks: Ranks, backend: str, strategy: str, optimizer: str = "ad
     BUCKET_ELEMENTS["cpu"] = 256
     with torch.device("meta"):
         model = NastyModel()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and name.startswith(trained))
     return build_engine(
         ModelDefinition(model, _initialize, loss, lambda m, batch: loss(m, batch).double()[None], seed=3),
         mesh,

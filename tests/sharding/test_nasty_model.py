@@ -9,6 +9,8 @@ from sharding.process_group import Ranks
 from tests.sharding import nasty_model
 from tests.support import run_on_ranks
 from trainer.checkpoint.reader import CheckpointReader
+from trainer.replica_check import ReplicaCheck
+from trainer.weight_average import WeightAverage
 
 _ON_2 = (
     ("torch", "ddp"),
@@ -53,23 +55,51 @@ def _check(ranks: Ranks, root: Path, cases: tuple[tuple[str, str], ...]) -> None
             engine.drop_gradients()
 
 
+def _check_on_4(ranks: Ranks, root: Path) -> None:
+    _check(ranks, root, _ON_4)
+    for backend, strategy in (*_ON_4, ("bucketed", "zero1"), ("bucketed", "zero3")):
+        _check_with_nothing(ranks, root / "little", backend, strategy)
+    for optimizer in ("muon", "adafactor"):
+        engine = nasty_model.nasty_engine(ranks, "torch", "zero3", optimizer, trained="layers.1.gate.")
+        nasty_model.train(engine, ranks, range(2))
+
+
+def _check_with_nothing(ranks: Ranks, root: Path, backend: str, strategy: str) -> None:
+    """One row is trained, so that most ranks own none of what is: they take part in all the same."""
+    case, folder = (backend, strategy), root / f"{backend}-{strategy}"
+    engine = nasty_model.nasty_engine(ranks, backend, strategy, trained="layers.1.gate.")
+    average = WeightAverage(engine, 0.9)
+    nasty_model.train(engine, ranks, range(1))
+    average.update(torch.ones(()))
+    with average.in_place_of_weights():
+        engine.evaluate_batch(nasty_model.share_of(ranks, step=0)[0][0])
+    ReplicaCheck(engine, ranks, lambda *_: None).run(1)
+    nasty_model.save(engine, folder, ranks)
+    before = nasty_model.state_hash(engine, ranks)
+    resumed = nasty_model.nasty_engine(ranks, backend, strategy, trained="layers.1.gate.")
+    nasty_model.load(resumed, folder)
+    assert nasty_model.state_hash(resumed, ranks) == before, case
+    assert nasty_model.train(resumed, ranks, range(1, 3)) == nasty_model.train(engine, ranks, range(1, 3)), case
+
+
 @pytest.mark.timeout(400)
 def test_every_engine_trains_saves_and_resumes_it(tmp_path: Path) -> None:
     run_on_ranks(_check, 1, tmp_path, (("torch", "none"),))
     run_on_ranks(_check, 2, tmp_path, _ON_2, timeout_s=240)
-    run_on_ranks(_check, 4, tmp_path, _ON_4, timeout_s=180)
+    run_on_ranks(_check_on_4, 4, tmp_path, timeout_s=180)
     initial = nasty_model.whole_state(tmp_path / "torch-none-1" / "initial")
     plain = nasty_model.train_plainly(initial, range(4))
     for name in ("layers.1.never_used.weight", "never_used"):
         assert torch.equal(plain[name], initial[f"model/{name}"])
-    for folder in sorted(tmp_path.iterdir()):
+    folders = sorted(path for path in tmp_path.iterdir() if path.name != "little")
+    assert len(folders) == 1 + len(_ON_2) + len(_ON_4)
+    for folder in folders:
         CheckpointReader(folder / "final").verify()
         _assert_equal(nasty_model.whole_state(folder / "initial"), initial, folder.name)
         final = nasty_model.whole_state(folder / "final")
         _assert_equal(nasty_model.whole_state(folder / "resumed"), final, folder.name)
         _check_against_plain(final, initial, plain, folder.name)
         _check_against_plain(nasty_model.whole_state(folder / "from-elsewhere"), initial, plain, folder.name)
-    assert len(list(tmp_path.iterdir())) == 1 + len(_ON_2) + len(_ON_4)
 
 
 def _assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], case: str) -> None:
