@@ -21,7 +21,7 @@ from trainer.models import (
     model_facts,
 )
 from trainer.optimizers.build import optimizer_factory
-from trainer.pretrained import load_pretrained
+from trainer.pretrained import PretrainedWeights
 from trainer.stragglers import BusyMeter
 from trainer.tasks.task import Task
 
@@ -44,6 +44,8 @@ def build_model_engine(
     model = build_model_on_meta(task, model_config)
     refuse_positions_by_padding(config, model, model_config)
     facts = model_facts(model, model_config)
+    # Before it is sharded, which changes its classes, and before there is memory for weights that may not be there.
+    pretrained = None if config.model.pretrained is None else PretrainedWeights(config.model.pretrained, model)
     definition = ModelDefinition(
         model=model,
         initialize=lambda module: initialize_module(model, module),
@@ -62,8 +64,8 @@ def build_model_engine(
         compilation=config.compile,
         deepspeed_settings=deepspeed_settings(config, mesh.dp_degree) if config.parallel.backend == "deepspeed" else {},
     )
-    if config.model.pretrained is not None:
-        load_pretrained(engine, config.model.pretrained)
+    if pretrained is not None:
+        pretrained.load_into(engine)
     return engine, facts
 
 

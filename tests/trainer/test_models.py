@@ -1,17 +1,10 @@
-"""Models: size, arithmetic, blocks by structure, pretrained weights as slices."""
+"""Models: size, arithmetic, blocks by structure."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from sharding.blocks import find_blocks
-from sharding.process_group import Ranks
-from tests.sharding.engine_cases import VOCABULARY, tiny_config
-from tests.support import run_on_ranks
-from trainer.config import RunConfig, parse_config
 from trainer.models import ModelFacts, Vocabulary, build_model_config, build_model_on_meta, model_facts
 from trainer.sections import ModelConfig
 from trainer.tasks.registry import build_task
@@ -80,40 +73,3 @@ def test_blocks_are_found_by_structure(architecture: str, config: dict[str, Any]
     blocks = find_blocks(model)
     assert (blocks[0][0], len(blocks)) == (first, count)
     assert all(parameter.is_meta for parameter in model.parameters())
-
-
-def _pretrained_config(folder: Path, strategy: str) -> RunConfig:
-    values = tiny_config({"strategy": strategy}).model_dump(mode="json")
-    values |= {"model": {"pretrained": str(folder)}, "data": {"sequence_length": 16}}
-    return parse_config(values, "test")
-
-
-def _load_pretrained(ranks: Ranks, folder: Path) -> None:
-    from sharding.mesh import build_mesh
-    from trainer.model_engine import build_model_engine
-
-    expected = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
-    for strategy in ("ddp", "zero3"):
-        config = _pretrained_config(folder, strategy)
-        mesh = build_mesh(config.parallel, ranks)
-        engine, _ = build_model_engine(config, build_task("causal-lm"), mesh, ranks, VOCABULARY)
-        parts = engine.state(with_optimizer=False)
-        assert {part.name.removeprefix("model/") for part in parts} == set(expected)
-        for part in parts:
-            whole = expected[part.name.removeprefix("model/")]
-            index = tuple(slice(o, o + n) for o, n in zip(part.offsets, part.tensor.shape, strict=True))
-            assert torch.equal(part.tensor, whole[index] if part.tensor.numel() else part.tensor), part.name
-
-
-@pytest.mark.parametrize("kind", ["llama", "gpt2-base"])
-def test_each_rank_reads_its_slices_of_pretrained_weights(kind: str, tmp_path: Path) -> None:
-    torch.manual_seed(3)
-    if kind == "llama":
-        config: Any = LlamaConfig(**_LLAMA | {"vocab_size": 301, "hidden_size": 12}, tie_word_embeddings=False)
-        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path, max_shard_size="4KB")
-        assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    else:
-        # Saved without its head, as GPT-2's own weights are: names lack the prefix.
-        config = GPT2Config(n_embd=10, n_layer=2, n_head=2, vocab_size=301, n_positions=32)
-        AutoModelForCausalLM.from_config(config).transformer.save_pretrained(tmp_path)
-    run_on_ranks(_load_pretrained, 2, tmp_path)
