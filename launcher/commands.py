@@ -49,6 +49,10 @@ Overrides = Annotated[
 Run = Annotated[str, typer.Argument(help="Folder of a run, output_dir/name.", metavar="RUN", callback=expanded)]
 Step = Annotated[int | None, typer.Option(help="Step of the checkpoint; the newest if not given.")]
 Average = Annotated[bool, typer.Option("--ema", help="Take the moving average of the weights.")]
+OwnTask = Annotated[
+    str | None, typer.Option("--task", metavar="module:Class", help="Import the run's own task: Python code.")
+]
+RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own Python code.")]
 
 
 @app.command()
@@ -143,9 +147,20 @@ def export(
     to: Annotated[Path, typer.Option(metavar="DIR", help="New folder for the model.", callback=expanded)],
     step: Step = None,
     ema: Average = False,
+    task: OwnTask = None,
+    trust_remote_code: RemoteCode = False,
 ) -> None:
     """Write a checkpoint as a model and tokenizer that transformers loads."""
-    _become("trainer.export", run_folder, "--to", str(to), *_option("--step", step), *(["--ema"] if ema else []))
+    _become(
+        "trainer.export",
+        run_folder,
+        "--to",
+        str(to),
+        *_option("--step", step),
+        *(["--ema"] if ema else []),
+        *_option("--task", task),
+        *(["--trust-remote-code"] if trust_remote_code else []),
+    )
 
 
 @app.command()
@@ -154,12 +169,16 @@ def generate(
         str, typer.Argument(help="Folder of a run or of an exported model.", metavar="RUN", callback=expanded)
     ],
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 120,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens to add at most; 120, or what the model's positions leave.")
+    ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.8,
     top_k: Annotated[int, typer.Option(min=0, help="Choose among this many likeliest tokens; 0 means all.")] = 50,
     seed: Annotated[int, typer.Option(help="Seed of the choice.")] = 0,
     step: Step = None,
     ema: Average = False,
+    task: OwnTask = None,
+    trust_remote_code: RemoteCode = False,
 ) -> None:
     """Continue a text with a run's model."""
     _become(
@@ -172,6 +191,8 @@ def generate(
         *_option("--seed", seed),
         *_option("--step", step),
         *(["--ema"] if ema else []),
+        *_option("--task", task),
+        *(["--trust-remote-code"] if trust_remote_code else []),
     )
 
 

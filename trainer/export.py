@@ -1,6 +1,6 @@
 """``shardline export``: a checkpoint as a folder that `transformers` loads.
 
-``python -m trainer.export RUN --to DIR [--step N] [--ema]``
+``python -m trainer.export RUN --to DIR [--step N] [--ema] [--task module:Class] [--trust-remote-code]``
 """
 
 import argparse
@@ -22,25 +22,33 @@ from trainer.checkpoint.reader import CheckpointReader
 from trainer.config import RunConfig, parse_config
 from trainer.data.prepared import Prepared
 from trainer.models import Vocabulary, build_model_config, build_model_on_meta
-from trainer.run_arguments import open_checkpoint, open_corpus
+from trainer.pretrained import stored_by_name, tied_names
+from trainer.run_arguments import AllowedCode, open_checkpoint, open_corpus
+from trainer.stored_tensor import StoredTensor
 from trainer.tasks.registry import build_task
 
 _MAX_FILE_BYTES = 4 * 2**30
+_NO_CODE = AllowedCode()
 
 
-def export_model(reader: CheckpointReader, folder: Path, *, averaged: bool = False) -> None:
+def export_model(
+    reader: CheckpointReader, folder: Path, *, averaged: bool = False, allowed: AllowedCode = _NO_CODE
+) -> None:
     """Write the model of a checkpoint, its configuration and tokenizer, so that `from_pretrained` loads them.
 
-    Tensors pass through memory one file at a time. The folder appears whole or not at all.
+    Tensors pass through memory one file at a time. The folder appears whole or not at all, and only where what
+    `from_pretrained` makes of it is the model that was trained.
 
     Args:
         reader: the checkpoint.
         folder: where to; must be new or empty.
         averaged: whether to take the moving average of the weights instead of the weights.
+        allowed: the Python code that may run for it.
 
     Raises:
-        UserError: the folder has contents or cannot be written, the checkpoint has no average or is damaged, or it is
-            an old one without a tokenizer and the run's corpus is gone.
+        UserError: the folder has contents or cannot be written, the checkpoint has no average or is damaged, it is an
+            old one without a tokenizer and the run's corpus is gone, it asks for code that is not allowed, or
+            `transformers` would make another model of it.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--to {folder} is {'not empty' if folder.is_dir() else 'a file'}; name a new folder.")
@@ -51,6 +59,7 @@ def export_model(reader: CheckpointReader, folder: Path, *, averaged: bool = Fal
         )
     reader.verify()
     config = parse_config(reader.manifest.config, source=f"{reader.folder}")
+    allowed.check(config, f"checkpoint {reader.folder}")
     corpus = None if reader.manifest.tokenizer else _corpus_of(reader, config)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -63,9 +72,13 @@ def export_model(reader: CheckpointReader, folder: Path, *, averaged: bool = Fal
         reader.unpack_tokenizer(work)
         facts = corpus or reader.manifest.tokenizer
         assert facts is not None, "there is a tokenizer or a corpus"
-        _write_configuration(config, Vocabulary(facts.vocab_size, facts.eos_token_id), work)
+        model = _build_model(config, Vocabulary(facts.vocab_size, facts.eos_token_id))
+        _write_configuration(model, facts.vocab_size, work)
+        check_reloads(model, reader, work, trust_remote_code=config.model.trust_remote_code)
         _write_weights(reader, work, averaged=averaged)
-        # mkdtemp made it private.
+        # mkdtemp made the folder private, and safetensors its files.
+        for path in work.rglob("*"):
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~umask())
         work.chmod(0o777 & ~umask())
         if folder.exists():
             folder.rmdir()
@@ -93,18 +106,85 @@ def _not_writable(folder: Path, error: Exception) -> UserError:
     return UserError(f"--to {folder} cannot be written: {reason}; name another folder, or free some space.")
 
 
-def _write_configuration(config: RunConfig, vocabulary: Vocabulary, work: Path) -> None:
+def _build_model(config: RunConfig, vocabulary: Vocabulary) -> Any:
+    """The run's model, without memory."""
+    from transformers import PreTrainedModel
+
     model_config = build_model_config(config.model, vocabulary, config.data.sequence_length)
-    model: Any = build_model_on_meta(build_task(config.task.name, folder=config.task.folder), model_config)
-    model_config.architectures = [type(model).__name__]
-    model_config.dtype = torch.float32
-    model_config.save_pretrained(work)
+    model = build_model_on_meta(build_task(config.task.name, folder=config.task.folder), model_config)
+    if not isinstance(model, PreTrainedModel):
+        raise UserError(
+            f"task.name={config.task.name} trains {_class_of(model)}, which is no model of transformers, so that "
+            "nothing could load an export of it; trainer.checkpoint.reader.CheckpointReader reads its weights."
+        )
+    return model
+
+
+def _write_configuration(model: Any, vocab_size: int, work: Path) -> None:
+    from transformers.dynamic_module_utils import custom_object_save
+
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = torch.float32
+    if model._auto_class is not None:
+        # A class of the model's own code goes along, and its configuration's code with the configuration.
+        custom_object_save(model, work, config=model.config)
+    model.config.save_pretrained(work)
     if getattr(model, "generation_config", None) is not None:
         # Ids that pad the vocabulary stand for nothing: whoever generates with the model must not draw them.
-        padding = range(vocabulary.size, model_config.get_text_config().vocab_size)
+        padding = range(vocab_size, model.config.get_text_config().vocab_size)
         suppressed = {*(model.generation_config.suppress_tokens or ()), *padding}
         model.generation_config.suppress_tokens = sorted(suppressed) or None
         model.generation_config.save_pretrained(work)
+
+
+def check_reloads(model: Any, reader: CheckpointReader, folder: Path, *, trust_remote_code: bool) -> None:
+    """Refuse an export that `from_pretrained` would make another model of; reads no weights.
+
+    Args:
+        model: the model that was trained, without memory.
+        reader: its checkpoint, whose names the export will have.
+        folder: where its configuration was written to.
+        trust_remote_code: whether a model's own code may run.
+
+    Raises:
+        UserError: the class is not one that transformers has, or it would load some weights as others, or not at all.
+    """
+    import transformers
+
+    def refused(reason: str) -> UserError:
+        return UserError(
+            f"checkpoint {reader.folder} cannot be exported as a model of transformers: {reason}; "
+            "trainer.checkpoint.reader.CheckpointReader reads its weights."
+        )
+
+    kind = type(model)
+    if model._auto_class is None and getattr(transformers, kind.__name__, None) is not kind:
+        raise refused(f"{_class_of(model)} is no class of its own")
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        loaded = kind(config)
+    expected = {name: tuple(tensor.shape) for name, tensor in loaded.state_dict().items()}
+    stored = {
+        name: StoredTensor(shape, torch.float32, lambda _: torch.empty(0))
+        for name, shape in reader.parameter_shapes().items()
+    }
+    try:
+        found = stored_by_name(loaded, stored)
+    except ValueError as error:
+        raise refused(f"its weights {error}") from None
+    for name, tensor in stored.items():
+        if found.get(name) is not tensor:
+            raise refused(f"{kind.__name__} has another use for {name}, or none")
+        if expected[name] != tuple(tensor.shape):
+            raise refused(f"{name} has shape {list(tensor.shape)}, and {kind.__name__} makes it {list(expected[name])}")
+    tied = tied_names(loaded)
+    for name in expected:
+        if not any(other in found for other in tied.get(name, [name])):
+            raise refused(f"it has no {name}, which {kind.__name__} needs")
+
+
+def _class_of(model: Any) -> str:
+    return f"{type(model).__module__}.{type(model).__name__}"
 
 
 def _write_weights(reader: CheckpointReader, work: Path, *, averaged: bool) -> None:
@@ -143,9 +223,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--to", required=True, type=Path)
     parser.add_argument("--step", type=int)
     parser.add_argument("--ema", action="store_true")
+    AllowedCode.add_arguments(parser)
     options = parser.parse_args(arguments)
     reader = open_checkpoint(options.run, options.step)
-    export_model(reader, options.to, averaged=options.ema)
+    export_model(reader, options.to, averaged=options.ema, allowed=AllowedCode.of(options))
     average = "the averaged weights of " if options.ema else ""
     print(f"exported {average}step {reader.manifest.training.step} of {options.run} to {options.to}")
     return EXIT_FINISHED

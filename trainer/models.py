@@ -127,12 +127,18 @@ def _check_sizes(config: "PretrainedConfig", vocabulary: Vocabulary, sequence_le
             f"the model's vocab_size={text_config.vocab_size} is smaller than the tokenizer's {vocabulary.size} "
             f"tokens; set model.config.vocab_size to at least that, remove it, or choose another tokenizer."
         )
-    positions = getattr(text_config, "max_position_embeddings", None)
+    positions = max_positions(config)
     if positions is not None and positions < sequence_length:
         raise UserError(
             f"data.sequence_length={sequence_length} is more than the model's {positions} positions; "
             f"lower it or set model.config.max_position_embeddings."
         )
+
+
+def max_positions(config: "PretrainedConfig") -> int | None:
+    """Tokens that a sequence may have, as far as the model's configuration limits them."""
+    positions: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return positions
 
 
 def build_model_on_meta(task: Task, model_config: "PretrainedConfig") -> nn.Module:

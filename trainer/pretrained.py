@@ -50,7 +50,7 @@ class PretrainedWeights:
                 f"model.pretrained={name} is quantized, and its weights cannot be trained as they are; "
                 "name a folder of the same model in bf16 or fp32."
             )
-        self._tied = _tied_names(model)
+        self._tied = tied_names(model)
         expected: dict[str, Any] = dict(model.state_dict(keep_vars=True))
         ignored = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
         missing = []
@@ -163,7 +163,7 @@ def _converted(model: Any, stored: dict[str, StoredTensor]) -> dict[str, StoredT
     return converted
 
 
-def _tied_names(model: nn.Module) -> dict[str, list[str]]:
+def tied_names(model: nn.Module) -> dict[str, list[str]]:
     """Each tensor's name to all that a model has for it, where they are several."""
     groups: dict[int, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():

@@ -1,5 +1,7 @@
-"""Arguments of the commands that look at a run: its folder and a step."""
+"""Arguments of the commands that look at a run: its folder, a step, and what code they may run for it."""
 
+import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 from sharding.errors import UserError
@@ -9,6 +11,53 @@ from trainer.checkpoint.storage import checkpoint_folder, is_url, list_checkpoin
 from trainer.config import RunConfig
 from trainer.data.prepared import Prepared, find_prepared
 from trainer.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class AllowedCode:
+    """Python code that whoever calls a command lets it run; what a run's own files ask for is no permission.
+
+    Attributes:
+        task: ``module:Class`` of a task that may be imported.
+        trust_remote_code: whether a model's own code may run.
+    """
+
+    task: str | None = None
+    trust_remote_code: bool = False
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        """Give a command the switches."""
+        parser.add_argument("--task")
+        parser.add_argument("--trust-remote-code", action="store_true")
+
+    @classmethod
+    def of(cls, options: argparse.Namespace) -> "AllowedCode":
+        """What a command's switches allow."""
+        return cls(task=options.task, trust_remote_code=options.trust_remote_code)
+
+    def check(self, config: RunConfig, source: object) -> None:
+        """Refuse a run whose configuration asks for code that is not allowed.
+
+        Args:
+            config: the run's configuration, as its files have it.
+            source: the run or checkpoint, to speak of.
+
+        Raises:
+            UserError: it asks for a task's or a model's own code.
+        """
+        if ":" in config.task.name and self.task != config.task.name:
+            place = "" if config.task.folder is None else f" in task.folder={config.task.folder}"
+            other = "" if self.task is None else f", not {self.task}"
+            raise UserError(
+                f"{source} asks for Python code by task.name={config.task.name}{place}{other}; read that code, and give "
+                f"--task {config.task.name} to run it."
+            )
+        if config.model.trust_remote_code and not self.trust_remote_code:
+            raise UserError(
+                f"{source} asks for Python code of model.pretrained={config.model.pretrained} by "
+                "model.trust_remote_code=true; read that code, and give --trust-remote-code to run it."
+            )
 
 
 def open_checkpoint(run: str, step: int | None) -> CheckpointReader:

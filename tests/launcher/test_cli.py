@@ -182,7 +182,12 @@ def test_an_installed_package_of_the_same_name_is_named(tmp_path: Path) -> None:
         (
             ("generate", "runs/a", "--prompt", "-1 +", "--temperature", "0"),
             "trainer.generate",
-            ["runs/a", "--prompt=-1 +", "--max-new-tokens=120", "--temperature=0.0", "--top-k=50", "--seed=0"],
+            ["runs/a", "--prompt=-1 +", "--temperature=0.0", "--top-k=50", "--seed=0"],
+        ),
+        (
+            ("export", "runs/a", "--to", "out", "--task", "own:Task", "--trust-remote-code"),
+            "trainer.export",
+            ["runs/a", "--to", "out", "--task=own:Task", "--trust-remote-code"],
         ),
         (("data", "prepare", "x.yaml", "seed=1"), "trainer.data.prepare", ["x.yaml", "seed=1"]),
         (("data", "show", "runs/a", "--step", "3"), "trainer.data.show", ["runs/a", "--step=3", "--limit=0"]),

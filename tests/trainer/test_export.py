@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sharding.errors import UserError
 from tests.support import TINY_MODEL, shardline, tiny_values, trained, write_config
 from trainer import export
+from trainer.atomic_files import umask
 from trainer.checkpoint.manifest import fingerprint, write_manifest
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.export import export_model
@@ -226,3 +227,15 @@ def test_a_prompt_is_text(reader: CheckpointReader, tmp_path: Path) -> None:
     model, tokenizer = load_model(str(tmp_path / "model"), None)
     text = generate_text(model, tokenizer, "a<|endoftext|>b", max_new_tokens=1, temperature=0, top_k=0, seed=0)
     assert text.startswith("a<|endoftext|>b")
+
+
+def test_files_of_a_run_and_its_corpus_follow_the_umask(
+    reader: CheckpointReader, shared_corpus: tuple[Path, Path]
+) -> None:
+    run = reader.folder.parent.parent
+    files = [path for folder in (run, shared_corpus[1]) for path in folder.rglob("*") if path.is_file()]
+    # Its owner's alone.
+    files = [path for path in files if path.name != "provenance.json"]
+    assert len(files) > 12
+    expected = 0o666 & ~umask()
+    assert [str(path) for path in files if path.stat().st_mode & 0o777 != expected] == []

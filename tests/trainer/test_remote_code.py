@@ -36,12 +36,12 @@ _SIZES = {
 }
 
 
-def _model_folder(folder: Path, model_type: str) -> Path:
+def model_folder(folder: Path, model_type: str, **sizes: int) -> Path:
     """A model whose class is in a Python file beside its configuration; running that leaves a file ``ran``."""
     folder.mkdir()
     (folder / f"own_{model_type}.py").write_text(_CODE.format(proof=str(folder / "ran"), model_type=model_type))
     auto_map = {"AutoConfig": f"own_{model_type}.OwnConfig", "AutoModelForCausalLM": f"own_{model_type}.OwnModel"}
-    (folder / "config.json").write_text(json.dumps({"model_type": model_type, "auto_map": auto_map} | _SIZES))
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type, "auto_map": auto_map} | _SIZES | sizes))
     return folder
 
 
@@ -58,7 +58,7 @@ def _build(folder: Path, **settings: bool) -> str:
 
 @pytest.mark.usefixtures("code_cache")
 def test_a_models_code_runs_on_the_switch_alone(tmp_path: Path) -> None:
-    folder = _model_folder(tmp_path / "model", "own_llama")
+    folder = model_folder(tmp_path / "model", "own_llama")
     with pytest.raises(UserError, match=r"needs Python code of its own; .*model\.trust_remote_code=true"):
         _build(folder)
     assert not (folder / "ran").exists()
@@ -68,7 +68,7 @@ def test_a_models_code_runs_on_the_switch_alone(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("code_cache")
 def test_a_model_that_transformers_knows_is_built_without_its_code(tmp_path: Path) -> None:
-    folder = _model_folder(tmp_path / "model", "llama")
+    folder = model_folder(tmp_path / "model", "llama")
     assert _build(folder) == "LlamaForCausalLM"
     assert not (folder / "ran").exists()
 
@@ -119,7 +119,7 @@ def _unsafe(source: str, file: str) -> Iterator[str]:
         if called in ("tempfile.mktemp", "os.tempnam"):
             yield called
         # Left out, transformers would ask on the terminal.
-        asks = keywords.get("trust_remote_code") not in ("False", "model.trust_remote_code")
+        asks = keywords.get("trust_remote_code") not in ("False", "model.trust_remote_code", "trust_remote_code")
         if called.startswith("Auto") and called.endswith(".from_pretrained") and asks:
             yield f"{called} without trust_remote_code"
 

@@ -99,6 +99,10 @@ class CheckpointReader:
         prefix = MODEL_PREFIX
         return [name.removeprefix(prefix) for name in self.manifest.tensors if name.startswith(prefix)]
 
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each of the model's tensors by its name."""
+        return {name: tuple(self._entry(f"{MODEL_PREFIX}{name}").shape) for name in self.parameter_names()}
+
     def parameter_bytes(self, name: str) -> int:
         """Size of a tensor of the model."""
         entry = self._entry(f"{MODEL_PREFIX}{name}")
