@@ -50,8 +50,8 @@ class AllowedCode:
             place = "" if config.task.folder is None else f" in task.folder={config.task.folder}"
             other = "" if self.task is None else f", not {self.task}"
             raise UserError(
-                f"{source} asks for Python code by task.name={config.task.name}{place}{other}; read that code, and give "
-                f"--task {config.task.name} to run it."
+                f"{source} asks for Python code by task.name={config.task.name}{place}{other}; read that code, and "
+                f"give --task {config.task.name} to run it."
             )
         if config.model.trust_remote_code and not self.trust_remote_code:
             raise UserError(
