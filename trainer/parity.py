@@ -209,7 +209,7 @@ def _write_ragged_batch(config: RunConfig, corpus: Prepared, folder: Path) -> No
 
 
 def _compare(
-    case: ParityCase, plain: Trajectory, plain_parameters: dict[str, torch.Tensor], initial: Path, folder: Path
+    case: ParityCase, plain: Trajectory, plain_tensors: dict[str, torch.Tensor], initial: Path, folder: Path
 ) -> ParityRow:
     ours = Trajectory(**json.loads(result_file(folder, case).read_text()))
     before, after = (
@@ -222,9 +222,14 @@ def _compare(
         loss_difference=_relative(ours.losses, plain.losses),
         grad_norm_difference=_relative(ours.grad_norms, plain.grad_norms),
         parameter_difference=max(
-            (after[name] - parameter).abs().max().item() for name, parameter in plain_parameters.items()
+            (after[name].double() - tensor.double()).abs().max().item() for name, tensor in plain_tensors.items()
         ),
-        unmoved=[name for name, tensor in after.items() if torch.equal(tensor, before[name])],
+        # Buffers stay as they are, and so does what the loss does not depend on.
+        unmoved=[
+            name
+            for name, tensor in plain_tensors.items()
+            if torch.equal(after[name], before[name]) and not torch.equal(tensor, reference[name])
+        ],
         # The batch never changes, so a forward pass that misses an update repeats the loss of the step before.
         forward_saw_update=all(
             abs(later - earlier) > 10 * LOSS_TOLERANCE["fp32"] * abs(earlier)

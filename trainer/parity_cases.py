@@ -188,7 +188,9 @@ def _write_parameters(engine: Engine, ranks: Ranks, path: Path) -> None:
         return
     whole: dict[str, torch.Tensor] = {}
     for name, shape, offsets, tensor in (entry for part in gathered for entry in part):
-        target = whole.setdefault(name, torch.full(shape, torch.nan))
+        # What no slice covers stays NaN, in buffers of integers 0.
+        unset = torch.nan if tensor.is_floating_point() else 0
+        target = whole.setdefault(name, torch.full(shape, unset, dtype=tensor.dtype))
         target[tuple(slice(o, o + n) for o, n in zip(offsets, tensor.shape, strict=True))] = tensor
     save_file(whole, path)
 
@@ -201,7 +203,11 @@ def run_plain(
     optimizer_name: str,
     compute: Literal["fp32", "bf16"] = "fp32",
 ) -> tuple[Trajectory, dict[str, torch.Tensor]]:
-    """The reference: one process, one whole batch, torch and transformers alone, on the device that ranks have."""
+    """The reference: one process, one whole batch, torch and transformers alone, on the device that ranks have.
+
+    Returns:
+        What training left behind, and the parameters and persistent buffers after it by name.
+    """
     from transformers import AutoModelForCausalLM
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -231,4 +237,6 @@ def run_plain(
         optimizer.zero_grad()
         losses.append(loss.item())
         norms.append(norm.item())
-    return Trajectory(losses, norms), {name: p.detach().cpu() for name, p in model.named_parameters()}
+    saved = model.state_dict().keys()
+    tensors = [*model.named_parameters(), *(item for item in model.named_buffers() if item[0] in saved)]
+    return Trajectory(losses, norms), {name: tensor.detach().cpu() for name, tensor in tensors}

@@ -61,6 +61,8 @@ class _PlainMuon:
         weight = self._settings.momentum
         for group, momentum in zip(self._groups, self._momenta, strict=True):
             matrix = group["params"][0]
+            if matrix.grad is None:
+                continue
             momentum += (1 - weight) * (matrix.grad - momentum)
             update = matrix.grad + weight * (momentum - matrix.grad) if self._settings.nesterov else momentum
             update = update / update.norm()
@@ -106,6 +108,8 @@ class _PlainAdamW8bit:
         self._step += 1
         for group, mean, square in self._moments:
             (parameter,) = group["params"]
+            if parameter.grad is None:
+                continue
             single_param_adam(
                 parameter.detach(),
                 parameter.grad,

@@ -22,7 +22,7 @@ _ON_2 = (
     ("bucketed", "zero3"),
     ("deepspeed", "zero1"),
     ("deepspeed", "zero2"),
-    # ("deepspeed", "zero3"),
+    ("deepspeed", "zero3"),
     ("accelerate", "ddp"),
 )
 

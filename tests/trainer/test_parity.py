@@ -43,17 +43,47 @@ def test_every_strategy_trains_as_one_plain_process(values: dict[str, Any], tmp_
 @pytest.mark.parametrize(
     "model",
     [
-        {"architecture": "gpt2", "config": {"n_embd": 30, "n_layer": 2, "n_head": 3, "n_positions": 64}},
+        # Cross-attention that nothing uses; a norm that is registered after the blocks and runs before them.
         {
-            "architecture": "qwen3",
+            "architecture": "bart",
+            "config": {"d_model": 30, "decoder_layers": 2, "decoder_attention_heads": 3, "decoder_ffn_dim": 53},
+        },
+        # A persistent buffer, e_score_correction_bias.
+        {
+            "architecture": "deepseek_v3",
             "config": {
-                "hidden_size": 30,
+                "hidden_size": 32,
                 "intermediate_size": 53,
+                "moe_intermediate_size": 16,
                 "num_hidden_layers": 2,
+                "first_k_dense_replace": 1,
+                "n_routed_experts": 4,
+                "num_experts_per_tok": 2,
+                "n_group": 1,
+                "topk_group": 1,
                 "num_attention_heads": 3,
-                "num_key_value_heads": 1,
-                "head_dim": 6,
-                "tie_word_embeddings": False,
+                "num_key_value_heads": 3,
+                "q_lora_rank": 8,
+                "kv_lora_rank": 8,
+                "qk_nope_head_dim": 6,
+                "qk_rope_head_dim": 4,
+                "v_head_dim": 6,
+            },
+        },
+        # Blocks that share all of a transformer layer.
+        {
+            "architecture": "zamba2",
+            "config": {
+                "hidden_size": 32,
+                "intermediate_size": 53,
+                "num_hidden_layers": 3,
+                "layers_block_type": ["mamba", "hybrid", "hybrid"],
+                "num_mem_blocks": 1,
+                "num_attention_heads": 4,
+                "mamba_headdim": 16,
+                "n_mamba_heads": 4,
+                "mamba_d_state": 8,
+                "adapter_rank": 4,
             },
         },
     ],
