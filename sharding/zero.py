@@ -107,9 +107,5 @@ class ZeroEngine(TorchEngine):
             module.set_is_last_backward(is_last)
         return nullcontext()
 
-    def _is_written_here(self, index: int) -> bool:
-        # Buffers stay whole on every rank.
-        return self._mesh.dp_rank == 0
-
     def _sum_over_shards(self, squares: torch.Tensor) -> torch.Tensor:
         return sum_over(self._mesh.shard_group, squares)
