@@ -124,9 +124,8 @@ class Lease:
                 verdict = judge(holder)
                 if verdict is Verdict.ALIVE:
                     raise UserError(_refusal(self._folder, holder, "its process is running"))
-                if verdict is Verdict.UNKNOWN:
-                    self._watch(holder)
-                gone = holder
+                if verdict is Verdict.GONE or self._stands_still(holder):
+                    gone = holder
             with _exclusive(self._folder):
                 now = _read(self._path)
                 # What another has taken or renewed meanwhile is judged anew.
@@ -134,8 +133,8 @@ class Lease:
                     write_atomically(self._path, json.dumps(new_holder(self._token)))
                     return now
 
-    def _watch(self, holder: dict[str, Any]) -> None:
-        """Wait until a holder's lease has stood still for long enough, or is no longer its.
+    def _stands_still(self, holder: dict[str, Any]) -> bool:
+        """Watch a holder's lease: whether it stays the same for long enough; false where it is there no longer.
 
         Raises:
             UserError: the holder has renewed it.
@@ -152,9 +151,10 @@ class Lease:
             time.sleep(_LOOK_EVERY_S)
             now = _read(self._path)
             if now is None or now["token"] != holder["token"]:
-                return
+                return False
             if now != holder:
                 raise UserError(_refusal(self._folder, now, "its heartbeat goes on"))
+        return True
 
     def _keep_alive(self) -> None:
         while not self._released.wait(HEARTBEAT_EVERY_S):

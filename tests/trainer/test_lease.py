@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -146,6 +147,21 @@ def test_elsewhere_the_heartbeat_tells_whatever_clocks_say(
     successor.check()
     assert "taking over" in caplog.text
     successor.release()
+
+
+def test_a_holder_that_cannot_be_seen_for_a_moment_is_not_taken_for_dead(
+    tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere(tmp_path)
+    look = lease_module._read
+    # Its file is not there at the second look alone.
+    looks: Iterator[Callable[[Path], dict[str, Any] | None]] = iter([look, lambda _: None])
+    monkeypatch.setattr(lease_module, "_read", lambda path: next(looks, look)(path))
+    with ThreadPoolExecutor(1) as beats:
+        beats.submit(lambda: (time.sleep(0.4), rewrite(tmp_path, num_beats=1)))
+        with pytest.raises(UserError, match="its heartbeat goes on"):
+            Lease.acquire(tmp_path)
+    assert read(tmp_path)["token"] == "theirs"
 
 
 def test_of_two_that_watch_a_dead_holder_one_wins(tmp_path: Path, quick: None) -> None:
