@@ -131,7 +131,7 @@ def test_scaling_is_measured_over_ranks_of_a_node_and_then_over_nodes(
         output=output,
         options="--nodes=2 --ntasks-per-node=2",
     )
-    facts = cluster.wait(job)
+    facts = cluster.wait(job, 380)
     printed = output.read_text()
     assert (facts["JobState"], facts["ExitCode"]) == ("COMPLETED", "0:0"), printed
     (raw,) = results.glob("scaling_4xcpu_*.jsonl")
