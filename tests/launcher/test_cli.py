@@ -70,7 +70,7 @@ def test_a_mistake_is_one_sentence_and_status_2(config_file: Path) -> None:
         (("run", config_file, "optimiser.lr=1"), "unknown key optimiser; did you mean optimizer?"),
         (("run", config_file, "--launcher", "mpirun"), "--launcher mpirun is not known; choose one of torchrun, deep"),
         (("run", config_file, "parallel.strategy=none", "--nproc-per-node", "2"), "parallel.strategy=none runs on one"),
-        (("slurm", "submit", config_file, "data.paths=[/nowhere]", "--dry-run"), "data.paths: /nowhere names no file"),
+        (("slurm", "submit", config_file, "data.paths=[/nowhere]"), "data.paths: /nowhere names no file"),
         (("run", "nowhere.yaml"), "cannot read the configuration nowhere.yaml: No such file or directory"),
         (("bench", "everything"), "there is no benchmark everything; there are: throughput, scaling, "),
     ]:
