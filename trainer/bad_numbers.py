@@ -132,21 +132,9 @@ class BadNumbers:
         return bad
 
     def leave_out_as_told(self, restored: TrainingState, ranges: Sequence[SampleRange]) -> TrainingState:
-        """A checkpoint's state, with the samples of ``data.skip_samples`` left out from here on.
-
-        Raises:
-            UserError: the checkpoint has gone beyond some of them.
-        """
-        told = _without(restored, ranges)
-        before, after = SkippedSamples(restored.skipped_samples), SkippedSamples(told.skipped_samples)
-        position = before.position(restored.num_samples)
-        if not before.agrees_before(after, position):
-            raise UserError(
-                f"data.skip_samples={[list(pair) for pair in ranges]} names samples before position {position}, which "
-                f"the checkpoint of step {restored.step} has gone beyond; name later ones, or start from an older "
-                "checkpoint."
-            )
-        if after.ranges != before.ranges:
+        """``leave_out_as_told``, and an event where that is more than the checkpoint leaves out already."""
+        told = leave_out_as_told(restored, ranges)
+        if told.skipped_samples != list(SkippedSamples(restored.skipped_samples).ranges):
             self._record_left_out(restored.step, [(first, end) for first, end in ranges])
         return told
 
@@ -269,6 +257,24 @@ class BadNumbers:
         return SpikeDetector(
             settings.spike_threshold, settings.spike_window_steps, settings.spike_warmup_steps, losses, grad_norms
         )
+
+
+def leave_out_as_told(restored: TrainingState, ranges: Sequence[SampleRange]) -> TrainingState:
+    """A checkpoint's state, with the samples of ``data.skip_samples`` left out from here on.
+
+    Raises:
+        UserError: the checkpoint has gone beyond some of them.
+    """
+    told = _without(restored, ranges)
+    before, after = SkippedSamples(restored.skipped_samples), SkippedSamples(told.skipped_samples)
+    position = before.position(restored.num_samples)
+    if not before.agrees_before(after, position):
+        raise UserError(
+            f"data.skip_samples={[list(pair) for pair in ranges]} names samples before position {position}, which "
+            f"the checkpoint of step {restored.step} has gone beyond; name later ones, or start from an older "
+            "checkpoint."
+        )
+    return told
 
 
 def _without(training: TrainingState, ranges: Iterable[SampleRange]) -> TrainingState:

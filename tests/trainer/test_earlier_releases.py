@@ -28,7 +28,8 @@ from trainer.checkpoint.__main__ import verify_checkpoints
 from trainer.config import parse_config
 from trainer.data.prepare import prepare_corpus
 from trainer.export import export_model
-from trainer.lease import Lease, process_space
+from trainer.lease import Lease
+from trainer.lease_holder import process_space
 from trainer.run_arguments import open_checkpoint
 from trainer.run_folder import RunFolder
 
