@@ -18,6 +18,7 @@ from trainer.data.document_mask import check_architecture, check_engine
 from trainer.data.documents import documents_in
 from trainer.data.loader import BatchLoader, evaluation_batches
 from trainer.data.prepared import Prepared, PreparedStream, describe_mixture
+from trainer.data.shards import Sequences
 from trainer.data.skipped_samples import SkippedSamples
 from trainer.data.streaming import StreamingLoader, state_of_rank
 from trainer.events import record_event
@@ -104,12 +105,7 @@ def build_trainer(
     corpus.check_sequence_length(config.data.sequence_length)
     validation = corpus.stream("validation", verify=config.faults.verify_data)
     length = config.data.sequence_length
-    if config.evaluation.every_steps and validation.num_sequences(length) == 0:
-        raise UserError(
-            f"evaluation.every_steps={config.evaluation.every_steps} evaluates held-out sequences, but what "
-            f"data.validation_fraction={config.data.validation_fraction:g} holds out makes none of "
-            f"data.sequence_length={length} tokens; raise the fraction, or set evaluation.every_steps=0."
-        )
+    check_held_out(config, validation)
     if config.data.document_mask:
         check_engine(engine, fetched, task, vocabulary)
     for line in describe_mixture(corpus, length, config.num_steps * config.batch.global_size):
@@ -188,6 +184,21 @@ def _check_beginning(config: RunConfig, run_folder: RunFolder, corpus: Prepared)
     """Check that a run that begins with pretrained weights has their tokenizer; one that goes on has its own."""
     if run_folder.newest_checkpoint() is None:
         check_named_tokenizer(config, corpus.tokenizer_dir)
+
+
+def check_held_out(config: RunConfig, validation: Sequences) -> None:
+    """Assert that there is something to evaluate where that was asked for.
+
+    Raises:
+        UserError: there is not.
+    """
+    length, every_steps = config.data.sequence_length, config.evaluation.every_steps
+    if every_steps and validation.num_sequences(length) == 0:
+        raise UserError(
+            f"evaluation.every_steps={every_steps} evaluates held-out sequences, but what data.validation_fraction="
+            f"{config.data.validation_fraction:g} holds out makes none of data.sequence_length={length} tokens; raise "
+            "the fraction, or set evaluation.every_steps=0."
+        )
 
 
 def _replica_check(

@@ -10,6 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.data import make_stream
+from sharding.errors import UserError
+from trainer.build import check_held_out
+from trainer.config import load_config
 from trainer.data.loader import BatchLoader, evaluation_batches, read_sequences
 from trainer.data.order import SampleOrder
 from trainer.data.shards import TokenStream, num_samples
@@ -192,3 +195,16 @@ def test_closing_ends_the_thread(stream: TokenStream) -> None:
     assert threading.active_count() == before + 1
     loader.close()
     assert threading.active_count() == before
+
+
+def test_an_evaluation_without_a_held_out_sequence_is_refused(tmp_path: Path, config_file: Path) -> None:
+    for name in ("few", "enough"):
+        (tmp_path / name).mkdir()
+    # The tiny run's sequences have 32 tokens.
+    few, enough = make_stream(tmp_path / "few", 20, 333), make_stream(tmp_path / "enough", 80, 333)
+    asked = load_config(config_file, ["evaluation.every_steps=2"])
+    said = r"evaluation.every_steps=2 .* data.validation_fraction=0.2 holds out makes none of data.sequence_length=32"
+    with pytest.raises(UserError, match=said):
+        check_held_out(asked, few)
+    check_held_out(asked, enough)
+    check_held_out(load_config(config_file), few)
