@@ -192,12 +192,12 @@ def check_held_out(config: RunConfig, validation: Sequences) -> None:
     Raises:
         UserError: there is not.
     """
-    length, every_steps = config.data.sequence_length, config.evaluation.every_steps
-    if every_steps and validation.num_sequences(length) == 0:
+    every_steps = config.evaluation.every_steps
+    if every_steps and validation.num_sequences(config.data.sequence_length) == 0:
         raise UserError(
-            f"evaluation.every_steps={every_steps} evaluates held-out sequences, but what data.validation_fraction="
-            f"{config.data.validation_fraction:g} holds out makes none of data.sequence_length={length} tokens; raise "
-            "the fraction, or set evaluation.every_steps=0."
+            f"evaluation.every_steps={every_steps} evaluates held-out documents, but data.validation_fraction="
+            f"{config.data.validation_fraction:g} holds out none of this corpus; raise it, or set "
+            "evaluation.every_steps=0."
         )
 
 

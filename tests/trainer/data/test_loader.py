@@ -200,10 +200,9 @@ def test_closing_ends_the_thread(stream: TokenStream) -> None:
 def test_an_evaluation_without_a_held_out_sequence_is_refused(tmp_path: Path, config_file: Path) -> None:
     for name in ("few", "enough"):
         (tmp_path / name).mkdir()
-    # The tiny run's sequences have 32 tokens.
-    few, enough = make_stream(tmp_path / "few", 20, 333), make_stream(tmp_path / "enough", 80, 333)
+    few, enough = make_stream(tmp_path / "few", 1, 333), make_stream(tmp_path / "enough", 2, 333)
     asked = load_config(config_file, ["evaluation.every_steps=2"])
-    said = r"evaluation.every_steps=2 .* data.validation_fraction=0.2 holds out makes none of data.sequence_length=32"
+    said = r"evaluation.every_steps=2 .* data.validation_fraction=0.2 holds out none of this corpus; raise it"
     with pytest.raises(UserError, match=said):
         check_held_out(asked, few)
     check_held_out(asked, enough)
