@@ -75,7 +75,8 @@ class Job:
             f"#!/bin/bash\nset -euo pipefail\ncontainer=()\ninside=()\nsource {ROOT}/slurm/job.sh\n"
             'prepare torchrun\nrun_step 1 "$SHARDLINE_PYTHON" -m launcher.slurm.node torchrun "${arguments[@]}"\n'
         )
-        self.write("exports", f"export run_dir={self.run_dir}\nexport MASTER_PORT=12000\nexport max_restarts=0\n")
+        exports = {"run_dir": self.run_dir, "config_file": "frozen.yaml", "MASTER_PORT": 12000, "max_restarts": 0}
+        self.write("exports", "".join(f"export {name}={value}\n" for name, value in exports.items()))
         self.write("restart-exports", "export MASTER_PORT=12001\n")
         self.write("restart-status", "0\n")
         self.write("num-steps", "400\n")
@@ -227,6 +228,7 @@ def test_of_what_a_step_prints_only_assignments_are_taken_over(job: Job) -> None
     assert not (job.folder / "evaluated").exists()
     assert "Welcome to the cluster" in output
     assert output.splitlines()[-1] == "job 7: finished at step 2: all steps done"
+    assert job.calls("srun")[-1].endswith(" -m launcher.slurm.node torchrun frozen.yaml")
 
 
 @pytest.mark.parametrize(
