@@ -68,7 +68,7 @@ def expand_argument(text: str) -> str:
     Raises:
         UserError: see ``expand``.
     """
-    return text if Path(text).exists() else expand(text, "the argument")
+    return text if Path(text).exists() else expand(text, "argument")
 
 
 def _apply(values: dict[str, Any], change: Callable[[str, str], str]) -> None:
