@@ -94,6 +94,7 @@ class BlockGathers:
         self._blocks = [_Gathered(buckets, group) for _, buckets in blocks]
         # By id: those that are freed after each pass.
         self._freed = {id(bucket) for _, buckets in blocks[1:] for bucket in buckets}
+        self._block_of = {id(bucket): index for index, (_, buckets) in enumerate(blocks) for bucket in buckets}
         # Blocks that had their turn in this forward pass, and those whose turn in this backward pass is to come.
         self._num_forwards = 0
         self._num_to_go = 0
@@ -124,9 +125,26 @@ class BlockGathers:
         self._num_forwards, self._num_to_go = 0, len(self._blocks)
         self._has_gradients = has_gradients
 
+    def end_forward(self) -> None:
+        """Take the turns of the blocks that the forward pass did not come to."""
+        if self._num_forwards == len(self._blocks):
+            return
+        self._pass_over(len(self._blocks))
+        if not self._has_gradients and self._blocks:
+            self._blocks[0].start()
+
+    def come_to(self, bucket: FlatBucket) -> None:
+        """Take the turns of a bucket's block, and of those after it, that backward did not come to.
+
+        Before the bucket's gradient leaves: the others may come to it only when they have the block.
+        """
+        index = self._block_of.get(id(bucket))
+        if index is not None:
+            self._pass_over_backward(index)
+
     def end_pass(self) -> None:
         """Take the turns that are left, and free what this rank did not come to; after each backward or last pass."""
-        self._finish_forward()
+        self.end_forward()
         if self._has_gradients:
             self._pass_over_backward(0)
         for block in self._blocks[1:]:
@@ -140,7 +158,7 @@ class BlockGathers:
     def _before(self, index: int) -> None:
         if index == 0 and self._num_forwards:
             # A second forward pass of the model, before or without a backward pass.
-            self._finish_forward()
+            self.end_forward()
             self._num_forwards = 0
         self._pass_over(index)
         self._blocks[index].wait()
@@ -161,7 +179,7 @@ class BlockGathers:
             self._blocks[index].free()
 
     def _before_backward(self, index: int) -> None:
-        self._finish_forward()
+        self.end_forward()
         self._pass_over_backward(index + 1)
         self._blocks[index].wait()
         self._num_to_go = min(self._num_to_go, index)
@@ -171,13 +189,6 @@ class BlockGathers:
     def _is_kept(self, index: int) -> bool:
         """Whether a block stays after its forward pass, since the backward pass begins with it."""
         return self._has_gradients and index + 1 == len(self._blocks)
-
-    def _finish_forward(self) -> None:
-        if self._num_forwards == len(self._blocks):
-            return
-        self._pass_over(len(self._blocks))
-        if not self._has_gradients and self._blocks:
-            self._blocks[0].start()
 
     def _pass_over(self, stop: int) -> None:
         """Take the forward turns of the blocks before ``stop`` that were not called."""

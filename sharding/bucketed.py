@@ -18,6 +18,7 @@ from sharding.config import Strategy
 from sharding.engine import Batch, ModelDefinition, OptimizedParameter, OptimizerFactory
 from sharding.flat_buckets import flatten_parameters
 from sharding.gradient_buckets import GradientBuckets
+from sharding.graph_leaves import leaves_of
 from sharding.loss_scaler import LossScaler
 from sharding.memory_formula import BUCKET_ELEMENTS
 from sharding.mesh import DataParallelMesh
@@ -80,7 +81,12 @@ class BucketedEngine(TorchEngine):
             reductions = None if group is None else dist.new_group(dist.get_process_group_ranks(group))
         self._is_whole_between_steps = block_buckets is None
         self._gradients = GradientBuckets(
-            self._buckets, reductions, limit, keeps_whole=strategy == "zero1", filled=self._gathers.leave
+            self._buckets,
+            reductions,
+            limit,
+            keeps_whole=strategy == "zero1",
+            filled=self._gathers.leave,
+            before_sending=self._gathers.come_to,
         )
         # By id: this rank's run of a parameter as the optimizer gets it, and the run's start in the parameter.
         self._runs: dict[int, tuple[nn.Parameter, int]] = {}
@@ -156,6 +162,13 @@ class BucketedEngine(TorchEngine):
         self._gradients.end_micro_batch(is_last=is_last)
         self._gathers.end_pass()
         self._has_gradients = True
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        if not self._is_whole_between_steps:
+            # A rank that waited for gradients that do not come would keep the others from what they wait for.
+            self._gathers.end_forward()
+            self._gradients.expect_only(leaves_of(loss))
+        super()._backward(loss)
 
     def _local_parameter(self, parameter: nn.Parameter) -> nn.Parameter:
         return self._runs[id(parameter)][0]

@@ -1,7 +1,7 @@
 """Gradients in flat buckets, which leave for the other ranks as soon as backward has filled them."""
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +30,7 @@ class GradientBuckets:
         *,
         keeps_whole: bool,
         filled: Callable[[FlatBucket], None] = lambda _: None,
+        before_sending: Callable[[FlatBucket], None] = lambda _: None,
     ) -> None:
         """Attach to the parameters of the buckets.
 
@@ -40,11 +41,13 @@ class GradientBuckets:
             keeps_whole: whether whole gradients are accumulated and summed in the last micro-batch (stage 1), or those
                 of each micro-batch are summed and the own slice is kept (stage 2).
             filled: called when backward is past all uses of a bucket's parameters.
+            before_sending: called before a bucket leaves, which may then wait for other ranks.
         """
         self._buckets = buckets
         self._group = group
         self._keeps_whole = keeps_whole
         self._filled = filled
+        self._before_sending = before_sending
         self._exchanges = exchanges_slices(group)
         self._buffers: list[torch.Tensor | None] = [None] * len(buckets)
         if keeps_whole:
@@ -55,7 +58,9 @@ class GradientBuckets:
             self.own = [torch.zeros_like(bucket.masters) for bucket in buckets]
         self._spare = _SpareBuffers(max_elements)
         self._in_flight: deque[_InFlight] = deque()
+        # Names of each bucket: whose gradients are to come in this micro-batch, and whose will not.
         self._missing: list[set[str]] = []
+        self._absent: list[set[str]] = []
         self._num_sent = 0
         self._is_first = self._sends = False
         for index, bucket in enumerate(buckets):
@@ -68,6 +73,16 @@ class GradientBuckets:
         self._sends = is_last or not self._keeps_whole
         self._num_sent = 0
         self._missing = [{member.name for member in bucket.members} for bucket in self._buckets]
+        self._absent = [set() for _ in self._buckets]
+
+    def expect_only(self, leaves: Iterable[torch.Tensor]) -> None:
+        """Take the gradients of all other parameters for zero, in this micro-batch; before its backward pass."""
+        reached = {id(leaf) for leaf in leaves}
+        for index, bucket in enumerate(self._buckets):
+            absent = {member.name for member in bucket.members if id(member.parameter) not in reached}
+            self._missing[index] -= absent
+            self._absent[index] |= absent
+        self._send_complete()
 
     def end_micro_batch(self, *, is_last: bool) -> None:
         """Send what backward left incomplete, parameters that it did not reach; after the last wait for all sums."""
@@ -101,16 +116,20 @@ class GradientBuckets:
         self._missing[index].discard(member.name)
         if not self._missing[index]:
             self._filled(self._buckets[index])
+        self._send_complete()
+
+    def _send_complete(self) -> None:
         while self._sends and self._num_sent < len(self._buckets) and not self._missing[self._num_sent]:
             self._send_next()
 
     def _send_next(self) -> None:
         index = self._num_sent
         bucket, buffer = self._buckets[index], self._buffers[index]
+        self._before_sending(bucket)
         if buffer is None:
             buffer = self._spare.take(bucket)
         for member in bucket.members:
-            if member.name in self._missing[index] and member.parameter.grad is None:
+            if member.name in self._missing[index] | self._absent[index] and member.parameter.grad is None:
                 bucket.view(buffer, member).zero_()
         while self._in_flight and (
             len(self._in_flight) >= MAX_BUCKETS_IN_FLIGHT or self._in_flight[0].sum.work.is_completed()

@@ -59,6 +59,12 @@ class ParameterGathers:
     def begin_pass(self, *, has_gradients: bool) -> None:
         """Nothing: what a pass needs is on its way."""
 
+    def end_forward(self) -> None:
+        """Nothing."""
+
+    def come_to(self, bucket: FlatBucket) -> None:
+        """Nothing: no other rank waits for a gathering."""
+
     def end_pass(self) -> None:
         """Nothing: parameters stay."""
 

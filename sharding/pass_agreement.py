@@ -4,7 +4,7 @@ Where each block's parameters are gathered for all ranks together, two ranks tha
 for their own: blocks of one size give wrong numbers without a word, others hang.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,7 @@ from torch import nn
 
 from sharding.engine import Batch, LossFunction
 from sharding.errors import UserError
+from sharding.graph_leaves import leaves_of
 
 _NUM_PASSES = 8
 """Forward passes that are compared; a model that draws or decides what it runs does so from the first on."""
@@ -82,7 +83,7 @@ class PassAgreement:
             )
 
     def _compare_parameters(self, loss: torch.Tensor) -> None:
-        reached = {id(leaf): leaf for leaf in _leaves(loss)}
+        reached = {id(leaf): leaf for leaf in leaves_of(loss)}
         used = [int(id(p) in reached) for _, p in self._parameters]
         # Leaves that are no parameters of the model are gathered ones, which have no name.
         own = {id(p) for _, p in self._parameters}
@@ -99,16 +100,3 @@ class PassAgreement:
                 f"pass {found_here} used by some ranks only; let the model use it on all of them (times zero, say), or "
                 "use parallel.strategy=ddp or parallel.engine=bucketed, which take its gradient for zero."
             )
-
-
-def _leaves(loss: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The tensors for which a backward pass would accumulate gradients."""
-    seen, pending = set(), [loss.grad_fn]
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            yield node.variable
-        pending += [following for following, _ in node.next_functions]

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from sharding import bucketed
+from sharding import build_engine as build
 from sharding.errors import UserError
 from sharding.process_group import Ranks
 from tests.sharding.engine_cases import num_targets, random_batch, tiny_engine
@@ -16,17 +17,18 @@ _SGD = {"optimizer": {"name": "sgd", "lr": 0.1, "weight_decay": 0.0}}
 
 
 class _Sometimes:
-    """A function that takes turns with a replacement, the other way round on the next rank."""
+    """A function that takes turns with a replacement, at other calls than on the next rank."""
 
-    def __init__(self, function: Any, replacement: Any, rank: int) -> None:
+    def __init__(self, function: Any, replacement: Any, phase: int, num_turns: int = 2) -> None:
         self._function = function
         self._replacement = replacement
-        self._rank = rank
+        self._phase = phase
+        self._num_turns = num_turns
         self.num_calls = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.num_calls += 1
-        chosen = self._replacement if (self.num_calls + self._rank) % 2 else self._function
+        chosen = self._replacement if (self.num_calls + self._phase) % self._num_turns else self._function
         return chosen(*args, **kwargs)
 
 
@@ -47,9 +49,16 @@ def _skip_blocks(model: Any, rank: int) -> list[_Sometimes]:
     return [_skip_block(block, rank) for block in model.model.layers[1:]]
 
 
-def _skip_block(block: nn.Module, rank: int) -> _Sometimes:
+def _skip_most_blocks(model: Any, rank: int) -> list[_Sometimes]:
+    """Each block is called in every third pass alone: at times none of them is."""
+    return [_skip_block(block, index + rank, num_turns=3) for index, block in enumerate(model.model.layers)]
+
+
+def _skip_block(block: nn.Module, phase: int, num_turns: int = 2) -> _Sometimes:
     cls = type(block)
-    call = _Sometimes(lambda *args, **kwargs: cls.__call__(block, *args, **kwargs), lambda hidden, **_: hidden, rank)
+    call = _Sometimes(
+        lambda *args, **kwargs: cls.__call__(block, *args, **kwargs), lambda hidden, **_: hidden, phase, num_turns
+    )
     block.__class__ = type(cls.__name__, (cls,), {"__call__": lambda _self, *args, **kwargs: call(*args, **kwargs)})
     return call
 
@@ -80,7 +89,7 @@ def _expected(ranks: Ranks, skip: Any, num_micro_batches: int) -> dict[str, torc
 
 
 def _check(ranks: Ranks, backend: str, strategy: str, skip: Any) -> None:
-    for num_micro_batches in (1, 3):
+    for num_micro_batches in (1, 4):
         case = (backend, strategy, skip.__name__, num_micro_batches)
         engine: Any = tiny_engine(ranks, strategy, backend=backend, **_SGD)
         batches = _batches(ranks, num_micro_batches)
@@ -104,8 +113,8 @@ def _check(ranks: Ranks, backend: str, strategy: str, skip: Any) -> None:
 
 
 def _all(ranks: Ranks) -> None:
-    # The tiny model would lie in one bucket.
-    bucketed.BUCKET_ELEMENTS["cpu"] = 4096
+    # Many more buckets than may be under way at a time.
+    bucketed.BUCKET_ELEMENTS["cpu"] = build.BUCKET_ELEMENTS["cpu"] = 512
     for backend, strategies in (
         ("torch", ("ddp", "zero1", "zero2", "zero3")),
         ("bucketed", ("zero1", "zero2", "zero3")),
@@ -114,7 +123,7 @@ def _all(ranks: Ranks) -> None:
         for strategy in strategies:
             skips = [_skip_a_parameter, _skip_outside]
             if (backend, strategy) in (("torch", "ddp"), ("bucketed", "zero1"), ("bucketed", "zero3")):
-                skips.append(_skip_blocks)
+                skips += [_skip_blocks, _skip_most_blocks]
             for skip in skips:
                 _check(ranks, backend, strategy, skip)
 
