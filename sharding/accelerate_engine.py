@@ -10,9 +10,10 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
 
-from sharding.blocks import find_blocks
+from sharding.blocks import find_blocks, sharding_units
 from sharding.ddp import DdpEngine
 from sharding.engine import ModelDefinition, OptimizerFactory
+from sharding.errors import UserError
 from sharding.loss_scaler import LossScaler
 from sharding.mesh import DataParallelMesh
 from sharding.zero import ZeroEngine
@@ -67,10 +68,19 @@ class AccelerateZero3Engine(ZeroEngine):
             dtype: format of gathered parameters and of computation; gradients are reduced in fp32.
             build_optimizer: called once, with the sharded parameters.
             loss_scaler: for fp16; None elsewhere.
+
+        Raises:
+            UserError: the plugin cannot shard the model.
         """
         from accelerate.utils import fsdp2_prepare_model
 
-        block_classes = sorted({type(block).__name__ for _, block in find_blocks(definition.model)})
+        blocks = [block for _, block in find_blocks(definition.model)]
+        if sharding_units(definition.model, blocks) != [[block] for block in blocks]:
+            raise UserError(
+                "parallel.backend=accelerate with parallel.strategy=zero3 shards each block by itself, but blocks of "
+                f"{type(definition.model).__name__} share parameters; use parallel.backend=torch."
+            )
+        block_classes = sorted({type(block).__name__ for block in blocks})
         self._accelerator = fsdp_accelerator(device, dtype, block_classes)
         fsdp2_prepare_model(self._accelerator, definition.model)
         if not isinstance(definition.model, FSDPModule) or self._accelerator.num_processes != mesh.dp_degree:

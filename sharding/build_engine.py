@@ -22,7 +22,7 @@ from sharding.mesh import DataParallelMesh
 from sharding.pass_agreement import PassAgreement
 from sharding.precision import compute_dtype
 from sharding.torch_engine import TorchEngine
-from sharding.zero import REDUCES_UNUSED_PARAMETERS, ZeroEngine, shard_modules
+from sharding.zero import REDUCES_UNUSED_PARAMETERS, ZeroEngine, refuse_scalars, shard_modules
 
 
 def build_engine(
@@ -55,7 +55,8 @@ def build_engine(
         deepspeed_settings: DeepSpeed's configuration, read under that backend alone.
 
     Raises:
-        UserError: the device or the model does not have the precision, or the strategy does not find its layers.
+        UserError: the device or the model does not have the precision, or the strategy does not find its layers or
+            cannot divide a parameter.
         RuntimeError: initialisation left a tensor without values, or touched a block from outside.
     """
     dtype = compute_dtype(precision, device)
@@ -70,6 +71,8 @@ def build_engine(
     block_buckets = None
     if parallel.engine == "bucketed" and parallel.strategy == "zero3":
         block_buckets = BlockBuckets(model, mesh, dtype, BUCKET_ELEMENTS[device.type])
+    if shards:
+        refuse_scalars(model, parallel.strategy)
     partitioner = BlockPartitioner(deepspeed_settings, model, mesh.dp_degree) if partitions else None
 
     if precision.compute == "fp8":
@@ -164,7 +167,9 @@ def _initialize_outside_blocks(definition: ModelDefinition, materializer: Materi
     collect(model, "")
     for _, module in outside:
         materializer.materialize(module)
-    inside = [p for m in model.modules() if id(m) in block_ids for p in m.parameters()]
+    # A block that shares parameters with what is outside is not sharded yet.
+    own = {id(p) for _, module in outside for p in module.parameters(recurse=False)}
+    inside = [p for m in model.modules() if id(m) in block_ids for p in m.parameters() if id(p) not in own]
     versions = [p._version for p in inside]
     for name, module in outside:
         initialize_one(module, name, definition.seed, definition.initialize)

@@ -51,7 +51,8 @@ OptimizerFactory = Callable[[Sequence[OptimizedParameter]], torch.optim.Optimize
 Its state must be plain tensors: scalars that are the same on every rank, and tensors whose dim 0 is divided over ranks
 as the parameter's is. An optimizer that keeps others, whole on every rank, says which by a method
 ``holds_whole(parameter, key)``. Where its attribute ``found_inf`` is 1, ``step`` must change nothing, without a host
-sync. A group's ``lr_scale`` multiplies the learning rate.
+sync, but create what state is missing, as it is before the first step. Parameters without a gradient are left alone. A
+group's ``lr_scale`` multiplies the learning rate.
 """
 
 
@@ -118,7 +119,10 @@ class Engine(Protocol):
         """Forget the gradients in place of a step: nothing else changes. Every rank must call it."""
 
     def state(self, *, with_optimizer: bool) -> list[TensorSlice]:
-        """This rank's slices of the canonical state; the tensors are live."""
+        """This rank's slices of the canonical state; the tensors are live.
+
+        With the optimizer every rank must call it, for what is missing of its state is created.
+        """
 
     def load_state(self, read: Callable[[TensorSlice], None], *, with_optimizer: bool) -> None:
         """Let ``read`` fill each slice of the canonical state in place."""

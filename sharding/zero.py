@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from sharding.config import Strategy
 from sharding.engine import Batch, ModelDefinition, OptimizerFactory
+from sharding.errors import UserError
 from sharding.gradient_leaves import gradient_leaves
 from sharding.loss_scaler import LossScaler
 from sharding.mesh import SHARD_AXIS, DataParallelMesh
@@ -47,6 +48,20 @@ def shard_modules(modules: Sequence[nn.Module], mesh: DataParallelMesh, strategy
         reshard_after_forward=strategy in ("zero3", "hsdp"),
         mp_policy=policy,
     )
+
+
+def refuse_scalars(model: nn.Module, strategy: Strategy) -> None:
+    """Refuse a model that has parameters without rows.
+
+    Raises:
+        UserError: it has.
+    """
+    scalar = next((name for name, parameter in model.named_parameters() if parameter.ndim == 0), None)
+    if scalar is not None:
+        raise UserError(
+            f"parallel.strategy={strategy} divides parameters by rows, but {scalar} of {type(model).__name__} is a "
+            "scalar; give it the shape [1], or use parallel.strategy=ddp or parallel.engine=bucketed."
+        )
 
 
 class ZeroEngine(TorchEngine):

@@ -56,15 +56,16 @@ class _Block(nn.Module):
 
 
 class NastyModel(nn.Module):
-    """Three blocks: the first is frozen, the others share a matrix; two modules that run first are registered last."""
+    """Four blocks: one is frozen, two share a matrix, and one does with a module that is registered last, run first."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([_Block(), _Block(), _Block()])
+        self.layers = nn.ModuleList([_Block(), _Block(), _Block(), _Block()])
         self.layers[2].inner.weight = self.layers[1].inner.weight
         self.layers[0].requires_grad_(False)
         self.embedding = nn.Embedding(_VOCABULARY, _WIDTH)
         self.early = nn.Linear(_WIDTH, _WIDTH)
+        self.early.weight = self.layers[3].outer.weight
         self.head = nn.Linear(_WIDTH, _VOCABULARY, bias=False)
         self.head.weight = self.embedding.weight
         self.never_used = nn.Parameter(torch.empty(3))

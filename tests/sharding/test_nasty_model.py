@@ -5,7 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from sharding.blocks import sharding_units
+from sharding.errors import UserError
 from sharding.process_group import Ranks
+from sharding.zero import refuse_scalars
 from tests.sharding import nasty_model
 from tests.support import run_on_ranks
 from trainer.checkpoint.reader import CheckpointReader
@@ -55,6 +58,13 @@ def _check(ranks: Ranks, root: Path, cases: tuple[tuple[str, str], ...]) -> None
             engine.drop_gradients()
 
 
+def _check_on_2(ranks: Ranks, root: Path) -> None:
+    _check(ranks, root, _ON_2)
+    # Before it would find that there is no GPU.
+    with pytest.raises(UserError, match="blocks of NastyModel share parameters; use"):
+        nasty_model.nasty_engine(ranks, "accelerate", "zero3")
+
+
 def _check_on_4(ranks: Ranks, root: Path) -> None:
     _check(ranks, root, _ON_4)
     for backend, strategy in (*_ON_4, ("bucketed", "zero1"), ("bucketed", "zero3")):
@@ -85,7 +95,7 @@ def _check_with_nothing(ranks: Ranks, root: Path, backend: str, strategy: str) -
 @pytest.mark.timeout(400)
 def test_every_engine_trains_saves_and_resumes_it(tmp_path: Path) -> None:
     run_on_ranks(_check, 1, tmp_path, (("torch", "none"),))
-    run_on_ranks(_check, 2, tmp_path, _ON_2, timeout_s=240)
+    run_on_ranks(_check_on_2, 2, tmp_path, timeout_s=240)
     run_on_ranks(_check_on_4, 4, tmp_path, timeout_s=180)
     initial = nasty_model.whole_state(tmp_path / "torch-none-1" / "initial")
     plain = nasty_model.train_plainly(initial, range(4))
@@ -102,6 +112,30 @@ def test_every_engine_trains_saves_and_resumes_it(tmp_path: Path) -> None:
         _check_against_plain(nasty_model.whole_state(folder / "from-elsewhere"), initial, plain, folder.name)
 
 
+def test_a_scalar_is_refused_by_name() -> None:
+    model = torch.nn.Module()
+    model.layer = torch.nn.Linear(2, 2)
+    refuse_scalars(model, "zero2")
+    model.layer.scale = torch.nn.Parameter(torch.ones(()))
+    with pytest.raises(UserError, match=r"strategy=zero2 .* but layer\.scale of Module is a scalar; give it the shape"):
+        refuse_scalars(model, "zero2")
+
+
+def test_blocks_that_share_parameters_are_one_unit() -> None:
+    alone, first, second, third, head = (torch.nn.Linear(2, 2) for _ in range(5))
+    model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([first, alone, second, third]), "head": head})
+    blocks = [first, alone, second, third]
+    assert sharding_units(model, blocks) == [[first], [alone], [second], [third]]
+    second.weight = first.weight
+    assert sharding_units(model, blocks) == [[alone], [first, second], [third]]
+    # By way of another.
+    third.weight, third.bias = torch.nn.Parameter(torch.ones(2, 2)), second.bias
+    assert sharding_units(model, blocks) == [[alone], [first, second, third]]
+    # With what is in no block they are sharded with that.
+    head.weight = third.weight
+    assert sharding_units(model, blocks) == [[alone]]
+
+
 def _assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], case: str) -> None:
     assert found.keys() == expected.keys(), case
     for name, tensor in expected.items():
@@ -115,7 +149,8 @@ def _check_against_plain(
         found, before = state.get(f"model/{name}"), initial.get(f"model/{name}")
         if found is None or before is None:
             # The other name of a tie, or a buffer that is not kept.
-            assert name in ("head.weight", "layers.2.inner.weight") or name.endswith("frequencies"), (case, name)
+            shared = ("head.weight", "layers.2.inner.weight", "early.weight")
+            assert name in shared or name.endswith("frequencies"), (case, name)
         elif torch.equal(tensor, before):
             # Buffers, what is frozen, and what no gradient ever reached: not decayed either.
             assert torch.equal(found, before), (case, name)
