@@ -6,9 +6,19 @@ from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
 
 class StrictModel(BaseModel):
-    """A configuration section: unknown keys and wrong types are errors, and nothing changes after loading."""
+    """A configuration section: unknown keys and wrong types are errors, and nothing changes after loading.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    No number is infinite, and no text is empty: what is not set is null.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        str_min_length=1,
+    )
 
     @field_validator("*", mode="before")
     @classmethod

@@ -8,6 +8,8 @@ import yaml
 
 from sharding.errors import UserError
 
+_LONGEST_REASON = 200
+
 
 class _Loader(yaml.SafeLoader):
     """SafeLoader that refuses a key given twice."""
@@ -38,9 +40,29 @@ def parse_yaml(text: str) -> Any:
     """Parse one YAML document.
 
     Raises:
-        yaml.YAMLError: the text is not YAML, or names a key twice.
+        yaml.YAMLError: the text is not YAML, names a key twice, has a value that its kind does not know, such as
+            ``2024-01-01T99:00:00Z``, or contains itself.
     """
-    return yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
+    try:
+        values = yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
+        _refuse_cycles(values, ())
+    except yaml.YAMLError:
+        raise
+    except RecursionError:
+        raise yaml.constructor.ConstructorError(None, None, "it is nested too deep") from None
+    except Exception as error:  # noqa: BLE001 - a value's own constructor raises what it likes
+        reason = " ".join(str(error).split())[:_LONGEST_REASON]
+        raise yaml.constructor.ConstructorError(None, None, f"a value cannot be read ({reason})") from None
+    return values
+
+
+def _refuse_cycles(value: Any, above: tuple[int, ...]) -> None:
+    if not isinstance(value, dict | list):
+        return
+    if id(value) in above:
+        raise yaml.constructor.ConstructorError(None, None, "an anchor contains itself")
+    for entry in value.values() if isinstance(value, dict) else value:
+        _refuse_cycles(entry, (*above, id(value)))
 
 
 def read_yaml_mapping(path: Path) -> dict[str, Any]:
@@ -51,8 +73,9 @@ def read_yaml_mapping(path: Path) -> dict[str, Any]:
     """
     try:
         values = parse_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+    except (OSError, ValueError) as error:
+        # ValueError is of a path with a null byte; that it is no UTF-8 is one as well.
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text, or no path"
         raise UserError(f"cannot read the configuration {path}: {reason}; check the path.") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)

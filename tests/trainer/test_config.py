@@ -1,5 +1,6 @@
 """Reading a configuration: what is accepted, what is refused, and in which words."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -395,3 +396,48 @@ optimizer:
     file.write_text(file.read_text() + "  clip_norm: 3.0\n")
     with pytest.raises(UserError, match="the key 'clip_norm' is given twice"):
         load_config(file)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "steps: 2024-01-01T99:00:00Z\n",
+        "steps: !!int x\n",
+        "steps: !!float x\n",
+        "steps: !!timestamp x\n",
+        "model: &m\n  architecture: llama\n  config: *m\n",
+        "steps: " + "[" * 3000 + "]" * 3000 + "\n",
+        "steps: " + "9" * 5000 + "\n",
+    ],
+    ids=lambda text: text[:30],
+)
+def test_what_yaml_cannot_make_a_value_of_is_a_sentence(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError):
+        load_config(path, [])
+    if text.startswith("steps: "):
+        with pytest.raises(UserError):
+            load_config(write_config(path, {"model": {"architecture": "llama"}}), [text.strip().replace(": ", "=", 1)])
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("optimizer.lr=.inf", "optimizer.lr=inf"),
+        ("optimizer.weight_decay=.nan", "optimizer.weight_decay=nan"),
+        ("launch.init_timeout_s=.inf", "launch.init_timeout_s=inf"),
+        ("task.z_loss=.inf", "task.z_loss=inf"),
+        ("output_dir=''", "output_dir=''"),
+        ("data.tokenizer=''", "data.tokenizer=''"),
+        ("model.architecture=''", "model.architecture=''"),
+    ],
+)
+def test_no_number_is_infinite_and_no_text_empty(override: str, complaint: str, config_file: Path) -> None:
+    with pytest.raises(UserError, match=re.escape(complaint)):
+        load_config(config_file, [override])
+
+
+def test_a_path_that_is_none_is_a_sentence() -> None:
+    with pytest.raises(UserError, match="cannot read the configuration"):
+        load_config("a\0b.yaml", [])

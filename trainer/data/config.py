@@ -51,7 +51,7 @@ class MixtureSource(SourceConfig):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the source in logs and in `shardline data show`; letters, digits, `.`, `_` and `-`."""
 
-    weight: float = Field(gt=0.0, allow_inf_nan=False)
+    weight: float = Field(gt=0.0)
     """Share of the training sequences that come from this source, relative to the weights of the others."""
 
 
