@@ -14,8 +14,16 @@ from sharding.config import ActivationCheckpointingConfig, CompileConfig, Parall
 from sharding.ddp import DdpEngine
 from sharding.deepspeed_engine import BlockPartitioner, DeepSpeedEngine
 from sharding.engine import Engine, ModelDefinition, OptimizerFactory
+from sharding.errors import UserError
 from sharding.float8 import check_float8, convert_linear_layers
-from sharding.initialization import Materializer, check_initialized, initialize_one, initialize_tree
+from sharding.initialization import (
+    Materializer,
+    check_buffers,
+    check_own_parameters,
+    check_parameters,
+    initialize_one,
+    initialize_tree,
+)
 from sharding.loss_scaler import LossScaler
 from sharding.memory_formula import BUCKET_ELEMENTS
 from sharding.mesh import DataParallelMesh
@@ -55,9 +63,8 @@ def build_engine(
         deepspeed_settings: DeepSpeed's configuration, read under that backend alone.
 
     Raises:
-        UserError: the device or the model does not have the precision, or the strategy does not find its layers or
-            cannot divide a parameter.
-        RuntimeError: initialisation left a tensor without values, or touched a block from outside.
+        UserError: the device or the model does not have the precision, the strategy does not find its layers or cannot
+            divide a parameter, or initialisation left a tensor without values or touched a block from outside.
     """
     dtype = compute_dtype(precision, device)
     model = definition.model
@@ -83,7 +90,7 @@ def build_engine(
         for module in block.modules():
             materializer.materialize(module)
         initialize_tree(block, name, definition.seed, definition.initialize)
-        check_initialized(block, name)
+        check_parameters(block, name)
         if precision.compute == "fp8":
             convert_linear_layers(block, precision.fp8_recipe, device)
         checkpoint_activations(block, index, activation_checkpointing)
@@ -173,10 +180,12 @@ def _initialize_outside_blocks(definition: ModelDefinition, materializer: Materi
     versions = [p._version for p in inside]
     for name, module in outside:
         initialize_one(module, name, definition.seed, definition.initialize)
-    if versions != [p._version for p in inside]:
-        # A draw into a sharded block would depend on the layout.
-        raise RuntimeError(f"{type(model).__name__} initialises parameters of its blocks from outside the block")
+        if versions != [p._version for p in inside]:
+            # A draw into a sharded block would depend on the layout.
+            raise UserError(
+                f"{type(module).__name__} initialises parameters of blocks inside it, which would depend on how they "
+                "are divided over ranks; let each module initialise its own, in a method reset_parameters."
+            )
     for name, module in outside:
-        for tensor_name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None and tensor.is_floating_point() and bool(tensor.isnan().any()):
-                raise RuntimeError(f"initialisation left {name}.{tensor_name} without values")
+        check_own_parameters(module, name)
+    check_buffers(model)

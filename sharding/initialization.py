@@ -6,11 +6,13 @@ strategy. The naive order (shard on meta, then initialise the shards) lets each 
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import nn
+
+from sharding.errors import UserError
 
 InitializeModule = Callable[[nn.Module], None]
 """Initialises one module's own parameters and buffers in place, drawing from torch's default generator."""
@@ -28,7 +30,7 @@ class Materializer:
         """Replace the meta parameters and buffers of one module, not of its children, by uninitialised memory.
 
         Floating-point memory is filled with NaN, so that what initialisation forgets is found by
-        ``check_initialized``.
+        ``check_parameters`` and ``check_buffers``.
         """
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.is_meta:
@@ -81,13 +83,48 @@ def seeded(seed: int, name: str, device: torch.device) -> Iterator[None]:
         yield
 
 
-def check_initialized(module: nn.Module, name: str) -> None:
-    """Assert that initialisation reached every floating-point parameter and buffer of a module tree.
+def check_parameters(module: nn.Module, name: str) -> None:
+    """Refuse a module tree of which initialisation left a parameter as the NaN that memory was filled with.
+
+    Buffers may get their values later, from a module above.
+
+    Args:
+        module: its root, initialised and not yet sharded.
+        name: the root's qualified name in the model.
 
     Raises:
-        RuntimeError: one still holds the NaN that memory was filled with.
+        UserError: a parameter has no values.
     """
-    tensors = [*module.named_parameters(), *module.named_buffers()]
-    for tensor_name, tensor in tensors:
-        if tensor.is_floating_point() and not tensor.is_meta and bool(tensor.isnan().any()):
-            raise RuntimeError(f"initialisation of {name or 'the model'} left {tensor_name} without values")
+    for owner_name, owner in module.named_modules(prefix=name):
+        check_own_parameters(owner, owner_name)
+
+
+def check_own_parameters(module: nn.Module, name: str) -> None:
+    """As ``check_parameters``, of one module without those below it."""
+    _check_tensors(module, name, module._parameters)
+
+
+def check_buffers(model: nn.Module) -> None:
+    """Refuse a model that left a buffer without values; call it when all of the model is initialised.
+
+    Raises:
+        UserError: one has none.
+    """
+    for owner_name, owner in model.named_modules():
+        _check_tensors(owner, owner_name, owner._buffers)
+
+
+def _check_tensors(owner: nn.Module, owner_name: str, tensors: Mapping[str, torch.Tensor | None]) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.is_floating_point() and not tensor.is_meta and bool(tensor.isnan().any()):
+            kind = type(owner)
+            remedy = (
+                f"give {kind.__qualname__} a method reset_parameters that fills them, for what a constructor fills is "
+                "not kept"
+            )
+            if kind.__module__.partition(".")[0] in ("torch", "transformers"):
+                remedy = "it has no method that would; take another module, or another model.architecture"
+            full_name = f"{owner_name}.{name}" if owner_name else name
+            raise UserError(
+                f"initialisation left {full_name}, of {kind.__module__}.{kind.__qualname__}, without values: {remedy}."
+            )

@@ -17,9 +17,9 @@ from trainer.models import (
     Vocabulary,
     build_model_config,
     build_model_on_meta,
-    initialize_module,
     model_facts,
 )
+from trainer.module_initialization import initialize_module
 from trainer.optimizers.build import optimizer_factory
 from trainer.pretrained import PretrainedWeights
 from trainer.stragglers import BusyMeter

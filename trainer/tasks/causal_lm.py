@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import nn
@@ -12,6 +12,7 @@ from torch.nn import functional
 from sharding.engine import Batch
 from sharding.errors import UserError
 from trainer.data.loader import IGNORED_LABEL
+from trainer.model_faults import cannot_compute, faults_of_a_configuration
 from trainer.tasks.chunked_loss import ChunkedLossHead
 from trainer.tasks.task import Task
 
@@ -35,6 +36,7 @@ class CausalLanguageModelling:
         """
         self._z_loss = z_loss
         self._chunk_tokens = chunk_tokens
+        self._has_computed: WeakSet[nn.Module] = WeakSet()
         self._heads: WeakKeyDictionary[nn.Module, ChunkedLossHead] = WeakKeyDictionary()
 
     def build_model(self, model_config: "PretrainedConfig") -> nn.Module:
@@ -100,23 +102,39 @@ class CausalLanguageModelling:
 
     def _logits_and_labels(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits in fp32, [positions, vocabulary], and labels, [positions]."""
-        logits = model(**_inputs(batch), use_cache=False).logits
+        logits = self._logits(model, batch)
         return logits.flatten(0, 1).float(), batch["labels"].flatten()
 
     def _logits_at(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """Logits of the probed token, [vocabulary]."""
         position = batch[PROBED_POSITION]
         if not self._chunk_tokens:
-            return model(**_inputs(batch), use_cache=False).logits[0, position].float()
+            return self._logits(model, batch)[0, position].float()
         head = next(m for m in model.modules() if isinstance(m, ChunkedLossHead))
         head.position = position
-        return model(**_inputs(batch), use_cache=False).logits[0, 0].float()
+        return self._logits(model, batch)[0, 0].float()
+
+    def _logits(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """What the model returns as logits.
+
+        Raises:
+            UserError: it cannot compute on its first batch, for sizes that do not fit together.
+        """
+        try:
+            logits: torch.Tensor = model(**_inputs(batch), use_cache=False).logits
+        except faults_of_a_configuration() as error:
+            refusal = None if model in self._has_computed else cannot_compute(error, batch["input_ids"].shape[1])
+            if refusal is None:
+                raise
+            raise refusal from None
+        self._has_computed.add(model)
+        return logits
 
     def _chunked_loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """The summed loss, computed where the model would compute logits."""
         head = self._heads.get(model) or next(m for m in model.modules() if isinstance(m, ChunkedLossHead))
         head.targets = batch["labels"]
-        loss: torch.Tensor = model(**_inputs(batch), use_cache=False).logits
+        loss = self._logits(model, batch)
         if model not in self._heads:
             # Once, for it waits for the device; but 0 and NaN are what they are whatever is done to them.
             made, given = head.last_loss.item() if head.last_loss is not None else None, loss.mean().item()
