@@ -177,16 +177,21 @@ def _read_text(path: Path, _column: str) -> Iterator[Document]:
 
 def _read_json(path: Path, column: str) -> Iterator[Document]:
     others: dict[str, Any] = {}
-    has_column = True
+    # Held back, so that a column that no row has is found by whoever asks for the first document.
+    num_without_column = 0
+    has_column = False
     for number, (place, row) in enumerate(_json_rows(path)):
-        if column in row:
+        if not has_column and column not in row:
+            others = others or row
+            num_without_column += 1
+            if num_without_column >= _MAX_ROWS_WITHOUT_COLUMN:
+                break
+            continue
+        if not has_column:
             has_column = True
-        elif number == 0:
-            others, has_column = row, False
-        if not has_column and number + 1 >= _MAX_ROWS_WITHOUT_COLUMN:
-            break
+            yield from (Document("", f"{path}#{earlier}") for earlier in range(num_without_column))
         yield Document(_text(row.get(column), column, place), f"{path}#{number}")
-    if not has_column:
+    if num_without_column and not has_column:
         raise _no_column(column, str(path), others)
 
 

@@ -17,6 +17,7 @@ import zstandard
 
 from sharding.errors import UserError
 from trainer.data.config import DataConfig
+from trainer.data.corpus import read_documents
 from trainer.data.prepare import prepare_corpus
 from trainer.data.prepared import PreparedCorpus
 
@@ -111,6 +112,13 @@ def test_columns_may_come_late_or_change(tmp_path: Path) -> None:
     assert (tmp_path / "x.jsonl").stat().st_size > 10 << 20
     manifest = _prepare(tmp_path, str(tmp_path / "x.jsonl")).manifest
     assert (manifest.num_documents_read, manifest.num_empty) == (3002, 3000)
+
+
+def test_a_column_that_no_row_has_is_found_at_once(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text("{}\n" + '{"body": "a", "id": 3}\n' * 12_000 + "{")
+    documents = read_documents(_config(tmp_path, str(tmp_path / "x.jsonl")))
+    with pytest.raises(UserError, match=r"text_field=text is not a column of .*x\.jsonl, which has body, id; name"):
+        next(documents)
 
 
 def test_a_json_file_may_be_a_list(tmp_path: Path) -> None:
