@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -97,7 +98,13 @@ def test_a_model_of_another_kind_is_exported_and_does_not_continue_text(save: Sa
         load_model(str(tmp_path / "model"), None)
 
 
-_SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+_SIZES = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
 
 
 def test_an_export_with_the_names_of_memory_loads_the_same(save: Save, tmp_path: Path) -> None:
@@ -173,12 +180,15 @@ def test_a_runs_own_task_is_imported_on_the_switch_alone(
 
 @pytest.mark.usefixtures("code_cache")
 def test_a_models_own_code_runs_on_the_switch_alone_and_goes_along(
-    save: Save, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    save: Save, tmp_path: Path, shared_corpus: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = model_folder(tmp_path / "source", "own_llama", vocab_size=301)
     config = {"pretrained": str(source), "trust_remote_code": True}
     own_config = AutoConfig.from_pretrained(source, trust_remote_code=True)
     AutoModelForCausalLM.from_config(own_config, trust_remote_code=True).save_pretrained(source)
+    corpus_dir, cache = shared_corpus
+    tokenizer = prepare_corpus(parse_config(tiny_values(tmp_path, cache, corpus_dir), "test").data).tokenizer_dir
+    shutil.copytree(tokenizer, source, dirs_exist_ok=True)
     reader = save(model=config)
     run, proof = str(reader.folder.parent.parent), source / "ran"
     proof.unlink()
