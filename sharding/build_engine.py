@@ -12,7 +12,8 @@ from sharding.blocks import find_blocks, modules_outside, refuse_scattered_layer
 from sharding.bucketed import BucketedEngine
 from sharding.config import ActivationCheckpointingConfig, CompileConfig, ParallelConfig, PrecisionConfig
 from sharding.ddp import DdpEngine
-from sharding.deepspeed_engine import BlockPartitioner, DeepSpeedEngine
+from sharding.deepspeed_engine import DeepSpeedEngine
+from sharding.deepspeed_library import BlockPartitioner
 from sharding.engine import Engine, ModelDefinition, OptimizerFactory
 from sharding.errors import UserError
 from sharding.float8 import check_float8, convert_linear_layers
