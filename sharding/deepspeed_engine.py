@@ -1,6 +1,6 @@
 """DeepSpeed's ZeRO stages 1 to 3 behind the Engine protocol, with canonical state."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -16,6 +16,7 @@ from sharding.mesh import DataParallelMesh
 from sharding.reached import ReachedParameters
 from sharding.replicas import Replicas
 from sharding.state import TensorSlice, slice_of, slices_of_flat_range
+from sharding.untouched_runs import UntouchedRuns
 
 
 class DeepSpeedEngine:
@@ -68,10 +69,7 @@ class DeepSpeedEngine:
         self._members = self._members_of_flat_partitions()
         self._has_allocated = False
         self._reached = ReachedParameters([p for _, p in trainable], mesh.shard_group, device)
-        self._kept: dict[tuple[str, str], torch.Tensor] = {}
-        self._unreached: set[str] = set()
-        self._base_optimizer.register_step_pre_hook(self._keep_unreached)
-        self._base_optimizer.register_step_post_hook(self._restore_unreached)
+        self._untouched = UntouchedRuns(self._base_optimizer)
 
     @property
     def loss_scale(self) -> torch.Tensor | None:
@@ -118,9 +116,13 @@ class DeepSpeedEngine:
         """See Engine."""
         for group in self._base_optimizer.param_groups:
             group["lr"] = learning_rate * group.get("lr_scale", 1.0)
-        self._unreached = {self._trainable[index][0] for index in self._reached.unreached()}
-        self._module.step()
-        self._unreached = set()
+        unreached = {self._trainable[index][0] for index in self._reached.unreached()}
+        runs = {
+            id(master): [self._run(parameter)[:2] for name, parameter in members if name in unreached]
+            for master, members in zip(self._masters, self._members, strict=True)
+        }
+        with self._untouched.during_step(runs):
+            self._module.step()
         skipped = torch.tensor(float(bool(self._zero.overflow)), device=self._device)
         if self._loss_scaler is not None:
             self._loss_scaler.update(skipped)
@@ -304,31 +306,6 @@ class DeepSpeedEngine:
         """The optimizer's group that a flat partition belongs to."""
         index = self._zero.sub_group_to_group_id[partition] if self._stage == 3 else partition
         return self._base_optimizer.param_groups[index]
-
-    def _keep_unreached(self, optimizer: torch.optim.Optimizer, *_arguments: object) -> None:
-        """Remember what a step must not change, though it lies in the partition that is updated as one."""
-        self._kept = {key: run.clone() for key, run in self._runs_of_unreached(optimizer)}
-
-    def _restore_unreached(self, optimizer: torch.optim.Optimizer, *_arguments: object) -> None:
-        for key, run in self._runs_of_unreached(optimizer):
-            # Moments that this step has created were zero before it.
-            run.copy_(self._kept[key]) if key in self._kept else run.zero_()
-        self._kept = {}
-
-    def _runs_of_unreached(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[tuple[str, str], torch.Tensor]]:
-        """Masters and moments of unreached parameters in the partitions that the optimizer updates now."""
-        if not self._unreached:
-            return
-        updated = {id(flat) for group in optimizer.param_groups for flat in group["params"]}
-        for master, members in zip(self._masters, self._members, strict=True):
-            if id(master) not in updated:
-                continue
-            moments = {key: v for key, v in optimizer.state.get(master, {}).items() if v is not None and v.ndim}
-            for name, parameter in members:
-                if name in self._unreached:
-                    offset, size, _ = self._run(parameter)
-                    for key, flat in ({"": master.detach()} | moments).items():
-                        yield (name, key), flat[offset : offset + size]
 
     def _allocate_optimizer_state(self) -> None:
         """Make the optimizer create its moments, as they are before the first step, unless it has some.
