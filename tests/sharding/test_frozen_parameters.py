@@ -42,15 +42,14 @@ def _engine(ranks: Ranks, backend: str, strategy: str, seed: int = 0) -> Any:
     engine: Any
     engine, _ = build_model_engine(config, _Frozen(), build_mesh(config.parallel, ranks), ranks, VOCABULARY)
     model = engine._model if hasattr(engine, "_model") else engine._definition.model
-    if (backend, strategy) != ("torch", "zero3"):
-        model.register_buffer("counts", torch.arange(5) + seed)
+    model.register_buffer("counts", torch.arange(5) + seed)
     return engine
 
 
 def _save(engine: Any, folder: Path, ranks: Ranks) -> None:
     counters = dict.fromkeys(("num_samples", "num_tokens", "num_skipped_steps"), 0)
     training = TrainingState(step=3, num_skipped_in_a_row=0, schedule_total_steps=6, seed=0, **counters)
-    identity = CheckpointIdentity(config={}, data_fingerprint="", strategy="")
+    identity = CheckpointIdentity(config={}, data_fingerprint="none", strategy="none")
     save_checkpoint(folder, engine.state(with_optimizer=True), training, identity, ranks, lambda: None)
 
 
@@ -79,9 +78,7 @@ def _train_and_save(ranks: Ranks, root: Path) -> None:
         losses += train_steps(engine, ranks)
         expected, shapes = expected or losses, shapes or found
         assert losses == pytest.approx(expected, rel=1e-5), case
-        assert {name: shape for name, shape in found.items() if name != "model/counts"} == {
-            name: shape for name, shape in shapes.items() if name != "model/counts"
-        }, case
+        assert found == shapes, case
         # Other initial values, all of which must be replaced.
         other = _engine(ranks, backend, strategy, seed=1)
         other.load_state(CheckpointReader(root / f"{backend}-{strategy}").read_into, with_optimizer=True)
