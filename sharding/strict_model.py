@@ -1,4 +1,4 @@
-"""The base of every configuration section."""
+"""The bases of configuration sections and of what programs write down."""
 
 from typing import Any, get_args
 
@@ -26,6 +26,15 @@ class StrictModel(BaseModel):
         """``tokens: 1e9``, which YAML has for a float, is the integer that it equals."""
         kinds = _kinds(cls.model_fields[info.field_name or ""].annotation)
         return _as_integers(value) if int in kinds and float not in kinds else value
+
+
+class StrictRecord(StrictModel):
+    """What a program writes down and reads again: as strict about keys and types, but it holds whatever came out.
+
+    An error may say nothing, and a record of it must not fail for that.
+    """
+
+    model_config = ConfigDict(allow_inf_nan=True, str_min_length=0)
 
 
 def _kinds(annotation: Any) -> set[Any]:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationError
 
-from sharding.strict_model import StrictModel
+from sharding.strict_model import StrictRecord
 from trainer.phases import Phase
 
 FAILURE_NAME = "failure.json"
@@ -48,7 +48,7 @@ class FailureKind(StrEnum):
     """Nobody could say."""
 
 
-class Evidence(StrictModel):
+class Evidence(StrictRecord):
     """Something that was found, and where."""
 
     source: str
@@ -58,7 +58,7 @@ class Evidence(StrictModel):
     """What it says, quoted."""
 
 
-class RankState(StrictModel):
+class RankState(StrictRecord):
     """One rank at the time of the failure."""
 
     rank: int = Field(ge=0)
@@ -104,7 +104,7 @@ class RankState(StrictModel):
     """Its log, relative to the run's folder."""
 
 
-class Failure(StrictModel):
+class Failure(StrictRecord):
     """Why an attempt failed. What is not known is None, and ``reason`` says so."""
 
     format_version: Literal[1] = 1

@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import ValidationError
 
-from sharding.strict_model import StrictModel
+from sharding.strict_model import StrictRecord
 from trainer.atomic_files import write_atomically
 
 GOODPUT_NAME = "goodput.json"
@@ -67,7 +67,7 @@ _TITLES = {
 }
 
 
-class Mark(StrictModel):
+class Mark(StrictRecord):
     """What had been spent when a checkpoint was saved, from which a later attempt may begin."""
 
     step: int
@@ -77,7 +77,7 @@ class Mark(StrictModel):
     """As `AttemptLedger.loop_s`, at that moment."""
 
 
-class AttemptLedger(StrictModel):
+class AttemptLedger(StrictRecord):
     """``logs/attempt-N/goodput.json``: what one attempt has spent so far, in seconds of rank 0's monotonic clock."""
 
     format_version: Literal[1] = 1
@@ -130,7 +130,7 @@ class AttemptLedger(StrictModel):
         return self.startup_s + self.first_step_s + sum(self.loop_s) + self.lost_s + self.finish_s
 
 
-class AttemptGoodput(StrictModel):
+class AttemptGoodput(StrictRecord):
     """One attempt's part in a run's goodput."""
 
     attempt: int
@@ -149,7 +149,7 @@ class AttemptGoodput(StrictModel):
     """By category; `down` is the time before the next attempt."""
 
 
-class Goodput(StrictModel):
+class Goodput(StrictRecord):
     """``goodput.json``: the wall time of a run from the beginning of its first attempt to the latest news."""
 
     format_version: Literal[1] = 1

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from sharding.strict_model import StrictModel
+from sharding.strict_model import StrictRecord
 from trainer.atomic_files import create_once
 from trainer.deadlines import position
 from trainer.flight_recorder import Collective, read_collectives
@@ -49,7 +49,7 @@ class Traces:
         return next((one for one in self.collectives or [] if one.is_pending), None)
 
 
-class Hang(StrictModel):
+class Hang(StrictRecord):
     """A verdict."""
 
     late: tuple[int, ...] = Field(default=(), strict=False)

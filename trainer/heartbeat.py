@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationError
 
-from sharding.strict_model import StrictModel
+from sharding.strict_model import StrictRecord
 from trainer.phases import Phase
 
 # One write of a fixed length in place: no other file of the folder is touched, and a full disk does not matter.
@@ -21,7 +21,7 @@ _TOLERATED_LAG_S = 2.0
 State = Literal["running", "debugged", "dumped", "ended"]
 
 
-class Heartbeat(StrictModel):
+class Heartbeat(StrictRecord):
     """What a rank last said of itself."""
 
     rank: int

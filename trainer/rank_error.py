@@ -11,7 +11,7 @@ from pathlib import Path
 from pydantic import Field, ValidationError
 
 from sharding.errors import NonFiniteFailure, UserError
-from sharding.strict_model import StrictModel
+from sharding.strict_model import StrictRecord
 from trainer.atomic_files import write_atomically
 from trainer.failure import FailureKind
 from trainer.phases import Moment, Phase
@@ -29,7 +29,7 @@ _LINE_BROKE = re.compile(r"Connection reset by peer|Broken pipe|Connection refus
 _BETWEEN_RANKS = re.compile(r"gloo|pair\.cc|c10d|NCCL|TCPStore|SocketImpl")
 
 
-class RankError(StrictModel):
+class RankError(StrictRecord):
     """An error that ended a rank."""
 
     rank: int

@@ -82,6 +82,13 @@ def test_who_broke_the_line(kind: str, message: str, is_peers: bool) -> None:
     assert is_of_a_peer(kind, message) is is_peers
 
 
+def test_an_error_that_says_nothing_is_reported_too(run_dir: Path) -> None:
+    leave(run_dir, {}, rank_0=AssertionError())
+    failure = build_failure(Sources(run_dir, 1, outcome("AssertionError: ", 0)))
+    assert (failure.kind, failure.rank) == (FailureKind.EXCEPTION, 0)
+    assert "AssertionError" in failure.signature
+
+
 def test_a_signature_does_not_name_the_rank(run_dir: Path, tmp_path: Path) -> None:
     signatures = set()
     for rank in (0, 1):

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 
 from sharding.errors import UserError
-from sharding.strict_model import StrictModel
+from sharding.strict_model import StrictRecord
 from trainer.checked_json import dump_checked, load_checked
 from trainer.checkpoint.storage import MANIFEST_NAME, CheckpointPath, reaching, write_whole
 from trainer.data.config import SampleRange
@@ -32,7 +32,7 @@ class DamagedCheckpoint(UserError):
         return type(self), (self.folder, self.reason)
 
 
-class SliceEntry(StrictModel):
+class SliceEntry(StrictRecord):
     """One stored part of a tensor."""
 
     file: str
@@ -48,7 +48,7 @@ class SliceEntry(StrictModel):
     """Shape of the part."""
 
 
-class TensorEntry(StrictModel):
+class TensorEntry(StrictRecord):
     """One tensor of the canonical state."""
 
     dtype: str
@@ -61,7 +61,7 @@ class TensorEntry(StrictModel):
     """The parts that make it up."""
 
 
-class FileEntry(StrictModel):
+class FileEntry(StrictRecord):
     """One file of a checkpoint."""
 
     num_bytes: int
@@ -71,7 +71,7 @@ class FileEntry(StrictModel):
     """SHA-256 of the contents, in hexadecimal digits."""
 
 
-class TokenizerEntry(StrictModel):
+class TokenizerEntry(StrictRecord):
     """The tokenizer of the corpus that the run is trained on."""
 
     file: str
@@ -84,7 +84,7 @@ class TokenizerEntry(StrictModel):
     """Token that ends each document."""
 
 
-class TrainingState(StrictModel):
+class TrainingState(StrictRecord):
     """Everything that a run continues from besides tensors.
 
     Schedules are functions of the step, and random generators are seeded from (seed, step, rank), so neither has a
@@ -140,7 +140,7 @@ class TrainingState(StrictModel):
     """Place of each data-parallel rank in a streamed source; empty where the corpus is prepared."""
 
 
-class Manifest(StrictModel):
+class Manifest(StrictRecord):
     """A whole checkpoint."""
 
     format_version: int

@@ -11,7 +11,7 @@ from typing import Self
 from pydantic import Field, ValidationError, model_validator
 
 from sharding.errors import UserError
-from sharding.strict_model import StrictModel
+from sharding.strict_model import StrictRecord
 from trainer.checked_json import load_checked
 from trainer.data.config import DataConfig, SourceConfig
 from trainer.data.corpus import all_files, corpus_fingerprint
@@ -25,7 +25,7 @@ MANIFEST_NAME = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
 
 
-class CorpusManifest(StrictModel):
+class CorpusManifest(StrictRecord):
     """What a prepared corpus says of itself."""
 
     preparation_version: int

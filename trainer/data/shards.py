@@ -12,11 +12,11 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from sharding.errors import UserError
-from sharding.strict_model import StrictModel
+from sharding.strict_model import StrictRecord
 from trainer.data.blocks import BLOCK_BYTES, HASH_BYTES, BlockCheck
 
 
-class FileFacts(StrictModel):
+class FileFacts(StrictRecord):
     """A file of a prepared corpus."""
 
     file: str = Field(pattern=r"^[\w-][\w.-]*(/[\w-][\w.-]*)*$")
@@ -29,7 +29,7 @@ class FileFacts(StrictModel):
     """SHA-256 of the contents in hexadecimal digits."""
 
 
-class SplitFacts(StrictModel):
+class SplitFacts(StrictRecord):
     """One split of a prepared corpus."""
 
     num_tokens: int

@@ -1,9 +1,9 @@
 """What is measured: by each rank of itself and its machine, and by ranks together."""
 
-from sharding.strict_model import StrictModel
+from sharding.strict_model import StrictRecord
 
 
-class RankFacts(StrictModel):
+class RankFacts(StrictRecord):
     """A rank's device and machine."""
 
     rank: int
@@ -67,7 +67,7 @@ class RankFacts(StrictModel):
     """Host names that could not be resolved."""
 
 
-class Link(StrictModel):
+class Link(StrictRecord):
     """A pair of ranks that sent to one another at the same time."""
 
     first: int
@@ -80,7 +80,7 @@ class Link(StrictModel):
     """In each direction."""
 
 
-class Links(StrictModel):
+class Links(StrictRecord):
     """What ranks measured together."""
 
     all_reduce_bytes_per_s: float | None = None

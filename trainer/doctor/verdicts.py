@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
 
-from sharding.strict_model import StrictModel
+from sharding.strict_model import StrictRecord
 from trainer.doctor.facts import Links, RankFacts
 
 # A device this much slower than the median of its like: variation within a batch of GPUs stays well above it.
@@ -29,7 +29,7 @@ class Verdict(StrEnum):
     FAIL = "fail"
 
 
-class Check(StrictModel):
+class Check(StrictRecord):
     """One point."""
 
     name: str
