@@ -80,7 +80,7 @@ def write_empty_checkpoint(folder: Path, step: int = 0, eval_loss: float | None 
         training=TrainingState(step=step, schedule_total_steps=12, seed=7, eval_loss=eval_loss, **counters),
         config={},
         config_fingerprint=fingerprint({}),
-        data_fingerprint="",
+        data_fingerprint="none",
         num_ranks=1,
         strategy="none",
         tensors={},

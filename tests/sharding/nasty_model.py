@@ -188,7 +188,7 @@ def save(engine: Engine, folder: Path, ranks: Ranks) -> None:
     """A checkpoint of all state."""
     counters = dict.fromkeys(("num_samples", "num_tokens", "num_skipped_steps", "num_skipped_in_a_row", "seed"), 0)
     training = TrainingState(step=1, schedule_total_steps=6, **counters)
-    identity = CheckpointIdentity(config={}, data_fingerprint="", strategy="")
+    identity = CheckpointIdentity(config={}, data_fingerprint="none", strategy="none")
     save_checkpoint(folder, engine.state(with_optimizer=True), training, identity, ranks, lambda: None)
 
 

@@ -77,7 +77,7 @@ def _save(engine: Engine, folder: Path, ranks: Ranks) -> None:
         schedule_total_steps=6,
         seed=0,
     )
-    identity = CheckpointIdentity(config={}, data_fingerprint="", strategy="")
+    identity = CheckpointIdentity(config={}, data_fingerprint="none", strategy="none")
     save_checkpoint(folder, engine.state(with_optimizer=True), training, identity, ranks, lambda: None)
 
 
