@@ -27,7 +27,7 @@ WORLD = World(2, has_gpu=False)
         ),
         (
             ["model.config.num_attention_heads=4", "model.config.hidden_size=32"],
-            "num_attention_heads=4, num_key_value_heads=3",
+            "num_key_value_heads=3 does not divide its num_attention_heads=4",
         ),
         (["model.config.hidden_act=swiglu"], "KeyError: 'swiglu'"),
         (["model.config.num_attention_heads=7"], "not divisible|must be divisible|not a multiple"),
