@@ -6,6 +6,7 @@ strategy. The naive order (shard on meta, then initialise the shards) lets each 
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -13,6 +14,8 @@ import torch
 from torch import nn
 
 from sharding.errors import UserError
+
+_FILLED_VERSION = "_shardline_filled_version"
 
 InitializeModule = Callable[[nn.Module], None]
 """Initialises one module's own parameters and buffers in place, drawing from torch's default generator."""
@@ -29,7 +32,7 @@ class Materializer:
     def materialize(self, module: nn.Module) -> None:
         """Replace the meta parameters and buffers of one module, not of its children, by uninitialised memory.
 
-        Floating-point memory is filled with NaN, so that what initialisation forgets is found by
+        The memory is filled, floating-point numbers with NaN, so that what initialisation forgets is found by
         ``check_parameters`` and ``check_buffers``.
         """
         for name, parameter in module._parameters.items():
@@ -42,12 +45,27 @@ class Materializer:
     def _replace(self, tensor: torch.Tensor) -> torch.Tensor:
         if id(tensor) not in self._replacements:
             real = torch.empty_like(tensor, device=self._device)
-            if real.is_floating_point():
-                real.fill_(torch.nan)
+            real.fill_(_no_value(real.dtype))
+            # Integers and truth values have no NaN: what nobody has written since then has no value either.
+            setattr(real, _FILLED_VERSION, real._version)
             if isinstance(tensor, nn.Parameter):
                 real = nn.Parameter(real, requires_grad=tensor.requires_grad)
             self._replacements[id(tensor)] = (tensor, real)
         return self._replacements[id(tensor)][1]
+
+
+def _no_value(dtype: torch.dtype) -> float | int | bool:
+    """What memory of a format is filled with until initialisation has given it values."""
+    if dtype.is_floating_point or dtype.is_complex:
+        return math.nan
+    return True if dtype is torch.bool else torch.iinfo(dtype).max
+
+
+def _is_without_values(tensor: torch.Tensor) -> bool:
+    if tensor.is_floating_point() or tensor.is_complex():
+        return bool(tensor.isnan().any())
+    is_untouched = getattr(tensor, _FILLED_VERSION, None) == tensor._version
+    return is_untouched and bool((tensor == _no_value(tensor.dtype)).all())
 
 
 def initialize_tree(root: nn.Module, name: str, seed: int, initialize: InitializeModule) -> None:
@@ -116,7 +134,7 @@ def check_buffers(model: nn.Module) -> None:
 
 def _check_tensors(owner: nn.Module, owner_name: str, tensors: Mapping[str, torch.Tensor | None]) -> None:
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.is_floating_point() and not tensor.is_meta and bool(tensor.isnan().any()):
+        if tensor is not None and not tensor.is_meta and _is_without_values(tensor):
             kind = type(owner)
             remedy = (
                 f"give {kind.__qualname__} a method reset_parameters that fills them, for what a constructor fills is "

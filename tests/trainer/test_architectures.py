@@ -205,6 +205,20 @@ def _initial(kind: type[nn.Module], seed: int = 3) -> dict[str, torch.Tensor]:
     return engine.named_local_shards()
 
 
+class _Table(nn.Module):
+    """A buffer of whole numbers or truth values, which its constructor fills."""
+
+    def __init__(self, dtype: torch.dtype, *, fills: bool) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.register_buffer("table", torch.ones(4, dtype=dtype))
+        self._fills = fills
+
+    def reset_parameters(self) -> None:
+        if self._fills:
+            self.table.fill_(True if self.table.dtype is torch.bool else torch.iinfo(self.table.dtype).max)
+
+
 def test_stock_modules_of_torch_are_initialised_by_name_and_seed() -> None:
     torch.manual_seed(0)
     first = _initial(_Stock)
@@ -228,6 +242,11 @@ def test_what_nothing_initialises_is_named_with_the_remedy() -> None:
         UserError, match=r"left table, of tests\.\S+_Buffer, without values: give _Buffer a method reset"
     ):
         _initial(_Buffer)
+    for dtype in (torch.int64, torch.int8, torch.bool):
+        with pytest.raises(UserError, match=r"left table, of tests\.\S+_Table, without values: give _Table a method"):
+            _initial(lambda dtype=dtype: _Table(dtype, fills=False))
+        # Also where what it is given is what memory is filled with until then.
+        _initial(lambda dtype=dtype: _Table(dtype, fills=True))
     with pytest.raises(UserError, match=r"_Reaching initialises parameters of blocks inside it"):
         _initial(_Reaching)
     assert torch.equal(_initial(_Reset)["scale"], torch.ones(3))
