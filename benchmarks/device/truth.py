@@ -51,7 +51,7 @@ _GRADIENT_TOLERANCE = 1e-3
 
 def prepare_text(job: Job, emit: Emit) -> None:
     """Train the tokenizer and pack the text that all parts train on."""
-    config = load_config(SIZES["quickstart"].config, job.text)
+    config = load_config(SIZES["quickstart"].config, [*job.text, *job.quiet])
     corpus = prepare_corpus(config.data)
     corpus.check_sequence_length(load_config(SIZES["llama-1b"].config).data.sequence_length if job.has_gpu else 64)
     emit({"row": "text", "vocab_size": corpus.vocab_size})
