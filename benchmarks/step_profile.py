@@ -180,7 +180,12 @@ class StepProfile:
         kind, attribute = (
             (DeviceType.CUDA, "self_device_time_total") if on_gpu else (DeviceType.CPU, "self_cpu_time_total")
         )
-        found = [event for event in self._profile.key_averages() if event.device_type == kind]
+        # On a GPU's timeline spans that the host has named lie over the kernels in them.
+        found = [
+            event
+            for event in self._profile.key_averages()
+            if event.device_type == kind and not (on_gpu and event.is_user_annotation)
+        ]
         total = sum(getattr(event, attribute) for event in found) or 1.0
         found.sort(key=lambda event: -getattr(event, attribute))
         return [
@@ -206,6 +211,9 @@ class StepProfile:
                 edges.append(start)
                 continue
             is_on_gpu = event.device_type == DeviceType.CUDA
+            if is_on_gpu and event.is_user_annotation:
+                # A span that the host has named, over the kernels in it and what lies between them.
+                continue
             category = category_of(event.name, is_on_gpu=is_on_gpu, device_type=self._device_type)
             if category is not None:
                 spans.append(Span(category, start, end))

@@ -78,6 +78,7 @@ def _run_attempts(plan: Plan, run_folder: RunFolder, lease: Lease, port: int, si
     restarts = Restarts(plan.config.faults, run_folder)
     while True:
         attempt = run_folder.begin_attempt(plan.config, plan.world, sys.argv)
+        run_folder.check_attempt_config(plan.config, attempt)
         # Not the user's file, which may be another by now, or have been a pipe.
         command = plan.command(port, [str(run_folder.attempt_config_file(attempt))])
         exit_code = run_ranks(plan.launcher, command, variables, run_folder, attempt, lease.token, signals)

@@ -95,6 +95,8 @@ def build_engine(
         if precision.compute == "fp8":
             convert_linear_layers(block, precision.fp8_recipe, device)
         checkpoint_activations(block, index, activation_checkpointing)
+        if parallel.strategy not in ("none", "ddp"):
+            _leave_recurrent_weights_alone(block)
         if compilation.enabled:
             block.compile(mode=None if compilation.mode == "default" else compilation.mode)
         # What blocks share is drawn anew by each of them: not before the last one.
@@ -108,6 +110,8 @@ def build_engine(
             block_buckets.add(name, block)
 
     _initialize_outside_blocks(definition, materializer, {id(block) for _, block in blocks})
+    if parallel.strategy not in ("none", "ddp"):
+        _leave_recurrent_weights_alone(model)
     loss_scaler = LossScaler(precision, device) if dtype is torch.float16 else None
     if shards:
         shard_modules([model], mesh, parallel.strategy, dtype)
@@ -127,6 +131,17 @@ def build_engine(
         return AccelerateZero3Engine(definition, mesh, device, dtype, build_optimizer, loss_scaler)
     engine = {"none": TorchEngine, "ddp": AccelerateDdpEngine if parallel.backend == "accelerate" else DdpEngine}
     return engine[parallel.strategy](definition, mesh, device, autocast_dtype, build_optimizer, loss_scaler)
+
+
+def _leave_recurrent_weights_alone(module: torch.nn.Module) -> None:
+    """Keep recurrent layers from copying their weights into one piece of memory, as cuDNN likes them.
+
+    The copy is made at the first forward pass on a GPU, and the layer computes with it from then on. What is gathered
+    or updated afterwards in the memory that the strategy manages would no longer reach it.
+    """
+    for recurrent in module.modules():
+        if isinstance(recurrent, torch.nn.RNNBase):
+            recurrent.flatten_parameters = lambda: None  # type: ignore[method-assign]
 
 
 def _compare_passes(

@@ -15,7 +15,12 @@ class ReachedParameters:
     """
 
     def __init__(
-        self, parameters: Sequence[nn.Parameter], group: dist.ProcessGroup | None, device: torch.device
+        self,
+        parameters: Sequence[nn.Parameter],
+        group: dist.ProcessGroup | None,
+        device: torch.device,
+        *,
+        must_be_alike: bool = False,
     ) -> None:
         """Attach to parameters.
 
@@ -23,7 +28,9 @@ class ReachedParameters:
             parameters: the trainable ones, in the same order on every rank; they are known by their index.
             group: the ranks.
             device: where the ranks exchange what they reached.
+            must_be_alike: whether the ranks' gradients are added up wrongly where one has reached what another has not.
         """
+        self._must_be_alike = must_be_alike
         self._num_parameters = len(parameters)
         self._group = group
         # Since the last step, and in it.
@@ -56,11 +63,20 @@ class ReachedParameters:
         """The parameters that no rank reached in the step that was shared last.
 
         Waits for the other ranks and the device where this rank itself missed one, and for nothing elsewhere.
+
+        Raises:
+            RuntimeError: other ranks have reached what this one has not, and that must not be. Not all ranks know it,
+                so this rank's end must end them.
         """
         if not self._missed_here:
             return []
         self.wait()
         reached = self._reached.tolist()
+        if self._must_be_alike and any(reached[index] for index in self._missed_here):
+            raise RuntimeError(
+                "this rank has a parameter without a gradient that has one on another rank, and here gradients would be "
+                "added up wrongly; use parallel.strategy=ddp, parallel.engine=bucketed, or torch 2.12 or newer."
+            )
         return [index for index in self._missed_here if not reached[index]]
 
     def _arrived(self, index: int, gradient: torch.Tensor | None) -> None:

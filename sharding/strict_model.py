@@ -1,5 +1,6 @@
 """The bases of configuration sections and of what programs write down."""
 
+import functools
 from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
@@ -24,8 +25,7 @@ class StrictModel(BaseModel):
     @classmethod
     def _whole_numbers(cls, value: Any, info: ValidationInfo) -> Any:
         """``tokens: 1e9``, which YAML has for a float, is the integer that it equals."""
-        kinds = _kinds(cls.model_fields[info.field_name or ""].annotation)
-        return _as_integers(value) if int in kinds and float not in kinds else value
+        return _as_integers(value) if _takes_integers_alone(cls, info.field_name or "") else value
 
 
 class StrictRecord(StrictModel):
@@ -35,6 +35,12 @@ class StrictRecord(StrictModel):
     """
 
     model_config = ConfigDict(allow_inf_nan=True, str_min_length=0)
+
+
+@functools.cache
+def _takes_integers_alone(model: type[BaseModel], name: str) -> bool:
+    kinds = _kinds(model.model_fields[name].annotation)
+    return int in kinds and float not in kinds
 
 
 def _kinds(annotation: Any) -> set[Any]:

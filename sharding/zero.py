@@ -93,7 +93,12 @@ class ZeroEngine(TorchEngine):
         leaves = gradient_leaves(self._model)
         # Replicas read different data too.
         group = None if strategy == "hsdp" else mesh.shard_group
-        self._reached = ReachedParameters([leaves[entry.name] for entry in self._trainable], group, device)
+        self._reached = ReachedParameters(
+            [leaves[entry.name] for entry in self._trainable],
+            group,
+            device,
+            must_be_alike=not REDUCES_UNUSED_PARAMETERS,
+        )
 
     def evaluate_batch(self, batch: Batch) -> torch.Tensor:
         """See Engine."""

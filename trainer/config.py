@@ -30,7 +30,7 @@ from trainer.sections import (
 from trainer.setting_hints import list_hint, setting_hint, value_hint
 from trainer.trackers.config import TrackingConfig
 from trainer.validation import validate
-from trainer.yaml_files import parse_yaml, read_yaml_mapping
+from trainer.yaml_files import dump_yaml, parse_yaml, read_yaml_mapping
 
 
 class RunConfig(StrictModel):
@@ -138,12 +138,27 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return config
 
 
-def parse_config(values: dict[str, Any], source: str) -> RunConfig:
+def load_frozen_config(path: Path) -> RunConfig:
+    """Read what an attempt was frozen with, for whoever looks at it or compares it.
+
+    Rules that have come since are for what starts now: what an earlier release has trained can still be listed,
+    exported and continued with other settings.
+
+    Raises:
+        UserError: the file cannot be read, or this release does not know a setting.
+    """
+    values = read_yaml_mapping(path)
+    expand_settings(values)
+    return parse_config(values, source=str(path), has_rules=False)
+
+
+def parse_config(values: dict[str, Any], source: str, *, has_rules: bool = True) -> RunConfig:
     """Turn plain values into a checked RunConfig.
 
     Args:
         values: nested mapping as read from YAML.
         source: what to call the origin of the values in an error.
+        has_rules: whether rules that span several settings are applied; see ``load_frozen_config``.
 
     Raises:
         UserError: a key is unknown or a value is wrong; every problem is named.
@@ -154,7 +169,8 @@ def parse_config(values: dict[str, Any], source: str) -> RunConfig:
         problems = [_describe(problem) for problem in error.errors()]
         raise UserError(f"{source}: " + "\n".join(problems)) from None
     config = _with_own_tokenizer(config)
-    validate(config)
+    if has_rules:
+        validate(config)
     return config
 
 
@@ -170,7 +186,7 @@ def config_to_yaml(config: RunConfig) -> str:
     """The whole configuration as YAML that load_config reads back to an equal one; paths as they are, without ~."""
     values = config.model_dump(mode="json")
     escape_settings(values)
-    return yaml.safe_dump(values, sort_keys=False)
+    return dump_yaml(values)
 
 
 def _find_task(values: dict[str, Any], path: Path) -> None:

@@ -58,7 +58,7 @@ def export_model(
             "optimizer.ema_decay above 0, such as 0.999."
         )
     reader.verify()
-    config = parse_config(reader.manifest.config, source=f"{reader.folder}")
+    config = parse_config(reader.manifest.config, source=f"{reader.folder}", has_rules=False)
     allowed.check(config, f"checkpoint {reader.folder}")
     corpus = None if reader.manifest.tokenizer else _corpus_of(reader, config)
     try:

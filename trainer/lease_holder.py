@@ -38,6 +38,7 @@ def new_holder(token: str) -> dict[str, Any]:
         "token": token,
         "heartbeat": time.time(),
         "num_beats": 0,
+        "user_id": os.getuid(),
         "slurm_job": _slurm_job(os.environ),
         "slurm_cluster": os.environ.get("SLURM_CLUSTER_NAME"),
     }
@@ -65,7 +66,9 @@ def judge(holder: dict[str, Any]) -> Verdict:
     if own_job and own_job[0] == its_job[0] and own_job[1] > its_job[1]:
         # Slurm starts a job again when no process of its last start is left, or the node is dead.
         return Verdict.GONE
-    return Verdict.GONE if _is_job_over(its_job[0], holder.get("slurm_cluster")) else Verdict.UNKNOWN
+    # A cluster may hide the jobs of other users, which then look as if they were over.
+    is_ours = holder.get("user_id") == os.getuid()
+    return Verdict.GONE if is_ours and _is_job_over(its_job[0], holder.get("slurm_cluster")) else Verdict.UNKNOWN
 
 
 def process_space() -> str:
@@ -88,7 +91,7 @@ def _is_job_over(job: int, cluster: str | None) -> bool:
         # It forgets a job some minutes after its end. Any other error says nothing.
         return "Invalid job id" in asked.stderr
     states = asked.stdout.split()
-    return all(state in _OVER for state in states)
+    return bool(states) and all(state in _OVER for state in states)
 
 
 def _local_cluster() -> str | None:

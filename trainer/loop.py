@@ -124,7 +124,7 @@ class Trainer:
         except RunFailure:
             # All ranks have come to it alike, so what was saved before it can still be made valid. It is the reason
             # that counts, also where that fails.
-            with suppress(UserError):
+            with suppress(UserError, RunFailure):
                 self._finish_saving()
             raise
         finally:

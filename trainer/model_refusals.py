@@ -39,7 +39,8 @@ def refuse_auxiliary_losses(config: RunConfig, model_config: "PretrainedConfig")
     for part in _parts(model_config):
         found = {name: value for name, value in _numbers(part) if _LOSS_COEFFICIENT.search(name)}
         asked = {name: value for name, value in found.items() if value}
-        of_router = getattr(part, "output_router_logits", None)
+        # A part may have the coefficient alone, and the whole the switch.
+        of_router = getattr(part, "output_router_logits", getattr(model_config, "output_router_logits", None))
         # Without a coefficient of its own, the class has a fixed one.
         if not (asked if of_router is None else of_router and (asked or not found)):
             continue

@@ -10,7 +10,7 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -221,7 +221,7 @@ def _compare(
         case=case,
         loss_difference=_relative(ours.losses, plain.losses),
         grad_norm_difference=_relative(ours.grad_norms, plain.grad_norms),
-        parameter_difference=max(
+        parameter_difference=_largest(
             (after[name].double() - tensor.double()).abs().max().item() for name, tensor in plain_tensors.items()
         ),
         # Buffers stay as they are, and so does what the loss does not depend on.
@@ -240,7 +240,12 @@ def _compare(
 
 
 def _relative(ours: Sequence[float], plain: Sequence[float]) -> float:
-    return max(abs(a - b) / abs(b) for a, b in zip(ours, plain, strict=True))
+    return _largest(abs(a - b) / abs(b) for a, b in zip(ours, plain, strict=True))
+
+
+def _largest(values: Iterable[float]) -> float:
+    """The largest; NaN where one is, which Python's ``max`` would pass over."""
+    return torch.tensor([0.0, *values], dtype=torch.float64).max().item()
 
 
 def print_table(rows: Sequence[ParityRow], console: Console) -> None:

@@ -20,7 +20,7 @@ from trainer.checkpoint.storage import (
     list_folders,
     locate,
 )
-from trainer.config import RunConfig, config_to_yaml, load_config, parse_config
+from trainer.config import RunConfig, config_to_yaml, load_config, load_frozen_config, parse_config
 from trainer.events import read_events
 from trainer.failure import set_failure_aside
 from trainer.frozen_config import all_differences, frozen_differences
@@ -109,11 +109,17 @@ class RunFolder:
         """
         if not self.config_file.exists():
             raise UserError(f"{self.path} is not a run folder: it has no config.yaml; check the path.")
-        return load_config(self.config_file)
+        return load_frozen_config(self.config_file)
 
     def newest_attempt(self) -> int:
         """Number of the latest attempt, from 1; 0 where there was none."""
         return max((_number(folder) or 0 for folder in (self.path / "logs").glob("attempt-*")), default=0)
+
+    def _next_attempt(self) -> int:
+        """A number that no attempt has had, also where somebody has cleared the logs away."""
+        frozen = (_number(file.with_suffix("")) or 0 for file in self.path.glob("config.attempt-*.yaml"))
+        first = 1 if self.config_file.exists() and self.newest_checkpoint() is not None else 0
+        return max(self.newest_attempt(), first, *frozen) + 1
 
     def newest_config(self) -> RunConfig:
         """The configuration of the latest attempt that froze one.
@@ -123,7 +129,7 @@ class RunFolder:
         """
         for attempt in range(self.newest_attempt(), 1, -1):
             if (file := self.attempt_config_file(attempt)).exists():
-                return load_config(file)
+                return load_frozen_config(file)
         return self.frozen_config()
 
     def attempt_config_file(self, attempt: int) -> Path:
@@ -218,7 +224,7 @@ class RunFolder:
         began_at = time.time()
         self.check(config)
         try:
-            attempt = self.newest_attempt() + 1
+            attempt = self._next_attempt()
             self.log_dir(attempt).mkdir(parents=True)
             by_hand = begins_by_hand(self.path, attempt, os.environ)
             begin_ledger(self.log_dir(attempt), attempt, began_at, by_hand=by_hand)
@@ -303,7 +309,7 @@ class RunFolder:
         if not self.config_file.exists():
             for _, folder in reversed(list_checkpoints(self.checkpoints_dir)):
                 with contextlib.suppress(UserError):
-                    return parse_config(read_manifest(folder).config, source=str(folder))
+                    return parse_config(read_manifest(folder).config, source=str(folder), has_rules=False)
         return self.frozen_config()
 
     def _check_space(self) -> None:

@@ -4,7 +4,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from sharding.errors import UserError
+from sharding.errors import RunFailure, UserError
 from sharding.object_exchange import broadcast_object
 from sharding.process_group import Ranks
 from trainer.checkpoint.reader import CheckpointReader
@@ -75,13 +75,14 @@ def agree(check: Callable[[], None], ranks: Ranks) -> None:
 
     Raises:
         UserError: rank 0 found something wrong.
+        RunFailure: rank 0 could not look.
     """
-    refusal = None
+    refusal: UserError | RunFailure | None = None
     if ranks.rank == 0:
         try:
             check()
-        except UserError as error:
-            refusal = str(error)
+        except (UserError, RunFailure) as error:
+            refusal = error
     refusal = broadcast_object(refusal, ranks)
     if refusal is not None:
-        raise UserError(refusal)
+        raise refusal

@@ -8,7 +8,11 @@ from trainer.checkpoint.reference import resolve_checkpoint
 from trainer.checkpoint.storage import list_checkpoints
 from trainer.config import RunConfig
 from trainer.data.config import DataConfig
+from trainer.expansion import expand_settings
 from trainer.run_folder import RunFolder
+
+# Checkpoints of earlier formats hold paths as they were written, with ~.
+_FIRST_EXPANDED = 4
 
 
 def trained_fingerprint(config: RunConfig, run_folder: RunFolder) -> str | None:
@@ -22,10 +26,12 @@ def trained_fingerprint(config: RunConfig, run_folder: RunFolder) -> str | None:
     """
     manifest = _manifest(config, run_folder)
     if manifest is not None:
-        with contextlib.suppress(ValueError):
-            if _corpus_settings(DataConfig.model_validate(manifest.config.get("data"))) == _corpus_settings(
-                config.data
-            ):
+        # ValueError is pydantic's too.
+        with contextlib.suppress(ValueError, UserError):
+            values = {"data": manifest.config.get("data")}
+            if manifest.format_version < _FIRST_EXPANDED:
+                expand_settings(values)
+            if _corpus_settings(DataConfig.model_validate(values["data"])) == _corpus_settings(config.data):
                 return manifest.data_fingerprint
     return None
 

@@ -29,11 +29,21 @@ class _Loader(yaml.SafeLoader):
 
 
 # YAML 1.1 takes 3e-4 for a string, since it demands a dot and a signed exponent in a float.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes texts which our loader would take for numbers."""
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)[eE][-+]?\d+$"),
+        list("-+.0123456789"),
+    )
+
+
+def dump_yaml(values: Any) -> str:
+    """Plain values as YAML that ``parse_yaml`` reads back to equal ones."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False)
 
 
 def parse_yaml(text: str) -> Any:

@@ -13,6 +13,7 @@ from statistics import median
 from typing import Any
 
 import torch
+import torch._functorch.config
 import torch.nn.attention
 
 from benchmarks.device.job import DID_NOT_FIT, MISSING, PASSED, Emit, Job, Missing, reason_of, status_of
@@ -28,9 +29,11 @@ from trainer.hardware import compute_format
 
 _INIT_TIMEOUT_S = 120.0
 _NUM_KERNELS = 40
+_LOG_EVERY_STEPS = 10
 _PROFILED_STEPS = 3
 # Steps of few micro-batches are short: more of them in a window.
 _MICRO_BATCHES_PER_WINDOW = 10
+_LONG_STEP_MICRO_BATCHES = 8
 _KERNEL_SWITCHES = {
     "flash": torch.backends.cuda.enable_flash_sdp,
     "efficient": torch.backends.cuda.enable_mem_efficient_sdp,
@@ -161,7 +164,7 @@ def _found(
         "global_size": config.batch.global_size,
         "sequence_length": config.data.sequence_length,
         # A loss that is null was not finite: its speed is worth nothing.
-        "passed": None not in losses,
+        "passed": bool(losses) and None not in losses,
     }
 
 
@@ -170,12 +173,17 @@ def _windows(job: Job, rung: DeviceRung, profile: StepProfile | None) -> Windows
         return Windows(3, 1, _PROFILED_STEPS)
     if not job.has_gpu:
         return Windows(1, 2, 2)
+    if rung.micro_batches >= _LONG_STEP_MICRO_BATCHES:
+        # Of seconds each: it was warm in the rungs before.
+        return Windows(1, 3, 1)
     return Windows(3, 4, max(1, _MICRO_BATCHES_PER_WINDOW // rung.micro_batches))
 
 
 def _config(job: Job, rung: DeviceRung, windows: Windows) -> RunConfig:
     size = measured_size(job.options["size"], has_gpu=job.has_gpu)
     fixed = [*size.overrides, *job.text, *job.quiet, *BEGINNING, "name=device", f"steps={windows.num_steps}"]
+    if windows.num_steps <= _LOG_EVERY_STEPS:
+        fixed.append("metrics.every_steps=1")
     config = load_config(size.config, [*fixed, *rung.overrides])
     if not any(override.startswith("batch.global_size=") for override in rung.overrides):
         global_size = config.batch.micro_size * rung.micro_batches
@@ -203,7 +211,9 @@ def _attention_kernel(name: str) -> Iterator[None]:
     for kernel, switch in _KERNEL_SWITCHES.items():
         switch(kernel == chosen)
     try:
-        yield
+        # What was compiled before is found by its graph, in which the kernel is not yet chosen.
+        with torch._functorch.config.patch(enable_autograd_cache=False):
+            yield
     finally:
         for switch in _KERNEL_SWITCHES.values():
             switch(True)

@@ -2,9 +2,10 @@
 
 import itertools
 import json
+import math
 import multiprocessing
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -191,7 +192,12 @@ def _losses_of_process(job: Job, name: str, until: Sequence[int], overrides: Seq
         if process.exitcode != EXIT_FINISHED:
             raise RuntimeError(f"python -m trainer {' '.join(arguments)} ended with status {process.exitcode}")
     lines = (config.run_dir / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["train/loss"] for line in lines]
+    return _numbers(json.loads(line)["train/loss"] for line in lines)
+
+
+def _numbers(losses: Iterable[float | None]) -> list[float]:
+    """Losses as they were: what was not finite is null in a file."""
+    return [math.nan if loss is None else loss for loss in losses]
 
 
 def _rank_process(arguments: Sequence[str]) -> None:
@@ -210,7 +216,7 @@ def _losses_here(config: RunConfig, ranks: Ranks, job: Job, name: str) -> list[f
 
     torch._dynamo.reset()
     MeasuredRun(config, ranks, Windows(0, 1, _FORMAT_STEPS), write).run(folder)
-    return next(row["losses"] for row in rows if row["kind"] == "loss")
+    return next(_numbers(row["losses"]) for row in rows if row["kind"] == "loss")
 
 
 def _graph_differences(job: Job, strategy: str, ranks: Ranks) -> list[float]:

@@ -50,17 +50,20 @@ def freeze(folder: Path, config: RunConfig, scripts: Path | None = None) -> None
     """
     code = folder / "code"
     module, colon, _ = config.task.name.partition(":")
-    # The job takes its task from the copy, whatever becomes of the original.
-    task = config.task.model_copy(update={"folder": str(code.absolute())}) if colon else config.task
-    (folder / "config.yaml").write_text(config_to_yaml(config.model_copy(update={"task": task})))
     for source in _sources():
         target = code / source.relative_to(_ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(source, target)
     for script in [] if scripts is None else [*scripts.glob("*.sbatch"), *scripts.glob("*.sh")]:
         shutil.copy2(script, code / "slurm")
+    top = module.partition(".")[0]
     if colon:
         copy_modules(module, code, config.task.folder)
+    if colon and ((code / top).exists() or (code / f"{top}.py").exists()):
+        # The job takes its task from the copy, whatever becomes of the original; what is installed is not copied.
+        task = config.task.model_copy(update={"folder": str(code.absolute())})
+        config = config.model_copy(update={"task": task})
+    (folder / "config.yaml").write_text(config_to_yaml(config))
     # The copy has no history of its own.
     (code / FROZEN_REVISION_NAME).write_text(json.dumps(code_revision(), indent=2) + "\n")
 

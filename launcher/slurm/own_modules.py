@@ -1,6 +1,8 @@
 """Modules of the user's own that a run imports by name, and what they import beside them."""
 
 import ast
+import contextlib
+import importlib.util
 import os
 import shutil
 import sys
@@ -36,6 +38,10 @@ def copy_modules(name: str, folder: Path, home: str | None) -> None:
         seen.add(top)
         # Last, as where it runs: nothing beside a configuration is taken in place of a library.
         spec = PathFinder.find_spec(top, [*sys.path, *([] if home is None else [home])])
+        if spec is None:
+            # An editable installation is found by its own finder alone.
+            with contextlib.suppress(ImportError, ValueError):
+                spec = importlib.util.find_spec(top)
         if spec is None and top == name.partition(".")[0]:
             place = f"in task.folder={home} or " if home is not None else ""
             raise UserError(f"task.name={name}:...: there is no module {top} {place}on PYTHONPATH.")

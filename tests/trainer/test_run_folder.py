@@ -65,6 +65,20 @@ def test_later_attempts_stand_beside_the_first(load: Callable[..., RunConfig]) -
     assert folder.read_outcome() is None
 
 
+def test_a_run_whose_logs_were_cleared_away_freezes_its_next_attempt_all_the_same(
+    load: Callable[..., RunConfig],
+) -> None:
+    folder, _ = begin(load())
+    add_checkpoint(folder, 3)
+    shutil.rmtree(folder.path / "logs")
+    for number, steps in ((2, 9), (3, 11)):
+        _, attempt = begin(load(f"steps={steps}"))
+        assert attempt == number
+        assert load_config(folder.attempt_config_file(attempt)).num_steps == steps
+        shutil.rmtree(folder.path / "logs")
+    assert folder.frozen_config() == load()
+
+
 def test_files_have_the_users_own_permissions(load: Callable[..., RunConfig]) -> None:
     previous = os.umask(0o027)
     try:

@@ -74,7 +74,7 @@ def _compare_corpus(reader: CheckpointReader) -> str:
     Raises:
         UserError: it is another corpus.
     """
-    config = parse_config(reader.manifest.config, source=f"{reader.folder}")
+    config = parse_config(reader.manifest.config, source=f"{reader.folder}", has_rules=False)
     try:
         corpus = find_prepared(config.data, reader.manifest.data_fingerprint)
     except UserError as error:

@@ -11,6 +11,9 @@ from trainer.data.loader import IGNORED_LABEL, read_sequences
 from trainer.data.prepared import Prepared
 from trainer.data.shards import DocumentSpan
 
+MOST_POSITIONS = 4096
+"""Sample positions whose documents are named in an event."""
+
 
 @dataclass(frozen=True)
 class ShownSequence:
@@ -53,13 +56,18 @@ def sequences_at(config: RunConfig, corpus: Prepared, positions: np.ndarray) -> 
 def documents_in(config: RunConfig, corpus: Prepared, ranges: Iterable[Sequence[int]]) -> list[dict[str, Any]]:
     """The documents that ranges of global sample positions touch, each once, in order of training.
 
+    Of many positions only the first ``MOST_POSITIONS`` are looked at: other ranks wait meanwhile.
+
     Returns:
         For each its index in its source, its id there (a path, or file and row) and, in a mixture, the source's name.
     """
     stream, length = corpus.stream("train"), config.data.sequence_length
     order = corpus.order(config.seed, length, config.data.shuffle)
     documents: dict[tuple[str, int], dict[str, Any]] = {}
-    for first, end in ranges:
+    left = MOST_POSITIONS
+    for first, given_end in ranges:
+        end = min(given_end, first + left)
+        left -= end - first
         for global_index in order.indices(np.arange(first, end)).tolist():
             source, index = stream.locate(global_index, length)
             named = {"source": source.name} if source.name else {}

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sharding.errors import UserError
-from trainer.config import load_config
+from trainer.config import load_frozen_config
 from trainer.data.prepared import PreparedCorpus, find_prepared
 from trainer.run_folder import RunFolder
 from trainer.trained_corpus import trained_fingerprint
@@ -45,7 +45,7 @@ def _generated(run_dir: Path) -> Sample | None:
 def _document(run_dir: Path) -> Sample | None:
     """The beginning of the first held-out document, or of the first training document where none is held out."""
     try:
-        config = load_config(run_dir / "config.yaml")
+        config = load_frozen_config(run_dir / "config.yaml")
         prepared = find_prepared(config.data, trained_fingerprint(config, RunFolder(run_dir)))
         if prepared is None:
             return None
