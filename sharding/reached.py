@@ -74,8 +74,8 @@ class ReachedParameters:
         reached = self._reached.tolist()
         if self._must_be_alike and any(reached[index] for index in self._missed_here):
             raise RuntimeError(
-                "this rank has a parameter without a gradient that has one on another rank, and here gradients would be "
-                "added up wrongly; use parallel.strategy=ddp, parallel.engine=bucketed, or torch 2.12 or newer."
+                "this rank has a parameter without a gradient that has one on another rank, and gradients would be "
+                "added up wrongly; use parallel.strategy=ddp, or parallel.engine=bucketed with parallel.backend=torch."
             )
         return [index for index in self._missed_here if not reached[index]]
 

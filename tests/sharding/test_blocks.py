@@ -7,7 +7,21 @@ import torch
 from torch import nn
 
 from sharding.blocks import find_blocks, refuse_scattered_layers
+from sharding.build_engine import build_engine
+from sharding.config import (
+    ActivationCheckpointingConfig,
+    CompileConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    Strategy,
+)
+from sharding.engine import ModelDefinition
 from sharding.errors import UserError
+from sharding.mesh import build_mesh
+from sharding.process_group import Ranks
+from tests.support import run_on_ranks
+from trainer.optimizers.build import optimizer_factory
+from trainer.optimizers.config import OptimizerConfig
 
 
 def _layer(width: int = 8) -> nn.Module:
@@ -85,3 +99,45 @@ def test_a_list_of_layers_is_found_below_others() -> None:
     assert [name for name, _ in find_blocks(_Towers())] == [
         f"{tower}.layers.{index}" for tower in ("query", "document") for index in range(2)
     ]
+
+
+class _Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.LSTM(4, 4), nn.LSTM(4, 4)])
+        self.outside = nn.GRU(4, 4)
+
+    def forward(self) -> None:
+        """Nothing is computed."""
+
+
+def _build_recurrent(ranks: Ranks) -> None:
+    managed: tuple[tuple[Strategy, bool], ...] = (("none", False), ("ddp", False), ("zero2", True), ("zero3", True))
+    for strategy, is_managed in managed:
+        with torch.device("meta"):
+            model = _Recurrent()
+        layers = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
+        parallel = ParallelConfig(strategy=strategy)
+        build_engine(
+            ModelDefinition(model, initialize_module, lambda *_: torch.zeros(()), lambda *_: torch.zeros(()), 1),
+            build_mesh(parallel, ranks),
+            ranks.device,
+            optimizer_factory(OptimizerConfig()),
+            parallel=parallel,
+            precision=PrecisionConfig(compute="fp32"),
+            activation_checkpointing=ActivationCheckpointingConfig(),
+            compilation=CompileConfig(),
+            deepspeed_settings={},
+        )
+        assert [("flatten_parameters" in vars(layer)) for layer in layers] == [is_managed] * 3
+
+
+def initialize_module(module: nn.Module) -> None:
+    """As the modules themselves do."""
+    if isinstance(module, nn.RNNBase):
+        module.reset_parameters()
+
+
+def test_recurrent_layers_keep_no_copy_of_weights_that_are_managed() -> None:
+    # On a GPU the first forward pass would make the copy, and every later one compute with it.
+    run_on_ranks(_build_recurrent, 1)

@@ -11,6 +11,7 @@ from sharding import bucketed
 from sharding import build_engine as build
 from sharding.errors import UserError
 from sharding.process_group import Ranks
+from sharding.reached import ReachedParameters
 from tests.sharding.engine_cases import num_targets, random_batch, tiny_engine
 from tests.support import run_on_ranks
 
@@ -134,6 +135,27 @@ def _all(ranks: Ranks) -> None:
 @pytest.mark.timeout(300)
 def test_what_a_rank_does_not_use_contributes_zeros() -> None:
     run_on_ranks(_all, 2, timeout_s=240)
+
+
+def _differ(ranks: Ranks) -> None:
+    first, second = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    for must_be_alike in (False, True):
+        reached = ReachedParameters([first, second], None, torch.device("cpu"), must_be_alike=must_be_alike)
+        (first + second if ranks.rank == 0 else first).sum().backward()
+        reached.share()
+        if must_be_alike and ranks.rank == 1:
+            with pytest.raises(RuntimeError, match="gradients would be added up wrongly"):
+                reached.unreached()
+        else:
+            assert reached.unreached() == []
+        # What no rank reaches is alike.
+        first.sum().backward()
+        reached.share()
+        assert reached.unreached() == [1]
+
+
+def test_ranks_that_must_reach_the_same_parameters_end_where_they_have_not() -> None:
+    run_on_ranks(_differ, 2)
 
 
 def _refused(ranks: Ranks) -> None:

@@ -74,6 +74,8 @@ def test_a_class_that_must_have_padding_says_so() -> None:
         ("qwen3_moe", {"output_router_logits": True}, "router_aux_loss_coef=0.001"),
         ("jetmoe", {"output_router_logits": True}, "aux_loss_coef=0.01"),
         ("dbrx", {"output_router_logits": True}, "model.config.output_router_logits=true asks"),
+        # The coefficient, which is not 0, lies in a part, and the switch, which is off, in the whole.
+        ("dbrx", {}, None),
         ("bamba", {"z_loss_coefficient": 1e-4}, "model.config.z_loss_coefficient=0.0001 .*or set task.z_loss"),
         ("bamba", {}, None),
     ],

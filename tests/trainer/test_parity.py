@@ -1,6 +1,7 @@
 """Every strategy against one plain process: 2 and 3 ranks, hsdp on 4, shapes that do not divide."""
 
 import io
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from rich.console import Console
 from tests.support import TINY_MODEL
 from trainer import parity_cases as parity_cases_module
 from trainer.config import parse_config
-from trainer.parity import ParityRow, parity_cases, print_table, run_parity
+from trainer.parity import ParityRow, _relative, parity_cases, print_table, run_parity
 from trainer.parity_cases import ParityCase
 from trainer.validation import BACKEND_STRATEGIES, BUCKETED_STRATEGIES
 
@@ -166,3 +167,8 @@ def test_a_row_passes_only_inside_every_tolerance() -> None:
         {"same_initial_parameters": False},
     ):
         assert not replace(_GOOD, **wrong).passed, wrong
+
+
+def test_what_is_not_a_number_is_no_small_difference() -> None:
+    assert math.isnan(_relative([1.0, math.nan], [1.0, 1.0]))
+    assert _relative([1.0, 3.0], [1.0, 2.0]) == 0.5
