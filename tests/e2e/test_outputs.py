@@ -2,6 +2,7 @@
 
 import json
 import stat
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -139,8 +140,13 @@ def test_checkpoints_are_listed_and_verified(run_dir: Path) -> None:
 
 
 def test_a_checkpoint_holds_no_pickle(run_dir: Path) -> None:
-    names = {path.suffix for path in (run_dir / "checkpoints").rglob("*") if path.is_file()}
-    assert names == {".json", ".safetensors"}
+    files = [path for path in (run_dir / "checkpoints").rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} == {".json", ".safetensors", ".zip"}
+    archives = [path for path in files if path.suffix == ".zip"]
+    assert {path.name for path in archives} == {"tokenizer.zip"}
+    for path in archives:
+        with zipfile.ZipFile(path) as archive:
+            assert {Path(name).suffix for name in archive.namelist()} <= {".json", ".jinja", ".txt"}
     manifest = json.loads((run_dir / "checkpoints" / "step-00000006" / "manifest.json").read_text())
     assert manifest["training"]["step"] == 6
     assert manifest["training"]["num_samples"] == 72
