@@ -98,7 +98,7 @@ class BucketedEngine(TorchEngine):
                 self._runs[id(member.parameter)] = run, start
         self._has_gradients = False
         super().__init__(definition, mesh, device, autocast_dtype, build_optimizer, loss_scaler)
-        self._reached = ReachedParameters([entry.parameter for entry in self._trainable], group, device)
+        self._reached = ReachedParameters([entry.parameter for entry in self._trainable], group)
 
     def step(self, learning_rate: float) -> torch.Tensor:
         """See Engine."""

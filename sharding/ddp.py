@@ -34,7 +34,7 @@ class DdpEngine(TorchEngine):
         self._ddp = self._wrap()
         self._fix_buckets()
         self._is_last = False
-        self._reached = ReachedParameters([entry.parameter for entry in self._trainable], mesh.shard_group, device)
+        self._reached = ReachedParameters([entry.parameter for entry in self._trainable], mesh.shard_group)
 
     def _wrap(self) -> Any:
         ddp = DistributedDataParallel(

@@ -68,7 +68,7 @@ class DeepSpeedEngine:
         self._trainable = trainable
         self._members = self._members_of_flat_partitions()
         self._has_allocated = False
-        self._reached = ReachedParameters([p for _, p in trainable], mesh.shard_group, device, must_be_alike=True)
+        self._reached = ReachedParameters([p for _, p in trainable], mesh.shard_group, must_be_alike=True)
         self._untouched = UntouchedRuns(self._base_optimizer)
 
     @property

@@ -18,7 +18,6 @@ class ReachedParameters:
         self,
         parameters: Sequence[nn.Parameter],
         group: dist.ProcessGroup | None,
-        device: torch.device,
         *,
         must_be_alike: bool = False,
     ) -> None:
@@ -27,7 +26,6 @@ class ReachedParameters:
         Args:
             parameters: the trainable ones, in the same order on every rank; they are known by their index.
             group: the ranks.
-            device: where the ranks exchange what they reached.
             must_be_alike: whether the ranks' gradients are added up wrongly where one has reached what another has not.
         """
         self._must_be_alike = must_be_alike
@@ -36,7 +34,8 @@ class ReachedParameters:
         # Since the last step, and in it.
         self._missed = set(range(len(parameters)))
         self._missed_here: list[int] = []
-        self._all_reached = torch.ones(len(parameters), dtype=torch.int32, device=device)
+        # On the host, where it is known: over gloo, so that nobody waits for a device to ask.
+        self._all_reached = torch.ones(len(parameters), dtype=torch.int32)
         self._reached = self._all_reached
         self._work: dist.Work | None = None
         for index, parameter in enumerate(parameters):
@@ -62,7 +61,7 @@ class ReachedParameters:
     def unreached(self) -> list[int]:
         """The parameters that no rank reached in the step that was shared last.
 
-        Waits for the other ranks and the device where this rank itself missed one, and for nothing elsewhere.
+        Waits for the other ranks where this rank itself missed one, and for nothing elsewhere.
 
         Raises:
             RuntimeError: other ranks have reached what this one has not, and that must not be. Not all ranks know it,

@@ -96,7 +96,6 @@ class ZeroEngine(TorchEngine):
         self._reached = ReachedParameters(
             [leaves[entry.name] for entry in self._trainable],
             group,
-            device,
             must_be_alike=not REDUCES_UNUSED_PARAMETERS,
         )
 

@@ -140,7 +140,7 @@ def test_what_a_rank_does_not_use_contributes_zeros() -> None:
 def _differ(ranks: Ranks) -> None:
     first, second = (nn.Parameter(torch.ones(2)) for _ in range(2))
     for must_be_alike in (False, True):
-        reached = ReachedParameters([first, second], None, torch.device("cpu"), must_be_alike=must_be_alike)
+        reached = ReachedParameters([first, second], None, must_be_alike=must_be_alike)
         (first + second if ranks.rank == 0 else first).sum().backward()
         reached.share()
         if must_be_alike and ranks.rank == 1:
