@@ -72,8 +72,8 @@ def test_a_rank_then_the_launcher_are_killed_and_losses_stay_equal(make_config: 
     assert failure is not None
     assert (failure.kind, failure.signature, failure.rank) == (FailureKind.KILLED, "killed", 1)
     assert [state.exit for state in failure.ranks] == ["status 1", "SIGKILL"]
-    # Rank 0 says in which step it lost its peer.
-    assert failure.step == failure.ranks[0].step
+    # Rank 0 may have been waiting in the next step for a peer that was still logging this one.
+    assert failure.ranks[0].step - failure.step in (0, 1)
 
     launcher = start_shardline("run", config, "--nproc-per-node", 2, log=tmp_path / "second.log")
     resumed_from = 10
