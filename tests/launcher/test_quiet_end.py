@@ -15,9 +15,15 @@ pytestmark = pytest.mark.timeout(60)
 LAUNCHER = [sys.executable, "-m", "launcher"]
 
 
+def hear_interrupts() -> None:
+    """Whoever starts the tests in the background of a script has them, and all below them, ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(command: list[str], **extra: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         command,
+        preexec_fn=hear_interrupts,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
