@@ -115,6 +115,8 @@ def _verdict(rows: Sequence[Row]) -> list[str]:
     share = median(blocking_times(rows, "asynchronous")) / _step_s(rows, "asynchronous")
     blocks = f"A save in the background blocks {share:.1%} of a step (target: below {MAX_BLOCKING:.0%})."
     beside, others = step_times_beside_writes(rows)
+    if not beside and any(row["beside_write"] for row in _steps(rows, "asynchronous")):
+        return [f"{blocks} Between saves all steps went on beside a write: there are none to compare; raise --every."]
     if not beside:
         return [f"{blocks} No step began beside a write that was still going on: writes are shorter than that."]
     ratio: Ratio = ratio_of_medians(beside, others)
@@ -148,7 +150,9 @@ def _of(rows: Sequence[Row], kind: str, mode: str) -> list[Row]:
 
 
 def _step_s(rows: Sequence[Row], mode: str) -> float:
-    plain = [row for row in _steps(rows, mode) if not row["saves"] and not row["beside_write"]]
+    unsaved = [row for row in _steps(rows, mode) if not row["saves"]]
+    # Where writes take longer than what lies between two saves, there is no other.
+    plain = [row for row in unsaved if not row["beside_write"]] or unsaved
     return median(row["wall_s"] - row["blocking_s"] for row in plain)
 
 

@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 
 from benchmarks.checkpoint import main
-from benchmarks.checkpoint_table import blocking_times, markdown, series, step_times_beside_writes
+from benchmarks.checkpoint_table import (
+    _step_s,
+    _verdict,
+    blocking_times,
+    markdown,
+    series,
+    step_times_beside_writes,
+)
 from benchmarks.comparison import changes_since_last
 from tests.support import shardline
 
@@ -37,6 +44,13 @@ def test_times_fall_to_the_save_they_belong_to() -> None:
     beside, others = step_times_beside_writes(_ROWS)
     assert beside == pytest.approx([1.6, 1.4])
     assert others == pytest.approx([1.1, 1.0])
+
+
+def test_where_all_steps_are_beside_writes_the_table_says_so() -> None:
+    rows = [row | {"beside_write": True} if not row["saves"] else row for row in _ROWS]
+    assert _step_s(rows, "asynchronous") == pytest.approx(1.2)
+    rows.append({"kind": "writes", "mode": "asynchronous", "num_bytes": 1, "seconds": [1.0]})
+    assert "all steps went on beside a write: there are none to compare" in _verdict(rows)[0]
 
 
 def test_what_the_benchmark_decides_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
