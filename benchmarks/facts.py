@@ -4,10 +4,9 @@ import os
 import platform
 import time
 from collections.abc import Sequence
-from importlib import metadata
 from typing import Any
 
-from trainer.provenance import code_revision, hardware_facts
+from trainer.provenance import code_revision, hardware_facts, package_version
 
 
 def collect_facts(packages: Sequence[str]) -> dict[str, Any]:
@@ -18,12 +17,5 @@ def collect_facts(packages: Sequence[str]) -> dict[str, Any]:
         "hardware": hardware_facts(),
         "load_average": os.getloadavg(),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in packages},
+        "packages": {name: package_version(name) for name in packages},
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

@@ -56,10 +56,11 @@ def refuse_scattered_layers(model: nn.Module, strategy: Strategy) -> None:
     """
     if strategy not in ("zero3", "hsdp"):
         return
-    in_blocks = {id(p): p.numel() for _, block in find_blocks(model) for p in block.parameters()}
+    blocks = [block for _, block in find_blocks(model)]
+    in_blocks = {id(p): p.numel() for block in blocks for p in block.parameters()}
     alike: dict[object, list[str]] = defaultdict(list)
     sizes: dict[object, int] = defaultdict(int)
-    inside = {id(module) for _, block in find_blocks(model) for module in block.modules()}
+    inside = {id(module) for block in blocks for module in block.modules()}
     for name, module in model.named_modules():
         is_layer_of_torch = type(module).__module__.startswith("torch.nn.") and not any(True for _ in module.children())
         if id(module) in inside or is_layer_of_torch or isinstance(module, nn.ModuleList):

@@ -28,7 +28,7 @@ def collect_provenance(config: RunConfig, world: World, argv: list[str]) -> dict
         "argv": blot_out_arguments(argv, os.environ),
         "code": code_revision(),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {name: package_version(name) for name in _PACKAGES},
         "hardware": hardware_facts(),
         "num_ranks": world.num_ranks,
         "threads_per_rank": threads_per_rank(config, world.num_local_ranks or world.num_ranks, os.environ),
@@ -52,7 +52,7 @@ def code_revision() -> dict[str, Any]:
                 "git_diff": diff if diff is None else blot_out(diff, os.environ),
                 "git_untracked": _output(["git", "-C", str(root), "ls-files", "--others", "--exclude-standard"]),
             }
-    return {"distribution_version": _version("shardline")}
+    return {"distribution_version": package_version("shardline")}
 
 
 def hardware_facts() -> dict[str, Any]:
@@ -76,7 +76,8 @@ def _cpu_model() -> str:
     return match.group(1) if match else platform.processor()
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """The version that is installed; None where there is none."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -2,13 +2,13 @@
 
 import time
 from collections.abc import Callable
-from importlib import metadata
 from statistics import median
 
 import torch
 from torch.nn.attention import SDPBackend
 
 from benchmarks.device.job import Emit, Job
+from trainer.provenance import package_version
 
 _PACKAGES = (
     *("torch", "triton", "transformers", "numpy", "pydantic", "safetensors", "tokenizers", "torchao", "accelerate"),
@@ -23,10 +23,7 @@ def measure_machine(job: Job, emit: Emit) -> None:
     """Versions, which kernels scaled dot product attention chooses, and what copying and multiplying reach."""
     device = torch.device("cuda" if job.has_gpu else "cpu")
     for package in _PACKAGES:
-        try:
-            emit({"row": package, "version": metadata.version(package)})
-        except metadata.PackageNotFoundError:
-            emit({"row": package, "version": None})
+        emit({"row": package, "version": package_version(package)})
     if job.has_gpu:
         properties = torch.cuda.get_device_properties(device)
         emit(
