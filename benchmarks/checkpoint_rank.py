@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.checkpoint import Assignment
+from benchmarks.measured_run import peak_resident_bytes
 from benchmarks.result_files import append_row
 from sharding.errors import EXIT_FAILED, EXIT_FINISHED
 from sharding.process_group import Ranks, process_group
@@ -72,7 +73,7 @@ class _Measurement:
             trainer = self._build()
             trainer.resume_or_init()
             trainer.fit()
-            self._write(kind="memory", when="trained", peak_bytes=self._largest(_peak_bytes()))
+            self._write(kind="memory", when="trained", peak_bytes=self._largest(peak_resident_bytes()))
             trainer.close()
             lines = [json.loads(line) for line in self._folder.metrics_file.read_text().splitlines()]
             written_s = [line["checkpoint/write_s"] for line in lines if "checkpoint/write_s" in line]
@@ -96,7 +97,7 @@ class _Measurement:
         trainer = self._build()
         newest = self._folder.newest_checkpoint()
         assert newest is not None
-        self._write(kind="memory", when="built", peak_bytes=self._largest(_peak_bytes()))
+        self._write(kind="memory", when="built", peak_bytes=self._largest(peak_resident_bytes()))
         for _ in range(self._assignment.num_loads):
             if self._ranks.rank == 0 and isinstance(newest[1], Path):
                 _forget(newest[1])
@@ -105,9 +106,9 @@ class _Measurement:
             trainer.resume_or_init()
             self._wait_for_all_ranks()
             self._write(kind="load", seconds=time.perf_counter() - started_at, num_bytes=self._num_bytes())
-        self._write(kind="memory", when="loaded", peak_bytes=self._largest(_peak_bytes()))
+        self._write(kind="memory", when="loaded", peak_bytes=self._largest(peak_resident_bytes()))
         trainer.fit()
-        self._write(kind="memory", when="trained on", peak_bytes=self._largest(_peak_bytes()))
+        self._write(kind="memory", when="trained on", peak_bytes=self._largest(peak_resident_bytes()))
         trainer.close()
 
     def _is_stop_requested(self) -> bool:
@@ -164,16 +165,6 @@ def _forget(folder: Path) -> None:
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(descriptor)
-
-
-def _peak_bytes() -> int:
-    """Highest resident memory of this process so far, files that it has mapped included; 0 where nobody tells."""
-    # Not getrusage: its figure begins with that of the process that started this one.
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 if __name__ == "__main__":

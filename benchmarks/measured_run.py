@@ -241,6 +241,11 @@ def _peak_bytes(device: torch.device) -> int:
     """Highest memory use of this process so far: allocated on a GPU, resident on a CPU; 0 where nobody tells."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    return peak_resident_bytes()
+
+
+def peak_resident_bytes() -> int:
+    """Highest resident memory of this process so far, files that it has mapped included; 0 where nobody tells."""
     # Not getrusage: its figure begins with that of the process that started this one.
     try:
         lines = Path("/proc/self/status").read_text().splitlines()

@@ -12,6 +12,7 @@ from trainer.bad_numbers import BadNumbers
 from trainer.causality import check_causality
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.manifest import TrainingState
+from trainer.checkpoint.source import on_rank_0
 from trainer.checkpoint.tokenizer_archive import pack_tokenizer
 from trainer.config import RunConfig
 from trainer.data.document_mask import check_architecture, check_engine
@@ -38,7 +39,7 @@ from trainer.stragglers import BusyMeter
 from trainer.system_metrics import SystemMeter
 from trainer.tasks.causal_lm import predicts_next_tokens
 from trainer.tasks.registry import build_task
-from trainer.token_ids import agree, check_named_tokenizer, check_tokenizer_of_checkpoint
+from trainer.token_ids import check_named_tokenizer, check_tokenizer_of_checkpoint
 from trainer.trainer_parts import TrainerParts
 from trainer.weight_average import WeightAverage
 
@@ -94,7 +95,7 @@ def build_trainer(
     if config.data.document_mask:
         check_architecture(fetched, task, vocabulary)
     if config.model.pretrained is not None and config.checkpoint.from_ is None:
-        agree(lambda: _check_beginning(config, run_folder, corpus), ranks)
+        on_rank_0(lambda: _check_beginning(config, run_folder, corpus), ranks)
     busy = BusyMeter(phases, config.parallel.strategy)
     engine, facts = build_model_engine(fetched, task, mesh, ranks, vocabulary, busy)
     observers.message(describe_model(config, facts, ranks))
@@ -136,7 +137,7 @@ def build_trainer(
             average,
             # Rank 0 writes it.
             pack_tokenizer(corpus.tokenizer_dir, corpus.vocab_size, corpus.eos_token_id) if ranks.rank == 0 else None,
-            check_weights=lambda reader: agree(
+            check_weights=lambda reader: on_rank_0(
                 lambda: check_tokenizer_of_checkpoint(reader, corpus.tokenizer_dir), ranks
             ),
             warn=observers.warn,

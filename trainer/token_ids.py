@@ -1,12 +1,9 @@
 """Whether token ids mean to weights that were trained elsewhere what they meant in that training."""
 
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
-from sharding.errors import RunFailure, UserError
-from sharding.object_exchange import broadcast_object
-from sharding.process_group import Ranks
+from sharding.errors import UserError
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.config import RunConfig
 from trainer.data.tokenizer import TRAINED, first_difference, load_tokenizer
@@ -68,21 +65,3 @@ def check_tokenizer_of_checkpoint(reader: CheckpointReader, prepared: Path) -> N
             f"weights they would mean something else ({difference}); write that run's tokenizer with `shardline "
             "export`, and name the folder as data.tokenizer."
         )
-
-
-def agree(check: Callable[[], None], ranks: Ranks) -> None:
-    """Have rank 0 check something, and all ranks know what it found; every rank must call it.
-
-    Raises:
-        UserError: rank 0 found something wrong.
-        RunFailure: rank 0 could not look.
-    """
-    refusal: UserError | RunFailure | None = None
-    if ranks.rank == 0:
-        try:
-            check()
-        except (UserError, RunFailure) as error:
-            refusal = error
-    refusal = broadcast_object(refusal, ranks)
-    if refusal is not None:
-        raise refusal

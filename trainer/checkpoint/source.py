@@ -85,7 +85,7 @@ def open_source(
 
 
 def on_rank_0(change: Callable[[], None], ranks: Ranks) -> None:
-    """Change something on rank 0, and raise on all ranks what it raises there; every rank must call it.
+    """Check or change something on rank 0, and raise on all ranks what it raises there; every rank must call it.
 
     Raises:
         UserError: rank 0 has raised one.
