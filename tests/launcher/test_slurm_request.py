@@ -197,7 +197,7 @@ def test_a_submission_takes_scripts_of_ones_own_and_can_be_submitted_again_from_
     monkeypatch.setenv("PYTHONPATH", "/mine,and/yours")
     run_dir = home / "runs" / "tiny"
     request = _request(further=["--exclusive"], time="10")
-    submission.submit(str(config_file), ["output_dir=runs"], request, dry_run=False)
+    submission.submit(str(config_file), ["output_dir=runs", "data.cache_dir=nothing-prepared"], request, dry_run=False)
     printed = capsys.readouterr().out
     assert f"scripts of your own: {home}/slurm" in printed
     assert "the corpus is not prepared yet: the job's first node does it, while the others wait" in printed
