@@ -26,7 +26,7 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m trainer.config_docs --check
+	$(BIN)/python -m trainer.config.reference --check
 
 # Whole runs on one core, parts and some runs on the other: processes that are starting wait more than they compute.
 RUNS_BESIDE_PARTS := tests/e2e/test_bad_input.py

@@ -10,8 +10,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import report
-from sharding.errors import EXIT_FAILED, EXIT_FINISHED, UserError, ends_with_a_sentence
+from benchmarks.presentation import report
+from sharding.ranks.errors import EXIT_FAILED, EXIT_FINISHED, UserError, ends_with_a_sentence
 
 QUICK: dict[str, list[str]] = {
     "collectives": ["--rounds", "5", "--max-bytes", "4194304"],

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from trainer.expansion import expand_argument
+from trainer.config.expansion import expand_argument
 
 
 def expanded(value: Any) -> Any:

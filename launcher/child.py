@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from launcher.import_path import import_variables, module_command
-from sharding.process_lifetime import LAUNCHER_PID_VARIABLE, die_with_parent
+from sharding.ranks.process_lifetime import LAUNCHER_PID_VARIABLE, die_with_parent
 
 _SHIELDED = "--shielded"
 _SHIELDED_FROM = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)

@@ -17,7 +17,7 @@ def main() -> NoReturn:
         sys.exit(2)
 
     # Only now, for it would take the intruder's modules.
-    from sharding.quiet_end import ends_quietly
+    from sharding.ranks.quiet_end import ends_quietly
 
     with ends_quietly():
         _run()
@@ -25,7 +25,7 @@ def main() -> NoReturn:
 
 def _run() -> NoReturn:
     from launcher.commands import app
-    from sharding.errors import EXIT_BAD_INPUT, EXIT_FAILED, RunFailure, UserError
+    from sharding.ranks.errors import EXIT_BAD_INPUT, EXIT_FAILED, RunFailure, UserError
 
     try:
         app(prog_name="shardline")

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from sharding.errors import UserError
+from sharding.ranks.errors import UserError
 
 _HOST = "127.0.0.1"
 _MODULE = "trainer"
 # Runs the module that follows with a rendezvous that listens on that interface alone.
-_ON_LOOPBACK = ("-m", "sharding.loopback")
+_ON_LOOPBACK = ("-m", "sharding.ranks.loopback")
 _ACCELERATE_DEFAULTS = Path(__file__).with_name("accelerate_defaults.yaml")
 _NO_DEVICE = "-1"
 

@@ -11,7 +11,7 @@ import typer
 from launcher.arguments import expanded
 from launcher.import_path import import_variables, module_command
 from launcher.slurm.commands import app as slurm_app
-from sharding.errors import UserError
+from sharding.ranks.errors import UserError
 
 app = typer.Typer(
     help="Pretrain transformers on one machine or many: every rank in step, every claim checkable on a laptop.",
@@ -138,7 +138,7 @@ def doctor(
 @app.command()
 def parity(config: Config, overrides: Overrides = None) -> None:
     """Prove that every backend, strategy and optimizer trains as one plain process does; exit status 1 if not."""
-    _become("trainer.parity", config, *(overrides or []))
+    _become("trainer.commands.parity", config, *(overrides or []))
 
 
 @app.command()
@@ -152,7 +152,7 @@ def export(
 ) -> None:
     """Write a checkpoint as a model and tokenizer that transformers loads."""
     _become(
-        "trainer.export",
+        "trainer.commands.export",
         run_folder,
         "--to",
         str(to),
@@ -182,7 +182,7 @@ def generate(
 ) -> None:
     """Continue a text with a run's model."""
     _become(
-        "trainer.generate",
+        "trainer.commands.generate",
         run_folder,
         f"--prompt={prompt}",
         *_option("--max-new-tokens", max_new_tokens),
@@ -230,7 +230,7 @@ def bench(
     """Run a benchmark."""
     if name not in _BENCHMARKS:
         raise UserError(f"there is no benchmark {name}; there are: {', '.join(_BENCHMARKS)}.")
-    _become(f"benchmarks.{name}", *(arguments or []))
+    _become("benchmarks.presentation.report" if name == "report" else f"benchmarks.{name}", *(arguments or []))
 
 
 @app.command(context_settings={"ignore_unknown_options": True})
@@ -247,7 +247,7 @@ def tune(
 @data_app.command("prepare")
 def data_prepare(config: Config, overrides: Overrides = None) -> None:
     """Clean, tokenise and pack a run's corpus; done already means done at once."""
-    _become("trainer.data.prepare", config, *(overrides or []))
+    _become("trainer.commands.prepare_data", config, *(overrides or []))
 
 
 @data_app.command("show")
@@ -257,19 +257,19 @@ def data_show(
     limit: Annotated[int, typer.Option(min=0, help="Sequences to show; 0 means all of the step.")] = 0,
 ) -> None:
     """Show the documents and the text that a step trains on."""
-    _become("trainer.data.show", run_folder, *_option("--step", step), *_option("--limit", limit))
+    _become("trainer.commands.show_data", run_folder, *_option("--step", step), *_option("--limit", limit))
 
 
 @checkpoint_app.command("list")
 def checkpoint_list(run_folder: Run) -> None:
     """Show a run's checkpoints."""
-    _become("trainer.checkpoint", "list", run_folder)
+    _become("trainer.commands.checkpoints", "list", run_folder)
 
 
 @checkpoint_app.command("verify")
 def checkpoint_verify(run_folder: Run) -> None:
     """Compare every file of a run's checkpoints with its manifest; exit status 2 if one is damaged."""
-    _become("trainer.checkpoint", "verify", run_folder)
+    _become("trainer.commands.checkpoints", "verify", run_folder)
 
 
 @tracking_app.command("sync")
@@ -278,7 +278,7 @@ def tracking_sync(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show parts and commands, and upload nothing.")] = False,
 ) -> None:
     """Join the offline parts of a run's attempts into its one wandb run."""
-    _become("trainer.trackers.sync", *run_folders, *(["--dry-run"] if dry_run else []))
+    _become("trainer.commands.sync", *run_folders, *(["--dry-run"] if dry_run else []))
 
 
 @tracking_app.command("dashboard")
@@ -289,7 +289,7 @@ def tracking_dashboard(
     save: Annotated[bool, typer.Option("--save", help="Save it to the wandb server.")] = False,
 ) -> None:
     """Show the report's plots as a wandb workspace, in JSON, or save it."""
-    _become("trainer.trackers.dashboard", *([] if source is None else [source]), *(["--save"] if save else []))
+    _become("trainer.commands.dashboard", *([] if source is None else [source]), *(["--save"] if save else []))
 
 
 def _is_example(source: Path) -> bool:
@@ -304,6 +304,6 @@ def _become(module: str, *arguments: str) -> NoReturn:
     """Replace this process by a module that loads torch; the launcher itself stays light."""
     sys.stdout.flush()
     # Through another module, for a person may interrupt it while it imports torch.
-    command = module_command("sharding.quiet_end", module, *arguments)
+    command = module_command("sharding.ranks.quiet_end", module, *arguments)
     environment = {**os.environ, **import_variables(os.environ)}
     os.execve(command[0], command, environment)  # noqa: S606 - no shell is what we want

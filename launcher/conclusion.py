@@ -11,13 +11,13 @@ from typing import Any
 
 from launcher.oom_evidence import OomWatch
 from launcher.rank_exits import CRASHES, RankExits, RankFailure, root_cause
-from sharding.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, RunFailure, UserError
-from trainer.failure import FAILURE_TEXT_NAME, Evidence
-from trainer.failure_report import ProcessEnd, Sources, write_failure
-from trainer.hang import read_verdict
-from trainer.places import Place
-from trainer.rank_error import is_of_a_peer, read_rank_errors
-from trainer.run_folder import RunFolder
+from sharding.ranks.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, RunFailure, UserError
+from trainer.faults.failure.rank_error import is_of_a_peer, read_rank_errors
+from trainer.faults.failure.record import FAILURE_TEXT_NAME, Evidence
+from trainer.faults.failure.report import ProcessEnd, Sources, write_failure
+from trainer.faults.hang.places import Place
+from trainer.faults.hang.verdict import read_verdict
+from trainer.run_folder.folder import RunFolder
 
 EXIT_INTERRUPTED = 130
 # An entry of torchrun's report, Root Cause or not.

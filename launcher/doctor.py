@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from launcher.command import rank_devices, rendezvous_port, torchrun_command
 from launcher.import_path import import_variables, module_command
 from launcher.topology import DEFAULT_CPU_RANKS, local_topology
-from sharding.errors import EXIT_FAILED
-from sharding.rank_place import place_variables
+from sharding.ranks.errors import EXIT_FAILED
+from sharding.ranks.rank_place import place_variables
 
 _MODULE = "trainer.doctor"
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from launcher.import_path import import_variables
 from launcher.topology import Topology
 from trainer.config import RunConfig
-from trainer.threads import threads_per_rank
+from trainer.runtime.threads import threads_per_rank
 
 
 @dataclass(frozen=True)

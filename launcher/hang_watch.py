@@ -4,14 +4,14 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from sharding.errors import EXIT_FAILED
-from trainer.deadlines import is_overdue
-from trainer.events import record_event
-from trainer.hang import conclude_hang, raise_alarm
-from trainer.heartbeat import Heartbeat, Pulse, RunningTime, read_heartbeats
-from trainer.places import read_places
-from trainer.rank_process import ask_for_stacks, is_debugged
-from trainer.run_folder import RunFolder
+from sharding.ranks.errors import EXIT_FAILED
+from trainer.faults.hang.deadlines import is_overdue
+from trainer.faults.hang.heartbeat import Heartbeat, Pulse, RunningTime, read_heartbeats
+from trainer.faults.hang.places import read_places
+from trainer.faults.hang.rank_process import ask_for_stacks, is_debugged
+from trainer.faults.hang.verdict import conclude_hang, raise_alarm
+from trainer.run_folder.events import record_event
+from trainer.run_folder.folder import RunFolder
 
 # A rank that beats within this time judges for itself, and for the others.
 _SILENT_AFTER_S = 5.0

@@ -16,11 +16,10 @@ from launcher.hang_watch import HangWatch
 from launcher.oom_evidence import OomWatch
 from launcher.rank_exits import RankExits
 from launcher.stop_signals import StopSignals
-from sharding.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED
-from trainer.lease import ATTEMPT_VARIABLE, LEASE_VARIABLE
-from trainer.places import Places, read_places
-from trainer.run_folder import RunFolder
-from trainer.stopping import request_stop
+from sharding.ranks.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED
+from trainer.faults.hang.places import Places, read_places
+from trainer.run_folder.folder import RunFolder
+from trainer.runtime.processes import ATTEMPT_VARIABLE, LEASE_VARIABLE
 
 _POLL_EVERY_S = 0.1
 _LOOK_EVERY_S = 0.5
@@ -162,7 +161,7 @@ def _wait(
 
 def _ask_ranks_to_stop(run_folder: RunFolder, token: str, agent_pid: int) -> None:
     try:
-        request_stop(run_folder.stop_file, "signal to the launcher")
+        run_folder.request_stop("signal to the launcher")
     except OSError:
         # A full disk, say. A signal asks the same, of ranks that are up.
         for pid in _marked(token, agent_pid):

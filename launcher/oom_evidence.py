@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.failure import Evidence
+from trainer.faults.failure.record import Evidence
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _KERNEL_LOG = Path("/dev/kmsg")

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from launcher.command import find_launcher, rank_devices
 from launcher.environment import Variable, applied, launcher_variables, rank_variables
 from launcher.topology import local_topology, ranks_per_node
-from sharding.errors import UserError
-from sharding.slurm_step import num_step_tasks
+from sharding.ranks.errors import UserError
+from sharding.ranks.slurm_step import num_step_tasks
 from trainer.config import RunConfig, load_config
-from trainer.deepspeed_settings import deepspeed_settings
-from trainer.validation import World, accumulation_steps, validate
+from trainer.config.deepspeed_settings import deepspeed_settings
+from trainer.config.rules import World, accumulation_steps, validate
 
 
 @dataclass(frozen=True)

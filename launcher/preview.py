@@ -5,10 +5,11 @@ import subprocess
 import sys
 
 from launcher.import_path import import_variables, module_command
-from sharding.errors import EXIT_BAD_INPUT, UserError
+from sharding.ranks.errors import EXIT_BAD_INPUT, UserError
+from trainer.attempt import check_continuation
 from trainer.config import RunConfig
-from trainer.run_folder import RunFolder
-from trainer.validation import World
+from trainer.config.rules import World
+from trainer.run_folder.folder import RunFolder
 
 _ERROR = "error: "
 
@@ -24,9 +25,9 @@ def preview(config: RunConfig, world: World) -> str:
         UserError: something that the user can mend is wrong.
     """
     # First, for it takes no time.
-    RunFolder.of(config).check(config)
+    check_continuation(RunFolder.of(config), config)
     command = module_command(
-        "trainer.preview", f"--num-ranks={world.num_ranks}", *(["--gpus"] if world.has_gpu else [])
+        "trainer.plan.preview", f"--num-ranks={world.num_ranks}", *(["--gpus"] if world.has_gpu else [])
     )
     finished = subprocess.run(
         command,

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sharding.errors import EXIT_FINISHED, EXIT_STOPPED
-from trainer.failure_report import ProcessEnd
+from sharding.ranks.errors import EXIT_FINISHED, EXIT_STOPPED
+from trainer.faults.failure.report import ProcessEnd
 
 # Ways to end that no code of a rank can report. SIGABRT is left out: NCCL's watchdog raises it on ranks that another
 # rank's failure keeps waiting.

@@ -5,12 +5,12 @@ import time
 
 from launcher.conclusion import saved_step
 from launcher.stop_signals import StopSignals
-from sharding.errors import EXIT_FAILED, EXIT_STOPPED
-from trainer.events import record_event
-from trainer.failure import Failure, read_failure
-from trainer.restart_policy import backoff_s, is_for_good, num_restarts_that_count, repeated_failure
-from trainer.run_folder import RunFolder
-from trainer.sections import FaultsConfig
+from sharding.ranks.errors import EXIT_FAILED, EXIT_STOPPED
+from trainer.config.faults import FaultsConfig
+from trainer.faults.failure.record import Failure, read_failure
+from trainer.faults.failure.restart_policy import backoff_s, is_for_good, num_restarts_that_count, repeated_failure
+from trainer.run_folder.events import record_event
+from trainer.run_folder.folder import RunFolder
 
 _LOOK_EVERY_S = 0.1
 

@@ -15,14 +15,15 @@ from launcher.plan import Plan, make_plan
 from launcher.preview import preview
 from launcher.restarts import Restarts
 from launcher.stop_signals import StopSignals
-from sharding.errors import EXIT_FINISHED, EXIT_STOPPED, RunFailure, UserError
+from sharding.ranks.errors import EXIT_FINISHED, EXIT_STOPPED, RunFailure, UserError
+from trainer.attempt import begin_attempt, check_continuation, is_complete
 from trainer.checkpoint.reference import check_source
+from trainer.checkpoint.trained_corpus import trained_fingerprint
 from trainer.config import RunConfig, config_to_yaml
 from trainer.data.prepared import Prepared, find_prepared
-from trainer.lease import Lease
 from trainer.report.end_of_run import write_run_report
-from trainer.run_folder import RunFolder
-from trainer.trained_corpus import trained_fingerprint
+from trainer.run_folder.folder import RunFolder
+from trainer.run_folder.lease import Lease
 
 
 @lasting_output()
@@ -40,9 +41,9 @@ def run(config_path: str, overrides: Sequence[str], nproc_per_node: int | None, 
         print(plan.describe(preview(plan.config, plan.world)))
         return EXIT_FINISHED
     config, run_folder = plan.config, RunFolder.of(plan.config)
-    run_folder.check(config)
+    check_continuation(run_folder, config)
     check_source(config, run_folder)
-    if run_folder.is_complete(config):
+    if is_complete(run_folder, config):
         print(
             f"run {config.name} is complete at step {config.num_steps}; nothing to do. Its last checkpoint is "
             f"{run_folder.checkpoint_path(config.num_steps)}; to train on, run it with {_longer_budget(config)}, say"
@@ -77,7 +78,7 @@ def _run_attempts(plan: Plan, run_folder: RunFolder, lease: Lease, port: int, si
     variables = {variable.name: variable.value for variable in plan.variables}
     restarts = Restarts(plan.config.faults, run_folder)
     while True:
-        attempt = run_folder.begin_attempt(plan.config, plan.world, sys.argv)
+        attempt = begin_attempt(run_folder, plan.config, plan.world, sys.argv)
         run_folder.check_attempt_config(plan.config, attempt)
         # Not the user's file, which may be another by now, or have been a pipe.
         command = plan.command(port, [str(run_folder.attempt_config_file(attempt))])
@@ -109,7 +110,7 @@ def _prepared_corpus(config: RunConfig, fingerprint: str | None) -> Prepared:
 
 
 def _prepare(config: RunConfig, config_file: str) -> Prepared:
-    command = module_command("trainer.data.prepare", config_file)
+    command = module_command("trainer.commands.prepare_data", config_file)
     with start_child(command, os.environ, shielded=False) as child:
         try:
             status = child.wait()

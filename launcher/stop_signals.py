@@ -5,7 +5,7 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
-from trainer.stopping import stop_signals
+from trainer.runtime.stopping import stop_signals
 
 # `timeout` and others send one signal to a process and once more to its group.
 _SAME_SIGNAL_S = 0.5

@@ -13,9 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 from sharding.blocks import find_blocks, sharding_units
 from sharding.ddp import DdpEngine
 from sharding.engine import ModelDefinition, OptimizerFactory
-from sharding.errors import UserError
 from sharding.loss_scaler import LossScaler
 from sharding.mesh import DataParallelMesh
+from sharding.ranks.errors import UserError
 from sharding.zero import ZeroEngine
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from sharding.config import Strategy
-from sharding.errors import UserError
+from sharding.ranks.errors import UserError
 
 
 def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:

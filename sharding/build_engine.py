@@ -7,15 +7,14 @@ import torch
 
 from sharding.accelerate_engine import AccelerateDdpEngine, AccelerateZero3Engine
 from sharding.activation_checkpointing import checkpoint_activations
-from sharding.block_gathers import BlockBuckets
 from sharding.blocks import find_blocks, modules_outside, refuse_scattered_layers, sharding_units
-from sharding.bucketed import BucketedEngine
+from sharding.bucketed.block_gathers import BlockBuckets
+from sharding.bucketed.engine import BucketedEngine
 from sharding.config import ActivationCheckpointingConfig, CompileConfig, ParallelConfig, PrecisionConfig
 from sharding.ddp import DdpEngine
-from sharding.deepspeed_engine import DeepSpeedEngine
-from sharding.deepspeed_library import BlockPartitioner
+from sharding.deepspeed_backend.engine import DeepSpeedEngine
+from sharding.deepspeed_backend.library import BlockPartitioner
 from sharding.engine import Engine, ModelDefinition, OptimizerFactory
-from sharding.errors import UserError
 from sharding.float8 import check_float8, convert_linear_layers
 from sharding.initialization import (
     Materializer,
@@ -30,6 +29,7 @@ from sharding.memory_formula import BUCKET_ELEMENTS
 from sharding.mesh import DataParallelMesh
 from sharding.pass_agreement import PassAgreement
 from sharding.precision import compute_dtype
+from sharding.ranks.errors import UserError
 from sharding.torch_engine import TorchEngine
 from sharding.zero import REDUCES_UNUSED_PARAMETERS, ZeroEngine, refuse_scalars, shard_modules
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from sharding.blocks import find_blocks
 from sharding.config import FLOAT8_MULTIPLE, Float8Recipe
-from sharding.errors import UserError
+from sharding.ranks.errors import UserError
 
 LEAST_CAPABILITY: dict[Float8Recipe, tuple[int, int]] = {"tensorwise": (8, 9), "rowwise": (9, 0)}
 """Compute capability of the first GPUs with such products, and with one scale for each row."""

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from sharding.errors import UserError
+from sharding.ranks.errors import UserError
 
 _FILLED_VERSION = "_shardline_filled_version"
 

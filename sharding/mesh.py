@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from sharding.config import ParallelConfig
-from sharding.process_group import Ranks
+from sharding.ranks.process_group import Ranks
 
 REPLICATE_AXIS = "replicate"
 SHARD_AXIS = "shard"

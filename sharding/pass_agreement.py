@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import nn
 
 from sharding.engine import Batch, LossFunction
-from sharding.errors import UserError
 from sharding.graph_leaves import leaves_of
+from sharding.ranks.errors import UserError
 
 _NUM_PASSES = 8
 """Forward passes that are compared; a model that draws or decides what it runs does so from the first on."""

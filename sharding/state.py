@@ -136,3 +136,8 @@ def _elements(part: TensorSlice) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     for begin in range(0, bits.numel(), _HASH_CHUNK):
         chunk = bits[begin : begin + _HASH_CHUNK].to(torch.int64)
         yield chunk, torch.arange(start + begin, start + begin + chunk.numel(), device=chunk.device)
+
+
+MODEL_PREFIX = "model/"
+
+AVERAGE_PREFIX = "ema/"

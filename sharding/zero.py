@@ -16,10 +16,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from sharding.config import Strategy
 from sharding.engine import Batch, ModelDefinition, OptimizerFactory
-from sharding.errors import UserError
 from sharding.gradient_leaves import gradient_leaves
 from sharding.loss_scaler import LossScaler
 from sharding.mesh import SHARD_AXIS, DataParallelMesh
+from sharding.ranks.errors import UserError
 from sharding.reached import ReachedParameters
 from sharding.replicas import Replicas
 from sharding.torch_engine import TorchEngine, sum_over

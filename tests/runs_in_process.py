@@ -9,21 +9,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sharding.process_group import Ranks
+from sharding.ranks.process_group import Ranks
 from sharding.state import TensorSlice
 from tests.support import read_metrics, tiny_values
+from trainer.attempt import begin_attempt
 from trainer.build import build_trainer
-from trainer.checkpoint.manifest import TrainingState
 from trainer.checkpoint.reader import CheckpointReader
+from trainer.checkpoint.training_state import TrainingState
 from trainer.config import RunConfig, parse_config
-from trainer.console import Console
+from trainer.config.rules import World
 from trainer.data.prepare import prepare_corpus
-from trainer.injection import Fault, inject_faults
+from trainer.faults.injection.inject import Fault, inject_faults
 from trainer.loop import Ending
-from trainer.observers import Observers
-from trainer.phases import Phases
-from trainer.run_folder import RunFolder
-from trainer.validation import World
+from trainer.run_folder.folder import RunFolder
+from trainer.runtime.phases import Phases
+from trainer.trackers.console import Console
+from trainer.trackers.observers import Observers
 
 # What training computes; times, rates and bytes are left out.
 _COMPUTED = ("step", "train/", "eval/")
@@ -71,7 +72,7 @@ class RunsInProcess:
         folder = RunFolder(config.run_dir)
         observers = Observers(folder.metrics_file)
         if self.ranks.rank == 0:
-            folder.begin_attempt(config, World(self.ranks.world_size, has_gpu=False), [])
+            begin_attempt(folder, config, World(self.ranks.world_size, has_gpu=False), [])
             console = Console(config.num_steps, (self.root / f"{config.name}.log").open("a"))
             observers = Observers(folder.metrics_file, console, attempt=folder.newest_attempt())
         dist.barrier()

@@ -72,7 +72,8 @@ def write_corpus(folder: Path, num_documents: int = 24) -> Path:
 
 def write_empty_checkpoint(folder: Path, step: int = 0, eval_loss: float | None = None) -> Path:
     """A checkpoint without tensors, for tests that look only at what there is; returns its folder."""
-    from trainer.checkpoint.manifest import FORMAT_VERSION, Manifest, TrainingState, fingerprint, write_manifest
+    from trainer.checkpoint.manifest import FORMAT_VERSION, Manifest, fingerprint, write_manifest
+    from trainer.checkpoint.training_state import TrainingState
 
     counters = dict.fromkeys(("num_samples", "num_tokens", "num_skipped_steps", "num_skipped_in_a_row"), 0)
     manifest = Manifest(
@@ -215,7 +216,7 @@ def free_port() -> int:
 
 def run_on_ranks(function: Callable[..., None], num_ranks: int, *arguments: Any, timeout_s: float = 120) -> None:
     """Call a module-level function on several ranks: ``function(ranks, *arguments)`` within a process group."""
-    from sharding.forked_ranks import rank_context
+    from sharding.ranks.forked_ranks import rank_context
 
     context = rank_context()
     errors = context.SimpleQueue()
@@ -254,7 +255,7 @@ def _rank_main(
 
     import torch
 
-    from sharding.process_group import process_group
+    from sharding.ranks.process_group import process_group
 
     os.environ.clear()
     os.environ.update(environment)

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,54 @@ ALLOWED = {
     "benchmarks": {"benchmarks", "trainer", "sharding"},
 }
 OURS = {*ALLOWED, "tests"}
+# The rooms of a package, each with those that it may import: only ones above it here. "." is the package's own folder.
+ROOMS: dict[str, dict[str, set[str]]] = {
+    "trainer": {
+        "config": set(),
+        "runtime": {"config"},
+        "files": {"runtime"},
+        "run_folder": {"config", "runtime", "files"},
+        "data": {"config", "files"},
+        "tasks": {"runtime", "data"},
+        "optimizers": {"config"},
+        "model": {"config", "tasks", "optimizers"},
+        "checkpoint": {"config", "files", "run_folder", "data", "optimizers"},
+        "metrics": {"files", "runtime", "run_folder", "model"},
+        "faults.hang": {"files", "runtime"},
+        "faults.failure": {"config", "files", "runtime", "run_folder", "metrics", "faults.hang"},
+        "faults.injection": {"runtime", "run_folder", "data", "tasks"},
+        "trackers": {"config", "files", "run_folder", "metrics", "faults.hang"},
+        "numerics": {"config", "data", "checkpoint", "trackers"},
+        "report": {"config", "files", "run_folder", "data", "checkpoint", "metrics", "faults.failure"},
+        "doctor": {"config", "runtime"},
+        "parity": {"config", "runtime", "data", "tasks", "optimizers", "model"},
+        "deploy": {"config", "files", "data", "tasks", "model", "checkpoint"},
+        ".": {
+            *("config", "runtime", "files", "run_folder", "data", "tasks", "optimizers", "model", "checkpoint"),
+            *("metrics", "faults.hang", "faults.failure", "faults.injection", "trackers", "numerics", "report"),
+            "doctor",
+        },
+        "plan": {"config", "run_folder", "data", "tasks", "model", "checkpoint", "."},
+        "commands": {"config", "files", "run_folder", "data", "checkpoint", "trackers", "parity", "deploy"},
+    },
+    "benchmarks": {
+        "presentation": set(),
+        ".": {"presentation"},
+        "measure": {"presentation"},
+        "contestants": {"presentation", "measure"},
+        "checkpoint": {"presentation", "measure"},
+        "collectives": {"presentation", "measure"},
+        "data": {"presentation", "measure"},
+        "device": {"measure"},
+        "memory": {"presentation", "measure"},
+        "startup": {"presentation", "measure"},
+        "overhead": {"presentation", "measure", "contestants"},
+        "scaling": {"presentation", "measure", "contestants"},
+        "throughput": {"presentation", "measure", "contestants"},
+        "tune": {"presentation", "measure", "throughput"},
+    },
+}
+SPINE = {"__init__", "__main__", "rank", "build", "loop", "parts", "accumulation", "attempt"}
 HEAVY = {"torch", "transformers", "datasets", "wandb", "deepspeed", "accelerate", "tokenizers", "safetensors"}
 # Accelerate is not among them, since transformers loads it wherever it is installed; nor is plotly, for the report.
 UNUSED_BY_A_RANK = {
@@ -59,6 +108,57 @@ def test_imports_go_one_way(package: str) -> None:
     assert wrong == {}
 
 
+def _module(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _imported_modules(path: Path, package: str) -> set[str]:
+    """Modules of a package that one of its files imports anywhere."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == package:
+            for alias in node.names:
+                below = f"{node.module}.{alias.name}"
+                found.add(below if (ROOT / below.replace(".", "/")).with_suffix(".py").exists() else str(node.module))
+    return found - {_module(path)}
+
+
+def _room(module: str) -> str:
+    folder = ROOT / module.replace(".", "/")
+    inside = module.split(".")[1:] if folder.is_dir() else module.split(".")[1:-1]
+    return ".".join(inside) or "."
+
+
+@pytest.mark.parametrize("package", ROOMS)
+def test_rooms_import_what_they_may(package: str) -> None:
+    found: dict[str, set[str]] = {room: set() for room in ROOMS[package]}
+    for path in _sources(package):
+        # The face of a room may show what lies in it.
+        if path.name != "__init__.py" or path.parent == ROOT / package:
+            room = _room(_module(path))
+            found[room] |= {other for name in _imported_modules(path, package) if (other := _room(name)) != room}
+    # What a room may import and does not is to be struck out.
+    assert found == ROOMS[package]
+
+
+@pytest.mark.parametrize("package", ROOMS)
+def test_no_room_imports_upwards(package: str) -> None:
+    rooms = list(ROOMS[package])
+    for place, (room, allowed) in enumerate(ROOMS[package].items()):
+        assert allowed <= set(rooms[:place]), room
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_imports_make_no_circle(package: str) -> None:
+    graph = {_module(path): _imported_modules(path, package) for path in _sources(package)}
+    TopologicalSorter(graph).prepare()
+
+
+def test_every_run_passes_through_what_lies_in_the_root_of_the_trainer() -> None:
+    assert {path.stem for path in (ROOT / "trainer").glob("*.py")} == SPINE
+
+
 def test_imports_inside_functions_are_seen() -> None:
     source = "def f():\n    from trainer.loop import Trainer\n    import launcher.run as run"
     assert _imported(source) == {"trainer", "launcher"}
@@ -86,7 +186,7 @@ def test_the_launcher_loads_nothing_heavy() -> None:
 
 
 def test_configuration_loads_nothing_heavy() -> None:
-    assert _loaded_by("import trainer.config, trainer.config_docs, trainer.run_folder") & HEAVY == set()
+    assert _loaded_by("import trainer.config, trainer.config.reference, trainer.attempt") & HEAVY == set()
 
 
 @pytest.mark.timeout(240)

@@ -11,7 +11,7 @@ import typer
 from launcher.commands import app
 from tests.support import ROOT
 from trainer.config import RunConfig
-from trainer.config_docs import sections
+from trainer.config.reference import sections
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 KEYS = {key: {field.alias or name for name, field in model.model_fields.items()} for key, model in sections(RunConfig)}

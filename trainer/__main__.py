@@ -3,7 +3,7 @@
 import os
 import sys
 
-from sharding.process_lifetime import die_with_parent, is_started_by_launcher, stop_with_deepspeed
+from sharding.ranks.process_lifetime import die_with_parent, is_started_by_launcher, stop_with_deepspeed
 
 if __name__ == "__main__":
     # Before torch is imported, which takes seconds in which a launcher can be killed.
@@ -12,7 +12,7 @@ if __name__ == "__main__":
         stop_with_deepspeed()
     num_restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     if num_restarts and "SHARDLINE_ATTEMPT" not in os.environ:
-        from trainer.agent_restarts import await_restart
+        from trainer.faults.failure.agent_restarts import await_restart
 
         status = await_restart(sys.argv[1:], num_restarts)
         if status is not None:

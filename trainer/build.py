@@ -4,44 +4,44 @@ import os
 from collections.abc import Callable, Sequence
 
 from sharding.engine import Engine
-from sharding.errors import UserError
 from sharding.mesh import DataParallelMesh, build_mesh
 from sharding.precision import compute_dtype
-from sharding.process_group import Ranks, set_step_timeout
-from trainer.bad_numbers import BadNumbers
-from trainer.causality import check_causality
+from sharding.ranks.errors import UserError
+from sharding.ranks.process_group import Ranks, set_step_timeout
 from trainer.checkpoint.checkpointer import Checkpointer
-from trainer.checkpoint.manifest import TrainingState
 from trainer.checkpoint.source import on_rank_0
+from trainer.checkpoint.token_ids import check_named_tokenizer, check_tokenizer_of_checkpoint
 from trainer.checkpoint.tokenizer_archive import pack_tokenizer
+from trainer.checkpoint.training_state import TrainingState
 from trainer.config import RunConfig
-from trainer.data.document_mask import check_architecture, check_engine
 from trainer.data.documents import documents_in
 from trainer.data.loader import BatchLoader, evaluation_batches
 from trainer.data.prepared import Prepared, PreparedStream, describe_mixture
 from trainer.data.shards import Sequences
 from trainer.data.skipped_samples import SkippedSamples
 from trainer.data.streaming import StreamingLoader, state_of_rank
-from trainer.events import record_event
-from trainer.fetch import fetch_pretrained
-from trainer.hardware import compute_format, peak_flops
-from trainer.injection import Fault
+from trainer.faults.injection.inject import Fault
+from trainer.faults.injection.spoiled_samples import SpoiledTask
 from trainer.loop import Trainer
-from trainer.model_engine import build_model_engine, describe_model, parameter_hash
-from trainer.models import Vocabulary
-from trainer.observers import Observers
-from trainer.phases import Phase, Phases
-from trainer.profiling import StepProfiler
-from trainer.replica_check import ReplicaCheck
-from trainer.run_folder import RunFolder
-from trainer.spoiled_samples import SpoiledTask
-from trainer.stragglers import BusyMeter
-from trainer.system_metrics import SystemMeter
+from trainer.metrics.peak_flops import compute_format, peak_flops
+from trainer.metrics.profiling import StepProfiler
+from trainer.metrics.stragglers import BusyMeter
+from trainer.metrics.system_metrics import SystemMeter
+from trainer.model.causality import check_causality
+from trainer.model.document_mask import check_architecture, check_engine
+from trainer.model.engine import build_model_engine, describe_model, parameter_hash
+from trainer.model.fetch import fetch_pretrained
+from trainer.model.models import Vocabulary
+from trainer.numerics.replica_check import ReplicaCheck
+from trainer.numerics.spike_policy import BadNumbers
+from trainer.optimizers.weight_average import WeightAverage
+from trainer.parts import TrainerParts
+from trainer.run_folder.events import record_event
+from trainer.run_folder.folder import RunFolder
+from trainer.runtime.phases import Phase, Phases
 from trainer.tasks.causal_lm import predicts_next_tokens
 from trainer.tasks.registry import build_task
-from trainer.token_ids import check_named_tokenizer, check_tokenizer_of_checkpoint
-from trainer.trainer_parts import TrainerParts
-from trainer.weight_average import WeightAverage
+from trainer.trackers.observers import Observers
 
 
 def build_trainer(
@@ -97,7 +97,7 @@ def build_trainer(
     if config.model.pretrained is not None and config.checkpoint.from_ is None:
         on_rank_0(lambda: _check_beginning(config, run_folder, corpus), ranks)
     busy = BusyMeter(phases, config.parallel.strategy)
-    engine, facts = build_model_engine(fetched, task, mesh, ranks, vocabulary, busy)
+    engine, facts = build_model_engine(fetched, task, mesh, ranks, vocabulary, busy.timed)
     observers.message(describe_model(config, facts, ranks))
     if predicts_next_tokens(task):
         check_causality(engine, config, vocabulary, ranks)

@@ -8,31 +8,24 @@ from enum import Enum
 from typing import Any
 
 from sharding.engine import Batch
-from sharding.errors import NonFiniteFailure, RunFailure, UserError
+from sharding.ranks.errors import NonFiniteFailure, RunFailure, UserError
+from sharding.ranks.object_exchange import sum_over_ranks
 from trainer.accumulation import agree_on_step
-from trainer.bad_numbers import TakenStep
-from trainer.checkpoint.manifest import TrainingState
+from trainer.checkpoint.training_state import TrainingState
 from trainer.config import RunConfig
 from trainer.data.loader import BatchLoader
 from trainer.data.skipped_samples import SampleRange, SkippedSamples
 from trainer.data.streaming import StreamingLoader, gather_states
-from trainer.evaluation import Evaluation
-from trainer.metrics import (
-    Metrics,
-    MetricsFile,
-    SkippedSteps,
-    StepRecord,
-    ThroughputClock,
-    finite_or_none,
-    mfu_metrics,
-    sum_over_ranks,
-    summarize_step,
-)
-from trainer.noise_scale import NoiseScale, train_and_measure
-from trainer.phases import Phase
-from trainer.randomness import seed_step
-from trainer.schedules import learning_rate, sentence_after_curve
-from trainer.trainer_parts import TrainerParts
+from trainer.metrics.clock import ThroughputClock
+from trainer.metrics.file import Metrics, MetricsFile, finite_or_none
+from trainer.metrics.noise_scale import NoiseScale, train_and_measure
+from trainer.metrics.step import SkippedSteps, StepRecord, mfu_metrics, summarize_step
+from trainer.numerics.spike_policy import TakenStep
+from trainer.optimizers.schedules import learning_rate, sentence_after_curve
+from trainer.parts import TrainerParts
+from trainer.runtime.phases import Phase
+from trainer.runtime.randomness import seed_step
+from trainer.tasks.evaluation import Evaluation
 
 _GC_EVERY_STEPS = 100
 # Between log lines, skipped steps are counted on the device and looked at so often, each time as they were at the last

@@ -12,45 +12,47 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from sharding.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, RunFailure, UserError
-from sharding.object_exchange import broadcast_object, gather_objects
-from sharding.process_group import Ranks, process_group
-from sharding.rank_place import note_on_place, place_variables, read_ranks
+from sharding.ranks.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, RunFailure, UserError
+from sharding.ranks.object_exchange import broadcast_object, gather_objects
+from sharding.ranks.process_group import Ranks, process_group
+from sharding.ranks.rank_place import note_on_place, place_variables, read_ranks
+from trainer.attempt import begin_attempt
 from trainer.build import build_trainer
+from trainer.checkpoint.trained_corpus import trained_fingerprint
 from trainer.config import RunConfig, load_config
-from trainer.console import Console
+from trainer.config.frozen_config import all_differences
+from trainer.config.rules import World, validate
 from trainer.data.prepare import prepare_corpus
 from trainer.data.prepared import is_of_present_source
-from trainer.deadlines import Deadlines
 from trainer.doctor.examination import check_before_training
-from trainer.events import record_event
-from trainer.failure_report import Sources, write_failure
-from trainer.flight_recorder import dump_flight_recorder
-from trainer.foreign_settings import refuse_foreign_settings
-from trainer.frozen_config import all_differences
-from trainer.goodput_ledger import GoodputLedger, process_age_s
-from trainer.hang import Hang
-from trainer.heartbeat import read_heartbeats
-from trainer.host_memory import keep_freed_memory
-from trainer.injection import faults_of, inject_faults, read_faults
-from trainer.last_work import LastWork
-from trainer.lease import Lease
+from trainer.faults.failure.rank_error import describe_error, write_rank_error
+from trainer.faults.failure.report import Sources, write_failure
+from trainer.faults.hang.deadlines import Deadlines
+from trainer.faults.hang.flight_recorder import dump_flight_recorder
+from trainer.faults.hang.heartbeat import read_heartbeats
+from trainer.faults.hang.rank_process import kill
+from trainer.faults.hang.verdict import Hang
+from trainer.faults.hang.watchdog import Watchdog
+from trainer.faults.injection.inject import faults_of, inject_faults, read_faults
 from trainer.loop import Ending, Trainer
-from trainer.observers import Observers
-from trainer.phases import Phase, Phases
-from trainer.randomness import use_deterministic_kernels
-from trainer.rank_error import describe_error, write_rank_error
-from trainer.rank_logs import redirect_output
-from trainer.rank_process import kill
+from trainer.metrics.goodput_ledger import GoodputLedger
+from trainer.metrics.stragglers import StragglerWatch
 from trainer.report.end_of_run import write_run_goodput, write_run_report
-from trainer.run_folder import RunFolder
-from trainer.stopping import StopRequest
-from trainer.stragglers import StragglerWatch
-from trainer.threads import threads_per_rank
+from trainer.run_folder.events import record_event
+from trainer.run_folder.folder import RunFolder
+from trainer.run_folder.lease import Lease
+from trainer.runtime.foreign_settings import refuse_foreign_settings
+from trainer.runtime.host_memory import keep_freed_memory
+from trainer.runtime.last_work import LastWork
+from trainer.runtime.phases import Phase, Phases
+from trainer.runtime.processes import end_process, process_age_s
+from trainer.runtime.randomness import use_deterministic_kernels
+from trainer.runtime.rank_logs import redirect_output
+from trainer.runtime.stopping import StopRequest
+from trainer.runtime.threads import threads_per_rank
 from trainer.trackers.composite import build_trackers
-from trainer.trained_corpus import trained_fingerprint
-from trainer.validation import World, validate
-from trainer.watchdog import Watchdog
+from trainer.trackers.console import Console
+from trainer.trackers.observers import Observers
 
 _log = logging.getLogger("shardline")
 
@@ -118,21 +120,6 @@ def main(arguments: Sequence[str]) -> NoReturn:
 def _is_restarted_by_agent() -> bool:
     """Whether torchrun was told to start ranks again that end with another status than 0: a stop must not count."""
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
-
-
-def end_process(exit_code: int) -> NoReturn:
-    """Leave without the interpreter's own shutdown, once everything is written.
-
-    After a failure the other ranks may be inside a collective, and shutting down could join them in waiting. After
-    success, a background thread that was still winding down has been seen to abort the process, which a launcher would
-    take for a failed run.
-    """
-    logging.shutdown()
-    for stream in (sys.stdout, sys.stderr):
-        # Whoever read our output may be gone.
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(exit_code)
 
 
 def _run(arguments: Sequence[str], progress: _Progress) -> int:
@@ -252,7 +239,7 @@ def _begin_attempt(config: RunConfig, world: World, run_folder: RunFolder, progr
         return 0
     progress.lease = Lease.acquire(run_folder.path)
     run_folder.lease_token = progress.lease.token
-    return run_folder.begin_attempt(config, world, sys.argv)
+    return begin_attempt(run_folder, config, world, sys.argv)
 
 
 def _refuse_other_config(config: RunConfig, corpus_fingerprint: str, ranks: Ranks) -> None:

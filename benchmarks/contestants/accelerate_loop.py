@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from benchmarks.contestants.contest import Contest, Contestant, StepLog, as_read, count_targets, summed_loss
-from benchmarks.turns import StepEdge
+from benchmarks.measure.turns import StepEdge
 
 
 class AccelerateLoop(Contestant):

@@ -15,15 +15,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
-from benchmarks.turns import StepEdge
-from sharding.process_group import Ranks
+from benchmarks.measure.turns import StepEdge
+from sharding.ranks.process_group import Ranks
 from trainer.config import RunConfig
-from trainer.data.loader import IGNORED_LABEL, Batch, read_sequences
+from trainer.config.rules import accumulation_steps
+from trainer.data.batch import IGNORED_LABEL, Batch
+from trainer.data.loader import read_sequences
 from trainer.data.prepare import PreparedCorpus
 from trainer.data.shards import TokenStream
-from trainer.models import Vocabulary, build_model_config
-from trainer.schedules import learning_rate
-from trainer.validation import accumulation_steps
+from trainer.model.models import Vocabulary, build_model_config
+from trainer.optimizers.schedules import learning_rate
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 
 from benchmarks.contestants.contest import Contest, Contestant, StepLog, count_targets, summed_loss
-from benchmarks.turns import StepEdge
+from benchmarks.measure.turns import StepEdge
 from sharding.config import Strategy
-from sharding.deepspeed_engine import import_deepspeed
+from sharding.deepspeed_backend.engine import import_deepspeed
 
 _STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
 _CPU_BUCKET = 1 << 20

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from benchmarks.contestants.contest import Contest, Contestant, StepLog, count_targets, ddp_options, summed_loss
-from benchmarks.turns import StepEdge
+from benchmarks.measure.turns import StepEdge
 
 
 class FabricLoop(Contestant):

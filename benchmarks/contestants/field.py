@@ -11,7 +11,7 @@ from benchmarks.contestants.plain_sharded_loop import PlainShardedLoop
 from benchmarks.contestants.shardline_trainer import ShardlineTrainer
 from benchmarks.contestants.transformers_trainer import TransformersTrainer
 from sharding.config import Strategy
-from trainer.validation import BUCKETED_STRATEGIES
+from trainer.config.rules import BUCKETED_STRATEGIES
 
 CONTROL = "plain again"
 """A second plain loop: how far its ratio is from 1 is how far any ratio may be from the truth."""

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.contestants.contest import Contest, Contestant, StepLog, count_targets, ddp_options, summed_loss
-from benchmarks.turns import StepEdge
+from benchmarks.measure.turns import StepEdge
 
 
 class PlainLoop(Contestant):

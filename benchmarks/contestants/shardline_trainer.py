@@ -6,15 +6,15 @@ from typing import Any
 from torch.profiler import record_function
 
 from benchmarks.contestants.contest import Contest, Contestant, StepLog
-from benchmarks.step_profile import INPUT_SPAN
-from benchmarks.turns import StepEdge
+from benchmarks.measure.step_profile import INPUT_SPAN
+from benchmarks.measure.turns import StepEdge
 from sharding.config import ShardingEngine
 from trainer.build import build_trainer
-from trainer.console import Console
-from trainer.observers import Observers
-from trainer.phases import Moment, Phase, Phases
-from trainer.run_folder import RunFolder
-from trainer.stopping import StopRequest
+from trainer.run_folder.folder import RunFolder
+from trainer.runtime.phases import Moment, Phase, Phases
+from trainer.runtime.stopping import StopRequest
+from trainer.trackers.console import Console
+from trainer.trackers.observers import Observers
 
 
 class ShardlineTrainer(Contestant):

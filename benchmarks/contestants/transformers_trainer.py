@@ -5,7 +5,7 @@ from typing import Any
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from benchmarks.contestants.contest import Contest, Contestant, StepLog, as_read
-from benchmarks.turns import StepEdge
+from benchmarks.measure.turns import StepEdge
 
 
 class TransformersTrainer(Contestant):

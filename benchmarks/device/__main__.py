@@ -19,11 +19,11 @@ from benchmarks.device.job import RIGHT, Job
 from benchmarks.device.plan import FULL_DEADLINE_S, full_plan, small_plan
 from benchmarks.device.run import DeviceRun
 from benchmarks.device.table import end_line, markdown
-from benchmarks.facts import collect_facts
-from benchmarks.ranks import INTERRUPTED
-from sharding.errors import EXIT_FAILED, EXIT_FINISHED, UserError, ends_with_a_sentence
-from trainer.atomic_files import write_atomically
-from trainer.goodput_ledger import process_age_s
+from benchmarks.measure.facts import collect_facts
+from benchmarks.measure.ranks import INTERRUPTED
+from sharding.ranks.errors import EXIT_FAILED, EXIT_FINISHED, UserError, ends_with_a_sentence
+from trainer.files.atomic_files import write_atomically
+from trainer.runtime.processes import process_age_s
 
 _PACKAGES = ("torch", "transformers", "torchao", "numpy")
 

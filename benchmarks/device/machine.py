@@ -8,7 +8,7 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from benchmarks.device.job import Emit, Job
-from trainer.provenance import package_version
+from trainer.run_folder.provenance import package_version
 
 _PACKAGES = (
     *("torch", "triton", "transformers", "numpy", "pydantic", "safetensors", "tokenizers", "torchao", "accelerate"),

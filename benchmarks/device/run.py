@@ -31,10 +31,10 @@ from benchmarks.device.job import (
     status_of,
 )
 from benchmarks.device.plan import FULL_DEADLINE_S, Part, Stage
-from sharding.errors import EXIT_FAILED, EXIT_FINISHED
-from sharding.forked_ranks import rank_context
-from sharding.process_lifetime import die_with_parent
-from trainer.atomic_files import write_atomically
+from sharding.ranks.errors import EXIT_FAILED, EXIT_FINISHED
+from sharding.ranks.forked_ranks import rank_context
+from sharding.ranks.process_lifetime import die_with_parent
+from trainer.files.atomic_files import write_atomically
 
 _LONGEST_LIST = 300
 _LONGEST_LOG = 200_000

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarks.sizes import SIZES, Size
+from benchmarks.measure.sizes import SIZES, Size
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,13 @@ import torch.nn.attention
 from benchmarks.device.job import DID_NOT_FIT, MISSING, PASSED, Emit, Job, Missing, reason_of, status_of
 from benchmarks.device.readings import gpu_readings
 from benchmarks.device.rungs import BEGINNING, RUNGS, DeviceRung, measured_size
-from benchmarks.measured_run import MeasuredRun, Windows
-from benchmarks.protocol import quartiles
-from benchmarks.step_profile import StepProfile
+from benchmarks.measure.measured_run import MeasuredRun, Windows
+from benchmarks.measure.protocol import quartiles
+from benchmarks.measure.step_profile import StepProfile
 from sharding.precision import compute_dtype
-from sharding.process_group import Ranks, process_group
+from sharding.ranks.process_group import Ranks, process_group
 from trainer.config import RunConfig, load_config
-from trainer.hardware import compute_format
+from trainer.metrics.peak_flops import compute_format
 
 _INIT_TIMEOUT_S = 120.0
 _NUM_KERNELS = 40

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from benchmarks.device.job import MISSING, PASSED, Emit, Job, reason_of, status_of
-from benchmarks.measured_run import MeasuredRun, Windows
-from benchmarks.sizes import SIZES
+from benchmarks.measure.measured_run import MeasuredRun, Windows
+from benchmarks.measure.sizes import SIZES
 from sharding.build_engine import build_engine
 from sharding.config import (
     ActivationCheckpointingConfig,
@@ -26,17 +26,17 @@ from sharding.config import (
     Strategy,
 )
 from sharding.engine import Batch, Engine, ModelDefinition
-from sharding.errors import EXIT_FINISHED
 from sharding.mesh import build_mesh
-from sharding.process_group import Ranks, process_group
+from sharding.ranks.errors import EXIT_FINISHED
+from sharding.ranks.process_group import Ranks, process_group
 from sharding.torch_engine import TorchEngine
 from trainer.config import RunConfig, load_config
+from trainer.config.optimizer import OptimizerConfig
 from trainer.data.prepare import prepare_corpus
-from trainer.model_engine import build_model_engine
-from trainer.models import Vocabulary
+from trainer.model.engine import build_model_engine
+from trainer.model.models import Vocabulary
 from trainer.optimizers.build import optimizer_factory
-from trainer.optimizers.config import OptimizerConfig
-from trainer.parity import parity_cases, run_parity
+from trainer.parity.comparison import parity_cases, run_parity
 from trainer.rank import main as run_rank
 from trainer.tasks.registry import build_task
 

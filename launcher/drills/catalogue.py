@@ -9,7 +9,7 @@ from rich.console import Console
 from launcher.drills import damage, interruptions, numbers
 from launcher.drills.outcome import Outcome
 from launcher.drills.stage import Stage
-from sharding.errors import EXIT_FAILED, EXIT_FINISHED, UserError
+from sharding.ranks.errors import EXIT_FAILED, EXIT_FINISHED, UserError
 
 DRILLS: dict[str, Callable[[Stage], Outcome]] = {
     "kill": interruptions.kill,

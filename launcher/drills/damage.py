@@ -12,8 +12,8 @@ from pathlib import Path
 
 from launcher.drills.outcome import Outcome
 from launcher.drills.stage import SAVE_EVERY, STEPS, Stage
-from sharding.errors import EXIT_BAD_INPUT, EXIT_FINISHED, UserError
-from trainer.data.prepared import corpus_folder
+from sharding.ranks.errors import EXIT_BAD_INPUT, EXIT_FINISHED, UserError
+from trainer.data.identity import corpus_folder
 
 _DISK_BYTES = 256 * 2**20
 

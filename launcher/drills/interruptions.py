@@ -7,8 +7,8 @@ import time
 from launcher.drills.observed_run import ObservedRun
 from launcher.drills.outcome import Outcome
 from launcher.drills.stage import STRIKE_AT, Stage
-from sharding.errors import EXIT_FINISHED, EXIT_STOPPED
-from trainer.stragglers import NUM_INTERVALS
+from sharding.ranks.errors import EXIT_FINISHED, EXIT_STOPPED
+from trainer.metrics.stragglers import NUM_INTERVALS
 
 # Of each step.
 _SLOWER_S = 1.5

@@ -3,7 +3,7 @@
 from launcher.drills.observed_run import ObservedRun
 from launcher.drills.outcome import Outcome
 from launcher.drills.stage import STRIKE_AT, Stage
-from sharding.errors import EXIT_FINISHED
+from sharding.ranks.errors import EXIT_FINISHED
 
 # A short run has few steps to compare with, and an injected spike is four orders of magnitude.
 _DETECTOR = ("faults.spike_warmup_steps=4", "faults.spike_threshold=50")

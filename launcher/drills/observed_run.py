@@ -13,9 +13,9 @@ from typing import Any
 
 from launcher.child import start_child
 from launcher.import_path import module_command
-from sharding.errors import EXIT_FINISHED
-from trainer.events import read_events
-from trainer.run_folder import RunFolder
+from sharding.ranks.errors import EXIT_FINISHED
+from trainer.run_folder.events import read_events
+from trainer.run_folder.folder import RunFolder
 
 _LOOK_EVERY_S = 0.1
 _GIVE_UP_AFTER_S = 600.0

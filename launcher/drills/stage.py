@@ -11,11 +11,11 @@ from typing import Any
 from launcher.drills.observed_run import ObservedRun
 from launcher.drills.outcome import Outcome
 from launcher.plan import make_plan
-from sharding.errors import EXIT_FINISHED, RunFailure, UserError
-from trainer.atomic_files import write_atomically
+from sharding.ranks.errors import EXIT_FINISHED, RunFailure, UserError
 from trainer.config import RunConfig
-from trainer.injection import INJECT_VARIABLE
-from trainer.run_folder import RunFolder
+from trainer.faults.injection.inject import INJECT_VARIABLE
+from trainer.files.atomic_files import write_atomically
+from trainer.run_folder.folder import RunFolder
 
 STEPS = 12
 SAVE_EVERY = 4

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sharding.errors import UserError
-from sharding.slurm_step import expand_counts
+from sharding.ranks.errors import UserError
+from sharding.ranks.slurm_step import expand_counts
 from trainer.config import RunConfig
 
 RANKS_VARIABLE = "SHARDLINE_RANKS_PER_NODE"

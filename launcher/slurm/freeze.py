@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launcher.slurm.own_modules import copy_modules
-from sharding.errors import UserError
+from sharding.ranks.errors import UserError
 from trainer.config import RunConfig, config_to_yaml
-from trainer.provenance import FROZEN_REVISION_NAME, code_revision
+from trainer.run_folder.provenance import FROZEN_REVISION_NAME, code_revision
 
 _ROOT = Path(__file__).resolve().parent.parent.parent
 _FOLDERS = ("benchmarks", "launcher", "sharding", "slurm", "trainer")

@@ -18,13 +18,14 @@ from launcher.import_path import import_variables, module_command
 from launcher.slurm.allocation import RANKS_VARIABLE, Allocation, ranks_of, read_allocation
 from launcher.slurm.port import meeting_port
 from launcher.topology import local_topology
-from sharding.errors import UserError, ends_with_a_sentence
-from trainer.atomic_files import write_atomically
+from sharding.ranks.errors import UserError, ends_with_a_sentence
+from trainer.attempt import check_continuation
+from trainer.checkpoint.trained_corpus import trained_fingerprint
 from trainer.config import RunConfig, config_to_yaml, load_config
+from trainer.config.rules import World, validate
 from trainer.data.prepared import find_prepared
-from trainer.run_folder import RunFolder
-from trainer.trained_corpus import trained_fingerprint
-from trainer.validation import World, validate
+from trainer.files.atomic_files import write_atomically
+from trainer.run_folder.folder import RunFolder
 
 _STARTERS = ("torchrun", "deepspeed", "srun")
 
@@ -51,7 +52,7 @@ def prepare_job(arguments: Sequence[str], starter: str, environment: Mapping[str
     world = World(allocation.num_nodes * ranks, has_gpu=topology.num_gpus > 0)
     validate(config, world)
     run_folder = RunFolder(config.run_dir)
-    run_folder.check(config)
+    check_continuation(run_folder, config)
     config_file = _freeze(config, run_folder, allocation.job_id)
     _check_vocabulary_and_corpus(config, config_file, trained_fingerprint(config, run_folder))
     _describe(config, allocation, ranks, world)
@@ -75,7 +76,7 @@ def prepare_job(arguments: Sequence[str], starter: str, environment: Mapping[str
 def _check_vocabulary_and_corpus(config: RunConfig, config_file: Path, fingerprint: str | None) -> None:
     if find_prepared(config.data, fingerprint) is None:
         # Standard output is the batch script's to read.
-        command = module_command("trainer.data.prepare", str(config_file))
+        command = module_command("trainer.commands.prepare_data", str(config_file))
         environment = {**os.environ, **import_variables(os.environ)}
         status = subprocess.run(command, stdout=sys.stderr, env=environment, check=False).returncode
         if status:

@@ -21,11 +21,11 @@ from launcher.environment import applied, launcher_variables, rank_variables
 from launcher.rank_exits import RankExits
 from launcher.slurm.allocation import RANKS_VARIABLE
 from launcher.topology import local_topology
-from sharding.errors import EXIT_BAD_INPUT, EXIT_FINISHED, EXIT_STOPPED, UserError
-from sharding.slurm_step import first_host
+from sharding.ranks.errors import EXIT_BAD_INPUT, EXIT_FINISHED, EXIT_STOPPED, UserError
+from sharding.ranks.slurm_step import first_host
 from trainer.config import load_config
-from trainer.run_folder import RunFolder
-from trainer.stopping import request_stop, stop_signals
+from trainer.run_folder.folder import RunFolder
+from trainer.runtime.stopping import stop_signals
 
 _COMMANDS = {"torchrun": torchrun_command, "deepspeed": deepspeed_command}
 _LOOK_EVERY_S = 0.2
@@ -121,7 +121,7 @@ def _ask_to_stop(run_folder: RunFolder, name: str) -> None:
         return
     # A full disk, or a folder that is not there yet: the next look may succeed.
     with contextlib.suppress(OSError):
-        request_stop(run_folder.stop_file, f"signal {name} to {socket.gethostname()}")
+        run_folder.request_stop(f"signal {name} to {socket.gethostname()}")
 
 
 def _read_step(environment: Mapping[str, str]) -> tuple[int, Place]:

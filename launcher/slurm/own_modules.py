@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
-from sharding.errors import UserError
+from sharding.ranks.errors import UserError
 
 _INSTALLED = {"site-packages", "dist-packages"}
 # Of a package's other files: tables that code reads, not checkpoints that lie about.

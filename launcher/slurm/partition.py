@@ -8,7 +8,7 @@ from pathlib import Path
 
 from launcher.slurm.queue import call
 from launcher.slurm.request import Request
-from sharding.errors import RunFailure, UserError
+from sharding.ranks.errors import RunFailure, UserError
 
 # Where nobody can be asked, and for ranks on CPUs of which nobody said how many CPUs they need.
 USUAL_CPUS_PER_RANK = 8

@@ -3,8 +3,8 @@
 import socket
 from collections.abc import Mapping
 
-from sharding.errors import RunFailure, UserError
-from sharding.slurm_step import job_port
+from sharding.ranks.errors import RunFailure, UserError
+from sharding.ranks.slurm_step import job_port
 from trainer.config import RunConfig
 
 # As far as the ports of one job lie from those of the next.

@@ -5,7 +5,7 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sharding.errors import RunFailure, UserError
+from sharding.ranks.errors import RunFailure, UserError
 
 # Until one of these, a job can still write to its run.
 _ENDED = frozenset(

@@ -4,8 +4,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from sharding.errors import UserError
-from trainer.validation import World
+from sharding.ranks.errors import UserError
+from trainer.config.rules import World
 
 _GPUS = re.compile(r"(?:(?P<kind>[^:,=\s]+):)?(?P<num>\d+)")
 # Options of sbatch that the scripts and the commands build on, and what to write in their place.

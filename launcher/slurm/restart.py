@@ -13,9 +13,9 @@ from launcher.restarts import Restarts
 from launcher.slurm.job import print_variables
 from launcher.slurm.port import meeting_port
 from launcher.stop_signals import StopSignals
-from sharding.errors import EXIT_FAILED, ends_with_a_sentence
+from sharding.ranks.errors import EXIT_FAILED, ends_with_a_sentence
 from trainer.config import load_config
-from trainer.run_folder import RunFolder
+from trainer.run_folder.folder import RunFolder
 
 
 @ends_with_a_sentence

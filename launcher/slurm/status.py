@@ -11,9 +11,8 @@ from typing import Any
 from launcher.slurm.queue import QueuedJob, call, queued_jobs
 from launcher.slurm.reasons import meaning_of
 from launcher.slurm.submit import jobs_of
-from sharding.errors import UserError
-from trainer.run_folder import RunFolder
-from trainer.stopping import request_stop
+from sharding.ranks.errors import UserError
+from trainer.run_folder.folder import RunFolder
 
 _HEADER = ("RUN", "JOB", "STATE", "NODES", "STEP", "LOSS", "TOKENS/S", "TIME LEFT", "LIMIT IN", "STARTS")
 _TAIL_BYTES = 64 * 2**10
@@ -79,7 +78,7 @@ def cancel(run_dir: Path, at_once: bool) -> None:
                 continue
             found = True
             if state.state == "RUNNING" and not at_once and (run_dir / "lease.json").exists():
-                request_stop(RunFolder(run_dir).stop_file, "shardline slurm cancel")
+                RunFolder(run_dir).request_stop("shardline slurm cancel")
                 print(f"job {number} saves and stops at the next step's edge; with --now Slurm ends it at once")
             else:
                 call(["scancel", number])

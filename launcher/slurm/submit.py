@@ -12,12 +12,13 @@ from launcher.slurm.freeze import SCRIPTS_FOLDER, freeze, new_submission, submis
 from launcher.slurm.partition import USUAL_CPUS_PER_RANK, fitted, partition_nodes
 from launcher.slurm.queue import QueuedJob, call, queued_jobs
 from launcher.slurm.request import Request
-from sharding.errors import RunFailure, UserError
+from sharding.ranks.errors import RunFailure, UserError
+from trainer.attempt import check_continuation
+from trainer.checkpoint.trained_corpus import trained_fingerprint
 from trainer.config import RunConfig, load_config
+from trainer.config.rules import validate
 from trainer.data.prepared import find_prepared
-from trainer.run_folder import RunFolder
-from trainer.trained_corpus import trained_fingerprint
-from trainer.validation import validate
+from trainer.run_folder.folder import RunFolder
 
 SCRIPTS = {"torchrun": "pretrain.sbatch", "deepspeed": "pretrain_deepspeed.sbatch", "srun": "pretrain_srun.sbatch"}
 TASK = "{task}"
@@ -58,7 +59,7 @@ def submit(config_path: str, overrides: Sequence[str], request: Request, dry_run
         command = ["env", *variables, *_sbatch(folder, request, name, is_array), *_script(folder, request, later)]
         print(" \\\n  ".join(map(shlex.quote, command)))
         return
-    RunFolder(run_dir).check(config)
+    check_continuation(RunFolder(run_dir), config)
     _refuse_second_job(run_dir, request)
     folder = new_submission(run_dir)
     freeze(folder, config, scripts)

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.checkpoint import main
-from benchmarks.checkpoint_table import (
+from benchmarks.checkpoint.__main__ import main
+from benchmarks.checkpoint.table import (
     _step_s,
     _verdict,
     blocking_times,
@@ -15,7 +15,7 @@ from benchmarks.checkpoint_table import (
     series,
     step_times_beside_writes,
 )
-from benchmarks.comparison import changes_since_last
+from benchmarks.measure.comparison import changes_since_last
 from tests.support import shardline
 
 

@@ -6,8 +6,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks.collectives import main, message_sizes
-from benchmarks.collectives_table import bus_factor, slowest_s
+from benchmarks.collectives.__main__ import main, message_sizes
+from benchmarks.collectives.table import bus_factor, slowest_s
 
 
 def test_bus_bandwidth_counts_what_a_link_carries() -> None:

@@ -4,8 +4,8 @@ import json
 import os
 from pathlib import Path
 
-from benchmarks.comparison import RESULTS
-from benchmarks.data import main, make_huge_stream, measure_first_batch
+from benchmarks.data.__main__ import main, make_huge_stream, measure_first_batch
+from benchmarks.measure.comparison import RESULTS
 
 
 def test_each_part_is_measured(tmp_path: Path) -> None:

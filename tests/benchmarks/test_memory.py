@@ -8,10 +8,10 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
-from benchmarks.allocations import Event, held, peak_index, read_events, trace_allocations
-from benchmarks.memory import case_config, main
-from benchmarks.memory_rank import split_masters
-from benchmarks.memory_table import markdown, plot
+from benchmarks.measure.allocations import Event, held, peak_index, read_events, trace_allocations
+from benchmarks.memory.__main__ import case_config, main
+from benchmarks.memory.rank import split_masters
+from benchmarks.memory.table import markdown, plot
 from sharding.memory_formula import BUCKET_ELEMENTS
 from tests.support import shardline, tiny_values
 from trainer.config import parse_config

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks.overhead import contest_config, main
-from benchmarks.overhead_table import markdown, step_times
-from sharding.errors import UserError
-from sharding.process_group import Ranks
+from benchmarks.overhead.__main__ import contest_config, main
+from benchmarks.overhead.table import markdown, step_times
+from sharding.ranks.errors import UserError
+from sharding.ranks.process_group import Ranks
 from tests.support import run_on_ranks, shardline
 
 NAMES = {"plain", "plain again", "shardline", "accelerate", "fabric", "transformers"}
@@ -80,7 +80,7 @@ def _contest_with_a_cheat(ranks: Ranks, values: dict[str, Any], folder: Path) ->
     """One contestant trains with another learning rate."""
     from benchmarks.contestants.contest import Contest
     from benchmarks.contestants.plain_loop import PlainLoop
-    from benchmarks.race import Race, Rounds, build_contest, row_writer
+    from benchmarks.contestants.race import Race, Rounds, build_contest, row_writer
     from trainer.config import parse_config
 
     class Cheat(PlainLoop):

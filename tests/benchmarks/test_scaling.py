@@ -7,12 +7,12 @@ from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks.protocol import Ratio
-from benchmarks.scaling import main
-from benchmarks.scaling_plan import plan_races, rank_counts
-from benchmarks.scaling_table import efficiency, markdown, plot, read_races, series
-from benchmarks.sizes import SIZES
-from sharding.errors import UserError
+from benchmarks.measure.protocol import Ratio
+from benchmarks.measure.sizes import SIZES
+from benchmarks.scaling.__main__ import main
+from benchmarks.scaling.plan import plan_races, rank_counts
+from benchmarks.scaling.table import efficiency, markdown, plot, read_races, series
+from sharding.ranks.errors import UserError
 from tests.support import shardline
 
 

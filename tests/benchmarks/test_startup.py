@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.result_files import read_rows
-from benchmarks.sizes import SIZES
-from benchmarks.startup import BARE, SHARDLINE, main, markdown, plot, time_to_first_step
-from sharding.errors import RunFailure
+from benchmarks.measure.sizes import SIZES
+from benchmarks.presentation.result_files import read_rows
+from benchmarks.startup.__main__ import BARE, SHARDLINE, main, markdown, plot, time_to_first_step
+from sharding.ranks.errors import RunFailure
 from tests.support import ROOT
-from trainer.provenance import code_revision, hardware_facts
+from trainer.run_folder.provenance import code_revision, hardware_facts
 
 PROGRAM = (
     "import time; print('step 0', flush=True); time.sleep(0.3); print('step 1/2  loss 4', flush=True); time.sleep(0.5)"

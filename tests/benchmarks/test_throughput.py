@@ -8,11 +8,11 @@ from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks.ladder import LADDER, Machine, rung_config
-from benchmarks.sizes import SIZES, Size
-from benchmarks.throughput import _chosen, main
-from benchmarks.throughput_table import gains, markdown, plot, read_rungs
-from sharding.errors import UserError
+from benchmarks.measure.ladder import LADDER, Machine, rung_config
+from benchmarks.measure.sizes import SIZES, Size
+from benchmarks.throughput.__main__ import _chosen, main
+from benchmarks.throughput.table import gains, markdown, plot, read_rungs
+from sharding.ranks.errors import UserError
 from tests.support import shardline
 from trainer.config import load_config
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks.sizes import QUICKSTART
-from benchmarks.tune import _why, main
-from benchmarks.tune_plan import (
+from benchmarks.measure.sizes import QUICKSTART
+from benchmarks.tune.__main__ import _why, main
+from benchmarks.tune.plan import (
     Candidate,
     Trial,
     equals,
@@ -86,7 +86,7 @@ def test_what_an_interrupted_search_had_still_to_try(
     def interrupted(*_: Any, **__: Any) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("benchmarks.tune.run_ranks", interrupted)
+    monkeypatch.setattr("benchmarks.tune.__main__.run_ranks", interrupted)
     config = write_config(tmp_path / "run.yaml", values)
     assert main([str(config), "--strategies", "ddp,zero2", "--output", str(tmp_path)]) == 130
     assert (

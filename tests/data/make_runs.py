@@ -1,4 +1,4 @@
-"""Run folders as a release leaves them, kept for ``tests/trainer/test_earlier_releases.py``.
+"""Run folders as a release leaves them, kept for ``tests/trainer/checkpoint/test_earlier_releases.py``.
 
 ``python tests/data/make_runs.py`` writes ``tests/data/runs_MAJOR_MINOR_PATCH/`` with the code as it stands. What an
 earlier release made is never made again: a change of format has to read it.

@@ -23,10 +23,11 @@ from tests.support import (
     wait_until,
     write_config,
 )
+from trainer.attempt import check_continuation
 from trainer.config import load_config
 from trainer.data.prepared import find_prepared
-from trainer.events import read_events
-from trainer.run_folder import RunFolder
+from trainer.run_folder.events import read_events
+from trainer.run_folder.folder import RunFolder
 
 MakeConfig = Callable[..., Path]
 
@@ -103,7 +104,7 @@ def test_settings(make_config: MakeConfig, overrides: list[str], words: list[str
     config = make_config()
     _refused(shardline("run", config, *overrides, "--nproc-per-node", 2), *words)
     # Nothing has been trained, so the mended configuration may start over in the same folder.
-    RunFolder(config.parent / "runs" / "tiny").check(load_config(config, ["seed=99"]))
+    check_continuation(RunFolder(config.parent / "runs" / "tiny"), load_config(config, ["seed=99"]))
 
 
 def test_an_unknown_launcher(make_config: MakeConfig) -> None:

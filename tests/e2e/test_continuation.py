@@ -22,8 +22,8 @@ from tests.support import (
     write_config,
 )
 from trainer.checkpoint.reader import CheckpointReader
-from trainer.events import read_events
-from trainer.run_folder import RunFolder
+from trainer.run_folder.events import read_events
+from trainer.run_folder.folder import RunFolder
 
 MakeConfig = Callable[..., Path]
 _EVERY_STEP = {"every_steps": 3, "keep_last": 0}

@@ -12,10 +12,10 @@ from launcher.drills import catalogue
 from launcher.drills.catalogue import DRILLS
 from launcher.drills.outcome import Outcome
 from launcher.drills.stage import Stage
-from sharding.errors import UserError
+from sharding.ranks.errors import UserError
 from tests.support import ROOT, command_environment, shardline, training_curve
-from trainer.events import read_events
-from trainer.injection import INJECT_VARIABLE
+from trainer.faults.injection.inject import INJECT_VARIABLE
+from trainer.run_folder.events import read_events
 
 
 @pytest.mark.timeout(900)

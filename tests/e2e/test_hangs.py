@@ -22,9 +22,9 @@ from tests.support import (
     start_shardline,
     wait_until,
 )
-from trainer.events import read_events
-from trainer.failure import Failure, FailureKind, read_failure
-from trainer.injection import INJECT_VARIABLE
+from trainer.faults.failure.record import Failure, FailureKind, read_failure
+from trainer.faults.injection.inject import INJECT_VARIABLE
+from trainer.run_folder.events import read_events
 
 MakeConfig = Callable[..., Path]
 StartRun = Callable[..., subprocess.Popen[bytes]]
@@ -94,7 +94,7 @@ def test_a_rank_that_sleeps_is_named_with_line_step_and_collective(
     assert _detection_s(run_dir, struck["time"]) < 10
     assert (failure.phase, failure.step) == ("train", 12)
     assert failure.where is not None
-    assert failure.where.startswith("trainer/injection.py:")
+    assert failure.where.startswith("trainer/faults/injection/inject.py:")
     assert failure.where.endswith(" in _happen")
     assert failure.signature == f"hang at {failure.where} in step 12"
     assert failure.collective is not None

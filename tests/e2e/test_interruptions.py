@@ -28,9 +28,9 @@ from tests.support import (
     training_curve,
     wait_until,
 )
-from trainer.events import read_events
-from trainer.failure import FailureKind, read_failure
-from trainer.goodput import Goodput
+from trainer.faults.failure.record import FailureKind, read_failure
+from trainer.metrics.goodput import Goodput
+from trainer.run_folder.events import read_events
 
 MakeConfig = Callable[..., Path]
 # Long enough to be caught in the middle, and slowed down a little by metrics at each step.

@@ -26,8 +26,8 @@ from tests.support import (
     wait_until,
     write_config,
 )
-from trainer.atomic_files import write_atomically
-from trainer.rank_error import read_rank_errors
+from trainer.faults.failure.rank_error import read_rank_errors
+from trainer.files.atomic_files import write_atomically
 
 MakeConfig = Callable[..., Path]
 pytestmark = pytest.mark.timeout(400)

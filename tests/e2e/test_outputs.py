@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sharding.errors import UserError
+from sharding.ranks.errors import UserError
 from tests.support import read_metrics, shardline, tiny_values, trained, write_config
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.config import load_config
@@ -19,7 +19,7 @@ from trainer.data.loader import BatchLoader
 from trainer.data.order import SampleOrder
 from trainer.data.prepared import find_prepared
 from trainer.data.shards import num_samples
-from trainer.run_folder import RunFolder
+from trainer.run_folder.folder import RunFolder
 
 MakeConfig = Callable[..., Path]
 

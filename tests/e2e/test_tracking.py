@@ -24,8 +24,8 @@ from tests.support import (
     wait_until,
     write_config,
 )
-from trainer.goodput import Category
-from trainer.run_folder import RunFolder
+from trainer.metrics.goodput import Category
+from trainer.run_folder.folder import RunFolder
 from trainer.trackers.wandb_files import WandbPart, history_values, read_parts, read_records
 from trainer.trackers.wandb_tracker import WandbIdentity
 

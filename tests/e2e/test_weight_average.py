@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from tests.support import read_metrics, shardline, tiny_values, trained, write_config
 from trainer.checkpoint.reader import CheckpointReader
-from trainer.run_folder import RunFolder
+from trainer.run_folder.folder import RunFolder
 
 _DECAY = 0.75
 _SAVE_ALL = {"every_steps": 1, "keep_last": 0}

@@ -9,10 +9,10 @@ import sys
 import time
 from pathlib import Path
 
-from sharding.process_lifetime import die_with_parent, stop_with_deepspeed
-from trainer.foreign_settings import refuse_foreign_settings
-from trainer.run_folder import RunFolder
-from trainer.stopping import StopRequest
+from sharding.ranks.process_lifetime import die_with_parent, stop_with_deepspeed
+from trainer.run_folder.folder import RunFolder
+from trainer.runtime.foreign_settings import refuse_foreign_settings
+from trainer.runtime.stopping import StopRequest
 
 # DeepSpeed's launcher puts --local_rank=N first.
 BEHAVIOUR, FOLDER, RANK = sys.argv[-2], RunFolder(Path(sys.argv[-1])), int(os.environ["RANK"])

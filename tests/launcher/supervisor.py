@@ -7,7 +7,7 @@ from launcher.command import find_launcher, rank_devices, rendezvous_port
 from launcher.lasting_output import lasting_output
 from launcher.local import run_ranks
 from launcher.stop_signals import StopSignals
-from trainer.run_folder import RunFolder
+from trainer.run_folder.folder import RunFolder
 
 launcher, behaviour, path = sys.argv[1:]
 folder = RunFolder(Path(path))

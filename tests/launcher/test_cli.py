@@ -11,7 +11,8 @@ import pytest
 from launcher.cli import find_intruder
 from launcher.plan import make_plan
 from tests.support import ROOT, command_environment, shardline, write_empty_checkpoint
-from trainer.run_folder import RunFolder
+from trainer.attempt import begin_attempt
+from trainer.run_folder.folder import RunFolder
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -55,7 +56,7 @@ def test_who_stops_reading_changes_no_status(config_file: Path) -> None:
     ("launcher", "agent", "variable"),
     [
         ("deepspeed", "-m deepspeed.launcher.launch ", "  DS_ACCELERATOR=cpu    # "),
-        ("accelerate", "-m sharding.loopback accelerate.commands.launch ", "  OMP_NUM_THREADS="),
+        ("accelerate", "-m sharding.ranks.loopback accelerate.commands.launch ", "  OMP_NUM_THREADS="),
     ],
 )
 def test_dry_run_shows_each_launcher(config_file: Path, launcher: str, agent: str, variable: str) -> None:
@@ -85,11 +86,11 @@ def test_a_mistake_is_one_sentence_and_status_2(config_file: Path) -> None:
 
 def test_a_complete_run_is_left_alone(config_file: Path, make_config: Callable[..., Path]) -> None:
     from trainer.config import load_config
-    from trainer.validation import World
+    from trainer.config.rules import World
 
     config = load_config(config_file)
     folder = RunFolder(config.run_dir)
-    folder.begin_attempt(config, World(2, has_gpu=False), [])
+    begin_attempt(folder, config, World(2, has_gpu=False), [])
     write_empty_checkpoint(folder.checkpoint_path(6), 6)
     before = sorted(folder.path.rglob("*"))
     finished = shardline("run", config_file)
@@ -177,22 +178,26 @@ def test_an_installed_package_of_the_same_name_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "module", "passed"),
     [
-        (("parity", "x.yaml", "steps=3"), "trainer.parity", ["x.yaml", "steps=3"]),
-        (("export", "runs/a", "--to", "out", "--step", "4"), "trainer.export", ["runs/a", "--to", "out", "--step=4"]),
+        (("parity", "x.yaml", "steps=3"), "trainer.commands.parity", ["x.yaml", "steps=3"]),
+        (
+            ("export", "runs/a", "--to", "out", "--step", "4"),
+            "trainer.commands.export",
+            ["runs/a", "--to", "out", "--step=4"],
+        ),
         (
             ("generate", "runs/a", "--prompt", "-1 +", "--temperature", "0"),
-            "trainer.generate",
+            "trainer.commands.generate",
             ["runs/a", "--prompt=-1 +", "--temperature=0.0", "--top-k=50", "--seed=0"],
         ),
         (
             ("export", "runs/a", "--to", "out", "--task", "own:Task", "--trust-remote-code"),
-            "trainer.export",
+            "trainer.commands.export",
             ["runs/a", "--to", "out", "--task=own:Task", "--trust-remote-code"],
         ),
-        (("data", "prepare", "x.yaml", "seed=1"), "trainer.data.prepare", ["x.yaml", "seed=1"]),
-        (("data", "show", "runs/a", "--step", "3"), "trainer.data.show", ["runs/a", "--step=3", "--limit=0"]),
-        (("checkpoint", "list", "runs/a"), "trainer.checkpoint", ["list", "runs/a"]),
-        (("checkpoint", "verify", "runs/a"), "trainer.checkpoint", ["verify", "runs/a"]),
+        (("data", "prepare", "x.yaml", "seed=1"), "trainer.commands.prepare_data", ["x.yaml", "seed=1"]),
+        (("data", "show", "runs/a", "--step", "3"), "trainer.commands.show_data", ["runs/a", "--step=3", "--limit=0"]),
+        (("checkpoint", "list", "runs/a"), "trainer.commands.checkpoints", ["list", "runs/a"]),
+        (("checkpoint", "verify", "runs/a"), "trainer.commands.checkpoints", ["verify", "runs/a"]),
         (("bench", "data", "--", "--steps", "3"), "benchmarks.data", ["--steps", "3"]),
     ],
 )
@@ -211,4 +216,4 @@ def test_options_reach_the_modules_that_do_the_work(
     monkeypatch.setattr(os, "execve", become)
     with pytest.raises(SystemExit):
         app(list(arguments))
-    assert became == [[sys.executable, "-P", "-m", "sharding.quiet_end", module, *passed]]
+    assert became == [[sys.executable, "-P", "-m", "sharding.ranks.quiet_end", module, *passed]]

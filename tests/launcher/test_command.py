@@ -14,7 +14,7 @@ from launcher.command import (
     rendezvous_port,
     torchrun_command,
 )
-from sharding.errors import UserError
+from sharding.ranks.errors import UserError
 from tests.support import ROOT
 
 ARGUMENTS = ["configs/x.yaml", "steps=20", "optimizer.lr=1e-3"]
@@ -30,7 +30,7 @@ def test_argv_of_torchrun() -> None:
     assert torchrun_command(ARGUMENTS, 29500, ["0", "1", "2", "3"]) == [
         sys.executable,
         "-m",
-        "sharding.loopback",
+        "sharding.ranks.loopback",
         "torch.distributed.run",
         "--nnodes=1",
         "--nproc-per-node=4",
@@ -66,7 +66,7 @@ def test_argv_of_accelerate(devices: list[str], several: list[str]) -> None:
     assert accelerate_command(ARGUMENTS, 29500, devices) == [
         sys.executable,
         "-m",
-        "sharding.loopback",
+        "sharding.ranks.loopback",
         "accelerate.commands.launch",
         f"--config_file={ROOT / 'launcher' / 'accelerate_defaults.yaml'}",
         f"--num_processes={len(devices)}",

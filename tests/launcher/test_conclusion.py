@@ -8,9 +8,9 @@ import pytest
 from launcher.conclusion import Findings, _explain, conclude, conclude_by_force, first_failure
 from launcher.oom_evidence import OomWatch
 from launcher.rank_exits import RankExits, RankFailure
-from tests.trainer.test_failure_report import PEER_GONE, leave
-from trainer.failure import FailureKind, read_failure
-from trainer.run_folder import RunFolder
+from tests.trainer.faults.test_failure_report import PEER_GONE, leave
+from trainer.faults.failure.record import FailureKind, read_failure
+from trainer.run_folder.folder import RunFolder
 
 HEAD = """W1124 13:50:56 6499 multiprocessing/api.py:1028] Sending process 6502 closing signal SIGTERM
 Traceback (most recent call last):

@@ -14,7 +14,7 @@ import pytest
 from launcher import local, stop_signals
 from launcher.stop_signals import StopSignals
 from tests.support import ROOT, command_environment, free_port, wait_until
-from trainer.run_folder import RunFolder
+from trainer.run_folder.folder import RunFolder
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -49,7 +49,7 @@ def read_only(num_lines: int, command: list[str]) -> tuple[int, str]:
 def test_a_reader_that_goes_is_no_fault(num_lines: int) -> None:
     program = f"""
 import time
-from sharding.errors import ends_with_a_sentence
+from sharding.ranks.errors import ends_with_a_sentence
 @ends_with_a_sentence
 def main():
     print("first", flush=True)
@@ -64,7 +64,7 @@ raise SystemExit(main())
 
 def test_another_broken_pipe_is_one() -> None:
     program = """
-from sharding.quiet_end import ends_quietly
+from sharding.ranks.quiet_end import ends_quietly
 with ends_quietly():
     raise BrokenPipeError("a socket of ours")
 """

@@ -11,12 +11,12 @@ import pytest
 
 from launcher.restarts import Restarts
 from launcher.stop_signals import StopSignals
-from trainer.events import read_events
-from trainer.failure import FAILURE_NAME, Failure, FailureKind, set_failure_aside
-from trainer.goodput import GOODPUT_NAME, AttemptLedger
-from trainer.restart_policy import num_restarts_that_count
-from trainer.run_folder import RunFolder
-from trainer.sections import FaultsConfig
+from trainer.config.faults import FaultsConfig
+from trainer.faults.failure.record import FAILURE_NAME, Failure, FailureKind, set_failure_aside
+from trainer.faults.failure.restart_policy import num_restarts_that_count
+from trainer.metrics.goodput import GOODPUT_NAME, AttemptLedger
+from trainer.run_folder.events import read_events
+from trainer.run_folder.folder import RunFolder
 
 
 def _restarts(folder: Path, *, max_restarts: int, backoff_s: float = 0.0) -> Restarts:

@@ -14,10 +14,10 @@ from launcher.slurm.allocation import Allocation, ranks_of, read_allocation
 from launcher.slurm.freeze import freeze, new_submission
 from launcher.slurm.queue import call
 from launcher.slurm.status import show_logs
-from sharding.errors import RunFailure, UserError
+from sharding.ranks.errors import RunFailure, UserError
 from tests.support import ROOT, shardline
 from trainer.config import RunConfig, load_config
-from trainer.provenance import FROZEN_REVISION_NAME
+from trainer.run_folder.provenance import FROZEN_REVISION_NAME
 
 GOLDEN = Path(__file__).with_name("slurm_golden")
 SCRIPTS = sorted([*(ROOT / "slurm").rglob("*.sh"), *(ROOT / "slurm").rglob("*.sbatch")])
@@ -106,7 +106,11 @@ def test_a_job_has_its_own_code_and_configuration(config_file: Path) -> None:
     for name in ("trainer/rank.py", "slurm/pretrain.sbatch", "slurm/job.sh", "launcher/accelerate_defaults.yaml"):
         assert (folder / "code" / name).read_bytes() == (ROOT / name).read_bytes()
     printed = subprocess.run(
-        [sys.executable, "-c", "import trainer.provenance as p; print(p.__file__, sorted(p.code_revision()))"],
+        [
+            sys.executable,
+            "-c",
+            "import trainer.run_folder.provenance as p; print(p.__file__, sorted(p.code_revision()))",
+        ],
         capture_output=True,
         text=True,
         cwd=ROOT,

@@ -11,12 +11,12 @@ import pytest
 from launcher.slurm import node
 from launcher.slurm.port import meeting_port
 from launcher.slurm.restart import main as restart
-from sharding.errors import RunFailure, UserError
-from sharding.slurm_step import job_port
+from sharding.ranks.errors import RunFailure, UserError
+from sharding.ranks.slurm_step import job_port
 from trainer.config import load_config
-from trainer.failure import FAILURE_NAME, Failure, FailureKind
-from trainer.run_folder import RunFolder
-from trainer.stopping import stop_signals
+from trainer.faults.failure.record import FAILURE_NAME, Failure, FailureKind
+from trainer.run_folder.folder import RunFolder
+from trainer.runtime.stopping import stop_signals
 
 _STEP = {
     "SLURM_STEP_NUM_TASKS": "2",

@@ -16,7 +16,7 @@ from launcher.slurm.reasons import meaning_of
 from launcher.slurm.request import Request, split_arguments, with_further
 from launcher.slurm.status import show_status
 from launcher.slurm.submit import resubmit
-from sharding.errors import UserError
+from sharding.ranks.errors import UserError
 from trainer.config import load_config
 
 _NO_SCRIPT = Path("no-script")

@@ -7,11 +7,11 @@ import torch
 from sharding.config import ParallelConfig
 from sharding.engine import Batch, Engine
 from sharding.mesh import build_mesh
-from sharding.process_group import Ranks
+from sharding.ranks.process_group import Ranks
 from tests.support import TINY_MODEL
 from trainer.config import RunConfig, parse_config
-from trainer.model_engine import build_model_engine
-from trainer.models import Vocabulary
+from trainer.model.engine import build_model_engine
+from trainer.model.models import Vocabulary
 from trainer.tasks.registry import build_task
 
 VOCABULARY = Vocabulary(301, 0)

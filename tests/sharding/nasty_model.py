@@ -11,14 +11,14 @@ from sharding.build_engine import build_engine
 from sharding.engine import Batch, Engine, ModelDefinition
 from sharding.memory_formula import BUCKET_ELEMENTS
 from sharding.mesh import build_mesh
-from sharding.process_group import Ranks
+from sharding.ranks.object_exchange import sum_integers_over_ranks
+from sharding.ranks.process_group import Ranks
 from sharding.state import layout_independent_hash
 from tests.sharding.engine_cases import tiny_config
-from trainer.checkpoint.manifest import TrainingState
 from trainer.checkpoint.reader import CheckpointReader
+from trainer.checkpoint.training_state import TrainingState
 from trainer.checkpoint.writer import CheckpointIdentity, save_checkpoint
-from trainer.deepspeed_settings import deepspeed_settings
-from trainer.metrics import sum_integers_over_ranks
+from trainer.config.deepspeed_settings import deepspeed_settings
 from trainer.optimizers.build import optimizer_factory
 
 NUM_ROWS = 24

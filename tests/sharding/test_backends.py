@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from sharding import accelerate_engine
 from sharding.engine import Engine
-from sharding.process_group import Ranks
+from sharding.ranks.process_group import Ranks
 from sharding.state import TensorSlice, layout_independent_hash, slice_of, slices_of_flat_range
 from tests.sharding.engine_cases import STRATEGIES, num_targets, random_batch, tiny_engine, train_steps
 from tests.support import run_on_ranks

@@ -16,12 +16,12 @@ from sharding.config import (
     Strategy,
 )
 from sharding.engine import ModelDefinition
-from sharding.errors import UserError
 from sharding.mesh import build_mesh
-from sharding.process_group import Ranks
+from sharding.ranks.errors import UserError
+from sharding.ranks.process_group import Ranks
 from tests.support import run_on_ranks
+from trainer.config.optimizer import OptimizerConfig
 from trainer.optimizers.build import optimizer_factory
-from trainer.optimizers.config import OptimizerConfig
 
 
 def _layer(width: int = 8) -> nn.Module:

@@ -6,7 +6,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sharding.engine import Engine
-from sharding.process_group import Ranks
+from sharding.ranks.process_group import Ranks
 from tests.sharding.engine_cases import (
     STRATEGIES,
     num_targets,

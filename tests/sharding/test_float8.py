@@ -9,13 +9,13 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torchao.float8.float8_linear import Float8Linear
 
 from sharding.config import Float8Recipe
-from sharding.errors import UserError
 from sharding.float8 import check_float8, convert_linear_layers
-from sharding.process_group import Ranks
+from sharding.ranks.errors import UserError
+from sharding.ranks.process_group import Ranks
 from tests.sharding.engine_cases import VOCABULARY, tiny_config, tiny_engine, train_steps
 from tests.support import run_on_ranks
-from trainer.model_engine import describe_model
-from trainer.models import build_model_config, build_model_on_meta, model_facts
+from trainer.model.engine import describe_model
+from trainer.model.models import build_model_config, build_model_on_meta, model_facts
 from trainer.tasks.registry import build_task
 
 _CPU = torch.device("cpu")

@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from sharding.mesh import build_mesh
-from sharding.process_group import Ranks
+from sharding.ranks.process_group import Ranks
 from tests.sharding.engine_cases import VOCABULARY, tiny_config, train_steps
 from tests.support import run_on_ranks
-from trainer.checkpoint.manifest import TrainingState
 from trainer.checkpoint.reader import CheckpointReader
+from trainer.checkpoint.training_state import TrainingState
 from trainer.checkpoint.writer import CheckpointIdentity, save_checkpoint
-from trainer.model_engine import build_model_engine
+from trainer.model.engine import build_model_engine
 from trainer.tasks.causal_lm import CausalLanguageModelling
 
 _CASES = (

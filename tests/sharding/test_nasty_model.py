@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from sharding.blocks import sharding_units
-from sharding.errors import UserError
-from sharding.process_group import Ranks
+from sharding.ranks.errors import UserError
+from sharding.ranks.process_group import Ranks
 from sharding.zero import refuse_scalars
 from tests.sharding import nasty_model
 from tests.support import run_on_ranks
 from trainer.checkpoint.reader import CheckpointReader
-from trainer.replica_check import ReplicaCheck
-from trainer.weight_average import WeightAverage
+from trainer.numerics.replica_check import ReplicaCheck
+from trainer.optimizers.weight_average import WeightAverage
 
 _ON_2 = (
     ("torch", "ddp"),

@@ -8,11 +8,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from sharding.engine import Engine
-from sharding.process_group import Ranks
+from sharding.ranks.process_group import Ranks
 from tests.sharding.engine_cases import num_targets, random_batch, tiny_engine, train_steps
 from tests.support import TINY_MODEL, run_on_ranks
-from trainer.checkpoint.manifest import TrainingState
 from trainer.checkpoint.reader import CheckpointReader
+from trainer.checkpoint.training_state import TrainingState
 from trainer.checkpoint.writer import CheckpointIdentity, save_checkpoint
 
 # With rows that can be quantised, and with fewer rows in k_proj than three ranks can share evenly or at all.

@@ -8,12 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sharding.errors import RunFailure
-from sharding.process_group import Ranks
+from sharding.ranks.errors import RunFailure
+from sharding.ranks.process_group import Ranks
 from sharding.replicas import content_hashes
 from tests.sharding.engine_cases import tiny_engine, train_steps
 from tests.support import run_on_ranks
-from trainer.replica_check import ReplicaCheck
+from trainer.numerics.replica_check import ReplicaCheck
 
 _TENSORS = {
     dtype: torch.randn(300_000, generator=torch.Generator().manual_seed(0)).to(dtype)

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from sharding import bucketed
 from sharding import build_engine as build
-from sharding.errors import UserError
-from sharding.process_group import Ranks
+from sharding.bucketed import engine as bucketed
+from sharding.ranks.errors import UserError
+from sharding.ranks.process_group import Ranks
 from sharding.reached import ReachedParameters
 from tests.sharding.engine_cases import num_targets, random_batch, tiny_engine
 from tests.support import run_on_ranks

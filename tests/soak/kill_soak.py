@@ -23,7 +23,7 @@ from typing import Any
 
 from launcher.child import start_child
 from launcher.drills.observed_run import ObservedRun
-from sharding.errors import EXIT_FINISHED
+from sharding.ranks.errors import EXIT_FINISHED
 from tests.soak.kill_log import NO_RANKS, KillLog
 from tests.soak.kill_plan import Plan, plan_kill
 from tests.soak.tiny_run import tiny_config
@@ -35,10 +35,10 @@ from tests.support import (
     rank_processes,
     wait_until,
 )
-from trainer.failure import FailureKind, read_failure
-from trainer.heartbeat import read_heartbeats
-from trainer.provenance import code_revision
-from trainer.run_folder import RunFolder
+from trainer.faults.failure.record import FailureKind, read_failure
+from trainer.faults.hang.heartbeat import read_heartbeats
+from trainer.run_folder.folder import RunFolder
+from trainer.run_folder.provenance import code_revision
 
 _STEPS_PER_KILL = 20
 _FIRST_GUESS_OF_START_S = 10.0

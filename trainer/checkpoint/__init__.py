@@ -1,1 +1,1 @@
-"""Canonical state on disk: sharded safetensors files and a manifest that is written last."""
+"""Canonical state to storage and back."""

@@ -4,23 +4,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from sharding.engine import Engine
-from sharding.errors import UserError
-from sharding.process_group import Ranks
+from sharding.ranks.errors import UserError
+from sharding.ranks.process_group import Ranks
 from sharding.state import TensorSlice
 from trainer.checkpoint.background import BackgroundWrite
-from trainer.checkpoint.manifest import TrainingState
 from trainer.checkpoint.rank_file import RankReport, write_rank_file
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.reference import check_fork
 from trainer.checkpoint.retention import BackgroundPruning, remove_checkpoints_after
 from trainer.checkpoint.snapshot import Snapshot
 from trainer.checkpoint.source import Source, on_rank_0, open_source
-from trainer.checkpoint.storage import CheckpointPath
 from trainer.checkpoint.tokenizer_archive import TokenizerArchive
+from trainer.checkpoint.training_state import TrainingState
 from trainer.checkpoint.writer import CheckpointIdentity, commit_checkpoint, prepare_checkpoint
 from trainer.config import RunConfig
-from trainer.run_folder import RunFolder
-from trainer.weight_average import WeightAverage
+from trainer.files.storage import CheckpointPath
+from trainer.optimizers.weight_average import WeightAverage
+from trainer.run_folder.folder import RunFolder
 
 
 @dataclass(frozen=True)

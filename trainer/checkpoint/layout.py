@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from trainer.checkpoint.manifest import DamagedCheckpoint, Manifest, SliceEntry, TensorEntry, unreadable
-from trainer.checkpoint.storage import CheckpointPath, file_sizes
+from trainer.files.storage import CheckpointPath, file_sizes
 
 # torch's names of the element types that a checkpoint may hold, as a safetensors header has them.
 HEADER_DTYPES = {

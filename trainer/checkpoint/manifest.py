@@ -2,16 +2,17 @@
 
 import hashlib
 import json
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 
-from sharding.errors import UserError
+from sharding.ranks.errors import UserError
 from sharding.strict_model import StrictRecord
-from trainer.checked_json import dump_checked, load_checked
-from trainer.checkpoint.storage import MANIFEST_NAME, CheckpointPath, reaching, write_whole
-from trainer.data.config import SampleRange
-from trainer.outages import StorageOutage, is_outage
+from trainer.checkpoint.training_state import TrainingState
+from trainer.files.checked_json import dump_checked, load_checked
+from trainer.files.outages import StorageOutage, is_outage
+from trainer.files.storage import CheckpointPath, reaching, write_whole
+from trainer.run_folder.listing import MANIFEST_NAME
 
 FORMAT_VERSION = 4
 # Checkpoints of the version before have no tokenizer.
@@ -82,62 +83,6 @@ class TokenizerEntry(StrictRecord):
 
     eos_token_id: int
     """Token that ends each document."""
-
-
-class TrainingState(StrictRecord):
-    """Everything that a run continues from besides tensors.
-
-    Schedules are functions of the step, and random generators are seeded from (seed, step, rank), so neither has a
-    state of its own.
-    """
-
-    step: int
-    """Finished optimizer steps."""
-
-    num_samples: int
-    """Sequences consumed since the start of the run; those that are left out do not count."""
-
-    num_tokens: int
-    """Valid training targets consumed since the start of the run."""
-
-    num_skipped_steps: int
-    """Steps skipped for a non-finite loss or gradient."""
-
-    num_skipped_in_a_row: int
-    """Length of the latest unbroken series of skipped steps."""
-
-    schedule_total_steps: int
-    """Horizon of the learning-rate schedule in steps."""
-
-    seed: int
-    """Seed of parameters, data order and random generators."""
-
-    eval_loss: float | None = None
-    """Held-out loss after this step; None where it was not evaluated, or the loss is not finite."""
-
-    noise_gradient_square: float = 0.0
-    """Moving average of the squared norm of the true gradient, where the gradient noise scale is measured."""
-
-    noise_variance: float = 0.0
-    """Moving average of the variance of one token's gradient, summed over parameters, where it is measured."""
-
-    skipped_samples: Annotated[list[SampleRange], Field(strict=False)] = []
-    """Global sample positions that are left out, by configuration or after a spike, as ranges without their end."""
-
-    num_rollbacks: int = 0
-    """Times that the run returned to a checkpoint because of a spike."""
-
-    recent_losses: list[float] = []
-    """Losses of the latest steps that were finite, oldest first, which the next ones are compared with."""
-
-    recent_grad_norms: list[float] = []
-    """Gradient norms of the same steps."""
-
-    trackers: dict[str, Any] = {}
-    """Identities of the tracker runs."""
-
-    loader_states: list[dict[str, Any]] = []
-    """Place of each data-parallel rank in a streamed source; empty where the corpus is prepared."""
 
 
 class Manifest(StrictRecord):

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from sharding.state import TensorSlice
 from trainer.checkpoint.manifest import FileEntry, SliceEntry
 from trainer.checkpoint.safetensors_file import write_tensors
-from trainer.checkpoint.storage import CheckpointPath, write_whole
-from trainer.outages import StorageOutage, blames_storage
+from trainer.files.outages import StorageOutage, blames_storage
+from trainer.files.storage import CheckpointPath, write_whole
 
 
 @dataclass(frozen=True)

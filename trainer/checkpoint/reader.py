@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from sharding.errors import UserError
-from sharding.state import TensorSlice
+from sharding.ranks.errors import UserError
+from sharding.state import AVERAGE_PREFIX, MODEL_PREFIX, TensorSlice
 from trainer.checkpoint.layout import check_header, check_parts, check_sizes, check_tensors, parts_by_file
 from trainer.checkpoint.manifest import (
     DamagedCheckpoint,
@@ -19,10 +19,12 @@ from trainer.checkpoint.manifest import (
     read_manifest,
     unreadable,
 )
-from trainer.checkpoint.storage import CheckpointPath
+from trainer.checkpoint.reference import checkpoints_of
 from trainer.checkpoint.tensor_file import TensorFile
 from trainer.checkpoint.tokenizer_archive import unpack_tokenizer
-from trainer.weight_average import AVERAGE_PREFIX, MODEL_PREFIX
+from trainer.files.storage import CheckpointPath, is_url
+from trainer.run_folder.folder import RunFolder
+from trainer.run_folder.listing import checkpoint_folder, list_checkpoints
 
 # Each has a buffer of its own, where it lies in an object store.
 _MAX_OPEN_FILES = 8
@@ -189,3 +191,20 @@ class CheckpointReader:
                 raise unreadable(self.folder, name, error) from None
         self._open_files[name] = file
         return file
+
+
+def open_checkpoint(run: str, step: int | None) -> CheckpointReader:
+    """A run's checkpoint, the newest where no step is given; the run may be the URL that its checkpoints lie under.
+
+    Raises:
+        UserError: there is no such run or checkpoint, or it is damaged.
+    """
+    if not is_url(run):
+        RunFolder(Path(run)).frozen_config()
+    checkpoints = checkpoints_of("RUN", run)
+    if step is not None:
+        return CheckpointReader(checkpoint_folder(checkpoints, step))
+    found = list_checkpoints(checkpoints)
+    if not found:
+        raise UserError(f"{run} has no checkpoint yet; train it first.")
+    return CheckpointReader(found[-1][1])

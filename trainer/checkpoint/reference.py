@@ -2,18 +2,12 @@
 
 from pathlib import Path
 
-from sharding.errors import UserError
-from trainer.checkpoint.storage import (
-    MANIFEST_NAME,
-    CheckpointPath,
-    checkpoint_folder,
-    checkpoint_step,
-    is_url,
-    list_checkpoints,
-    locate,
-)
+from sharding.ranks.errors import UserError
 from trainer.config import RunConfig
-from trainer.run_folder import RunFolder
+from trainer.files.storage import CheckpointPath, is_url, list_folders, locate
+from trainer.run_folder.events import read_events
+from trainer.run_folder.folder import RunFolder
+from trainer.run_folder.listing import MANIFEST_NAME, checkpoint_folder, checkpoint_step, list_checkpoints
 
 
 def resolve_checkpoint(reference: str) -> CheckpointPath:
@@ -84,3 +78,20 @@ def checkpoints_of(setting: str, run: str) -> CheckpointPath:
         UserError: the URL cannot be used.
     """
     return locate(setting, run) if is_url(run) else RunFolder(Path(run)).checkpoints_dir
+
+
+def check_damaged(folder: RunFolder) -> None:
+    """Assert that a run without a checkpoint has lost none.
+
+    Raises:
+        UserError: all that it had were damaged; to begin again at step 0 is not ours to decide.
+    """
+    damaged = list_folders(folder.damaged_dir)
+    if damaged and folder.newest_checkpoint() is None:
+        reasons = {event.get("path"): event.get("reason") for event in read_events(folder.path)}
+        described = "; ".join(f"{path.name}: {reasons.get(str(path), 'damaged')}" for path in damaged)
+        raise UserError(
+            f"{folder.path} has no checkpoint left, only damaged ones that were moved to {folder.damaged_dir} "
+            f"({described}); restore one of them to {folder.checkpoints_dir} from a copy, or delete "
+            f"{folder.damaged_dir} to begin at step 0."
+        )

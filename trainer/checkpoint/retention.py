@@ -3,10 +3,11 @@
 import threading
 from collections.abc import Callable
 
-from sharding.errors import RunFailure, UserError
-from trainer.checkpoint.config import CheckpointConfig
+from sharding.ranks.errors import RunFailure, UserError
 from trainer.checkpoint.manifest import read_manifest
-from trainer.checkpoint.storage import CheckpointPath, list_checkpoints, list_step_folders, remove_checkpoint
+from trainer.config.checkpoint import CheckpointConfig
+from trainer.files.storage import CheckpointPath
+from trainer.run_folder.listing import list_checkpoints, list_step_folders, remove_checkpoint
 
 
 class BackgroundPruning:

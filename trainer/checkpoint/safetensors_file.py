@@ -8,7 +8,7 @@ import torch
 
 from trainer.checkpoint.layout import HEADER_DTYPES
 from trainer.checkpoint.manifest import FileEntry
-from trainer.checkpoint.storage import CheckpointPath, writing
+from trainer.files.storage import CheckpointPath, writing
 
 # Large enough that a thread seldom asks for the interpreter's lock, which it does not hold while hashing and writing.
 _CHUNK_BYTES = 8 * 2**20

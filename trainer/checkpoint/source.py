@@ -7,17 +7,18 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
-from sharding.errors import RunFailure, UserError
-from sharding.object_exchange import broadcast_object, gather_objects
-from sharding.process_group import Ranks
-from trainer.checkpoint.config import CheckpointConfig
+from sharding.ranks.errors import RunFailure, UserError
+from sharding.ranks.object_exchange import broadcast_object, gather_objects
+from sharding.ranks.process_group import Ranks
 from trainer.checkpoint.manifest import DamagedCheckpoint, FileEntry
 from trainer.checkpoint.reader import CheckpointReader
-from trainer.checkpoint.reference import resolve_checkpoint
-from trainer.checkpoint.storage import CheckpointPath, list_folders, make_folder, move_checkpoint
-from trainer.events import record_event
-from trainer.outages import StorageOutage, blames_storage
-from trainer.run_folder import RunFolder
+from trainer.checkpoint.reference import check_damaged, resolve_checkpoint
+from trainer.config.checkpoint import CheckpointConfig
+from trainer.files.outages import StorageOutage, blames_storage
+from trainer.files.storage import CheckpointPath, list_folders, make_folder
+from trainer.run_folder.events import record_event
+from trainer.run_folder.folder import RunFolder
+from trainer.run_folder.listing import move_checkpoint
 
 # A network file system may keep what it knows of a folder for so long.
 SEEN_WITHIN_S = 90.0
@@ -114,7 +115,7 @@ def _choose(
             return (None if newest is None else newest[1]), True, None
         if newest is not None:
             return newest[1], True, None
-        run_folder.check_damaged()
+        check_damaged(run_folder)
         return (None if settings.from_ is None else resolve_checkpoint(settings.from_)), False, None
     except RunFailure as error:
         return None, False, error

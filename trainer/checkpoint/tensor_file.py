@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from trainer.checkpoint.layout import HEADER_DTYPES
-from trainer.checkpoint.storage import CheckpointPath, file_size, reaching
+from trainer.files.storage import CheckpointPath, file_size, reaching
 
 _CHUNK_BYTES = 8 * 2**20
 # The limit of the safetensors library.

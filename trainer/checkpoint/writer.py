@@ -7,22 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sharding.errors import RunFailure, UserError
-from sharding.object_exchange import broadcast_object, gather_objects
-from sharding.process_group import Ranks
+from sharding.ranks.errors import RunFailure, UserError
+from sharding.ranks.object_exchange import broadcast_object, gather_objects
+from sharding.ranks.process_group import Ranks
 from sharding.state import TensorSlice
 from trainer.checkpoint.manifest import (
     FORMAT_VERSION,
     Manifest,
     TensorEntry,
     TokenizerEntry,
-    TrainingState,
     fingerprint,
     write_manifest,
 )
 from trainer.checkpoint.rank_file import RankReport, write_rank_file
-from trainer.checkpoint.storage import CheckpointPath, make_folder, remove_checkpoint, sync_folder
-from trainer.outages import StorageOutage, blames_storage
+from trainer.checkpoint.training_state import TrainingState
+from trainer.files.outages import StorageOutage, blames_storage
+from trainer.files.storage import CheckpointPath, make_folder, sync_folder
+from trainer.run_folder.listing import remove_checkpoint
 
 
 @dataclass(frozen=True)

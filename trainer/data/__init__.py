@@ -1,1 +1,1 @@
-"""From a corpus to batches: preparation, packed shards, sample order, loader."""
+"""From a source to micro-batches; knows no model."""

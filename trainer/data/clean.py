@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sharding.errors import UserError
-from trainer.data.config import DataConfig, SourceConfig
+from sharding.ranks.errors import UserError
+from trainer.config.data import DataConfig, SourceConfig
 from trainer.data.corpus import clean_text, read_documents
 from trainer.data.progress import StageProgress
 

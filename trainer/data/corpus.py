@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sharding.errors import UserError
-from trainer.data.config import SourceConfig
+from sharding.ranks.errors import UserError
+from trainer.config.data import SourceConfig
 from trainer.data.files import Document, find_files, read_file
 from trainer.data.python_stdlib import stdlib_files, stdlib_folder
 

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from trainer.config import RunConfig
-from trainer.data.loader import IGNORED_LABEL, read_sequences
+from trainer.data.batch import IGNORED_LABEL
+from trainer.data.loader import read_sequences
 from trainer.data.prepared import Prepared
 from trainer.data.shards import DocumentSpan
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from sharding.errors import UserError
-from trainer.data.config import SourceConfig
+from sharding.ranks.errors import UserError
+from trainer.config.data import SourceConfig
 
 _SUFFIXES = {
     "text": (".txt", ".md"),

@@ -1,7 +1,4 @@
-"""Preparation: from documents to packed shards, once, whoever asks and however often it is killed.
-
-``python -m trainer.data.prepare CONFIG [key=value ...]`` prepares a run's corpus and prints what became of it.
-"""
+"""Preparation: from documents to packed shards, once, whoever asks and however often it is killed."""
 
 import contextlib
 import fcntl
@@ -10,32 +7,25 @@ import os
 import platform
 import re
 import shutil
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sharding.errors import EXIT_FINISHED, UserError, ends_with_a_sentence
-from trainer.atomic_files import write_atomically
-from trainer.checked_json import dump_checked
+from sharding.ranks.errors import UserError
+from trainer.config.data import DataConfig, SourceConfig
 from trainer.data.clean import CleanedCorpus, clean_corpus
-from trainer.data.config import DataConfig, SourceConfig
 from trainer.data.corpus import read_documents
 from trainer.data.files import check_readable, find_files, name_endings, name_some
+from trainer.data.identity import PREPARATION_VERSION, corpus_folder, errors_of, named_sources, prepared_part
 from trainer.data.pack import describe_file, pack_split
 from trainer.data.prepared import (
     MANIFEST_NAME,
-    PREPARATION_VERSION,
     TOKENIZER_FOLDER,
     CorpusManifest,
     Prepared,
     PreparedCorpus,
-    corpus_folder,
-    errors_of,
     find_prepared,
-    named_sources,
     open_prepared,
-    prepared_part,
 )
 from trainer.data.progress import StageProgress
 from trainer.data.tokenizer import (
@@ -46,6 +36,8 @@ from trainer.data.tokenizer import (
     use_worker_threads,
     vocabulary_size,
 )
+from trainer.files.atomic_files import write_atomically
+from trainer.files.checked_json import dump_checked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -235,33 +227,6 @@ def describe_corpus(corpus: Prepared) -> str:
     lines.append(f"tokenizer   {corpus.vocab_size:,} tokens, {corpus.tokenizer_dir}")
     lines.append(f"folder      {corpus.folder}")
     return "\n".join(lines)
-
-
-@ends_with_a_sentence
-def main(arguments: Sequence[str]) -> int:
-    """Prepare the corpus of a configuration; returns the exit status."""
-    from trainer.config import load_config
-    from trainer.run_folder import RunFolder
-    from trainer.trained_corpus import trained_fingerprint
-
-    if not arguments:
-        raise UserError("no configuration given; write python -m trainer.data.prepare CONFIG [key=value ...].")
-    config = load_config(arguments[0], arguments[1:])
-    fingerprint = trained_fingerprint(config, RunFolder.of(config))
-    if config.model.pretrained is not None and fingerprint is None and config.checkpoint.from_ is None:
-        from trainer.token_ids import check_named_tokenizer
-
-        check_named_tokenizer(config)
-    corpus = prepare_corpus(config.data, fingerprint=fingerprint)
-    print(describe_corpus(corpus))
-    return EXIT_FINISHED
-
-
-if __name__ == "__main__":
-    from sharding.process_lifetime import die_with_parent
-
-    die_with_parent()
-    sys.exit(main(sys.argv[1:]))
 
 
 __all__ = ["PreparedCorpus", "describe_corpus", "find_prepared", "prepare_corpus"]

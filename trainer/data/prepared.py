@@ -3,24 +3,22 @@
 import contextlib
 import hashlib
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from sharding.errors import UserError
+from sharding.ranks.errors import UserError
 from sharding.strict_model import StrictRecord
-from trainer.checked_json import load_checked
-from trainer.data.config import DataConfig, SourceConfig
-from trainer.data.corpus import all_files, corpus_fingerprint
+from trainer.config import RunConfig
+from trainer.config.data import DataConfig
+from trainer.data.corpus import all_files
+from trainer.data.identity import cache_root, corpus_folder, source_kind
 from trainer.data.mixture import MixtureOrder, WeightedInterleaving, integer_shares
 from trainer.data.order import SampleOrder
 from trainer.data.shards import FileFacts, SplitFacts, StreamUnion, TokenStream, check_files, hash_files
-from trainer.data.tokenizer import tokenizer_identity
+from trainer.files.checked_json import load_checked
 
-PREPARATION_VERSION = 3
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
 
@@ -311,7 +309,7 @@ def find_prepared(config: DataConfig, fingerprint: str | None = None) -> Prepare
 
 
 def _find_by_fingerprint(config: DataConfig, fingerprint: str) -> Prepared | None:
-    for folder in sorted((cache_root(config) / "corpora").glob(f"{_kind(config)}-*")):
+    for folder in sorted((cache_root(config) / "corpora").glob(f"{source_kind(config)}-*")):
         # What another run has damaged is its own matter.
         with contextlib.suppress(UserError):
             prepared = open_prepared(folder, config) if folder.is_dir() else None
@@ -342,57 +340,20 @@ def open_prepared(folder: Path, config: DataConfig) -> Prepared | None:
     return PreparedMixture(folder, config) if config.mixture else PreparedCorpus(folder)
 
 
-def prepared_part(config: DataConfig) -> DataConfig:
-    """What is prepared of a configuration: of a streamed source the beginning."""
-    return config.model_copy(update={"max_documents": config.sample_documents}) if config.streaming else config
+def open_corpus(config: RunConfig, fingerprint: str | None) -> Prepared:
+    """The corpus that a run was trained on.
 
-
-def named_sources(config: DataConfig) -> list[tuple[str, SourceConfig]]:
-    """The sources with their names; one that is alone has the empty name."""
-    return [(source.name, source) for source in config.mixture] or [("", config)]
-
-
-@contextlib.contextmanager
-def errors_of(name: str) -> Iterator[None]:
-    """Put the name of a mixture's source before what is wrong with it."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"data.mixture {name}: {error}" if name else str(error)) from None
-
-
-def corpus_folder(config: DataConfig) -> Path:
-    """Where the prepared corpus of a configuration belongs: named by all that decides its contents.
+    Args:
+        config: the run's.
+        fingerprint: what its checkpoints say of the tokens; None where there is none.
 
     Raises:
-        UserError: a source file is missing.
+        UserError: it is no longer there.
     """
-    config = prepared_part(config)
-    settings = config.model_dump(
-        mode="json",
-        include={"source", "text_field", "max_documents", "normalize", "validation_fraction", "shard_tokens"},
-    )
-    identity = [PREPARATION_VERSION, settings, _sources_identity(config), tokenizer_identity(config)]
-    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    return cache_root(config) / "corpora" / f"{_kind(config)}-{key}"
-
-
-def _kind(config: DataConfig) -> str:
-    return "mixture" if config.mixture else config.source
-
-
-def _sources_identity(config: DataConfig) -> str:
-    if not config.mixture:
-        return corpus_fingerprint(config)
-    identities = []
-    for name, source in named_sources(config):
-        with errors_of(name):
-            settings = source.model_dump(mode="json", include={"source", "text_field", "max_documents"})
-            identities.append([name, settings, corpus_fingerprint(source)])
-    return hashlib.sha256(json.dumps(identities, sort_keys=True).encode()).hexdigest()
-
-
-def cache_root(config: DataConfig) -> Path:
-    """``data.cache_dir``, else ``$SHARDLINE_CACHE``, else ``~/.cache/shardline``."""
-    text = config.cache_dir or os.environ.get("SHARDLINE_CACHE") or "~/.cache/shardline"
-    return Path(text).expanduser()
+    corpus = find_prepared(config.data, fingerprint)
+    if corpus is None:
+        raise UserError(
+            "the run's prepared corpus is not there (data.cache_dir or $SHARDLINE_CACHE may have changed); "
+            "prepare it again with `shardline data prepare`."
+        )
+    return corpus

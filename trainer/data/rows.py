@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from sharding.errors import UserError
-from trainer.data.config import SourceConfig
+from sharding.ranks.errors import UserError
+from trainer.config.data import SourceConfig
 from trainer.data.corpus import hub_rows, read_local_file, reading, text_of
 
 State = dict[str, Any]

@@ -11,7 +11,7 @@ from typing import Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from sharding.errors import UserError
+from sharding.ranks.errors import UserError
 from sharding.strict_model import StrictRecord
 from trainer.data.blocks import BLOCK_BYTES, HASH_BYTES, BlockCheck
 

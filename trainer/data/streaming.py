@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sharding.errors import UserError
-from sharding.object_exchange import gather_objects
-from sharding.process_group import Ranks
+from sharding.ranks.errors import UserError
+from sharding.ranks.object_exchange import gather_objects
+from sharding.ranks.process_group import Ranks
+from trainer.config.data import DataConfig
+from trainer.data.batch import Batch, packed_batch
 from trainer.data.clean import encode_text, hash_position
-from trainer.data.config import DataConfig
 from trainer.data.corpus import all_files
-from trainer.data.loader import Batch, packed_batch
 from trainer.data.order import SampleOrder
 from trainer.data.prepared import PreparedStream
 from trainer.data.read_ahead import ReadAhead

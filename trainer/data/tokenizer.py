@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sharding.errors import UserError
-from trainer.data.config import DataConfig
+from sharding.ranks.errors import UserError
+from trainer.config.data import DataConfig
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

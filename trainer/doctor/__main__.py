@@ -13,13 +13,13 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from sharding.errors import EXIT_FAILED, EXIT_FINISHED, RunFailure, ends_with_a_sentence
-from sharding.process_group import process_group
-from sharding.rank_place import read_ranks
+from sharding.ranks.errors import EXIT_FAILED, EXIT_FINISHED, RunFailure, ends_with_a_sentence
+from sharding.ranks.process_group import process_group
+from sharding.ranks.rank_place import read_ranks
 from trainer.config import load_config
 from trainer.doctor.examination import examine_ranks
 from trainer.doctor.verdicts import Check, Verdict, bad_hosts
-from trainer.rank import end_process
+from trainer.runtime.processes import end_process
 
 _JOIN_TIMEOUT_S = 300.0
 _COLOURS = {Verdict.PASS: "green", Verdict.WARN: "yellow", Verdict.FAIL: "bold red"}

@@ -4,9 +4,9 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from sharding.errors import RunFailure
-from sharding.object_exchange import gather_objects
-from sharding.process_group import Ranks
+from sharding.ranks.errors import RunFailure
+from sharding.ranks.object_exchange import gather_objects
+from sharding.ranks.process_group import Ranks
 from trainer.doctor.facts import Links, RankFacts
 from trainer.doctor.links import measure_links
 from trainer.doctor.probes import measure_rank

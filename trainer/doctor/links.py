@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 
-from sharding.object_exchange import gather_objects
-from sharding.process_group import Ranks
+from sharding.ranks.object_exchange import gather_objects
+from sharding.ranks.process_group import Ranks
 from trainer.doctor.facts import Link, Links
 
 _NUM_REPEATS = 3

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from sharding.object_exchange import broadcast_object
-from sharding.process_group import Ranks
+from sharding.ranks.object_exchange import broadcast_object
+from sharding.ranks.process_group import Ranks
 from trainer.doctor.facts import RankFacts
 
 _PACKAGES = ("shardline", "torch", "deepspeed", "accelerate", "transformers", "datasets", "numpy", "safetensors")

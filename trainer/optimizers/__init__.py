@@ -1,1 +1,1 @@
-"""Optimizers: their settings (`trainer.optimizers.config` loads no torch), groups, and those that torch has not."""
+"""What a step does to weights: update, schedule, average."""

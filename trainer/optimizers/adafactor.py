@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import nn
 
 from sharding.engine import OptimizedParameter
+from trainer.config.optimizer import AdafactorConfig
 from trainer.optimizers.beside_adamw import BesideAdamW
-from trainer.optimizers.config import AdafactorConfig
 
 _Member = tuple[dict[str, Any], nn.Parameter]
 

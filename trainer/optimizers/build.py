@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from sharding.engine import OptimizedParameter, OptimizerFactory
-from sharding.errors import UserError
+from sharding.ranks.errors import UserError
+from trainer.config.optimizer import OptimizerConfig, OptimizerGroupConfig
 from trainer.optimizers.adafactor import Adafactor
-from trainer.optimizers.config import OptimizerConfig, OptimizerGroupConfig
 from trainer.optimizers.momentum_sgd import MomentumSGD
 from trainer.optimizers.muon import Muon
 

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from sharding.engine import OptimizedParameter
+from trainer.config.optimizer import MuonConfig
 from trainer.optimizers.beside_adamw import BesideAdamW
-from trainer.optimizers.config import MuonConfig
 from trainer.optimizers.row_exchange import RowExchange
 
 _NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)

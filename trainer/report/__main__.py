@@ -8,10 +8,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sharding.errors import EXIT_BAD_INPUT, EXIT_FINISHED, UserError
+from sharding.ranks.errors import EXIT_BAD_INPUT, EXIT_FINISHED, UserError
 from trainer.report.end_of_run import write_run_goodput
 from trainer.report.page import write_report
-from trainer.run_folder import RunFolder
+from trainer.run_folder.folder import RunFolder
 
 _COMPARISON_NAME = "comparison.html"
 

@@ -3,9 +3,9 @@
 import contextlib
 from collections.abc import Callable
 
-from trainer.failure import FAILURE_NAME
-from trainer.goodput import write_goodput
-from trainer.run_folder import RunFolder
+from trainer.faults.failure.record import FAILURE_NAME
+from trainer.metrics.goodput import write_goodput
+from trainer.run_folder.folder import RunFolder
 
 
 def write_run_goodput(run_folder: RunFolder) -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.events import read_events
+from trainer.run_folder.events import read_events
 
 MAX_EVENTS = 200
 _NUM_NAMED = 3

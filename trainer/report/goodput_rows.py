@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trainer.goodput import Category, Goodput, title
+from trainer.metrics.goodput import Category, Goodput, title
 
 _MINUTE_S = 60.0
 

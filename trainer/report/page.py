@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.atomic_files import write_atomically
+from trainer.files.atomic_files import write_atomically
 from trainer.report.attempts import Attempt, flatten
 from trainer.report.curves import MAX_POINTS, Curves, thin, training_hours
 from trainer.report.goodput_rows import goodput_bar, goodput_rows

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from trainer.dashboard_panels import SECTIONS, Panel
+from trainer.metrics.panels import SECTIONS, Panel
 from trainer.report.curves import Column, Curves
 
 # A horizontal axis, and so no plot of its own.

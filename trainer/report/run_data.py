@@ -5,9 +5,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from sharding.errors import UserError
-from trainer.failure import Failure, read_failure
-from trainer.goodput import Goodput, read_goodput
+from sharding.ranks.errors import UserError
+from trainer.faults.failure.record import Failure, read_failure
+from trainer.metrics.goodput import Goodput, read_goodput
 from trainer.report.attempts import Attempt, flatten, read_attempts, read_json, read_yaml
 from trainer.report.curves import Curves, read_curves
 from trainer.report.event_rows import EventRow, event_rows

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from sharding.errors import UserError
+from sharding.ranks.errors import UserError
+from trainer.checkpoint.trained_corpus import trained_fingerprint
 from trainer.config import load_frozen_config
 from trainer.data.prepared import PreparedCorpus, find_prepared
-from trainer.run_folder import RunFolder
-from trainer.trained_corpus import trained_fingerprint
+from trainer.run_folder.folder import RunFolder
 
 _MAX_CHARACTERS = 4000
 _MAX_TOKENS = 1000

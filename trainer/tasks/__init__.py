@@ -1,1 +1,1 @@
-"""What a model is trained to do: batches, loss as a sum and a count, metrics."""
+"""What is learnt: batch, forward, loss, evaluation."""

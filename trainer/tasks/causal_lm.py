@@ -10,10 +10,10 @@ from torch import nn
 from torch.nn import functional
 
 from sharding.engine import Batch
-from sharding.errors import UserError
-from trainer.data.loader import IGNORED_LABEL
-from trainer.model_faults import cannot_compute, faults_of_a_configuration
+from sharding.ranks.errors import UserError
+from trainer.data.batch import IGNORED_LABEL
 from trainer.tasks.chunked_loss import ChunkedLossHead
+from trainer.tasks.model_faults import cannot_compute, faults_of_a_configuration
 from trainer.tasks.task import Task
 
 if TYPE_CHECKING:

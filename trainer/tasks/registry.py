@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from sharding.errors import UserError
+from sharding.ranks.errors import UserError
 from trainer.tasks.causal_lm import CausalLanguageModelling
 from trainer.tasks.task import Task
 

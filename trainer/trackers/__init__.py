@@ -1,1 +1,1 @@
-"""Where metrics go besides metrics.jsonl; a tracker that fails never stops training."""
+"""Who is told: console, wandb, TensorBoard, trackio."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from trainer.config import RunConfig
-from trainer.goodput import read_goodput
+from trainer.metrics.goodput import read_goodput
 from trainer.trackers.summary import RunSummary
 from trainer.trackers.tensorboard_tracker import TensorBoardTracker
 from trainer.trackers.tracker import Tracker

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sharding.errors import EXIT_BAD_INPUT, EXIT_FINISHED, EXIT_STOPPED
+from sharding.ranks.errors import EXIT_BAD_INPUT, EXIT_FINISHED, EXIT_STOPPED
 
 _OUTCOMES = {EXIT_FINISHED: "finished", EXIT_STOPPED: "stopped", EXIT_BAD_INPUT: "bad_input"}
 

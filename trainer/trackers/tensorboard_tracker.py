@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.atomic_files import write_atomically
 from trainer.config import RunConfig, config_to_yaml
+from trainer.files.atomic_files import write_atomically
 
 
 class TensorBoardTracker:

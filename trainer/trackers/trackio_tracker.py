@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.atomic_files import write_atomically
 from trainer.config import RunConfig
+from trainer.files.atomic_files import write_atomically
 
 
 class TrackioTracker:

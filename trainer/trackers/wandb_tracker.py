@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from sharding.errors import EXIT_FINISHED, EXIT_STOPPED
-from trainer.atomic_files import write_atomically
-from trainer.checkpoint.storage import MANIFEST_NAME
+from sharding.ranks.errors import EXIT_FINISHED, EXIT_STOPPED
 from trainer.config import RunConfig
-from trainer.run_folder import RunFolder
+from trainer.files.atomic_files import write_atomically
+from trainer.run_folder.folder import RunFolder
+from trainer.run_folder.listing import MANIFEST_NAME
 from trainer.trackers.wandb_files import ATTEMPT_KEY, WandbPart, read_parts
 
 _log = logging.getLogger("shardline")

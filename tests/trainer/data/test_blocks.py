@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.data import make_stream
-from sharding.errors import UserError
+from benchmarks.data.__main__ import make_stream
+from sharding.ranks.errors import UserError
 from trainer.data.blocks import BLOCK_BYTES
 from trainer.data.loader import BatchLoader
 from trainer.data.order import SampleOrder

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from sharding.errors import UserError
-from trainer.data.config import DataConfig
+from sharding.ranks.errors import UserError
+from trainer.config.data import DataConfig
 from trainer.data.corpus import read_documents
 from trainer.data.prepare import prepare_corpus
 from trainer.data.prepared import PreparedCorpus

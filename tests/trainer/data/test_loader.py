@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.data import make_stream
-from sharding.errors import UserError
+from benchmarks.data.__main__ import make_stream
+from sharding.ranks.errors import UserError
 from trainer.build import check_held_out
 from trainer.config import load_config
 from trainer.data.loader import BatchLoader, evaluation_batches, read_sequences

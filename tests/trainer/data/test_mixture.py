@@ -12,18 +12,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sharding.errors import UserError
+from sharding.ranks.errors import UserError
 from tests.support import shardline, tiny_values, trained, write_config, write_corpus
+from trainer.attempt import check_continuation
+from trainer.commands.show_data import main as show
 from trainer.config import load_config, parse_config
-from trainer.data.config import DataConfig
+from trainer.config.data import DataConfig
 from trainer.data.documents import documents_in
+from trainer.data.identity import corpus_folder
 from trainer.data.loader import BatchLoader, evaluation_batches
 from trainer.data.mixture import MixtureOrder, WeightedInterleaving, integer_shares
 from trainer.data.prepare import prepare_corpus
-from trainer.data.prepared import PreparedCorpus, PreparedMixture, corpus_folder, describe_mixture
-from trainer.data.show import main as show
-from trainer.run_arguments import open_corpus
-from trainer.run_folder import RunFolder
+from trainer.data.prepared import PreparedCorpus, PreparedMixture, describe_mixture, open_corpus
+from trainer.run_folder.folder import RunFolder
 
 weights_lists = st.lists(
     st.one_of(st.integers(1, 50).map(float), st.floats(1e-3, 1e3).map(lambda x: round(x, 4))), min_size=1, max_size=12
@@ -293,4 +294,4 @@ def test_a_run_on_a_mixture_says_what_a_step_trained_on(tmp_path: Path) -> None:
     values["data"]["mixture"][0]["weight"] = 0.5
     write_config(tmp_path / "mixture.yaml", values)
     with pytest.raises(UserError, match=r"data\.mixture"):
-        RunFolder(tmp_path / "runs" / "tiny").check(load_config(config, ["steps=5"]))
+        check_continuation(RunFolder(tmp_path / "runs" / "tiny"), load_config(config, ["steps=5"]))

@@ -14,12 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sharding.errors import UserError
+from sharding.ranks.errors import UserError
 from tests.support import ROOT, command_environment, processes_of, tiny_values, wait_until, write_config, write_corpus
-from trainer.data.config import DataConfig
+from trainer.config.data import DataConfig
 from trainer.data.corpus import clean_text
+from trainer.data.identity import corpus_folder
 from trainer.data.prepare import prepare_corpus
-from trainer.data.prepared import PreparedCorpus, corpus_folder, find_prepared, is_of_present_source
+from trainer.data.prepared import PreparedCorpus, find_prepared, is_of_present_source
 
 TEXTS = ["first\r\ndocument", "  \n", "second document", "cafe\u0301", "second document", "caf\u00e9", "last"]
 
@@ -118,7 +119,7 @@ def test_doing_it_again_does_nothing(tmp_path: Path) -> None:
 
 
 def _prepare_command(config: Path) -> list[str]:
-    return [sys.executable, "-m", "trainer.data.prepare", str(config)]
+    return [sys.executable, "-m", "trainer.commands.prepare_data", str(config)]
 
 
 def _slow_config(tmp_path: Path, name: str) -> Path:
@@ -209,7 +210,7 @@ def test_a_local_tokenizer_is_taken_as_it_is(tmp_path: Path, capsys: pytest.Capt
 
 def test_looking_for_a_corpus_loads_no_heavy_library() -> None:
     code = (
-        "import sys; from trainer.data.config import DataConfig; from trainer.data.prepared import find_prepared; "
+        "import sys; from trainer.config.data import DataConfig; from trainer.data.prepared import find_prepared; "
         "find_prepared(DataConfig(cache_dir='/nowhere')); "
         "print(sorted({'torch', 'datasets', 'transformers', 'tokenizers'} & set(sys.modules)))"
     )

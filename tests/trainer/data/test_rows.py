@@ -9,8 +9,8 @@ import datasets
 import pytest
 from datasets.distributed import split_dataset_by_node
 
-from sharding.errors import UserError
-from trainer.data.config import SourceConfig
+from sharding.ranks.errors import UserError
+from trainer.config.data import SourceConfig
 from trainer.data.files import find_files
 from trainer.data.rows import FileRows
 

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sharding.errors import UserError
-from trainer.bad_numbers import leave_out_as_told
-from trainer.checkpoint.manifest import TrainingState
+from sharding.ranks.errors import UserError
+from trainer.checkpoint.training_state import TrainingState
 from trainer.data.skipped_samples import SampleRange, SkippedSamples
+from trainer.numerics.spike_policy import leave_out_as_told
 
 _LIMIT = 200
 _ranges = st.lists(st.tuples(st.integers(0, _LIMIT), st.integers(0, _LIMIT)).map(lambda pair: tuple(sorted(pair))))

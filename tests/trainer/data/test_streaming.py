@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from sharding.errors import UserError
+from sharding.ranks.errors import UserError
 from tests.support import (
     read_metrics,
     shardline,
@@ -20,14 +20,14 @@ from tests.support import (
     wait_until,
     write_config,
 )
+from trainer.commands.show_data import main as show
 from trainer.config import parse_config
-from trainer.data.config import DataConfig
-from trainer.data.loader import Batch
+from trainer.config.data import DataConfig
+from trainer.data.batch import Batch
 from trainer.data.prepare import prepare_corpus
 from trainer.data.prepared import PreparedStream
-from trainer.data.show import main as show
 from trainer.data.streaming import DocumentStream, StreamingLoader, state_of_rank
-from trainer.run_folder import RunFolder
+from trainer.run_folder.folder import RunFolder
 
 LENGTH = 16
 NUM_DOCUMENTS = 90

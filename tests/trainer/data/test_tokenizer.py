@@ -9,8 +9,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
-from sharding.errors import UserError
-from trainer.data.config import DataConfig
+from sharding.ranks.errors import UserError
+from trainer.config.data import DataConfig
 from trainer.data.prepare import prepare_corpus
 from trainer.data.prepared import PreparedCorpus, PreparedStream
 from trainer.data.streaming import DocumentStream, PackedStream

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from sharding.engine import OptimizedParameter
-from sharding.errors import UserError
+from sharding.ranks.errors import UserError
 from trainer.config import RunConfig, parse_config
+from trainer.config.optimizer import OptimizerConfig, refused_optimizer
+from trainer.config.rules import World, validate
 from trainer.optimizers.build import optimizer_factory
-from trainer.optimizers.config import OptimizerConfig, refused_optimizer
-from trainer.validation import World, validate
 
 SHAPES = {
     "embed.weight": (70, 64),

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from sharding.engine import OptimizedParameter
+from trainer.config.optimizer import AdafactorConfig, MuonConfig
 from trainer.optimizers.adafactor import Adafactor
-from trainer.optimizers.config import AdafactorConfig, MuonConfig
 from trainer.optimizers.muon import Muon, orthogonalize
 
 MATRICES = ((7, 5), (5, 7), (1, 4), (4, 1), (64, 48))

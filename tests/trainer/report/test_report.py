@@ -14,17 +14,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sharding.errors import UserError
+from sharding.ranks.errors import UserError
 from tests.support import ROOT, command_environment
-from trainer.events import record_event
-from trainer.metrics import MetricsFile
+from trainer.metrics.file import MetricsFile
 from trainer.report.attempts import read_attempts
 from trainer.report.curves import Curves, read_curves, thin, training_hours
 from trainer.report.end_of_run import write_run_report
 from trainer.report.page import attempt_rows, table_rows, write_report
 from trainer.report.panels import section_views
 from trainer.report.run_data import distinct_labels, duration_text, read_runs
-from trainer.run_folder import RunFolder
+from trainer.run_folder.events import record_event
+from trainer.run_folder.folder import RunFolder
 
 HOSTILE = '</script></pre><img src=x onerror="window.pwned=1"><!--<script>'
 

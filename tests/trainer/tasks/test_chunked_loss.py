@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from sharding.errors import UserError
+from sharding.ranks.errors import UserError
 from trainer.tasks.causal_lm import CausalLanguageModelling
 from trainer.tasks.chunked_loss import ChunkedLossHead
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sharding.errors import UserError
+from sharding.ranks.errors import UserError
 from tests.support import write_config
 from trainer.config import RunConfig, config_to_yaml, load_config
 from trainer.tasks.registry import build_task

@@ -1,0 +1,1 @@
+"""What saving costs training, and how fast state is read back."""

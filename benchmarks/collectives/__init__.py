@@ -1,0 +1,1 @@
+"""How fast ranks exchange bytes."""

@@ -1,0 +1,1 @@
+"""What a rank holds, beside what the formula says."""

@@ -1,0 +1,1 @@
+"""Shardline beside peers and a plain loop, step by step."""

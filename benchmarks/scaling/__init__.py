@@ -1,0 +1,1 @@
+"""More ranks beside fewer."""

@@ -1,0 +1,231 @@
+"""``shardline bench scaling``: weak and strong scaling over ranks, each strategy beside its peers.
+
+``python -m benchmarks.scaling [--size short] [--config FILE] [--ranks 1,2,4] [--modes weak,strong]
+[--strategies ddp,zero1,zero2,zero3] [--contestants NAMES] [--pairs 60] [--warmup 12] [--steps-per-turn 1]
+[--profile-steps 3] [--output FOLDER] [--report FILE] [key=value ...]``
+
+On each number of ranks all contestants of a strategy train the same model on the same batches in one process group,
+taking turns. See docs/benchmarks.md. Under Slurm ``slurm/scaling.sbatch`` starts the ranks.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.contestants.field import builders_of
+from benchmarks.contestants.race import Rounds
+from benchmarks.measure.comparison import changes_since_last
+from benchmarks.measure.facts import collect_facts
+from benchmarks.measure.ranks import HEAP_VARIABLES, run_ranks
+from benchmarks.measure.sizes import SIZES, Size, size_named
+from benchmarks.presentation.result_files import append_row, raw_file, write_report
+from benchmarks.scaling.plan import (
+    LOG_EVERY_STEPS,
+    MODES,
+    STRATEGIES,
+    ScalingAssignment,
+    plan_races,
+    rank_counts,
+)
+from benchmarks.scaling.table import markdown, plot, series
+from sharding.ranks.errors import UserError, ends_with_a_sentence
+from trainer.config import parse_config
+from trainer.data.prepare import prepare_corpus
+from trainer.runtime.threads import threads_per_rank
+
+PACKAGES = ("torch", "transformers", "accelerate", "lightning-fabric", "deepspeed", "numpy")
+# One logged loss of every contestant lies within the warm-up; transformers writes it a step late.
+MIN_WARMUP_STEPS = LOG_EVERY_STEPS + 2
+
+
+@ends_with_a_sentence
+def main(arguments: Sequence[str]) -> int:
+    """Measure, write raw times, a table and a plot, and print the table; returns the exit status."""
+    options = _parse(arguments)
+    if options.report is not None:
+        report(options.report)
+        return 0
+    if options.allocation:
+        # Standard output is the batch script's to read.
+        with redirect_stdout(sys.stderr):
+            raw, assignments = _plan(options)
+            folder = _write_assignments(raw, assignments)
+        counts = " ".join(str(assignment.num_ranks) for assignment in assignments)
+        for name, value in {"raw": raw, "assignments": folder, "counts": counts, **HEAP_VARIABLES}.items():
+            print(f"export {name}={shlex.quote(str(value))}")
+        return 0
+    raw, assignments = _plan(options)
+    status = 0
+    for assignment in assignments:
+        count = assignment.num_ranks
+        status = run_ranks("benchmarks.scaling.rank", assignment, count, raw.with_suffix(".log"))
+        append_row(raw, {"kind": "end", "num_ranks": count, "exit_code": status, "load_average": os.getloadavg()})
+        if status:
+            break
+    report(raw)
+    return status
+
+
+def report(raw: Path) -> None:
+    """Write table and plot beside a raw file, and print the table."""
+    write_report(raw, markdown, plot, _changes(raw))
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="shardline bench scaling")
+    parser.add_argument("--size", default="short", help=f"one of {', '.join(SIZES)}")
+    parser.add_argument("--config", type=Path, help="a run of your own in place of a size")
+    parser.add_argument("--ranks", default="", help="such as 1,2,4; default: doubling up to one per GPU, or 4 on a CPU")
+    parser.add_argument("--modes", default=",".join(MODES), help="separated by commas")
+    parser.add_argument("--strategies", default=",".join(STRATEGIES), help="separated by commas")
+    parser.add_argument("--contestants", default="", help="who takes part, separated by commas; default: all there are")
+    parser.add_argument("--pairs", type=int, default=60, help="measured turns of each contestant in each race")
+    parser.add_argument("--warmup", type=int, default=MIN_WARMUP_STEPS, help="turns that are discarded")
+    parser.add_argument("--steps-per-turn", type=int, default=1, help="steps between two synchronisations")
+    parser.add_argument("--profile-steps", type=int, default=3, help="steps of each that are profiled; 0 for none")
+    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="folder for the results")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write table and plot of a raw file, and no more")
+    parser.add_argument("--allocation", default="", metavar="NODESxRANKS", help="write down what Slurm is to start")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the run that all train")
+    return parser.parse_intermixed_args(arguments)
+
+
+def _plan(options: argparse.Namespace) -> tuple[Path, list[ScalingAssignment]]:
+    """Check everything and write the raw file's header; returns the file, and what each number of ranks is to do."""
+    has_gpu = torch.cuda.is_available()
+    counts, ranks_per_node = _counts(options)
+    modes, strategies = _known("modes", options.modes, MODES), _known("strategies", options.strategies, STRATEGIES)
+    size = Size(options.config) if options.config else size_named(options.size, has_gpu=has_gpu)
+    rounds = Rounds(options.warmup, options.pairs, options.steps_per_turn, options.profile_steps)
+    _check_rounds(rounds)
+    contestants = _contestants(options, strategies)
+    races = plan_races(size, options.overrides, counts=counts, modes=modes, strategies=strategies, has_gpu=has_gpu)
+    first = parse_config(races[0].config, source="scaling")
+    prepare_corpus(first.data)
+    # The same on any number of ranks: a rank that had more cores alone would make the others look bad.
+    threads = threads_per_rank(first, ranks_per_node, os.environ)
+    raw = raw_file(options.output, "scaling", max(counts), has_gpu=has_gpu)
+    size_name = str(options.config) if options.config else options.size
+    header = {
+        "kind": "header",
+        **collect_facts(PACKAGES),
+        "command": ["shardline", "bench", "scaling", *sys.argv[1:]],
+        "size": size_name,
+        "counts": counts,
+        "ranks_per_node": ranks_per_node,
+        "threads": threads,
+        **asdict(rounds),
+        "setup": {
+            "size": size_name,
+            "micro_size": first.batch.micro_size,
+            "sequence_length": first.data.sequence_length,
+            "overrides": options.overrides,
+            "threads": threads,
+            "steps_per_turn": options.steps_per_turn,
+        },
+        "config": races[0].config,
+    }
+    append_row(raw, header)
+    return raw, [
+        ScalingAssignment(
+            num_ranks=count,
+            races=[asdict(race) for race in races if race.num_ranks == count],
+            rounds=asdict(rounds),
+            contestants=contestants,
+            threads=threads,
+            output=str(raw.absolute()),
+        )
+        for count in counts
+    ]
+
+
+def _write_assignments(raw: Path, assignments: Sequence[ScalingAssignment]) -> Path:
+    folder = raw.with_suffix(".assignments").absolute()
+    folder.mkdir()
+    for assignment in assignments:
+        (folder / f"{assignment.num_ranks}.json").write_text(json.dumps(asdict(assignment)))
+    return folder
+
+
+def _counts(options: argparse.Namespace) -> tuple[list[int], int]:
+    """Numbers of ranks, and how many of them a node has at most."""
+    nodes, _, per_node = options.allocation.partition("x")
+    if options.allocation and not (nodes.isdigit() and per_node.isdigit() and int(nodes) and int(per_node)):
+        raise UserError(f"--allocation {options.allocation}: write nodes x ranks of each, such as 2x4.")
+    if options.allocation:
+        counts = rank_counts(int(nodes), int(per_node))
+    else:
+        counts = rank_counts(1, torch.cuda.device_count() or 4)
+    if options.ranks:
+        texts = options.ranks.split(",")
+        if not all(text.isdigit() and int(text) for text in texts):
+            raise UserError(f"--ranks {options.ranks}: write numbers separated by commas, such as 1,2,4.")
+        chosen = sorted({int(text) for text in texts})
+        if options.allocation and not set(chosen) <= set(counts):
+            raise UserError(f"--ranks {options.ranks}: of {options.allocation} ranks only {counts} can be measured.")
+        counts = chosen
+    return counts, int(per_node) if options.allocation else max(counts)
+
+
+def _known(option: str, text: str, choices: Sequence[Any]) -> list[Any]:
+    chosen = text.split(",")
+    unknown = [name for name in chosen if name not in choices]
+    if unknown:
+        raise UserError(f"--{option} {text}: there is no {unknown[0]}; there are {', '.join(choices)}.")
+    return [name for name in choices if name in chosen]
+
+
+def _contestants(options: argparse.Namespace, strategies: Sequence[Any]) -> list[str]:
+    there_are = {name for strategy in strategies for name in builders_of(strategy)}
+    chosen: list[str] = options.contestants.split(",") if options.contestants else sorted(there_are)
+    unknown = [name for name in chosen if name not in there_are]
+    if unknown or "plain" not in chosen:
+        wrong = f"there is no {unknown[0]}" if unknown else "plain, which others are compared with, is missing"
+        raise UserError(f"--contestants {options.contestants}: {wrong}; there are {', '.join(sorted(there_are))}.")
+    for name, package in (("fabric", "lightning_fabric"), ("deepspeed", "deepspeed")):
+        if name in chosen and importlib.util.find_spec(package) is None:
+            raise UserError(f"{package} is not installed, and is one of the peers; install it, or set --contestants.")
+    return chosen
+
+
+def _check_rounds(rounds: Rounds) -> None:
+    num_steps = rounds.num_warmup * rounds.steps_per_turn
+    if rounds.num_pairs < 1 or rounds.steps_per_turn < 1 or num_steps < MIN_WARMUP_STEPS or rounds.num_profiled < 0:
+        raise UserError(
+            f"--warmup {rounds.num_warmup} x --steps-per-turn {rounds.steps_per_turn} = {num_steps} steps, --pairs "
+            f"{rounds.num_pairs}: at least {MIN_WARMUP_STEPS} steps of warm-up are needed, in which losses are "
+            "compared, and 1 pair; raise them."
+        )
+
+
+def _changes(raw: Path) -> list[str]:
+    rates = changes_since_last(raw, lambda rows: series(rows)[0])
+    if not rates:
+        return []
+    ratios = changes_since_last(raw, lambda rows: series(rows)[1])
+    return [
+        "Tokens/s, which a busier machine lowers for all:",
+        "",
+        *rates,
+        "",
+        "Ratio to the plain loop, which it does not:",
+        "",
+        *ratios,
+    ]
+
+
+if __name__ == "__main__":
+    # A batch system's request to end is an interrupt: the table of what was measured is still written.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.exit(main(sys.argv[1:]))

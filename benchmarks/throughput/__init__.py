@@ -1,0 +1,1 @@
+"""What each technique is worth, one above the other."""

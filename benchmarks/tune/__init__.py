@@ -1,0 +1,1 @@
+"""The fastest layout that trains the same."""

@@ -1,0 +1,224 @@
+"""ZeRO stages 1 to 3 of our own: flat buckets, gradients that travel during backward, a step on the own slices.
+
+Stages as in Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models" (2020); buckets
+that leave from backward's hooks as in Li et al., "PyTorch Distributed: Experiences on Accelerating Data Parallel
+Training" (2020).
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from sharding.bucketed.block_gathers import BlockBuckets, BlockGathers
+from sharding.bucketed.flat_buckets import flatten_parameters
+from sharding.bucketed.gradient_buckets import GradientBuckets
+from sharding.bucketed.parameter_gathers import ParameterGathers
+from sharding.config import Strategy
+from sharding.engine import Batch, ModelDefinition, OptimizedParameter, OptimizerFactory
+from sharding.graph_leaves import leaves_of
+from sharding.loss_scaler import LossScaler
+from sharding.memory_formula import BUCKET_ELEMENTS
+from sharding.mesh import DataParallelMesh
+from sharding.reached import ReachedParameters
+from sharding.replicas import Replicas
+from sharding.state import TensorSlice, slice_of, slices_of_flat_range
+from sharding.torch_engine import TorchEngine, sum_over
+
+_ROW = 256
+"""Elements that are squared and added up in fp32; the sums of rows are added up in fp64."""
+
+
+class BucketedEngine(TorchEngine):
+    """A model each of whose parameters is a view of a flat bucket.
+
+    A rank's slices of the buckets are the fp32 masters that it optimizes. In stages 1 and 2 every rank has the buckets
+    whole: after the step the slices of all ranks are gathered, which the next forward pass waits for block by block. In
+    stage 3 a block is gathered when it is used.
+    """
+
+    def __init__(
+        self,
+        definition: ModelDefinition,
+        mesh: DataParallelMesh,
+        device: torch.device,
+        strategy: Strategy,
+        autocast_dtype: torch.dtype | None,
+        build_optimizer: OptimizerFactory,
+        loss_scaler: LossScaler | None = None,
+        block_buckets: BlockBuckets | None = None,
+    ) -> None:
+        """See TorchEngine; the process group must be up, and the model whole but for what is in buckets already.
+
+        Args:
+            definition: the model and its functions.
+            mesh: the ranks.
+            device: where this rank computes.
+            strategy: zero1, zero2 or zero3.
+            autocast_dtype: format of matrix products under autocast; None for fp32.
+            build_optimizer: called once, with this rank's runs of the parameters: with an elementwise optimizer.
+            loss_scaler: for fp16; None elsewhere.
+            block_buckets: the model's blocks under zero3; None elsewhere.
+        """
+        limit = BUCKET_ELEMENTS[device.type]
+        model, group = definition.model, mesh.shard_group
+        reductions = group
+        self._gathers: ParameterGathers | BlockGathers
+        if block_buckets is None:
+            trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+            self._buckets = flatten_parameters(trainable, mesh.dp_rank, mesh.dp_degree, limit)
+            self._gathers = ParameterGathers(model, self._buckets, group)
+        else:
+            after, before = block_buckets.finish()
+            blocks = block_buckets.blocks
+            self._buckets = [*after, *(bucket for _, buckets in reversed(blocks) for bucket in buckets), *before]
+            self._gathers = BlockGathers(model, blocks, [*after, *before], group)
+            # Gradients that not every rank has leave at other moments between the gathers on each rank: each of both
+            # kinds is in order, but not the two together.
+            reductions = None if group is None else dist.new_group(dist.get_process_group_ranks(group))
+        self._is_whole_between_steps = block_buckets is None
+        self._gradients = GradientBuckets(
+            self._buckets,
+            reductions,
+            limit,
+            keeps_whole=strategy == "zero1",
+            filled=self._gathers.leave,
+            before_sending=self._gathers.come_to,
+        )
+        # By id: this rank's run of a parameter as the optimizer gets it, and the run's start in the parameter.
+        self._runs: dict[int, tuple[nn.Parameter, int]] = {}
+        for bucket, gradient in zip(self._buckets, self._gradients.own, strict=True):
+            for member in bucket.members:
+                offset, size, start = bucket.run(member)
+                run = nn.Parameter(bucket.masters[offset : offset + size])
+                run.grad = gradient[offset : offset + size]
+                self._runs[id(member.parameter)] = run, start
+        self._has_gradients = False
+        super().__init__(definition, mesh, device, autocast_dtype, build_optimizer, loss_scaler)
+        self._reached = ReachedParameters([entry.parameter for entry in self._trainable], group)
+
+    def step(self, learning_rate: float) -> torch.Tensor:
+        """See Engine."""
+        self._gathers.wait()
+        stepped = super().step(learning_rate)
+        self._gathers.start()
+        return stepped
+
+    def evaluate_batch(self, batch: Batch) -> torch.Tensor:
+        """See Engine."""
+        self._gathers.begin_pass(has_gradients=False)
+        sums = super().evaluate_batch(batch)
+        self._gathers.end_pass()
+        return sums
+
+    def settle(self) -> None:
+        """See Engine; the gathering after a step, and the exchange of what was reached before it."""
+        self._gathers.wait()
+        super().settle()
+
+    def drop_gradients(self) -> None:
+        """See Engine."""
+        self._gradients.forget()
+        self._has_gradients = False
+
+    def state(self, *, with_optimizer: bool) -> list[TensorSlice]:
+        """See Engine."""
+        self.settle()
+        return super().state(with_optimizer=with_optimizer)
+
+    def load_state(self, read: Callable[[TensorSlice], None], *, with_optimizer: bool) -> None:
+        """See Engine; every rank must call it."""
+        self._gathers.wait()
+        super().load_state(read, with_optimizer=with_optimizer)
+        self._gathers.start()
+
+    def named_local_shards(self) -> dict[str, torch.Tensor]:
+        """See Engine; a flat run of the parameter's elements, or all of a frozen parameter."""
+        return {name: self._runs[id(p)][0].detach() if id(p) in self._runs else p.detach() for name, p in self._named()}
+
+    def replicas(self) -> Replicas | None:
+        """See Engine; in stages 1 and 2 every rank computes with all parameters, gathered after each step."""
+        if not self._is_whole_between_steps:
+            return None
+        return Replicas({name: parameter.detach() for name, parameter in self.named_parameters()}, group=0)
+
+    def named_parameters(self) -> list[tuple[str, Any]]:
+        """See Engine; in stage 3 without values where they are not gathered."""
+        self._gathers.wait()
+        return self._named()
+
+    def _named(self) -> list[tuple[str, nn.Parameter]]:
+        return list(self._model.named_parameters())
+
+    @contextmanager
+    def _accumulation_context(self, *, is_last: bool) -> Iterator[None]:
+        self._gathers.begin_pass(has_gradients=True)
+        self._gradients.begin_micro_batch(is_first=not self._has_gradients, is_last=is_last)
+        yield
+        # Not where the pass failed: other ranks may not come to these collectives.
+        self._gradients.end_micro_batch(is_last=is_last)
+        self._gathers.end_pass()
+        self._has_gradients = True
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        if not self._is_whole_between_steps:
+            # A rank that waited for gradients that do not come would keep the others from what they wait for.
+            self._gathers.end_forward()
+            self._gradients.expect_only(leaves_of(loss))
+        super()._backward(loss)
+
+    def _local_parameter(self, parameter: nn.Parameter) -> nn.Parameter:
+        return self._runs[id(parameter)][0]
+
+    def _give_gradients_to_optimizer(self) -> None:
+        """Nothing: the runs' gradients are the buckets' memory."""
+
+    def local_gradients(self) -> list[torch.Tensor]:
+        """See TorchEngine; in rows."""
+        return [piece for entry in self._trainable for piece in _rows(entry.local.grad) if piece.numel()]
+
+    def _sum_over_shards(self, squares: torch.Tensor) -> torch.Tensor:
+        return sum_over(self._mesh.shard_group, squares)
+
+    def _optimized_parameters(self) -> list[OptimizedParameter]:
+        return [
+            OptimizedParameter(entry.name, entry.local, tuple(entry.parameter.shape), 0, None, is_hidden_matrix=False)
+            for entry in self._trainable
+        ]
+
+    def _model_slices(self) -> list[TensorSlice]:
+        slices = [part for entry in self._trainable for part in self._boxes(f"model/{entry.name}", entry, entry.local)]
+        persistent = set(self._model.state_dict().keys())
+        whole: list[tuple[str, torch.Tensor]] = [(name, p) for name, p in self._named() if id(p) not in self._runs]
+        whole += [(name, buffer) for name, buffer in self._model.named_buffers() if name in persistent]
+        return slices + [self._slice(f"model/{name}", tensor, index) for index, (name, tensor) in enumerate(whole)]
+
+    def _optimizer_slices(self, model_slices: Mapping[str, TensorSlice]) -> list[TensorSlice]:
+        slices = []
+        for entry in self._trainable:
+            for key, value in sorted(self._optimizer.state.get(entry.local, {}).items()):
+                name = f"optimizer/{entry.name}/{key}"
+                if value is None:
+                    continue
+                if value.ndim:
+                    slices += self._boxes(name, entry, value)
+                else:
+                    # A count of steps: the same on every rank, also for a run without elements.
+                    slices.append(slice_of(name, value, is_written_here=self._mesh.writes_copy()))
+        return slices
+
+    def _boxes(self, name: str, entry: Any, run: torch.Tensor) -> list[TensorSlice]:
+        start = self._runs[id(entry.parameter)][1]
+        shape = tuple(entry.parameter.shape)
+        return slices_of_flat_range(name, run.detach(), shape, start, is_written_here=True)
+
+
+def _rows(run: torch.Tensor | None) -> Sequence[torch.Tensor]:
+    """A flat run as rows that are short enough for sums in fp32, and what is left at its end."""
+    if run is None:
+        return ()
+    whole = run.numel() // _ROW * _ROW
+    return run[:whole].view(-1, _ROW), run[whole:]

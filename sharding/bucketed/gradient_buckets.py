@@ -1,0 +1,184 @@
+"""Gradients in flat buckets, which leave for the other ranks as soon as backward has filled them."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from sharding.bucketed.flat_buckets import BucketMember, FlatBucket
+from sharding.bucketed.flat_collectives import SliceSum, exchanges_slices, start_sum
+from sharding.memory_formula import MAX_BUCKETS_IN_FLIGHT
+
+
+class GradientBuckets:
+    """Accumulates gradients and sums them over ranks; each rank ends up with those of its own slices.
+
+    Buckets travel in the same order on every rank, whatever order backward fills them in: a collective is known to the
+    other ranks by its place in the order alone.
+
+    Attributes:
+        own: of each bucket this rank's slice of the gradient, always the same memory.
+    """
+
+    def __init__(
+        self,
+        buckets: Sequence[FlatBucket],
+        group: dist.ProcessGroup | None,
+        max_elements: int,
+        *,
+        keeps_whole: bool,
+        filled: Callable[[FlatBucket], None] = lambda _: None,
+        before_sending: Callable[[FlatBucket], None] = lambda _: None,
+    ) -> None:
+        """Attach to the parameters of the buckets.
+
+        Args:
+            buckets: in the order in which backward fills them.
+            group: the ranks that divide each bucket.
+            max_elements: size of all buckets but those of one parameter.
+            keeps_whole: whether whole gradients are accumulated and summed in the last micro-batch (stage 1), or those
+                of each micro-batch are summed and the own slice is kept (stage 2).
+            filled: called when backward is past all uses of a bucket's parameters.
+            before_sending: called before a bucket leaves, which may then wait for other ranks.
+        """
+        self._buckets = buckets
+        self._group = group
+        self._keeps_whole = keeps_whole
+        self._filled = filled
+        self._before_sending = before_sending
+        self._exchanges = exchanges_slices(group)
+        self._buffers: list[torch.Tensor | None] = [None] * len(buckets)
+        if keeps_whole:
+            whole = [bucket.masters.new_zeros(bucket.flat.numel()) for bucket in buckets]
+            self._buffers = list(whole)
+            self.own = [bucket.own(buffer) for bucket, buffer in zip(buckets, whole, strict=True)]
+        else:
+            self.own = [torch.zeros_like(bucket.masters) for bucket in buckets]
+        self._spare = _SpareBuffers(max_elements)
+        self._in_flight: deque[_InFlight] = deque()
+        # Names of each bucket: whose gradients are to come in this micro-batch, and whose will not.
+        self._missing: list[set[str]] = []
+        self._absent: list[set[str]] = []
+        self._num_sent = 0
+        self._is_first = self._sends = False
+        for index, bucket in enumerate(buckets):
+            for member in bucket.members:
+                self._attach(index, member)
+
+    def begin_micro_batch(self, *, is_first: bool, is_last: bool) -> None:
+        """Prepare for a backward pass: the first since the last step, the last before the next."""
+        self._is_first = is_first
+        self._sends = is_last or not self._keeps_whole
+        self._num_sent = 0
+        self._missing = [{member.name for member in bucket.members} for bucket in self._buckets]
+        self._absent = [set() for _ in self._buckets]
+
+    def expect_only(self, leaves: Iterable[torch.Tensor]) -> None:
+        """Take the gradients of all other parameters for zero, in this micro-batch; before its backward pass."""
+        reached = {id(leaf) for leaf in leaves}
+        for index, bucket in enumerate(self._buckets):
+            absent = {member.name for member in bucket.members if id(member.parameter) not in reached}
+            self._missing[index] -= absent
+            self._absent[index] |= absent
+        self._send_complete()
+
+    def end_micro_batch(self, *, is_last: bool) -> None:
+        """Send what backward left incomplete, parameters that it did not reach; after the last wait for all sums."""
+        if self._sends:
+            while self._num_sent < len(self._buckets):
+                self._send_next()
+        if is_last:
+            while self._in_flight:
+                self._finish_oldest()
+
+    def forget(self) -> None:
+        """Drop what was accumulated."""
+        if self._keeps_whole:
+            for bucket in self._buckets:
+                for member in bucket.members:
+                    member.parameter.grad = None
+
+    def _attach(self, index: int, member: BucketMember) -> None:
+        member.parameter.register_post_accumulate_grad_hook(lambda _: self._arrived(index, member))
+
+    def _arrived(self, index: int, member: BucketMember) -> None:
+        """Take in the gradient that backward has just finished for a parameter, summed over all its uses."""
+        buffer = self._buffers[index]
+        if buffer is None:
+            buffer = self._buffers[index] = self._spare.take(self._buckets[index])
+        gradient, place = member.parameter.grad, self._buckets[index].view(buffer, member)
+        if gradient is not None and gradient.data_ptr() != place.data_ptr():
+            place.copy_(gradient)
+            # In stage 1 backward adds the next micro-batch's gradient in place.
+            member.parameter.grad = place if self._keeps_whole else None
+        self._missing[index].discard(member.name)
+        if not self._missing[index]:
+            self._filled(self._buckets[index])
+        self._send_complete()
+
+    def _send_complete(self) -> None:
+        while self._sends and self._num_sent < len(self._buckets) and not self._missing[self._num_sent]:
+            self._send_next()
+
+    def _send_next(self) -> None:
+        index = self._num_sent
+        bucket, buffer = self._buckets[index], self._buffers[index]
+        self._before_sending(bucket)
+        if buffer is None:
+            buffer = self._spare.take(bucket)
+        for member in bucket.members:
+            if member.name in self._missing[index] | self._absent[index] and member.parameter.grad is None:
+                bucket.view(buffer, member).zero_()
+        while self._in_flight and (
+            len(self._in_flight) >= MAX_BUCKETS_IN_FLIGHT or self._in_flight[0].sum.work.is_completed()
+        ):
+            self._finish_oldest()
+        received = self._spare.take(bucket) if self._exchanges else None
+        started = start_sum(buffer, bucket.own(buffer), received, self._group)
+        adds = not (self._keeps_whole or self._is_first)
+        self._in_flight.append(_InFlight(index, started, adds, buffer, received))
+        self._num_sent += 1
+        if not self._keeps_whole:
+            self._buffers[index] = None
+
+    def _finish_oldest(self) -> None:
+        oldest = self._in_flight.popleft()
+        oldest.sum.finish(self.own[oldest.index], adds=oldest.adds)
+        if oldest.received is not None:
+            self._spare.give(oldest.received)
+        if not self._keeps_whole:
+            self._spare.give(oldest.buffer)
+
+
+@dataclass(frozen=True)
+class _InFlight:
+    """A bucket whose sum is under way, and the memory that this uses."""
+
+    index: int
+    sum: SliceSum
+    adds: bool
+    buffer: torch.Tensor
+    received: torch.Tensor | None
+
+
+class _SpareBuffers:
+    """Memory of buckets that were sent, for the next ones: fresh memory costs a CPU a page fault every 4 KiB."""
+
+    def __init__(self, max_elements: int) -> None:
+        self._free: list[torch.Tensor] = []
+        self._max_elements = max_elements
+
+    def take(self, bucket: FlatBucket) -> torch.Tensor:
+        """Uninitialised fp32 memory of a bucket's size."""
+        size = bucket.flat.numel()
+        if size > self._max_elements:
+            return bucket.masters.new_empty(size)
+        storage = self._free.pop() if self._free else bucket.masters.new_empty(self._max_elements)
+        return storage[:size]
+
+    def give(self, buffer: torch.Tensor) -> None:
+        """Take memory back, unless it is of a single parameter that is larger than a bucket."""
+        if buffer.numel() <= self._max_elements:
+            self._free.append(buffer.new_empty(0).set_(buffer.untyped_storage()))

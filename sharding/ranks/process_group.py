@@ -1,0 +1,112 @@
+"""This process's place among the ranks, and the process group's lifetime."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from sharding.ranks.errors import UserError
+from sharding.ranks.loopback import HOSTS, loopback_store
+from sharding.ranks.rank_place import has_one_gpu_per_task, place_variables, read_ranks
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """One rank's place.
+
+    Attributes:
+        rank: number among all ranks.
+        world_size: number of ranks.
+        local_rank: number among the ranks of this node.
+        local_world_size: number of ranks of this node.
+        device: where this rank computes.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: torch.device
+
+
+@contextmanager
+def process_group(init_timeout_s: float) -> Iterator[Ranks]:
+    """Join the process group: NCCL (with gloo for host tensors) where there are GPUs, gloo where there are none.
+
+    Args:
+        init_timeout_s: time limit of every collective until ``set_step_timeout`` lowers it.
+
+    Raises:
+        UserError: the launcher's variables make no sense, or there is no GPU for this rank.
+    """
+    rank, world_size, local_rank, local_world_size = read_ranks(os.environ)
+    # The rendezvous, and libraries that look for themselves, know torch's names alone.
+    os.environ.update(place_variables(os.environ))
+    device = _device(local_rank)
+    timeout = timedelta(seconds=init_timeout_s)
+    backend = "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    if world_size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        device_id = device if device.type == "cuda" else None
+        store = _store(rank, world_size, timeout, os.environ)
+        dist.init_process_group(backend, timeout=timeout, device_id=device_id, **store)
+    yield Ranks(rank, world_size, local_rank, local_world_size, device)
+    # Only on the way out of a clean run: after an error on this rank the others may be inside a collective that will
+    # never complete, and tearing NCCL down can wait for them.
+    dist.destroy_process_group()
+
+
+def _store(rank: int, world_size: int, timeout: timedelta, environment: Mapping[str, str]) -> dict[str, Any]:
+    """Where ranks meet, where torch's own choice is not right.
+
+    Raises:
+        UserError: the port is in use.
+    """
+    place = {"rank": rank, "world_size": world_size}
+    if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        num_restarts = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
+        if num_restarts == "0":
+            return {}
+        # Under torchrun's static rendezvous the agent's store outlives a restart, and ranks would find the addresses
+        # of those before them in it.
+        store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
+        return {"store": dist.PrefixStore(f"restart-{num_restarts}", store), **place}
+    host, port = environment.get("MASTER_ADDR", ""), environment.get("MASTER_PORT", "")
+    if host not in HOSTS or not port.isdigit():
+        return {}
+    try:
+        # torch's own would listen on all interfaces.
+        return {"store": loopback_store(host, int(port), world_size, rank == 0, timeout), **place}
+    except OSError as error:
+        raise UserError(f"MASTER_PORT={port} cannot be used ({error.strerror}); choose another.") from None
+
+
+def set_step_timeout(timeout_s: float) -> None:
+    """Set the time limit of collectives from here on: start-up is slow, a step is not."""
+    from torch.distributed.distributed_c10d import _set_pg_timeout, _world
+
+    for group in list(_world.pg_map):
+        _set_pg_timeout(timedelta(seconds=timeout_s), group)
+
+
+def _device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    num_gpus = torch.cuda.device_count()
+    if num_gpus == 1 and has_one_gpu_per_task(os.environ):
+        # Slurm can show each task just its own GPU, whatever the local rank.
+        local_rank = 0
+    if local_rank >= num_gpus:
+        raise UserError(
+            f"LOCAL_RANK={local_rank}, but only {num_gpus} GPUs are visible; start at most {num_gpus} ranks."
+        )
+    return torch.device("cuda", local_rank)

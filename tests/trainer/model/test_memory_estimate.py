@@ -1,0 +1,127 @@
+"""A run's memory estimate: the model's sizes, optimizer state as optimizers make it, and activations."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from sharding.config import ActivationCheckpointingConfig
+from sharding.engine import OptimizedParameter
+from sharding.ranks.process_group import Ranks
+from tests.sharding.engine_cases import VOCABULARY, random_batch, tiny_config
+from tests.support import run_on_ranks
+from trainer.config.optimizer import OptimizerConfig
+from trainer.model.memory_estimate import (
+    BlockWidths,
+    activation_bytes,
+    block_widths,
+    estimate_memory,
+    model_sizes,
+    moment_bytes,
+)
+from trainer.model.models import build_model_config, build_model_on_meta
+from trainer.optimizers.build import optimizer_factory
+from trainer.tasks.registry import build_task
+
+WIDTHS = BlockWidths(hidden=10, attention=8, key_value=4, feed_forward=20, is_gated=True)
+# Residual stream and norms, queries and attention's result, keys and values, and the feed-forward layer.
+PER_BLOCK = 4 * 10 + 2 * 8 + 2 * 4 + 4 * 20
+
+
+def _model(**model: Any) -> tuple[Any, Any]:
+    config = tiny_config({"strategy": "none"}, **({"model": model} if model else {}))
+    model_config = build_model_config(config.model, VOCABULARY, 16)
+    return build_model_on_meta(build_task("causal-lm"), model_config), model_config
+
+
+def test_sizes_are_counted_on_meta() -> None:
+    model, model_config = _model()
+    sizes = model_sizes(model)
+    block = 4 * 30 * 30 + 3 * 30 * 53 + 2 * 30
+    assert sizes.largest_block == block
+    assert sizes.num_outside_blocks == 301 * 30 + 30
+    assert sizes.num_parameters == 3 * block + 301 * 30 + 30
+    assert sizes.num_matrix_parameters == sizes.num_parameters - 7 * 30
+    assert sizes.largest_parameter == sizes.largest_shared == 301 * 30
+    assert block_widths(model, model_config) == BlockWidths(30, 30, 30, 53, is_gated=True)
+
+    untied, gpt2_config = _model(
+        architecture="gpt2", config={"n_embd": 32, "n_layer": 2, "n_head": 2, "tie_word_embeddings": False}
+    )
+    sizes = model_sizes(untied)
+    assert sizes.largest_shared == 0
+    # Without the input embedding and the positions.
+    assert sizes.num_matrix_parameters == 2 * 12 * 32 * 32 + 301 * 32
+    assert block_widths(untied, gpt2_config) == BlockWidths(32, 32, 32, 128, is_gated=False)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "muon", "adafactor"])
+def test_optimizer_state_has_the_bytes_that_are_said(name: Any) -> None:
+    config = OptimizerConfig(name=name)
+    model = torch.nn.Sequential(torch.nn.Embedding(40, 16), torch.nn.ModuleList([torch.nn.Linear(16, 24)]))
+    parameters = [
+        OptimizedParameter(key, p, tuple(p.shape), 0, None, is_hidden_matrix=key == "1.0.weight")
+        for key, p in model.named_parameters()
+    ]
+    optimizer = optimizer_factory(config)(parameters)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    tensors = [value for state in optimizer.state.values() for value in state.values() if value is not None]
+    assert sum(t.numel() * t.element_size() for t in tensors if t.ndim) == moment_bytes(config, model)
+
+
+def test_activations_depend_on_what_is_recomputed() -> None:
+    def kept(mode: Any, compute_bytes: int = 4) -> float:
+        checkpointing = ActivationCheckpointingConfig(mode=mode, every_n=2)
+        return activation_bytes(
+            WIDTHS,
+            num_blocks=5,
+            vocabulary=100,
+            num_tokens=7,
+            num_logit_tokens=7,
+            checkpointing=checkpointing,
+            compute_bytes=compute_bytes,
+        )
+
+    assert kept("none") == 7 * (4 * 5 * PER_BLOCK + 12 * 100)
+    assert kept("none", compute_bytes=2) == 7 * (2 * 5 * PER_BLOCK + 10 * 100)
+    # The inputs of all blocks, and one block while it is recomputed.
+    assert kept("full") == 7 * (4 * (5 * 10 + PER_BLOCK) + 12 * 100)
+    # Blocks 0, 2 and 4 are recomputed.
+    assert kept("every_n") == 7 * (4 * (3 * 10 + 2 * PER_BLOCK) + 12 * 100)
+    assert kept("full") < kept("selective") < kept("none")
+
+
+def _estimate_holds(ranks: Ranks) -> None:
+    """What autograd keeps, and the state, of the tiny model on one rank."""
+    from sharding.mesh import build_mesh
+    from trainer.model.engine import build_model_engine
+
+    config = tiny_config({"strategy": "none"}, batch={"global_size": 4, "micro_size": 2})
+    model, model_config = _model()
+    estimate = estimate_memory(config, model, model_config, 1, ranks.device)
+    assert estimate.state.masters == 4 * model_sizes(model).num_parameters
+    assert estimate.state.moments == 2 * estimate.state.masters
+    assert estimate.total == estimate.state.total + estimate.activations
+
+    engine, _ = build_model_engine(
+        config, build_task("causal-lm"), build_mesh(config.parallel, ranks), ranks, VOCABULARY
+    )
+    own = {shard.untyped_storage().data_ptr() for shard in engine.named_local_shards().values()}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        engine.train_batch([random_batch(0)], 32)
+    # The least that is kept: transformers' norms keep more.
+    assert 0.6 * sum(saved.values()) < estimate.activations < 1.2 * sum(saved.values())
+
+
+def test_estimate_of_a_run() -> None:
+    run_on_ranks(_estimate_holds, 1)

@@ -1,0 +1,43 @@
+"""Ranks that are done wait for the last work of rank 0: not for ever, and not for one that is gone."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from sharding.ranks.process_group import Ranks
+from tests.support import run_on_ranks
+from trainer.runtime import last_work
+from trainer.runtime.last_work import LastWork
+
+
+def _finish(ranks: Ranks, folder: Path) -> None:
+    began_at = time.monotonic()
+    if ranks.rank != 0:
+        LastWork(ranks).finish(within_s=0.5)
+        assert 0.5 <= time.monotonic() - began_at < 5
+
+    work = LastWork(ranks)
+    if ranks.rank == 0:
+        time.sleep(2.0)
+        (folder / "sent").touch()
+    work.finish()
+    assert (folder / "sent").exists()
+
+    last_work._KEY = "another run's"
+    work = LastWork(ranks)
+    began_at = time.monotonic()
+    if ranks.rank == 0:
+        os._exit(0)
+    work.finish()
+    assert time.monotonic() - began_at < 30
+
+
+@pytest.mark.timeout(120)
+def test_others_wait_for_the_last_work_of_rank_0(tmp_path: Path) -> None:
+    run_on_ranks(_finish, 3, tmp_path)
+
+
+def test_one_rank_has_nobody_to_wait_for() -> None:
+    LastWork(Ranks(0, 1, 0, 1, device=None)).finish()  # type: ignore[arg-type]

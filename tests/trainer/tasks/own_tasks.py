@@ -1,0 +1,49 @@
+"""Tasks as a user writes them, for tests: ``tests.trainer.tasks.own_tasks:NAME``."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForMaskedLM, LlamaForCausalLM
+
+from trainer.tasks.causal_lm import CausalLanguageModelling
+
+
+class _Bigrams(nn.Module):
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, 8)
+        self.layers = nn.ModuleList([nn.Linear(8, 8)])
+        self.head = nn.Linear(8, vocab_size)
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> Any:
+        return SimpleNamespace(logits=self.head(self.layers[0](self.embedding(input_ids))))
+
+
+class _ScaledLlama(LlamaForCausalLM):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.logits = 2 * output.logits
+        return output
+
+
+class OwnModule(CausalLanguageModelling):
+    """A model that is no model of `transformers`."""
+
+    def build_model(self, model_config: Any) -> nn.Module:
+        return _Bigrams(model_config.vocab_size)
+
+
+class OwnClass(CausalLanguageModelling):
+    """The names and shapes of a model of `transformers`, but another forward pass."""
+
+    def build_model(self, model_config: Any) -> nn.Module:
+        return _ScaledLlama(model_config)
+
+
+class MaskedLanguageModel(CausalLanguageModelling):
+    """A model of `transformers` that does not continue text."""
+
+    def build_model(self, model_config: Any) -> nn.Module:
+        return AutoModelForMaskedLM.from_config(model_config, dtype=torch.float32)

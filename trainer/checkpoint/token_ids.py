@@ -1,0 +1,67 @@
+"""Whether token ids mean to weights that were trained elsewhere what they meant in that training."""
+
+import tempfile
+from pathlib import Path
+
+from sharding.ranks.errors import UserError
+from trainer.checkpoint.reader import CheckpointReader
+from trainer.config import RunConfig
+from trainer.data.tokenizer import TRAINED, first_difference, load_tokenizer
+
+
+def check_named_tokenizer(config: RunConfig, prepared: Path | None = None) -> None:
+    """Check the tokenizer of a run that begins with a pretrained model.
+
+    Args:
+        config: the run's.
+        prepared: folder of the tokenizer that the corpus was prepared with; None before that, where the one that the
+            configuration names is looked at.
+
+    Raises:
+        UserError: the pretrained model has no tokenizer of its own, or other ids than the one that is named.
+    """
+    pretrained, named = config.model.pretrained, config.data.tokenizer
+    if pretrained is None:
+        return
+    if named == pretrained:
+        if prepared is None:
+            load_tokenizer(pretrained, "the tokenizer of model.pretrained")
+        return
+    if named == TRAINED:
+        raise UserError(
+            f"data.tokenizer={TRAINED} makes new ids, which mean nothing to the weights of model.pretrained="
+            f"{pretrained}; remove data.tokenizer to use the model's own, or name the one that it was trained with."
+        )
+    tokens = load_tokenizer(named if prepared is None else str(prepared)).get_vocab()
+    try:
+        own = load_tokenizer(pretrained).get_vocab()
+    except UserError:
+        # Whoever names a tokenizer for a model that comes without one must know what it was trained with.
+        return
+    if difference := first_difference(tokens, own):
+        raise UserError(
+            f"data.tokenizer={named} does not have the token ids of model.pretrained={pretrained}, to whose weights "
+            f"they would mean something else ({difference}); remove data.tokenizer to use the model's own."
+        )
+
+
+def check_tokenizer_of_checkpoint(reader: CheckpointReader, prepared: Path) -> None:
+    """Check the tokenizer of a corpus against that of another run's checkpoint, whose weights begin to train on it.
+
+    Args:
+        reader: the checkpoint; an old one has no tokenizer and is not compared.
+        prepared: folder of the tokenizer that the corpus was prepared with.
+
+    Raises:
+        UserError: the ids differ, or the checkpoint is damaged.
+    """
+    with tempfile.TemporaryDirectory(prefix="shardline-tokenizer-") as own:
+        if not reader.unpack_tokenizer(Path(own)):
+            return
+        difference = first_difference(load_tokenizer(str(prepared)).get_vocab(), load_tokenizer(own).get_vocab())
+    if difference is not None:
+        raise UserError(
+            f"the tokenizer of this run's corpus does not have the token ids of checkpoint {reader.folder}, to whose "
+            f"weights they would mean something else ({difference}); write that run's tokenizer with `shardline "
+            "export`, and name the folder as data.tokenizer."
+        )

@@ -1,0 +1,106 @@
+"""``shardline checkpoint list|verify RUN``: what a run has saved, and whether it is whole."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from sharding.ranks.errors import EXIT_BAD_INPUT, EXIT_FINISHED, UserError, ends_with_a_sentence
+from trainer.checkpoint.reader import CheckpointReader
+from trainer.checkpoint.reference import checkpoints_of
+from trainer.config import parse_config
+from trainer.data.prepared import find_prepared
+from trainer.files.storage import CheckpointPath, is_url, list_folders
+from trainer.run_folder.folder import RunFolder
+from trainer.run_folder.listing import MANIFEST_NAME, list_checkpoints
+
+
+def show_checkpoints(checkpoints: CheckpointPath, console: Console) -> int:
+    """Show the checkpoints of a run; returns the exit status."""
+    table = Table(title=f"checkpoints in {checkpoints}")
+    for header in ("step", "samples", "tokens", "eval loss", "strategy", "ranks", "MiB", "folder"):
+        table.add_column(header, justify="left" if header in ("strategy", "folder") else "right")
+    damaged = []
+    for _, folder in list_checkpoints(checkpoints):
+        try:
+            manifest = CheckpointReader(folder).manifest
+        except UserError as error:
+            damaged.append(f"{folder.name}: {error}")
+            continue
+        num_bytes = sum(entry.num_bytes for entry in manifest.files.values())
+        training = manifest.training
+        table.add_row(
+            f"{training.step:,}",
+            f"{training.num_samples:,}",
+            f"{training.num_tokens:,}",
+            "" if training.eval_loss is None else f"{training.eval_loss:.4f}",
+            manifest.strategy,
+            str(manifest.num_ranks),
+            f"{num_bytes / 2**20:,.1f}",
+            folder.name,
+        )
+    console.print(table)
+    for sentence in damaged:
+        console.print(sentence, highlight=False)
+    return EXIT_BAD_INPUT if damaged else EXIT_FINISHED
+
+
+def verify_checkpoints(checkpoints: CheckpointPath, console: Console) -> int:
+    """Compare all of all checkpoints with their manifests, and those with the corpus; returns the exit status."""
+    exit_code = EXIT_FINISHED
+    for _, folder in list_checkpoints(checkpoints):
+        try:
+            reader = CheckpointReader(folder)
+            reader.verify()
+            note = _compare_corpus(reader)
+            extra = sorted(
+                {path.name for path in list_folders(folder)} - reader.manifest.files.keys() - {MANIFEST_NAME}
+            )
+            if extra:
+                note += f"; not part of it: {', '.join(extra)}"
+            console.print(f"{folder.name}: whole{note}", highlight=False)
+        except UserError as error:
+            console.print(f"{folder.name}: {error}", highlight=False)
+            exit_code = EXIT_BAD_INPUT
+    for folder in list_folders(checkpoints / "damaged"):
+        console.print(f"damaged/{folder.name}: was found damaged and moved there", highlight=False)
+    return exit_code
+
+
+def _compare_corpus(reader: CheckpointReader) -> str:
+    """Hold the data fingerprint against the prepared corpus; returns what is to be said where there is none.
+
+    Raises:
+        UserError: it is another corpus.
+    """
+    config = parse_config(reader.manifest.config, source=f"{reader.folder}", has_rules=False)
+    try:
+        corpus = find_prepared(config.data, reader.manifest.data_fingerprint)
+    except UserError as error:
+        return f"; its data fingerprint was not compared, since {error}"
+    if corpus is None:
+        return "; its corpus is not prepared here, so the data fingerprint was not compared"
+    if corpus.fingerprint != reader.manifest.data_fingerprint:
+        raise UserError(
+            f"checkpoint {reader.folder} was trained on another corpus (fingerprint "
+            f"{reader.manifest.data_fingerprint[:12]}) than {corpus.folder} ({corpus.fingerprint[:12]}); restore the "
+            "corpus, or continue with checkpoint.load=weights in another run."
+        )
+    return ""
+
+
+@ends_with_a_sentence
+def main(arguments: Sequence[str]) -> int:
+    """List or verify; returns the exit status."""
+    if len(arguments) != 2 or arguments[0] not in ("list", "verify"):
+        raise UserError("write shardline checkpoint list RUN or shardline checkpoint verify RUN.")
+    if not is_url(arguments[1]):
+        RunFolder(Path(arguments[1])).frozen_config()
+    action = show_checkpoints if arguments[0] == "list" else verify_checkpoints
+    return action(checkpoints_of("RUN", arguments[1]), Console(soft_wrap=True))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

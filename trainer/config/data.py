@@ -1,0 +1,179 @@
+"""Configuration of the corpus, its preparation and the sequences cut from it."""
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field
+
+from sharding.ranks.errors import UserError
+from sharding.strict_model import StrictModel
+
+# First global sample position, and the one after the last.
+SampleRange = Annotated[tuple[int, int], Field(strict=False)]
+
+# One path may stand without a list.
+Paths = Annotated[
+    tuple[str, ...],
+    BeforeValidator(lambda paths: (paths,) if isinstance(paths, str) else paths),
+    Field(strict=False),
+]
+
+
+class SourceConfig(StrictModel):
+    """Where documents come from."""
+
+    source: Literal["python-stdlib", "text", "jsonl", "parquet", "hub"] = "python-stdlib"
+    """Kind of corpus: the embedded `python-stdlib`, local `text` (a file is a document), `jsonl` or `parquet`
+    files, or a data set of the `hub`."""
+
+    paths: Paths = ()
+    """Files, folders or glob patterns of a `text`, `jsonl` or `parquet` source, also compressed (gzip, zstd, bzip2,
+    xz); of a folder, files are read whose names end in `.txt` or `.md`, in `.jsonl`, `.ndjson` or `.json`, or in
+    `.parquet`."""
+
+    hub_name: str | None = None
+    """Name of the data set under `hub`, as `datasets.load_dataset` takes it."""
+
+    hub_config: str | None = None
+    """Configuration name of the hub data set, where it has several."""
+
+    hub_split: str = "train"
+    """Split of the hub data set that becomes the corpus."""
+
+    text_field: str = "text"
+    """Column that holds a document's text in `jsonl`, `parquet` and `hub` sources."""
+
+    max_documents: int = Field(default=0, ge=0)
+    """Use only this many documents, taken in source order; 0 means all."""
+
+
+class MixtureSource(SourceConfig):
+    """One source of a mixture: where its documents come from, and its share of the training sequences."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the source in logs and in `shardline data show`; letters, digits, `.`, `_` and `-`."""
+
+    weight: float = Field(gt=0.0)
+    """Share of the training sequences that come from this source, relative to the weights of the others."""
+
+
+class DataConfig(SourceConfig):
+    """Where text comes from and how it becomes sequences of tokens."""
+
+    mixture: Annotated[tuple[MixtureSource, ...], Field(strict=False)] = ()
+    """Several sources with weights, each with the settings of a source, instead of the one that the keys above name."""
+
+    streaming: bool = False
+    """Read, tokenise and pack the source while training instead of preparing it, for corpora too large for that."""
+
+    sample_documents: int = Field(default=10_000, ge=1)
+    """Documents at the beginning of a streamed source that `train-bpe` is trained on and the held-out ones are from."""
+
+    shuffle_window: int = Field(default=1024, ge=1)
+    """Sequences of a rank's stream that are shuffled among themselves; a continued run packs as many again."""
+
+    normalize: Literal["none", "NFC", "NFKC"] = "NFC"
+    """Unicode normal form applied to each document; line ends become `\\n` unless `none`."""
+
+    validation_fraction: float = Field(default=0.02, ge=0.0, lt=1.0)
+    """Share of documents, chosen by a hash of their text, that is held out for evaluation."""
+
+    tokenizer: str = "train-bpe"
+    """A `transformers` tokenizer name or folder, or `train-bpe` for a byte-level BPE trained on the corpus; if not set,
+    that of `model.pretrained`, and a named one must have its ids."""
+
+    vocab_size: int = Field(default=8192, ge=257)
+    """Number of tokens of a trained byte-level BPE; unused with any other tokenizer."""
+
+    sequence_length: int = Field(default=256, ge=1)
+    """Tokens in one training sequence."""
+
+    shuffle: bool = True
+    """Visit sequences in a keyed random order, new in each epoch; false is corpus order."""
+
+    skip_samples: Annotated[tuple[SampleRange, ...], Field(strict=False)] = ()
+    """Ranges of global sample positions, `[[first, end], ...]` with the end not included, that training leaves out."""
+
+    document_mask: bool = False
+    """Keep the documents of a sequence apart: attention stays within each, positions count from its start, and its
+    first token is not a target."""
+
+    shard_tokens: int = Field(default=64 * 1024 * 1024, ge=1024)
+    """Tokens in one packed shard file."""
+
+    num_workers: int = Field(default=0, ge=0)
+    """Threads that tokenise: in preparation, where 0 means one per usable core, and of each rank that streams, where
+    0 means one."""
+
+    cache_dir: str | None = None
+    """Folder of prepared corpora and trained tokenizers; `$SHARDLINE_CACHE` or `~/.cache/shardline` if not set."""
+
+
+def validate_data(data: DataConfig) -> None:
+    """Every rule among the settings under ``data``.
+
+    Raises:
+        UserError: a rule is broken.
+    """
+    if data.mixture:
+        _validate_mixture(data)
+    else:
+        _validate_source(data, "data")
+    for first, end in data.skip_samples:
+        if not 0 <= first < end:
+            raise UserError(
+                f"data.skip_samples: [{first}, {end}] is no range: the first number is a position from 0, and the "
+                "second the position after the last sample that is left out; raise it above the first."
+            )
+    _validate_streaming(data)
+
+
+def _validate_mixture(data: DataConfig) -> None:
+    defaults = SourceConfig()
+    changed = [name for name in SourceConfig.model_fields if getattr(data, name) != getattr(defaults, name)]
+    if changed:
+        raise UserError(
+            f"data.{changed[0]} has no effect beside data.mixture, whose sources have settings of their own; "
+            "move it into one of them, or remove it."
+        )
+    names = [source.name for source in data.mixture]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"data.mixture has {names.count(name)} sources named {name}; give each its own name.")
+    for source in data.mixture:
+        _validate_source(source, f"data.mixture {source.name}")
+
+
+def _validate_streaming(data: DataConfig) -> None:
+    if not data.streaming:
+        for name in ("sample_documents", "shuffle_window"):
+            if getattr(data, name) != DataConfig.model_fields[name].default:
+                raise UserError(f"data.{name} has an effect under data.streaming=true only; set that, or remove it.")
+        return
+    if data.mixture:
+        raise UserError(
+            "data.mixture cannot be streamed: a source's place in a mixture is computed from its number of sequences, "
+            "which a stream does not have; set data.streaming to false, or name one source."
+        )
+    if data.skip_samples:
+        raise UserError(
+            "data.skip_samples has no meaning under data.streaming=true: a stream's samples have no positions that "
+            "could be jumped over without reading them; remove it, or set data.streaming to false."
+        )
+    if data.max_documents:
+        raise UserError(
+            f"data.max_documents={data.max_documents} has no meaning under data.streaming=true, which reads the "
+            "source to its end; remove it."
+        )
+
+
+def _validate_source(settings: SourceConfig, key: str) -> None:
+    source = settings.source
+    if source in ("text", "jsonl", "parquet") and not settings.paths:
+        raise UserError(f"{key}.source={source} needs {key}.paths, which is empty; list the files.")
+    if source in ("python-stdlib", "hub") and settings.paths:
+        raise UserError(
+            f"{key}.paths is set, but {key}.source={source} reads no files; "
+            f"set {key}.source to text, jsonl or parquet, or remove {key}.paths."
+        )
+    if (source == "hub") != (settings.hub_name is not None):
+        raise UserError(f"{key}.source={source} and {key}.hub_name={settings.hub_name}: hub needs a name, others none.")

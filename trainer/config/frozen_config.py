@@ -1,0 +1,48 @@
+"""How two configurations of a run differ, and in which settings a continued run must not. Imports no torch."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from trainer.config.schema import RunConfig
+
+_FROZEN_KEYS = (
+    *("task", "model", "data", "seed", "optimizer", "schedule"),
+    *("batch.global_size", "precision.compute", "precision.fp8_recipe"),
+)
+# These change neither arithmetic nor what a checkpoint has behind it: where a task's module and the cache lie, how fast
+# it is made, which samples are left out from here on, when the curve ends, and what is averaged beside training.
+_FREE_KEYS = (
+    *("task.folder", "data.cache_dir", "data.num_workers", "data.skip_samples"),
+    *("schedule.total_steps", "optimizer.ema_decay"),
+)
+
+
+def frozen_differences(frozen: RunConfig, wanted: RunConfig) -> list[str]:
+    """What keeps a run from going on with other settings, as ``key: frozen VALUE, now VALUE``; empty where nothing."""
+    return [f"{key}: frozen {old}, now {new}" for key, old, new in _differences(frozen, wanted) if _is_frozen(key)]
+
+
+def all_differences(one: RunConfig, other: RunConfig) -> list[str]:
+    """Every setting that differs, as ``key: VALUE and VALUE``."""
+    return [f"{key}: {value} and {others}" for key, value, others in _differences(one, other)]
+
+
+def _differences(one: RunConfig, other: RunConfig) -> Iterator[tuple[str, Any, Any]]:
+    values, others = _flatten(one.model_dump(mode="json")), _flatten(other.model_dump(mode="json"))
+    for key in sorted(values.keys() | others.keys()):
+        if values.get(key) != others.get(key):
+            yield key, values.get(key), others.get(key)
+
+
+def _is_frozen(key: str) -> bool:
+    return key not in _FREE_KEYS and any(key == frozen or key.startswith(f"{frozen}.") for frozen in _FROZEN_KEYS)
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

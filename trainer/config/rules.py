@@ -1,0 +1,370 @@
+"""Rules that span several settings of a run, and the arithmetic of ranks and batch; imports no torch."""
+
+import math
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from sharding.config import FLOAT8_MULTIPLE, Backend, Strategy
+from sharding.ranks.errors import UserError
+from trainer.config.data import validate_data
+from trainer.config.optimizer import validate_optimizer
+from trainer.config.schedule import validate_curve
+from trainer.config.tracking import check_packages
+
+if TYPE_CHECKING:
+    from sharding.config import ParallelConfig
+    from trainer.config.schema import RunConfig
+
+BACKEND_STRATEGIES: dict[Backend, tuple[Strategy, ...]] = {
+    "torch": ("none", "ddp", "zero1", "zero2", "zero3", "hsdp"),
+    "deepspeed": ("zero1", "zero2", "zero3"),
+    "accelerate": ("ddp", "zero3"),
+}
+"""Which strategies each backend carries out."""
+
+
+BUCKETED_STRATEGIES: tuple[Strategy, ...] = ("zero1", "zero2", "zero3")
+"""Which strategies ``parallel.engine=bucketed`` carries out."""
+
+
+@dataclass(frozen=True)
+class World:
+    """How many ranks there are and what they run on.
+
+    Attributes:
+        num_ranks: all of them.
+        has_gpu: whether they compute on GPUs.
+        num_local_ranks: those of this node; None where it has them all.
+    """
+
+    num_ranks: int
+    has_gpu: bool
+    num_local_ranks: int | None = None
+
+
+def accumulation_steps(config: "RunConfig", num_ranks: int) -> int:
+    """Micro-batches of one rank in one optimizer step.
+
+    Raises:
+        UserError: batch.global_size is not a multiple of batch.micro_size x ranks.
+    """
+    global_size, micro_size = config.batch.global_size, config.batch.micro_size
+    if global_size % (micro_size * num_ranks):
+        per_pass = micro_size * num_ranks
+        lower = global_size // per_pass * per_pass
+        advice = " or ".join(str(size) for size in (lower, lower + per_pass) if size)
+        raise UserError(
+            f"batch.global_size={global_size} is not divisible by batch.micro_size={micro_size} x "
+            f"{num_ranks} ranks = {per_pass}; set batch.global_size to {advice}, or another batch.micro_size."
+        )
+    return global_size // (micro_size * num_ranks)
+
+
+def validate(config: "RunConfig", world: World | None = None) -> None:
+    """Every rule that spans several settings; with ``world`` also those that depend on the ranks.
+
+    Raises:
+        UserError: a rule is broken.
+    """
+    _validate_budget(config)
+    _validate_model_and_data(config)
+    _validate_parallel(config)
+    _validate_float8(config)
+    _validate_compilation(config)
+    _validate_schedule(config)
+    _validate_faults(config)
+    validate_optimizer(config.optimizer, config.parallel.backend, config.parallel.engine)
+    if config.optimizer.ema_decay and config.parallel.offload_optimizer == "nvme":
+        raise UserError(
+            f"optimizer.ema_decay={config.optimizer.ema_decay:g} reads the masters at every step, but "
+            "parallel.offload_optimizer=nvme keeps them in files; offload to cpu, or set optimizer.ema_decay=0."
+        )
+    if config.metrics.gradient_noise_scale and config.metrics.every_steps == 0:
+        raise UserError(
+            "metrics.gradient_noise_scale=true is measured at every metrics.every_steps-th step, which is 0; set it to "
+            "10, say."
+        )
+    if config.metrics.gradient_noise_scale and config.parallel.backend == "deepspeed":
+        raise UserError(
+            "metrics.gradient_noise_scale=true needs each micro-batch's own gradient, which parallel.backend=deepspeed "
+            "does not show; use parallel.backend=torch."
+        )
+    if config.checkpoint.load == "weights" and config.checkpoint.from_ is None:
+        raise UserError("checkpoint.load=weights needs checkpoint.from, which is not set; name the run to start from.")
+    if config.evaluation.every_steps and config.data.validation_fraction == 0:
+        raise UserError(
+            f"evaluation.every_steps={config.evaluation.every_steps} evaluates held-out documents, but "
+            "data.validation_fraction=0 holds none out; raise it, or set evaluation.every_steps=0."
+        )
+    _validate_retention(config)
+    _validate_replica_check(config)
+    if world is not None:
+        _validate_world(config, world)
+
+
+def _validate_model_and_data(config: "RunConfig") -> None:
+    model, data = config.model, config.data
+    if (model.architecture is None) == (model.pretrained is None):
+        raise UserError(
+            f"model.architecture={model.architecture} and model.pretrained={model.pretrained}: set exactly one of them."
+        )
+    for key, value in (("z_loss", config.task.z_loss), ("loss_chunk_tokens", config.task.loss_chunk_tokens)):
+        if value and config.task.name != "causal-lm":
+            raise UserError(
+                f"task.{key}={value} has a meaning for task.name=causal-lm only, but it is {config.task.name}, whose "
+                f"loss is its own; remove task.{key}."
+            )
+    if config.task.loss_chunk_tokens and config.precision.compute == "fp16":
+        raise UserError(
+            f"task.loss_chunk_tokens={config.task.loss_chunk_tokens} makes gradients before precision.compute=fp16 can "
+            "scale the loss, and small ones would be lost; use bf16, or set task.loss_chunk_tokens=0."
+        )
+    if model.pretrained is not None and model.vocab_multiple > 1:
+        raise UserError(
+            f"model.vocab_multiple={model.vocab_multiple} pads a model that is trained from scratch, but "
+            f"model.pretrained={model.pretrained} has its vocabulary; remove model.vocab_multiple."
+        )
+    if model.trust_remote_code and model.pretrained is None:
+        raise UserError(
+            "model.trust_remote_code=true has a meaning with model.pretrained only, which is not set; remove it."
+        )
+    if model.pretrained is not None and model.config:
+        raise UserError("model.config cannot change a model that model.pretrained names; remove model.config.")
+    validate_data(data)
+
+
+def _validate_parallel(config: "RunConfig") -> None:
+    parallel = config.parallel
+    _validate_backend(parallel)
+    for axis in ("tensor", "context", "pipeline"):
+        degree = getattr(parallel, axis)
+        if degree != 1:
+            raise UserError(f"parallel.{axis}={degree} is not there yet; only 1 is accepted for now.")
+    if parallel.replicate > 1 and parallel.strategy != "hsdp":
+        raise UserError(
+            f"parallel.replicate={parallel.replicate} has a meaning under strategy hsdp only, but "
+            f"parallel.strategy={parallel.strategy}; set it to hsdp or parallel.replicate to 1."
+        )
+
+
+def _validate_float8(config: "RunConfig") -> None:
+    precision, backend = config.precision, config.parallel.backend
+    if precision.compute != "fp8":
+        if precision.fp8_recipe != type(precision).model_fields["fp8_recipe"].default:
+            raise UserError(
+                f"precision.fp8_recipe={precision.fp8_recipe} has an effect under precision.compute=fp8 only, but it "
+                f"is {precision.compute}; set that, or remove precision.fp8_recipe."
+            )
+        return
+    if backend != "torch":
+        raise UserError(
+            f"precision.compute=fp8 is there under parallel.backend=torch only, but it is {backend}; choose torch, or "
+            "precision.compute=bf16."
+        )
+    length = config.data.sequence_length
+    if config.batch.micro_size * length % FLOAT8_MULTIPLE:
+        raise UserError(
+            f"precision.compute=fp8 adds up gradients over batch.micro_size={config.batch.micro_size} x "
+            f"data.sequence_length={length} = {config.batch.micro_size * length} tokens, which is no multiple of "
+            f"{FLOAT8_MULTIPLE}; change one of them, or set precision.compute=bf16."
+        )
+    if config.data.document_mask and precision.fp8_recipe == "tensorwise":
+        raise UserError(
+            "data.document_mask=true keeps documents apart, but precision.fp8_recipe=tensorwise has one scale for all "
+            "that is in a micro-batch; set precision.fp8_recipe=rowwise, data.document_mask=false, or "
+            "precision.compute=bf16."
+        )
+
+
+def _validate_compilation(config: "RunConfig") -> None:
+    mode = config.compile.mode
+    if mode in ("reduce-overhead", "max-autotune"):
+        raise UserError(
+            f"compile.mode={mode} replays CUDA graphs, which overwrite what the micro-batch before has left, and no "
+            "GPU has shown yet that gradients are right under accumulation (python -m benchmarks.device will); use "
+            "compile.mode=default or max-autotune-no-cudagraphs."
+        )
+
+
+def _validate_backend(parallel: "ParallelConfig") -> None:
+    backend, strategy = parallel.backend, parallel.strategy
+    if strategy not in BACKEND_STRATEGIES[backend]:
+        legal = ", ".join(BACKEND_STRATEGIES[backend])
+        raise UserError(
+            f"parallel.backend={backend} cannot do parallel.strategy={strategy}, only {legal}; choose one of these, or "
+            "parallel.backend=torch, which has all."
+        )
+    if parallel.engine == "bucketed" and (backend != "torch" or strategy not in BUCKETED_STRATEGIES):
+        raise UserError(
+            f"parallel.engine=bucketed does parallel.strategy={', '.join(BUCKETED_STRATEGIES)} under "
+            f"parallel.backend=torch, but these are {strategy} and {backend}; remove parallel.engine, or change them."
+        )
+    for key in ("offload_optimizer", "offload_parameters"):
+        place = getattr(parallel, key)
+        if place != "none" and backend != "deepspeed":
+            raise UserError(
+                f"parallel.{key}={place} needs parallel.backend=deepspeed, but it is {backend}; change one of them."
+            )
+    if parallel.offload_parameters != "none" and strategy != "zero3":
+        raise UserError(
+            f"parallel.offload_parameters={parallel.offload_parameters} needs parallel.strategy=zero3, but it is "
+            f"{strategy}; change one of them."
+        )
+    uses_files = "nvme" in (parallel.offload_parameters, parallel.offload_optimizer)
+    if uses_files != (parallel.nvme_path is not None):
+        raise UserError(
+            f"parallel.nvme_path={parallel.nvme_path}, parallel.offload_parameters={parallel.offload_parameters} and "
+            f"parallel.offload_optimizer={parallel.offload_optimizer}: a folder is named if and only if something is "
+            "offloaded to nvme; change one of them."
+        )
+    if parallel.offload_optimizer == "nvme" and strategy != "zero3":
+        raise UserError(
+            f"parallel.offload_optimizer=nvme needs parallel.strategy=zero3, but it is {strategy}; change one of them."
+        )
+
+
+def _validate_replica_check(config: "RunConfig") -> None:
+    every_steps, parallel = config.faults.replica_check_every_steps, config.parallel
+    gathers_after_step = parallel.backend == "deepspeed" or parallel.engine == "bucketed"
+    whole_on_each = ("ddp", "hsdp", "zero1", "zero2") if gathers_after_step else ("ddp", "hsdp")
+    if every_steps and parallel.strategy not in whole_on_each:
+        raise UserError(
+            f"faults.replica_check_every_steps={every_steps} compares copies of parameters, but under "
+            f"parallel.backend={parallel.backend} parallel.strategy={parallel.strategy} no rank holds between steps "
+            "what another one holds; set it to 0, or use parallel.strategy=ddp or hsdp."
+        )
+
+
+def _validate_retention(config: "RunConfig") -> None:
+    checkpoint, evaluated_every = config.checkpoint, config.evaluation.every_steps
+    keeps = f"checkpoint.keep_best={checkpoint.keep_best}"
+    if not checkpoint.keep_best:
+        return
+    if checkpoint.keep_last == 0:
+        raise UserError(f"{keeps} has no effect while checkpoint.keep_last=0 keeps all; remove it, or set keep_last.")
+    if config.data.validation_fraction == 0:
+        raise UserError(f"{keeps} needs a held-out loss, but data.validation_fraction=0 holds nothing out; raise it.")
+    for section, every_steps in (("checkpoint", checkpoint.every_steps), ("evaluation", evaluated_every)):
+        if every_steps == 0:
+            raise UserError(
+                f"{keeps} chooses among steps that are saved and evaluated, but {section}.every_steps=0 has one at the "
+                "end alone; set it to 100, say."
+            )
+    both = math.lcm(checkpoint.every_steps, evaluated_every)
+    if both >= config.num_steps:
+        raise UserError(
+            f"{keeps} chooses among steps that are saved and evaluated, but with checkpoint.every_steps="
+            f"{checkpoint.every_steps} and evaluation.every_steps={evaluated_every} these are the multiples of {both}, "
+            f"of which none is before the last of {config.num_steps} steps; make one a multiple of the other."
+        )
+
+
+def _validate_schedule(config: "RunConfig") -> None:
+    schedule = config.schedule
+    validate_curve(schedule)
+    total = schedule.total_steps or config.num_steps
+    if schedule.warmup_steps > total:
+        raise UserError(
+            f"schedule.warmup_steps={schedule.warmup_steps} is more than the {total} steps of the schedule; set "
+            f"schedule.warmup_steps to {total} at most, or schedule.total_steps to the steps of the whole schedule, of "
+            "which a short run is the beginning."
+        )
+    if schedule.warmup_steps + schedule.decay_steps > total:
+        raise UserError(
+            f"schedule.warmup_steps={schedule.warmup_steps} + schedule.decay_steps={schedule.decay_steps} is more "
+            f"than the {total} steps of the schedule; lower one of them."
+        )
+
+
+# Settings of the faults section, and the spike policies under which they are read.
+_POLICIES_OF_SETTING: dict[str, tuple[str, ...]] = {
+    "spike_threshold": ("warn", "skip", "rollback"),
+    "spike_window_steps": ("warn", "skip", "rollback"),
+    "spike_warmup_steps": ("warn", "skip", "rollback"),
+    "max_consecutive_skips": ("skip",),
+    "rollback_skip_steps": ("rollback",),
+    "max_rollbacks": ("rollback",),
+}
+
+
+def _validate_faults(config: "RunConfig") -> None:
+    faults = config.faults
+    policy = faults.spike_policy
+    for setting, policies in _POLICIES_OF_SETTING.items():
+        value, default = getattr(faults, setting), type(faults).model_fields[setting].default
+        if value != default and policy not in policies:
+            raise UserError(
+                f"faults.{setting}={value} has an effect under faults.spike_policy={' or '.join(policies)} only, but "
+                f"it is {policy}; set that, or remove faults.{setting}."
+            )
+    if faults.spike_warmup_steps > faults.spike_window_steps:
+        raise UserError(
+            f"faults.spike_warmup_steps={faults.spike_warmup_steps} is more than faults.spike_window_steps="
+            f"{faults.spike_window_steps}, so that no step would ever be judged; lower it, or widen the window."
+        )
+    if policy in ("skip", "rollback") and config.data.streaming:
+        raise UserError(
+            f"faults.spike_policy={policy} leaves samples out by their position, which those of a stream do not have "
+            "(data.streaming=true); use faults.spike_policy=warn, or prepare the corpus."
+        )
+    if policy == "rollback" and config.checkpoint.every_steps == 0:
+        raise UserError(
+            "faults.spike_policy=rollback returns to a checkpoint, but checkpoint.every_steps=0 saves none before the "
+            "end; set it to 100, say, or use faults.spike_policy=skip."
+        )
+
+
+def _validate_budget(config: "RunConfig") -> None:
+    if (config.steps is None) == (config.tokens is None):
+        found = "neither is set" if config.steps is None else f"steps={config.steps} and tokens={config.tokens}"
+        raise UserError(
+            f"a run has a budget of steps or of tokens, but {found}: set exactly one of them "
+            "(the other can be taken back with steps=null or tokens=null)."
+        )
+
+
+def _validate_world(config: "RunConfig", world: World) -> None:
+    parallel, num_ranks = config.parallel, world.num_ranks
+    if parallel.backend == "accelerate" and parallel.strategy == "zero3" and not world.has_gpu:
+        raise UserError(
+            "parallel.backend=accelerate does parallel.strategy=zero3 on GPUs alone: without one it would train plain "
+            "DDP and say nothing; use parallel.backend=torch or deepspeed, or parallel.strategy=ddp."
+        )
+    for setting, is_eight_bit, other in (
+        ("optimizer.name=adamw8bit", config.optimizer.name == "adamw8bit", "optimizer.name to adamw"),
+        ("precision.compute=fp8", config.precision.compute == "fp8", "precision.compute to bf16"),
+    ):
+        if is_eight_bit and find_spec("torchao") is None:
+            raise UserError(
+                f"{setting} needs torchao, which is not installed; install it with pip install 'shardline[eight-bit]', "
+                f"or set {other}."
+            )
+    if parallel.strategy == "none" and num_ranks > 1:
+        raise UserError(
+            f"parallel.strategy=none runs on one rank, but there are {num_ranks}; "
+            "choose ddp or zero1-3, or start one rank (--nproc-per-node 1)."
+        )
+    if config.faults.replica_check_every_steps and num_ranks == 1:
+        raise UserError(
+            f"faults.replica_check_every_steps={config.faults.replica_check_every_steps} compares ranks, but there is "
+            "1; set it to 0, or start more ranks (--nproc-per-node)."
+        )
+    if parallel.strategy == "hsdp":
+        if parallel.replicate < 2:
+            raise UserError(
+                f"parallel.strategy=hsdp needs parallel.replicate >= 2, but it is {parallel.replicate}; "
+                "set it to the number of replicas, or use zero3."
+            )
+        if num_ranks % parallel.replicate or num_ranks // parallel.replicate < 2:
+            raise UserError(
+                f"parallel.replicate={parallel.replicate} does not fit {num_ranks} ranks: hsdp needs replicate x "
+                f"shard = ranks with shard >= 2; start {2 * parallel.replicate} ranks or change parallel.replicate."
+            )
+    if accumulation_steps(config, num_ranks) * num_ranks == 1 and config.metrics.gradient_noise_scale:
+        raise UserError(
+            "metrics.gradient_noise_scale=true compares micro-batches with the whole batch, but batch.global_size="
+            f"{config.batch.global_size} is one micro-batch of batch.micro_size={config.batch.micro_size} on 1 rank; "
+            "lower batch.micro_size or raise batch.global_size."
+        )
+    check_packages(config.tracking)

@@ -1,0 +1,108 @@
+"""Configuration sections of the step: task, model, batch, evaluation, metrics, launch."""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from sharding.strict_model import StrictModel
+
+
+class TaskConfig(StrictModel):
+    """What the model is trained to do."""
+
+    name: str = "causal-lm"
+    """`causal-lm`, or `module:Class` for a task of your own, from `folder` or from what is installed."""
+
+    folder: str | None = None
+    """Folder of the module of a task of your own; where it is not given, that of the configuration file if the module
+    lies there. The working folder is none: what lies there is not run."""
+
+    z_loss: float = Field(default=0.0, ge=0.0)
+    """Coefficient of log^2 Z, added to each token's training loss under `causal-lm`; 1e-4 is usual, 0 means none."""
+
+    loss_chunk_tokens: int = Field(default=0, ge=0)
+    """Positions whose logits exist at once under `causal-lm`; saves memory, 0 makes all of a micro-batch's."""
+
+
+class ModelConfig(StrictModel):
+    """Which model is trained, from scratch or from pretrained weights."""
+
+    architecture: str | None = None
+    """Model type as `transformers` names it (`llama`, `gpt2`, `qwen3` ...), trained from scratch."""
+
+    config: dict[str, Any] = {}
+    """Fields of that architecture's `transformers` configuration; `vocab_size` defaults to the tokenizer's."""
+
+    pretrained: str | None = None
+    """Folder or hub name of a model whose configuration and weights the run starts from."""
+
+    trust_remote_code: bool = False
+    """Run Python code that a `pretrained` model brings along with its weights; false refuses such a model."""
+
+    vocab_multiple: int = Field(default=0, ge=0)
+    """Round a from-scratch model's vocabulary up to a multiple of this many tokens; 0 and 1 leave it as it is."""
+
+    attention: Literal["sdpa", "eager", "flex_attention", "flash_attention_2"] = "sdpa"
+    """Attention implementation of `transformers`."""
+
+
+class BatchConfig(StrictModel):
+    """Sequences per optimizer step; accumulation steps = global_size / (micro_size x data-parallel ranks)."""
+
+    global_size: int = Field(default=16, ge=1)
+    """Sequences in one optimizer step, over all ranks and micro-batches."""
+
+    micro_size: int = Field(default=4, ge=1)
+    """Sequences in one forward and backward pass of one rank."""
+
+
+class EvaluationConfig(StrictModel):
+    """Loss on the held-out split."""
+
+    every_steps: int = Field(default=0, ge=0)
+    """Evaluate after every this many steps; 0 means only at the end of the run."""
+
+    max_sequences: int = Field(default=0, ge=0)
+    """Evaluate on only the first this many sequences; 0 means the whole validation split."""
+
+
+class MetricsConfig(StrictModel):
+    """What is measured and how often it is written."""
+
+    every_steps: int = Field(default=10, ge=0)
+    """Write a line of metrics after every this many steps; 0 means only at the end."""
+
+    profile_steps: int = Field(default=0, ge=0)
+    """Steps to record with torch's profiler, from the fourth step of this attempt; 0 means none."""
+
+    gradient_noise_scale: bool = False
+    """Estimate the gradient noise scale (critical batch size, in tokens) at every every_steps-th step."""
+
+    parameter_hash: bool = True
+    """Log a hash of the initial parameters, equal for any number of ranks and any strategy."""
+
+    system: bool = True
+    """Log how busy each node's processors, memory and GPUs are, in percent, as `system/node-N/...`."""
+
+
+class LaunchConfig(StrictModel):
+    """How ranks are started on this machine."""
+
+    nproc_per_node: int = Field(default=0, ge=0)
+    """Ranks per node; 0 means one per GPU, or 2 where there is none (1 under strategy `none`)."""
+
+    threads_per_rank: int = Field(default=0, ge=0)
+    """CPU threads of one rank's operators; 0 divides the usable cores by the ranks of a node."""
+
+    master_port: int = Field(default=0, ge=0, le=65535)
+    """TCP port of the rendezvous; 0 takes a free one."""
+
+    init_timeout_s: float = Field(default=600.0, gt=0.0)
+    """Seconds that ranks wait for one another at start-up and until the first step is done."""
+
+    step_timeout_s: float = Field(default=600.0, gt=0.0)
+    """Seconds that a collective may take after the first step."""
+
+    preflight: bool = False
+    """Examine machines, devices, links and the run's folder before each attempt, as `shardline doctor --quick` does;
+    what fails ends the run with the machine's name."""

@@ -1,0 +1,1 @@
+"""A trained model leaves the house; nothing in training imports it."""

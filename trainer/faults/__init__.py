@@ -1,0 +1,1 @@
+"""A rank that stands still, that dies, that is struck on purpose."""

@@ -1,0 +1,1 @@
+"""A rank that dies; imports no torch, since the launcher looks too."""

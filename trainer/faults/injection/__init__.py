@@ -1,0 +1,1 @@
+"""A rank that is struck on purpose."""

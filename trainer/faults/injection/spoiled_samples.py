@@ -1,0 +1,84 @@
+"""Bad documents on purpose: a task whose loss is spoiled for certain samples, for drills and tests."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from sharding.engine import Batch
+from trainer.data.skipped_samples import SampleRange
+from trainer.faults.injection.inject import SPOILING_FAULTS, Fault
+from trainer.tasks.task import Task
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+_FACTORS = {"nan": math.nan, "spike": 1e4}
+
+
+class SpoiledTask:
+    """A task whose loss, and so whose gradient, is multiplied where a step has spoiled samples.
+
+    The fault belongs to the samples, as that of a bad document does: it does not come again where they are left out.
+    """
+
+    def __init__(
+        self, task: Task, faults: Sequence[Fault], global_size: int, report: Callable[[str], None] = lambda _: None
+    ) -> None:
+        """Spoil what the faults name.
+
+        Args:
+            task: does everything else.
+            faults: those that strike this rank; others than ``nan`` and ``spike`` are not looked at.
+            global_size: sequences in a step.
+            report: hears of each step that is spoiled, by the fault's name.
+        """
+        self._task = task
+        self._spoiled = [
+            ((fault.step - 1) * global_size, (fault.step - 1 + fault.num_steps) * global_size, fault.fault)
+            for fault in faults
+            if fault.fault in SPOILING_FAULTS
+        ]
+        self._report = report
+        self._reported: list[SampleRange] = []
+        self._factor = 1.0
+        self.next_samples: Callable[[], list[SampleRange]] = list
+
+    @property
+    def inner(self) -> Task:
+        """The task that is spoiled."""
+        return self._task
+
+    def build_model(self, model_config: "PretrainedConfig") -> nn.Module:
+        """See Task."""
+        return self._task.build_model(model_config)
+
+    def make_batch(self, sequences: Batch) -> Batch:
+        """See Task; comes before the batch's loss."""
+        self._factor = 1.0
+        samples = self.next_samples()
+        for start, stop, fault in self._spoiled:
+            if any(first < stop and start < end for first, end in samples):
+                self._factor = _FACTORS[fault]
+                if samples != self._reported:
+                    self._report(fault)
+                    self._reported = samples
+        return self._task.make_batch(sequences)
+
+    def num_targets(self, batch: Batch) -> int:
+        """See Task."""
+        return self._task.num_targets(batch)
+
+    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """See Task."""
+        return self._task.loss(model, batch) * self._factor
+
+    def evaluation_sums(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """See Task."""
+        return self._task.evaluation_sums(model, batch)
+
+    def evaluation_metrics(self, sums: Sequence[float]) -> dict[str, Any]:
+        """See Task."""
+        return self._task.evaluation_metrics(sums)

@@ -1,0 +1,79 @@
+"""metrics.jsonl: each logged step once, whatever was rolled back."""
+
+import errno
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from sharding.ranks.errors import UserError
+
+Metrics = dict[str, float | int | None]
+
+
+class MetricsFile:
+    """metrics.jsonl: one JSON object per logged step, each step once."""
+
+    def __init__(self, path: Path, last_step: int) -> None:
+        """Open the file for appending; lines beyond ``last_step`` move to metrics.discarded.jsonl.
+
+        They belong to steps that an earlier attempt took after the checkpoint from which this one continues.
+        """
+        if path.exists():
+            _discard_after(path, last_step)
+        # No buffer: a killed run loses no finished line.
+        self._file = path.open("ab", buffering=0)
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        """Append one step's metrics; numbers that are not finite become null.
+
+        Raises:
+            UserError: the disk is full, say.
+        """
+        line = (json.dumps({"step": step} | finite_or_none(metrics)) + "\n").encode()
+        try:
+            # The next attempt takes out a line that is not whole.
+            reason = None if self._file.write(line) == len(line) else os.strerror(errno.ENOSPC)
+        except OSError as error:
+            reason = error.strerror
+        if reason is not None:
+            raise UserError(
+                f"{self._file.name} cannot be written: {reason}; free some space, then run again to continue from the "
+                "last checkpoint."
+            )
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def finite_or_none(metrics: Metrics) -> Metrics:
+    """The metrics with None in place of NaN and infinity, which JSON does not have."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in metrics.items()
+    }
+
+
+def _discard_after(path: Path, last_step: int) -> None:
+    kept: list[str] = []
+    discarded: list[str] = []
+    for line in path.read_text().splitlines():
+        (kept if _step_of(line) <= last_step else discarded).append(line + "\n")
+    if not discarded:
+        return
+    with path.with_name("metrics.discarded.jsonl").open("a") as file:
+        file.writelines(discarded)
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text("".join(kept))
+    os.replace(temporary, path)
+
+
+def _step_of(line: str) -> float:
+    try:
+        values: dict[str, Any] = json.loads(line)
+        return float(values["step"])
+    except (ValueError, KeyError):
+        # The last line of a process that was killed while writing.
+        return math.inf

@@ -1,0 +1,67 @@
+"""Proof, before training, that the model keeps the documents of a sequence apart."""
+
+import inspect
+
+import torch
+
+from sharding.engine import Batch, Engine
+from sharding.ranks.errors import UserError
+from trainer.config import RunConfig
+from trainer.model.models import Vocabulary, build_model_config, build_model_on_meta
+from trainer.tasks.task import Task
+
+# A loss in fp32 has 24 bits, and experts may see their tokens in other groups; what leaks through attention is more.
+_TOLERANCE = 1e-6
+
+
+def check_architecture(config: RunConfig, task: Task, vocabulary: Vocabulary) -> None:
+    """Refuse models that cannot be told where a document starts.
+
+    Raises:
+        UserError: the model carries a state from token to token, or takes no positions.
+    """
+    model = build_model_on_meta(task, build_model_config(config.model, vocabulary, config.data.sequence_length))
+    if getattr(model, "_is_stateful", False):
+        raise _refusal(config, "is recurrent: its state runs on from one document into the next")
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        raise _refusal(config, "takes no position_ids, by which transformers tells documents apart")
+
+
+def check_engine(engine: Engine, config: RunConfig, task: Task, vocabulary: Vocabulary) -> None:
+    """Change the first document of each row and see that the loss of the second stays as it is.
+
+    Which of the many attention implementations honour positions is nowhere declared; so the very model that will be
+    trained is asked, in evaluation. Every rank must call it.
+
+    Raises:
+        UserError: the loss changed.
+    """
+    length, rows = config.data.sequence_length, config.batch.micro_size
+    if length < 3:
+        return
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(vocabulary.size, (2, rows, length), generator=generator)
+    border = length // 2
+    tokens[1, :, border:] = tokens[0, :, border:]
+    columns = torch.arange(length)
+    position_ids = torch.where(columns < border, columns, columns - border).expand(rows, -1).contiguous()
+    labels = torch.full((rows, length), -100)
+    # One target, close to the border, feels a leak most: nearly all that it could see is foreign.
+    labels[:, border] = tokens[0, :, (border + 1) % length]
+    losses = []
+    for input_ids in tokens:
+        batch: Batch = {"input_ids": input_ids, "labels": labels.clone(), "position_ids": position_ids}
+        losses.append(engine.evaluate_batch(task.make_batch(batch)).double().cpu())
+    if not torch.allclose(losses[0], losses[1], rtol=_TOLERANCE, atol=0.0):
+        raise _refusal(config, "attends across documents all the same")
+
+
+def _refusal(config: RunConfig, reason: str) -> UserError:
+    name = config.model.architecture or config.model.pretrained
+    attention = config.model.attention
+    # transformers looks for documents in a batch of one row only.
+    remedy = "batch.micro_size=1, " if attention.startswith("flash") and config.batch.micro_size > 1 else ""
+    return UserError(
+        f"data.document_mask=true does not work with {name} under model.attention={attention}: it {reason}; choose "
+        f"{remedy}another model.attention or architecture (llama, qwen3, gpt2 under sdpa, say), or set it to false."
+    )

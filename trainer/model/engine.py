@@ -1,0 +1,100 @@
+"""From the model's configuration to an engine that holds it."""
+
+from collections.abc import Callable
+
+import torch
+
+from sharding.build_engine import build_engine
+from sharding.engine import Engine, LossFunction, ModelDefinition
+from sharding.mesh import DataParallelMesh
+from sharding.precision import compute_dtype
+from sharding.ranks.object_exchange import sum_integers_over_ranks
+from sharding.ranks.process_group import Ranks
+from sharding.state import layout_independent_hash
+from trainer.config import RunConfig
+from trainer.config.deepspeed_settings import deepspeed_settings
+from trainer.model.models import (
+    ModelFacts,
+    Vocabulary,
+    build_model_config,
+    build_model_on_meta,
+    model_facts,
+)
+from trainer.model.module_initialization import initialize_module
+from trainer.model.pretrained import PretrainedWeights
+from trainer.model.refusals import refuse_positions_by_padding, refuse_settings
+from trainer.optimizers.build import optimizer_factory
+from trainer.tasks.task import Task
+
+
+def build_model_engine(
+    config: RunConfig,
+    task: Task,
+    mesh: DataParallelMesh,
+    ranks: Ranks,
+    vocabulary: Vocabulary,
+    timed: Callable[[LossFunction], LossFunction] = lambda loss: loss,
+) -> tuple[Engine, ModelFacts]:
+    """The sharded model with its optimizer, with initial or pretrained parameters.
+
+    ``timed`` wraps the forward pass and loss, to measure them.
+
+    Raises:
+        UserError: model, tokenizer, sequence length, task and strategy do not fit together.
+    """
+    model_config = build_model_config(config.model, vocabulary, config.data.sequence_length)
+    refuse_settings(config, task, model_config, mesh.dp_degree)
+    model = build_model_on_meta(task, model_config)
+    refuse_positions_by_padding(config, model, model_config)
+    facts = model_facts(model, model_config)
+    # Before it is sharded, which changes its classes, and before there is memory for weights that may not be there.
+    pretrained = None if config.model.pretrained is None else PretrainedWeights(config.model.pretrained, model)
+    definition = ModelDefinition(
+        model=model,
+        initialize=lambda module: initialize_module(model, module),
+        loss=timed(task.loss),
+        evaluate=task.evaluation_sums,
+        seed=config.seed,
+    )
+    engine = build_engine(
+        definition,
+        mesh,
+        ranks.device,
+        optimizer_factory(config.optimizer),
+        parallel=config.parallel,
+        precision=config.precision,
+        activation_checkpointing=config.activation_checkpointing,
+        compilation=config.compile,
+        deepspeed_settings=deepspeed_settings(config, mesh.dp_degree) if config.parallel.backend == "deepspeed" else {},
+    )
+    if pretrained is not None:
+        pretrained.load_into(engine)
+    return engine, facts
+
+
+def parameter_hash(engine: Engine, ranks: Ranks) -> str:
+    """A hash of all parameters that does not depend on the layout; every rank must call it."""
+    total = sum_integers_over_ranks(layout_independent_hash(engine.state(with_optimizer=False)), ranks)
+    return f"{total % (1 << 64):016x}"
+
+
+def describe_model(config: RunConfig, facts: ModelFacts, ranks: Ranks) -> str:
+    """One line for the log: model, ranks, strategy, precision."""
+    dtype = str(compute_dtype(config.precision, ranks.device)).removeprefix("torch.")
+    chosen = " (auto)" if config.precision.compute == "auto" else ""
+    if config.precision.compute == "fp8":
+        emulated = "" if ranks.device.type == "cuda" else ", emulated, for a CPU has no such products"
+        chosen = (
+            f", {facts.num_float8_linears} of {facts.num_block_linears} linear layers of blocks in float8 "
+            f"({config.precision.fp8_recipe}{emulated})"
+        )
+    device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
+    backend = "" if config.parallel.backend == "torch" else f"{config.parallel.backend} "
+    if config.parallel.engine != "fully_shard":
+        backend = f"{config.parallel.engine} "
+    flops = facts.flops_per_token(config.data.sequence_length, causal=False)
+    return (
+        f"{config.model.architecture or config.model.pretrained}: {facts.num_parameters:,} parameters, "
+        f"{flops / 1e6:,.1f} MFLOP per token; {backend}{config.parallel.strategy} on {ranks.world_size} x {device}, "
+        f"{dtype}{chosen}"
+    )

@@ -1,0 +1,206 @@
+"""What a run will hold of memory on each rank, from its configuration and a model on the meta device."""
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from sharding.blocks import find_blocks, hidden_matrices
+from sharding.config import ActivationCheckpointingConfig
+from sharding.memory_formula import BUCKET_ELEMENTS, Layout, ModelSizes, StateBytes, state_bytes
+from sharding.precision import compute_dtype
+from trainer.config import RunConfig
+from trainer.config.optimizer import OptimizerConfig
+from trainer.config.rules import accumulation_steps
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+_FP32_BYTES = 4
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of one rank.
+
+    Attributes:
+        state: parameters, gradients and optimizer state at their peak.
+        activations: what forward keeps for backward, at least; and the logits.
+    """
+
+    state: StateBytes
+    activations: float
+
+    @property
+    def total(self) -> float:
+        """Sum of both; kernels, caches and what a micro-batch needs for a moment come on top."""
+        return self.state.total + self.activations
+
+
+@dataclass(frozen=True)
+class BlockWidths:
+    """Elements per token that a transformer block computes.
+
+    Attributes:
+        hidden: width of the residual stream.
+        attention: heads x head width.
+        key_value: key or value heads x head width.
+        feed_forward: width inside the feed-forward layer.
+        is_gated: whether that layer has a gate.
+    """
+
+    hidden: int
+    attention: int
+    key_value: int
+    feed_forward: int
+    is_gated: bool
+
+
+def estimate_memory(
+    config: RunConfig, model: nn.Module, model_config: "PretrainedConfig", num_ranks: int, device: torch.device
+) -> MemoryEstimate:
+    """A rank's peak by the formulas.
+
+    Args:
+        config: the run.
+        model: its model, not sharded; it may be on the meta device.
+        model_config: the model's own configuration.
+        num_ranks: data-parallel ranks.
+        device: where the run computes.
+
+    Raises:
+        UserError: batch sizes do not divide, or the device cannot compute in the configured format.
+    """
+    sizes, parallel = model_sizes(model), config.parallel
+    width = compute_dtype(config.precision, device).itemsize
+    layout = Layout(
+        strategy=parallel.strategy,
+        num_shards=num_ranks // parallel.replicate,
+        is_bucketed=parallel.engine == "bucketed",
+        accumulation_steps=accumulation_steps(config, num_ranks),
+        compute_bytes=width,
+        moment_bytes=moment_bytes(config.optimizer, model) / sizes.num_parameters,
+        bucket_elements=BUCKET_ELEMENTS[device.type],
+    )
+    text_config = model_config.get_text_config()
+    num_tokens = config.batch.micro_size * config.data.sequence_length
+    activations = activation_bytes(
+        block_widths(model, model_config),
+        num_blocks=len(find_blocks(model)),
+        vocabulary=text_config.vocab_size,
+        num_tokens=num_tokens,
+        num_logit_tokens=min(config.task.loss_chunk_tokens or num_tokens, num_tokens),
+        checkpointing=config.activation_checkpointing,
+        compute_bytes=width,
+    )
+    return MemoryEstimate(state_bytes(sizes, layout), activations)
+
+
+def model_sizes(model: nn.Module) -> ModelSizes:
+    """Count the trainable elements of a model that is not sharded; it may be on the meta device."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    in_blocks = [sum(p.numel() for p in block.parameters() if p.requires_grad) for _, block in find_blocks(model)]
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    embeddings -= {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    uses = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    num_parameters = sum(p.numel() for p in trainable)
+    return ModelSizes(
+        num_parameters=num_parameters,
+        num_matrix_parameters=sum(p.numel() for p in trainable if p.ndim >= 2 and id(p) not in embeddings),
+        num_outside_blocks=num_parameters - sum(in_blocks),
+        largest_block=max(in_blocks, default=0),
+        largest_parameter=max((p.numel() for p in trainable), default=0),
+        largest_shared=max((p.numel() for p in trainable if uses[id(p)] > 1), default=0),
+    )
+
+
+def moment_bytes(optimizer: OptimizerConfig, model: nn.Module) -> float:
+    """Bytes of the whole optimizer state, over all ranks."""
+    hidden = hidden_matrices(model)
+    return sum(
+        _moment_bytes(optimizer, tuple(p.shape), name in hidden)
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    )
+
+
+def _moment_bytes(optimizer: OptimizerConfig, shape: tuple[int, ...], is_hidden_matrix: bool) -> float:
+    num = math.prod(shape)
+    adamw = 2 * _FP32_BYTES * num
+    if optimizer.name == "sgd":
+        return _FP32_BYTES * num if optimizer.momentum else 0.0
+    if optimizer.name == "muon":
+        return _FP32_BYTES * num if is_hidden_matrix else adamw
+    if optimizer.name == "adafactor":
+        # Means of rows and columns.
+        return _FP32_BYTES * (num / shape[-1] + num / shape[-2] if len(shape) >= 2 else num)
+    if optimizer.name == "adamw8bit":
+        from trainer.optimizers.adamw_8bit import quantization_block
+
+        block = quantization_block(shape)
+        return adamw if block is None else 2 * (num + _FP32_BYTES * num / block)
+    return adamw
+
+
+def block_widths(model: nn.Module, model_config: "PretrainedConfig") -> BlockWidths:
+    """Widths of a model's blocks, from its configuration and the shapes of the first block's matrices."""
+    text = model_config.get_text_config()
+    hidden, num_heads = text.hidden_size, text.num_attention_heads
+    head = getattr(text, "head_dim", None) or hidden // num_heads
+    feed_forward = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden
+    blocks = find_blocks(model)
+    matrices = [p for p in blocks[0][1].parameters() if p.ndim >= 2] if blocks else []
+    return BlockWidths(
+        hidden=hidden,
+        attention=num_heads * head,
+        key_value=(getattr(text, "num_key_value_heads", None) or num_heads) * head,
+        feed_forward=feed_forward,
+        is_gated=sum(feed_forward in p.shape or 2 * feed_forward in p.shape for p in matrices) != 2,
+    )
+
+
+def activation_bytes(
+    widths: BlockWidths,
+    *,
+    num_blocks: int,
+    vocabulary: int,
+    num_tokens: int,
+    num_logit_tokens: int,
+    checkpointing: ActivationCheckpointingConfig,
+    compute_bytes: int,
+) -> float:
+    """The least that a micro-batch adds to a rank's memory: operands that backward needs, and the logits.
+
+    Counted as in Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models" (2022), section 4,
+    for attention that keeps no scores and without dropout: the inputs of every matrix product, of norms and of
+    attention, and its result; what a gate and an activation function multiply. The logits are kept as computed and in
+    fp32, with their gradient in fp32.
+
+    Args:
+        widths: of a block.
+        num_blocks: how many.
+        vocabulary: logits per token.
+        num_tokens: tokens in a micro-batch.
+        num_logit_tokens: those whose logits exist at once.
+        checkpointing: what is recomputed.
+        compute_bytes: bytes of an element of an activation.
+    """
+    attention = 2 * widths.hidden + 2 * widths.attention + 2 * widths.key_value
+    feed_forward = 2 * widths.hidden + (4 if widths.is_gated else 2) * widths.feed_forward
+    whole = attention + feed_forward
+    if checkpointing.mode == "full":
+        kept = num_blocks * widths.hidden + whole
+    elif checkpointing.mode == "every_n":
+        num_recomputed = -(-num_blocks // checkpointing.every_n)
+        kept = num_recomputed * widths.hidden + (num_blocks - num_recomputed) * whole
+    elif checkpointing.mode == "selective":
+        # The block's input, attention's result, and every second product's.
+        products = 2 * widths.hidden + widths.attention + 2 * widths.key_value
+        products += (2 if widths.is_gated else 1) * widths.feed_forward
+        kept = num_blocks * (widths.hidden + widths.attention + products // 2) + whole
+    else:
+        kept = num_blocks * whole
+    return num_tokens * compute_bytes * kept + num_logit_tokens * (compute_bytes + 2 * _FP32_BYTES) * vocabulary

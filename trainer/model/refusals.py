@@ -1,0 +1,137 @@
+"""Settings of a model's own configuration that this training would ignore, or get wrong."""
+
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from sharding.ranks.errors import UserError
+from trainer.config import RunConfig
+from trainer.config.sections import ModelConfig
+from trainer.tasks.causal_lm import predicts_next_tokens
+from trainer.tasks.task import Task
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+_LAYER_DROP = re.compile(r"layer_?drop$")
+_LOSS_COEFFICIENT = re.compile(r"(aux|z)_loss_(coef|coefficient|weight|alpha)$|^moe_loss_weight$")
+
+
+def refuse_settings(config: RunConfig, task: Task, model_config: "PretrainedConfig", num_ranks: int) -> None:
+    """Refuse what is to be seen before there is a model.
+
+    Raises:
+        UserError: a setting would be ignored, or does not go with the strategy.
+    """
+    refuse_layer_drop(config, model_config, num_ranks)
+    if predicts_next_tokens(task):
+        refuse_auxiliary_losses(config, model_config)
+
+
+def refuse_auxiliary_losses(config: RunConfig, model_config: "PretrainedConfig") -> None:
+    """Refuse what would make transformers add a loss, where the task computes the loss from the logits.
+
+    Raises:
+        UserError: the configuration asks for a loss beside the cross-entropy.
+    """
+    for part in _parts(model_config):
+        found = {name: value for name, value in _numbers(part) if _LOSS_COEFFICIENT.search(name)}
+        asked = {name: value for name, value in found.items() if value}
+        # A part may have the coefficient alone, and the whole the switch.
+        of_router = getattr(part, "output_router_logits", getattr(model_config, "output_router_logits", None))
+        # Without a coefficient of its own, the class has a fixed one.
+        if not (asked if of_router is None else of_router and (asked or not found)):
+            continue
+        switch = {} if of_router is None else {"output_router_logits": "true"}
+        settings = " and ".join(f"{name}={value}" for name, value in (switch | asked).items())
+        first = next(iter(switch | asked))
+        raise UserError(
+            f"{_where(config, settings)} asks transformers for a loss beside the cross-entropy, but task.name="
+            f"{config.task.name} computes the loss from the logits alone; {_remedy(config, first, bool(switch))}"
+            + (", or set task.z_loss." if not switch else ", or name a task of your own that adds it.")
+        )
+
+
+def refuse_layer_drop(config: RunConfig, model_config: "PretrainedConfig", num_ranks: int) -> None:
+    """Refuse layers that each rank drops by a draw of its own, where all ranks gather each layer together.
+
+    Raises:
+        UserError: the configuration has such layers.
+    """
+    parallel = config.parallel
+    if num_ranks == 1 or parallel.strategy in ("none", "ddp") or parallel.engine == "bucketed":
+        return
+    for part in _parts(model_config):
+        for name, value in _numbers(part):
+            if _LAYER_DROP.search(name) and value:
+                raise UserError(
+                    f"{_where(config, f'{name}={value}')} lets each rank drop other layers, but "
+                    f"parallel.strategy={parallel.strategy} of parallel.backend={parallel.backend} needs all "
+                    f"{num_ranks} ranks to run the same; {_remedy(config, name, is_switch=False)}, or use "
+                    "parallel.strategy=ddp or parallel.engine=bucketed."
+                )
+
+
+def refuse_padding(model: ModelConfig, model_config: "PretrainedConfig") -> None:
+    """Refuse a padding token that the vocabulary does not have.
+
+    Raises:
+        UserError: its id is beyond the vocabulary.
+    """
+    for part in _parts(model_config):
+        padding, size = getattr(part, "pad_token_id", None), getattr(part, "vocab_size", None)
+        if isinstance(padding, int) and isinstance(size, int) and not -1 <= padding < size:
+            where = f"model.pretrained={model.pretrained} has" if model.pretrained else "model.config has"
+            raise UserError(
+                f"{where} pad_token_id={padding}, which is none of its vocab_size={size} tokens; set it to null or to "
+                "a token that no text contains."
+            )
+
+
+def refuse_positions_by_padding(config: RunConfig, model: nn.Module, model_config: "PretrainedConfig") -> None:
+    """Refuse a model that counts positions from its padding token, where there is no such token.
+
+    Raises:
+        UserError: it does.
+    """
+    if getattr(model_config.get_text_config(), "pad_token_id", None) is not None:
+        return
+    counts = ("create_position_ids_from_input_ids", "pad_index")
+    if any(hasattr(module, name) for module in model.modules() for name in counts):
+        raise needs_padding(config.model.architecture or str(config.model.pretrained))
+
+
+def needs_padding(name: str) -> UserError:
+    """What to say of a model that cannot be without a padding token."""
+    return UserError(
+        f"{name} cannot be without a padding token, but pad_token_id=null, for the tokenizer has none; set "
+        "model.config.pad_token_id to a token that no text contains, or choose another architecture (llama, gpt2, say)."
+    )
+
+
+def _where(config: RunConfig, settings: str) -> str:
+    if config.model.pretrained is not None:
+        return f"model.pretrained={config.model.pretrained}, whose config.json has {settings},"
+    return "model.config." + settings.replace(" and ", " with model.config.")
+
+
+def _remedy(config: RunConfig, name: str, is_switch: bool) -> str:
+    value = "false" if is_switch else "0"
+    return f"set {name} to {value} in that file" if config.model.pretrained is not None else f"set it to {value}"
+
+
+def _parts(model_config: "PretrainedConfig") -> Iterator[Any]:
+    """A configuration and those that it is made of."""
+    yield model_config
+    for name in getattr(model_config, "sub_configs", {}):
+        part = getattr(model_config, name, None)
+        if part is not None:
+            yield from _parts(part)
+
+
+def _numbers(part: Any) -> Iterator[tuple[str, float]]:
+    for name, value in vars(part).items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            yield name, value

@@ -1,0 +1,1 @@
+"""Judging a step's numbers: spikes, steps that are not finite, replicas that differ."""

@@ -1,0 +1,1 @@
+"""The proof that every layout trains what one process would."""

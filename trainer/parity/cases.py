@@ -1,0 +1,242 @@
+"""The two sides of parity: engines on several ranks, and a plain loop that shares nothing with them."""
+
+import json
+import os
+import traceback
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch.nn import functional
+
+from sharding.config import Backend, ShardingEngine, Strategy
+from sharding.engine import Engine
+from sharding.mesh import build_mesh
+from sharding.ranks.errors import EXIT_FAILED
+from sharding.ranks.object_exchange import sum_over_ranks
+from sharding.ranks.process_group import Ranks, process_group
+from sharding.ranks.process_lifetime import die_with_parent
+from trainer.config import RunConfig
+from trainer.model.engine import build_model_engine, parameter_hash
+from trainer.model.models import Vocabulary, build_model_config
+from trainer.parity.optimizers import plain_optimizer
+from trainer.runtime.threads import threads_per_rank
+from trainer.tasks.registry import build_task
+
+NUM_STEPS = 3
+
+
+@dataclass(frozen=True)
+class ParityCase:
+    """One way to train: strategy, ranks, micro-batches a step, optimizer, backend, engine, number format."""
+
+    strategy: Strategy
+    num_ranks: int
+    accumulation_steps: int
+    optimizer: str
+    backend: Backend = "torch"
+    engine: ShardingEngine = "fully_shard"
+    compute: Literal["fp32", "bf16"] = "fp32"
+
+    @property
+    def label(self) -> str:
+        """A name for files."""
+        parts = (self.mechanism, self.strategy, self.num_ranks, self.accumulation_steps, self.optimizer, self.compute)
+        return "-".join(map(str, parts))
+
+    @property
+    def missing_package(self) -> str | None:
+        """A package that the case needs and that is not installed."""
+        needed = {"deepspeed": "deepspeed", "accelerate": "accelerate"}.get(self.backend)
+        needed = "torchao" if self.optimizer == "adamw8bit" else needed
+        return needed if needed is not None and find_spec(needed) is None else None
+
+    @property
+    def mechanism(self) -> str:
+        """What carries out the strategy."""
+        return "bucketed" if self.engine == "bucketed" else self.backend
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What training left behind: global loss and gradient norm of each step."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    initial_hash: str = ""
+
+
+def case_config(config: RunConfig, case: ParityCase, num_sequences: int) -> RunConfig:
+    """The run's configuration made comparable: constant rate, the case's strategy, format, batch and optimizer."""
+    parallel = config.parallel.model_copy(
+        update={
+            "strategy": case.strategy,
+            "backend": case.backend,
+            "engine": case.engine,
+            "replicate": 2 if case.strategy == "hsdp" else 1,
+        }
+    )
+    micro_size = num_sequences // (case.num_ranks * case.accumulation_steps)
+    optimizer = config.optimizer.model_copy(update={"name": case.optimizer, "lr": case_lr(config, case.optimizer)})
+    return config.model_copy(
+        update={
+            "parallel": parallel,
+            "optimizer": optimizer,
+            "batch": config.batch.model_copy(update={"global_size": num_sequences, "micro_size": micro_size}),
+            "precision": config.precision.model_copy(update={"compute": case.compute}),
+        }
+    )
+
+
+def case_lr(config: RunConfig, optimizer: str) -> float:
+    """The run's learning rate, but for SGD, which needs a larger one than Adam to move at all in a few steps."""
+    return 0.1 if optimizer == "sgd" else config.optimizer.lr
+
+
+def run_rank(
+    rank: int, num_ranks: int, port: int, config_json: str, vocabulary: Vocabulary, cases_json: str, folder: Path
+) -> None:
+    """One rank of a group: run every case, and let rank 0 write trajectories and parameters to the folder.
+
+    The first rank that fails in a case says why in the case's error file, and the process ends.
+    """
+    die_with_parent()
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    config = RunConfig.model_validate(json.loads(config_json))
+    torch.set_num_threads(threads_per_rank(config, num_ranks, os.environ))
+    with process_group(config.launch.init_timeout_s) as ranks:
+        for values in json.loads(cases_json):
+            case = ParityCase(**values)
+            try:
+                _run_case(config, case, vocabulary, ranks, folder)
+            except BaseException as error:  # noqa: BLE001 - whatever it was, it is this case's row, and not the end
+                traceback.print_exc()
+                _write_error(error, rank, error_file(folder, case))
+                # The others may be in a collective that this rank will not join.
+                os._exit(EXIT_FAILED)
+    # Not by way of the interpreter's shutdown: see trainer.rank.end_process.
+    os._exit(0)
+
+
+def error_file(folder: Path, case: ParityCase) -> Path:
+    """Where a rank says why a case failed."""
+    return folder / f"{case.label}.error"
+
+
+def _write_error(error: BaseException, rank: int, path: Path) -> None:
+    try:
+        # The first to fail is the cause; others fail because it is gone.
+        with path.open("x") as file:
+            file.write(f"rank {rank}: {type(error).__name__}: {' '.join(str(error).split())}")
+    except FileExistsError:
+        pass
+
+
+def _run_case(config: RunConfig, case: ParityCase, vocabulary: Vocabulary, ranks: Ranks, folder: Path) -> None:
+    batch = load_file(folder / "batch.safetensors")
+    config = case_config(config, case, len(batch["labels"]))
+    # Without a z-loss, which the plain loop does not have.
+    task = build_task(config.task.name, loss_chunk_tokens=config.task.loss_chunk_tokens, folder=config.task.folder)
+    mesh = build_mesh(config.parallel, ranks)
+    engine, _ = build_model_engine(config, task, mesh, ranks, vocabulary)
+    initial_hash = parameter_hash(engine, ranks)
+    _write_parameters(engine, ranks, folder / f"{case.label}.initial.safetensors")
+    rows = batch["labels"].chunk(ranks.world_size)[0].shape[0]
+    local = {name: tensor[ranks.rank * rows : (ranks.rank + 1) * rows] for name, tensor in batch.items()}
+    micro_batches = [
+        {name: tensor.chunk(case.accumulation_steps)[index] for name, tensor in local.items()}
+        for index in range(case.accumulation_steps)
+    ]
+    num_targets = task.num_targets(batch)
+    losses, norms = [], []
+    for _ in range(NUM_STEPS):
+        loss_sum = engine.train_batch(micro_batches, num_targets)
+        losses.append(sum_over_ranks(loss_sum[None], ranks)[0] / num_targets)
+        norms.append(float(engine.clip_grad_norm(config.optimizer.clip_norm)))
+        engine.step(config.optimizer.lr)
+    _write_parameters(engine, ranks, folder / f"{case.label}.final.safetensors")
+    if ranks.rank == 0:
+        trajectory = Trajectory(losses, norms, initial_hash)
+        (folder / f"{case.label}.json").write_text(json.dumps(asdict(trajectory)))
+
+
+def _write_parameters(engine: Engine, ranks: Ranks, path: Path) -> None:
+    """Put the slices of all ranks together on rank 0 and write them as whole tensors."""
+    slices = [
+        (part.name.removeprefix("model/"), part.global_shape, part.offsets, part.tensor.cpu())
+        for part in engine.state(with_optimizer=False)
+        if part.is_written_here
+    ]
+    gathered: list[Any] = [None] * ranks.world_size
+    if ranks.world_size == 1:
+        gathered = [slices]
+    else:
+        dist.gather_object(slices, gathered if ranks.rank == 0 else None, dst=0)
+    if ranks.rank:
+        return
+    whole: dict[str, torch.Tensor] = {}
+    for name, shape, offsets, tensor in (entry for part in gathered for entry in part):
+        # What no slice covers stays NaN, in buffers of integers 0.
+        unset = torch.nan if tensor.is_floating_point() else 0
+        target = whole.setdefault(name, torch.full(shape, unset, dtype=tensor.dtype))
+        target[tuple(slice(o, o + n) for o, n in zip(offsets, tensor.shape, strict=True))] = tensor
+    save_file(whole, path)
+
+
+def run_plain(
+    config: RunConfig,
+    vocabulary: Vocabulary,
+    folder: Path,
+    initial: Path,
+    optimizer_name: str,
+    compute: Literal["fp32", "bf16"] = "fp32",
+) -> tuple[Trajectory, dict[str, torch.Tensor]]:
+    """The reference: one process, one whole batch, torch and transformers alone, on the device that ranks have.
+
+    Returns:
+        What training left behind, and the parameters and persistent buffers after it by name.
+    """
+    from transformers import AutoModelForCausalLM
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batch = {name: tensor.to(device) for name, tensor in load_file(folder / "batch.safetensors").items()}
+    clip_norm = config.optimizer.clip_norm
+    model_config = build_model_config(config.model, vocabulary, config.data.sequence_length)
+    model = AutoModelForCausalLM.from_config(
+        model_config, dtype=torch.float32, trust_remote_code=config.model.trust_remote_code
+    )
+    model.load_state_dict(load_file(initial), strict=False)
+    model.tie_weights()
+    model.to(device)
+    lr = case_lr(config, optimizer_name)
+    optimizer = plain_optimizer(model, config.optimizer, optimizer_name, lr)
+    num_targets = (batch["labels"] != -100).sum()
+    losses, norms = [], []
+    autocast = torch.autocast(device.type, torch.bfloat16) if compute == "bf16" else nullcontext()
+    for _ in range(NUM_STEPS):
+        with autocast:
+            inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+            logits = model(**inputs, use_cache=False).logits.float()
+        loss = functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum") / num_targets
+        loss.backward()
+        norm = torch.cat([p.grad.double().flatten() for p in model.parameters() if p.grad is not None]).norm()
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), clip_norm or torch.inf, norm.float())
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        norms.append(norm.item())
+    saved = model.state_dict().keys()
+    tensors = [*model.named_parameters(), *(item for item in model.named_buffers() if item[0] in saved)]
+    return Trajectory(losses, norms), {name: tensor.detach().cpu() for name, tensor in tensors}

@@ -1,0 +1,247 @@
+"""Every backend and strategy beside a plain PyTorch loop.
+
+A few fp32 steps on one fixed batch of the run's corpus, with ragged numbers of valid targets. A case that fails is a
+row, and the others go on; one whose package is not installed is named.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from sharding.config import Backend, ShardingEngine, Strategy
+from trainer.config import RunConfig
+from trainer.config.optimizer import OptimizerName, refused_optimizer
+from trainer.config.rules import BUCKETED_STRATEGIES
+from trainer.data.loader import BatchLoader
+from trainer.data.prepare import prepare_corpus
+from trainer.data.prepared import Prepared
+from trainer.model.models import Vocabulary
+from trainer.parity.cases import ParityCase, Trajectory, run_plain
+from trainer.parity.processes import result_file, run_group
+
+NUM_SEQUENCES = 12
+"""Divides by 1, 2, 3 and 4 ranks, with and without accumulation."""
+
+LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3}
+GRAD_NORM_TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}
+"""Relative. In bf16 engines that cast parameters round elsewhere than the plain loop's autocast."""
+
+PARAMETER_TOLERANCE = {"sgd": 1e-5, "adamw": 1e-2, "muon": 1e-2, "adafactor": 1e-2, "adamw8bit": 1e-2}
+"""Largest difference of any parameter in fp32; Adam amplifies rounding where a gradient is nearly zero."""
+
+_BF16_PARAMETER_TOLERANCE = {"sgd": 2e-3, "adamw": 6e-2, "muon": 6e-2, "adafactor": 6e-2, "adamw8bit": 6e-2}
+
+
+@dataclass(frozen=True)
+class ParityRow:
+    """One case against the plain process: relative differences of loss and norm, absolute of parameters.
+
+    ``failure`` says why there are none, where a rank failed.
+    """
+
+    case: ParityCase
+    loss_difference: float
+    grad_norm_difference: float
+    parameter_difference: float
+    unmoved: list[str]
+    forward_saw_update: bool
+    same_initial_parameters: bool
+    failure: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether everything is inside its tolerance. NaN is not."""
+        return (
+            not self.failure
+            and self.loss_difference <= LOSS_TOLERANCE[self.case.compute]
+            and self.grad_norm_difference <= GRAD_NORM_TOLERANCE[self.case.compute]
+            and self.parameter_difference <= parameter_tolerance(self.case)
+            and not self.unmoved
+            and self.forward_saw_update
+            and self.same_initial_parameters
+        )
+
+
+def parameter_tolerance(case: ParityCase) -> float:
+    """Largest absolute difference of any parameter."""
+    if case.compute == "bf16":
+        return _BF16_PARAMETER_TOLERANCE[case.optimizer]
+    return PARAMETER_TOLERANCE[case.optimizer]
+
+
+ALWAYS_COMPARED: tuple[OptimizerName, ...] = ("adamw", "muon", "adafactor")
+"""Optimizers beside SGD that every model can be trained with; 8-bit AdamW needs rows that divide into its blocks."""
+
+
+def parity_cases(group_sizes: Sequence[int], optimizers: Sequence[OptimizerName] = ALWAYS_COMPARED) -> list[ParityCase]:
+    """Every strategy on every group size that it can run on: SGD without and with accumulation, the others with it.
+
+    Where one rank is all there is, the strategies that communicate run on it too.
+    """
+    cases: list[ParityCase] = []
+    for num_ranks in group_sizes:
+        for backend, engine, strategy in _mechanisms(num_ranks, alone=max(group_sizes) == 1):
+            num_rows = NUM_SEQUENCES // num_ranks
+            accumulation_steps = num_rows if num_rows % 2 else num_rows // 2
+            cases += [
+                ParityCase(strategy, num_ranks, 1, "sgd", backend, engine),
+                *(
+                    ParityCase(strategy, num_ranks, accumulation_steps, name, backend, engine)
+                    for name in ("sgd", *optimizers)
+                    if refused_optimizer(name, backend, engine) is None
+                ),
+            ]
+    return cases
+
+
+def _mechanisms(num_ranks: int, *, alone: bool) -> list[tuple[Backend, ShardingEngine, Strategy]]:
+    """What to try on so many ranks; ``alone`` says that no group is larger than one rank."""
+    pairs: list[tuple[Backend, ShardingEngine, Strategy]] = [
+        (backend, "fully_shard", strategy) for backend, strategy in _pairs(num_ranks, alone=alone)
+    ]
+    if ("torch", "fully_shard", "zero1") in pairs:
+        pairs += [("torch", "bucketed", strategy) for strategy in BUCKETED_STRATEGIES]
+    return pairs
+
+
+def _pairs(num_ranks: int, *, alone: bool) -> list[tuple[Backend, Strategy]]:
+    """Backends and strategies to try on so many ranks, without our bucketed engine."""
+    if num_ranks == 4:
+        return [("torch", "hsdp")]
+    if num_ranks == 1 and not alone:
+        return [("torch", "none")]
+    communicating: list[tuple[Backend, Strategy]] = [
+        ("torch", "ddp"),
+        ("torch", "zero1"),
+        ("torch", "zero2"),
+        ("torch", "zero3"),
+        ("deepspeed", "zero1"),
+        ("deepspeed", "zero2"),
+        ("deepspeed", "zero3"),
+        ("accelerate", "ddp"),
+    ]
+    if torch.cuda.is_available():
+        communicating.append(("accelerate", "zero3"))
+    return [("torch", "none"), *communicating] if alone else communicating
+
+
+def run_parity(config: RunConfig, cases: Sequence[ParityCase], folder: Path) -> list[ParityRow]:
+    """Run the cases, one group of processes per number of ranks, and compare each with the plain process.
+
+    Args:
+        config: the run; dropout is set to 0, computation to each case's format.
+        cases: what to run; their packages must be installed.
+        folder: an empty folder for parameters and trajectories.
+
+    Returns:
+        A row for each case, also for one that failed.
+
+    Raises:
+        UserError: the corpus cannot be prepared, or the model is not accepted.
+    """
+    config = _without_dropout(config)
+    corpus = prepare_corpus(config.data)
+    vocabulary = Vocabulary(corpus.vocab_size, corpus.eos_token_id)
+    _write_ragged_batch(config, corpus, folder)
+    failures: dict[str, str] = {}
+    for num_ranks in sorted({case.num_ranks for case in cases}):
+        group = [case for case in cases if case.num_ranks == num_ranks]
+        failures |= run_group(config, vocabulary, group, num_ranks, folder)
+    rows = []
+    for optimizer, compute in sorted({(case.optimizer, case.compute) for case in cases}):
+        matching = [case for case in cases if (case.optimizer, case.compute) == (optimizer, compute)]
+        rows += [_failed_row(case, failures[case.label]) for case in matching if case.label in failures]
+        trained = [case for case in matching if case.label not in failures]
+        if trained:
+            initial = folder / f"{trained[0].label}.initial.safetensors"
+            plain, parameters = run_plain(config, vocabulary, folder, initial, optimizer, compute)
+            rows += [_compare(case, plain, parameters, initial, folder) for case in trained]
+    return rows
+
+
+def _failed_row(case: ParityCase, reason: str) -> ParityRow:
+    return ParityRow(case, math.nan, math.nan, math.nan, [], False, False, reason)
+
+
+def _without_dropout(config: RunConfig) -> RunConfig:
+    """Masks differ between layouts, so parity sets dropout to 0."""
+    from transformers import CONFIG_MAPPING
+
+    if config.model.architecture is None or config.model.architecture not in CONFIG_MAPPING:
+        return config
+    fields = vars(CONFIG_MAPPING[config.model.architecture]())
+    zeros = {name: 0.0 for name, value in fields.items() if "drop" in name and isinstance(value, float)}
+    return config.model_copy(update={"model": config.model.model_copy(update={"config": config.model.config | zeros})})
+
+
+def _write_ragged_batch(config: RunConfig, corpus: Prepared, folder: Path) -> None:
+    """Real text, cut so that every sequence has another number of valid targets and one has none but the first."""
+    length = config.data.sequence_length
+    loader = BatchLoader(
+        corpus.stream("train"),
+        corpus.order(config.seed, length, config.data.shuffle),
+        sequence_length=length,
+        global_size=NUM_SEQUENCES,
+        micro_size=NUM_SEQUENCES,
+        dp_rank=0,
+        dp_degree=1,
+        document_mask=config.data.document_mask,
+    )
+    (batch,) = loader.next_step()
+    loader.close()
+    for row in range(NUM_SEQUENCES):
+        num_valid = max(1, length * (row * 7 % NUM_SEQUENCES) // (NUM_SEQUENCES - 1))
+        batch["labels"][row, num_valid:] = -100
+    save_file({name: tensor.contiguous() for name, tensor in batch.items()}, folder / "batch.safetensors")
+
+
+def _compare(
+    case: ParityCase, plain: Trajectory, plain_tensors: dict[str, torch.Tensor], initial: Path, folder: Path
+) -> ParityRow:
+    ours = Trajectory(**json.loads(result_file(folder, case).read_text()))
+    before, after = (
+        load_file(folder / f"{case.label}.initial.safetensors"),
+        load_file(folder / f"{case.label}.final.safetensors"),
+    )
+    reference = load_file(initial)
+    return ParityRow(
+        case=case,
+        loss_difference=_relative(ours.losses, plain.losses),
+        grad_norm_difference=_relative(ours.grad_norms, plain.grad_norms),
+        parameter_difference=_largest(
+            (after[name].double() - tensor.double()).abs().max().item() for name, tensor in plain_tensors.items()
+        ),
+        # Buffers stay as they are, and so does what the loss does not depend on.
+        unmoved=[
+            name
+            for name, tensor in plain_tensors.items()
+            if torch.equal(after[name], before[name]) and not torch.equal(tensor, reference[name])
+        ],
+        # The batch never changes, so a forward pass that misses an update repeats the loss of the step before.
+        forward_saw_update=all(
+            abs(later - earlier) > 10 * LOSS_TOLERANCE["fp32"] * abs(earlier)
+            for earlier, later in zip(ours.losses, ours.losses[1:], strict=False)
+        ),
+        same_initial_parameters=all(torch.equal(reference[name], tensor) for name, tensor in before.items()),
+    )
+
+
+def _relative(ours: Sequence[float], plain: Sequence[float]) -> float:
+    return _largest(abs(a - b) / abs(b) for a, b in zip(ours, plain, strict=True))
+
+
+def _largest(values: Iterable[float]) -> float:
+    """The largest; NaN where one is, which Python's ``max`` would pass over."""
+    return torch.tensor([0.0, *values], dtype=torch.float64).max().item()
+
+
+def default_group_sizes() -> list[int]:
+    """Ranks to try: 1 to 4 on a CPU; on GPUs as many of these as there are devices."""
+    if torch.cuda.is_available():
+        return [size for size in (1, 2, 3, 4) if size <= torch.cuda.device_count()]
+    return [1, 2, 3, 4]

@@ -1,0 +1,66 @@
+"""What the Trainer's loop works with on one rank."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from sharding.engine import Batch, Engine
+from sharding.ranks.process_group import Ranks
+from trainer.checkpoint.checkpointer import Checkpointer
+from trainer.checkpoint.training_state import TrainingState
+from trainer.data.loader import BatchLoader
+from trainer.data.streaming import StreamingLoader
+from trainer.metrics.profiling import StepProfiler
+from trainer.metrics.stragglers import BusyMeter
+from trainer.metrics.system_metrics import SystemMeter
+from trainer.model.models import ModelFacts
+from trainer.numerics.spike_policy import BadNumbers
+from trainer.optimizers.weight_average import WeightAverage
+from trainer.runtime.phases import Phases
+from trainer.tasks.task import Task
+from trainer.trackers.observers import Observers
+
+
+@dataclass(frozen=True)
+class TrainerParts:
+    """What the loop works with; built in ``trainer.build``.
+
+    Attributes:
+        engine: the sharded model and optimizer.
+        task: batches and metrics.
+        ranks: this rank's place.
+        dp_rank: place among the ranks that read different data.
+        build_loader: a loader that starts where the training is.
+        evaluation_batches: this rank's share of the held-out sequences; equally many on every rank.
+        checkpointer: saving and resuming.
+        observers: console, trackers; silent on all ranks but the first.
+        bad_numbers: judges each step's loss and gradient norm.
+        phases: what this rank is doing; the loop tells it.
+        is_stop_requested: whether this rank was asked to stop.
+        compare_replicas: called with a step; raises where ranks hold different parameters, if that is looked for.
+        after_first_step: called once; lowers the collectives' time limit.
+        facts: size of the model.
+        busy: this rank's own time in a step.
+        meter: use of nodes and GPUs.
+        peak_flops: dense peak of one device in FLOP/s, where known.
+        weight_average: moving average of the weights, where one is kept.
+    """
+
+    engine: Engine
+    task: Task
+    ranks: Ranks
+    dp_rank: int
+    build_loader: Callable[[TrainingState], BatchLoader | StreamingLoader]
+    evaluation_batches: Callable[[], Iterable[Batch]]
+    checkpointer: Checkpointer
+    observers: Observers
+    bad_numbers: BadNumbers
+    phases: Phases
+    is_stop_requested: Callable[[], bool]
+    compare_replicas: Callable[[int], None]
+    after_first_step: Callable[[], None]
+    profiler: StepProfiler
+    meter: SystemMeter
+    facts: ModelFacts
+    busy: BusyMeter
+    peak_flops: float | None
+    weight_average: WeightAverage | None = None

@@ -1,0 +1,208 @@
+"""What a run will be, and what is wrong with it, as far as no rank is needed to tell.
+
+``python -m trainer.plan.preview --num-ranks N [--gpus]`` reads a configuration as JSON from standard input and
+prints a few lines: the model's size, the memory of a rank, how often training goes through the corpus, where it
+continues.
+"""
+
+import argparse
+import itertools
+import json
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from sharding.blocks import refuse_scattered_layers
+from sharding.ranks.errors import EXIT_FINISHED, UserError, ends_with_a_sentence
+from trainer.attempt import check_continuation
+from trainer.checkpoint.reference import check_source, resolve_checkpoint
+from trainer.checkpoint.token_ids import check_named_tokenizer
+from trainer.checkpoint.trained_corpus import trained_fingerprint
+from trainer.config import RunConfig, parse_config
+from trainer.config.rules import World, validate
+from trainer.data.corpus import read_documents
+from trainer.data.identity import errors_of, named_sources
+from trainer.data.prepared import Prepared, PreparedMixture, PreparedStream, find_prepared
+from trainer.data.tokenizer import TRAINED, load_tokenizer, vocabulary_size
+from trainer.model.document_mask import check_architecture
+from trainer.model.memory_estimate import estimate_memory
+from trainer.model.models import Vocabulary, build_model_config, build_model_on_meta, model_facts
+from trainer.model.refusals import refuse_positions_by_padding, refuse_settings
+from trainer.run_folder.folder import RunFolder
+from trainer.tasks.causal_lm import CausalLanguageModelling
+from trainer.tasks.registry import build_task
+from trainer.tasks.task import Task
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+_LARGE_BYTES = 2**28
+_FIELDS = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "hidden_act")
+_TRIAL_TOKENS = 8
+_MAX_DOCUMENTS = 10_000
+# What torch says of sizes that do not fit; what else a model without values cannot do is none of the user's mistakes.
+_SIZES = re.compile(
+    r"must match the size|shape '.*' is invalid|shapes cannot be multiplied|not divisible|must be divisible"
+)
+
+
+def preview(config: RunConfig, world: World) -> list[str]:
+    """Check all that ranks would find out after they have started, and describe the run.
+
+    Args:
+        config: the run; what its source has is read, of a source that is not prepared yet the first document.
+        world: the ranks that are to be started; of their GPUs nothing is asked.
+
+    Raises:
+        UserError: something that the user can mend is wrong.
+    """
+    validate(config, world)
+    task = build_task(config.task.name, config.task.z_loss, config.task.loss_chunk_tokens, config.task.folder)
+    run_folder = RunFolder.of(config)
+    corpus = find_prepared(config.data, trained_fingerprint(config, run_folder))
+    if config.checkpoint.from_ is None and run_folder.newest_checkpoint() is None:
+        check_named_tokenizer(config, None if corpus is None else corpus.tokenizer_dir)
+    vocabulary = _vocabulary(config, corpus)
+    model_config = build_model_config(config.model, vocabulary, config.data.sequence_length)
+    refuse_settings(config, task, model_config, world.num_ranks)
+    try:
+        model = build_model_on_meta(task, model_config)
+        refuse_positions_by_padding(config, model, model_config)
+        if world.num_ranks > 1:
+            refuse_scattered_layers(model, config.parallel.strategy)
+        _try_forward(task, model_config, config.data.sequence_length)
+    except UserError:
+        raise
+    except Exception as error:  # noqa: BLE001 - each of some hundred models fails in its own way
+        raise _refusal(config, model_config, error) from None
+    if config.data.document_mask:
+        check_architecture(config, task, vocabulary)
+    if corpus is None:
+        _read_first_documents(config)
+    else:
+        corpus.check_sequence_length(config.data.sequence_length)
+    device = torch.device("cuda" if world.has_gpu else "cpu")
+    memory = estimate_memory(_with_format(config, world), model, model_config, world.num_ranks, device)
+    num_parameters = model_facts(model, model_config).num_parameters
+    return [
+        f"parameters    {num_parameters:,} of {model_config.model_type}",
+        f"memory        {_size(memory.state.total)} a rank for parameters, gradients and optimizer state, at least "
+        f"{_size(memory.activations)} for activations",
+        f"corpus        {_describe_corpus(config, corpus)}",
+        f"continues     {_describe_start(config, run_folder)}",
+    ]
+
+
+def _vocabulary(config: RunConfig, corpus: Prepared | None) -> Vocabulary:
+    if corpus is not None:
+        return Vocabulary(corpus.vocab_size, corpus.eos_token_id)
+    if config.data.tokenizer == TRAINED:
+        # The most that will be trained; a small corpus may give fewer.
+        return Vocabulary(config.data.vocab_size, 0)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    return Vocabulary(vocabulary_size(tokenizer), tokenizer.eos_token_id)
+
+
+def _try_forward(task: Task, model_config: "PretrainedConfig", sequence_length: int) -> None:
+    """Have the model compute the shapes of a short sequence, without values."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    if not isinstance(task, CausalLanguageModelling):
+        # What a task of the user's own feeds to its model is its own matter.
+        return
+    level = logging.getLogger("torch").level
+    # It logs, as errors, what it cannot do without values.
+    logging.getLogger("torch").setLevel(logging.CRITICAL)
+    try:
+        with FakeTensorMode(), torch.device("cpu"), torch.no_grad():
+            tokens = torch.zeros(1, min(_TRIAL_TOKENS, sequence_length), dtype=torch.long)
+            task.build_model(model_config)(input_ids=tokens, use_cache=False)
+    except Exception as error:
+        if _SIZES.search(str(error)):
+            raise
+    finally:
+        logging.getLogger("torch").setLevel(level)
+
+
+def _refusal(config: RunConfig, model_config: "PretrainedConfig", error: Exception) -> UserError:
+    reason = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), "")
+    settings = f"model.pretrained={config.model.pretrained}" if config.model.pretrained else "model.config"
+    text_config = model_config.get_text_config()
+    sizes = [f"{name}={getattr(text_config, name)}" for name in _FIELDS if getattr(text_config, name, None) is not None]
+    return UserError(
+        f"{settings} describes a {model_config.model_type} that cannot be computed ({type(error).__name__}: "
+        f"{reason}): {', '.join(sizes)}; change what does not fit."
+    )
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:,.2f} GiB" if num_bytes > _LARGE_BYTES else f"{num_bytes / 2**20:,.2f} MiB"
+
+
+def _read_first_documents(config: RunConfig) -> None:
+    for name, source in named_sources(config.data):
+        # A source on the hub is another machine's.
+        if source.source != "hub":
+            with errors_of(name):
+                # Rows without the column are empty ones until it is clear that there is none.
+                documents = itertools.islice(read_documents(source), _MAX_DOCUMENTS)
+                next((document for document in documents if document.text), None)
+
+
+def _with_format(config: RunConfig, world: World) -> RunConfig:
+    """The run with a number format that need not be asked of a GPU, which may be another machine's."""
+    if not world.has_gpu or config.precision.compute != "auto" or torch.cuda.is_available():
+        return config
+    return config.model_copy(update={"precision": config.precision.model_copy(update={"compute": "bf16"})})
+
+
+def _describe_corpus(config: RunConfig, corpus: Prepared | None) -> str:
+    if corpus is None:
+        return "not prepared yet: how many epochs there are is known once it is"
+    if isinstance(corpus, PreparedStream):
+        return "a stream: how many epochs there are is not known"
+    sources = corpus.corpora if isinstance(corpus, PreparedMixture) else [corpus]
+    length = config.data.sequence_length
+    num_sequences = sum(source.stream("train").num_sequences(length) for source in sources)
+    num_read = config.num_steps * config.batch.global_size
+    mixed = f" in {len(sources)} sources" if len(sources) > 1 else ""
+    return (
+        f"{num_sequences:,} sequences of {length} tokens{mixed}; the run reads {num_read / num_sequences:,.3g} epochs"
+    )
+
+
+def _describe_start(config: RunConfig, folder: RunFolder) -> str:
+    check_continuation(folder, config)
+    check_source(config, folder)
+    newest = folder.newest_checkpoint()
+    if newest is None:
+        if config.checkpoint.from_ is None:
+            return "nothing: begins at step 1"
+        return f"{config.checkpoint.load} of {resolve_checkpoint(config.checkpoint.from_)}"
+    if newest[0] >= config.num_steps:
+        return f"nothing: complete at step {newest[0]:,}"
+    return f"after step {newest[0]:,}"
+
+
+@ends_with_a_sentence
+def main(arguments: Sequence[str]) -> int:
+    """Print the lines; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m trainer.plan.preview")
+    parser.add_argument("--num-ranks", type=int, required=True)
+    parser.add_argument("--gpus", action="store_true")
+    options = parser.parse_args(arguments)
+    warnings.simplefilter("ignore")
+    values = json.loads(sys.stdin.read())
+    print("\n".join(preview(parse_config(values, "the configuration"), World(options.num_ranks, options.gpus))))
+    return EXIT_FINISHED
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    sys.exit(main(sys.argv[1:]))

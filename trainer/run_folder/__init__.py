@@ -1,0 +1,1 @@
+"""What lies in ``output_dir/name``, and who may write there."""

@@ -1,0 +1,95 @@
+"""Where a run comes from: code, packages, hardware, command."""
+
+import json
+import os
+import platform
+import re
+import subprocess
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from trainer.config import RunConfig
+from trainer.config.rules import World
+from trainer.config.secrets import blot_out, blot_out_arguments
+from trainer.runtime.threads import threads_per_rank
+
+# Beside the packages of a copy that a Slurm job runs with: the revision of what was copied.
+FROZEN_REVISION_NAME = "revision.json"
+_PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "safetensors", "numpy", "wandb", "pydantic")
+_TIMEOUT_S = 30.0
+
+
+def collect_provenance(config: RunConfig, world: World, argv: list[str]) -> dict[str, Any]:
+    """Facts about this attempt, as plain values; secrets in the command line and in changed code are blotted out."""
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "argv": blot_out_arguments(argv, os.environ),
+        "code": code_revision(),
+        "python": platform.python_version(),
+        "packages": {name: package_version(name) for name in _PACKAGES},
+        "hardware": hardware_facts(),
+        "num_ranks": world.num_ranks,
+        "threads_per_rank": threads_per_rank(config, world.num_local_ranks or world.num_ranks, os.environ),
+    }
+
+
+def code_revision() -> dict[str, Any]:
+    """Git revision and uncommitted changes of Shardline's own checkout, or the installed distribution's version.
+
+    Secrets in the changes are blotted out. A Slurm job's copy of the code says what it was copied from.
+    """
+    root = Path(__file__).resolve().parents[2]
+    if (frozen := root / FROZEN_REVISION_NAME).exists():
+        return json.loads(frozen.read_text())
+    if (root / ".git").exists():
+        revision = _output(["git", "-C", str(root), "rev-parse", "HEAD"])
+        if revision:
+            diff = _output(["git", "-C", str(root), "diff", "HEAD"])
+            return {
+                "git_revision": revision,
+                "git_diff": diff if diff is None else blot_out(diff, os.environ),
+                "git_untracked": _output(["git", "-C", str(root), "ls-files", "--others", "--exclude-standard"]),
+            }
+    return {"distribution_version": package_version("shardline")}
+
+
+def hardware_facts() -> dict[str, Any]:
+    """Processor, cores, memory and GPUs of this machine."""
+    gpus = _output(["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"])
+    return {
+        "platform": platform.platform(),
+        "cpu": _cpu_model(),
+        "usable_cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "gpus": gpus.splitlines() if gpus else [],
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor()
+    match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return match.group(1) if match else platform.processor()
+
+
+def package_version(package: str) -> str | None:
+    """The version that is installed; None where there is none."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _output(command: list[str]) -> str | None:
+    """What a command prints; None where there is no such command, or it fails or hangs: a run must not end of that."""
+    try:
+        finished = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT_S, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return finished.stdout.strip() if finished.returncode == 0 else None

@@ -1,0 +1,1 @@
+"""What one process is: phases, threads, seeds, signals, logs, exit."""
