@@ -10,13 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sharding.ranks.errors import EXIT_FINISHED, EXIT_STOPPED
+from sharding.ranks.process_stat import process_stat
 from trainer.faults.failure.report import ProcessEnd
 
 # Ways to end that no code of a rank can report. SIGABRT is left out: NCCL's watchdog raises it on ranks that another
 # rank's failure keeps waiting.
 CRASHES = frozenset({signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE})
-# Fields of /proc/PID/stat after the command's name.
-_STATE, _EXIT_STATUS = 0, 49
 
 
 @dataclass(frozen=True)
@@ -94,10 +93,10 @@ class RankExits:
     def _end(self, descriptor: int) -> RankFailure | None:
         pid, rank = self._ranks.pop(descriptor)
         os.close(descriptor)
-        status = _stat(pid)
-        if not status or status[_STATE] != "Z":
+        process = process_stat(pid)
+        if process is None or process.state != "Z":
             return None
-        exit_code = os.waitstatus_to_exitcode(int(status[_EXIT_STATUS]))
+        exit_code = os.waitstatus_to_exitcode(process.exit_status)
         self.ends[rank] = ProcessEnd(exit_code, time.time())
         return None if exit_code in (EXIT_FINISHED, EXIT_STOPPED) else RankFailure(rank, exit_code)
 
@@ -118,11 +117,3 @@ def _rank(pid: int) -> int | None:
     except OSError:
         return None
     return next((int(entry[5:]) for entry in environment if entry.startswith(b"RANK=") and entry[5:].isdigit()), None)
-
-
-def _stat(pid: int) -> list[str]:
-    """Fields of /proc/PID/stat from the state on; empty where there is no such process."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return []

@@ -13,8 +13,9 @@ from sharding.ranks.object_exchange import sum_over_ranks
 from trainer.accumulation import agree_on_step
 from trainer.checkpoint.training_state import TrainingState
 from trainer.config import RunConfig
+from trainer.config.data import SampleRange
 from trainer.data.loader import BatchLoader
-from trainer.data.skipped_samples import SampleRange, SkippedSamples
+from trainer.data.skipped_samples import SkippedSamples
 from trainer.data.streaming import StreamingLoader, gather_states
 from trainer.metrics.clock import ThroughputClock
 from trainer.metrics.file import Metrics, MetricsFile, finite_or_none

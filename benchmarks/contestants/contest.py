@@ -16,10 +16,11 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from benchmarks.measure.turns import StepEdge
+from sharding.engine import Batch
 from sharding.ranks.process_group import Ranks
 from trainer.config import RunConfig
 from trainer.config.rules import accumulation_steps
-from trainer.data.batch import IGNORED_LABEL, Batch
+from trainer.data.batch import IGNORED_LABEL
 from trainer.data.loader import read_sequences
 from trainer.data.prepare import PreparedCorpus
 from trainer.data.shards import TokenStream

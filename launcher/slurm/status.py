@@ -13,6 +13,7 @@ from launcher.slurm.reasons import meaning_of
 from launcher.slurm.submit import jobs_of
 from sharding.ranks.errors import UserError
 from trainer.run_folder.folder import RunFolder
+from trainer.runtime.durations import duration_text
 
 _HEADER = ("RUN", "JOB", "STATE", "NODES", "STEP", "LOSS", "TOKENS/S", "TIME LEFT", "LIMIT IN", "STARTS")
 _TAIL_BYTES = 64 * 2**10
@@ -135,7 +136,7 @@ def _row(run_dir: Path, number: str, known: Mapping[str, QueuedJob]) -> tuple[st
         total = f"/{config.num_steps}"
         speed = line.get("throughput/tokens_per_s")
         if speed and job is not None and job.state == "RUNNING":
-            left = _duration((config.num_steps - step) * config.tokens_per_step / speed)
+            left = duration_text((config.num_steps - step) * config.tokens_per_step / speed)
     state = job.state if job is not None else "-"
     if job is None or not job.is_active:
         # Slurm calls a job that stopped and saved a failed one; the run knows better.
@@ -186,8 +187,3 @@ def _log(run_dir: Path, rank: int | None) -> Path | None:
 
 def _is_of(number: str, job: str) -> bool:
     return number == job or number.startswith(f"{job}_")
-
-
-def _duration(seconds: float) -> str:
-    hours, rest = divmod(int(seconds), 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"

@@ -33,10 +33,6 @@ class SliceSum:
     work: dist.Work
     addends: torch.Tensor
 
-    def is_done(self) -> bool:
-        """Whether ``finish`` would not have to wait."""
-        return self.work.is_completed()
-
     def finish(self, target: torch.Tensor, *, adds: bool) -> None:
         """Wait, and write the sum to memory of a slice's size, or add it to what is there."""
         self.work.wait()

@@ -9,6 +9,8 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
+from sharding.ranks.process_stat import process_stat
+
 LAUNCHER_PID_VARIABLE = "SHARDLINE_LAUNCHER_PID"
 # `accelerate launch` sets it in every process, and of a single process no rank.
 ACCELERATE_VARIABLE = "ACCELERATE_DYNAMO_BACKEND"
@@ -41,11 +43,11 @@ def stop_with_deepspeed() -> None:
 
     That command dies of a signal alone. Its launcher, the ranks' parent, and the ranks would go on.
     """
-    parent = _stat(os.getppid())
-    if not parent or not _is_deepspeed_command(int(parent[1])):
+    parent = process_stat(os.getppid())
+    if parent is None or not _is_deepspeed_command(parent.parent):
         return
     try:
-        descriptor = os.pidfd_open(int(parent[1]))
+        descriptor = os.pidfd_open(parent.parent)
     except OSError:
         # Gone already, or a kernel older than 5.3.
         return
@@ -64,14 +66,6 @@ def _is_deepspeed_command(pid: int) -> bool:
     except OSError:
         return False
     return any(Path(argument).name in _DEEPSPEED_COMMANDS for argument in arguments[:3])
-
-
-def _stat(pid: int) -> list[str]:
-    """State, parent and further fields of /proc/PID/stat; empty where there is no such process."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return []
 
 
 def _is_running(pid: int) -> bool:

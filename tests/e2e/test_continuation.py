@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.saved_state import whole_tensor
 from tests.support import (
     ROOT,
     command_environment,
@@ -40,7 +41,7 @@ def _final_state(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
     for name, entry in reader.manifest.tensors.items():
         whole = torch.empty(entry.shape, dtype=getattr(torch, entry.dtype))
         for part in entry.slices:
-            tensor = reader._file(part.file).get_tensor(part.key)
+            tensor = whole_tensor(reader._file(part.file), part.key)
             whole[tuple(slice(o, o + n) for o, n in zip(part.offsets, part.shape, strict=True))] = tensor
         state[name] = whole
     return state

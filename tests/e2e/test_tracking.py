@@ -24,9 +24,10 @@ from tests.support import (
     wait_until,
     write_config,
 )
+from tests.wandb_history import history_values
 from trainer.metrics.goodput import Category
 from trainer.run_folder.folder import RunFolder
-from trainer.trackers.wandb_files import WandbPart, history_values, read_parts, read_records
+from trainer.trackers.wandb_files import WandbPart, read_parts, read_records
 from trainer.trackers.wandb_tracker import WandbIdentity
 
 # Of a machine that is busy with other things.

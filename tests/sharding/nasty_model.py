@@ -14,10 +14,11 @@ from sharding.mesh import build_mesh
 from sharding.ranks.object_exchange import sum_integers_over_ranks
 from sharding.ranks.process_group import Ranks
 from sharding.state import layout_independent_hash
+from tests.saved_state import save_checkpoint, whole_tensor
 from tests.sharding.engine_cases import tiny_config
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.training_state import TrainingState
-from trainer.checkpoint.writer import CheckpointIdentity, save_checkpoint
+from trainer.checkpoint.writer import CheckpointIdentity
 from trainer.config.deepspeed_settings import deepspeed_settings
 from trainer.optimizers.build import optimizer_factory
 
@@ -189,7 +190,7 @@ def save(engine: Engine, folder: Path, ranks: Ranks) -> None:
     counters = dict.fromkeys(("num_samples", "num_tokens", "num_skipped_steps", "num_skipped_in_a_row", "seed"), 0)
     training = TrainingState(step=1, schedule_total_steps=6, **counters)
     identity = CheckpointIdentity(config={}, data_fingerprint="none", strategy="none")
-    save_checkpoint(folder, engine.state(with_optimizer=True), training, identity, ranks, lambda: None)
+    save_checkpoint(folder, engine.state(with_optimizer=True), training, identity, ranks)
 
 
 def load(engine: Engine, folder: Path) -> None:
@@ -206,7 +207,7 @@ def whole_state(folder: Path) -> dict[str, torch.Tensor]:
     for name, entry in reader.manifest.tensors.items():
         whole = torch.empty(entry.shape, dtype=getattr(torch, entry.dtype))
         for part in entry.slices:
-            tensor = reader._file(part.file).get_tensor(part.key)
+            tensor = whole_tensor(reader._file(part.file), part.key)
             whole[tuple(slice(o, o + n) for o, n in zip(part.offsets, part.shape, strict=True))] = tensor
         state[name] = whole
     return state

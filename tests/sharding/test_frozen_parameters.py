@@ -9,11 +9,12 @@ from torch import nn
 
 from sharding.mesh import build_mesh
 from sharding.ranks.process_group import Ranks
+from tests.saved_state import save_checkpoint
 from tests.sharding.engine_cases import VOCABULARY, tiny_config, train_steps
 from tests.support import run_on_ranks
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.training_state import TrainingState
-from trainer.checkpoint.writer import CheckpointIdentity, save_checkpoint
+from trainer.checkpoint.writer import CheckpointIdentity
 from trainer.model.engine import build_model_engine
 from trainer.tasks.causal_lm import CausalLanguageModelling
 
@@ -50,7 +51,7 @@ def _save(engine: Any, folder: Path, ranks: Ranks) -> None:
     counters = dict.fromkeys(("num_samples", "num_tokens", "num_skipped_steps"), 0)
     training = TrainingState(step=3, num_skipped_in_a_row=0, schedule_total_steps=6, seed=0, **counters)
     identity = CheckpointIdentity(config={}, data_fingerprint="none", strategy="none")
-    save_checkpoint(folder, engine.state(with_optimizer=True), training, identity, ranks, lambda: None)
+    save_checkpoint(folder, engine.state(with_optimizer=True), training, identity, ranks)
 
 
 def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:

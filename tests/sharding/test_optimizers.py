@@ -9,11 +9,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from sharding.engine import Engine
 from sharding.ranks.process_group import Ranks
+from tests.saved_state import save_checkpoint, whole_tensor
 from tests.sharding.engine_cases import num_targets, random_batch, tiny_engine, train_steps
 from tests.support import TINY_MODEL, run_on_ranks
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.training_state import TrainingState
-from trainer.checkpoint.writer import CheckpointIdentity, save_checkpoint
+from trainer.checkpoint.writer import CheckpointIdentity
 
 # With rows that can be quantised, and with fewer rows in k_proj than three ranks can share evenly or at all.
 _MODEL = {
@@ -96,7 +97,7 @@ def _save(engine: Engine, folder: Path, ranks: Ranks) -> None:
         seed=0,
     )
     identity = CheckpointIdentity(config={}, data_fingerprint="none", strategy="none")
-    save_checkpoint(folder, engine.state(with_optimizer=True), training, identity, ranks, lambda: None)
+    save_checkpoint(folder, engine.state(with_optimizer=True), training, identity, ranks)
 
 
 def _whole_state(folder: Path) -> dict[str, torch.Tensor]:
@@ -107,7 +108,7 @@ def _whole_state(folder: Path) -> dict[str, torch.Tensor]:
         whole = torch.empty(entry.shape, dtype=getattr(torch, entry.dtype))
         num_elements = 0
         for part in entry.slices:
-            tensor = reader._file(part.file).get_tensor(part.key)
+            tensor = whole_tensor(reader._file(part.file), part.key)
             whole[tuple(slice(o, o + n) for o, n in zip(part.offsets, part.shape, strict=True))] = tensor
             num_elements += tensor.numel()
         assert num_elements == whole.numel(), name

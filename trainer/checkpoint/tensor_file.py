@@ -16,7 +16,7 @@ from trainer.files.storage import CheckpointPath, file_size, reaching
 _CHUNK_BYTES = 8 * 2**20
 # The limit of the safetensors library.
 _MAX_HEADER_BYTES = 100_000_000
-_DTYPES = {code: getattr(torch, name) for name, code in HEADER_DTYPES.items()}
+DTYPES = {code: getattr(torch, name) for name, code in HEADER_DTYPES.items()}
 
 
 class TensorFile:
@@ -51,13 +51,6 @@ class TensorFile:
             if key != "__metadata__":
                 self._add(key, entry)
 
-    def get_tensor(self, key: str) -> torch.Tensor:
-        """A whole stored tensor."""
-        code, shape = self.header[key]
-        tensor = torch.empty(shape, dtype=_DTYPES[code])
-        self.read_into(key, tuple(slice(0, size) for size in shape), tensor)
-        return tensor
-
     def read_into(self, key: str, index: tuple[slice, ...], target: torch.Tensor) -> None:
         """Copy a box of a stored tensor to ``target``, which has its shape, a few rows at a time.
 
@@ -71,7 +64,7 @@ class TensorFile:
             OSError: it cannot be read.
         """
         code, shape = self.header[key]
-        dtype, start = _DTYPES[code], self._starts[key]
+        dtype, start = DTYPES[code], self._starts[key]
         if not shape:
             target.copy_(torch.frombuffer(self._read(start, dtype.itemsize), dtype=dtype)[0])
             return
@@ -98,7 +91,7 @@ class TensorFile:
     def _add(self, key: str, entry: Any) -> None:
         try:
             code, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-            dtype = _DTYPES[code]
+            dtype = DTYPES[code]
             sizes_fit = end - begin == dtype.itemsize * math.prod(shape) and all(size >= 0 for size in shape)
             is_inside = 0 <= begin <= end <= self._num_bytes - self._data_start
         except (KeyError, TypeError, ValueError):

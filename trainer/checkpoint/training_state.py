@@ -45,7 +45,7 @@ class TrainingState(StrictRecord):
     noise_variance: float = 0.0
     """Moving average of the variance of one token's gradient, summed over parameters, where it is measured."""
 
-    skipped_samples: Annotated[list[SampleRange], Field(strict=False)] = []
+    skipped_samples: Annotated[list[Annotated[SampleRange, Field(strict=False)]], Field(strict=False)] = []
     """Global sample positions that are left out, by configuration or after a spike, as ranges without their end."""
 
     num_rollbacks: int = 0

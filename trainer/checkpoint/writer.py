@@ -19,7 +19,7 @@ from trainer.checkpoint.manifest import (
     fingerprint,
     write_manifest,
 )
-from trainer.checkpoint.rank_file import RankReport, write_rank_file
+from trainer.checkpoint.rank_file import RankReport
 from trainer.checkpoint.training_state import TrainingState
 from trainer.files.outages import StorageOutage, blames_storage
 from trainer.files.storage import CheckpointPath, make_folder, sync_folder
@@ -34,33 +34,6 @@ class CheckpointIdentity:
     data_fingerprint: str
     strategy: str
     tokenizer: TokenizerEntry | None = None
-
-
-def save_checkpoint(
-    folder: CheckpointPath,
-    slices: list[TensorSlice],
-    training: TrainingState,
-    identity: CheckpointIdentity,
-    ranks: Ranks,
-    before_commit: Callable[[], None],
-) -> None:
-    """Write one checkpoint and wait for it; every rank must call it.
-
-    Args:
-        folder: where it goes; leftovers of an unfinished save are removed.
-        slices: this rank's canonical state.
-        training: counters.
-        identity: configuration and data.
-        ranks: this rank's place.
-        before_commit: called on rank 0 before anything is removed, and before the manifest is written; raises to give
-            up.
-
-    Raises:
-        UserError: a rank could not write, for example for want of space; no rank has a checkpoint then.
-        RunFailure: the folder was lost, or the storage is away; the same holds.
-    """
-    prepare_checkpoint(folder, slices, training.step, ranks, before_commit)
-    commit_checkpoint(folder, write_rank_file(folder, slices, ranks.rank), training, identity, ranks, before_commit)
 
 
 def prepare_checkpoint(

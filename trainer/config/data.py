@@ -8,7 +8,8 @@ from sharding.ranks.errors import UserError
 from sharding.strict_model import StrictModel
 
 # First global sample position, and the one after the last.
-SampleRange = Annotated[tuple[int, int], Field(strict=False)]
+SampleRange = tuple[int, int]
+"""First global sample position, and the one after the last."""
 
 # One path may stand without a list.
 Paths = Annotated[
@@ -90,7 +91,7 @@ class DataConfig(SourceConfig):
     shuffle: bool = True
     """Visit sequences in a keyed random order, new in each epoch; false is corpus order."""
 
-    skip_samples: Annotated[tuple[SampleRange, ...], Field(strict=False)] = ()
+    skip_samples: Annotated[tuple[Annotated[SampleRange, Field(strict=False)], ...], Field(strict=False)] = ()
     """Ranges of global sample positions, `[[first, end], ...]` with the end not included, that training leaves out."""
 
     document_mask: bool = False

@@ -28,7 +28,7 @@ def all_differences(one: RunConfig, other: RunConfig) -> list[str]:
 
 
 def _differences(one: RunConfig, other: RunConfig) -> Iterator[tuple[str, Any, Any]]:
-    values, others = _flatten(one.model_dump(mode="json")), _flatten(other.model_dump(mode="json"))
+    values, others = flatten(one.model_dump(mode="json")), flatten(other.model_dump(mode="json"))
     for key in sorted(values.keys() | others.keys()):
         if values.get(key) != others.get(key):
             yield key, values.get(key), others.get(key)
@@ -38,11 +38,12 @@ def _is_frozen(key: str) -> bool:
     return key not in _FREE_KEYS and any(key == frozen or key.startswith(f"{frozen}.") for frozen in _FROZEN_KEYS)
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
     return flat

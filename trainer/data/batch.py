@@ -3,9 +3,9 @@
 import numpy as np
 import torch
 
-IGNORED_LABEL = -100
+from sharding.engine import Batch
 
-Batch = dict[str, torch.Tensor]
+IGNORED_LABEL = -100
 
 
 def packed_batch(tokens: np.ndarray, is_start: np.ndarray | None) -> Batch:

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from trainer.data.batch import IGNORED_LABEL, Batch, packed_batch
+from sharding.engine import Batch
+from trainer.data.batch import IGNORED_LABEL, packed_batch
 from trainer.data.mixture import MixtureOrder
 from trainer.data.order import SampleOrder
 from trainer.data.read_ahead import ReadAhead

@@ -4,8 +4,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-SampleRange = tuple[int, int]
-"""First global sample position, and the one after the last."""
+from trainer.config.data import SampleRange
 
 
 class SkippedSamples:

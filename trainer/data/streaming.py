@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sharding.engine import Batch
 from sharding.ranks.errors import UserError
 from sharding.ranks.object_exchange import gather_objects
 from sharding.ranks.process_group import Ranks
 from trainer.config.data import DataConfig
-from trainer.data.batch import Batch, packed_batch
+from trainer.data.batch import packed_batch
 from trainer.data.clean import encode_text, hash_position
 from trainer.data.corpus import all_files
 from trainer.data.order import SampleOrder

@@ -12,7 +12,7 @@ from torch import nn
 
 from sharding.engine import Engine
 from sharding.ranks.errors import UserError
-from sharding.state import TensorSlice
+from sharding.state import MODEL_PREFIX, TensorSlice
 from trainer.model.stored_tensor import Box, StoredTensor
 
 _FILE = "model.safetensors"
@@ -90,7 +90,7 @@ class PretrainedWeights:
             )
 
     def _read_into(self, part: TensorSlice) -> None:
-        wanted = part.name.removeprefix("model/")
+        wanted = part.name.removeprefix(MODEL_PREFIX)
         names = [name for name in self._tied.get(wanted, [wanted]) if name in self.tensors]
         if not names or not part.tensor.numel():
             return

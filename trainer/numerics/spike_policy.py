@@ -12,7 +12,8 @@ from sharding.ranks.object_exchange import gather_rows
 from sharding.ranks.process_group import Ranks
 from trainer.checkpoint.training_state import TrainingState
 from trainer.config import RunConfig
-from trainer.data.skipped_samples import SampleRange, SkippedSamples
+from trainer.config.data import SampleRange
+from trainer.data.skipped_samples import SkippedSamples
 from trainer.numerics.spike_detector import Spike, SpikeDetector
 from trainer.trackers.observers import Observers
 

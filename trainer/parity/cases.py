@@ -21,6 +21,7 @@ from sharding.ranks.errors import EXIT_FAILED
 from sharding.ranks.object_exchange import sum_over_ranks
 from sharding.ranks.process_group import Ranks, process_group
 from sharding.ranks.process_lifetime import die_with_parent
+from sharding.state import MODEL_PREFIX
 from trainer.config import RunConfig
 from trainer.model.engine import build_model_engine, parameter_hash
 from trainer.model.models import Vocabulary, build_model_config
@@ -175,7 +176,7 @@ def _run_case(config: RunConfig, case: ParityCase, vocabulary: Vocabulary, ranks
 def _write_parameters(engine: Engine, ranks: Ranks, path: Path) -> None:
     """Put the slices of all ranks together on rank 0 and write them as whole tensors."""
     slices = [
-        (part.name.removeprefix("model/"), part.global_shape, part.offsets, part.tensor.cpu())
+        (part.name.removeprefix(MODEL_PREFIX), part.global_shape, part.offsets, part.tensor.cpu())
         for part in engine.state(with_optimizer=False)
         if part.is_written_here
     ]

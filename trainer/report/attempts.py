@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from trainer.config.frozen_config import flatten
+
 _CONTINUES = re.compile(r"INFO continuing after step (\d+)$", re.MULTILINE)
 _MODEL = re.compile(r"INFO (\S.* parameters, .*)$", re.MULTILINE)
 _TIME = re.compile(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),\d{3} ", re.MULTILINE)
@@ -63,17 +65,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, yaml.YAMLError):
         return {}
     return values if isinstance(values, dict) else {}
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their dotted names."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _read_attempt(run_dir: Path, number: int) -> Attempt:

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainer.config.frozen_config import flatten
 from trainer.files.atomic_files import write_atomically
-from trainer.report.attempts import Attempt, flatten
+from trainer.report.attempts import Attempt
 from trainer.report.curves import MAX_POINTS, Curves, thin, training_hours
 from trainer.report.goodput_rows import goodput_bar, goodput_rows
 from trainer.report.panels import PanelView, section_views
-from trainer.report.run_data import RunData, duration_text, read_runs
+from trainer.report.run_data import RunData, read_runs
+from trainer.runtime.durations import duration_text
 
 _FOLDER = Path(__file__).resolve().parent
 _DIGITS = 7

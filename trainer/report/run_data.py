@@ -6,12 +6,14 @@ from statistics import median
 from typing import Any
 
 from sharding.ranks.errors import UserError
+from trainer.config.frozen_config import flatten
 from trainer.faults.failure.record import Failure, read_failure
 from trainer.metrics.goodput import Goodput, read_goodput
-from trainer.report.attempts import Attempt, flatten, read_attempts, read_json, read_yaml
+from trainer.report.attempts import Attempt, read_attempts, read_json, read_yaml
 from trainer.report.curves import Curves, read_curves
 from trainer.report.event_rows import EventRow, event_rows
 from trainer.report.samples import Sample, read_samples
+from trainer.runtime.durations import duration_text
 
 _BILLION = 1e9
 
@@ -134,15 +136,6 @@ def distinct_labels(paths: list[Path]) -> list[str]:
         if len(set(labels)) == len(paths):
             return labels
     return [str(path) for path in paths]
-
-
-def duration_text(seconds: float) -> str:
-    """A duration for people: 42 s, 3 min 20 s, 5 h 07 min."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 def _read_run(path: Path, label: str) -> RunData:

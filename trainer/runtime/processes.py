@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
+from sharding.ranks.process_stat import process_stat
+
 LEASE_VARIABLE = "SHARDLINE_LEASE"
 
 ATTEMPT_VARIABLE = "SHARDLINE_ATTEMPT"
@@ -24,20 +26,16 @@ def process_space() -> str:
 
 
 def process_start(pid: int) -> str | None:
-    """Start time of a process in clock ticks since boot, which tells it from a later one with the same id."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    # The name in parentheses may itself hold spaces and parentheses. A zombie is not alive.
-    fields = text.rpartition(")")[2].split()
-    return None if fields[0] in "ZX" else fields[19]
+    """Start time of a live process in clock ticks since boot, which tells it from a later one with the same id."""
+    process = process_stat(pid)
+    return str(process.start_ticks) if process is not None and process.is_alive else None
 
 
 def process_age_s() -> float:
     """How long ago this process was started, in seconds."""
-    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-    return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK"))
+    process = process_stat(os.getpid())
+    assert process is not None, "this process is there"
+    return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - process.start_ticks / os.sysconf("SC_CLK_TCK"))
 
 
 def end_process(exit_code: int) -> NoReturn:

@@ -1,6 +1,5 @@
 """All trackers of a run, each in a thread of its own: slow ones do not hold up training, broken ones do not end it."""
 
-import atexit
 import json
 import logging
 import os
@@ -142,7 +141,11 @@ class Trackers:
         return {f.tracker.name: state for f in self._followers if (state := f.tracker.state())}
 
     def finish(self, exit_code: int) -> None:
-        """Send what is left, within a time limit, and close. The process is to end with this exit code soon after."""
+        """Send what is left, within a time limit, and close.
+
+        The process must end by ``end_process`` then: wandb waits for its server once more, without a limit, when the
+        interpreter ends.
+        """
         if not self._is_started:
             return
         for follower in self._followers:
@@ -154,10 +157,6 @@ class Trackers:
                 f"{' and '.join(late)} did not finish within {FINISH_TIMEOUT_S:g} s; what is lacking there is in "
                 "metrics.jsonl"
             )
-        if late or any(follower.has_failed for follower in self._followers):
-            # wandb waits for its server once more when the interpreter ends, without a limit. Handlers run last in,
-            # first out, so this one comes before it.
-            atexit.register(os._exit, exit_code)
 
 
 def build_trackers(

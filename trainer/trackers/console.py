@@ -11,6 +11,8 @@ from typing import TextIO
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from trainer.runtime.durations import duration_text
+
 _log = logging.getLogger("shardline")
 
 _REFRESH_EVERY_S = 0.1
@@ -123,7 +125,7 @@ class Console:
             parts.append(f"MFU {_number(metrics['throughput/mfu'], '.1%')}")
         if metrics.get("train/skipped_steps"):
             parts.append(f"skipped {_number(metrics['train/skipped_steps'], '.0f')}")
-        parts.append(f"left {_duration(left_s)}")
+        parts.append(f"left {duration_text(left_s)}")
         return "  ".join(parts)
 
 
@@ -137,9 +139,3 @@ def _discard_output() -> None:
 
 def _number(value: float | None, form: str) -> str:
     return "n/a" if value is None else format(value, form)
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

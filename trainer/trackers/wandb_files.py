@@ -4,7 +4,6 @@ A ``.wandb`` file is a header of 7 bytes, then LevelDB's log format with message
 wandb writes it from another process, with a delay: what was sent before a kill need not be there.
 """
 
-import json
 import os
 import shutil
 import zlib
@@ -101,16 +100,12 @@ def drop_from_part(part: WandbPart, sent_step: int) -> None:
     os.replace(temporary, part.file)
 
 
-def history_values(history: Any) -> dict[str, Any]:
-    """What a history record logs, by metric name."""
-    return {_name(item): json.loads(item.value_json) for item in history.item}
-
-
 def _steps_of(history: Any) -> list[int]:
-    return [int(item.value_json) for item in history.item if _name(item) == "step"]
+    return [int(item.value_json) for item in history.item if metric_name(item) == "step"]
 
 
-def _name(item: Any) -> str:
+def metric_name(item: Any) -> str:
+    """The metric that an item of a history record is of."""
     return item.key or "/".join(item.nested_key)
 
 

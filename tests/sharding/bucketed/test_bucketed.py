@@ -18,11 +18,12 @@ from sharding.bucketed.engine import BucketedEngine
 from sharding.bucketed.flat_buckets import flatten_parameters
 from sharding.engine import Engine
 from sharding.ranks.process_group import Ranks
+from tests.saved_state import save_checkpoint
 from tests.sharding.engine_cases import num_targets, random_batch, tiny_engine, train_steps
 from tests.support import TINY_MODEL, run_on_ranks
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.training_state import TrainingState
-from trainer.checkpoint.writer import CheckpointIdentity, save_checkpoint
+from trainer.checkpoint.writer import CheckpointIdentity
 
 _STAGES = ("zero1", "zero2", "zero3")
 _GROUPS = [{"pattern": "*.0.mlp.*", "lr_scale": 0.5, "weight_decay": 0.0}]
@@ -79,7 +80,7 @@ def _save(engine: Engine, folder: Path, ranks: Ranks) -> None:
         seed=0,
     )
     identity = CheckpointIdentity(config={}, data_fingerprint="none", strategy="none")
-    save_checkpoint(folder, engine.state(with_optimizer=True), training, identity, ranks, lambda: None)
+    save_checkpoint(folder, engine.state(with_optimizer=True), training, identity, ranks)
 
 
 def _load(engine: Engine, folder: Path) -> Engine:

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from sharding.ranks.errors import UserError
 from trainer.checkpoint.training_state import TrainingState
-from trainer.data.skipped_samples import SampleRange, SkippedSamples
+from trainer.config.data import SampleRange
+from trainer.data.skipped_samples import SkippedSamples
 from trainer.numerics.spike_policy import leave_out_as_told
 
 _LIMIT = 200

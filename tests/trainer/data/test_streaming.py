@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from sharding.engine import Batch
 from sharding.ranks.errors import UserError
 from tests.support import (
     read_metrics,
@@ -23,7 +24,6 @@ from tests.support import (
 from trainer.commands.show_data import main as show
 from trainer.config import parse_config
 from trainer.config.data import DataConfig
-from trainer.data.batch import Batch
 from trainer.data.prepare import prepare_corpus
 from trainer.data.prepared import PreparedStream
 from trainer.data.streaming import DocumentStream, StreamingLoader, state_of_rank

@@ -22,9 +22,10 @@ from trainer.report.curves import Curves, read_curves, thin, training_hours
 from trainer.report.end_of_run import write_run_report
 from trainer.report.page import attempt_rows, table_rows, write_report
 from trainer.report.panels import section_views
-from trainer.report.run_data import distinct_labels, duration_text, read_runs
+from trainer.report.run_data import distinct_labels, read_runs
 from trainer.run_folder.events import record_event
 from trainer.run_folder.folder import RunFolder
+from trainer.runtime.durations import duration_text
 
 HOSTILE = '</script></pre><img src=x onerror="window.pwned=1"><!--<script>'
 

@@ -17,13 +17,13 @@ import pytest
 from sharding.ranks.errors import UserError
 from tests.stand_in_wandb import stand_in_server
 from tests.support import ROOT, command_environment, wait_until
+from tests.wandb_history import history_values
 from trainer.config import RunConfig, config_to_yaml, parse_config, tracking
 from trainer.config.rules import World, validate
 from trainer.metrics.file import MetricsFile
-from trainer.trackers import composite
 from trainer.trackers.composite import Trackers, build_trackers
 from trainer.trackers.tensorboard_tracker import TensorBoardTracker
-from trainer.trackers.wandb_files import history_values, read_parts, read_records
+from trainer.trackers.wandb_files import read_parts, read_records
 from trainer.trackers.wandb_tracker import WandbTracker, wandb_mode
 
 SERVER = "https://wandb.example.org:8443"
@@ -125,8 +125,6 @@ def test_everything_arrives_in_order(tmp_path: Path, write: Write) -> None:
 def test_a_tracker_that_fails_is_left_out_with_one_warning(
     tmp_path: Path, write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ended: list[Any] = []
-    monkeypatch.setattr(composite.atexit, "register", lambda *arguments: ended.append(arguments))
     broken, whole = RecordingTracker("broken", fails_at=2), RecordingTracker("whole")
     warnings: list[str] = []
     trackers = Trackers([broken, whole], tmp_path / "metrics.jsonl", warnings.append)
@@ -137,7 +135,6 @@ def test_a_tracker_that_fails_is_left_out_with_one_warning(
     assert warnings == ["broken failed and is left out from here on: no server"]
     assert broken.told == ["start 0", (1, {})]
     assert whole.told[:-1] == ["start 0", (1, {}), (2, {}), (3, {})]
-    assert len(ended) == 1
 
 
 def test_a_slow_tracker_holds_up_neither_training_nor_another_and_lacks_nothing(tmp_path: Path, write: Write) -> None:
@@ -192,9 +189,10 @@ def test_a_run_that_goes_back_puts_another_file_in_place(tmp_path: Path) -> None
 
 def test_a_run_ends_in_time_and_with_its_own_status_when_a_tracker_never_returns() -> None:
     script = """
-import atexit, sys, time
+import atexit, time
 # As wandb does, when its server does not answer.
 atexit.register(time.sleep, 60)
+from trainer.runtime.processes import end_process
 from trainer.trackers import composite
 
 class Stuck:
@@ -207,8 +205,7 @@ trackers = composite.Trackers([Stuck()], None, print)
 trackers.start(0)
 trackers.announce()
 trackers.finish(75)
-sys.stdout.flush()
-sys.exit(75)
+end_process(75)
 """
     finished = subprocess.run(
         [sys.executable, "-c", script],
@@ -517,7 +514,6 @@ def test_a_wandb_that_cannot_be_imported(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(composite.atexit, "register", lambda *_: None)
     monkeypatch.setitem(sys.modules, "wandb", None)
     with caplog.at_level(logging.WARNING, logger="shardline"):
         metrics_file.write(1, {"train/loss": 1.0})

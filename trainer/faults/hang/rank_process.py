@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 from types import FrameType
 
+from sharding.ranks.process_stat import process_stat
 from trainer.faults.hang.heartbeat import Heartbeat
 from trainer.faults.hang.stacks import STACKS_SIGNAL
 from trainer.runtime.processes import process_space
@@ -20,11 +21,10 @@ def process_state(heartbeat: Heartbeat) -> str | None:
     """State letter and word of a rank's process; ``gone``, or None where it is on another machine."""
     if heartbeat.process_space != process_space():
         return None
-    try:
-        letter = Path(f"/proc/{heartbeat.pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
+    process = process_stat(heartbeat.pid)
+    if process is None:
         return "gone"
-    return f"{letter} ({_STATES[letter]})" if letter in _STATES else letter
+    return f"{process.state} ({_STATES[process.state]})" if process.state in _STATES else process.state
 
 
 def is_debugged(heartbeat: Heartbeat) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from sharding.engine import Batch
-from trainer.data.skipped_samples import SampleRange
+from trainer.config.data import SampleRange
 from trainer.faults.injection.inject import SPOILING_FAULTS, Fault
 from trainer.tasks.task import Task
 
