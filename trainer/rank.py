@@ -37,7 +37,9 @@ from trainer.faults.injection.inject import faults_of, inject_faults, read_fault
 from trainer.loop import Ending, Trainer
 from trainer.metrics.goodput_ledger import GoodputLedger
 from trainer.metrics.stragglers import StragglerWatch
+from trainer.model.engine import describe_model
 from trainer.report.end_of_run import write_run_goodput, write_run_report
+from trainer.run_folder.attempt_record import AttemptRecord, write_attempt_record
 from trainer.run_folder.events import record_event
 from trainer.run_folder.folder import RunFolder
 from trainer.run_folder.lease import Lease
@@ -187,6 +189,12 @@ def _run(arguments: Sequence[str], progress: _Progress) -> int:
             before_commit=lambda: progress.lease.check() if progress.lease is not None else None,
             before_write=lambda step: writing.enter(Phase.WRITE, step),
         )
+        trainer.resume_or_init()
+        if ranks.rank == 0:
+            record = AttemptRecord(began_after=trainer.step, model=describe_model(config, trainer.parts.facts, ranks))
+            # A report that lacks it is no reason to end a run.
+            with contextlib.suppress(OSError):
+                write_attempt_record(run_folder.log_dir(attempt), record)
         ending = _train(trainer, config, run_folder, observers, ranks, progress.phases, stop_request)
         # What comes now is rank 0's alone, and may take its time: trackers that send what they have.
         _stop_watchdog(progress)
@@ -203,7 +211,6 @@ def _train(
     phases: Phases,
     stop_request: StopRequest,
 ) -> Ending:
-    trainer.resume_or_init()
     observers.start(trainer.step)
     if trainer.step >= config.num_steps:
         observers.message(f"run {config.name} is complete at step {trainer.step}; nothing to do")

@@ -1,21 +1,15 @@
 """Attempts of a run: when each started and ended, where it began, and what it changed."""
 
 import json
-import re
 from dataclasses import dataclass
-from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from trainer.config.frozen_config import flatten
-
-_CONTINUES = re.compile(r"INFO continuing after step (\d+)$", re.MULTILINE)
-_MODEL = re.compile(r"INFO (\S.* parameters, .*)$", re.MULTILINE)
-_TIME = re.compile(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),\d{3} ", re.MULTILINE)
-_HEAD_CHARACTERS = 20_000
-_TAIL_CHARACTERS = 20_000
+from trainer.metrics.goodput import AttemptLedger, read_ledgers
+from trainer.run_folder.attempt_record import read_attempt_record
 
 
 @dataclass(frozen=True)
@@ -26,9 +20,9 @@ class Attempt:
         number: from 1.
         provenance: its provenance.json; empty where that is missing.
         config: its configuration, flat; empty where that is missing.
-        began_after: step of the checkpoint it continued from, 0 for a fresh start; None where its log does not tell.
-        model: what the log says of the model and how it is sharded.
-        duration_s: from its provenance to the last line of rank 0's log; None where either is missing.
+        began_after: step of the checkpoint it continued from, 0 for a fresh start; None where it did not come so far.
+        model: the model and how it is sharded, for people; empty where it did not come so far.
+        duration_s: what its ledger accounts for; None where there is none.
     """
 
     number: int
@@ -46,7 +40,8 @@ def read_attempts(run_dir: Path) -> list[Attempt]:
         digits = path.name.removesuffix(".json").rpartition("-")[2]
         if digits.isdecimal():
             numbers.add(int(digits))
-    return [_read_attempt(run_dir, number) for number in sorted(numbers)]
+    ledgers = read_ledgers(run_dir)
+    return [_read_attempt(run_dir, number, ledgers) for number in sorted(numbers)]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -67,41 +62,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def _read_attempt(run_dir: Path, number: int) -> Attempt:
+def _read_attempt(run_dir: Path, number: int, ledgers: list[AttemptLedger]) -> Attempt:
     suffix = "" if number == 1 else f".attempt-{number}"
-    provenance = read_json(run_dir / f"provenance{suffix}.json")
-    head, tail = _head_and_tail(run_dir / "logs" / f"attempt-{number}" / "rank-0.log")
-    continues, model = _CONTINUES.search(head), _MODEL.search(head)
-    began_after = int(continues[1]) if continues else 0 if model else None
-    duration = _duration(str(provenance.get("time", "")), tail)
+    record = read_attempt_record(run_dir / "logs" / f"attempt-{number}")
+    own = [ledger for ledger in ledgers if ledger.attempt == number]
+    # An attempt of an earlier release has its ledger alone, which says where it went back to, if that is earlier.
+    known = next((ledger.began_after for ledger in own), None)
     return Attempt(
         number=number,
-        provenance=provenance,
+        provenance=read_json(run_dir / f"provenance{suffix}.json"),
         config=flatten(read_yaml(run_dir / f"config{suffix}.yaml")),
-        began_after=began_after,
-        model=model[1] if model else "",
-        duration_s=None if duration is None else duration.total_seconds(),
+        began_after=record.began_after if record is not None else known,
+        model=record.model if record is not None else "",
+        duration_s=sum(ledger.duration_s for ledger in own) if own else None,
     )
-
-
-def _duration(started: str, log_tail: str) -> timedelta | None:
-    """Both times are the local ones of the same machine."""
-    times = _TIME.findall(log_tail)
-    try:
-        start = datetime.fromisoformat(started).replace(tzinfo=None)
-    except ValueError:
-        return None
-    duration = datetime.fromisoformat(times[-1]) - start if times else None
-    return duration if duration is None or duration >= timedelta(0) else None
-
-
-def _head_and_tail(path: Path) -> tuple[str, str]:
-    try:
-        with path.open("rb") as file:
-            head = file.read(_HEAD_CHARACTERS)
-            size = file.seek(0, 2)
-            file.seek(max(0, size - _TAIL_CHARACTERS))
-            tail = file.read()
-    except OSError:
-        return "", ""
-    return head.decode(errors="replace"), tail.decode(errors="replace")

@@ -17,12 +17,14 @@ from hypothesis import strategies as st
 from sharding.ranks.errors import UserError
 from tests.support import ROOT, command_environment
 from trainer.metrics.file import MetricsFile
+from trainer.metrics.goodput import AttemptLedger
 from trainer.report.attempts import read_attempts
 from trainer.report.curves import Curves, read_curves, thin, training_hours
 from trainer.report.end_of_run import write_run_report
 from trainer.report.page import attempt_rows, table_rows, write_report
 from trainer.report.panels import section_views
 from trainer.report.run_data import distinct_labels, read_runs
+from trainer.run_folder.attempt_record import AttemptRecord, write_attempt_record
 from trainer.run_folder.events import record_event
 from trainer.run_folder.folder import RunFolder
 from trainer.runtime.durations import duration_text
@@ -167,26 +169,26 @@ def test_attempts_tell_where_they_began_and_what_they_changed(tmp_path: Path) ->
     (run / "config.attempt-2.yaml").write_text("parallel: {strategy: zero3}\nsteps: 4\n")
     (run / "provenance.json").write_text('{"time": "2026-11-24T14:40:50+0000", "num_ranks": 2}')
     (run / "provenance.attempt-2.json").write_text('{"time": "2026-11-24T15:00:00+0000", "num_ranks": 3}')
-    for number, middle, last in (
-        (1, "initial parameters 5d", "14:41:52"),
-        (2, "continuing after step 3", "15:00:09"),
-    ):
+    model = "llama: 2,016 parameters, 1 MFLOP per token; zero2 on 2 x CPU"
+    for number, began_after, duration_s in ((1, 0, 62.0), (2, 3, 9.0), (4, 2, 1.0)):
         folder = run / "logs" / f"attempt-{number}"
         folder.mkdir(parents=True)
-        (folder / "rank-0.log").write_text(
-            f"2026-11-24 14:40:59,001 INFO llama: 2,016 parameters, 1 MFLOP per token; zero2 on 2 x CPU\n"
-            f"2026-11-24 14:41:00,001 INFO {middle}\n2026-11-24 {last},000 INFO saved\n"
-        )
+        ledger = AttemptLedger(attempt=number, began_at=0.0, startup_s=duration_s, began_after=began_after)
+        (folder / "goodput.json").write_text(ledger.model_dump_json())
+        # The last is of a release that wrote none.
+        if number < 4:
+            write_attempt_record(folder, AttemptRecord(began_after=began_after, model=model))
     (run / "logs" / "attempt-3").mkdir()
     rows = attempt_rows(read_attempts(run))
     assert [(row.number, row.began_after, row.duration, row.ranks, row.changes) for row in rows] == [
         (1, "from the start", "1 min 02 s", "2", []),
         (2, "after step 3", "9 s", "3", ["parallel.strategy: zero2 to zero3"]),
         (3, "unknown", "unknown", "unknown", []),
+        (4, "after step 2", "1 s", "unknown", []),
     ]
     (data,) = read_runs([run])
     assert data.description == "llama: 2,016 parameters, 1 MFLOP per token; zero2 on 2 x CPU"
-    assert {headline.title: headline.value for headline in data.headlines()}["Wall time"] == "1 min 11 s"
+    assert {headline.title: headline.value for headline in data.headlines()}["Wall time"] == "1 min 12 s"
 
 
 def test_headline_numbers(tmp_path: Path) -> None:
