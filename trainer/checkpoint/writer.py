@@ -22,7 +22,7 @@ from trainer.checkpoint.manifest import (
 from trainer.checkpoint.rank_file import RankReport
 from trainer.checkpoint.training_state import TrainingState
 from trainer.files.outages import StorageOutage, blames_storage
-from trainer.files.storage import CheckpointPath, make_folder, sync_folder
+from trainer.files.storage import CheckpointPath, make_folder, sync_names
 from trainer.run_folder.listing import remove_checkpoint
 
 
@@ -151,7 +151,7 @@ def _commit(
     )
     try:
         before_commit()
-        sync_folder(folder)
+        sync_names(folder)
         write_manifest(folder, manifest)
     except RunFailure as error:
         return error

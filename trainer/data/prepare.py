@@ -1,7 +1,5 @@
 """Preparation: from documents to packed shards, once, whoever asks and however often it is killed."""
 
-import contextlib
-import fcntl
 import itertools
 import os
 import platform
@@ -38,6 +36,7 @@ from trainer.data.tokenizer import (
 )
 from trainer.files.atomic_files import write_atomically
 from trainer.files.checked_json import dump_checked
+from trainer.files.locks import exclusive
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -63,7 +62,7 @@ def prepare_corpus(config: DataConfig, *, progress: bool = True, fingerprint: st
     folder = corpus_folder(config)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _exclusive(folder.with_suffix(".lock"), progress):
+        with exclusive(folder.with_suffix(".lock"), on_wait=_say_that_it_waits if progress else lambda: None):
             found = open_prepared(folder, config)
             if found is None:
                 _prepare(prepared_part(config), folder, progress)
@@ -194,20 +193,8 @@ def _counted(texts: Iterator[str], advance: Callable[[int], None]) -> Iterator[s
         advance(1)
 
 
-@contextlib.contextmanager
-def _exclusive(path: Path, progress: bool) -> Iterator[None]:
-    """Hold a lock that the kernel gives up for us however we end."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if progress:
-                print("another process is preparing this corpus; waiting for it", flush=True)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+def _say_that_it_waits() -> None:
+    print("another process is preparing this corpus; waiting for it", flush=True)
 
 
 def describe_corpus(corpus: Prepared) -> str:

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 from sharding.ranks.errors import RunFailure, UserError
+from trainer.files.atomic_files import sync_folder, write_atomically
 from trainer.files.outages import StorageOutage, is_outage
 from trainer.runtime.processes import ATTEMPT_VARIABLE
 
@@ -261,14 +262,7 @@ def write_whole(file: CheckpointPath, contents: bytes) -> None:
     if isinstance(file, UrlPath):
         file.write_bytes(contents)
         return
-    # Not a temporary file of a random name: what a crash leaves behind is overwritten by the next save.
-    temporary = file.with_name(f".{file.name}.partial")
-    with temporary.open("wb") as opened:
-        opened.write(contents)
-        opened.flush()
-        os.fsync(opened.fileno())
-    os.replace(temporary, file)
-    sync_folder(file.parent)
+    write_atomically(file, contents, has_one_writer=True)
 
 
 @contextlib.contextmanager
@@ -283,12 +277,7 @@ def writing(file: CheckpointPath) -> Iterator[BinaryIO]:
         os.fsync(opened.fileno())
 
 
-def sync_folder(folder: CheckpointPath) -> None:
+def sync_names(folder: CheckpointPath) -> None:
     """Make the names in a local folder durable."""
-    if isinstance(folder, UrlPath):
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    if isinstance(folder, Path):
+        sync_folder(folder)

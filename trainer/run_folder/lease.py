@@ -1,20 +1,18 @@
 """One writer per run folder: a lease with host, process, attempt, token and heartbeat."""
 
 import contextlib
-import errno
-import fcntl
 import json
 import logging
 import os
 import secrets
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from sharding.ranks.errors import RunFailure, UserError
 from trainer.files.atomic_files import write_atomically
+from trainer.files.locks import exclusive
 from trainer.files.outages import cannot_be_written
 from trainer.run_folder.lease_holder import Verdict, describe, judge, new_holder, next_beat
 
@@ -25,7 +23,6 @@ _LOOK_EVERY_S = 0.5
 # For so long a file may be missing, or a file system be away, before that means something.
 SETTLE_WITHIN_S = 5.0
 _FIELDS = frozenset({"host", "process_space", "pid", "process_started", "attempt", "token", "heartbeat"})
-_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
 _log = logging.getLogger("shardline")
 
@@ -193,20 +190,9 @@ def _refusal(folder: Path, holder: dict[str, Any], why: str) -> str:
     )
 
 
-@contextlib.contextmanager
-def _exclusive(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock file, so that two processes never both see it free."""
-    descriptor = os.open(folder / ".lease.lock", os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError as error:
-            # Some cluster file systems are mounted without locks; the token, checked at each commit, is what remains.
-            if error.errno not in _NO_LOCKS:
-                raise
-        yield
-    finally:
-        os.close(descriptor)
+def _exclusive(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """Hold the folder's lock; without locks, the token that is checked at each commit is what remains."""
+    return exclusive(folder / ".lease.lock", is_required=False)
 
 
 def _read(path: Path) -> dict[str, Any] | None:
