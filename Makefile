@@ -2,6 +2,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.shardline-setup
+TESTS_STAMP := $(VENV)/.shardline-tests
 QUICKSTART := runs/quickstart
 PROMPT = $$(printf 'class Reader:\n    """Reads lines from a file."""\n\n    def __init__(self, ')
 
@@ -13,6 +14,11 @@ $(STAMP): pyproject.toml constraints.txt scripts/setup
 	@scripts/setup
 	@touch $(STAMP)
 
+$(TESTS_STAMP): $(STAMP)
+	@scripts/setup --tests
+	@scripts/test-packages
+	@touch $(TESTS_STAMP)
+
 # The sample is drawn once: where run and sample are there, this says so and does nothing.
 quickstart: setup
 	@$(BIN)/shardline run configs/quickstart.yaml
@@ -22,7 +28,7 @@ quickstart: setup
 		$(BIN)/shardline report $(QUICKSTART) && \
 		printf '\nsample:\n' && cat $(QUICKSTART)/sample.txt; }
 
-check: setup
+check: $(TESTS_STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -35,12 +41,12 @@ PARTS := $(filter-out tests/e2e tests/slurm tests/__pycache__,$(patsubst %/,%,$(
 test: check
 	@$(MAKE) --no-print-directory -j 2 --keep-going test-runs test-parts
 
-test-runs: setup
+test-runs: $(TESTS_STAMP)
 	$(BIN)/python -m pytest -m "not slow" tests/e2e tests/slurm $(addprefix --ignore=,$(RUNS_BESIDE_PARTS))
 
-test-parts: setup
+test-parts: $(TESTS_STAMP)
 	$(BIN)/python -m pytest -m "not slow" $(PARTS) $(wildcard tests/test_*.py) $(RUNS_BESIDE_PARTS)
 
-soak: setup
+soak: $(TESTS_STAMP)
 	$(BIN)/python -m pytest -m slow
 	$(BIN)/shardline drill all configs/quickstart.yaml

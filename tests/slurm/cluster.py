@@ -14,33 +14,16 @@ from pathlib import Path
 from tests.support import ROOT, command_environment, wait_until
 
 TESTBED = ROOT / "slurm" / "testbed"
-PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge", "iproute2")
 ENDED = frozenset({"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "DEADLINE"})
 
 
 def why_no_cluster() -> str:
-    """Install what is missing where that may be; a sentence if there can be no cluster, else nothing."""
+    """A sentence if there can be no cluster, else nothing."""
     if os.geteuid() != 0:
         return "a Slurm of two nodes needs root, for its network namespaces"
     path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
     missing = [name for name in ("slurmctld", "slurmd", "sbatch", "munged", "ip") if not shutil.which(name, path=path)]
-    if not missing:
-        return ""
-    if not shutil.which("apt-get"):
-        return f"{', '.join(missing)} missing, and there is no apt-get to install {' '.join(PACKAGES)} with"
-    # A package list from long ago may name versions that are no longer there.
-    for command in (["update", "-qq"], ["install", "-y", "-qq", "--no-install-recommends", *PACKAGES]):
-        finished = subprocess.run(
-            ["apt-get", *command],
-            env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"},
-            capture_output=True,
-            text=True,
-            timeout=200,
-            check=False,
-        )
-    if finished.returncode:
-        return f"{', '.join(missing)} missing, and apt-get failed: {finished.stderr.strip().splitlines()[-1:]}"
-    return ""
+    return f"{', '.join(missing)} missing; scripts/test-packages installs them" if missing else ""
 
 
 def slow_from(step: int, *attempts: int) -> dict[str, str]:
