@@ -16,6 +16,11 @@ from sharding.replicas import Replicas
 from sharding.state import TensorSlice
 
 Batch = dict[str, torch.Tensor]
+"""A micro-batch by name, on the host or the device; dim 0 of each tensor is the sample.
+
+Packed tokens are ``input_ids`` and ``labels``, int64 [micro, length], where a label is -100 at a position without a
+target, and ``position_ids``, int64 [micro, length], where documents are kept apart.
+"""
 
 LossFunction = Callable[[nn.Module, Batch], torch.Tensor]
 """Sum of the losses of a batch's valid targets, a scalar with a gradient."""

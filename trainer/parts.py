@@ -28,9 +28,10 @@ class TrainerParts:
         engine: the sharded model and optimizer.
         task: batches and metrics.
         ranks: this rank's place.
-        dp_rank: place among the ranks that read different data.
+        dp_rank: place among the ranks that read different data, from 0.
         build_loader: a loader that starts where the training is.
-        evaluation_batches: this rank's share of the held-out sequences; equally many on every rank.
+        evaluation_batches: this rank's share of the held-out sequences, as micro-batches on the host; equally many on
+            every rank.
         checkpointer: saving and resuming.
         observers: console, trackers; silent on all ranks but the first.
         bad_numbers: judges each step's loss and gradient norm.
@@ -39,8 +40,9 @@ class TrainerParts:
         compare_replicas: called with a step; raises where ranks hold different parameters, if that is looked for.
         after_first_step: called once; lowers the collectives' time limit.
         facts: size of the model.
-        busy: this rank's own time in a step.
-        meter: use of nodes and GPUs.
+        profiler: records the steps that were asked for.
+        busy: seconds of a step that this rank did not wait for others.
+        meter: use of nodes and GPUs, in percent.
         peak_flops: dense peak of one device in FLOP/s, where known.
         weight_average: moving average of the weights, where one is kept.
     """

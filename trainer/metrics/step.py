@@ -19,11 +19,11 @@ class StepRecord:
     """What one step leaves behind: device scalars that nobody has waited for yet.
 
     Attributes:
-        loss_sum: this rank's summed loss.
+        loss_sum: this rank's summed loss in nats, a scalar.
         num_targets: valid targets of the global batch.
-        grad_norm: global norm before clipping.
+        grad_norm: global L2 norm of the mean loss's gradient before clipping, a scalar, equal on all ranks.
         learning_rate: rate of the step.
-        loss_scale: present loss scale under fp16; None elsewhere.
+        loss_scale: present loss scale under fp16, a scalar; None elsewhere.
         noise: measurement of the gradient noise, where the step has one.
     """
 

@@ -61,8 +61,8 @@ class SpikeDetector:
             threshold: largest distance from the median that is no spike, in robust standard deviations.
             window_steps: steps that are compared with.
             warmup_steps: steps that must be in the window before anything is judged.
-            losses: recent losses, oldest first.
-            grad_norms: gradient norms of the same steps.
+            losses: recent mean losses in nats per target, oldest first; of more than ``window_steps`` the latest count.
+            grad_norms: global gradient norms before clipping, of the same steps.
         """
         self._threshold = threshold
         self._warmup_steps = warmup_steps
@@ -83,8 +83,9 @@ class SpikeDetector:
         """The spike that a step is, by whichever value is farther out; None for an ordinary step.
 
         Args:
-            loss: the step's mean loss, finite.
-            grad_norm: its gradient norm; left out of account where it is not finite, as it may be under fp16.
+            loss: the step's mean loss in nats per target, finite.
+            grad_norm: its global gradient norm before clipping; left out of account where it is not finite, as it
+                may be under fp16.
         """
         if len(self._losses) < self._warmup_steps:
             return None

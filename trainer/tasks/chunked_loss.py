@@ -16,9 +16,11 @@ class ChunkedLossHead(nn.Linear):
     is computed inside the module's own forward pass, where every strategy has its parameters at hand.
 
     Attributes:
-        targets: labels of the next forward pass, which uses them up; None for logits.
-        position: the one position whose logits the next forward pass gives, which uses it up; None for all.
-        last_loss: what the last forward pass with targets gave, detached.
+        targets: labels of the next forward pass, int64 [micro, length] with -100 where there is no target, which uses
+            them up; None for logits.
+        position: the one position whose logits the next forward pass gives, an int64 scalar, which uses it up; None for
+            all.
+        last_loss: what the last forward pass with targets gave, an fp32 scalar, detached.
     """
 
     targets: torch.Tensor | None
@@ -42,7 +44,10 @@ class ChunkedLossHead(nn.Linear):
         projection._chunk_tokens, projection._z_loss = chunk_tokens, z_loss
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Logits [..., vocabulary]; with targets the summed loss, an fp32 scalar."""
+        """Logits [micro, length, vocabulary] from hidden states [micro, length, hidden]; with targets the summed loss.
+
+        The loss is an fp32 scalar in nats, z-loss included in training.
+        """
         if self.targets is None:
             position, self.position = self.position, None
             return super().forward(input if position is None else input[:, position, None])
@@ -58,8 +63,9 @@ class ChunkedLossHead(nn.Linear):
 class _ChunkedLoss(torch.autograd.Function):
     """Sum of cross-entropies, with gradients made in the forward pass: a chunk's logits are needed once.
 
-    The arithmetic is that of projection and ``cross_entropy`` one after the other; backward only scales. As in Hsu et
-    al., "Liger Kernel: Efficient Triton Kernels for LLM Training" (2024), section 3.2.
+    Hidden states are [micro, length, hidden], the weight [vocabulary, hidden], labels int64 [micro, length]; the sum is
+    an fp32 scalar in nats. The arithmetic is that of projection and ``cross_entropy`` one after the other; backward
+    only scales. As in Hsu et al., "Liger Kernel: Efficient Triton Kernels for LLM Training" (2024), section 3.2.
     """
 
     @staticmethod
