@@ -9,8 +9,6 @@ and what of it was waiting for a save is written as a row. See docs/benchmarks.m
 
 import argparse
 import os
-import signal
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,11 +18,9 @@ from typing import Any
 import torch
 
 from benchmarks.checkpoint.table import markdown, plot, series
-from benchmarks.measure.comparison import changes_since_last
-from benchmarks.measure.facts import collect_facts
+from benchmarks.measure.driver import Benchmark, measure_on_ranks, num_ranks_of, run_as_program
 from benchmarks.measure.overrides import refuse
-from benchmarks.measure.ranks import run_ranks
-from benchmarks.presentation.result_files import append_row, raw_file, write_report
+from benchmarks.presentation.result_files import append_row, raw_file
 from sharding.ranks.errors import UserError, ends_with_a_sentence
 from trainer.config import load_config
 from trainer.config.rules import World, validate
@@ -35,6 +31,7 @@ MODES = ("asynchronous", "in_place", "load")
 """In this order: what is loaded was saved before."""
 
 _PACKAGES = ("torch", "transformers", "safetensors", "numpy")
+_BENCHMARK = Benchmark("checkpoint", _PACKAGES, markdown, plot, series)
 _NUM_WARMUP_STEPS = 10
 _DECIDED = ("steps", "tokens", "checkpoint.every_steps", "checkpoint.asynchronous", "metrics.every_steps")
 _QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
@@ -64,23 +61,16 @@ class Assignment:
 @ends_with_a_sentence
 def main(arguments: Sequence[str]) -> int:
     """Measure, write raw times and a table, and print the table; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="shardline bench checkpoint")
+    parser = _BENCHMARK.parser()
     parser.add_argument("--saves", type=int, default=30, help="checkpoints that are saved in each way")
     parser.add_argument("--every", type=int, default=10, help="steps from one to the next")
     parser.add_argument("--loads", type=int, default=5, help="how often a checkpoint is loaded")
-    parser.add_argument("--nproc", type=int, default=0, help="ranks; 0 means one per GPU, or 2 where there is none")
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="folder for the results")
-    parser.add_argument("--report", type=Path, metavar="FILE", help="write table and plot of a raw file, and no more")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the run")
-    options = parser.parse_intermixed_args(arguments)
-    if options.report is not None:
-        report(options.report)
-        return 0
-    return _measure(options)
+    return _BENCHMARK.run(parser.parse_intermixed_args(arguments), _measure)
 
 
 def _measure(options: argparse.Namespace) -> int:
-    num_ranks = options.nproc or torch.cuda.device_count() or 2
+    num_ranks = num_ranks_of(options)
     if options.saves < 1 or options.every < 3 or options.loads < 1:
         raise UserError(
             f"--saves {options.saves} --every {options.every} --loads {options.loads}: at least 1 save, 3 steps from "
@@ -91,13 +81,8 @@ def _measure(options: argparse.Namespace) -> int:
     # Where the results go, and not in memory, as temporary folders may be.
     with tempfile.TemporaryDirectory(prefix=".checkpoint-", dir=options.output) as folder:
         status = _measure_in(Path(folder), options, num_ranks, raw)
-    report(raw)
+    _BENCHMARK.report(raw)
     return status
-
-
-def report(raw: Path) -> None:
-    """Write table and plot beside a raw file, and print the table."""
-    write_report(raw, markdown, plot, changes_since_last(raw, series))
 
 
 def _measure_in(folder: Path, options: argparse.Namespace, num_ranks: int, raw: Path) -> int:
@@ -127,20 +112,17 @@ def _measure_in(folder: Path, options: argparse.Namespace, num_ranks: int, raw: 
             output=str(raw),
         )
         if mode == MODES[0]:
-            facts = collect_facts(_PACKAGES) | {"command": ["shardline", "bench", "checkpoint", *sys.argv[1:]]}
-            setup = {"every": options.every, "overrides": options.overrides, "threads": assignment.threads}
-            header = {"kind": "header", "num_ranks": num_ranks, "threads": assignment.threads, "setup": setup, **facts}
-            append_row(raw, header | {"config": assignment.config})
+            threads = assignment.threads
+            setup = {"every": options.every, "overrides": options.overrides, "threads": threads}
+            header = _BENCHMARK.header(setup, num_ranks=num_ranks, threads=threads, config=assignment.config)
+            append_row(raw, header)
         # A run's own heap.
-        log = raw.with_suffix(".log")
-        status = run_ranks("benchmarks.checkpoint.rank", assignment, num_ranks, log, variables={})
-        append_row(raw, {"kind": "end", "mode": mode, "exit_code": status, "load_average": os.getloadavg()})
+        module = "benchmarks.checkpoint.rank"
+        status = measure_on_ranks(module, assignment, num_ranks, raw, variables={}, mode=mode)
         if status:
             return status
     return 0
 
 
 if __name__ == "__main__":
-    # A batch system's request to end is an interrupt: the table of what was measured is still written.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.exit(main(sys.argv[1:]))
+    run_as_program(main)

@@ -9,24 +9,20 @@ started on this machine. See docs/benchmarks.md.
 
 import argparse
 import os
-import signal
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.collectives.rank import CollectivesAssignment, measure_here
 from benchmarks.collectives.table import markdown, plot, series
-from benchmarks.measure.comparison import changes_since_last
-from benchmarks.measure.facts import collect_facts
-from benchmarks.measure.ranks import run_ranks
-from benchmarks.presentation.result_files import append_row, raw_file, write_report
+from benchmarks.measure.driver import Benchmark, measure_on_ranks, num_ranks_of, run_as_program
+from benchmarks.presentation.result_files import append_row, raw_file
 from sharding.ranks.errors import UserError, ends_with_a_sentence
 from sharding.ranks.rank_place import place_variables, read_ranks
 
 _PACKAGES = ("torch", "numpy")
+_BENCHMARK = Benchmark("collectives", _PACKAGES, markdown, plot, series)
 # One fp32 element.
 _SMALLEST_BYTES = 4
 
@@ -35,13 +31,14 @@ _SMALLEST_BYTES = 4
 def main(arguments: Sequence[str]) -> int:
     """Measure, write raw times, a table and a plot, and print the table; returns the exit status."""
     options = _parse(arguments)
-    if options.report is not None:
-        report(options.report)
-        return 0
+    return _BENCHMARK.run(options, _measure)
+
+
+def _measure(options: argparse.Namespace) -> int:
     is_rank = "RANK" in os.environ or bool(place_variables(os.environ))
     rank, num_ranks, _, ranks_here = read_ranks(os.environ)
     if not is_rank:
-        num_ranks = ranks_here = options.nproc or torch.cuda.device_count() or 2
+        num_ranks = ranks_here = num_ranks_of(options)
     sizes = message_sizes(options.min_bytes, options.max_bytes, options.factor)
     if options.rounds < 1 or options.warmup < 1:
         raise UserError(f"--rounds {options.rounds} --warmup {options.warmup}: each must be at least 1.")
@@ -61,13 +58,14 @@ def main(arguments: Sequence[str]) -> int:
     )
     if rank == 0:
         append_row(raw, _header(options, assignment, num_ranks, ranks_here))
-    if is_rank:
-        status = measure_here(assignment)
+    if not is_rank:
+        status = measure_on_ranks("benchmarks.collectives.rank", assignment, num_ranks, raw)
     else:
-        status = run_ranks("benchmarks.collectives.rank", assignment, num_ranks, raw.with_suffix(".log"))
+        status = measure_here(assignment)
+        if rank == 0:
+            append_row(raw, {"kind": "end", "exit_code": status, "load_average": os.getloadavg()})
     if rank == 0:
-        append_row(raw, {"kind": "end", "exit_code": status, "load_average": os.getloadavg()})
-        report(raw)
+        _BENCHMARK.report(raw)
     return status
 
 
@@ -88,42 +86,29 @@ def message_sizes(smallest: int, largest: int, factor: int) -> list[int]:
     return sizes
 
 
-def report(raw: Path) -> None:
-    """Write table and plot beside a raw file, and print the table."""
-    write_report(raw, markdown, plot, changes_since_last(raw, series))
-
-
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="shardline bench collectives")
+    parser = _BENCHMARK.parser()
     parser.add_argument("--min-bytes", type=int, default=4 << 10, help="size of the smallest message")
     parser.add_argument("--max-bytes", type=int, default=128 << 20, help="size of the largest message at most")
     parser.add_argument("--factor", type=int, default=8, help="from one size to the next")
     parser.add_argument("--rounds", type=int, default=20, help="measured rounds, each over all collectives and sizes")
     parser.add_argument("--warmup", type=int, default=3, help="rounds that are discarded")
-    parser.add_argument("--nproc", type=int, default=0, help="ranks; 0 means one per GPU, or 2 where there is none")
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="folder for the results")
-    parser.add_argument("--report", type=Path, metavar="FILE", help="write table and plot of a raw file, and no more")
     return parser.parse_args(arguments)
 
 
 def _header(
     options: argparse.Namespace, assignment: CollectivesAssignment, num_ranks: int, ranks_here: int
 ) -> dict[str, Any]:
-    return {
-        "kind": "header",
-        **collect_facts(_PACKAGES),
-        "command": ["shardline", "bench", "collectives", *sys.argv[1:]],
-        "num_ranks": num_ranks,
-        "ranks_per_node": ranks_here,
-        "threads": assignment.threads,
-        "num_warmup": options.warmup,
-        "num_rounds": options.rounds,
-        "backend": "nccl" if torch.cuda.is_available() else "gloo",
-        "setup": {"sizes": assignment.sizes, "threads": assignment.threads},
-    }
+    return _BENCHMARK.header(
+        {"sizes": assignment.sizes, "threads": assignment.threads},
+        num_ranks=num_ranks,
+        ranks_per_node=ranks_here,
+        threads=assignment.threads,
+        num_warmup=options.warmup,
+        num_rounds=options.rounds,
+        backend="nccl" if torch.cuda.is_available() else "gloo",
+    )
 
 
 if __name__ == "__main__":
-    # A batch system's request to end is an interrupt: the table of what was measured is still written.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.exit(main(sys.argv[1:]))
+    run_as_program(main)

@@ -23,9 +23,8 @@ import numpy as np
 import torch
 
 from benchmarks.data.table import markdown, plot, series
-from benchmarks.measure.comparison import changes_since_last
-from benchmarks.measure.facts import collect_facts
-from benchmarks.presentation.result_files import append_row, raw_file, write_report
+from benchmarks.measure.driver import Benchmark, run_as_program
+from benchmarks.presentation.result_files import append_row, raw_file
 from sharding.ranks.errors import UserError, ends_with_a_sentence
 from trainer.config import load_config
 from trainer.data.blocks import BLOCK_BYTES, hash_blocks
@@ -38,6 +37,7 @@ from trainer.data.shards import FileFacts, SplitFacts, TokenStream, num_samples
 
 _DOCUMENT_TOKENS = 1000
 _PACKAGES = ("torch", "numpy", "tokenizers")
+_BENCHMARK = Benchmark("data", _PACKAGES, markdown, plot, series)
 _QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
 
 
@@ -199,7 +199,7 @@ def measure_tokenizer(
 @ends_with_a_sentence
 def main(arguments: Sequence[str]) -> int:
     """Measure, write raw figures and a table, and print the table; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="shardline bench data")
+    parser = _BENCHMARK.parser(has_ranks=False)
     parser.add_argument("--sequence-length", type=int, default=2048)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--num-tokens", type=int, default=1 << 28, help="tokens of the corpus of random ones")
@@ -208,32 +208,20 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--num-documents", type=int, default=500, help="files of the standard library to tokenise")
     parser.add_argument("--huge-tokens", type=int, default=10**12, help="tokens of the corpus that takes no space")
     parser.add_argument("--repeats", type=int, default=5, help="of tokenising, and of opening the large corpus")
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="folder for the results")
-    parser.add_argument("--report", type=Path, metavar="FILE", help="write table and plot of a raw file, and no more")
     options = parser.parse_args(arguments)
-    if options.report is not None:
-        report(options.report)
-        return 0
+    return _BENCHMARK.run(options, _measure)
+
+
+def _measure(options: argparse.Namespace) -> int:
     if options.num_windows < 2 or options.repeats < 2:
         raise UserError(
             f"--num-windows {options.num_windows} --repeats {options.repeats}: at least 2 are needed for quartiles; "
             "raise them."
         )
-    _measure(options)
-    return 0
-
-
-def report(raw: Path) -> None:
-    """Write table and plot beside a raw file, and print the table."""
-    write_report(raw, markdown, plot, changes_since_last(raw, series))
-
-
-def _measure(options: argparse.Namespace) -> None:
     # The loader works on a CPU, whatever else there is.
     raw = raw_file(options.output, "data", 1, has_gpu=False)
     settings = {name: value for name, value in vars(options).items() if name not in ("output", "report", "repeats")}
-    command = ["shardline", "bench", "data", *sys.argv[1:]]
-    append_row(raw, {"kind": "header", **collect_facts(_PACKAGES), "command": command, "setup": settings})
+    append_row(raw, _BENCHMARK.header(settings))
     cores = sorted(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory(prefix=".data-", dir=options.output) as folder:
         rates = measure_tokenizer(Path(folder), options.num_documents, _doubling(len(cores)), options.repeats)
@@ -253,7 +241,8 @@ def _measure(options: argparse.Namespace) -> None:
         )
         for name, values in windows.items():
             append_row(raw, {"kind": "loader", "loader": name, "tokens_per_s": values})
-    report(raw)
+    _BENCHMARK.report(raw)
+    return 0
 
 
 def _doubling(num_cores: int) -> list[int]:
@@ -261,4 +250,4 @@ def _doubling(num_cores: int) -> list[int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_as_program(main)

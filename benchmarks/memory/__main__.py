@@ -9,19 +9,15 @@ docs/benchmarks.md.
 
 import argparse
 import os
-import signal
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from benchmarks.measure.comparison import changes_since_last
-from benchmarks.measure.facts import collect_facts
-from benchmarks.measure.ranks import run_ranks
+from benchmarks.measure.driver import Benchmark, measure_on_ranks, num_ranks_of, run_as_program
 from benchmarks.memory.rank import MemoryAssignment
 from benchmarks.memory.table import markdown, plot, series
-from benchmarks.presentation.result_files import append_row, raw_file, write_report
+from benchmarks.presentation.result_files import append_row, raw_file
 from sharding.ranks.errors import UserError, ends_with_a_sentence
 from trainer.config import RunConfig, load_config
 from trainer.config.rules import World, validate
@@ -54,29 +50,23 @@ _MODEL = (
 )
 _ACCUMULATION_STEPS = 2
 _PACKAGES = ("torch", "transformers", "deepspeed", "numpy")
+_BENCHMARK = Benchmark("memory", _PACKAGES, markdown, plot, series)
 _QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
 
 
 @ends_with_a_sentence
 def main(arguments: Sequence[str]) -> int:
     """Measure, write raw numbers, a table and a plot, and print the table; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="shardline bench memory")
+    parser = _BENCHMARK.parser()
     parser.add_argument("--config", type=Path, help="a run of your own in place of the benchmark's")
     parser.add_argument("--cases", default=",".join(CASES), help="separated by commas")
-    parser.add_argument("--nproc", type=int, default=0, help="ranks; 0 means one per GPU, or 2 where there is none")
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="folder for the results")
-    parser.add_argument("--report", type=Path, metavar="FILE", help="write table and plot of a raw file, and no more")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the run")
-    options = parser.parse_intermixed_args(arguments)
-    if options.report is not None:
-        report(options.report)
-        return 0
-    return _measure(options)
+    return _BENCHMARK.run(parser.parse_intermixed_args(arguments), _measure)
 
 
 def _measure(options: argparse.Namespace) -> int:
     has_gpu = torch.cuda.is_available()
-    num_ranks = options.nproc or torch.cuda.device_count() or 2
+    num_ranks = num_ranks_of(options)
     chosen = options.cases.split(",")
     unknown = [case for case in chosen if case not in CASES]
     if unknown:
@@ -85,21 +75,11 @@ def _measure(options: argparse.Namespace) -> int:
     threads = threads_per_rank(configs[chosen[0]], num_ranks, os.environ)
     values = {case: config.model_dump(mode="json", by_alias=True) for case, config in configs.items()}
     raw = raw_file(options.output, "memory", num_ranks, has_gpu=has_gpu)
-    header = {
-        "kind": "header",
-        **collect_facts(_PACKAGES),
-        "command": ["shardline", "bench", "memory", *sys.argv[1:]],
-        "num_ranks": num_ranks,
-        "threads": threads,
-        "setup": {"config": str(options.config or "memory"), "overrides": options.overrides},
-        "config": values[chosen[0]],
-    }
-    append_row(raw, header)
-    status = run_ranks(
-        "benchmarks.memory.rank", MemoryAssignment(values, threads, str(raw)), num_ranks, raw.with_suffix(".log")
-    )
-    append_row(raw, {"kind": "end", "exit_code": status})
-    report(raw)
+    setup = {"config": str(options.config or "memory"), "overrides": options.overrides}
+    append_row(raw, _BENCHMARK.header(setup, num_ranks=num_ranks, threads=threads, config=values[chosen[0]]))
+    assignment = MemoryAssignment(values, threads, str(raw))
+    status = measure_on_ranks("benchmarks.memory.rank", assignment, num_ranks, raw)
+    _BENCHMARK.report(raw)
     return status
 
 
@@ -128,12 +108,5 @@ def case_config(case: str, config: Path | None, num_ranks: int, overrides: Seque
     return loaded
 
 
-def report(raw: Path) -> None:
-    """Write table and plot beside a raw file, and print the table."""
-    write_report(raw, markdown, plot, changes_since_last(raw, series))
-
-
 if __name__ == "__main__":
-    # A batch system's request to end is an interrupt: the table of what was measured is still written.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.exit(main(sys.argv[1:]))
+    run_as_program(main)

@@ -11,23 +11,18 @@ a median step time and its ratio to the plain loop's. See docs/benchmarks.md.
 import argparse
 import importlib.util
 import os
-import signal
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 
 from benchmarks.measure.assignment import Assignment
-from benchmarks.measure.comparison import changes_since_last
-from benchmarks.measure.facts import collect_facts
+from benchmarks.measure.driver import Benchmark, measure_on_ranks, num_ranks_of, run_as_program
 from benchmarks.measure.overrides import refuse
-from benchmarks.measure.ranks import run_ranks
 from benchmarks.measure.same_work import check_same_work
 from benchmarks.measure.sizes import QUICKSTART, SIZES
 from benchmarks.overhead.table import markdown, plot, series
-from benchmarks.presentation.result_files import append_row, raw_file, write_report
+from benchmarks.presentation.result_files import append_row, raw_file
 from sharding.ranks.errors import UserError, ends_with_a_sentence
 from trainer.config import RunConfig, load_config
 from trainer.config.rules import World, validate
@@ -35,6 +30,7 @@ from trainer.data.prepare import prepare_corpus
 from trainer.runtime.threads import threads_per_rank
 
 PACKAGES = ("torch", "transformers", "accelerate", "lightning-fabric", "numpy")
+_BENCHMARK = Benchmark("overhead", PACKAGES, markdown, plot, series)
 
 SIZE_NAMES = ("tiny", "quickstart")
 
@@ -48,28 +44,21 @@ MIN_WARMUP = 2 * _LOG_EVERY_STEPS + 2
 @ends_with_a_sentence
 def main(arguments: Sequence[str]) -> int:
     """Measure, write raw times and a table, and print the table; returns the exit status."""
-    options = _parse(arguments)
-    if options.report is not None:
-        report(options.report)
-        return 0
-    return _measure(options)
+    return _BENCHMARK.run(_parse(arguments), _measure)
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="shardline bench overhead")
+    parser = _BENCHMARK.parser()
     parser.add_argument("--sizes", default=",".join(SIZE_NAMES), help="separated by commas")
     parser.add_argument("--pairs", type=int, default=300, help="measured steps of each contestant")
     parser.add_argument("--warmup", type=int, default=MIN_WARMUP, help="steps of each contestant that are discarded")
     parser.add_argument("--control", action="store_true", help="let a second copy of the plain loop take part")
-    parser.add_argument("--nproc", type=int, default=0, help="ranks; 0 means one per GPU, or 2 where there is none")
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="folder for the results")
-    parser.add_argument("--report", type=Path, metavar="FILE", help="write table and plot of a raw file, and no more")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the run that all train")
     return parser.parse_intermixed_args(arguments)
 
 
 def _measure(options: argparse.Namespace) -> int:
-    num_ranks = options.nproc or torch.cuda.device_count() or 2
+    num_ranks = num_ranks_of(options)
     sizes = _sizes(options)
     configs = {size: contest_config(size, num_ranks, options.overrides) for size in sizes}
     if options.warmup < MIN_WARMUP or options.pairs < 1:
@@ -82,7 +71,6 @@ def _measure(options: argparse.Namespace) -> int:
     for config in configs.values():
         prepare_corpus(config.data)
     raw = raw_file(options.output, "overhead", num_ranks, has_gpu=torch.cuda.is_available())
-    facts = collect_facts(PACKAGES) | {"command": ["shardline", "bench", "overhead", *sys.argv[1:]]}
     status = 0
     for size, config in configs.items():
         threads = threads_per_rank(config, num_ranks, os.environ)
@@ -96,19 +84,12 @@ def _measure(options: argparse.Namespace) -> int:
             output=str(raw),
         )
         setup = {"overrides": options.overrides, "threads": threads}
-        header = {"size": size, "kind": "header", "num_ranks": num_ranks, "setup": setup}
-        append_row(raw, header | facts | asdict(assignment))
-        status = run_ranks("benchmarks.overhead.rank", assignment, num_ranks, raw.with_suffix(".log"))
-        append_row(raw, {"size": size, "kind": "end", "exit_code": status, "load_average": os.getloadavg()})
+        append_row(raw, _BENCHMARK.header(setup, num_ranks=num_ranks) | asdict(assignment))
+        status = measure_on_ranks("benchmarks.overhead.rank", assignment, num_ranks, raw, size=size)
         if status:
             break
-    report(raw)
+    _BENCHMARK.report(raw)
     return status
-
-
-def report(raw: Path) -> None:
-    """Write table and plot beside a raw file, and print the table."""
-    write_report(raw, markdown, plot, changes_since_last(raw, series))
 
 
 def _sizes(options: argparse.Namespace) -> list[str]:
@@ -151,6 +132,4 @@ def contest_config(size: str, num_ranks: int, overrides: Sequence[str]) -> RunCo
 
 
 if __name__ == "__main__":
-    # A batch system's request to end is an interrupt: the table of what was measured is still written.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.exit(main(sys.argv[1:]))
+    run_as_program(main)

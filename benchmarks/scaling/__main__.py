@@ -13,7 +13,6 @@ import importlib.util
 import json
 import os
 import shlex
-import signal
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -26,10 +25,10 @@ import torch
 from benchmarks.contestants.field import builders_of
 from benchmarks.contestants.race import Rounds
 from benchmarks.measure.comparison import changes_since_last
-from benchmarks.measure.facts import collect_facts
-from benchmarks.measure.ranks import HEAP_VARIABLES, run_ranks
+from benchmarks.measure.driver import Benchmark, measure_on_ranks, run_as_program
+from benchmarks.measure.ranks import HEAP_VARIABLES
 from benchmarks.measure.sizes import SIZES, Size, size_named
-from benchmarks.presentation.result_files import append_row, raw_file, write_report
+from benchmarks.presentation.result_files import append_row, raw_file
 from benchmarks.scaling.plan import (
     LOG_EVERY_STEPS,
     MODES,
@@ -52,10 +51,10 @@ MIN_WARMUP_STEPS = LOG_EVERY_STEPS + 2
 @ends_with_a_sentence
 def main(arguments: Sequence[str]) -> int:
     """Measure, write raw times, a table and a plot, and print the table; returns the exit status."""
-    options = _parse(arguments)
-    if options.report is not None:
-        report(options.report)
-        return 0
+    return _BENCHMARK.run(_parse(arguments), _measure)
+
+
+def _measure(options: argparse.Namespace) -> int:
     if options.allocation:
         # Standard output is the batch script's to read.
         with redirect_stdout(sys.stderr):
@@ -69,21 +68,15 @@ def main(arguments: Sequence[str]) -> int:
     status = 0
     for assignment in assignments:
         count = assignment.num_ranks
-        status = run_ranks("benchmarks.scaling.rank", assignment, count, raw.with_suffix(".log"))
-        append_row(raw, {"kind": "end", "num_ranks": count, "exit_code": status, "load_average": os.getloadavg()})
+        status = measure_on_ranks("benchmarks.scaling.rank", assignment, count, raw, num_ranks=count)
         if status:
             break
-    report(raw)
+    _BENCHMARK.report(raw)
     return status
 
 
-def report(raw: Path) -> None:
-    """Write table and plot beside a raw file, and print the table."""
-    write_report(raw, markdown, plot, _changes(raw))
-
-
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="shardline bench scaling")
+    parser = _BENCHMARK.parser(has_ranks=False)
     parser.add_argument("--size", default="short", help=f"one of {', '.join(SIZES)}")
     parser.add_argument("--config", type=Path, help="a run of your own in place of a size")
     parser.add_argument("--ranks", default="", help="such as 1,2,4; default: doubling up to one per GPU, or 4 on a CPU")
@@ -94,8 +87,6 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=MIN_WARMUP_STEPS, help="turns that are discarded")
     parser.add_argument("--steps-per-turn", type=int, default=1, help="steps between two synchronisations")
     parser.add_argument("--profile-steps", type=int, default=3, help="steps of each that are profiled; 0 for none")
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="folder for the results")
-    parser.add_argument("--report", type=Path, metavar="FILE", help="write table and plot of a raw file, and no more")
     parser.add_argument("--allocation", default="", metavar="NODESxRANKS", help="write down what Slurm is to start")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the run that all train")
     return parser.parse_intermixed_args(arguments)
@@ -117,26 +108,18 @@ def _plan(options: argparse.Namespace) -> tuple[Path, list[ScalingAssignment]]:
     threads = threads_per_rank(first, ranks_per_node, os.environ)
     raw = raw_file(options.output, "scaling", max(counts), has_gpu=has_gpu)
     size_name = str(options.config) if options.config else options.size
-    header = {
-        "kind": "header",
-        **collect_facts(PACKAGES),
-        "command": ["shardline", "bench", "scaling", *sys.argv[1:]],
+    setup = {
         "size": size_name,
-        "counts": counts,
-        "ranks_per_node": ranks_per_node,
+        "micro_size": first.batch.micro_size,
+        "sequence_length": first.data.sequence_length,
+        "overrides": options.overrides,
         "threads": threads,
-        **asdict(rounds),
-        "setup": {
-            "size": size_name,
-            "micro_size": first.batch.micro_size,
-            "sequence_length": first.data.sequence_length,
-            "overrides": options.overrides,
-            "threads": threads,
-            "steps_per_turn": options.steps_per_turn,
-        },
-        "config": races[0].config,
+        "steps_per_turn": options.steps_per_turn,
     }
-    append_row(raw, header)
+    header = _BENCHMARK.header(
+        setup, size=size_name, counts=counts, ranks_per_node=ranks_per_node, threads=threads, config=races[0].config
+    )
+    append_row(raw, header | asdict(rounds))
     return raw, [
         ScalingAssignment(
             num_ranks=count,
@@ -225,7 +208,7 @@ def _changes(raw: Path) -> list[str]:
     ]
 
 
+_BENCHMARK = Benchmark("scaling", PACKAGES, markdown, plot, changes=_changes)
+
 if __name__ == "__main__":
-    # A batch system's request to end is an interrupt: the table of what was measured is still written.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.exit(main(sys.argv[1:]))
+    run_as_program(main)

@@ -21,12 +21,12 @@ from statistics import median
 
 import torch
 
-from benchmarks.measure.comparison import Series, changes_since_last
-from benchmarks.measure.facts import collect_facts
+from benchmarks.measure.comparison import Series
+from benchmarks.measure.driver import Benchmark, num_ranks_of, run_as_program
 from benchmarks.measure.protocol import order_of_round, quartiles
 from benchmarks.presentation.facts import facts
 from benchmarks.presentation.plots import Bar, bars
-from benchmarks.presentation.result_files import Rows, append_row, raw_file, write_report
+from benchmarks.presentation.result_files import Rows, append_row, raw_file
 from sharding.ranks.errors import RunFailure, UserError, ends_with_a_sentence
 from trainer.config import RunConfig, load_config
 from trainer.config.rules import World, validate
@@ -47,29 +47,22 @@ _TITLE = "From the command to the first step"
 @ends_with_a_sentence
 def main(arguments: Sequence[str]) -> int:
     """Measure, write raw times and a table, and print the table; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="shardline bench startup")
+    parser = _BENCHMARK.parser()
     parser.add_argument("--rounds", type=int, default=9, help="starts of each; one more of each is discarded")
-    parser.add_argument("--nproc", type=int, default=0, help="ranks; 0 means one per GPU, or 2 where there is none")
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="folder for the results")
-    parser.add_argument("--report", type=Path, metavar="FILE", help="write table and plot of a raw file, and no more")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the run")
     options = parser.parse_intermixed_args(arguments)
-    if options.report is not None:
-        report(options.report)
-        return 0
+    return _BENCHMARK.run(options, _start)
+
+
+def _start(options: argparse.Namespace) -> int:
     if options.rounds < 1:
         raise UserError(f"--rounds {options.rounds}: at least 1 start is needed that is not discarded; raise it.")
-    num_ranks = options.nproc or torch.cuda.device_count() or 2
+    num_ranks = num_ranks_of(options)
     raw = raw_file(options.output, "startup", num_ranks, has_gpu=torch.cuda.is_available())
     with tempfile.TemporaryDirectory(prefix=".startup-", dir=options.output) as folder:
         _measure(Path(folder), options, num_ranks, raw)
-    report(raw)
+    _BENCHMARK.report(raw)
     return 0
-
-
-def report(raw: Path) -> None:
-    """Write table and plot beside a raw file, and print the table."""
-    write_report(raw, markdown, plot, changes_since_last(raw, series))
 
 
 def _measure(folder: Path, options: argparse.Namespace, num_ranks: int, raw: Path) -> None:
@@ -92,9 +85,8 @@ def _measure(folder: Path, options: argparse.Namespace, num_ranks: int, raw: Pat
         SHARDLINE: [sys.executable, "-m", "launcher", "run", str(path), f"--nproc-per-node={num_ranks}", *overrides],
         BARE: _bare_command(config, num_ranks),
     }
-    header = collect_facts(_PACKAGES) | {"command": ["shardline", "bench", "startup", *sys.argv[1:]]}
     setup = {"overrides": options.overrides}
-    append_row(raw, {"kind": "header", "num_ranks": num_ranks, **header, "setup": setup, "commands": commands})
+    append_row(raw, _BENCHMARK.header(setup, num_ranks=num_ranks, commands=commands))
     for round_index in range(options.rounds + 1):
         times_s = {}
         for name in order_of_round(list(commands), round_index, seed=0):
@@ -190,5 +182,7 @@ def _rounds(rows: Rows) -> list[dict[str, float]]:
     return [row["wall_s"] for row in rows if row["kind"] == "round"]
 
 
+_BENCHMARK = Benchmark("startup", _PACKAGES, markdown, plot, series)
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_as_program(main)

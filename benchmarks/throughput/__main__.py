@@ -9,8 +9,6 @@ Each rung is a run of its own, with one technique more than the one below. See d
 import argparse
 import os
 import re
-import signal
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,13 +16,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.measure.comparison import changes_since_last
-from benchmarks.measure.facts import collect_facts
+from benchmarks.measure.driver import Benchmark, num_ranks_of, run_as_program
 from benchmarks.measure.ladder import BEGINNING, LADDER, Machine, Rung, rung_config
 from benchmarks.measure.overrides import refuse
 from benchmarks.measure.ranks import INTERRUPTED, run_ranks
 from benchmarks.measure.sizes import SIZES, Size, size_named
-from benchmarks.presentation.result_files import append_row, raw_file, write_report
+from benchmarks.presentation.result_files import append_row, raw_file
 from benchmarks.throughput.rank import ThroughputAssignment
 from benchmarks.throughput.table import markdown, plot, series
 from sharding.config import PrecisionConfig
@@ -36,22 +33,14 @@ from trainer.data.prepare import prepare_corpus
 from trainer.runtime.threads import threads_per_rank
 
 PACKAGES = ("torch", "transformers", "numpy")
+_BENCHMARK = Benchmark("throughput", PACKAGES, markdown, plot, series)
 _LONGEST_REASON = 200
 
 
 @ends_with_a_sentence
 def main(arguments: Sequence[str]) -> int:
     """Measure, write raw times, a table and a plot, and print the table; returns the exit status."""
-    options = _parse(arguments)
-    if options.report is not None:
-        report(options.report)
-        return 0
-    return _Ladder(options).climb()
-
-
-def report(raw: Path) -> None:
-    """Write table and plot beside a raw file, and print the table."""
-    write_report(raw, markdown, plot, changes_since_last(raw, series))
+    return _BENCHMARK.run(_parse(arguments), lambda options: _Ladder(options).climb())
 
 
 class _Ladder:
@@ -65,7 +54,7 @@ class _Ladder:
         """
         has_gpu = torch.cuda.is_available()
         device = torch.device("cuda" if has_gpu else "cpu")
-        num_ranks = options.nproc or torch.cuda.device_count() or 2
+        num_ranks = num_ranks_of(options)
         has_bf16 = compute_dtype(PrecisionConfig(), device) is torch.bfloat16
         self._options = options
         # The tokenizer is known when the corpus is there.
@@ -91,20 +80,17 @@ class _Ladder:
         self._threads = threads_per_rank(lowest, num_ranks, os.environ)
         size_slug = re.sub(r"[^A-Za-z0-9.-]+", "-", Path(self._size_name).stem if options.config else self._size_name)
         self._raw = raw_file(options.output, f"throughput_{size_slug}", num_ranks, has_gpu=has_gpu)
-        header = {
-            "kind": "header",
-            **collect_facts(PACKAGES),
-            "command": ["shardline", "bench", "throughput", *sys.argv[1:]],
-            "size": self._size_name,
-            "num_ranks": num_ranks,
-            "threads": self._threads,
-            "num_windows": options.windows,
-            "window_steps": options.window_steps,
-            "num_warmup": options.warmup,
-            "num_passes": options.passes,
-            "setup": {"size": self._size_name, "overrides": options.overrides, "threads": self._threads},
-            "config": lowest.model_dump(mode="json", by_alias=True),
-        }
+        header = _BENCHMARK.header(
+            {"size": self._size_name, "overrides": options.overrides, "threads": self._threads},
+            size=self._size_name,
+            num_ranks=num_ranks,
+            threads=self._threads,
+            num_windows=options.windows,
+            window_steps=options.window_steps,
+            num_warmup=options.warmup,
+            num_passes=options.passes,
+            config=lowest.model_dump(mode="json", by_alias=True),
+        )
         append_row(self._raw, header)
 
     def climb(self) -> int:
@@ -119,7 +105,7 @@ class _Ladder:
                     self._measure(rung, config, number)
         except KeyboardInterrupt:
             status = INTERRUPTED
-        report(self._raw)
+        _BENCHMARK.report(self._raw)
         return status
 
     def _first_pass(self) -> list[tuple[Rung, RunConfig]]:
@@ -161,8 +147,8 @@ class _Ladder:
         append_row(self._raw, row | {"config": assignment.config})
         print(f"{rung.name}, pass {number + 1} of {options.passes}", flush=True)
         started_at = time.monotonic()
-        log = self._raw.with_suffix(".log")
         # No settings of the heap from outside: they are a rung.
+        log = self._raw.with_suffix(".log")
         status = run_ranks("benchmarks.throughput.rank", assignment, self._machine.num_ranks, log, variables={})
         elapsed_s = time.monotonic() - started_at
         end = {"exit_code": status, "elapsed_s": elapsed_s, "load_average": os.getloadavg()}
@@ -180,7 +166,7 @@ class _Ladder:
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="shardline bench throughput")
+    parser = _BENCHMARK.parser()
     parser.add_argument("--size", help=f"one of {', '.join(SIZES)}; default: llama-1b on a GPU, else quickstart")
     parser.add_argument("--config", type=Path, help="a run of your own in place of a size")
     parser.add_argument(
@@ -190,9 +176,6 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--window-steps", type=int, default=10, help="steps between two synchronisations")
     parser.add_argument("--warmup", type=int, default=5, help="steps that are discarded")
     parser.add_argument("--passes", type=int, default=2, help="how often the ladder is climbed, up and down in turn")
-    parser.add_argument("--nproc", type=int, default=0, help="ranks; 0 means one per GPU, or 2 where there is none")
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="folder for the results")
-    parser.add_argument("--report", type=Path, metavar="FILE", help="write table and plot of a raw file, and no more")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the run, on every rung")
     return parser.parse_intermixed_args(arguments)
 
@@ -213,6 +196,4 @@ def _last_line(log: Path) -> str:
 
 
 if __name__ == "__main__":
-    # A batch system's request to end is an interrupt: the table of what was measured is still written.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.exit(main(sys.argv[1:]))
+    run_as_program(main)
