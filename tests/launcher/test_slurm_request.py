@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from launcher.commands import app
+from launcher.slurm import status
 from launcher.slurm import submit as submission
 from launcher.slurm.freeze import freeze, new_submission
 from launcher.slurm.partition import Nodes, fitted, partition_nodes
@@ -287,3 +289,23 @@ def test_a_waiting_jobs_reason_is_told_with_its_meaning(
     assert meaning_of("AssocGrpGRES").startswith("your account's share is in use")
     assert meaning_of("SomethingNew") == ""
     assert QueuedJob("PENDING", "", "", "").is_active
+
+
+def test_watching_asks_slurm_every_half_minute(
+    tmp_path: Path, stand_in: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in("squeue", f"echo asked >> {tmp_path}/calls")
+    waited: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        waited.append(seconds)
+        if len(waited) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(status.time, "sleep", sleep)
+    with pytest.raises(SystemExit) as ended:
+        app(["slurm", "status", "--watch", str(tmp_path)])
+    assert ended.value.code == 0
+    # All users share the controller that each look asks.
+    assert waited == [30.0] * 3
+    assert (tmp_path / "calls").read_text().split() == ["asked"] * 3

@@ -179,6 +179,9 @@ def test_whoever_has_lost_the_folder_removes_nothing_of_its_successors(tmp_path:
     training.checkpointer.finish()
     training.train()
     lost.append("taken over")
+    # Also where there is nothing to remove: what comes next moves lines of metrics.
+    with pytest.raises(RunFailure, match="taken over"):
+        training.checkpointer.roll_back(training.engine, 1)
     successors = write_empty_checkpoint(training.folder.checkpoint_path(2), 2)
     with pytest.raises(RunFailure, match="taken over"):
         training.start_saving()
