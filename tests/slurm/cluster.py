@@ -26,9 +26,9 @@ def why_no_cluster() -> str:
     return f"{', '.join(missing)} missing; scripts/test-packages installs them" if missing else ""
 
 
-def slow_from(step: int, *attempts: int) -> dict[str, str]:
-    """The environment of a job whose attempts last from this step on."""
-    fault = {"fault": "slow", "rank": 0, "step": step, "num_steps": 60, "seconds": 2.0}
+def slow_from(step: int, *attempts: int, seconds: float = 2.0) -> dict[str, str]:
+    """The environment of a job whose attempts take so long for each step from this one on."""
+    fault = {"fault": "slow", "rank": 0, "step": step, "num_steps": 400, "seconds": seconds}
     return {"SHARDLINE_INJECT": json.dumps([{**fault, "attempt": attempt} for attempt in attempts])}
 
 

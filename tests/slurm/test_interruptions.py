@@ -177,7 +177,10 @@ def test_a_job_whose_time_limit_strikes_three_times_ends_as_the_undisturbed_run(
     cluster: Cluster, submit: Submit, undisturbed: Job
 ) -> None:
     cluster.wait(undisturbed.number)
-    job = submit("limit-thrice", TORCHRUN, "--time=3 --signal=B:USR1@100", **slow_from(5, 1, 2, 3))
+    # Each attempt is warned 110 to 140 s after its start: a busy machine takes its first step by then, and an idle one
+    # takes fewer than a third of them all.
+    slowly = slow_from(5, 1, 2, 3, seconds=5.0)
+    job = submit("limit-thrice", TORCHRUN, "--time=4 --signal=B:USR1@100", **slowly)
     wait_until(lambda: cluster.facts(job.number)["Restarts"] == "3", timeout_s=700, what="the third requeue")
     cluster.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=20", check=False)
     _equal(cluster, job, undisturbed, attempts=4)
