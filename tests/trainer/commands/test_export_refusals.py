@@ -22,11 +22,12 @@ from trainer.attempt import begin_attempt
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.training_state import TrainingState
+from trainer.commands import export as export_command
+from trainer.commands import generate
 from trainer.config import parse_config
 from trainer.config.rules import World
 from trainer.data.prepare import prepare_corpus
 from trainer.deploy import export
-from trainer.deploy import generation as generate
 from trainer.deploy.allowed_code import AllowedCode
 from trainer.deploy.export import export_model
 from trainer.deploy.generation import load_model
@@ -170,13 +171,13 @@ def test_a_runs_own_task_is_imported_on_the_switch_alone(
     run = str(reader.folder.parent.parent)
     asked = r"asks for Python code by task\.name=crafted_task:Own"
     for arguments in ([run, "--to", str(tmp_path / "model")], [run, "--to", str(tmp_path / "model"), "--task", "a:B"]):
-        assert export.main(arguments) == 2
+        assert export_command.main(arguments) == 2
     assert generate.main([run, "--prompt", "x"]) == 2
     assert capsys.readouterr().err.count("give --task crafted_task:Own to run it") == 3
     with pytest.raises(UserError, match=asked):
         export_model(reader, tmp_path / "model")
     assert not proof.exists()
-    assert export.main([run, "--to", str(tmp_path / "model"), "--task", "crafted_task:Own"]) == 0
+    assert export_command.main([run, "--to", str(tmp_path / "model"), "--task", "crafted_task:Own"]) == 0
     assert proof.exists()
 
 
@@ -197,13 +198,13 @@ def test_a_models_own_code_runs_on_the_switch_alone_and_goes_along(
     for module in [name for name in sys.modules if "own_own_llama" in name]:
         del sys.modules[module]
     to = tmp_path / "model"
-    assert export.main([run, "--to", str(to)]) == 2
+    assert export_command.main([run, "--to", str(to)]) == 2
     assert generate.main([run, "--prompt", "x"]) == 2
     said = capsys.readouterr().err
     assert said.count(f"asks for Python code of model.pretrained={source}") == 2
     assert said.count("give --trust-remote-code to run it") == 2
     assert not proof.exists()
-    assert export.main([run, "--to", str(to), "--trust-remote-code"]) == 0
+    assert export_command.main([run, "--to", str(to), "--trust-remote-code"]) == 0
     assert proof.exists()
     assert generate.main([str(to), "--prompt", "def", "--max-new-tokens", "2"]) == 2
     assert "needs Python code of its own; read that, and give --trust-remote-code" in capsys.readouterr().err

@@ -57,7 +57,15 @@ def _word_pieces() -> PreTrainedTokenizerFast:
     return wrapped
 
 
-@pytest.mark.parametrize("make", [_byte_level, _unigram, _merges_to_a_control_token, _word_pieces])
+def _behind_those_of_the_model() -> PreTrainedTokenizerFast:
+    """As those of most chat models: the tokenizer's own model does not know its control tokens."""
+    tokenizer = train_byte_level_bpe([TEXT, TEXT], 280).backend_tokenizer
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", additional_special_tokens=["[SEP]"])
+
+
+@pytest.mark.parametrize(
+    "make", [_byte_level, _unigram, _merges_to_a_control_token, _word_pieces, _behind_those_of_the_model]
+)
 def test_control_tokens_in_a_text_are_text(make: Any) -> None:
     tokenizer = make()
     encoder = text_encoder(tokenizer)

@@ -89,4 +89,5 @@ def test_once_on_each_node(tmp_path: Path) -> None:
             run_on_ranks(_fetch, 3, tmp_path, f"http://127.0.0.1:{server.server_port}")
         finally:
             server.shutdown()
-    assert _Hub.requests["GET model.safetensors"] == 2, _Hub.requests
+    # Its library lets one process of a node download a file in any case; the other ranks do not even ask.
+    assert _Hub.requests["HEAD model.safetensors"] == _Hub.requests["GET model.safetensors"] == 2, _Hub.requests
