@@ -49,6 +49,7 @@ _MAX_DOCUMENTS = 10_000
 # What torch says of sizes that do not fit; what else a model without values cannot do is none of the user's mistakes.
 _SIZES = re.compile(
     r"must match the size|shape '.*' is invalid|shapes cannot be multiplied|not divisible|must be divisible"
+    r"|should be broadcastable to"
 )
 
 

@@ -32,6 +32,11 @@ WORLD = World(2, has_gpu=False)
         ),
         (["model.config.hidden_act=swiglu"], "KeyError: 'swiglu'"),
         (["model.config.num_attention_heads=7"], "not divisible|must be divisible|not a multiple"),
+        # Only computing tells: a rotary width beyond that of a head.
+        (
+            ["model.architecture=gptj", "model.config={n_embd: 32, n_layer: 1, n_head: 4}", "model.attention=eager"],
+            "model.config describes a gptj that cannot be computed",
+        ),
         (["model.config.max_position_embeddings=16"], "data.sequence_length=32 is more than the model's 16 positions"),
         (
             ["model.architecture=mixtral", "model.config={output_router_logits: true}"],
