@@ -73,11 +73,11 @@ def build_engine(
     if mesh.dp_degree > 1:
         refuse_scattered_layers(model, parallel.strategy)
     materializer = Materializer(device)
-    shards = parallel.backend == "torch" and parallel.strategy not in ("none", "ddp") and parallel.engine != "bucketed"
+    shards = parallel.backend == "torch" and parallel.strategy not in ("none", "ddp")
     partitions = parallel.backend == "deepspeed" and parallel.strategy == "zero3"
 
     block_buckets = None
-    if parallel.engine == "bucketed" and parallel.strategy == "zero3":
+    if parallel.backend == "bucketed" and parallel.strategy == "zero3":
         block_buckets = BlockBuckets(model, mesh, dtype, BUCKET_ELEMENTS[device.type])
     if shards:
         refuse_scalars(model, parallel.strategy)
@@ -119,7 +119,7 @@ def build_engine(
     if shards:
         return ZeroEngine(definition, mesh, device, parallel.strategy, build_optimizer, loss_scaler)
     autocast_dtype = None if dtype is torch.float32 else dtype
-    if parallel.engine == "bucketed":
+    if parallel.backend == "bucketed":
         return BucketedEngine(
             definition, mesh, device, parallel.strategy, autocast_dtype, build_optimizer, loss_scaler, block_buckets
         )
@@ -151,7 +151,7 @@ def _compare_passes(
     parallel: ParallelConfig,
 ) -> ModelDefinition:
     """Let ranks compare their first passes, where a collective of one is taken for that of another if they differ."""
-    if mesh.dp_degree == 1 or parallel.strategy in ("none", "ddp") or parallel.engine == "bucketed":
+    if mesh.dp_degree == 1 or parallel.strategy in ("none", "ddp") or parallel.backend == "bucketed":
         return definition
     is_deepspeed = parallel.backend == "deepspeed"
     agreement = PassAgreement(

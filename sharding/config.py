@@ -7,8 +7,7 @@ from pydantic import Field
 from sharding.strict_model import StrictModel
 
 Strategy = Literal["none", "ddp", "zero1", "zero2", "zero3", "hsdp"]
-Backend = Literal["torch", "deepspeed", "accelerate"]
-ShardingEngine = Literal["fully_shard", "bucketed"]
+Backend = Literal["torch", "bucketed", "deepspeed", "accelerate"]
 Offload = Literal["none", "cpu", "nvme"]
 ComputeDtype = Literal["auto", "fp32", "bf16", "fp16", "fp8"]
 Float8Recipe = Literal["tensorwise", "rowwise"]
@@ -25,12 +24,8 @@ class ParallelConfig(StrictModel):
     groups, replicated across them)."""
 
     backend: Backend = "torch"
-    """Library that carries out the strategy: `torch` (all strategies), `deepspeed` (zero1, zero2, zero3), or
-    `accelerate` (ddp; zero3 on GPUs)."""
-
-    engine: ShardingEngine = "fully_shard"
-    """Mechanism of the sharded strategies under `torch`: `fully_shard` (torch's own) or `bucketed` (flat buckets; zero1
-    to zero3)."""
+    """What carries out the strategy: `torch` (all strategies), `bucketed` (flat buckets of our own; zero1, zero2,
+    zero3), `deepspeed` (zero1, zero2, zero3), or `accelerate` (ddp; zero3 on GPUs)."""
 
     offload_optimizer: Offload = "none"
     """Where optimizer state and masters lie under `deepspeed`: on the device (`none`), in main memory (`cpu`), or in

@@ -46,7 +46,7 @@ class Layout:
     Attributes:
         strategy: data-parallel method.
         num_shards: ranks that divide the state; all ranks, or those of one replica under hsdp.
-        is_bucketed: whether ``parallel.engine`` is ``bucketed``.
+        is_bucketed: whether ``parallel.backend`` is ``bucketed``.
         accumulation_steps: micro-batches of one rank in one step.
         compute_bytes: bytes of an element in matrix products: 4 in fp32, 2 in 16 bits.
         moment_bytes: bytes of optimizer state per parameter: 8 for AdamW.

@@ -79,7 +79,7 @@ class PassAgreement:
             raise UserError(
                 f"{self._setting} needs every rank to run the same blocks in the same order, but in one training pass "
                 f"a rank came to {self._names[first]} where another came to {self._names[last]}; let the model run all "
-                "blocks on all ranks, or use parallel.strategy=ddp or parallel.engine=bucketed, which need not."
+                "blocks on all ranks, or use parallel.strategy=ddp or parallel.backend=bucketed, which need not."
             )
 
     def _compare_parameters(self, loss: torch.Tensor) -> None:
@@ -98,5 +98,5 @@ class PassAgreement:
             raise UserError(
                 f"{self._setting} needs the losses of all ranks to depend on the same parameters, but in one training "
                 f"pass {found_here} used by some ranks only; let the model use it on all of them (times zero, say), or "
-                "use parallel.strategy=ddp or parallel.engine=bucketed, which take its gradient for zero."
+                "use parallel.strategy=ddp or parallel.backend=bucketed, which take its gradient for zero."
             )

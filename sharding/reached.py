@@ -74,7 +74,7 @@ class ReachedParameters:
         if self._must_be_alike and any(reached[index] for index in self._missed_here):
             raise RuntimeError(
                 "this rank has a parameter without a gradient that has one on another rank, and gradients would be "
-                "added up wrongly; use parallel.strategy=ddp, or parallel.engine=bucketed with parallel.backend=torch."
+                "added up wrongly; use parallel.strategy=ddp with parallel.backend=torch, or parallel.backend=bucketed."
             )
         return [index for index in self._missed_here if not reached[index]]
 

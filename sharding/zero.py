@@ -60,7 +60,7 @@ def refuse_scalars(model: nn.Module, strategy: Strategy) -> None:
     if scalar is not None:
         raise UserError(
             f"parallel.strategy={strategy} divides parameters by rows, but {scalar} of {type(model).__name__} is a "
-            "scalar; give it the shape [1], or use parallel.strategy=ddp or parallel.engine=bucketed."
+            "scalar; give it the shape [1], or use parallel.strategy=ddp or parallel.backend=bucketed."
         )
 
 

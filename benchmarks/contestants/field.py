@@ -11,13 +11,13 @@ from benchmarks.contestants.plain_sharded_loop import PlainShardedLoop
 from benchmarks.contestants.shardline_trainer import ShardlineTrainer
 from benchmarks.contestants.transformers_trainer import TransformersTrainer
 from sharding.config import Strategy
-from trainer.config.rules import BUCKETED_STRATEGIES
+from trainer.config.rules import BACKEND_STRATEGIES
 
 CONTROL = "plain again"
 """A second plain loop: how far its ratio is from 1 is how far any ratio may be from the truth."""
 
 BUCKETED = "shardline bucketed"
-"""Shardline with ``parallel.engine=bucketed``."""
+"""Shardline with ``parallel.backend=bucketed``."""
 
 
 def builders_of(strategy: Strategy) -> dict[str, BuildContestant]:
@@ -37,6 +37,6 @@ def builders_of(strategy: Strategy) -> dict[str, BuildContestant]:
         "plain": partial(PlainShardedLoop, strategy=strategy),
         "shardline": ShardlineTrainer,
     }
-    if strategy in BUCKETED_STRATEGIES:
-        builders[BUCKETED] = partial(ShardlineTrainer, engine="bucketed")
+    if strategy in BACKEND_STRATEGIES["bucketed"]:
+        builders[BUCKETED] = partial(ShardlineTrainer, backend="bucketed")
     return builders | {"deepspeed": partial(DeepSpeedLoop, strategy=strategy)}

@@ -8,7 +8,7 @@ from torch.profiler import record_function
 from benchmarks.contestants.contest import Contest, Contestant, StepLog
 from benchmarks.measure.step_profile import INPUT_SPAN
 from benchmarks.measure.turns import StepEdge
-from sharding.config import ShardingEngine
+from sharding.config import Backend
 from trainer.build import build_trainer
 from trainer.run_folder.folder import RunFolder
 from trainer.runtime.phases import Moment, Phase, Phases
@@ -26,16 +26,16 @@ class ShardlineTrainer(Contestant):
 
     name = "shardline"
 
-    def __init__(self, contest: Contest, engine: ShardingEngine = "fully_shard") -> None:
+    def __init__(self, contest: Contest, backend: Backend = "torch") -> None:
         """Build the Trainer in a run folder of its own.
 
         Args:
             contest: what all share.
-            engine: mechanism of the sharded strategies.
+            backend: what carries out the strategy.
         """
-        parallel = contest.config.parallel.model_copy(update={"engine": engine})
+        parallel = contest.config.parallel.model_copy(update={"backend": backend})
         config = contest.config.model_copy(update={"parallel": parallel})
-        self._run_folder = RunFolder(contest.folder / f"run-{engine}")
+        self._run_folder = RunFolder(contest.folder / f"run-{backend}")
         self._run_folder.path.mkdir(parents=True)
         self._stop_request = StopRequest()
         self._step_edge: StepEdge | None = None

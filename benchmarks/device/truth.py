@@ -61,7 +61,7 @@ def prepare_text(job: Job, emit: Emit) -> None:
 def check_parity(job: Job, emit: Emit) -> None:
     """The engines of torch and ours on one rank beside a plain loop: SGD and AdamW, fp32 and bf16."""
     config = load_config(SIZES["tiny"].config, [*SIZES["tiny"].overrides, *job.text, *job.quiet])
-    cases = [case for case in parity_cases([1], ["adamw"]) if case.backend == "torch"]
+    cases = [case for case in parity_cases([1], ["adamw"]) if case.backend in ("torch", "bucketed")]
     cases += [replace(case, compute="bf16") for case in cases if case.accumulation_steps > 1]
     folder = Path(job.scratch) / "parity"
     folder.mkdir()

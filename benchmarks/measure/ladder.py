@@ -7,7 +7,9 @@ from importlib.util import find_spec
 from benchmarks.measure.sizes import Size
 from sharding.ranks.errors import UserError
 from trainer.config import RunConfig, load_config
+from trainer.config.earlier_spellings import with_present_spelling
 from trainer.config.rules import World, validate
+from trainer.config.yaml_files import read_yaml_mapping
 
 _ACCUMULATION_STEPS = 2
 _LOG_EVERY_STEPS = 10
@@ -65,7 +67,9 @@ def _needs_bf16(machine: Machine, _config: RunConfig) -> str:
     return "" if machine.has_bf16 else "this device has no native bf16, which precision.compute=auto would choose"
 
 
-def _needs_ranks(machine: Machine, _config: RunConfig) -> str:
+def _needs_buckets(machine: Machine, config: RunConfig) -> str:
+    if config.parallel.backend not in ("torch", "bucketed"):
+        return f"parallel.backend={config.parallel.backend} has no exchange but its own"
     return "" if machine.num_ranks > 1 else "one rank has nobody to exchange buckets with"
 
 
@@ -98,7 +102,6 @@ BEGINNING = (
     "precision.fp8_recipe=tensorwise",
     "compile.enabled=false",
     "activation_checkpointing.mode=none",
-    "parallel.engine=fully_shard",
     "model.vocab_multiple=0",
 )
 """What every rung starts from, whether the lowest one is measured, fails, or is left out."""
@@ -114,7 +117,7 @@ LADDER = (
         why_not=_needs_odd_vocabulary,
     ),
     Rung("+ compiled blocks", ("compile.enabled=true",)),
-    Rung("+ bucketed engine", ("parallel.engine=bucketed",), why_not=_needs_ranks),
+    Rung("+ bucketed engine", ("parallel.backend=bucketed",), why_not=_needs_buckets),
     Rung("fp8 products", ("precision.compute=fp8",), is_kept=False, why_not=_needs_fp8("tensorwise")),
     Rung(
         "fp8 products, a scale a row",
@@ -160,6 +163,10 @@ def rung_config(
         "tracking.wandb.mode=disabled",
         *(["parallel.strategy=none"] if machine.num_ranks == 1 else []),
     ]
+    given = with_present_spelling(read_yaml_mapping(size.config)).get("parallel")
+    # Buckets are a rung of their own; a file of another library's is on that library on every rung.
+    if isinstance(given, dict) and given.get("backend") == "bucketed":
+        fixed.append("parallel.backend=torch")
     below = [*size.overrides, *fixed, *BEGINNING, *kept, *overrides]
     reason = rung.why_not(machine, load_config(size.config, below))
     if reason:

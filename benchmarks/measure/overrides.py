@@ -3,6 +3,7 @@
 from collections.abc import Collection, Sequence
 
 from sharding.ranks.errors import UserError
+from trainer.config.earlier_spellings import present_name
 
 
 def refuse(overrides: Sequence[str], settings: Collection[str], reason: str) -> None:
@@ -17,5 +18,5 @@ def refuse(overrides: Sequence[str], settings: Collection[str], reason: str) -> 
         UserError: one of them is changed.
     """
     for override in overrides:
-        if override.partition("=")[0] in settings:
+        if present_name(override.partition("=")[0]) in settings:
             raise UserError(f"{override}: {reason}")

@@ -35,7 +35,7 @@ _BENCHMARK = Benchmark("overhead", PACKAGES, markdown, plot, series)
 SIZE_NAMES = ("tiny", "quickstart")
 
 _ACCUMULATION_STEPS = 2
-_DECIDED = ("parallel.strategy", "parallel.backend", "parallel.engine")
+_DECIDED = ("parallel.strategy", "parallel.backend")
 _LOG_EVERY_STEPS = 10
 # Two logged losses of every contestant lie within the warm-up; transformers writes one a step late.
 MIN_WARMUP = 2 * _LOG_EVERY_STEPS + 2

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from benchmarks.presentation.terminal import show
+from trainer.config.earlier_spellings import overrides_with_present_spelling
 
 # KIND_RANKSxDEVICE, and then the time.
 _NAME = re.compile(r"(.+_\d+x[a-z]+)_")
@@ -39,8 +40,9 @@ def append_row(raw: Path, row: Mapping[str, Any]) -> None:
 
 
 def read_rows(raw: Path) -> list[dict[str, Any]]:
-    """The rows of a raw file."""
-    return [json.loads(line) for line in raw.read_text().splitlines()]
+    """The rows of a raw file; changes to a run that its header names are as they are spelt now."""
+    rows: list[dict[str, Any]] = [json.loads(line) for line in raw.read_text().splitlines()]
+    return [_with_present_spelling(row) if row.get("kind") == "header" else row for row in rows]
 
 
 def last_result(raw: Path, folders: Sequence[Path]) -> Path | None:
@@ -109,8 +111,14 @@ def write_report(
 def _header(raw: Path) -> dict[str, Any]:
     with raw.open() as file:
         line = file.readline()
-    header: dict[str, Any] = json.loads(line) if line else {}
-    return header
+    return _with_present_spelling(json.loads(line)) if line else {}
+
+
+def _with_present_spelling(header: dict[str, Any]) -> dict[str, Any]:
+    setup = header.get("setup")
+    if not setup or not setup.get("overrides"):
+        return header
+    return header | {"setup": setup | {"overrides": overrides_with_present_spelling(setup["overrides"])}}
 
 
 class WriteRow(Protocol):

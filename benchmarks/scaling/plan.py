@@ -23,7 +23,7 @@ LOG_EVERY_STEPS = 10
 # Of each rank.
 _WEAK_MICRO_BATCHES = 2
 # What a race decides by itself.
-_DECIDED = ("parallel.strategy", "parallel.backend", "parallel.engine", "batch.global_size", "metrics.every_steps")
+_DECIDED = ("parallel.strategy", "parallel.backend", "batch.global_size", "metrics.every_steps")
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ _FIXED = (
     "compile.enabled=false",
     "activation_checkpointing.mode=none",
     # Who races under the bucketed engine has it set.
-    "parallel.engine=fully_shard",
+    "parallel.backend=torch",
 )
 
 

@@ -100,10 +100,10 @@ class _Search:
         chosen = [override.partition("=")[0] for override in Candidate(1, "ddp").overrides]
         refuse(options.overrides, chosen, "shardline tune tries these itself; remove it, or see --strategies.")
         given = load_config(options.config, options.overrides)
-        if given.parallel.backend != "torch":
+        if given.parallel.backend not in ("torch", "bucketed"):
             raise UserError(
-                f"parallel.backend={given.parallel.backend}: tune chooses among the strategies of backend torch; "
-                "set parallel.backend=torch."
+                f"parallel.backend={given.parallel.backend}: tune chooses among the strategies of backends torch and "
+                "bucketed; set one of them."
             )
         if given.batch.global_size % self._num_ranks:
             raise UserError(
@@ -161,7 +161,7 @@ class _Search:
         """One layout at growing micro-batches, until they do not fit or are no faster."""
         rates: list[float] = []
         for size in micro_sizes(self._global_size, self._num_ranks):
-            trial = self._try(Candidate(size, layout.strategy, layout.engine))
+            trial = self._try(Candidate(size, layout.strategy, layout.backend))
             if trial.tokens_per_s is None:
                 return
             rates.append(trial.tokens_per_s)

@@ -6,8 +6,8 @@ from statistics import median
 
 from benchmarks.measure.comparison import Series, ratio_of_independent
 from benchmarks.measure.protocol import Ratio, ratio_of_medians
-from sharding.config import Strategy
-from trainer.config.rules import BUCKETED_STRATEGIES
+from sharding.config import Backend, Strategy
+from trainer.config.rules import BACKEND_STRATEGIES
 
 LESS_THAN_BEST = 0.97
 """Larger micro-batches are given up once two in a row stay below this share of the layout's best rate."""
@@ -22,14 +22,14 @@ class Candidate:
     Attributes:
         micro_size: sequences of one rank in a micro-batch; ``batch.global_size`` stays what it is.
         strategy: data-parallel method.
-        engine: ``parallel.engine``.
+        backend: ``torch`` or ``bucketed``.
         checkpointing: ``activation_checkpointing.mode``.
         compiles: whether blocks are compiled.
     """
 
     micro_size: int
     strategy: Strategy
-    engine: str = "fully_shard"
+    backend: Backend = "torch"
     checkpointing: str = "none"
     compiles: bool = False
 
@@ -39,15 +39,15 @@ class Candidate:
         return [
             f"batch.micro_size={self.micro_size}",
             f"parallel.strategy={self.strategy}",
-            f"parallel.engine={self.engine}",
+            f"parallel.backend={self.backend}",
             f"activation_checkpointing.mode={self.checkpointing}",
             f"compile.enabled={str(self.compiles).lower()}",
         ]
 
     @property
     def layout(self) -> str:
-        """Strategy and engine, for people."""
-        return f"{self.strategy} bucketed" if self.engine == "bucketed" else self.strategy
+        """Strategy and backend, for people."""
+        return f"{self.strategy} bucketed" if self.backend == "bucketed" else self.strategy
 
     @property
     def label(self) -> str:
@@ -93,7 +93,7 @@ def micro_sizes(global_size: int, num_ranks: int) -> list[int]:
 
 
 def layouts(num_ranks: int, strategies: Sequence[Strategy]) -> list[Candidate]:
-    """Each strategy under each engine that has it, at micro-batches of one sequence.
+    """Each strategy under each backend that has it, at micro-batches of one sequence.
 
     Args:
         num_ranks: data-parallel ranks; one rank has nothing to divide.
@@ -104,8 +104,8 @@ def layouts(num_ranks: int, strategies: Sequence[Strategy]) -> list[Candidate]:
     found = []
     for strategy in strategies:
         found.append(Candidate(1, strategy))
-        if strategy in BUCKETED_STRATEGIES:
-            found.append(Candidate(1, strategy, engine="bucketed"))
+        if strategy in BACKEND_STRATEGIES["bucketed"]:
+            found.append(Candidate(1, strategy, backend="bucketed"))
     return found
 
 

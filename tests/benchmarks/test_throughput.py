@@ -159,6 +159,7 @@ def test_the_table_has_every_rung_and_says_what_is_missing() -> None:
         (("--rungs", "warp"), "--rungs warp: no rung has warp in its name"),
         (("--windows", "0"), "--windows 0 --window-steps 10"),
         (("--size", "gpt2-124m"), "--size gpt2-124m needs a GPU"),
+        (("parallel.backend=bucketed",), "parallel.backend=bucketed: a rung of the ladder decides this"),
         (("parallel.engine=bucketed",), "parallel.engine=bucketed: a rung of the ladder decides this"),
     ],
 )

@@ -118,7 +118,7 @@ def test_what_it_recommends_is_a_configuration(values: dict[str, Any], tmp_path:
     for one in [*layouts(2, ["ddp", "zero1", "zero2", "zero3"]), Candidate(3, "zero2", "bucketed", "selective", True)]:
         config = load_config(path, one.overrides)
         assert (config.batch.micro_size, config.parallel.strategy) == (one.micro_size, one.strategy)
-        assert (config.parallel.engine, config.compile.enabled) == (one.engine, one.compiles)
+        assert (config.parallel.backend, config.compile.enabled) == (one.backend, one.compiles)
 
 
 @pytest.mark.parametrize(

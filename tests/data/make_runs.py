@@ -71,8 +71,8 @@ _SCALED = {
 _RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "torch-ddp": ("plain", {"parallel": {"strategy": "ddp"}}),
     "torch-zero3": ("plain", {"parallel": {"strategy": "zero3"}}),
-    "bucketed-zero2": ("plain", {"parallel": {"strategy": "zero2", "engine": "bucketed"}}),
-    "bucketed-zero3": ("plain", {"parallel": {"strategy": "zero3", "engine": "bucketed"}}),
+    "bucketed-zero2": ("plain", {"parallel": {"strategy": "zero2", "backend": "bucketed"}}),
+    "bucketed-zero3": ("plain", {"parallel": {"strategy": "zero3", "backend": "bucketed"}}),
     "deepspeed-zero2": ("plain", {"parallel": {"strategy": "zero2", "backend": "deepspeed"}}),
     "deepspeed-zero3": ("plain", {"parallel": {"strategy": "zero3", "backend": "deepspeed"}}),
     "accelerate-ddp": ("plain", {"parallel": {"strategy": "ddp", "backend": "accelerate"}}),

@@ -78,7 +78,7 @@ def test_text_that_is_not_yaml(tmp_path: Path) -> None:
         (["batch.global_size=10"], ["batch.global_size=10", "batch.micro_size=3 x 2 ranks = 6", "6 or 12"]),
         (
             ["precision.compute=fp8", "parallel.backend=deepspeed"],
-            ["precision.compute=fp8 is there under parallel.backend=torch only"],
+            ["precision.compute=fp8 is there under parallel.backend=torch or bucketed only"],
         ),
         (
             ["parallel.backend=deepspeed", "parallel.strategy=ddp"],

@@ -36,12 +36,7 @@ _PARALLEL_KEYS = ParallelConfig.model_fields.keys()
 
 
 def tiny_engine(ranks: Ranks, strategy: str, **settings: Any) -> Engine:
-    """An engine of the tiny model with fresh parameters; settings are of ``parallel`` or whole other sections.
-
-    ``backend="bucketed"`` is torch with that engine.
-    """
-    if settings.get("backend") == "bucketed":
-        settings |= {"backend": "torch", "engine": "bucketed"}
+    """An engine of the tiny model with fresh parameters; settings are of ``parallel`` or whole other sections."""
     parallel = {"strategy": strategy} | {key: value for key, value in settings.items() if key in _PARALLEL_KEYS}
     config = tiny_config(parallel, **{key: value for key, value in settings.items() if key not in _PARALLEL_KEYS})
     mesh = build_mesh(config.parallel, ranks)

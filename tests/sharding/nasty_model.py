@@ -105,14 +105,13 @@ def nasty_engine(
 
     Args:
         ranks: the ranks.
-        backend: of the strategy, or ``bucketed``.
+        backend: of the strategy.
         strategy: the strategy.
         optimizer: its name.
         trained: parameters whose names do not begin so are frozen.
         sections: other sections of the configuration.
     """
-    parallel: dict[str, Any] = {"strategy": strategy}
-    parallel |= {"engine": "bucketed"} if backend == "bucketed" else {"backend": backend}
+    parallel: dict[str, Any] = {"strategy": strategy, "backend": backend}
     if strategy == "hsdp":
         parallel["replicate"] = 2
     settings = {"name": optimizer, "lr": LR, "weight_decay": WEIGHT_DECAY}

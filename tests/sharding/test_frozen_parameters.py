@@ -38,8 +38,7 @@ class _Frozen(CausalLanguageModelling):
 
 
 def _engine(ranks: Ranks, backend: str, strategy: str, seed: int = 0) -> Any:
-    settings = {"engine": "bucketed"} if backend == "bucketed" else {"backend": backend}
-    config = tiny_config({"strategy": strategy} | settings, seed=seed)
+    config = tiny_config({"strategy": strategy, "backend": backend}, seed=seed)
     engine: Any
     engine, _ = build_model_engine(config, _Frozen(), build_mesh(config.parallel, ranks), ranks, VOCABULARY)
     model = engine._model if hasattr(engine, "_model") else engine._definition.model

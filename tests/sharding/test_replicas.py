@@ -54,7 +54,7 @@ _OTHERS: tuple[_Case, ...] = (
     ("ddp", {"backend": "accelerate"}, [2]),
     ("zero1", {"backend": "deepspeed"}, [2]),
     ("zero2", {"backend": "deepspeed"}, [2]),
-    ("zero1", {"engine": "bucketed"}, [2]),
+    ("zero1", {"backend": "bucketed"}, [2]),
 )
 
 

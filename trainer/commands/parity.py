@@ -17,7 +17,7 @@ from rich.table import Table
 from sharding.ranks.errors import EXIT_FAILED, EXIT_FINISHED, ends_with_a_sentence
 from trainer.config import load_config
 from trainer.config.optimizer import OptimizerName, refused_optimizer
-from trainer.config.rules import BACKEND_STRATEGIES, BUCKETED_STRATEGIES
+from trainer.config.rules import BACKEND_STRATEGIES
 from trainer.parity.cases import NUM_STEPS
 from trainer.parity.comparison import (
     ALWAYS_COMPARED,
@@ -52,7 +52,7 @@ def print_table(rows: Sequence[ParityRow], console: Console) -> None:
     for row in rows:
         case = row.case
         table.add_row(
-            case.mechanism,
+            case.backend,
             case.strategy,
             str(case.num_ranks),
             str(case.accumulation_steps),
@@ -85,12 +85,6 @@ def print_refusals(console: Console) -> None:
             reason = refused_optimizer(name, backend)
             if reason is not None:
                 console.print(f"refused: {backend} with {name}: {reason}")
-    missing = [name for name in BACKEND_STRATEGIES["torch"] if name not in BUCKETED_STRATEGIES]
-    console.print(f"refused: bucketed with {', '.join(missing)}: it does {', '.join(BUCKETED_STRATEGIES)} alone")
-    for name in get_args(OptimizerName):
-        reason = refused_optimizer(name, "torch", "bucketed")
-        if reason is not None:
-            console.print(f"refused: bucketed with {name}: {reason}")
     if not torch.cuda.is_available():
         console.print("refused: accelerate with zero3: without a GPU it would train plain DDP")
 

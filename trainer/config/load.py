@@ -10,6 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from sharding.ranks.errors import UserError
+from trainer.config.earlier_spellings import forget_replaced, note_earlier_spelling, with_present_spelling
 from trainer.config.expansion import escape_settings, expand_argument, expand_settings
 from trainer.config.rules import validate
 from trainer.config.schema import RunConfig
@@ -27,11 +28,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     path = expand_argument(str(path))
     values = read_yaml_mapping(Path(path))
+    forget_replaced(values, overrides)
     for override in overrides:
         _apply_override(values, override)
     expand_settings(values)
     _find_task(values, Path(path))
     config = parse_config(values, source=path)
+    note_earlier_spelling(values, path)
     refuse_secrets(config.model_dump(mode="json"), os.environ)
     return config
 
@@ -62,7 +65,7 @@ def parse_config(values: dict[str, Any], source: str, *, has_rules: bool = True)
         UserError: a key is unknown or a value is wrong; every problem is named.
     """
     try:
-        config = RunConfig.model_validate(values)
+        config = RunConfig.model_validate(with_present_spelling(values))
     except ValidationError as error:
         problems = [_describe(problem) for problem in error.errors()]
         raise UserError(f"{source}: " + "\n".join(problems)) from None

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from sharding.config import Backend, ShardingEngine
+from sharding.config import Backend
 from sharding.ranks.errors import UserError
 from sharding.strict_model import StrictModel
 
@@ -106,11 +106,11 @@ _OWN_SETTINGS: dict[OptimizerName, frozenset[str]] = {
 }
 
 
-def validate_optimizer(config: OptimizerConfig, backend: Backend, engine: ShardingEngine) -> None:
-    """Check that every setting has an effect, and that backend and engine can carry the optimizer.
+def validate_optimizer(config: OptimizerConfig, backend: Backend) -> None:
+    """Check that every setting has an effect, and that the backend can carry the optimizer.
 
     Raises:
-        UserError: a setting belongs to another optimizer, contradicts one, or the backend or engine cannot do it.
+        UserError: a setting belongs to another optimizer, contradicts one, or the backend cannot do it.
     """
     defaults, own = OptimizerConfig(), _OWN_SETTINGS[config.name]
     for setting in sorted(frozenset[str]().union(*_OWN_SETTINGS.values()) - own):
@@ -126,19 +126,17 @@ def validate_optimizer(config: OptimizerConfig, backend: Backend, engine: Shardi
         raise UserError("optimizer.nesterov=true needs optimizer.momentum > 0, but it is 0; set it to 0.9, say.")
     if config.muon.nesterov and config.muon.momentum == 0:
         raise UserError("optimizer.muon.nesterov=true needs optimizer.muon.momentum > 0, but it is 0; set it to 0.95.")
-    refusal = refused_optimizer(config.name, backend, engine)
+    refusal = refused_optimizer(config.name, backend)
     if refusal is not None:
-        setting, other = ("backend", "torch") if backend == "deepspeed" else ("engine", "fully_shard")
-        value = backend if backend == "deepspeed" else engine
         raise UserError(
-            f"optimizer.name={config.name} does not go with parallel.{setting}={value}: {refusal}; "
-            f"use parallel.{setting}={other} or optimizer.name=adamw."
+            f"optimizer.name={config.name} does not go with parallel.backend={backend}: {refusal}; "
+            "use parallel.backend=torch or optimizer.name=adamw."
         )
 
 
-def refused_optimizer(name: OptimizerName, backend: Backend, engine: ShardingEngine = "fully_shard") -> str | None:
-    """Why a backend or engine cannot carry an optimizer; None where it can."""
-    if name in ("adamw", "sgd") or (backend != "deepspeed" and engine != "bucketed"):
+def refused_optimizer(name: OptimizerName, backend: Backend) -> str | None:
+    """Why a backend cannot carry an optimizer; None where it can."""
+    if name in ("adamw", "sgd") or backend not in ("bucketed", "deepspeed"):
         return None
     who = "DeepSpeed" if backend == "deepspeed" else "the bucketed engine"
     return f"{name} works on whole rows of a parameter, but {who} cuts all parameters as one flat vector"

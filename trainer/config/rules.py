@@ -18,14 +18,11 @@ if TYPE_CHECKING:
 
 BACKEND_STRATEGIES: dict[Backend, tuple[Strategy, ...]] = {
     "torch": ("none", "ddp", "zero1", "zero2", "zero3", "hsdp"),
+    "bucketed": ("zero1", "zero2", "zero3"),
     "deepspeed": ("zero1", "zero2", "zero3"),
     "accelerate": ("ddp", "zero3"),
 }
 """Which strategies each backend carries out."""
-
-
-BUCKETED_STRATEGIES: tuple[Strategy, ...] = ("zero1", "zero2", "zero3")
-"""Which strategies ``parallel.engine=bucketed`` carries out."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +71,7 @@ def validate(config: "RunConfig", world: World | None = None) -> None:
     _validate_compilation(config)
     _validate_schedule(config)
     _validate_faults(config)
-    validate_optimizer(config.optimizer, config.parallel.backend, config.parallel.engine)
+    validate_optimizer(config.optimizer, config.parallel.backend)
     if config.optimizer.ema_decay and config.parallel.offload_optimizer == "nvme":
         raise UserError(
             f"optimizer.ema_decay={config.optimizer.ema_decay:g} reads the masters at every step, but "
@@ -157,10 +154,10 @@ def _validate_float8(config: "RunConfig") -> None:
                 f"is {precision.compute}; set that, or remove precision.fp8_recipe."
             )
         return
-    if backend != "torch":
+    if backend not in ("torch", "bucketed"):
         raise UserError(
-            f"precision.compute=fp8 is there under parallel.backend=torch only, but it is {backend}; choose torch, or "
-            "precision.compute=bf16."
+            "precision.compute=fp8 is there under parallel.backend=torch or bucketed only, but it is "
+            f"{backend}; choose one of these, or precision.compute=bf16."
         )
     length = config.data.sequence_length
     if config.batch.micro_size * length % FLOAT8_MULTIPLE:
@@ -195,11 +192,6 @@ def _validate_backend(parallel: "ParallelConfig") -> None:
             f"parallel.backend={backend} cannot do parallel.strategy={strategy}, only {legal}; choose one of these, or "
             "parallel.backend=torch, which has all."
         )
-    if parallel.engine == "bucketed" and (backend != "torch" or strategy not in BUCKETED_STRATEGIES):
-        raise UserError(
-            f"parallel.engine=bucketed does parallel.strategy={', '.join(BUCKETED_STRATEGIES)} under "
-            f"parallel.backend=torch, but these are {strategy} and {backend}; remove parallel.engine, or change them."
-        )
     for key in ("offload_optimizer", "offload_parameters"):
         place = getattr(parallel, key)
         if place != "none" and backend != "deepspeed":
@@ -226,7 +218,7 @@ def _validate_backend(parallel: "ParallelConfig") -> None:
 
 def _validate_replica_check(config: "RunConfig") -> None:
     every_steps, parallel = config.faults.replica_check_every_steps, config.parallel
-    gathers_after_step = parallel.backend == "deepspeed" or parallel.engine == "bucketed"
+    gathers_after_step = parallel.backend in ("bucketed", "deepspeed")
     whole_on_each = ("ddp", "hsdp", "zero1", "zero2") if gathers_after_step else ("ddp", "hsdp")
     if every_steps and parallel.strategy not in whole_on_each:
         raise UserError(

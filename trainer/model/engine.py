@@ -90,8 +90,6 @@ def describe_model(config: RunConfig, facts: ModelFacts, ranks: Ranks) -> str:
         )
     device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
     backend = "" if config.parallel.backend == "torch" else f"{config.parallel.backend} "
-    if config.parallel.engine != "fully_shard":
-        backend = f"{config.parallel.engine} "
     flops = facts.flops_per_token(config.data.sequence_length, causal=False)
     return (
         f"{config.model.architecture or config.model.pretrained}: {facts.num_parameters:,} parameters, "

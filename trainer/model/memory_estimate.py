@@ -79,7 +79,7 @@ def estimate_memory(
     layout = Layout(
         strategy=parallel.strategy,
         num_shards=num_ranks // parallel.replicate,
-        is_bucketed=parallel.engine == "bucketed",
+        is_bucketed=parallel.backend == "bucketed",
         accumulation_steps=accumulation_steps(config, num_ranks),
         compute_bytes=width,
         moment_bytes=moment_bytes(config.optimizer, model) / sizes.num_parameters,

@@ -61,7 +61,7 @@ def refuse_layer_drop(config: RunConfig, model_config: "PretrainedConfig", num_r
         UserError: the configuration has such layers.
     """
     parallel = config.parallel
-    if num_ranks == 1 or parallel.strategy in ("none", "ddp") or parallel.engine == "bucketed":
+    if num_ranks == 1 or parallel.strategy in ("none", "ddp") or parallel.backend == "bucketed":
         return
     for part in _parts(model_config):
         for name, value in _numbers(part):
@@ -70,7 +70,7 @@ def refuse_layer_drop(config: RunConfig, model_config: "PretrainedConfig", num_r
                     f"{_where(config, f'{name}={value}')} lets each rank drop other layers, but "
                     f"parallel.strategy={parallel.strategy} of parallel.backend={parallel.backend} needs all "
                     f"{num_ranks} ranks to run the same; {_remedy(config, name, is_switch=False)}, or use "
-                    "parallel.strategy=ddp or parallel.engine=bucketed."
+                    "parallel.strategy=ddp or parallel.backend=bucketed."
                 )
 
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
-from sharding.config import Backend, ShardingEngine, Strategy
+from sharding.config import Backend, Strategy
 from sharding.engine import Engine
 from sharding.mesh import build_mesh
 from sharding.ranks.errors import EXIT_FAILED
@@ -34,20 +34,19 @@ NUM_STEPS = 3
 
 @dataclass(frozen=True)
 class ParityCase:
-    """One way to train: strategy, ranks, micro-batches a step, optimizer, backend, engine, number format."""
+    """One way to train: strategy, ranks, micro-batches a step, optimizer, backend, number format."""
 
     strategy: Strategy
     num_ranks: int
     accumulation_steps: int
     optimizer: str
     backend: Backend = "torch"
-    engine: ShardingEngine = "fully_shard"
     compute: Literal["fp32", "bf16"] = "fp32"
 
     @property
     def label(self) -> str:
         """A name for files."""
-        parts = (self.mechanism, self.strategy, self.num_ranks, self.accumulation_steps, self.optimizer, self.compute)
+        parts = (self.backend, self.strategy, self.num_ranks, self.accumulation_steps, self.optimizer, self.compute)
         return "-".join(map(str, parts))
 
     @property
@@ -56,11 +55,6 @@ class ParityCase:
         needed = {"deepspeed": "deepspeed", "accelerate": "accelerate"}.get(self.backend)
         needed = "torchao" if self.optimizer == "adamw8bit" else needed
         return needed if needed is not None and find_spec(needed) is None else None
-
-    @property
-    def mechanism(self) -> str:
-        """What carries out the strategy."""
-        return "bucketed" if self.engine == "bucketed" else self.backend
 
 
 @dataclass(frozen=True)
@@ -78,7 +72,6 @@ def case_config(config: RunConfig, case: ParityCase, num_sequences: int) -> RunC
         update={
             "strategy": case.strategy,
             "backend": case.backend,
-            "engine": case.engine,
             "replicate": 2 if case.strategy == "hsdp" else 1,
         }
     )

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from sharding.config import Backend, ShardingEngine, Strategy
+from sharding.config import Backend, Strategy
 from trainer.config import RunConfig
 from trainer.config.optimizer import OptimizerName, refused_optimizer
-from trainer.config.rules import BUCKETED_STRATEGIES
+from trainer.config.rules import BACKEND_STRATEGIES
 from trainer.data.loader import BatchLoader
 from trainer.data.prepare import prepare_corpus
 from trainer.data.prepared import Prepared
@@ -85,49 +85,31 @@ def parity_cases(group_sizes: Sequence[int], optimizers: Sequence[OptimizerName]
     """
     cases: list[ParityCase] = []
     for num_ranks in group_sizes:
-        for backend, engine, strategy in _mechanisms(num_ranks, alone=max(group_sizes) == 1):
+        for backend, strategy in _pairs(num_ranks, alone=max(group_sizes) == 1):
             num_rows = NUM_SEQUENCES // num_ranks
             accumulation_steps = num_rows if num_rows % 2 else num_rows // 2
             cases += [
-                ParityCase(strategy, num_ranks, 1, "sgd", backend, engine),
+                ParityCase(strategy, num_ranks, 1, "sgd", backend),
                 *(
-                    ParityCase(strategy, num_ranks, accumulation_steps, name, backend, engine)
+                    ParityCase(strategy, num_ranks, accumulation_steps, name, backend)
                     for name in ("sgd", *optimizers)
-                    if refused_optimizer(name, backend, engine) is None
+                    if refused_optimizer(name, backend) is None
                 ),
             ]
     return cases
 
 
-def _mechanisms(num_ranks: int, *, alone: bool) -> list[tuple[Backend, ShardingEngine, Strategy]]:
-    """What to try on so many ranks; ``alone`` says that no group is larger than one rank."""
-    pairs: list[tuple[Backend, ShardingEngine, Strategy]] = [
-        (backend, "fully_shard", strategy) for backend, strategy in _pairs(num_ranks, alone=alone)
-    ]
-    if ("torch", "fully_shard", "zero1") in pairs:
-        pairs += [("torch", "bucketed", strategy) for strategy in BUCKETED_STRATEGIES]
-    return pairs
-
-
 def _pairs(num_ranks: int, *, alone: bool) -> list[tuple[Backend, Strategy]]:
-    """Backends and strategies to try on so many ranks, without our bucketed engine."""
+    """Backends and strategies to try on so many ranks; ``alone`` says that no group is larger than one rank."""
     if num_ranks == 4:
         return [("torch", "hsdp")]
     if num_ranks == 1 and not alone:
         return [("torch", "none")]
-    communicating: list[tuple[Backend, Strategy]] = [
-        ("torch", "ddp"),
-        ("torch", "zero1"),
-        ("torch", "zero2"),
-        ("torch", "zero3"),
-        ("deepspeed", "zero1"),
-        ("deepspeed", "zero2"),
-        ("deepspeed", "zero3"),
-        ("accelerate", "ddp"),
-    ]
-    if torch.cuda.is_available():
-        communicating.append(("accelerate", "zero3"))
-    return [("torch", "none"), *communicating] if alone else communicating
+    left_out = {("torch", "hsdp")} if alone else {("torch", "hsdp"), ("torch", "none")}
+    if not torch.cuda.is_available():
+        left_out.add(("accelerate", "zero3"))
+    pairs = [(backend, strategy) for backend, strategies in BACKEND_STRATEGIES.items() for strategy in strategies]
+    return [pair for pair in pairs if pair not in left_out]
 
 
 def run_parity(config: RunConfig, cases: Sequence[ParityCase], folder: Path) -> list[ParityRow]:

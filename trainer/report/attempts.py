@@ -1,5 +1,6 @@
 """Attempts of a run: when each started and ended, where it began, and what it changed."""
 
+import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from sharding.ranks.errors import UserError
+from trainer.config.earlier_spellings import with_present_spelling
 from trainer.config.frozen_config import flatten
 from trainer.metrics.goodput import AttemptLedger, read_ledgers
 from trainer.run_folder.attempt_record import read_attempt_record
@@ -59,7 +62,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(errors="replace"))
     except (OSError, yaml.YAMLError):
         return {}
-    return values if isinstance(values, dict) else {}
+    if not isinstance(values, dict):
+        return {}
+    # Where it was spelt otherwise, nothing has changed; what is no configuration is shown as it is.
+    with contextlib.suppress(UserError):
+        values = with_present_spelling(values)
+    return values
 
 
 def _read_attempt(run_dir: Path, number: int, ledgers: list[AttemptLedger]) -> Attempt:

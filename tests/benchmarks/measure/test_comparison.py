@@ -18,7 +18,7 @@ from benchmarks.measure.comparison import (
     ratio_of_independent,
 )
 from benchmarks.measure.protocol import Ratio
-from benchmarks.presentation.result_files import last_result
+from benchmarks.presentation.result_files import last_result, read_rows
 from benchmarks.presentation.terminal import show
 
 
@@ -91,6 +91,25 @@ def test_the_last_file_of_the_kind_is_found(tmp_path: Path) -> None:
     # One that came afterwards is not what has changed.
     write("kept", "scaling_4xcpu_20260106.jsonl", "2026-01-06T12:00:00+0000")
     assert last_result(mine, folders) == older
+
+
+def test_a_result_of_an_earlier_spelling_is_found_and_compared(tmp_path: Path) -> None:
+    def write(day: int, *overrides: str) -> Path:
+        path = tmp_path / f"memory_2xcpu_2026010{day}_120000.jsonl"
+        header = {"kind": "header", "time": f"2026-01-0{day}", "hardware": {}, "setup": {"overrides": [*overrides]}}
+        path.write_text(json.dumps(header) + "\n")
+        return path
+
+    write(1)
+    plain = write(2, "parallel.engine=fully_shard")
+    buckets = write(3, "steps=3", "parallel.engine=bucketed")
+    for raw, before in (
+        (write(4, "steps=3", "parallel.backend=bucketed"), buckets),
+        (write(5), plain),
+        (write(6, "steps=3", "parallel.engine=bucketed"), tmp_path / "memory_2xcpu_20260104_120000.jsonl"),
+    ):
+        assert last_result(raw, [tmp_path]) == before
+        assert difference_of_setup(read_rows(raw)[0], read_rows(before)[0]) == ""
 
 
 def test_changes_are_told_with_their_conditions() -> None:

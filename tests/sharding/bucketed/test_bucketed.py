@@ -64,7 +64,7 @@ def _engine(ranks: Ranks, strategy: str, **options: Any) -> Engine:
 def _bucketed(ranks: Ranks, strategy: str, **options: Any) -> BucketedEngine:
     # The tiny model would lie in one bucket.
     bucketed.BUCKET_ELEMENTS["cpu"] = 4096
-    engine = _engine(ranks, strategy, engine="bucketed", **options)
+    engine = _engine(ranks, strategy, backend="bucketed", **options)
     assert isinstance(engine, BucketedEngine)
     return engine
 

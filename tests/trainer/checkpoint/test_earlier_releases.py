@@ -45,13 +45,13 @@ _TOLERANCE_FP16 = 2e-3
 # Every library reads what every other wrote.
 _ELSEWHERE: dict[str, dict[str, str]] = {
     "torch-ddp": {"backend": "deepspeed", "strategy": "zero2"},
-    "torch-zero3": {"engine": "bucketed", "strategy": "zero3"},
+    "torch-zero3": {"backend": "bucketed", "strategy": "zero3"},
     "bucketed-zero2": {"backend": "deepspeed", "strategy": "zero3"},
     "bucketed-zero3": {"backend": "accelerate", "strategy": "ddp"},
-    "deepspeed-zero2": {"engine": "bucketed", "strategy": "zero2"},
+    "deepspeed-zero2": {"backend": "bucketed", "strategy": "zero2"},
     "deepspeed-zero3": {"strategy": "zero3"},
     "accelerate-ddp": {"strategy": "zero1"},
-    "torch-zero2-averaged": {"engine": "bucketed", "strategy": "zero2"},
+    "torch-zero2-averaged": {"backend": "bucketed", "strategy": "zero2"},
     "torch-zero1-scaled": {"strategy": "zero3"},
     # Its places in the stream are those of two ranks.
     "torch-ddp-streamed": {"strategy": "zero3"},

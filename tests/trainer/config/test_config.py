@@ -93,14 +93,12 @@ def test_refused(config_file: Path, override: str, message: str) -> None:
         (["parallel.backend=deepspeed", "parallel.strategy=none"], "cannot do parallel.strategy=none, only zero1"),
         (["parallel.backend=accelerate"], "parallel.backend=accelerate cannot do parallel.strategy=zero2, only ddp"),
         (
-            ["parallel.engine=bucketed", "parallel.strategy=ddp"],
-            "parallel.engine=bucketed does parallel.strategy=zero1, zero2, zero3 under parallel.backend=torch, but "
-            "these are ddp and torch",
+            ["parallel.backend=bucketed", "parallel.strategy=ddp"],
+            "parallel.backend=bucketed cannot do parallel.strategy=ddp, only zero1, zero2, zero3; choose",
         ),
-        (["parallel.engine=bucketed", "parallel.backend=deepspeed"], "but these are zero2 and deepspeed"),
         (
-            ["parallel.engine=bucketed", "optimizer.name=muon"],
-            "optimizer.name=muon does not go with parallel.engine=bucketed: muon works on whole rows of a parameter",
+            ["parallel.backend=bucketed", "optimizer.name=muon"],
+            "optimizer.name=muon does not go with parallel.backend=bucketed: muon works on whole rows of a parameter",
         ),
         (["parallel.offload_optimizer=cpu"], "parallel.offload_optimizer=cpu needs parallel.backend=deepspeed"),
         (
@@ -164,7 +162,7 @@ def test_refused(config_file: Path, override: str, message: str) -> None:
         (["parallel.pipeline=2"], "parallel.pipeline=2 is not there yet"),
         (
             ["precision.compute=fp8", "parallel.backend=deepspeed"],
-            "precision.compute=fp8 is there under parallel.backend=torch only, but it is deepspeed",
+            "precision.compute=fp8 is there under parallel.backend=torch or bucketed only, but it is deepspeed",
         ),
         (
             ["precision.fp8_recipe=rowwise"],

@@ -117,7 +117,7 @@ def test_losses_that_are_the_tasks_own_may_be_anything() -> None:
 def test_layers_that_each_rank_drops_by_itself_are_refused_where_ranks_gather_them_together(
     architecture: str, name: str
 ) -> None:
-    legal = ({"strategy": "ddp"}, {"strategy": "zero3", "engine": "bucketed"})
+    legal = ({"strategy": "ddp"}, {"strategy": "zero3", "backend": "bucketed"})
     refused = ({"strategy": "zero1"}, {"strategy": "zero3"}, {"strategy": "zero2", "backend": "deepspeed"})
     for parallel in (*legal, *refused):
         config = tiny_config(parallel, **_model(architecture, **{name: 0.1}))

@@ -131,7 +131,7 @@ def _pretrained_config(folder: Path, parallel: dict[str, str]) -> RunConfig:
 _PARALLELS = [
     {"strategy": "ddp"},
     {"strategy": "zero3"},
-    {"strategy": "zero3", "engine": "bucketed"},
+    {"strategy": "zero3", "backend": "bucketed"},
     {"strategy": "zero3", "backend": "deepspeed"},
 ]
 

@@ -127,6 +127,6 @@ def test_what_other_backends_cannot_carry() -> None:
         assert refused_optimizer(name, "torch") is None  # type: ignore[arg-type]
         assert refused_optimizer(name, "accelerate") is None  # type: ignore[arg-type]
         assert "flat vector" in (refused_optimizer(name, "deepspeed") or "")  # type: ignore[arg-type]
-        assert "the bucketed engine" in (refused_optimizer(name, "torch", "bucketed") or "")  # type: ignore[arg-type]
+        assert "the bucketed engine" in (refused_optimizer(name, "bucketed") or "")  # type: ignore[arg-type]
     assert refused_optimizer("adamw", "deepspeed") is None
-    assert refused_optimizer("sgd", "torch", "bucketed") is None
+    assert refused_optimizer("sgd", "bucketed") is None

@@ -80,7 +80,7 @@ def _on_torch(ranks: Ranks, root: Path, corpus: Path) -> None:
     measured = {"metrics": {"gradient_noise_scale": True}}
     _assert_exact(runs, "zero2", parallel={"strategy": "zero2"}, **everything, **measured)
     for strategy in ("zero1", "zero2", "zero3"):
-        parallel = {"strategy": strategy, "engine": "bucketed"}
+        parallel = {"strategy": strategy, "backend": "bucketed"}
         _assert_exact(runs, f"bucketed-{strategy}", parallel=parallel, **everything, **measured)
     _assert_exact(runs, "zero3", parallel={"strategy": "zero3"}, **everything)
     _assert_exact(runs, "accelerate", parallel={"backend": "accelerate", "strategy": "ddp"}, **everything)

@@ -13,7 +13,7 @@ from rich.console import Console
 from tests.support import TINY_MODEL
 from trainer.commands.parity import print_table
 from trainer.config import parse_config
-from trainer.config.rules import BACKEND_STRATEGIES, BUCKETED_STRATEGIES
+from trainer.config.rules import BACKEND_STRATEGIES
 from trainer.parity import cases as parity_cases_module
 from trainer.parity.cases import ParityCase
 from trainer.parity.comparison import ParityRow, _relative, parity_cases, run_parity
@@ -34,8 +34,6 @@ def test_every_strategy_trains_as_one_plain_process(values: dict[str, Any], tmp_
         legal = {(backend, strategy) for backend, all_ in BACKEND_STRATEGIES.items() for strategy in all_}
         # On GPUs alone; hsdp has a group of its own, and none runs on one rank.
         assert legal - pairs == {("accelerate", "zero3"), ("torch", "hsdp"), ("torch", "none")}
-        buckets = {case.strategy for case in cases if case.num_ranks == num_ranks and case.engine == "bucketed"}
-        assert buckets == set(BUCKETED_STRATEGIES)
     rows = run_parity(parse_config(values, "test"), cases, tmp_path)
     assert len(rows) == len(cases)
     assert [row for row in rows if not row.passed] == []
@@ -93,7 +91,7 @@ def test_every_strategy_trains_as_one_plain_process(values: dict[str, Any], tmp_
 )
 def test_other_architectures_do_so_too(values: dict[str, Any], tmp_path: Path, model: dict[str, Any]) -> None:
     cases = [ParityCase(strategy, 2, 3, "sgd") for strategy in ("ddp", "zero1", "zero3")]
-    cases += [ParityCase(strategy, 2, 3, "sgd", engine="bucketed") for strategy in ("zero2", "zero3")]
+    cases += [ParityCase(strategy, 2, 3, "sgd", backend="bucketed") for strategy in ("zero2", "zero3")]
     rows = run_parity(parse_config(values | {"model": model}, "test"), cases, tmp_path)
     assert [row for row in rows if not row.passed] == []
 
@@ -150,7 +148,7 @@ def test_cases_of_a_package_that_is_missing_are_named(monkeypatch: pytest.Monkey
     monkeypatch.setattr(parity_cases_module, "find_spec", lambda name: None if name == "deepspeed" else object())
     cases = parity_cases([2])
     assert {case.backend for case in cases if case.missing_package == "deepspeed"} == {"deepspeed"}
-    assert {case.backend for case in cases if case.missing_package is None} == {"torch", "accelerate"}
+    assert {case.backend for case in cases if case.missing_package is None} == {"torch", "bucketed", "accelerate"}
 
 
 _GOOD = ParityRow(ParityCase("ddp", 2, 1, "sgd"), 1e-7, 1e-7, 1e-7, [], True, True)
