@@ -3,7 +3,7 @@
 An engine owns the accumulation loop, so that it can decide when gradients travel. The trainer owns the denominator.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -99,8 +99,39 @@ class Engine(Protocol):
             finite, the gradients of all ranks have become NaN.
         """
 
-    def evaluate_batch(self, batch: Batch) -> torch.Tensor:
-        """This rank's evaluation sums for one batch, on the device; every rank must call it equally often."""
+    def train_batch_with_norms(
+        self, micro_batches: Sequence[Batch], denominator: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``train_batch``, and the squared norm of each micro-batch's share of the gradient.
+
+        A share is the gradient of the micro-batch's summed loss over the global denominator: the shares of all ranks
+        add up to the gradient whose norm ``clip_grad_norm`` returns. Every rank must call it.
+
+        Returns:
+            What ``train_batch`` returns, and the squares, fp64 [micro-batches] on the device.
+
+        Raises:
+            UserError: DeepSpeed does not show each micro-batch's own gradient.
+        """
+
+    def local_gradients(self) -> list[torch.Tensor]:
+        """This rank's part of the gradients, live; between ``train_batch`` and ``step``.
+
+        Empty under DeepSpeed, which keeps them to itself.
+        """
+
+    def evaluate(self, batches: Iterable[Batch]) -> list[torch.Tensor]:
+        """Run the evaluation function on one batch after another, without gradients.
+
+        Every rank must call it equally often, with equally many batches.
+
+        Args:
+            batches: on the host or the device; each is asked for when its pass on this rank begins, so that whoever
+                makes it may seed the generators that the pass draws from.
+
+        Returns:
+            This rank's sums for each batch, in their order, on the device.
+        """
 
     def clip_grad_norm(self, max_norm: float) -> torch.Tensor:
         """Scale gradients so that their global L2 norm is at most ``max_norm`` (0: leave them).

@@ -1,6 +1,6 @@
 """What all strategies on torch share: the accumulation loop, agreed skipping, and canonical state."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -44,7 +44,7 @@ class TorchEngine:
         """
         self._model = definition.model
         self._loss = definition.loss
-        self._evaluate = definition.evaluate
+        self._evaluation_sums = definition.evaluate
         self._mesh = mesh
         self._device = device
         self._autocast_dtype = autocast_dtype
@@ -88,23 +88,19 @@ class TorchEngine:
     def train_batch_with_norms(
         self, micro_batches: Sequence[Batch], denominator: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """``train_batch``, and the squared norm of each micro-batch's share of the gradient, fp64 [micro-batches].
-
-        A share is the gradient of the micro-batch's summed loss over the global denominator: the shares of all ranks
-        add up to the gradient whose norm ``clip_grad_norm`` returns.
-        """
+        """See Engine."""
         with self._micro_batch_norms.recording():
             loss_sum = self.train_batch(micro_batches, denominator)
         scale = self._gradient_scale() * (1.0 if self._loss_scaler is None else self._loss_scaler.scale)
         return loss_sum, self._micro_batch_norms.squares() / scale**2
 
-    def evaluate_batch(self, batch: Batch) -> torch.Tensor:
+    def local_gradients(self) -> list[torch.Tensor]:
         """See Engine."""
-        self._model.eval()
-        with torch.no_grad(), self._autocast():
-            sums = self._evaluate(self._model, self._to_device(batch))
-        self._model.train()
-        return sums
+        return [local_tensor(entry.parameter.grad) for entry in self._trainable if entry.parameter.grad is not None]
+
+    def evaluate(self, batches: Iterable[Batch]) -> list[torch.Tensor]:
+        """See Engine."""
+        return [self._evaluate_batch(batch) for batch in batches]
 
     def clip_grad_norm(self, max_norm: float) -> torch.Tensor:
         """See Engine."""
@@ -172,6 +168,13 @@ class TorchEngine:
         """See Engine."""
         return list(self._model.named_parameters())
 
+    def _evaluate_batch(self, batch: Batch) -> torch.Tensor:
+        self._model.eval()
+        with torch.no_grad(), self._autocast():
+            sums = self._evaluation_sums(self._model, self._to_device(batch))
+        self._model.train()
+        return sums
+
     def _forward_module(self) -> nn.Module:
         return self._model
 
@@ -213,10 +216,6 @@ class TorchEngine:
 
     def _to_device(self, batch: Batch) -> Batch:
         return {name: tensor.to(self._device, non_blocking=True) for name, tensor in batch.items()}
-
-    def local_gradients(self) -> list[torch.Tensor]:
-        """This rank's part of the gradients, live; between ``train_batch`` and ``step``."""
-        return [local_tensor(entry.parameter.grad) for entry in self._trainable if entry.parameter.grad is not None]
 
     def _model_slices(self) -> list[TensorSlice]:
         persistent = set(self._model.state_dict().keys())

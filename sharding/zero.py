@@ -99,21 +99,20 @@ class ZeroEngine(TorchEngine):
             must_be_alike=not REDUCES_UNUSED_PARAMETERS,
         )
 
-    def evaluate_batch(self, batch: Batch) -> torch.Tensor:
-        """See Engine."""
-        sums = super().evaluate_batch(batch)
+    def replicas(self) -> Replicas | None:
+        """See Engine; whole parameters are there only while they are used, gathered anew from one rank's each."""
+        if self._strategy != "hsdp" or self._mesh.device_mesh is None:
+            return None
+        return Replicas(self.named_local_shards(), group=self._mesh.device_mesh.get_local_rank(SHARD_AXIS))
+
+    def _evaluate_batch(self, batch: Batch) -> torch.Tensor:
+        sums = super()._evaluate_batch(batch)
         if self._keeps_parameters:
             # No backward pass follows that would free the gathered parameters, and named_parameters() would show
             # them instead of the shards.
             for module in self._sharded_modules:
                 module.reshard()
         return sums
-
-    def replicas(self) -> Replicas | None:
-        """See Engine; whole parameters are there only while they are used, gathered anew from one rank's each."""
-        if self._strategy != "hsdp" or self._mesh.device_mesh is None:
-            return None
-        return Replicas(self.named_local_shards(), group=self._mesh.device_mesh.get_local_rank(SHARD_AXIS))
 
     def _accumulation_context(self, *, is_last: bool) -> AbstractContextManager[Any]:
         for module in self._sharded_modules:

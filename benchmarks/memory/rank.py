@@ -26,7 +26,6 @@ from sharding.ranks.errors import EXIT_FAILED, EXIT_FINISHED
 from sharding.ranks.process_group import Ranks, process_group
 from sharding.ranks.process_lifetime import die_with_parent
 from sharding.state import local_tensor
-from sharding.torch_engine import TorchEngine
 from trainer.config import RunConfig, parse_config
 from trainer.config.rules import accumulation_steps
 from trainer.model.engine import build_model_engine
@@ -174,8 +173,7 @@ def _recorded_step(
     allocations.mark(f"{name} step begins")
     engine.train_batch(batches, sum(batch["labels"].numel() for batch in batches) * ranks.world_size)
     allocations.mark(f"{name} backward done")
-    if isinstance(engine, TorchEngine):
-        allocations.tell("gradients", engine.local_gradients())
+    allocations.tell("gradients", engine.local_gradients())
     engine.clip_grad_norm(config.optimizer.clip_norm)
     engine.step(config.optimizer.lr)
     engine.settle()

@@ -107,13 +107,6 @@ class BucketedEngine(TorchEngine):
         self._gathers.start()
         return stepped
 
-    def evaluate_batch(self, batch: Batch) -> torch.Tensor:
-        """See Engine."""
-        self._gathers.begin_pass(has_gradients=False)
-        sums = super().evaluate_batch(batch)
-        self._gathers.end_pass()
-        return sums
-
     def settle(self) -> None:
         """See Engine; the gathering after a step, and the exchange of what was reached before it."""
         self._gathers.wait()
@@ -150,6 +143,12 @@ class BucketedEngine(TorchEngine):
         self._gathers.wait()
         return self._named()
 
+    def _evaluate_batch(self, batch: Batch) -> torch.Tensor:
+        self._gathers.begin_pass(has_gradients=False)
+        sums = super()._evaluate_batch(batch)
+        self._gathers.end_pass()
+        return sums
+
     def _named(self) -> list[tuple[str, nn.Parameter]]:
         return list(self._model.named_parameters())
 
@@ -177,7 +176,7 @@ class BucketedEngine(TorchEngine):
         """Nothing: the runs' gradients are the buckets' memory."""
 
     def local_gradients(self) -> list[torch.Tensor]:
-        """See TorchEngine; in rows."""
+        """See Engine; in rows."""
         return [piece for entry in self._trainable for piece in _rows(entry.local.grad) if piece.numel()]
 
     def _sum_over_shards(self, squares: torch.Tensor) -> torch.Tensor:

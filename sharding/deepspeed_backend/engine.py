@@ -1,6 +1,6 @@
 """DeepSpeed's ZeRO stages 1 to 3 behind the Engine protocol, with canonical state."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -14,6 +14,7 @@ from sharding.deepspeed_backend.untouched_runs import UntouchedRuns
 from sharding.engine import Batch, ModelDefinition, OptimizedParameter, OptimizerFactory
 from sharding.loss_scaler import LossScaler
 from sharding.mesh import DataParallelMesh
+from sharding.ranks.errors import UserError
 from sharding.reached import ReachedParameters
 from sharding.replicas import Replicas
 from sharding.state import TensorSlice, slice_of, slices_of_flat_range
@@ -93,13 +94,21 @@ class DeepSpeedEngine:
         self._reached.share()
         return total
 
-    def evaluate_batch(self, batch: Batch) -> torch.Tensor:
+    def train_batch_with_norms(
+        self, micro_batches: Sequence[Batch], denominator: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """See Engine."""
-        self._module.eval()
-        with torch.no_grad():
-            sums = self._definition.evaluate(self._module, self._to_device(batch))
-        self._module.train()
-        return sums
+        raise UserError(
+            "parallel.backend=deepspeed does not show each micro-batch's own gradient; use parallel.backend=torch."
+        )
+
+    def local_gradients(self) -> list[torch.Tensor]:
+        """See Engine."""
+        return []
+
+    def evaluate(self, batches: Iterable[Batch]) -> list[torch.Tensor]:
+        """See Engine."""
+        return [self._evaluate_batch(batch) for batch in batches]
 
     def clip_grad_norm(self, max_norm: float) -> torch.Tensor:
         """See Engine; DeepSpeed scales the gradients within its step, to the norm in its configuration."""
@@ -201,6 +210,13 @@ class DeepSpeedEngine:
     def named_parameters(self) -> list[tuple[str, Any]]:
         """See Engine."""
         return list(self._definition.model.named_parameters())
+
+    def _evaluate_batch(self, batch: Batch) -> torch.Tensor:
+        self._module.eval()
+        with torch.no_grad():
+            sums = self._definition.evaluate(self._module, self._to_device(batch))
+        self._module.train()
+        return sums
 
     @property
     def _base_optimizer(self) -> torch.optim.Optimizer:

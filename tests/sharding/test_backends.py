@@ -1,6 +1,7 @@
 """DeepSpeed, Accelerate and our buckets behind the Engine protocol, and fp16 under every engine, on two ranks."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sharding import accelerate_engine
-from sharding.engine import Engine
+from sharding.engine import Batch, Engine
+from sharding.ranks.errors import UserError
 from sharding.ranks.process_group import Ranks
 from sharding.state import TensorSlice, layout_independent_hash, slice_of, slices_of_flat_range
 from tests.sharding.engine_cases import STRATEGIES, num_targets, random_batch, tiny_engine, train_steps
@@ -44,6 +46,41 @@ def _skip_together(ranks: Ranks) -> None:
             for part in engine.state(with_optimizer=False)
             if part.tensor.numel()
         ), (backend, strategy)
+
+
+def _announced(batches: list[Batch], events: list[str]) -> Iterator[Batch]:
+    for batch in batches:
+        events.append("asked for")
+        yield batch
+
+
+def _evaluate_in_order(ranks: Ranks) -> None:
+    for backend, strategy in ALL:
+        engine = tiny_engine(ranks, strategy, backend=backend)
+        train_steps(engine, ranks, num_steps=1)
+        batches = [random_batch(10 * ranks.rank + index) for index in range(3)]
+        alone = [engine.evaluate([batch])[0] for batch in batches]
+        assert not torch.equal(alone[0], alone[1])
+        events: list[str] = []
+        holder: Any = engine
+        model = holder._definition.model if hasattr(engine, "_definition") else holder._model
+        hook = model.register_forward_pre_hook(lambda *_, events=events: events.append("pass"))
+        found = engine.evaluate(_announced(batches, events))
+        hook.remove()
+        # A generator that seeds each pass depends on it.
+        assert events == ["asked for", "pass"] * 3, (backend, strategy)
+        assert all(map(torch.equal, found, alone)), (backend, strategy)
+        assert engine.evaluate([]) == [], (backend, strategy)
+        # Training goes on from there.
+        assert all(map(math.isfinite, train_steps(engine, ranks, num_steps=1))), (backend, strategy)
+        if backend == "deepspeed":
+            assert engine.local_gradients() == []
+            with pytest.raises(UserError, match="deepspeed does not show each micro-batch's own gradient"):
+                engine.train_batch_with_norms(batches, 1)
+
+
+def test_each_batch_is_asked_for_when_its_evaluation_begins() -> None:
+    run_on_ranks(_evaluate_in_order, 2)
 
 
 def _train_on_an_infinite_loss(engine: Engine, ranks: Ranks) -> None:

@@ -107,7 +107,7 @@ def _check(ranks: Ranks, backend: str, strategy: str, skip: Any) -> None:
         engine.step(0.1)
         # The passes of evaluation take turns as well.
         for _ in range(3):
-            engine.evaluate_batch(batches[0])
+            engine.evaluate(batches[:1])
         # Once for all engines.
         expected = _expected(ranks, skip, num_micro_batches)
         for part in engine.state(with_optimizer=False):

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 
 from sharding.engine import Batch, Engine
-from sharding.torch_engine import TorchEngine
 
 _SMOOTHING = 0.9
 
@@ -38,7 +37,7 @@ def train_and_measure(
     """``engine.train_batch`` with a measurement; every rank must call it.
 
     Args:
-        engine: an engine of torch's own or of Accelerate's DDP; ``validate`` refuses others.
+        engine: of any backend but DeepSpeed, which ``validate`` refuses.
         micro_batches: see Engine.
         num_tokens: valid targets of each micro-batch.
         denominator: see Engine.
@@ -46,7 +45,6 @@ def train_and_measure(
     Returns:
         What ``train_batch`` returns, and the measurement.
     """
-    assert isinstance(engine, TorchEngine), "a measurement needs each micro-batch's own gradient"
     loss_sum, shares = engine.train_batch_with_norms(micro_batches, denominator)
     # A share is n / N times the micro-batch's mean gradient, and its weight in the mean is n / N as well.
     counts = torch.tensor([max(count, 1) for count in num_tokens], dtype=torch.float64).to(shares.device)

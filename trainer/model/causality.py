@@ -49,7 +49,8 @@ def check_causality(engine: Engine, config: RunConfig, vocabulary: Vocabulary, r
         batch: Batch = {"input_ids": input_ids, "labels": input_ids, PROBED_POSITION: torch.tensor(border - 1)}
         if config.data.document_mask:
             batch["position_ids"] = columns.contiguous()
-        return engine.evaluate_batch(batch).double().cpu()
+        (found,) = engine.evaluate([batch])
+        return found.double().cpu()
 
     unchanged = logits(tokens)
     by_later = _largest_difference(unchanged, logits(torch.where(columns < border, tokens, others)), ranks)

@@ -48,11 +48,11 @@ def check_engine(engine: Engine, config: RunConfig, task: Task, vocabulary: Voca
     labels = torch.full((rows, length), -100)
     # One target, close to the border, feels a leak most: nearly all that it could see is foreign.
     labels[:, border] = tokens[0, :, (border + 1) % length]
-    losses = []
-    for input_ids in tokens:
-        batch: Batch = {"input_ids": input_ids, "labels": labels.clone(), "position_ids": position_ids}
-        losses.append(engine.evaluate_batch(task.make_batch(batch)).double().cpu())
-    if not torch.allclose(losses[0], losses[1], rtol=_TOLERANCE, atol=0.0):
+    batches: list[Batch] = [
+        {"input_ids": input_ids, "labels": labels.clone(), "position_ids": position_ids} for input_ids in tokens
+    ]
+    one, other = engine.evaluate(task.make_batch(batch) for batch in batches)
+    if not torch.allclose(one.double().cpu(), other.double().cpu(), rtol=_TOLERANCE, atol=0.0):
         raise _refusal(config, "attends across documents all the same")
 
 

@@ -1,6 +1,9 @@
 """The sums of a task's metrics over the held-out split, whose draws belong to samples and not to layouts."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import reduce
+from itertools import chain, count
 
 import torch
 
@@ -44,13 +47,23 @@ class Evaluation:
         Args:
             micro_batches: packed sequences, as ``evaluation_batches`` divides them over ranks.
         """
-        total: torch.Tensor | None = None
+        made = self._made(micro_batches)
+        head = next(made, None)
+        if head is None:
+            return None
+        tried = self._try(head) if self._draws_in_pass is None else []
+        if self._draws_in_pass:
+            sums = [self._sums_by_sample(one) for one in chain([head], made)]
+        else:
+            left = made if tried else chain([head], made)
+            sums = tried + self._engine.evaluate(self._seeded((one.batch, one.first) for one in left))
+        return reduce(torch.add, sums)
+
+    def _made(self, micro_batches: Iterable[Batch]) -> Iterator["_Made"]:
         for index, sequences in enumerate(micro_batches):
             num_rows = len(sequences["input_ids"])
             first = (index * self._ranks.world_size + self._dp_rank) * num_rows
-            sums = self._sums_of(self._make_batch(sequences, first), first, num_rows)
-            total = sums if total is None else total + sums
-        return total
+            yield _Made(self._make_batch(sequences, first), first, num_rows)
 
     def _make_batch(self, sequences: Batch, first: int) -> Batch:
         seed_sample(self._seed, first)
@@ -68,24 +81,36 @@ class Evaluation:
         is_even = all(shape == shapes[0] for shape in shapes) and all(t.ndim for row in rows for t in row.values())
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]} if is_even else batch
 
-    def _sums_of(self, batch: Batch, first: int, num_rows: int) -> torch.Tensor:
-        singles = _rows(batch, num_rows)
-        if self._draws_in_pass and singles is not None:
-            sums = []
-            for row, single in enumerate(singles):
-                seed_sample(self._seed, first + row)
-                sums.append(self._engine.evaluate_batch(single))
-            return torch.stack(sums).sum(dim=0)
-        seed_sample(self._seed, first)
+    def _try(self, made: "_Made") -> list[torch.Tensor]:
+        """Evaluate a batch as it is, and find out whether anything is drawn in its pass, on any rank.
+
+        Once, and alike on all ranks, which must make equally many passes.
+        """
+        seed_sample(self._seed, made.first)
         before = generator_states()
-        sums_of_all = self._engine.evaluate_batch(batch)
-        if self._draws_in_pass is None:
-            # Once, and alike on all ranks, which must make equally many passes.
-            num_drawing = sum_integers_over_ranks(int(generator_states() != before), self._ranks)
-            self._draws_in_pass = num_drawing > 0
-            if self._draws_in_pass:
-                return self._sums_of(batch, first, num_rows)
-        return sums_of_all
+        sums = self._engine.evaluate([made.batch])
+        self._draws_in_pass = sum_integers_over_ranks(int(generator_states() != before), self._ranks) > 0
+        return sums
+
+    def _sums_by_sample(self, made: "_Made") -> torch.Tensor:
+        singles = _rows(made.batch, made.num_rows)
+        seeded = [(made.batch, made.first)] if singles is None else zip(singles, count(made.first), strict=False)
+        return torch.stack(self._engine.evaluate(self._seeded(seeded))).sum(dim=0)
+
+    def _seeded(self, batches: Iterable[tuple[Batch, int]]) -> Iterator[Batch]:
+        """Batches, each with the generators seeded for the sample at its position, when its pass begins."""
+        for batch, position in batches:
+            seed_sample(self._seed, position)
+            yield batch
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A batch as the task has made it, the position of its first sample, and their number."""
+
+    batch: Batch
+    first: int
+    num_rows: int
 
 
 def _rows(batch: Batch, num_rows: int) -> list[Batch] | None:

@@ -143,7 +143,7 @@ def _check_memory(ranks: Ranks, engine: BucketedEngine, strategy: str) -> None:
     if strategy == "zero3":
         blocks = [f"model.layers.{index}." for index in range(TINY_MODEL["config"]["num_hidden_layers"])]
         assert len(blocks) > 1
-        engine.evaluate_batch(random_batch(0))
+        engine.evaluate([random_batch(0)])
         for bucket in engine._buckets:
             assert len({name for m in bucket.members for name in blocks if m.name.startswith(name)}) <= 1
             is_later = any(member.name.startswith(name) for member in bucket.members for name in blocks[1:])
@@ -189,7 +189,7 @@ def _check_norms(ranks: Ranks, strategy: str) -> None:
     batches = [random_batch(index) for index in range(2)]
     found = []
     for engine in (_engine(ranks, "ddp"), _bucketed(ranks, strategy)):
-        _, squares = engine.train_batch_with_norms(batches, num_targets(batches, ranks.world_size))  # type: ignore[attr-defined]
+        _, squares = engine.train_batch_with_norms(batches, num_targets(batches, ranks.world_size))
         found.append([float(engine.clip_grad_norm(0.1)), *squares.tolist()])
         # After clipping.
         found[-1].append(float(engine.clip_grad_norm(0.0)))

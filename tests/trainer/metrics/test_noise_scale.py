@@ -121,7 +121,7 @@ def _shares_in_one_process(ranks: Ranks, folder: Any) -> None:
     for settings in ({}, {"activation_checkpointing": {"mode": "full"}}):
         engine = tiny_engine(ranks, "none", **settings)
         expected = _own_gradients(engine._model, engine._loss, _BATCHES, sum(_COUNTS))  # type: ignore[attr-defined]
-        _, shares = engine.train_batch_with_norms(_BATCHES, sum(_COUNTS))  # type: ignore[attr-defined]
+        _, shares = engine.train_batch_with_norms(_BATCHES, sum(_COUNTS))
         # The embedding is tied to the output: a hook that fired at each use would count it twice.
         assert shares.tolist() == pytest.approx(expected, rel=1e-5), settings
         engine.clip_grad_norm(1.0)
@@ -130,7 +130,7 @@ def _shares_in_one_process(ranks: Ranks, folder: Any) -> None:
     untied = {"model": {"architecture": "llama", "config": _untied()}}
     engine = tiny_engine(ranks, "none", **untied)
     expected = _own_gradients(engine._model, engine._loss, _BATCHES, sum(_COUNTS))  # type: ignore[attr-defined]
-    _, shares = engine.train_batch_with_norms(_BATCHES, sum(_COUNTS))  # type: ignore[attr-defined]
+    _, shares = engine.train_batch_with_norms(_BATCHES, sum(_COUNTS))
     assert shares.tolist() == pytest.approx(expected, rel=1e-5)
 
 

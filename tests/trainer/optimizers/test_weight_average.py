@@ -30,7 +30,8 @@ def _copies(shards: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _evaluate(engine: Engine, batch: Batch) -> list[float]:
-    return engine.evaluate_batch(batch).tolist()
+    (sums,) = engine.evaluate([batch])
+    return sums.tolist()
 
 
 def _average_on_ranks(ranks: Ranks) -> None:
