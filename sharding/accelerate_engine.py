@@ -12,11 +12,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sharding.blocks import find_blocks, sharding_units
 from sharding.ddp import DdpEngine
-from sharding.engine import ModelDefinition, OptimizerFactory
+from sharding.engine import Engine, ModelDefinition, OptimizerFactory
+from sharding.engine_builder import EngineParts
 from sharding.loss_scaler import LossScaler
 from sharding.mesh import DataParallelMesh
+from sharding.pass_agreement import compare_passes
 from sharding.ranks.errors import UserError
-from sharding.zero import ZeroEngine
+from sharding.recurrent_weights import leave_recurrent_weights_alone
+from sharding.zero import REDUCES_UNUSED_PARAMETERS, ZeroEngine
 
 
 class AccelerateDdpEngine(DdpEngine):
@@ -92,6 +95,27 @@ class AccelerateZero3Engine(ZeroEngine):
 
     def _backward(self, loss: torch.Tensor) -> None:
         self._accelerator.backward(loss)
+
+
+class AccelerateZero3Builder:
+    """Builds Accelerate's zero3: its plugin is given the whole model."""
+
+    def __init__(self, parts: EngineParts) -> None:
+        """Bind to the parts."""
+        self._parts = parts
+
+    def prepare_block(self, name: str, block: nn.Module) -> None:
+        """See EngineBuilder."""
+        leave_recurrent_weights_alone(block)
+
+    def finish(self, model: nn.Module) -> Engine:
+        """See EngineBuilder."""
+        leave_recurrent_weights_alone(model)
+        parts = self._parts
+        definition = compare_passes(parts, parts.blocks, compares_parameters=not REDUCES_UNUSED_PARAMETERS)
+        return AccelerateZero3Engine(
+            definition, parts.mesh, parts.device, parts.dtype, parts.build_optimizer, parts.loss_scaler
+        )
 
 
 def fsdp_accelerator(device: torch.device, dtype: torch.dtype, block_classes: Sequence[str]) -> Any:

@@ -42,6 +42,14 @@ def sharding_units(model: nn.Module, blocks: Sequence[nn.Module]) -> list[list[n
     return [members for _, members in units if model not in members]
 
 
+def units_by_last_block(model: nn.Module, blocks: Sequence[nn.Module]) -> dict[int, list[nn.Module]]:
+    """``sharding_units`` by the id of the block that comes last in each.
+
+    Each block that shares a parameter draws its initial values anew, so a unit is complete with its last block.
+    """
+    return {id(members[-1]): members for members in sharding_units(model, blocks)}
+
+
 def modules_outside(model: nn.Module, blocks: Iterable[nn.Module]) -> list[nn.Module]:
     """The modules of a model that are neither blocks nor in one."""
     inside = {id(module) for block in blocks for module in block.modules()}

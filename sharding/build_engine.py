@@ -1,20 +1,27 @@
 """From a model on the meta device to an engine: the one place that knows the order of things."""
 
-from dataclasses import replace
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
-from sharding.accelerate_engine import AccelerateDdpEngine, AccelerateZero3Engine
+from sharding.accelerate_engine import AccelerateDdpEngine, AccelerateZero3Builder
 from sharding.activation_checkpointing import checkpoint_activations
-from sharding.blocks import find_blocks, modules_outside, refuse_scattered_layers, sharding_units
-from sharding.bucketed.block_gathers import BlockBuckets
-from sharding.bucketed.engine import BucketedEngine
-from sharding.config import ActivationCheckpointingConfig, CompileConfig, ParallelConfig, PrecisionConfig
+from sharding.blocks import find_blocks, refuse_scattered_layers
+from sharding.bucketed.builder import BucketedBuilder, BucketedZero3Builder
+from sharding.config import (
+    ActivationCheckpointingConfig,
+    Backend,
+    CompileConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    Strategy,
+)
 from sharding.ddp import DdpEngine
-from sharding.deepspeed_backend.engine import DeepSpeedEngine
-from sharding.deepspeed_backend.library import BlockPartitioner
+from sharding.deepspeed_backend.builder import DeepSpeedBuilder, DeepSpeedZero3Builder
 from sharding.engine import Engine, ModelDefinition, OptimizerFactory
+from sharding.engine_builder import EngineBuilder, EngineParts, WholeModelBuilder
 from sharding.float8 import check_float8, convert_linear_layers
 from sharding.initialization import (
     Materializer,
@@ -25,13 +32,26 @@ from sharding.initialization import (
     initialize_tree,
 )
 from sharding.loss_scaler import LossScaler
-from sharding.memory_formula import BUCKET_ELEMENTS
 from sharding.mesh import DataParallelMesh
-from sharding.pass_agreement import PassAgreement
 from sharding.precision import compute_dtype
 from sharding.ranks.errors import UserError
 from sharding.torch_engine import TorchEngine
-from sharding.zero import REDUCES_UNUSED_PARAMETERS, ZeroEngine, refuse_scalars, shard_modules
+from sharding.zero import FullyShardBuilder
+
+BUILDERS: dict[Backend, dict[Strategy, Callable[[EngineParts], EngineBuilder]]] = {
+    "torch": {
+        "none": partial(WholeModelBuilder, TorchEngine),
+        "ddp": partial(WholeModelBuilder, DdpEngine),
+        "zero1": FullyShardBuilder,
+        "zero2": FullyShardBuilder,
+        "zero3": FullyShardBuilder,
+        "hsdp": FullyShardBuilder,
+    },
+    "bucketed": {"zero1": BucketedBuilder, "zero2": BucketedBuilder, "zero3": BucketedZero3Builder},
+    "deepspeed": {"zero1": DeepSpeedBuilder, "zero2": DeepSpeedBuilder, "zero3": DeepSpeedZero3Builder},
+    "accelerate": {"ddp": partial(WholeModelBuilder, AccelerateDdpEngine), "zero3": AccelerateZero3Builder},
+}
+"""Who lays the model on ranks, for every pair that there is."""
 
 
 def build_engine(
@@ -72,21 +92,22 @@ def build_engine(
     blocks = find_blocks(model)
     if mesh.dp_degree > 1:
         refuse_scattered_layers(model, parallel.strategy)
-    materializer = Materializer(device)
-    shards = parallel.backend == "torch" and parallel.strategy not in ("none", "ddp")
-    partitions = parallel.backend == "deepspeed" and parallel.strategy == "zero3"
-
-    block_buckets = None
-    if parallel.backend == "bucketed" and parallel.strategy == "zero3":
-        block_buckets = BlockBuckets(model, mesh, dtype, BUCKET_ELEMENTS[device.type])
-    if shards:
-        refuse_scalars(model, parallel.strategy)
-    partitioner = BlockPartitioner(deepspeed_settings, model, mesh.dp_degree) if partitions else None
-
+    parts = EngineParts(
+        definition=definition,
+        blocks=blocks,
+        mesh=mesh,
+        device=device,
+        dtype=dtype,
+        build_optimizer=build_optimizer,
+        parallel=parallel,
+        loss_scaler=LossScaler(precision, device) if dtype is torch.float16 else None,
+        deepspeed_settings=deepspeed_settings,
+    )
+    builder = BUILDERS[parallel.backend][parallel.strategy](parts)
     if precision.compute == "fp8":
         check_float8(model, precision.fp8_recipe, device)
     model.train()
-    units = {id(members[-1]): members for members in sharding_units(model, [block for _, block in blocks])}
+    materializer = Materializer(device)
     for index, (name, block) in enumerate(blocks):
         for module in block.modules():
             materializer.materialize(module)
@@ -95,85 +116,11 @@ def build_engine(
         if precision.compute == "fp8":
             convert_linear_layers(block, precision.fp8_recipe, device)
         checkpoint_activations(block, index, activation_checkpointing)
-        if parallel.strategy not in ("none", "ddp"):
-            _leave_recurrent_weights_alone(block)
         if compilation.enabled:
             block.compile(mode=None if compilation.mode == "default" else compilation.mode)
-        # What blocks share is drawn anew by each of them: not before the last one.
-        unit = units.get(id(block), [])
-        if shards and unit:
-            shard_modules(unit, mesh, parallel.strategy, dtype)
-        if partitioner is not None:
-            for member in unit:
-                partitioner.partition(member)
-        if block_buckets is not None:
-            block_buckets.add(name, block)
-
+        builder.prepare_block(name, block)
     _initialize_outside_blocks(definition, materializer, {id(block) for _, block in blocks})
-    if parallel.strategy not in ("none", "ddp"):
-        _leave_recurrent_weights_alone(model)
-    loss_scaler = LossScaler(precision, device) if dtype is torch.float16 else None
-    if shards:
-        shard_modules([model], mesh, parallel.strategy, dtype)
-    definition = _compare_passes(definition, blocks, mesh, parallel)
-    if shards:
-        return ZeroEngine(definition, mesh, device, parallel.strategy, build_optimizer, loss_scaler)
-    autocast_dtype = None if dtype is torch.float32 else dtype
-    if parallel.backend == "bucketed":
-        return BucketedEngine(
-            definition, mesh, device, parallel.strategy, autocast_dtype, build_optimizer, loss_scaler, block_buckets
-        )
-    if parallel.backend == "deepspeed":
-        return DeepSpeedEngine(
-            definition, mesh, device, autocast_dtype, build_optimizer, deepspeed_settings, loss_scaler
-        )
-    if parallel.backend == "accelerate" and parallel.strategy == "zero3":
-        return AccelerateZero3Engine(definition, mesh, device, dtype, build_optimizer, loss_scaler)
-    engine = {"none": TorchEngine, "ddp": AccelerateDdpEngine if parallel.backend == "accelerate" else DdpEngine}
-    return engine[parallel.strategy](definition, mesh, device, autocast_dtype, build_optimizer, loss_scaler)
-
-
-def _leave_recurrent_weights_alone(module: torch.nn.Module) -> None:
-    """Keep recurrent layers from copying their weights into one piece of memory, as cuDNN likes them.
-
-    The copy is made at the first forward pass on a GPU, and the layer computes with it from then on. What is gathered
-    or updated afterwards in the memory that the strategy manages would no longer reach it.
-    """
-    for recurrent in module.modules():
-        if isinstance(recurrent, torch.nn.RNNBase):
-            recurrent.flatten_parameters = lambda: None  # type: ignore[method-assign]
-
-
-def _compare_passes(
-    definition: ModelDefinition,
-    blocks: list[tuple[str, torch.nn.Module]],
-    mesh: DataParallelMesh,
-    parallel: ParallelConfig,
-) -> ModelDefinition:
-    """Let ranks compare their first passes, where a collective of one is taken for that of another if they differ."""
-    if mesh.dp_degree == 1 or parallel.strategy in ("none", "ddp") or parallel.backend == "bucketed":
-        return definition
-    is_deepspeed = parallel.backend == "deepspeed"
-    agreement = PassAgreement(
-        definition.model,
-        _gathered_when_called(definition.model, blocks, parallel),
-        f"parallel.backend={parallel.backend} with parallel.strategy={parallel.strategy}",
-        compares_parameters=is_deepspeed or not REDUCES_UNUSED_PARAMETERS,
-    )
-    return replace(definition, loss=agreement.watch(definition.loss))
-
-
-def _gathered_when_called(
-    model: torch.nn.Module, blocks: list[tuple[str, torch.nn.Module]], parallel: ParallelConfig
-) -> list[tuple[str, torch.nn.Module]]:
-    """Modules at whose call parameters are gathered, apart from the model itself."""
-    if parallel.backend != "deepspeed":
-        return blocks
-    if parallel.strategy != "zero3":
-        return []
-    outside = modules_outside(model, [block for _, block in blocks])
-    own = {id(module) for module in outside if next(module.parameters(recurse=False), None) is not None}
-    return [*blocks, *((name, module) for name, module in model.named_modules() if id(module) in own)]
+    return builder.finish(model)
 
 
 def _initialize_outside_blocks(definition: ModelDefinition, materializer: Materializer, block_ids: set[int]) -> None:

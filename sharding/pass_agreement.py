@@ -5,17 +5,37 @@ for their own: blocks of one size give wrong numbers without a word, others hang
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from sharding.engine import Batch, LossFunction
+from sharding.engine import Batch, LossFunction, ModelDefinition
+from sharding.engine_builder import EngineParts
 from sharding.graph_leaves import leaves_of
 from sharding.ranks.errors import UserError
 
 _NUM_PASSES = 8
 """Forward passes that are compared; a model that draws or decides what it runs does so from the first on."""
+
+
+def compare_passes(
+    parts: EngineParts, gathered: Sequence[tuple[str, nn.Module]], *, compares_parameters: bool
+) -> ModelDefinition:
+    """The definition of a model with a loss whose first passes ranks compare; as it is where there is one rank.
+
+    Args:
+        parts: the model, and how it lies on ranks.
+        gathered: see PassAgreement.
+        compares_parameters: see PassAgreement.
+    """
+    definition, parallel = parts.definition, parts.parallel
+    if parts.mesh.dp_degree == 1:
+        return definition
+    setting = f"parallel.backend={parallel.backend} with parallel.strategy={parallel.strategy}"
+    agreement = PassAgreement(definition.model, gathered, setting, compares_parameters=compares_parameters)
+    return replace(definition, loss=agreement.watch(definition.loss))
 
 
 class PassAgreement:

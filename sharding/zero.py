@@ -14,13 +14,17 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from sharding.blocks import units_by_last_block
 from sharding.config import Strategy
-from sharding.engine import Batch, ModelDefinition, OptimizerFactory
+from sharding.engine import Batch, Engine, ModelDefinition, OptimizerFactory
+from sharding.engine_builder import EngineParts
 from sharding.gradient_leaves import gradient_leaves
 from sharding.loss_scaler import LossScaler
 from sharding.mesh import SHARD_AXIS, DataParallelMesh
+from sharding.pass_agreement import compare_passes
 from sharding.ranks.errors import UserError
 from sharding.reached import ReachedParameters
+from sharding.recurrent_weights import leave_recurrent_weights_alone
 from sharding.replicas import Replicas
 from sharding.torch_engine import TorchEngine, sum_over
 
@@ -127,3 +131,36 @@ class ZeroEngine(TorchEngine):
 
     def _sum_over_shards(self, squares: torch.Tensor) -> torch.Tensor:
         return sum_over(self._mesh.shard_group, squares)
+
+
+class FullyShardBuilder:
+    """Builds zero1 to zero3 and hsdp of torch: each block is sharded by itself, and then the model."""
+
+    def __init__(self, parts: EngineParts) -> None:
+        """Look at the model.
+
+        Raises:
+            UserError: it has parameters without rows.
+        """
+        refuse_scalars(parts.definition.model, parts.parallel.strategy)
+        self._parts = parts
+        self._units = units_by_last_block(parts.definition.model, [block for _, block in parts.blocks])
+
+    def prepare_block(self, name: str, block: nn.Module) -> None:
+        """See EngineBuilder; blocks that share parameters are sharded together, after the last of them."""
+        leave_recurrent_weights_alone(block)
+        if unit := self._units.get(id(block)):
+            self._shard(unit)
+
+    def finish(self, model: nn.Module) -> Engine:
+        """See EngineBuilder."""
+        leave_recurrent_weights_alone(model)
+        self._shard([model])
+        parts = self._parts
+        definition = compare_passes(parts, parts.blocks, compares_parameters=not REDUCES_UNUSED_PARAMETERS)
+        return ZeroEngine(
+            definition, parts.mesh, parts.device, parts.parallel.strategy, parts.build_optimizer, parts.loss_scaler
+        )
+
+    def _shard(self, modules: Sequence[nn.Module]) -> None:
+        shard_modules(modules, self._parts.mesh, self._parts.parallel.strategy, self._parts.dtype)
