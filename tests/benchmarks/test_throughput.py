@@ -7,6 +7,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import yaml
 
 from benchmarks.measure.ladder import LADDER, Machine, rung_config
 from benchmarks.measure.sizes import SIZES, Size
@@ -76,6 +77,21 @@ def test_a_file_of_ones_own_keeps_its_batch_and_has_the_vocabulary_of_its_tokeni
     config = rung_config(_RUNGS["+ padded vocabulary"], own, [], [], machine, 10)
     assert (config.batch.global_size, config.model.vocab_multiple) == (32, 128)
     assert rung_config(LADDER[0], replace(own, has_own_batch=False), [], [], machine, 10).batch.global_size == 16
+
+
+def test_a_files_own_backend_is_not_taken_for_a_rung(tmp_path: Path) -> None:
+    own = Size(tmp_path / "own.yaml", has_own_batch=True)
+    values = yaml.safe_load(SIZES["quickstart"].config.read_text())
+    for key, backend, beneath in (
+        ("backend", "bucketed", "torch"),
+        ("engine", "bucketed", "torch"),
+        ("backend", "deepspeed", "deepspeed"),
+    ):
+        own.config.write_text(yaml.safe_dump(values | {"parallel": {key: backend}}))
+        lowest = rung_config(LADDER[0], own, [], [], _CPU, 10)
+        assert lowest.parallel.backend == beneath
+    with pytest.raises(UserError, match="backend=deepspeed has no exchange but its own"):
+        rung_config(_RUNGS["+ bucketed engine"], own, [], [], _CPU, 10)
 
 
 def _rung(name: str, *, is_kept: bool, wall_s: list[float], data_wait_s: float = 0.0) -> list[dict[str, Any]]:
