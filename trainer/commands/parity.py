@@ -72,7 +72,8 @@ def print_table(rows: Sequence[ParityRow], console: Console) -> None:
     )
     for row in rows:
         for problem in _problems(row):
-            console.print(f"{row.case.label}: {problem}")
+            # gloo's own messages begin with a path in brackets, which would be taken for a style.
+            console.print(f"{row.case.label}: {problem}", markup=False)
 
 
 def print_refusals(console: Console) -> None:

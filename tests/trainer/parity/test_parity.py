@@ -101,7 +101,7 @@ def test_a_loss_in_chunks_is_the_same_under_every_mechanism(values: dict[str, An
     # A chunk of 7 does not divide the positions of any micro-batch.
     config = parse_config(values | {"task": {"loss_chunk_tokens": 7}}, "test")
     cases = [case for case in parity_cases([2], ()) if case.accumulation_steps > 1]
-    assert len({(case.mechanism, case.strategy) for case in cases}) == len(cases) == 11
+    assert len({(case.backend, case.strategy) for case in cases}) == len(cases) == 11
     rows = run_parity(config, cases, tmp_path)
     assert [row for row in rows if not row.passed] == []
 
@@ -171,3 +171,10 @@ def test_a_row_passes_only_inside_every_tolerance() -> None:
 def test_what_is_not_a_number_is_no_small_difference() -> None:
     assert math.isnan(_relative([1.0, math.nan], [1.0, 1.0]))
     assert _relative([1.0, 3.0], [1.0, 2.0]) == 0.5
+
+
+def test_what_a_library_says_of_a_failure_is_shown_as_it_is() -> None:
+    said = "rank 0: RuntimeError: [/src/gloo/transport/tcp/pair.cc:553] Connection closed by peer"
+    console = Console(file=io.StringIO(), width=200)
+    print_table([replace(_GOOD, failure=said)], console)
+    assert said in console.file.getvalue()  # type: ignore[attr-defined]
