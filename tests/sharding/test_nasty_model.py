@@ -37,8 +37,9 @@ def _check(ranks: Ranks, root: Path, cases: tuple[tuple[str, str], ...]) -> None
     """Train, save, go on; and go on from what was saved, by the same engine and by one plain process."""
     for backend, strategy in cases:
         case, folder = (backend, strategy, ranks.world_size), root / f"{backend}-{strategy}-{ranks.world_size}"
+        nasty_model.save(nasty_model.nasty_engine(ranks, backend, strategy), folder / "initial", ranks)
+        # Saved for the first time after steps, when the optimizer has no state of what never had a gradient.
         engine = nasty_model.nasty_engine(ranks, backend, strategy)
-        nasty_model.save(engine, folder / "initial", ranks)
         nasty_model.train(engine, ranks, range(2))
         nasty_model.save(engine, folder / "middle", ranks)
         middle = nasty_model.state_hash(engine, ranks)
