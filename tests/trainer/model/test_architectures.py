@@ -151,6 +151,9 @@ def test_heads_that_differ_between_layers_are_counted() -> None:
     widths = [layer.num_attention_heads * layer.head_dim for layer in config.per_layer_config]
     assert len(set(widths)) > 1
     assert model_facts(model, config).attention_width == sum(widths) // 6
+    # The whole has none of these fields then, nor an answer for whoever asks it.
+    config, _ = _build(architecture="dots3_note_text", config={"num_hidden_layers": 6})
+    assert len({layer.num_attention_heads for layer in config.per_layer_config}) > 1
 
 
 class _Stock(nn.Module):
