@@ -3,12 +3,12 @@
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 
 import pytest
 
 from launcher.rank_exits import RankExits, RankFailure, root_cause
+from tests.support import wait_until
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -29,12 +29,28 @@ def start(rank: str, program: str) -> subprocess.Popen[bytes]:
     )
 
 
-def end(process: subprocess.Popen[bytes], exits: RankExits) -> None:
+def find(exits: RankExits, *ranks: int) -> None:
+    """Look until these are seen: a process that was only just started may still have its parent's environment."""
+
+    def all_are_found() -> bool:
+        exits.wait(0.0)
+        return set(ranks) <= exits.pids.keys()
+
+    wait_until(all_are_found, what=f"ranks {ranks}")
+
+
+def end(process: subprocess.Popen[bytes], exits: RankExits, rank: int | None = None) -> None:
+    """Let a process end, and have a rank's end seen before this process, its parent, takes its status."""
     assert process.stdin is not None
     process.stdin.write(b"x")
     process.stdin.close()
-    # Long enough to see it, and before its parent, which is this process, takes its status.
-    exits.wait(1.0)
+    if rank is not None:
+
+        def is_seen() -> bool:
+            exits.wait(0.02)
+            return rank in exits.ends
+
+        wait_until(is_seen, what=f"the end of rank {rank}")
     process.wait()
 
 
@@ -42,32 +58,31 @@ def test_the_first_to_fail_stays_the_first(exits: RankExits) -> None:
     programs = ["pass", "sys.exit(75)", "sys.exit(3)", "os.kill(os.getpid(), 9)"]
     ranks = [start(str(rank), program) for rank, program in enumerate(programs)]
     helper = start("", "sys.exit(1)")
-    time.sleep(0.5)
-    exits.wait(0.0)
-    for process in (helper, ranks[0], ranks[1]):
-        end(process, exits)
+    find(exits, 0, 1, 2, 3)
+    end(helper, exits)
+    end(ranks[0], exits, 0)
+    end(ranks[1], exits, 1)
     # Ends that are no failure, and a child that is no rank.
     assert exits.first_failure is None
-    end(ranks[2], exits)
+    end(ranks[2], exits, 2)
     assert exits.first_failure == RankFailure(2, 3)
-    end(ranks[3], exits)
+    end(ranks[3], exits, 3)
     assert exits.first_failure == RankFailure(2, 3)
 
 
 def test_a_signal_is_a_negative_status(exits: RankExits) -> None:
     rank = start("5", "os.kill(os.getpid(), 11)")
-    time.sleep(0.5)
-    exits.wait(0.0)
-    end(rank, exits)
+    find(exits, 5)
+    end(rank, exits, 5)
     assert exits.first_failure == RankFailure(5, -11)
 
 
 def test_what_happens_after_closing_is_not_noted(exits: RankExits) -> None:
     rank = start("0", "sys.exit(1)")
-    time.sleep(0.5)
-    exits.wait(0.0)
+    find(exits, 0)
     exits.close()
     end(rank, exits)
+    exits.wait(0.0)
     assert exits.first_failure is None
 
 

@@ -1,18 +1,40 @@
 """Loops that take one step when it is their turn."""
 
 import threading
-import time
+from dataclasses import dataclass
 
 import pytest
 
+from benchmarks.measure import turns as turns_module
 from benchmarks.measure.turns import StepEdge, Turns
 
 
-def _sleeper(done: list[str], name: str, seconds: float):
+@dataclass
+class Clock:
+    """Time that passes when a test says so; one contestant runs at a time, so nobody else moves it."""
+
+    wall_s: float = 1000.0
+    cpu_s: float = 10.0
+
+    def perf_counter(self) -> float:
+        return self.wall_s
+
+    def process_time(self) -> float:
+        return self.cpu_s
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(turns_module, "time", clock)
+    return clock
+
+
+def _worker(clock: Clock, done: list[str], name: str, seconds: float):
     def run(step_edge: StepEdge) -> None:
         try:
             while True:
-                time.sleep(seconds)
+                clock.wall_s += seconds
                 done.append(name)
                 step_edge()
         finally:
@@ -21,65 +43,74 @@ def _sleeper(done: list[str], name: str, seconds: float):
     return run
 
 
-def test_steps_happen_in_turn_and_only_they_are_timed() -> None:
+def test_steps_happen_in_turn_and_only_they_are_timed(clock: Clock) -> None:
     done: list[str] = []
-    short = Turns(_sleeper(done, "short", 0.01), lambda: None)
-    long = Turns(_sleeper(done, "long", 0.1), lambda: None)
-    long_s = [long.take().wall_s, long.take().wall_s]
+    short = Turns(_worker(clock, done, "short", 0.25), lambda: None)
+    long = Turns(_worker(clock, done, "long", 2.0), lambda: None)
+    assert [long.take().wall_s, long.take().wall_s] == [2.0, 2.0]
     assert done == ["long", "long"]
-    short_s = short.take().wall_s
-    assert done == ["long", "long", "short"]
-    assert min(long_s) >= 0.1
     # It had waited for the other's two steps.
-    assert 0.01 <= short_s < 0.1
+    assert short.take().wall_s == 0.25
+    assert done == ["long", "long", "short"]
     short.end()
     long.end()
     assert done[3:] == ["short ended", "long ended"]
     assert not any(thread.name == "contestant" for thread in threading.enumerate())
 
 
-def test_a_turn_of_several_steps_is_waited_for_once_and_can_be_watched() -> None:
+def test_a_turn_of_several_steps_is_waited_for_once_and_can_be_watched(clock: Clock) -> None:
     class Watch:
         def begin(self) -> None:
+            # Before the time of the turn.
+            clock.wall_s += 100.0
             done.append("begin")
 
         def edge(self) -> None:
             done.append("edge")
 
         def end(self) -> None:
+            # After it.
+            clock.wall_s += 100.0
             done.append("end")
 
     done: list[str] = []
-    turns = Turns(_sleeper(done, "step", 0.02), lambda: done.append("waited"))
+    turns = Turns(_worker(clock, done, "step", 0.5), lambda: done.append("waited"))
     step = turns.take(3, Watch())
     assert done == ["begin", *["step", "edge"] * 3, "waited", "end"]
     # A mean over the three.
-    assert 0.02 <= step.wall_s < 0.05
+    assert step.wall_s == 0.5
     turns.take()
     assert done[-2:] == ["step", "waited"]
     turns.end()
 
 
-def test_device_is_waited_for_inside_the_step() -> None:
-    turns = Turns(_sleeper([], "one", 0.0), lambda: time.sleep(0.05))
-    assert turns.take().wall_s >= 0.05
+def test_device_is_waited_for_inside_the_step(clock: Clock) -> None:
+    def wait() -> None:
+        clock.wall_s += 0.25
+
+    turns = Turns(_worker(clock, [], "one", 0.5), wait)
+    assert turns.take().wall_s == 0.75
     turns.end()
 
 
-def test_processor_time_leaves_waiting_out() -> None:
+def test_processor_time_leaves_waiting_out(clock: Clock) -> None:
     def run(step_edge: StepEdge) -> None:
         while True:
-            time.sleep(0.1)
-            until = time.process_time() + 0.05
-            while time.process_time() < until:
-                pass
+            clock.wall_s += 0.75
+            clock.cpu_s += 0.25
             step_edge()
 
     turns = Turns(run, lambda: None)
     step = turns.take()
     turns.end()
-    assert 0.05 <= step.cpu_s < 0.1
-    assert step.wall_s >= 0.15
+    assert (step.wall_s, step.cpu_s) == (0.75, 0.25)
+
+
+def test_the_clocks_are_those_of_wall_and_of_this_process() -> None:
+    assert turns_module.time.perf_counter() > 0
+    began_s = turns_module.time.process_time()
+    while turns_module.time.process_time() == began_s:
+        pass
 
 
 def test_what_ends_a_loop_is_raised() -> None:
