@@ -60,12 +60,13 @@ def load_tokenizer(name: str, setting: str = "data.tokenizer") -> "PreTrainedTok
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     remedy = f"name the folder of a tokenizer as data.tokenizer, or {TRAINED} for a model that begins from nothing"
+    if name.startswith((".", "/", "~")) and not Path(name).expanduser().exists():
+        # Not left to transformers, which would ask the hub for it, and without a network again and again.
+        raise UserError(f"{setting}={name} cannot be loaded (there is no such folder); {remedy}.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(Path(name).expanduser()), trust_remote_code=False)
     except Exception as error:  # noqa: BLE001 - transformers raises many kinds for a missing or broken tokenizer
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if name.startswith((".", "/", "~")) and not Path(name).expanduser().exists():
-            reason = "there is no such folder"
         raise UserError(f"{setting}={name} cannot be loaded ({reason}); {remedy}.") from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"{setting}={name} has no fast tokenizer; {remedy}.")

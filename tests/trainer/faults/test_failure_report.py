@@ -51,7 +51,7 @@ def test_an_error_goes_before_what_it_does_to_the_others(run_dir: Path) -> None:
     failure = build_failure(Sources(run_dir, 1, outcome(PEER_GONE, 0), ends={1: ProcessEnd(1, 5.0)}, first=1))
     assert (failure.kind, failure.rank, failure.step, failure.phase) == (FailureKind.EXCEPTION, 1, 7, Phase.AGREE)
     assert failure.where is not None
-    assert failure.where.startswith("trainer/test_failure_report.py:")
+    assert failure.where.startswith("faults/test_failure_report.py:")
     assert failure.signature == f"exception ZeroDivisionError at {failure.where} in step 7"
     assert [state.role for state in failure.ranks] == ["running", "first"]
     assert any("ZeroDivisionError: by zero" in one.text for one in failure.evidence)
