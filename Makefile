@@ -6,7 +6,7 @@ TESTS_STAMP := $(VENV)/.shardline-tests
 QUICKSTART := runs/quickstart
 PROMPT = $$(printf 'class Reader:\n    """Reads lines from a file."""\n\n    def __init__(self, ')
 
-.PHONY: setup quickstart test test-runs test-parts check soak
+.PHONY: setup quickstart test test-trainer test-runs test-parts test-slurm check soak
 
 setup: $(STAMP)
 
@@ -34,19 +34,30 @@ check: $(TESTS_STAMP)
 	$(BIN)/mypy
 	$(BIN)/python -m trainer.config.reference --check
 
-# Whole runs on one core, parts and some runs on the other: processes that are starting wait more than they compute.
-RUNS_BESIDE_PARTS := tests/e2e/test_bad_input.py
-PARTS := $(filter-out tests/e2e tests/slurm tests/__pycache__,$(patsubst %/,%,$(wildcard tests/*/)))
+# Two at a time, the longest first, so that both cores are busy to the end. Where there are more cores, each group is
+# spread over half of them; jobs of Slurm stay together, on one cluster.
+TEST_GROUPS := test-trainer test-runs test-parts test-slurm
+CORES := $(shell nproc)
+SPREAD := $(shell [ $(CORES) -lt 4 ] || echo --numprocesses=$$(($(CORES) / 2 < 8 ? $(CORES) / 2 : 8)) --dist=loadfile)
+PYTEST := $(BIN)/python -m pytest -m "not slow" --durations=40
+PARTS := $(filter-out tests/trainer tests/e2e tests/slurm tests/__pycache__,$(patsubst %/,%,$(wildcard tests/*/)))
 
-test: check
-	@$(MAKE) --no-print-directory -j 2 --keep-going test-runs test-parts
+test:
+	@$(MAKE) --no-print-directory $(TESTS_STAMP)
+	@$(MAKE) --no-print-directory -j 2 --keep-going $(TEST_GROUPS) check
+
+test-trainer: $(TESTS_STAMP)
+	$(PYTEST) $(SPREAD) tests/trainer
 
 test-runs: $(TESTS_STAMP)
-	$(BIN)/python -m pytest -m "not slow" tests/e2e tests/slurm $(addprefix --ignore=,$(RUNS_BESIDE_PARTS))
+	$(PYTEST) $(SPREAD) tests/e2e
 
 test-parts: $(TESTS_STAMP)
-	$(BIN)/python -m pytest -m "not slow" $(PARTS) $(wildcard tests/test_*.py) $(RUNS_BESIDE_PARTS)
+	$(PYTEST) $(SPREAD) $(PARTS) $(wildcard tests/test_*.py)
+
+test-slurm: $(TESTS_STAMP)
+	$(PYTEST) tests/slurm
 
 soak: $(TESTS_STAMP)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --durations=40
 	$(BIN)/shardline drill all configs/quickstart.yaml
