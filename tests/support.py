@@ -8,10 +8,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from tests.zygote.start import Zygote
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -116,30 +120,74 @@ def command_environment(**extra: str) -> dict[str, str]:
     return environment | {"PYTHONPATH": str(ROOT)} | extra
 
 
-def shardline(*arguments: object, timeout_s: float = 200, **extra: str) -> subprocess.CompletedProcess[str]:
-    """Run the command to its end."""
-    return subprocess.run(
-        [sys.executable, "-m", "launcher", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        cwd=ROOT,
-        env=command_environment(**extra),
-        check=False,
-    )
+@cache
+def _zygote() -> Zygote | None:
+    """This test process's; None where processes see GPUs, or on a system that cannot have one."""
+    is_possible = sys.platform == "linux" and not _ENVIRONMENT.get("CUDA_VISIBLE_DEVICES")
+    return Zygote(_ENVIRONMENT) if is_possible and not os.environ.get("SHARDLINE_TESTS_REAL_STARTS") else None
 
 
-def start_shardline(*arguments: object, log: Path) -> subprocess.Popen[bytes]:
-    """Start the command and let it run; its output goes to a file."""
-    with log.open("wb") as output:
+def from_zygote() -> AbstractContextManager[None]:
+    """Within, ``python -m`` of ours is started as a clone of a process that has imported everything: tests.zygote."""
+    zygote = _zygote()
+    return nullcontext() if zygote is None else zygote.starting()
+
+
+def run_module(
+    module: str, *arguments: object, timeout_s: float = 200, is_real: bool = False, **extra: str
+) -> subprocess.CompletedProcess[str]:
+    """Run ``python -m MODULE`` to its end, from the zygote unless it is to be a real start."""
+    with nullcontext() if is_real else from_zygote():
+        return subprocess.run(
+            [sys.executable, "-m", module, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            cwd=ROOT,
+            env=command_environment(**extra),
+            check=False,
+        )
+
+
+def start_module(module: str, *arguments: object, log: Path, **extra: str) -> subprocess.Popen[bytes]:
+    """Start ``python -m MODULE`` from the zygote and let it run; its output goes to a file."""
+    with log.open("wb") as output, from_zygote():
         return subprocess.Popen(
-            [sys.executable, "-m", "launcher", *map(str, arguments)],
+            [sys.executable, "-m", module, *map(str, arguments)],
             stdout=output,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             cwd=ROOT,
-            env=command_environment(),
+            env=command_environment(**extra),
         )
+
+
+def slow_from(step: int, *attempts: int, seconds: float = 2.0) -> dict[str, str]:
+    """The environment of a run whose attempts take so long for each step from this one on."""
+    fault = {"fault": "slow", "rank": 0, "step": step, "num_steps": 400, "seconds": seconds}
+    return {"SHARDLINE_INJECT": json.dumps([{**fault, "attempt": attempt} for attempt in attempts])}
+
+
+def shardline(
+    *arguments: object, timeout_s: float = 200, is_real: bool = False, **extra: str
+) -> subprocess.CompletedProcess[str]:
+    """Run the command to its end, from the zygote unless it is to be a real start."""
+    return run_module("launcher", *arguments, timeout_s=timeout_s, is_real=is_real, **extra)
+
+
+def start_shardline(*arguments: object, log: Path, **extra: str) -> subprocess.Popen[bytes]:
+    """Start the command from the zygote and let it run; its output goes to a file."""
+    return start_module("launcher", *arguments, log=log, **extra)
+
+
+def start_torchrun(config: Path, *, log: Path, **extra: str) -> subprocess.Popen[bytes]:
+    """Start two ranks under a bare torchrun from the zygote; their output goes to a file."""
+    options = ("--nproc-per-node=2", f"--master-port={free_port()}", "-m", "trainer")
+    return start_module("torch.distributed.run", *options, config, log=log, **extra)
+
+
+# Before any test changes it.
+_ENVIRONMENT = command_environment()
 
 
 def trained(finished: subprocess.CompletedProcess[str]) -> None:
@@ -235,8 +283,10 @@ def run_on_ranks(function: Callable[..., None], num_ranks: int, *arguments: Any,
         )
         for rank in range(num_ranks)
     ]
-    for process in processes:
-        process.start()
+    # The process that Python forks ranks from may be a clone too.
+    with from_zygote():
+        for process in processes:
+            process.start()
     deadline = time.monotonic() + timeout_s
     for process in processes:
         process.join(max(0.1, deadline - time.monotonic()))

@@ -107,6 +107,20 @@ def test_settings(make_config: MakeConfig, overrides: list[str], words: list[str
     check_continuation(RunFolder(config.parent / "runs" / "tiny"), load_config(config, ["seed=99"]))
 
 
+@pytest.mark.parametrize(
+    ("overrides", "word"),
+    [
+        (["batch.global_size=10"], "batch.global_size=10"),
+        (["data.paths=[/nowhere/at/all]"], "data.paths"),
+        (["model.architecture=lama"], "model.architecture=lama"),
+    ],
+    ids=["launcher", "preparation", "ranks"],
+)
+def test_new_interpreters_say_the_same(make_config: MakeConfig, overrides: list[str], word: str) -> None:
+    """The others are copies of one, see tests.zygote; these are found by the launcher, its child, and the ranks."""
+    _refused(shardline("run", make_config(), *overrides, "--nproc-per-node", 2, is_real=True), word)
+
+
 def test_an_unknown_launcher(make_config: MakeConfig) -> None:
     _refused(shardline("run", make_config(), "--launcher", "mpirun"), "--launcher mpirun is not known; choose one of")
 

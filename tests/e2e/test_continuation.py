@@ -2,8 +2,6 @@
 
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,10 +10,9 @@ import torch
 
 from tests.saved_state import whole_tensor
 from tests.support import (
-    ROOT,
-    command_environment,
     free_port,
     read_metrics,
+    run_module,
     shardline,
     tiny_values,
     trained,
@@ -135,15 +132,9 @@ def test_any_ranks_and_any_strategy_continue_with_the_same_samples(
 
 
 def test_torchrun_alone_gives_the_losses_of_shardline_run(straight: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
-    finished = subprocess.run(
-        [*command, "-m", "trainer", str(straight / "config.yaml"), f"output_dir={tmp_path}", "steps=5"],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        cwd=ROOT,
-        env=command_environment(),
-        check=False,
+    options = ("--nproc-per-node=2", f"--master-port={free_port()}", "-m", "trainer")
+    finished = run_module(
+        "torch.distributed.run", *options, straight / "config.yaml", f"output_dir={tmp_path}", "steps=5"
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
     found = training_curve(tmp_path / "straight")

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,12 +13,11 @@ import pytest
 
 from tests.support import (
     ROOT,
-    command_environment,
-    free_port,
     processes_of,
     rank_processes,
     read_metrics,
     start_shardline,
+    start_torchrun,
     wait_until,
 )
 from trainer.faults.failure.record import Failure, FailureKind, read_failure
@@ -36,22 +34,12 @@ _SETTINGS: dict[str, Any] = {
 
 
 @pytest.fixture
-def start_torchrun(tmp_path: Path) -> Iterator[StartRun]:
+def start_watched(tmp_path: Path) -> Iterator[StartRun]:
     """Start ranks under a bare torchrun; whatever a failed test leaves is ended."""
     started: list[subprocess.Popen[bytes]] = []
 
     def start(config: Path, **environment: str) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
-        with (tmp_path / "log").open("wb") as log:
-            started.append(
-                subprocess.Popen(
-                    [*command, "-m", "trainer", str(config)],
-                    stdout=log,
-                    stderr=log,
-                    cwd=ROOT,
-                    env=command_environment(**environment),
-                )
-            )
+        started.append(start_torchrun(config, log=tmp_path / "log", **environment))
         return started[-1]
 
     yield start
@@ -94,7 +82,7 @@ def test_a_rank_that_sleeps_is_named_with_line_step_and_collective(
     assert _detection_s(run_dir, struck["time"]) < 10
     assert (failure.phase, failure.step) == ("train", 12)
     assert failure.where is not None
-    assert failure.where.startswith("trainer/faults/injection/inject.py:")
+    assert failure.where.startswith("injection/inject.py:")
     assert failure.where.endswith(" in _happen")
     assert failure.signature == f"hang at {failure.where} in step 12"
     assert failure.collective is not None
@@ -125,12 +113,12 @@ class HoldsTheLock(CausalLanguageModelling):
 
 
 def test_a_rank_whose_native_code_lets_no_python_run_is_found_by_the_others_under_torchrun(
-    make_config: MakeConfig, tmp_path: Path, start_torchrun: StartRun
+    make_config: MakeConfig, tmp_path: Path, start_watched: StartRun
 ) -> None:
     (tmp_path / "holding_task.py").write_text(_HOLDING_TASK)
     config = make_config("holding", task={"name": "holding_task:HoldsTheLock"}, **_SETTINGS)
     run_dir = config.parent / "runs" / "holding"
-    agent = start_torchrun(config, PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}")
+    agent = start_watched(config, PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}")
     failure = _report(run_dir, agent.wait(120))
     assert "rank 1 on " in failure.reason
     assert " no longer answered for " in failure.reason
@@ -144,14 +132,14 @@ def test_a_rank_whose_native_code_lets_no_python_run_is_found_by_the_others_unde
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["shardline", "torchrun"])
 def test_a_stopped_rank_is_a_hang(
-    make_config: MakeConfig, tmp_path: Path, start_torchrun: StartRun, launcher: str
+    make_config: MakeConfig, tmp_path: Path, start_watched: StartRun, launcher: str
 ) -> None:
     config = make_config("stopped", **_SETTINGS)
     run_dir = config.parent / "runs" / "stopped"
     if launcher == "shardline":
         process = start_shardline("run", config, "--nproc-per-node", 2, log=tmp_path / "log")
     else:
-        process = start_torchrun(config)
+        process = start_watched(config)
     wait_until(lambda: len(read_metrics(run_dir)) >= 12, what="step 12")
     os.kill(rank_processes(run_dir)[1], signal.SIGSTOP)
     struck_at = time.time()

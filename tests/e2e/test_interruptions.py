@@ -17,13 +17,15 @@ import pytest
 from tests.support import (
     ROOT,
     command_environment,
-    free_port,
+    from_zygote,
     kill,
     processes_of,
     rank_processes,
     read_metrics,
     shardline,
+    slow_from,
     start_shardline,
+    start_torchrun,
     trained,
     training_curve,
     wait_until,
@@ -60,7 +62,9 @@ def test_a_rank_then_the_launcher_are_killed_and_losses_stay_equal(make_config: 
     config = make_config("killed", **_LONG)
     runs = config.parent / "runs"
 
-    launcher = start_shardline("run", config, "--nproc-per-node", 2, log=tmp_path / "first.log")
+    # So that it is killed before it saves step 20.
+    slowly = slow_from(13, 1)
+    launcher = start_shardline("run", config, "--nproc-per-node", 2, log=tmp_path / "first.log", **slowly)
     _wait_for_step(runs / "killed", 12)
     kill(rank_processes(runs / "killed")[1])
     assert launcher.wait(60) == 1
@@ -78,7 +82,11 @@ def test_a_rank_then_the_launcher_are_killed_and_losses_stay_equal(make_config: 
     launcher = start_shardline("run", config, "--nproc-per-node", 2, log=tmp_path / "second.log")
     resumed_from = 10
     wait_until(lambda: "continuing after step" in (tmp_path / "second.log").read_text(), what="continuation")
-    _wait_for_step(runs / "killed", 32)
+    # A checkpoint is written while training goes on, and the account of time once a second.
+    saved = runs / "killed" / "checkpoints" / "step-00000030" / "manifest.json"
+    account = runs / "killed" / "logs" / "attempt-2" / "goodput.json"
+    wait_until(saved.exists, what="step 30 saved")
+    wait_until(lambda: (json.loads(account.read_text())["last_step"] or 0) >= 30, what="step 30 in the account")
     launcher.kill()
     launcher.wait()
     # Nobody is left to clean up: the kernel ends the agent, and with it the ranks.
@@ -124,16 +132,22 @@ def test_ranks_and_restarts_train_what_was_frozen_whatever_becomes_of_the_users_
     """The file is a pipe, which nobody can read twice."""
     config = make_config("frozen", steps=4, checkpoint={"every_steps": 2}, parallel={"strategy": "none"})
     fault = {"fault": "kill", "rank": 0, "step": 4, "phase": "train", "attempt": 1}
-    settings = "--nproc-per-node 1 optimizer.lr=0.02 faults.max_restarts=1 faults.restart_backoff_s=0"
-    finished = subprocess.run(
-        ["bash", "-c", f'"$0" -m launcher run <(cat "$1") {settings}', sys.executable, str(config)],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        cwd=ROOT,
-        env=command_environment(SHARDLINE_INJECT=json.dumps([fault])),
-        check=False,
-    )
+    reading, writing = os.pipe()
+    os.write(writing, config.read_bytes())
+    os.close(writing)
+    settings = ["optimizer.lr=0.02", "faults.max_restarts=1", "faults.restart_backoff_s=0"]
+    with from_zygote():
+        finished = subprocess.run(
+            [sys.executable, "-m", "launcher", "run", f"/dev/fd/{reading}", "--nproc-per-node=1", *settings],
+            pass_fds=[reading],
+            capture_output=True,
+            text=True,
+            timeout=200,
+            cwd=ROOT,
+            env=command_environment(SHARDLINE_INJECT=json.dumps([fault])),
+            check=False,
+        )
+    os.close(reading)
     trained(finished)
     run_dir = config.parent / "runs" / "frozen"
     assert (run_dir / "config.attempt-2.yaml").read_bytes() == (run_dir / "config.yaml").read_bytes()
@@ -202,11 +216,7 @@ def test_the_stop_file_stops_a_run(make_config: MakeConfig, tmp_path: Path) -> N
 def test_a_signal_to_one_rank_stops_all_under_torchrun(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config("signalled", **_LONG)
     run_dir = config.parent / "runs" / "signalled"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
-    with (tmp_path / "log").open("wb") as log:
-        agent = subprocess.Popen(
-            [*command, "-m", "trainer", str(config)], stdout=log, stderr=log, cwd=ROOT, env=command_environment()
-        )
+    agent = start_torchrun(config, log=tmp_path / "log")
     _wait_for_step(run_dir, 3)
     with (run_dir / ".lease.lock").open() as lock:
         # Rank 0 cannot give the folder back: its last work takes long, as that of a tracker which sends what it has.
@@ -227,11 +237,7 @@ def test_a_signal_to_one_rank_stops_all_under_torchrun(make_config: MakeConfig, 
 def test_a_killed_torchrun_leaves_no_rank(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config("orphans", **_LONG)
     run_dir = config.parent / "runs" / "orphans"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
-    with (tmp_path / "log").open("wb") as log:
-        agent = subprocess.Popen(
-            [*command, "-m", "trainer", str(config)], stdout=log, stderr=log, cwd=ROOT, env=command_environment()
-        )
+    agent = start_torchrun(config, log=tmp_path / "log")
     _wait_for_step(run_dir, 1)
     assert len(rank_processes(run_dir)) == 2
     agent.kill()

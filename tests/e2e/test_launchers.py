@@ -1,4 +1,7 @@
-"""One run under every launcher, started by ``shardline run`` and by hand: the same losses, bit for bit."""
+"""One run under every launcher, started by ``shardline run`` and by hand: the same losses, bit for bit.
+
+By hand each launcher and rank is a new Python; elsewhere in these tests they are copies of one (tests.zygote).
+"""
 
 import json
 import signal
@@ -19,7 +22,9 @@ from tests.support import (
     rank_processes,
     read_metrics,
     shardline,
+    slow_from,
     start_shardline,
+    start_torchrun,
     tiny_values,
     trained,
     training_curve,
@@ -97,11 +102,7 @@ def test_a_bare_command_gives_the_same_losses(
 def test_ranks_of_a_bare_command_that_lose_their_folder_save_and_say_nothing_in_it(make_config: MakeConfig) -> None:
     config = make_config("lost", **_LONG)
     run_dir = config.parent / "runs" / "lost"
-    module, *options = BARE_COMMANDS["torchrun"]
-    options = [option.format(port=free_port()) for option in options]
-    with subprocess.Popen(
-        [sys.executable, "-m", module, *options, "trainer", config], cwd=ROOT, env=command_environment()
-    ) as process:
+    with start_torchrun(config, log=config.parent / "log") as process:
         _wait_for_step(run_dir, 3)
         # As after a minute in which this machine stood still.
         lease = run_dir / "lease.json"
@@ -121,7 +122,10 @@ def test_a_run_moves_between_launchers_through_a_stop_and_a_kill(
     config = make_config("moved", **_LONG)
     run_dir = config.parent / "runs" / "moved"
 
-    process = start_shardline("run", config, "--nproc-per-node", 2, "--launcher", "deepspeed", log=tmp_path / "first")
+    # So that each is ended long before it has taken all steps.
+    slowly = slow_from(15, 1, 2, seconds=0.3)
+    options = ("--nproc-per-node", 2, "--launcher")
+    process = start_shardline("run", config, *options, "deepspeed", log=tmp_path / "first", **slowly)
     _wait_for_step(run_dir, 3)
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 75
@@ -133,12 +137,12 @@ def test_a_run_moves_between_launchers_through_a_stop_and_a_kill(
     assert "[INFO]" not in shown
     assert "[WARNING]" not in shown
 
-    process = start_shardline("run", config, "--nproc-per-node", 2, "--launcher", "accelerate", log=tmp_path / "second")
+    process = start_shardline("run", config, *options, "accelerate", log=tmp_path / "second", **slowly)
     _wait_for_step(run_dir, stopped_at + 12)
     assert set(rank_processes(run_dir)) == {0, 1}
     process.kill()
     process.wait()
     wait_until(lambda: not processes_of(run_dir), timeout_s=5, what="the end of agent and ranks")
 
-    trained(shardline("run", config, f"steps={STEPS}", "--nproc-per-node", 2, "--launcher", "torchrun"))
+    trained(shardline("run", config, f"steps={STEPS}", *options, "torchrun"))
     assert _curve(run_dir) == reference

@@ -1,4 +1,4 @@
-"""Supervision by itself: ``supervisor.py LAUNCHER BEHAVIOUR RUN_FOLDER`` over two stand-in ranks."""
+"""Supervision by itself: ``-m tests.launcher.supervisor LAUNCHER BEHAVIOUR RUN_FOLDER`` over two stand-in ranks."""
 
 import sys
 from pathlib import Path

@@ -10,7 +10,7 @@ import pytest
 
 from launcher.cli import find_intruder
 from launcher.plan import make_plan
-from tests.support import ROOT, command_environment, shardline, write_empty_checkpoint
+from tests.support import ROOT, command_environment, from_zygote, shardline, write_empty_checkpoint
 from trainer.attempt import begin_attempt
 from trainer.run_folder.folder import RunFolder
 
@@ -45,9 +45,10 @@ def test_who_stops_reading_changes_no_status(config_file: Path) -> None:
     command = [sys.executable, "-m", "launcher", "run", str(config_file), "--dry-run"]
     reading, writing = os.pipe()
     os.close(reading)
-    finished = subprocess.run(
-        command, stdout=writing, stderr=subprocess.PIPE, cwd=ROOT, env=command_environment(), check=False
-    )
+    with from_zygote():
+        finished = subprocess.run(
+            command, stdout=writing, stderr=subprocess.PIPE, cwd=ROOT, env=command_environment(), check=False
+        )
     os.close(writing)
     assert (finished.returncode, finished.stderr) == (0, b"")
 

@@ -7,13 +7,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from launcher import local, stop_signals
 from launcher.stop_signals import StopSignals
-from tests.support import ROOT, command_environment, free_port, wait_until
+from tests.support import ROOT, command_environment, free_port, from_zygote, start_module, wait_until
 from trainer.run_folder.folder import RunFolder
 
 pytestmark = pytest.mark.timeout(60)
@@ -26,17 +27,18 @@ each_agent = pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 class Supervised:
     """A launcher over two ranks, and the processes below it."""
 
-    def __init__(self, behaviour: str, launcher: str, path: Path, **environment: str) -> None:
+    def __init__(self, behaviour: str, launcher: str, path: Path, is_real: bool = False, **environment: str) -> None:
         self.folder = RunFolder(path)
         self.token = f"token-{behaviour}-{path}"
-        self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("supervisor.py")), launcher, behaviour, str(path)],
-            cwd=ROOT,
-            env=command_environment(**environment),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        with nullcontext() if is_real else from_zygote():
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "tests.launcher.supervisor", launcher, behaviour, str(path)],
+                cwd=ROOT,
+                env=command_environment(**environment),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
 
     def wait_for_ranks(self) -> None:
         wait_until(lambda: all((self.folder.path / f"pid-{rank}").exists() for rank in (0, 1)), what="ranks")
@@ -56,8 +58,8 @@ class Supervised:
 def supervise(tmp_path: Path) -> Iterator[Callable[..., Supervised]]:
     started: list[Supervised] = []
 
-    def start(behaviour: str, launcher: str = "torchrun", **environment: str) -> Supervised:
-        started.append(Supervised(behaviour, launcher, tmp_path, **environment))
+    def start(behaviour: str, launcher: str = "torchrun", is_real: bool = False, **environment: str) -> Supervised:
+        started.append(Supervised(behaviour, launcher, tmp_path, is_real, **environment))
         return started[-1]
 
     yield start
@@ -67,8 +69,9 @@ def supervise(tmp_path: Path) -> Iterator[Callable[..., Supervised]]:
         local.kill_marked(supervised.token)
 
 
-def test_finished(supervise: Callable[..., Supervised]) -> None:
-    supervised = supervise("finish")
+@each_launcher
+def test_finished(supervise: Callable[..., Supervised], launcher: str) -> None:
+    supervised = supervise("finish", launcher, is_real=True)
     status, output, last = supervised.end()
     assert (status, last) == (0, "")
     assert output.splitlines()[-1] == f"finished at step 6: {supervised.folder.path}"
@@ -188,15 +191,8 @@ def test_nothing_outlives_a_killed_agent(supervise: Callable[..., Supervised], l
 def test_ranks_save_and_stop_when_the_bare_deepspeed_command_is_killed(tmp_path: Path, number: signal.Signals) -> None:
     """DeepSpeed itself would leave its launcher and the ranks running."""
     folder = RunFolder(tmp_path)
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus=2", f"--master_port={free_port()}"]
-    with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [*command, "--module", "tests.launcher.stand_in_rank", "stoppable", str(tmp_path)],
-            cwd=ROOT,
-            env=command_environment(),
-            stdout=log,
-            stderr=log,
-        )
+    options = ("--num_gpus=2", f"--master_port={free_port()}", "--module", "tests.launcher.stand_in_rank")
+    process = start_module("deepspeed.launcher.runner", *options, "stoppable", tmp_path, log=tmp_path / "log")
     wait_until(lambda: all((tmp_path / f"pid-{rank}").exists() for rank in (0, 1)), what="ranks")
     process.send_signal(number)
     process.wait(10)

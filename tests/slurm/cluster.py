@@ -1,6 +1,5 @@
 """A handle on the Slurm that slurm/testbed starts."""
 
-import json
 import os
 import re
 import shutil
@@ -12,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tests.support import ROOT, command_environment, wait_until
+from tests.zygote.start import ARGUMENTS_ROOM, ENVIRONMENT_ROOM, ROOM_VARIABLE
 
 TESTBED = ROOT / "slurm" / "testbed"
 ENDED = frozenset({"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "DEADLINE"})
@@ -24,12 +24,6 @@ def why_no_cluster() -> str:
     path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
     missing = [name for name in ("slurmctld", "slurmd", "sbatch", "munged", "ip") if not shutil.which(name, path=path)]
     return f"{', '.join(missing)} missing; scripts/test-packages installs them" if missing else ""
-
-
-def slow_from(step: int, *attempts: int, seconds: float = 2.0) -> dict[str, str]:
-    """The environment of a job whose attempts take so long for each step from this one on."""
-    fault = {"fault": "slow", "rank": 0, "step": step, "num_steps": 400, "seconds": seconds}
-    return {"SHARDLINE_INJECT": json.dumps([{**fault, "attempt": attempt} for attempt in attempts])}
 
 
 class Cluster:
@@ -48,8 +42,23 @@ class Cluster:
         self.environment = command_environment(
             SLURM_CONF=str(self.folder / "etc" / "slurm.conf"),
             PATH=f"{os.environ['PATH']}:/usr/sbin:/sbin",
-            SHARDLINE_PYTHON=sys.executable,
+            SHARDLINE_PYTHON=str(self._python()),
         )
+
+    def _python(self) -> Path:
+        """Python: of a node's launcher one from which agent and ranks are cloned, see tests.zygote.
+
+        Ranks that srun starts are new processes, as is the launcher itself.
+        """
+        if sys.platform != "linux" or list(Path("/dev").glob("nvidia*")):
+            return Path(sys.executable)
+        python = self.folder / "python"
+        python.write_text(
+            f'#!/bin/bash\n[[ " $* " != *" -m launcher.slurm.node "* ]] || exec env {ROOM_VARIABLE}={ENVIRONMENT_ROOM} '
+            f'{sys.executable} -P -m tests.zygote {ARGUMENTS_ROOM} "$@"\nexec {sys.executable} "$@"\n'
+        )
+        python.chmod(0o755)
+        return python
 
     def stop(self) -> None:
         subprocess.run([TESTBED / "stop.sh", self.folder], capture_output=True, timeout=60, check=False)

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from tests.slurm.cluster import Cluster, slow_from
-from tests.support import ROOT, read_metrics, training_curve, wait_until
+from tests.slurm.cluster import Cluster
+from tests.support import ROOT, read_metrics, slow_from, training_curve, wait_until
 
 MakeConfig = Callable[..., Path]
 pytestmark = pytest.mark.timeout(500)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import Cluster, slow_from
-from tests.support import ROOT, read_metrics, wait_until
+from tests.slurm.cluster import Cluster
+from tests.support import ROOT, read_metrics, slow_from, wait_until
 
 MakeConfig = Callable[..., Path]
 pytestmark = pytest.mark.timeout(500)

@@ -14,6 +14,7 @@ from sharding.ranks.errors import UserError
 from tests.support import (
     read_metrics,
     shardline,
+    slow_from,
     start_shardline,
     tiny_values,
     trained,
@@ -251,7 +252,7 @@ def test_a_streamed_run_continues_bit_for_bit_and_refuses_other_ranks(tmp_path: 
     runs = tmp_path / "runs"
     # A stop gives up a step whose batches were taken already: they must come again.
     arguments = ("run", config, "name=parts", "--nproc-per-node", 2)
-    stopped = start_shardline(*arguments, log=tmp_path / "log")
+    stopped = start_shardline(*arguments, log=tmp_path / "log", **slow_from(5, 1))
     wait_until(lambda: len(read_metrics(runs / "parts")) > 3, what="some steps")
     (runs / "parts" / "stop").touch()
     assert stopped.wait(120) == 75, (tmp_path / "log").read_text()

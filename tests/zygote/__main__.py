@@ -1,0 +1,60 @@
+"""Becomes a zygote: for a test process, or with a module that has it from the beginning."""
+
+import gc
+import os
+import pickle
+import socket
+import sys
+from contextlib import suppress
+from importlib import import_module
+
+from tests.zygote.client import install
+from tests.zygote.clone import serve, start_own_zygote
+from tests.zygote.interpreter import run, set_identity
+from tests.zygote.request import LENGTH, read_program, receive
+from tests.zygote.start import ROOM_VARIABLE
+
+_PRELOADED = (
+    "launcher.cli",
+    "trainer.rank",
+    "transformers.models.llama.modeling_llama",
+    "deepspeed",
+    "deepspeed.launcher.launch",
+    "accelerate.commands.launch",
+    "torch.distributed.run",
+    "torch.distributed.elastic.rendezvous.static_tcp_rendezvous",
+    "sharding.ranks.forked_ranks",
+)
+# No thread must be there when it clones itself.
+_WHILE_IMPORTING = {"OPENBLAS_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+
+
+def _preload() -> None:
+    for module in _PRELOADED:
+        with suppress(ImportError):
+            import_module(module)
+    threads = os.listdir("/proc/self/task")
+    assert len(threads) == 1, f"imports have started {len(threads) - 1} threads, whose locks a clone would inherit"
+    gc.freeze()
+
+
+def _main() -> None:
+    """``DESCRIPTOR ROOM`` serves a test process; ``ROOM -m MODULE ...`` is a module with a zygote."""
+    for name, value in _WHILE_IMPORTING.items():
+        os.environ.setdefault(name, value)
+    _preload()
+    if sys.argv[2] == "-m":
+        left_out = {*_WHILE_IMPORTING, ROOM_VARIABLE}
+        of_zygote = {name: value for name, value in os.environb.items() if os.fsdecode(name) not in left_out}
+        program = read_program([sys.executable, *sys.argv[2:]])
+        assert program is not None
+        install(start_own_zygote(of_zygote), of_zygote)
+        set_identity(program, of_zygote)
+        run(program)
+    connection = socket.socket(fileno=int(sys.argv[1]))
+    connection.sendall(LENGTH.pack(0))
+    serve(connection, pickle.loads(receive(connection, LENGTH.unpack(receive(connection, LENGTH.size))[0])))
+
+
+if __name__ == "__main__":
+    _main()
