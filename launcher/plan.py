@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from launcher.command import find_launcher, rank_devices
 from launcher.environment import Variable, applied, launcher_variables, rank_variables
 from launcher.topology import local_topology, ranks_per_node
+from sharding.parallel_dims import ParallelDims, parallel_dims
 from sharding.ranks.errors import UserError
 from sharding.ranks.slurm_step import num_step_tasks
 from trainer.config import RunConfig, load_config
@@ -40,6 +41,11 @@ class Plan:
     variables: list[Variable]
     kept: list[str]
 
+    @property
+    def dims(self) -> ParallelDims:
+        """The ranks along each axis of parallelism."""
+        return parallel_dims(self.config.parallel, self.world.num_ranks)
+
     def command(self, port: int, arguments: Sequence[str]) -> list[str]:
         """Argv of the launcher's agent.
 
@@ -55,18 +61,18 @@ class Plan:
         Args:
             preview: lines about model, memory and corpus.
         """
-        config, num_ranks = self.config, self.world.num_ranks
-        steps = accumulation_steps(config, num_ranks)
+        config, dims = self.config, self.dims
+        steps = accumulation_steps(config, dims)
         tokens, total = config.tokens_per_step, config.num_steps
         free_port = "; port 0 becomes a free one" if config.launch.master_port == 0 else ""
         device = "GPU, NCCL" if self.world.has_gpu else "CPU, gloo"
         return "\n".join(
             [
                 f"run folder    {config.run_dir}",
-                f"ranks         {num_ranks} ({device}), {config.parallel.backend} {config.parallel.strategy}, "
-                f"data-parallel degree {num_ranks}",
+                f"ranks         {dims.world_size} ({device}), {config.parallel.backend} {config.parallel.strategy}, "
+                f"data-parallel degree {dims.data_degree}",
                 f"batch         {config.batch.global_size} sequences = {config.batch.micro_size} x {steps} "
-                f"accumulation steps x {num_ranks} ranks",
+                f"accumulation steps x {dims.data_degree} ranks",
                 f"tokens        {tokens:,} a step, {tokens * total:,} in {total:,} steps",
                 *preview.splitlines(),
                 "environment",
@@ -81,7 +87,7 @@ class Plan:
     def _deepspeed_lines(self) -> list[str]:
         if self.config.parallel.backend != "deepspeed":
             return []
-        settings = json.dumps(deepspeed_settings(self.config, self.world.num_ranks), indent=2)
+        settings = json.dumps(deepspeed_settings(self.config, self.dims), indent=2)
         return ["deepspeed configuration", *(f"  {line}" for line in settings.splitlines())]
 
 

@@ -15,7 +15,7 @@ from sharding.ddp import DdpEngine
 from sharding.engine import Engine, ModelDefinition, OptimizerFactory
 from sharding.engine_builder import EngineParts
 from sharding.loss_scaler import LossScaler
-from sharding.mesh import DataParallelMesh
+from sharding.mesh import ParallelMesh
 from sharding.pass_agreement import compare_passes
 from sharding.ranks.errors import UserError
 from sharding.recurrent_weights import leave_recurrent_weights_alone
@@ -36,7 +36,7 @@ class AccelerateDdpEngine(DdpEngine):
 
     def _gradient_scale(self) -> float:
         # What it wraps averages over ranks; the loss is a global sum over a global count.
-        return float(self._mesh.dp_degree)
+        return float(self._mesh.reduction.degree)
 
     def _run_backward(self, loss: torch.Tensor) -> None:
         self._accelerator.backward(loss)
@@ -56,7 +56,7 @@ class AccelerateZero3Engine(ZeroEngine):
     def __init__(
         self,
         definition: ModelDefinition,
-        mesh: DataParallelMesh,
+        mesh: ParallelMesh,
         device: torch.device,
         dtype: torch.dtype,
         build_optimizer: OptimizerFactory,
@@ -86,10 +86,10 @@ class AccelerateZero3Engine(ZeroEngine):
         block_classes = sorted({type(block).__name__ for block in blocks})
         self._accelerator = fsdp_accelerator(device, dtype, block_classes)
         fsdp2_prepare_model(self._accelerator, definition.model)
-        if not isinstance(definition.model, FSDPModule) or self._accelerator.num_processes != mesh.dp_degree:
+        if not isinstance(definition.model, FSDPModule) or self._accelerator.num_processes != mesh.reduction.degree:
             raise RuntimeError(
                 f"Accelerate made {type(definition.model).__name__} on {self._accelerator.num_processes} processes of "
-                f"what was to be FSDP2 on {mesh.dp_degree}"
+                f"what was to be FSDP2 on {mesh.reduction.degree}"
             )
         super().__init__(definition, mesh, device, "zero3", build_optimizer, loss_scaler)
 
@@ -168,15 +168,15 @@ def build_accelerator(device: torch.device, **plugins: Any) -> Any:
     return accelerator
 
 
-def _check_wrapped(model: nn.Module, accelerator: Any, mesh: DataParallelMesh) -> None:
+def _check_wrapped(model: nn.Module, accelerator: Any, mesh: ParallelMesh) -> None:
     """Assert that the model is what the strategy says: Accelerate trains something else without a word at times.
 
     Raises:
         RuntimeError: it is not, or Accelerate sees another number of ranks.
     """
-    is_right = isinstance(model, DistributedDataParallel) or mesh.dp_degree == 1
-    if not is_right or accelerator.num_processes != mesh.dp_degree:
+    is_right = isinstance(model, DistributedDataParallel) or mesh.reduction.degree == 1
+    if not is_right or accelerator.num_processes != mesh.reduction.degree:
         raise RuntimeError(
             f"Accelerate made {type(model).__name__} on {accelerator.num_processes} processes of what was to be DDP on "
-            f"{mesh.dp_degree}"
+            f"{mesh.reduction.degree}"
         )

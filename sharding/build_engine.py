@@ -32,7 +32,7 @@ from sharding.initialization import (
     initialize_tree,
 )
 from sharding.loss_scaler import LossScaler
-from sharding.mesh import DataParallelMesh
+from sharding.mesh import ParallelMesh
 from sharding.precision import compute_dtype
 from sharding.ranks.errors import UserError
 from sharding.torch_engine import TorchEngine
@@ -56,7 +56,7 @@ BUILDERS: dict[Backend, dict[Strategy, Callable[[EngineParts], EngineBuilder]]] 
 
 def build_engine(
     definition: ModelDefinition,
-    mesh: DataParallelMesh,
+    mesh: ParallelMesh,
     device: torch.device,
     build_optimizer: OptimizerFactory,
     *,
@@ -90,7 +90,7 @@ def build_engine(
     dtype = compute_dtype(precision, device)
     model = definition.model
     blocks = find_blocks(model)
-    if mesh.dp_degree > 1:
+    if mesh.reduction.degree > 1:
         refuse_scattered_layers(model, parallel.strategy)
     parts = EngineParts(
         definition=definition,

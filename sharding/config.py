@@ -50,6 +50,9 @@ class ParallelConfig(StrictModel):
     pipeline: int = Field(default=1, ge=1)
     """Pipeline-parallel degree in ranks; only 1 is accepted for now."""
 
+    expert: int = Field(default=1, ge=1)
+    """Expert-parallel degree in ranks; only 1 is accepted for now."""
+
 
 class PrecisionConfig(StrictModel):
     """Number formats of the forward and backward pass; masters, reduction and optimizer state are always fp32."""

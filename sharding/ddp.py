@@ -11,9 +11,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sharding.engine import ModelDefinition, OptimizerFactory
 from sharding.loss_scaler import LossScaler
-from sharding.mesh import DataParallelMesh
+from sharding.mesh import ParallelMesh
+from sharding.part import Part
 from sharding.reached import ReachedParameters
-from sharding.replicas import Replicas
 from sharding.torch_engine import TorchEngine
 
 
@@ -23,7 +23,7 @@ class DdpEngine(TorchEngine):
     def __init__(
         self,
         definition: ModelDefinition,
-        mesh: DataParallelMesh,
+        mesh: ParallelMesh,
         device: torch.device,
         autocast_dtype: torch.dtype | None,
         build_optimizer: OptimizerFactory,
@@ -34,17 +34,17 @@ class DdpEngine(TorchEngine):
         self._ddp = self._wrap()
         self._fix_buckets()
         self._is_last = False
-        self._reached = ReachedParameters([entry.parameter for entry in self._trainable], mesh.shard_group)
+        self._reached = ReachedParameters([entry.parameter for entry in self._trainable], mesh.reduction_group)
 
     def _wrap(self) -> Any:
         ddp = DistributedDataParallel(
             self._model,
             device_ids=[self._device.index] if self._device.type == "cuda" else None,
-            process_group=self._mesh.shard_group,
+            process_group=self._mesh.reduction_group,
             gradient_as_bucket_view=True,
             **_no_buffer_sync(),
         )
-        ddp.register_comm_hook(self._mesh.shard_group, _sum_bucket)
+        ddp.register_comm_hook(self._mesh.reduction_group, _sum_bucket)
         return ddp
 
     def _fix_buckets(self) -> None:
@@ -60,9 +60,9 @@ class DdpEngine(TorchEngine):
             for entry in reversed(self._trainable):
                 entry.parameter.backward(torch.zeros_like(entry.parameter))
 
-    def replicas(self) -> Replicas | None:
+    def replicas(self) -> list[Part]:
         """See Engine."""
-        return Replicas(self.named_local_shards(), group=0)
+        return [self._part(*named) for named in self.named_parameters()]
 
     def drop_gradients(self) -> None:
         """See Engine; gradients stay views of DDP's buckets.

@@ -8,12 +8,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from sharding.initialization import InitializeModule
-from sharding.replicas import Replicas
-from sharding.state import TensorSlice
+from sharding.part import Part
 
 Batch = dict[str, torch.Tensor]
 """A micro-batch by name, on the host or the device; dim 0 of each tensor is the sample.
@@ -29,29 +27,11 @@ EvaluationFunction = Callable[[nn.Module, Batch], torch.Tensor]
 """A vector of sums, fp64, which add up over batches and ranks to a task's evaluation metrics."""
 
 
-@dataclass(frozen=True)
-class OptimizedParameter:
-    """One parameter as the optimizer gets it: this rank's rows as plain memory, and where they lie in the whole.
+OptimizerFactory = Callable[[Sequence[Part]], torch.optim.Optimizer]
+"""Builds the optimizer after sharding, from a part of each trained parameter under the parameter's own name.
 
-    Attributes:
-        name: the parameter's name in the model.
-        tensor: this rank's rows (slice of dim 0), a plain fp32 parameter; may be empty.
-        global_shape: shape of the whole parameter.
-        first_row: index of the first local row in the whole.
-        shard_group: the ranks over which the rows are divided, as ``torch.chunk`` would; None where this rank has all.
-        is_hidden_matrix: whether it is a matrix inside a repeated block, and no embedding.
-    """
-
-    name: str
-    tensor: nn.Parameter
-    global_shape: tuple[int, ...]
-    first_row: int
-    shard_group: dist.ProcessGroup | None
-    is_hidden_matrix: bool
-
-
-OptimizerFactory = Callable[[Sequence[OptimizedParameter]], torch.optim.Optimizer]
-"""Builds the optimizer after sharding.
+Their tensors are plain fp32 parameters, and may be empty. Where ``rows`` of a part are known and it has ``sums_over``,
+the rows of the whole are divided over that group as ``torch.chunk`` would.
 
 Its state must be plain tensors: scalars that are the same on every rank, and tensors whose dim 0 is divided over ranks
 as the parameter's is. An optimizer that keeps others, whole on every rank, says which by a method
@@ -91,12 +71,13 @@ class Engine(Protocol):
         """Run forward and backward over one rank's micro-batches and reduce the gradients.
 
         Args:
-            micro_batches: this rank's share of the global batch, on the host or the device.
-            denominator: what the summed loss is divided by: valid targets of the whole global batch, over all ranks.
+            micro_batches: this rank's share of the global batch, whole sequences, on the host or the device.
+            denominator: what the summed loss is divided by: valid targets of the whole global batch.
 
         Returns:
-            This rank's sum of losses over all its micro-batches, a detached scalar on the device. Where it is not
-            finite, the gradients of all ranks have become NaN.
+            This rank's sum of losses over all its micro-batches, a detached scalar on the device; 0 on a rank whose
+            loss does not count (``ParallelDims.counts_loss``). Where it is not finite, the gradients of all ranks have
+            become NaN.
         """
 
     def train_batch_with_norms(
@@ -130,7 +111,7 @@ class Engine(Protocol):
                 makes it may seed the generators that the pass draws from.
 
         Returns:
-            This rank's sums for each batch, in their order, on the device.
+            This rank's sums for each batch, in their order, on the device; 0 where they do not count.
         """
 
     def clip_grad_norm(self, max_norm: float) -> torch.Tensor:
@@ -154,20 +135,20 @@ class Engine(Protocol):
     def drop_gradients(self) -> None:
         """Forget the gradients in place of a step: nothing else changes. Every rank must call it."""
 
-    def state(self, *, with_optimizer: bool) -> list[TensorSlice]:
-        """This rank's slices of the canonical state; the tensors are live.
+    def state(self, *, with_optimizer: bool) -> list[Part]:
+        """This rank's part of each tensor of the canonical state; the tensors are live.
 
         With the optimizer every rank must call it, for what is missing of its state is created.
         """
 
-    def load_state(self, read: Callable[[TensorSlice], None], *, with_optimizer: bool) -> None:
-        """Let ``read`` fill each slice of the canonical state in place."""
+    def load_state(self, read: Callable[[Part], None], *, with_optimizer: bool) -> None:
+        """Let ``read`` fill each part of the canonical state in place."""
 
     def named_local_shards(self) -> dict[str, torch.Tensor]:
         """Parameter name to this rank's live part of the fp32 master."""
 
-    def replicas(self) -> Replicas | None:
-        """Parameters of which other ranks hold copies between steps; None where each rank's are its own."""
+    def replicas(self) -> list[Part]:
+        """Parameters of which other ranks hold copies between steps; none where each rank's are its own."""
 
     def named_parameters(self) -> list[tuple[str, Any]]:
         """Parameter name to the parameter as the strategy holds it."""

@@ -10,7 +10,7 @@ from torch import nn
 from sharding.config import ParallelConfig
 from sharding.engine import Engine, ModelDefinition, OptimizerFactory
 from sharding.loss_scaler import LossScaler
-from sharding.mesh import DataParallelMesh
+from sharding.mesh import ParallelMesh
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class EngineParts:
 
     definition: ModelDefinition
     blocks: Sequence[tuple[str, nn.Module]]
-    mesh: DataParallelMesh
+    mesh: ParallelMesh
     device: torch.device
     dtype: torch.dtype
     build_optimizer: OptimizerFactory

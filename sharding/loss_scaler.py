@@ -3,7 +3,8 @@
 import torch
 
 from sharding.config import PrecisionConfig
-from sharding.state import TensorSlice, slice_of
+from sharding.parallel_dims import Role
+from sharding.part import Part, part_of
 
 _BACKOFF = 0.5
 _GROWTH = 2.0
@@ -28,9 +29,6 @@ class LossScaler:
         # A scale below 1 would mean that the unscaled gradients overflow too: no scale helps then.
         self.scale.clamp_(min=1.0)
 
-    def slices(self, *, is_written_here: bool) -> list[TensorSlice]:
-        """The scaler's canonical state, live."""
-        return [
-            slice_of("scaler/scale", self.scale, is_written_here=is_written_here),
-            slice_of("scaler/good_steps", self._good_steps, is_written_here=is_written_here),
-        ]
+    def parts(self, holders: Role) -> list[Part]:
+        """The scaler's canonical state, live; ``holders`` is this rank's place among all."""
+        return [part_of("scaler/scale", self.scale, holders), part_of("scaler/good_steps", self._good_steps, holders)]

@@ -31,10 +31,12 @@ def compare_passes(
         compares_parameters: see PassAgreement.
     """
     definition, parallel = parts.definition, parts.parallel
-    if parts.mesh.dp_degree == 1:
+    if parts.mesh.reduction.degree == 1:
         return definition
     setting = f"parallel.backend={parallel.backend} with parallel.strategy={parallel.strategy}"
-    agreement = PassAgreement(definition.model, gathered, setting, compares_parameters=compares_parameters)
+    agreement = PassAgreement(
+        definition.model, gathered, parts.mesh.reduction_group, setting, compares_parameters=compares_parameters
+    )
     return replace(definition, loss=agreement.watch(definition.loss))
 
 
@@ -42,16 +44,24 @@ class PassAgreement:
     """Compares the modules that ranks come to, one by one, and then the parameters that their losses depend on."""
 
     def __init__(
-        self, model: nn.Module, gathered: Sequence[tuple[str, nn.Module]], setting: str, *, compares_parameters: bool
+        self,
+        model: nn.Module,
+        gathered: Sequence[tuple[str, nn.Module]],
+        group: dist.ProcessGroup | None,
+        setting: str,
+        *,
+        compares_parameters: bool,
     ) -> None:
         """Bind to a model; hooks come with the first pass, when those that gather are there.
 
         Args:
             model: the model.
             gathered: the modules whose parameters are gathered when they are called, with their names.
+            group: the ranks that run the same modules, whose gradients add up; None for all ranks.
             setting: what needs all ranks to do the same, for the sentence to the user.
             compares_parameters: whether parameters that only some ranks use are refused, too.
         """
+        self._group = group
         self._setting = setting
         self._names = [*(name for name, _ in gathered), "the end of its pass"]
         self._parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -93,7 +103,7 @@ class PassAgreement:
             return
         # On the host: nothing waits for the device.
         extremes = torch.tensor([index, -index])
-        dist.all_reduce(extremes, dist.ReduceOp.MAX)
+        dist.all_reduce(extremes, dist.ReduceOp.MAX, group=self._group)
         last, first = int(extremes[0]), -int(extremes[1])
         if last != first:
             raise UserError(
@@ -110,7 +120,7 @@ class PassAgreement:
         num_others = sum(leaf.numel() for key, leaf in reached.items() if key not in own)
         found = torch.tensor([*used, num_others])
         extremes = torch.cat([found, -found])
-        dist.all_reduce(extremes, dist.ReduceOp.MAX)
+        dist.all_reduce(extremes, dist.ReduceOp.MAX, group=self._group)
         most, least = extremes[: len(found)], -extremes[len(found) :]
         if bool((most != least).any()):
             names = [name for (name, _), differs in zip(self._parameters, most != least, strict=False) if differs]

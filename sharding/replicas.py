@@ -1,28 +1,23 @@
 """Values that several ranks should hold alike, and a hash that tells whether they do."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Sequence
 
 import torch
+
+from sharding.part import Part
 
 # Stays in a core's cache; on a GPU, few launches count for more.
 _CPU_CHUNK, _GPU_CHUNK = 1 << 18, 1 << 22
 
 
-@dataclass(frozen=True)
-class Replicas:
-    """This rank's copies.
-
-    Attributes:
-        tensors: parameter name to this rank's live memory.
-        group: ranks with the same number hold the same tensors with the same values.
-    """
-
-    tensors: Mapping[str, torch.Tensor]
-    group: int
+def layout_hash(parts: Sequence[Part]) -> int:
+    """A signed 64-bit hash of which elements parts hold: ranks that have the same one should hold the same values."""
+    layout = [(part.name, part.global_shape, [(box.offsets, box.shape) for box in part.boxes]) for part in parts]
+    return int.from_bytes(hashlib.sha256(repr(layout).encode()).digest()[:8], "little", signed=True)
 
 
-def content_hashes(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def content_hashes(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """A hash of the bits of each tensor, int64 [tensors], on their device.
 
     Each element's bits, an integer, are multiplied by an odd number that belongs to its place and added up modulo 2^64
@@ -31,7 +26,7 @@ def content_hashes(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """
     hashes: list[torch.Tensor] = []
     factors: torch.Tensor | None = None
-    for tensor in tensors.values():
+    for tensor in tensors:
         if factors is None:
             factors = _odd_factors(tensor.device)
         hashes.append(_content_hash(tensor.detach(), factors))

@@ -6,18 +6,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from sharding.blocks import hidden_matrices
-from sharding.engine import Batch, ModelDefinition, OptimizedParameter, OptimizerFactory
+from sharding.engine import Batch, ModelDefinition, OptimizerFactory
 from sharding.gradient_noise import MicroBatchNorms
+from sharding.gradient_norm import square_sum
 from sharding.loss_scaler import LossScaler
-from sharding.mesh import DataParallelMesh
+from sharding.mesh import ParallelMesh
+from sharding.part import Part, local_tensor, part_of
 from sharding.reached import ReachedParameters
-from sharding.replicas import Replicas
-from sharding.state import TensorSlice, local_tensor, slice_of
+from sharding.state import MODEL_PREFIX
 
 
 class TorchEngine:
@@ -26,7 +25,7 @@ class TorchEngine:
     def __init__(
         self,
         definition: ModelDefinition,
-        mesh: DataParallelMesh,
+        mesh: ParallelMesh,
         device: torch.device,
         autocast_dtype: torch.dtype | None,
         build_optimizer: OptimizerFactory,
@@ -53,7 +52,8 @@ class TorchEngine:
             for name, parameter in self._model.named_parameters()
             if parameter.requires_grad
         ]
-        self._optimizer = build_optimizer(self._optimized_parameters())
+        self._optimized = self._optimized_parts()
+        self._optimizer = build_optimizer(self._optimized)
         self._found_nonfinite = torch.zeros((), device=device)
         self._loss_scaler = loss_scaler
         self._has_whole_optimizer_state = False
@@ -83,7 +83,7 @@ class TorchEngine:
             total += loss_sum.detach()
         if self._reached is not None:
             self._reached.share()
-        return total
+        return total if self._mesh.counts_loss else torch.zeros_like(total)
 
     def train_batch_with_norms(
         self, micro_batches: Sequence[Batch], denominator: int
@@ -96,7 +96,7 @@ class TorchEngine:
 
     def local_gradients(self) -> list[torch.Tensor]:
         """See Engine."""
-        return [local_tensor(entry.parameter.grad) for entry in self._trainable if entry.parameter.grad is not None]
+        return [gradient for _, gradient in self._gradient_pieces()]
 
     def evaluate(self, batches: Iterable[Batch]) -> list[torch.Tensor]:
         """See Engine."""
@@ -104,9 +104,9 @@ class TorchEngine:
 
     def clip_grad_norm(self, max_norm: float) -> torch.Tensor:
         """See Engine."""
-        gradients = self.local_gradients()
-        squares = _sum_of_squares(gradients) if gradients else torch.zeros((), device=self._device, dtype=torch.float64)
-        norm = self._sum_over_shards(squares).sqrt().float()
+        pieces = self._gradient_pieces()
+        gradients = [gradient for _, gradient in pieces]
+        norm = square_sum(pieces, self._optimized, self._mesh.dims, self._device).sqrt().float()
         if self._loss_scaler is not None:
             norm = norm / self._loss_scaler.scale
         coefficient = None if max_norm == 0 else (max_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -141,17 +141,17 @@ class TorchEngine:
         for entry in self._trainable:
             entry.parameter.grad = entry.local.grad = None
 
-    def state(self, *, with_optimizer: bool) -> list[TensorSlice]:
+    def state(self, *, with_optimizer: bool) -> list[Part]:
         """See Engine."""
-        slices = self._model_slices()
+        parts = self._model_parts()
         if with_optimizer:
             self._allocate_optimizer_state()
-            slices += self._optimizer_slices({part.name: part for part in slices})
+            parts += self._optimizer_parts({part.name: part for part in parts})
             if self._loss_scaler is not None:
-                slices += self._loss_scaler.slices(is_written_here=self._mesh.writes_copy())
-        return slices
+                parts += self._loss_scaler.parts(self._mesh.scalar_holder)
+        return parts
 
-    def load_state(self, read: Callable[[TensorSlice], None], *, with_optimizer: bool) -> None:
+    def load_state(self, read: Callable[[Part], None], *, with_optimizer: bool) -> None:
         """See Engine."""
         for part in self.state(with_optimizer=with_optimizer):
             read(part)
@@ -160,9 +160,9 @@ class TorchEngine:
         """See Engine."""
         return {name: local_tensor(parameter.detach()) for name, parameter in self.named_parameters()}
 
-    def replicas(self) -> Replicas | None:
+    def replicas(self) -> list[Part]:
         """See Engine."""
-        return None
+        return []
 
     def named_parameters(self) -> list[tuple[str, Any]]:
         """See Engine."""
@@ -173,7 +173,7 @@ class TorchEngine:
         with torch.no_grad(), self._autocast():
             sums = self._evaluation_sums(self._model, self._to_device(batch))
         self._model.train()
-        return sums
+        return sums if self._mesh.counts_loss else torch.zeros_like(sums)
 
     def _forward_module(self) -> nn.Module:
         return self._model
@@ -206,9 +206,6 @@ class TorchEngine:
     def _accumulation_context(self, *, is_last: bool) -> AbstractContextManager[Any]:
         return nullcontext()
 
-    def _sum_over_shards(self, squares: torch.Tensor) -> torch.Tensor:
-        return squares
-
     def _autocast(self) -> AbstractContextManager[Any]:
         if self._autocast_dtype is None:
             return nullcontext()
@@ -217,51 +214,41 @@ class TorchEngine:
     def _to_device(self, batch: Batch) -> Batch:
         return {name: tensor.to(self._device, non_blocking=True) for name, tensor in batch.items()}
 
-    def _model_slices(self) -> list[TensorSlice]:
+    def _gradient_pieces(self) -> list[tuple[Part, torch.Tensor]]:
+        """``local_gradients``, each beside the part of the parameter that it belongs to."""
+        pairs = zip(self._optimized, self._trainable, strict=True)
+        return [(part, local_tensor(entry.parameter.grad)) for part, entry in pairs if entry.parameter.grad is not None]
+
+    def _model_parts(self) -> list[Part]:
         persistent = set(self._model.state_dict().keys())
         tensors: list[tuple[str, torch.Tensor]] = self.named_parameters()
         tensors += [(name, buffer) for name, buffer in self._model.named_buffers() if name in persistent]
-        return [self._slice(f"model/{name}", tensor, index) for index, (name, tensor) in enumerate(tensors)]
+        return [self._part(f"{MODEL_PREFIX}{name}", tensor, index) for index, (name, tensor) in enumerate(tensors)]
 
-    def _optimized_parameters(self) -> list[OptimizedParameter]:
-        hidden = hidden_matrices(self._model)
-        parameters = []
-        for entry in self._trainable:
-            whole = slice_of(entry.name, entry.parameter, is_written_here=False)
-            parameters.append(
-                OptimizedParameter(
-                    name=entry.name,
-                    tensor=entry.local,
-                    global_shape=whole.global_shape,
-                    first_row=whole.offsets[0] if whole.offsets else 0,
-                    shard_group=self._mesh.shard_group if isinstance(entry.parameter, DTensor) else None,
-                    is_hidden_matrix=entry.name in hidden,
-                )
-            )
-        return parameters
+    def _optimized_parts(self) -> list[Part]:
+        """A part of each trained parameter as the optimizer gets it; called once, before there is one."""
+        return [replace(self._part(entry.name, entry.parameter), tensor=entry.local) for entry in self._trainable]
 
-    def _optimizer_slices(self, model_slices: Mapping[str, TensorSlice]) -> list[TensorSlice]:
-        slices = []
+    def _optimizer_parts(self, model_parts: Mapping[str, Part]) -> list[Part]:
+        parts = []
         holds_whole = getattr(self._optimizer, "holds_whole", None)
         for entry in self._trainable:
-            whole = model_slices[f"model/{entry.name}"]
             for key, value in sorted(self._optimizer.state.get(entry.local, {}).items()):
                 name = f"optimizer/{entry.name}/{key}"
                 if value is None:
                     continue
                 if value.ndim == 0 or (holds_whole is not None and holds_whole(entry.local, key)):
-                    # A count of steps, for example: the same on every rank.
-                    slices.append(slice_of(name, value, is_written_here=self._mesh.writes_copy()))
+                    # A count of steps, for example: the same on every rank, also for a part without elements.
+                    parts.append(part_of(name, value, self._mesh.copy_holder))
                 else:
-                    shape = (whole.global_shape[0], *value.shape[1:])
-                    offsets = (whole.offsets[0], *(0 for _ in value.shape[1:]))
-                    slices.append(replace(whole, name=name, tensor=value, global_shape=shape, offsets=offsets))
-        return slices
+                    parts.append(model_parts[f"{MODEL_PREFIX}{entry.name}"].beside(name, value))
+        return parts
 
-    def _slice(self, name: str, tensor: torch.Tensor, index: int) -> TensorSlice:
+    def _part(self, name: str, tensor: torch.Tensor, index: int = 0) -> Part:
+        """The part of a tensor of the model that this rank holds; ``index`` deals out who writes copies."""
         if isinstance(tensor, DTensor):
-            return slice_of(name, tensor, is_written_here=self._mesh.is_first_replica)
-        return slice_of(name, tensor, is_written_here=self._mesh.writes_copy(index))
+            return part_of(name, tensor, self._mesh.shard_holder, sums_over=self._mesh.shard_group)
+        return part_of(name, tensor, self._mesh.copy_holder, index)
 
     def _allocate_optimizer_state(self) -> None:
         """Make the optimizer create what state is missing, as it is before the first gradient, by a skipped step.
@@ -292,24 +279,6 @@ def _gradients_replaced(gradients: Mapping[nn.Parameter, torch.Tensor | None]) -
     finally:
         for parameter, gradient in replaced:
             parameter.grad = gradient
-
-
-def _sum_of_squares(gradients: list[torch.Tensor]) -> torch.Tensor:
-    """Sum of the squares of all elements, an fp64 scalar.
-
-    A CPU that adds up millions of fp32 squares one after the other loses the fourth digit, which would make the clipped
-    step depend on how the gradients are divided. Rows are short enough for fp32, and their norms are added up in fp64.
-    """
-    if gradients[0].device.type != "cpu":
-        return torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float64)).square().sum()
-    row_norms = [torch.linalg.vector_norm(gradient, dim=-1).reshape(-1) for gradient in gradients]
-    return torch.cat(row_norms).double().square().sum()
-
-
-def sum_over(group: dist.ProcessGroup | None, value: torch.Tensor) -> torch.Tensor:
-    """Sum a tensor over the ranks of a group, in place."""
-    dist.all_reduce(value, group=group)
-    return value
 
 
 @dataclass(frozen=True)

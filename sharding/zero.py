@@ -20,19 +20,19 @@ from sharding.engine import Batch, Engine, ModelDefinition, OptimizerFactory
 from sharding.engine_builder import EngineParts
 from sharding.gradient_leaves import gradient_leaves
 from sharding.loss_scaler import LossScaler
-from sharding.mesh import SHARD_AXIS, DataParallelMesh
+from sharding.mesh import ParallelMesh
+from sharding.part import Part
 from sharding.pass_agreement import compare_passes
 from sharding.ranks.errors import UserError
 from sharding.reached import ReachedParameters
 from sharding.recurrent_weights import leave_recurrent_weights_alone
-from sharding.replicas import Replicas
-from sharding.torch_engine import TorchEngine, sum_over
+from sharding.torch_engine import TorchEngine
 
 REDUCES_UNUSED_PARAMETERS = hasattr(FSDPModule, "set_reduce_scatter_unused_params")
 """Whether ``fully_shard`` can reduce gradients of parameters that only some ranks use; torch 2.11 cannot."""
 
 
-def shard_modules(modules: Sequence[nn.Module], mesh: DataParallelMesh, strategy: Strategy, dtype: torch.dtype) -> None:
+def shard_modules(modules: Sequence[nn.Module], mesh: ParallelMesh, strategy: Strategy, dtype: torch.dtype) -> None:
     """Shard the parameters of modules over the mesh, in place.
 
     Args:
@@ -48,7 +48,7 @@ def shard_modules(modules: Sequence[nn.Module], mesh: DataParallelMesh, strategy
     )
     fully_shard(
         modules[0] if len(modules) == 1 else list(modules),
-        mesh=mesh.device_mesh,
+        mesh=mesh.sharding_mesh,
         reshard_after_forward=strategy in ("zero3", "hsdp"),
         mp_policy=policy,
     )
@@ -74,7 +74,7 @@ class ZeroEngine(TorchEngine):
     def __init__(
         self,
         definition: ModelDefinition,
-        mesh: DataParallelMesh,
+        mesh: ParallelMesh,
         device: torch.device,
         strategy: Strategy,
         build_optimizer: OptimizerFactory,
@@ -95,19 +95,15 @@ class ZeroEngine(TorchEngine):
                 module.set_reduce_scatter_unused_params(True, recurse=False)
         self._keeps_parameters = strategy in ("zero1", "zero2")
         leaves = gradient_leaves(self._model)
-        # Replicas read different data too.
-        group = None if strategy == "hsdp" else mesh.shard_group
         self._reached = ReachedParameters(
             [leaves[entry.name] for entry in self._trainable],
-            group,
+            mesh.reduction_group,
             must_be_alike=not REDUCES_UNUSED_PARAMETERS,
         )
 
-    def replicas(self) -> Replicas | None:
+    def replicas(self) -> list[Part]:
         """See Engine; whole parameters are there only while they are used, gathered anew from one rank's each."""
-        if self._strategy != "hsdp" or self._mesh.device_mesh is None:
-            return None
-        return Replicas(self.named_local_shards(), group=self._mesh.device_mesh.get_local_rank(SHARD_AXIS))
+        return [self._part(*named) for named in self.named_parameters()] if self._strategy == "hsdp" else []
 
     def _evaluate_batch(self, batch: Batch) -> torch.Tensor:
         sums = super()._evaluate_batch(batch)
@@ -128,9 +124,6 @@ class ZeroEngine(TorchEngine):
                 module.set_reshard_after_backward(is_last, recurse=False)
             module.set_is_last_backward(is_last)
         return nullcontext()
-
-    def _sum_over_shards(self, squares: torch.Tensor) -> torch.Tensor:
-        return sum_over(self._mesh.shard_group, squares)
 
 
 class FullyShardBuilder:

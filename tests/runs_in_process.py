@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from sharding.part import part_of
 from sharding.ranks.process_group import Ranks
-from sharding.state import TensorSlice
 from tests.support import read_metrics, tiny_values
 from trainer.attempt import begin_attempt
 from trainer.build import build_trainer
@@ -121,8 +121,7 @@ def saved_state(folder: RunFolder, step: int) -> tuple[TrainingState, dict[str, 
     tensors = {}
     for name, entry in reader.manifest.tensors.items():
         tensors[name] = torch.empty(entry.shape, dtype=getattr(torch, entry.dtype))
-        whole = TensorSlice(name, tensors[name], tuple(entry.shape), (0,) * len(entry.shape), is_written_here=False)
-        reader.read_into(whole)
+        reader.read_into(part_of(name, tensors[name]))
     return reader.manifest.training, tensors
 
 

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import torch
 
+from sharding.part import Part
 from sharding.ranks.process_group import Ranks
-from sharding.state import TensorSlice
 from trainer.checkpoint.rank_file import write_rank_file
 from trainer.checkpoint.tensor_file import DTYPES, TensorFile
 from trainer.checkpoint.training_state import TrainingState
@@ -15,15 +15,15 @@ from trainer.files.storage import CheckpointPath
 
 def save_checkpoint(
     folder: CheckpointPath,
-    slices: list[TensorSlice],
+    parts: list[Part],
     training: TrainingState,
     identity: CheckpointIdentity,
     ranks: Ranks,
     before_commit: Callable[[], None] = lambda: None,
 ) -> None:
     """Write one checkpoint and wait for it; every rank must call it."""
-    prepare_checkpoint(folder, slices, training.step, ranks, before_commit)
-    commit_checkpoint(folder, write_rank_file(folder, slices, ranks.rank), training, identity, ranks, before_commit)
+    prepare_checkpoint(folder, parts, training.step, ranks, before_commit)
+    commit_checkpoint(folder, write_rank_file(folder, parts, ranks.rank), training, identity, ranks, before_commit)
 
 
 def whole_tensor(file: TensorFile, key: str) -> torch.Tensor:

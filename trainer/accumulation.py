@@ -11,7 +11,7 @@ class StepAgreement:
     """What all ranks know before a step.
 
     Attributes:
-        num_targets: valid targets of the global batch, over all ranks and micro-batches: the loss denominator.
+        num_targets: valid targets of the global batch: the loss denominator.
         stop: whether any rank was asked to stop.
         all_have_written: whether every rank is done with writing its part of a checkpoint, well or not.
     """
@@ -27,7 +27,7 @@ def agree_on_step(num_local_targets: int, stop: bool, has_written: bool) -> Step
     All of it lives on the host, so the reduction runs over gloo and never waits for the device.
 
     Args:
-        num_local_targets: valid targets of this rank's micro-batches.
+        num_local_targets: valid targets of this rank's micro-batches; 0 where another rank counts the same ones.
         stop: whether this rank was asked to stop.
         has_written: whether this rank is done with its part of a checkpoint that waits to be made valid.
     """

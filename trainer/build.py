@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Sequence
 
 from sharding.engine import Engine
-from sharding.mesh import DataParallelMesh, build_mesh
+from sharding.mesh import ParallelMesh, build_mesh
 from sharding.precision import compute_dtype
 from sharding.ranks.errors import UserError
 from sharding.ranks.process_group import Ranks, set_step_timeout
@@ -117,14 +117,14 @@ def build_trainer(
         engine=engine,
         task=task,
         ranks=ranks,
-        dp_rank=mesh.dp_rank,
+        mesh=mesh,
         build_loader=lambda training: _build_loader(config, corpus, mesh, training),
         evaluation_batches=lambda: evaluation_batches(
             validation,
             sequence_length=length,
             micro_size=config.batch.micro_size,
-            dp_rank=mesh.dp_rank,
-            dp_degree=mesh.dp_degree,
+            dp_rank=mesh.data.rank,
+            dp_degree=mesh.data.degree,
             max_sequences=config.evaluation.max_sequences,
             document_mask=config.data.document_mask,
         ),
@@ -217,7 +217,7 @@ def _replica_check(
 
 
 def _build_loader(
-    config: RunConfig, corpus: Prepared, mesh: DataParallelMesh, training: TrainingState
+    config: RunConfig, corpus: Prepared, mesh: ParallelMesh, training: TrainingState
 ) -> BatchLoader | StreamingLoader:
     """A loader that starts where the training is.
 
@@ -232,9 +232,9 @@ def _build_loader(
             seed=config.seed,
             global_size=batch.global_size,
             micro_size=batch.micro_size,
-            dp_rank=mesh.dp_rank,
-            dp_degree=mesh.dp_degree,
-            state=state_of_rank(training.loader_states, training.num_samples, mesh.dp_rank, mesh.dp_degree),
+            dp_rank=mesh.data.rank,
+            dp_degree=mesh.data.degree,
+            state=state_of_rank(training.loader_states, training.num_samples, mesh.data.rank, mesh.data.degree),
         )
     return BatchLoader(
         corpus.stream("train", verify=config.faults.verify_data),
@@ -242,8 +242,8 @@ def _build_loader(
         sequence_length=data.sequence_length,
         global_size=batch.global_size,
         micro_size=batch.micro_size,
-        dp_rank=mesh.dp_rank,
-        dp_degree=mesh.dp_degree,
+        dp_rank=mesh.data.rank,
+        dp_degree=mesh.data.degree,
         start_sample=training.num_samples,
         skipped=SkippedSamples(training.skipped_samples),
         document_mask=data.document_mask,

@@ -62,7 +62,7 @@ class Trainer:
         self._bad_numbers = parts.bad_numbers
         self._clock = ThroughputClock(take_busy_s=parts.busy.take_s)
         self._noise_scale = NoiseScale() if config.metrics.gradient_noise_scale else None
-        self._evaluation = Evaluation(parts.engine, parts.task, parts.ranks, dp_rank=parts.dp_rank, seed=config.seed)
+        self._evaluation = Evaluation(parts.engine, parts.task, parts.ranks, parts.mesh.data, config.seed)
         self._metrics_file: MetricsFile | None = None
         self._loader: BatchLoader | StreamingLoader | None = None
         self._loader_state: dict[str, Any] | None = None
@@ -140,7 +140,7 @@ class Trainer:
         while self.step < self._config.num_steps:
             step = self.step + 1
             loader = self._open_loader()
-            seed_step(self._config.seed, step, self._parts.dp_rank)
+            seed_step(self._config.seed, step, self._parts.mesh.data.rank)
             phases.enter(Phase.DATA, step)
             waited_from = time.perf_counter()
             micro_batches = [self._parts.task.make_batch(sequences) for sequences in loader.next_step()]
@@ -148,7 +148,8 @@ class Trainer:
             num_targets = sum(self._parts.task.num_targets(batch) for batch in micro_batches)
             phases.enter(Phase.AGREE)
             checkpointer = self._parts.checkpointer
-            agreed = agree_on_step(num_targets, self._parts.is_stop_requested(), checkpointer.has_written)
+            counted = num_targets if self._parts.mesh.counts_targets else 0
+            agreed = agree_on_step(counted, self._parts.is_stop_requested(), checkpointer.has_written)
             if agreed.all_have_written:
                 self._finish_saving()
             if agreed.stop:
@@ -350,7 +351,7 @@ class Trainer:
                     "noise_variance": self._noise_scale.variance if self._noise_scale else 0.0,
                     **self._bad_numbers.state(),
                     "trackers": self._parts.observers.tracker_state(),
-                    "loader_states": gather_states(self._loader_state, self._parts.ranks),
+                    "loader_states": gather_states(self._loader_state, self._parts.mesh.dims, self._parts.ranks),
                 }
             )
             checkpointer = self._parts.checkpointer

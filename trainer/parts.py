@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from sharding.engine import Batch, Engine
+from sharding.mesh import ParallelMesh
 from sharding.ranks.process_group import Ranks
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.training_state import TrainingState
@@ -28,7 +29,7 @@ class TrainerParts:
         engine: the sharded model and optimizer.
         task: batches and metrics.
         ranks: this rank's place.
-        dp_rank: place among the ranks that read different data, from 0.
+        mesh: the ranks, and the roles of this one.
         build_loader: a loader that starts where the training is.
         evaluation_batches: this rank's share of the held-out sequences, as micro-batches on the host; equally many on
             every rank.
@@ -50,7 +51,7 @@ class TrainerParts:
     engine: Engine
     task: Task
     ranks: Ranks
-    dp_rank: int
+    mesh: ParallelMesh
     build_loader: Callable[[TrainingState], BatchLoader | StreamingLoader]
     evaluation_batches: Callable[[], Iterable[Batch]]
     checkpointer: Checkpointer

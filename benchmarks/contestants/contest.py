@@ -17,6 +17,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from benchmarks.measure.turns import StepEdge
 from sharding.engine import Batch
+from sharding.parallel_dims import parallel_dims
 from sharding.ranks.process_group import Ranks
 from trainer.config import RunConfig
 from trainer.config.rules import accumulation_steps
@@ -53,7 +54,7 @@ class Contest:
     @property
     def accumulation_steps(self) -> int:
         """Micro-batches of one rank in one step."""
-        return accumulation_steps(self.config, self.ranks.world_size)
+        return accumulation_steps(self.config, parallel_dims(self.config.parallel, self.ranks.world_size))
 
     @property
     def uses_bf16(self) -> bool:

@@ -291,7 +291,7 @@ def _train_lstm(strategy: Strategy, ranks: Ranks) -> tuple[list[float], list[str
         ModelDefinition(model=model, initialize=initialize, loss=loss, evaluate=loss, seed=7),
         build_mesh(parallel, ranks),
         ranks.device,
-        optimizer_factory(OptimizerConfig(name="sgd", lr=0.5, weight_decay=0.0)),
+        optimizer_factory(OptimizerConfig(name="sgd", lr=0.5, weight_decay=0.0), ()),
         parallel=parallel,
         precision=PrecisionConfig(compute="fp32"),
         activation_checkpointing=ActivationCheckpointingConfig(),

@@ -165,7 +165,7 @@ class MeasuredRun:
         )
         if not self._has_synthetic_tokens:
             return trainer
-        loader = OneBatch(config, ranks.world_size, corpus.vocab_size)
+        loader = OneBatch(config, trainer.parts.mesh.data.degree, corpus.vocab_size)
         parts = replace(trainer.parts, build_loader=lambda _: loader)  # type: ignore[arg-type, return-value]
         return Trainer(config, parts)
 

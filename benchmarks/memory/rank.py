@@ -22,10 +22,11 @@ from benchmarks.measure.allocations import Allocations
 from benchmarks.presentation.result_files import append_row
 from sharding.engine import Batch, Engine
 from sharding.mesh import build_mesh
+from sharding.parallel_dims import parallel_dims
+from sharding.part import local_tensor
 from sharding.ranks.errors import EXIT_FAILED, EXIT_FINISHED
 from sharding.ranks.process_group import Ranks, process_group
 from sharding.ranks.process_lifetime import die_with_parent
-from sharding.state import local_tensor
 from trainer.config import RunConfig, parse_config
 from trainer.config.rules import accumulation_steps
 from trainer.model.engine import build_model_engine
@@ -81,7 +82,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def _measure(case: str, config: RunConfig, ranks: Ranks, output: Path) -> None:
     device = ranks.device
-    num_micro_batches = accumulation_steps(config, ranks.world_size)
+    num_micro_batches = accumulation_steps(config, parallel_dims(config.parallel, ranks.world_size))
     small = _batches(config, num_micro_batches, 1, NUM_STATE_TOKENS)
     large = _batches(config, num_micro_batches, config.batch.micro_size, config.data.sequence_length)
     if device.type == "cuda":
@@ -144,7 +145,8 @@ def _build(config: RunConfig, ranks: Ranks) -> Engine:
 def _estimate(config: RunConfig, ranks: Ranks) -> MemoryEstimate:
     model_config = build_model_config(config.model, Vocabulary(config.data.vocab_size, 0), config.data.sequence_length)
     model = build_model_on_meta(build_task(config.task.name, folder=config.task.folder), model_config)
-    return estimate_memory(config, model, model_config, ranks.world_size, ranks.device)
+    dims = parallel_dims(config.parallel, ranks.world_size)
+    return estimate_memory(config, model, model_config, dims, ranks.device)
 
 
 def _batches(config: RunConfig, num_micro_batches: int, num_rows: int, length: int) -> list[Batch]:

@@ -37,6 +37,7 @@ from benchmarks.tune.plan import (
 )
 from benchmarks.tune.rank import LIMIT_VARIABLE
 from sharding.config import Strategy
+from sharding.parallel_dims import parallel_dims
 from sharding.ranks.errors import UserError, ends_with_a_sentence
 from trainer.config import RunConfig, load_config
 from trainer.config.rules import World, validate
@@ -233,7 +234,8 @@ class _Search:
         model_config = build_model_config(config.model, vocabulary, config.data.sequence_length)
         model = build_model_on_meta(build_task(config.task.name, folder=config.task.folder), model_config)
         device = torch.device("cuda" if self._has_gpu else "cpu")
-        return estimate_memory(config, model, model_config, self._num_ranks, device).total
+        dims = parallel_dims(config.parallel, self._num_ranks)
+        return estimate_memory(config, model, model_config, dims, device).total
 
     def _device_memory(self) -> float:
         if self._has_gpu:

@@ -16,13 +16,13 @@ from torch import nn
 from sharding.blocks import modules_outside
 from sharding.bucketed.flat_buckets import FlatBucket, flatten_parameters
 from sharding.bucketed.flat_collectives import start_gather
-from sharding.mesh import DataParallelMesh
+from sharding.mesh import ParallelMesh
 
 
 class BlockBuckets:
     """Flat buckets of a model that is built block by block, so that no rank ever holds all of it."""
 
-    def __init__(self, model: nn.Module, mesh: DataParallelMesh, dtype: torch.dtype, max_elements: int) -> None:
+    def __init__(self, model: nn.Module, mesh: ParallelMesh, dtype: torch.dtype, max_elements: int) -> None:
         """Look at a model whose parameters need no memory yet.
 
         Args:
@@ -64,8 +64,7 @@ class BlockBuckets:
         return self._flatten(after), self._flatten(before)
 
     def _flatten(self, parameters: list[tuple[str, nn.Parameter]]) -> list[FlatBucket]:
-        rank, num_ranks = self._mesh.dp_rank, self._mesh.dp_degree
-        return flatten_parameters(parameters, rank, num_ranks, self._max_elements, freed_as=self._dtype)
+        return flatten_parameters(parameters, self._mesh.sharding, self._max_elements, freed_as=self._dtype)
 
 
 class BlockGathers:

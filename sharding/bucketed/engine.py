@@ -5,8 +5,9 @@ that leave from backward's hooks as in Li et al., "PyTorch Distributed: Experien
 Training" (2020).
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,15 +19,15 @@ from sharding.bucketed.flat_buckets import flatten_parameters
 from sharding.bucketed.gradient_buckets import GradientBuckets
 from sharding.bucketed.parameter_gathers import ParameterGathers
 from sharding.config import Strategy
-from sharding.engine import Batch, ModelDefinition, OptimizedParameter, OptimizerFactory
+from sharding.engine import Batch, ModelDefinition, OptimizerFactory
 from sharding.graph_leaves import leaves_of
 from sharding.loss_scaler import LossScaler
 from sharding.memory_formula import BUCKET_ELEMENTS
-from sharding.mesh import DataParallelMesh
+from sharding.mesh import ParallelMesh
+from sharding.part import Part, part_of_run
 from sharding.reached import ReachedParameters
-from sharding.replicas import Replicas
-from sharding.state import TensorSlice, slice_of, slices_of_flat_range
-from sharding.torch_engine import TorchEngine, sum_over
+from sharding.state import MODEL_PREFIX
+from sharding.torch_engine import TorchEngine
 
 _ROW = 256
 """Elements that are squared and added up in fp32; the sums of rows are added up in fp64."""
@@ -43,7 +44,7 @@ class BucketedEngine(TorchEngine):
     def __init__(
         self,
         definition: ModelDefinition,
-        mesh: DataParallelMesh,
+        mesh: ParallelMesh,
         device: torch.device,
         strategy: Strategy,
         autocast_dtype: torch.dtype | None,
@@ -69,7 +70,7 @@ class BucketedEngine(TorchEngine):
         self._gathers: ParameterGathers | BlockGathers
         if block_buckets is None:
             trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-            self._buckets = flatten_parameters(trainable, mesh.dp_rank, mesh.dp_degree, limit)
+            self._buckets = flatten_parameters(trainable, mesh.sharding, limit)
             self._gathers = ParameterGathers(model, self._buckets, group)
         else:
             after, before = block_buckets.finish()
@@ -117,12 +118,12 @@ class BucketedEngine(TorchEngine):
         self._gradients.forget()
         self._has_gradients = False
 
-    def state(self, *, with_optimizer: bool) -> list[TensorSlice]:
+    def state(self, *, with_optimizer: bool) -> list[Part]:
         """See Engine."""
         self.settle()
         return super().state(with_optimizer=with_optimizer)
 
-    def load_state(self, read: Callable[[TensorSlice], None], *, with_optimizer: bool) -> None:
+    def load_state(self, read: Callable[[Part], None], *, with_optimizer: bool) -> None:
         """See Engine; every rank must call it."""
         self._gathers.wait()
         super().load_state(read, with_optimizer=with_optimizer)
@@ -132,11 +133,9 @@ class BucketedEngine(TorchEngine):
         """See Engine; a flat run of the parameter's elements, or all of a frozen parameter."""
         return {name: self._runs[id(p)][0].detach() if id(p) in self._runs else p.detach() for name, p in self._named()}
 
-    def replicas(self) -> Replicas | None:
+    def replicas(self) -> list[Part]:
         """See Engine; in stages 1 and 2 every rank computes with all parameters, gathered after each step."""
-        if not self._is_whole_between_steps:
-            return None
-        return Replicas({name: parameter.detach() for name, parameter in self.named_parameters()}, group=0)
+        return [self._part(*named) for named in self.named_parameters()] if self._is_whole_between_steps else []
 
     def named_parameters(self) -> list[tuple[str, Any]]:
         """See Engine; in stage 3 without values where they are not gathered."""
@@ -175,44 +174,24 @@ class BucketedEngine(TorchEngine):
     def _give_gradients_to_optimizer(self) -> None:
         """Nothing: the runs' gradients are the buckets' memory."""
 
-    def local_gradients(self) -> list[torch.Tensor]:
-        """See Engine; in rows."""
-        return [piece for entry in self._trainable for piece in _rows(entry.local.grad) if piece.numel()]
+    def _gradient_pieces(self) -> list[tuple[Part, torch.Tensor]]:
+        """See TorchEngine; in rows."""
+        pairs = zip(self._optimized, self._trainable, strict=True)
+        return [(part, piece) for part, entry in pairs for piece in _rows(entry.local.grad) if piece.numel()]
 
-    def _sum_over_shards(self, squares: torch.Tensor) -> torch.Tensor:
-        return sum_over(self._mesh.shard_group, squares)
-
-    def _optimized_parameters(self) -> list[OptimizedParameter]:
-        return [
-            OptimizedParameter(entry.name, entry.local, tuple(entry.parameter.shape), 0, None, is_hidden_matrix=False)
-            for entry in self._trainable
-        ]
-
-    def _model_slices(self) -> list[TensorSlice]:
-        slices = [part for entry in self._trainable for part in self._boxes(f"model/{entry.name}", entry, entry.local)]
+    def _model_parts(self) -> list[Part]:
         persistent = set(self._model.state_dict().keys())
         whole: list[tuple[str, torch.Tensor]] = [(name, p) for name, p in self._named() if id(p) not in self._runs]
         whole += [(name, buffer) for name, buffer in self._model.named_buffers() if name in persistent]
-        return slices + [self._slice(f"model/{name}", tensor, index) for index, (name, tensor) in enumerate(whole)]
+        runs = [self._run_part(entry, f"{MODEL_PREFIX}{entry.name}") for entry in self._trainable]
+        return runs + [self._part(f"{MODEL_PREFIX}{name}", tensor, index) for index, (name, tensor) in enumerate(whole)]
 
-    def _optimizer_slices(self, model_slices: Mapping[str, TensorSlice]) -> list[TensorSlice]:
-        slices = []
-        for entry in self._trainable:
-            for key, value in sorted(self._optimizer.state.get(entry.local, {}).items()):
-                name = f"optimizer/{entry.name}/{key}"
-                if value is None:
-                    continue
-                if value.ndim:
-                    slices += self._boxes(name, entry, value)
-                else:
-                    # A count of steps: the same on every rank, also for a run without elements.
-                    slices.append(slice_of(name, value, is_written_here=self._mesh.writes_copy()))
-        return slices
+    def _optimized_parts(self) -> list[Part]:
+        return [replace(self._run_part(entry, entry.name), tensor=entry.local) for entry in self._trainable]
 
-    def _boxes(self, name: str, entry: Any, run: torch.Tensor) -> list[TensorSlice]:
-        start = self._runs[id(entry.parameter)][1]
-        shape = tuple(entry.parameter.shape)
-        return slices_of_flat_range(name, run.detach(), shape, start, is_written_here=True)
+    def _run_part(self, entry: Any, name: str) -> Part:
+        shape, start = tuple(entry.parameter.shape), self._runs[id(entry.parameter)][1]
+        return part_of_run(name, entry.local.detach(), shape, start, self._mesh.shard_group)
 
 
 def _rows(run: torch.Tensor | None) -> Sequence[torch.Tensor]:

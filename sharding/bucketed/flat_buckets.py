@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from sharding.parallel_dims import Role
+
 _ALIGNMENT = 16
 """Elements; 64 bytes, a cache line and what vector instructions like best."""
 
@@ -69,8 +71,7 @@ class FlatBucket:
 
 def flatten_parameters(
     parameters: Sequence[tuple[str, nn.Parameter]],
-    rank: int,
-    num_ranks: int,
+    place: Role,
     max_elements: int,
     freed_as: torch.dtype | None = None,
 ) -> list[FlatBucket]:
@@ -78,33 +79,31 @@ def flatten_parameters(
 
     Args:
         parameters: names and parameters, whole, in the order of the forward pass; each becomes a view of its bucket.
-        rank: whose slices are the own ones.
-        num_ranks: ranks that divide each bucket.
+        place: this rank's among the ranks that divide each bucket.
         max_elements: largest size of a bucket, unless one parameter alone is larger.
         freed_as: if given, each rank keeps the values of its slices alone, and ``flat`` is in this format and without
             memory until it is gathered.
     """
     # Room for the slices of all ranks to be of equal, aligned length.
-    max_elements -= num_ranks * _ALIGNMENT
+    max_elements -= place.degree * _ALIGNMENT
     buckets: list[FlatBucket] = []
     open_members: list[BucketMember] = []
     end = 0
     for name, parameter in reversed(parameters):
         size = _aligned(parameter.numel(), _ALIGNMENT)
         if open_members and end + size > max_elements:
-            buckets.append(_bucket(open_members, end, rank, num_ranks, freed_as))
+            buckets.append(_bucket(open_members, end, place, freed_as))
             open_members, end = [], 0
         open_members.append(BucketMember(name, parameter, end))
         end += size
     if open_members:
-        buckets.append(_bucket(open_members, end, rank, num_ranks, freed_as))
+        buckets.append(_bucket(open_members, end, place, freed_as))
     return buckets
 
 
 @torch.no_grad()
-def _bucket(
-    members: list[BucketMember], size: int, rank: int, num_ranks: int, freed_as: torch.dtype | None
-) -> FlatBucket:
+def _bucket(members: list[BucketMember], size: int, place: Role, freed_as: torch.dtype | None) -> FlatBucket:
+    rank, num_ranks = place.rank, place.degree
     length = _aligned(-(-size // num_ranks), _ALIGNMENT)
     first = members[0].parameter
     flat = torch.zeros(length * num_ranks, dtype=first.dtype, device=first.device)

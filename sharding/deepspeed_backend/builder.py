@@ -52,7 +52,7 @@ class DeepSpeedZero3Builder(DeepSpeedBuilder):
         """
         super().__init__(parts)
         model = parts.definition.model
-        self._partitioner = BlockPartitioner(parts.deepspeed_settings, model, parts.mesh.dp_degree)
+        self._partitioner = BlockPartitioner(parts.deepspeed_settings, model, parts.mesh.sharding.degree)
         self._units = units_by_last_block(model, [block for _, block in parts.blocks])
 
     def prepare_block(self, name: str, block: nn.Module) -> None:

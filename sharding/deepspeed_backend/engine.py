@@ -11,13 +11,13 @@ from torch import nn
 from sharding.deepspeed_backend.files import in_memory
 from sharding.deepspeed_backend.library import import_deepspeed
 from sharding.deepspeed_backend.untouched_runs import UntouchedRuns
-from sharding.engine import Batch, ModelDefinition, OptimizedParameter, OptimizerFactory
+from sharding.engine import Batch, ModelDefinition, OptimizerFactory
 from sharding.loss_scaler import LossScaler
-from sharding.mesh import DataParallelMesh
+from sharding.mesh import ParallelMesh
+from sharding.part import Part, part_of, part_of_run, whole_box
 from sharding.ranks.errors import UserError
 from sharding.reached import ReachedParameters
-from sharding.replicas import Replicas
-from sharding.state import TensorSlice, slice_of, slices_of_flat_range
+from sharding.state import MODEL_PREFIX
 
 
 class DeepSpeedEngine:
@@ -31,7 +31,7 @@ class DeepSpeedEngine:
     def __init__(
         self,
         definition: ModelDefinition,
-        mesh: DataParallelMesh,
+        mesh: ParallelMesh,
         device: torch.device,
         autocast_dtype: torch.dtype | None,
         build_optimizer: OptimizerFactory,
@@ -55,8 +55,9 @@ class DeepSpeedEngine:
         self._device = device
         self._loss_scaler = loss_scaler
         trainable = [(name, p) for name, p in definition.model.named_parameters() if p.requires_grad]
+        # Whole, though what is partitioned has no elements here: the optimizer is elementwise.
         parameters = [
-            OptimizedParameter(name, p, _whole_shape(p), 0, None, is_hidden_matrix=False) for name, p in trainable
+            Part(name, p, shape := _whole_shape(p), (whole_box(shape),), mesh.copy_holder) for name, p in trainable
         ]
         _autocast_forward(definition.model, device, autocast_dtype)
         self._module, *_ = deepspeed.initialize(
@@ -69,7 +70,7 @@ class DeepSpeedEngine:
         self._trainable = trainable
         self._members = self._members_of_flat_partitions()
         self._has_allocated = False
-        self._reached = ReachedParameters([p for _, p in trainable], mesh.shard_group, must_be_alike=True)
+        self._reached = ReachedParameters([p for _, p in trainable], mesh.reduction_group, must_be_alike=True)
         self._untouched = UntouchedRuns(self._base_optimizer)
 
     @property
@@ -81,7 +82,7 @@ class DeepSpeedEngine:
         """See Engine."""
         total = torch.zeros((), device=self._device)
         # DeepSpeed averages over ranks; the loss is a global sum over a global count.
-        scale = self._mesh.dp_degree / max(denominator, 1)
+        scale = self._mesh.reduction.degree / max(denominator, 1)
         if self._loss_scaler is not None:
             # DeepSpeed scales by a number of the host's; its step waits for the device in any case.
             self._zero.override_loss_scale(float(self._loss_scaler.scale))
@@ -156,7 +157,7 @@ class DeepSpeedEngine:
             # The class's own method is behind it.
             del self._zero.__dict__["_get_norm_groups" if self._stage == 3 else "scaled_global_norm"]
 
-    def state(self, *, with_optimizer: bool) -> list[TensorSlice]:
+    def state(self, *, with_optimizer: bool) -> list[Part]:
         """See Engine; a rank's part of a flat partition becomes boxes of each tensor.
 
         What is kept in files is copied to memory, all of it at once.
@@ -164,23 +165,23 @@ class DeepSpeedEngine:
         if with_optimizer:
             # Where every step so far was skipped, there is none yet.
             self._allocate_optimizer_state()
-        slices = self._replicated_slices()
+        parts = self._replicated_parts()
         for group in range(len(self._members)):
             with self._in_memory(group, changes=False) as is_borrowed:
-                parts = self._slices_of_partition(group, with_optimizer=with_optimizer)
-                slices += [replace(p, tensor=p.tensor.clone()) for p in parts] if is_borrowed else parts
+                own = self._parts_of_partition(group, with_optimizer=with_optimizer)
+                parts += [replace(part, tensor=part.tensor.clone()) for part in own] if is_borrowed else own
         if with_optimizer and self._loss_scaler is not None:
-            slices += self._loss_scaler.slices(is_written_here=self._mesh.writes_copy())
-        return slices
+            parts += self._loss_scaler.parts(self._mesh.scalar_holder)
+        return parts
 
-    def load_state(self, read: Callable[[TensorSlice], None], *, with_optimizer: bool) -> None:
+    def load_state(self, read: Callable[[Part], None], *, with_optimizer: bool) -> None:
         """See Engine."""
         if with_optimizer:
             self._allocate_optimizer_state()
         if self._stage == 3:
             # Parameters that a forward pass left gathered would not be gathered again.
             self._zero._partition_all_parameters()
-        for part in self._replicated_slices():
+        for part in self._replicated_parts():
             read(part)
         for group in range(len(self._members)):
             with self._in_memory(group, changes=True):
@@ -188,7 +189,7 @@ class DeepSpeedEngine:
                 if self._stage == 3:
                     self._zero._reassign_or_swap_out_partitioned_parameters(group)
         if with_optimizer and self._loss_scaler is not None:
-            for part in self._loss_scaler.slices(is_written_here=False):
+            for part in self._loss_scaler.parts(self._mesh.scalar_holder):
                 read(part)
         self._publish_masters()
 
@@ -201,11 +202,11 @@ class DeepSpeedEngine:
                 shards[name] = master.detach()[offset : offset + size]
         return shards
 
-    def replicas(self) -> Replicas | None:
+    def replicas(self) -> list[Part]:
         """See Engine; under stages 1 and 2 every rank computes with all parameters, gathered after each step."""
         if self._stage == 3:
-            return None
-        return Replicas({name: parameter.detach() for name, parameter in self.named_parameters()}, group=0)
+            return []
+        return [part_of(name, parameter, self._mesh.copy_holder) for name, parameter in self.named_parameters()]
 
     def named_parameters(self) -> list[tuple[str, Any]]:
         """See Engine."""
@@ -251,59 +252,61 @@ class DeepSpeedEngine:
     def _in_memory(self, group: int, *, changes: bool) -> AbstractContextManager[bool]:
         return in_memory(self._zero, group, changes=changes) if self._stage == 3 else nullcontext(enter_result=False)
 
-    def _slices_of_partition(self, group: int, *, with_optimizer: bool) -> list[TensorSlice]:
+    def _parts_of_partition(self, group: int, *, with_optimizer: bool) -> list[Part]:
         master = self._masters[group]
         moments = self._base_optimizer.state.get(master, {}) if with_optimizer else {}
-        slices = []
+        parts = []
         for name, parameter in self._members[group]:
             offset, size, start = self._run(parameter)
-            tensors = {f"model/{name}": master.detach()}
+            tensors = {f"{MODEL_PREFIX}{name}": master.detach()}
             tensors |= {f"optimizer/{name}/{key}": v for key, v in sorted(moments.items()) if v is not None}
             for tensor_name, tensor in tensors.items():
                 if tensor.ndim:
                     run, shape = tensor[offset : offset + size], _whole_shape(parameter)
-                    slices += slices_of_flat_range(tensor_name, run, shape, start, is_written_here=True)
+                    parts.append(part_of_run(tensor_name, run, shape, start, self._mesh.shard_group))
                 else:
                     # A count of steps: one for each flat partition, the same on every rank.
-                    slices.append(slice_of(tensor_name, tensor, is_written_here=self._mesh.writes_copy()))
-        return slices
+                    parts.append(part_of(tensor_name, tensor, self._mesh.copy_holder))
+        return parts
 
-    def _read_partition(self, group: int, read: Callable[[TensorSlice], None], *, with_optimizer: bool) -> None:
+    def _read_partition(self, group: int, read: Callable[[Part], None], *, with_optimizer: bool) -> None:
         state = self._base_optimizer.state.get(self._masters[group], {}) if with_optimizer else {}
         # One for all parameters of the partition, some of which may have had fewer gradients than others.
         counts = [value.zero_() for value in state.values() if value is not None and not value.ndim]
         largest = [count.clone() for count in counts]
-        for part in self._slices_of_partition(group, with_optimizer=with_optimizer):
+        for part in self._parts_of_partition(group, with_optimizer=with_optimizer):
             read(part)
             largest = [torch.maximum(one, count) for one, count in zip(largest, counts, strict=True)]
         for count, value in zip(counts, largest, strict=True):
             count.copy_(value)
 
-    def _replicated_slices(self) -> list[TensorSlice]:
+    def _replicated_parts(self) -> list[Part]:
         model = self._definition.model
         persistent = set(model.state_dict().keys())
         copied: list[tuple[str, Any]] = [(name, buffer) for name, buffer in model.named_buffers() if name in persistent]
         frozen: list[tuple[str, Any]] = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
         if self._stage != 3:
             copied, frozen = copied + frozen, []
-        slices = [
-            slice_of(f"model/{name}", tensor, is_written_here=self._mesh.writes_copy(index))
+        parts = [
+            part_of(f"{MODEL_PREFIX}{name}", tensor, self._mesh.copy_holder, index)
             for index, (name, tensor) in enumerate(copied)
         ]
         for name, parameter in frozen:
             # Frozen or not, stage 3 divides it: each rank holds a run of it, and the last ones less or nothing.
             partition = parameter.ds_tensor.ds_numel
-            start = self._mesh.dp_rank * partition
+            start = self._mesh.sharding.rank * partition
             run = parameter.ds_tensor[: max(0, min(partition, parameter.ds_numel - start))]
-            slices += slices_of_flat_range(f"model/{name}", run, _whole_shape(parameter), start, is_written_here=True)
-        return slices
+            parts.append(
+                part_of_run(f"{MODEL_PREFIX}{name}", run, _whole_shape(parameter), start, self._mesh.shard_group)
+            )
+        return parts
 
     def _run(self, parameter: Any) -> tuple[int, int, int]:
         """This rank's run of a parameter: its offset and size in the flat partition, and its start in the parameter."""
         if self._stage == 3:
             _, offset, _ = self._zero.grad_position[self._zero.get_param_id(parameter)]
             partition = parameter.ds_tensor.ds_numel
-            start = self._mesh.dp_rank * partition
+            start = self._mesh.sharding.rank * partition
             return offset, max(0, min(partition, parameter.ds_numel - start)), start
         mapping = parameter._hp_mapping
         if mapping is None:

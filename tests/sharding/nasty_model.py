@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from sharding.blocks import hidden_matrices
 from sharding.build_engine import build_engine
 from sharding.engine import Batch, Engine, ModelDefinition
 from sharding.memory_formula import BUCKET_ELEMENTS
@@ -128,12 +129,12 @@ def nasty_engine(
         ModelDefinition(model, _initialize, loss, lambda m, batch: loss(m, batch).double()[None], seed=3),
         mesh,
         ranks.device,
-        optimizer_factory(config.optimizer),
+        optimizer_factory(config.optimizer, hidden_matrices(model)),
         parallel=config.parallel,
         precision=config.precision,
         activation_checkpointing=config.activation_checkpointing,
         compilation=config.compile,
-        deepspeed_settings=deepspeed_settings(config, mesh.dp_degree) if backend == "deepspeed" else {},
+        deepspeed_settings=deepspeed_settings(config, mesh.dims) if backend == "deepspeed" else {},
     )
 
 

@@ -6,14 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from sharding import accelerate_engine
 from sharding.engine import Batch, Engine
+from sharding.part import Part
 from sharding.ranks.errors import UserError
 from sharding.ranks.process_group import Ranks
-from sharding.state import TensorSlice, layout_independent_hash, slice_of, slices_of_flat_range
 from tests.sharding.engine_cases import STRATEGIES, num_targets, random_batch, tiny_engine, train_steps
 from tests.support import run_on_ranks
 
@@ -33,16 +31,16 @@ def _skip_together(ranks: Ranks) -> None:
     for backend, strategy in OTHER_BACKENDS:
         engine = tiny_engine(ranks, strategy, backend=backend)
         train_steps(engine, ranks, num_steps=2)
-        before = {(part.name, part.offsets): part.tensor.clone() for part in engine.state(with_optimizer=True)}
+        before = {part.name: part.tensor.clone() for part in engine.state(with_optimizer=True)}
         _train_on_an_infinite_loss(engine, ranks)
         assert not engine.clip_grad_norm(1.0).isfinite(), (backend, strategy)
         assert engine.step(1e-2) == 0.0, (backend, strategy)
         for part in engine.state(with_optimizer=True):
-            assert torch.equal(part.tensor, before[part.name, part.offsets]), (backend, strategy, part.name)
+            assert torch.equal(part.tensor, before[part.name]), (backend, strategy, part.name)
         losses = train_steps(engine, ranks, num_steps=1)
         assert all(math.isfinite(loss) for loss in losses), (backend, strategy)
         assert any(
-            not torch.equal(part.tensor, before[part.name, part.offsets])
+            not torch.equal(part.tensor, before[part.name])
             for part in engine.state(with_optimizer=False)
             if part.tensor.numel()
         ), (backend, strategy)
@@ -146,10 +144,10 @@ def _loss_scale(ranks: Ranks) -> None:
         assert scales[first + 2] == 2 * scales[first], case
         # The scaler's state is canonical: another engine goes on with it.
         other = tiny_engine(ranks, strategy, backend=backend, precision={"compute": "fp16"})
-        saved = {(p.name, p.offsets): p.tensor.clone() for p in engine.state(with_optimizer=True)}
+        saved = {p.name: p.tensor.clone() for p in engine.state(with_optimizer=True)}
 
-        def read(part: TensorSlice, saved: dict[Any, torch.Tensor] = saved) -> None:
-            part.tensor.copy_(saved[part.name, part.offsets])
+        def read(part: Part, saved: dict[Any, torch.Tensor] = saved) -> None:
+            part.tensor.copy_(saved[part.name])
 
         other.load_state(read, with_optimizer=True)
         assert float(other.loss_scale) == float(engine.loss_scale), case  # type: ignore[arg-type]
@@ -216,25 +214,3 @@ def _offload(ranks: Ranks) -> None:
 @pytest.mark.timeout(300)
 def test_offloaded_state_trains_the_same() -> None:
     run_on_ranks(_offload, 2, timeout_s=240)
-
-
-@given(st.lists(st.integers(1, 5), min_size=0, max_size=4), st.data())
-def test_boxes_of_a_flat_range_hold_each_element_once(shape: list[int], data: st.DataObject) -> None:
-    size = math.prod(shape)
-    start = data.draw(st.integers(0, size))
-    stop = data.draw(st.integers(start, size))
-    whole = torch.arange(size).view(shape)
-    slices = slices_of_flat_range("t", torch.arange(start, stop), tuple(shape), start, is_written_here=True)
-    assert len(slices) <= max(1, 2 * len(shape) - 1)
-    assert sum(part.tensor.numel() for part in slices) == stop - start
-    for part in slices:
-        index = tuple(slice(o, o + n) for o, n in zip(part.offsets, part.tensor.shape, strict=True))
-        assert torch.equal(whole[index], part.tensor)
-    # Cut anywhere, the pieces hash as the whole does.
-    pieces = [
-        *slices_of_flat_range("t", torch.arange(start), tuple(shape), 0, is_written_here=True),
-        *slices,
-        *slices_of_flat_range("t", torch.arange(stop, size), tuple(shape), stop, is_written_here=True),
-    ]
-    expected = layout_independent_hash([slice_of("t", whole, is_written_here=True)])
-    assert layout_independent_hash(pieces) == expected

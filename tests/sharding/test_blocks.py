@@ -122,7 +122,7 @@ def _build_recurrent(ranks: Ranks) -> None:
             ModelDefinition(model, initialize_module, lambda *_: torch.zeros(()), lambda *_: torch.zeros(()), 1),
             build_mesh(parallel, ranks),
             ranks.device,
-            optimizer_factory(OptimizerConfig()),
+            optimizer_factory(OptimizerConfig(), ()),
             parallel=parallel,
             precision=PrecisionConfig(compute="fp32"),
             activation_checkpointing=ActivationCheckpointingConfig(),

@@ -59,7 +59,7 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 def _frozen_parts(engine: Any) -> dict[str, torch.Tensor]:
     return {
-        f"{part.name} {part.offsets}": part.tensor.clone()
+        part.name: part.tensor.clone()
         for part in engine.state(with_optimizer=False)
         if part.name.startswith(("model/model.layers.0.", "model/model.embed", "model/model.norm", "model/counts"))
     }

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from sharding.engine import Engine
+from sharding.part import Part
 from sharding.ranks.errors import UserError
 from sharding.ranks.process_group import Ranks
-from sharding.state import TensorSlice
 from trainer.checkpoint.background import BackgroundWrite
 from trainer.checkpoint.rank_file import RankReport, write_rank_file
 from trainer.checkpoint.reader import CheckpointReader
@@ -179,9 +179,9 @@ class Checkpointer:
         if self._saved_step == training.step:
             return
         folder, rank = self._run_folder.checkpoint_path(training.step), self._ranks.rank
-        slices = self._state(engine)
-        prepare_checkpoint(folder, slices, training.step, self._ranks, self._before_commit)
-        copies = self._snapshot.take(slices)
+        parts = self._state(engine)
+        prepare_checkpoint(folder, parts, training.step, self._ranks, self._before_commit)
+        copies = self._snapshot.take(parts)
         write = BackgroundWrite(
             lambda: write_rank_file(folder, copies, rank, lambda: self._before_write(training.step), self._attachments)
         )
@@ -197,10 +197,10 @@ class Checkpointer:
         if self._saved_step == training.step:
             return
         folder = self._run_folder.checkpoint_path(training.step)
-        slices = self._state(engine)
-        prepare_checkpoint(folder, slices, training.step, self._ranks, self._before_commit)
+        parts = self._state(engine)
+        prepare_checkpoint(folder, parts, training.step, self._ranks, self._before_commit)
         report = write_rank_file(
-            folder, slices, self._ranks.rank, lambda: self._before_write(training.step), self._attachments
+            folder, parts, self._ranks.rank, lambda: self._before_write(training.step), self._attachments
         )
         self._commit(folder, report, training)
         self._pruning.wait()
@@ -219,7 +219,7 @@ class Checkpointer:
         """Wait until what is not to be kept is deleted."""
         self._pruning.wait()
 
-    def _state(self, engine: Engine) -> list[TensorSlice]:
+    def _state(self, engine: Engine) -> list[Part]:
         average = self._weight_average
         return engine.state(with_optimizer=True) + ([] if average is None else average.state())
 

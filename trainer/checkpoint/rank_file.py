@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from sharding.state import TensorSlice
+from sharding.part import Box, Part
 from trainer.checkpoint.manifest import FileEntry, SliceEntry
 from trainer.checkpoint.safetensors_file import write_tensors
 from trainer.files.outages import StorageOutage, blames_storage
@@ -38,23 +38,23 @@ class RankReport:
 
 def write_rank_file(
     folder: CheckpointPath,
-    slices: list[TensorSlice],
+    parts: list[Part],
     rank: int,
     before_write: Callable[[], None] = lambda: None,
     attachments: Mapping[str, bytes] | None = None,
 ) -> RankReport:
-    """Write those of a rank's slices that it is to write; an error becomes part of the report.
+    """Write those of a rank's parts that it is to write; an error becomes part of the report.
 
     Args:
         folder: the checkpoint.
-        slices: the rank's canonical state.
+        parts: the rank's canonical state.
         rank: its number.
         before_write: called first; what it raises counts as an error of writing.
         attachments: contents of small files that it is to write beside, by name.
     """
     started_at = time.perf_counter()
     file = f"rank-{rank:05d}.safetensors"
-    written = [part for part in slices if part.is_written_here]
+    written = [(part, box, piece) for part in parts if part.is_written_here for box, piece in part.pieces()]
     path = folder / file
     attached: dict[str, FileEntry] = {}
     try:
@@ -64,7 +64,7 @@ def write_rank_file(
             attached[name] = FileEntry(num_bytes=len(contents), sha256=hashlib.sha256(contents).hexdigest())
         if not written:
             return RankReport(None, attachments=attached)
-        entry = write_tensors(path, {_key(part): part.tensor for part in written})
+        entry = write_tensors(path, {_key(part, box): piece for part, box, piece in written})
     except Exception as error:  # noqa: BLE001 - whatever went wrong here must reach the other ranks, who wait
         reason = "no space left on device" if getattr(error, "errno", None) == errno.ENOSPC else str(error)
         is_away = isinstance(error, StorageOutage) or (isinstance(error, OSError) and blames_storage(error))
@@ -74,13 +74,13 @@ def write_rank_file(
             part.name,
             str(part.tensor.dtype).removeprefix("torch."),
             list(part.global_shape),
-            SliceEntry(file=file, key=_key(part), offsets=list(part.offsets), shape=list(part.tensor.shape)),
+            SliceEntry(file=file, key=_key(part, box), offsets=list(box.offsets), shape=list(box.shape)),
         )
-        for part in written
+        for part, box, _ in written
     )
     return RankReport(None, file, entry, entries, time.perf_counter() - started_at, attached)
 
 
-def _key(part: TensorSlice) -> str:
-    """The tensor's name where the part begins it, so that a file of whole tensors reads like any other."""
-    return f"{part.name}@{','.join(map(str, part.offsets))}" if any(part.offsets) else part.name
+def _key(part: Part, box: Box) -> str:
+    """The tensor's name where the box begins it, so that a file of whole tensors reads like any other."""
+    return f"{part.name}@{','.join(map(str, box.offsets))}" if any(box.offsets) else part.name

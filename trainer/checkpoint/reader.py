@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 
+from sharding.part import Box, Part, part_of
 from sharding.ranks.errors import UserError
-from sharding.state import AVERAGE_PREFIX, MODEL_PREFIX, TensorSlice
+from sharding.state import AVERAGE_PREFIX, MODEL_PREFIX
 from trainer.checkpoint.layout import check_header, check_parts, check_sizes, check_tensors, parts_by_file
 from trainer.checkpoint.manifest import (
     DamagedCheckpoint,
@@ -117,11 +118,11 @@ class CheckpointReader:
             full_name = f"{MODEL_PREFIX}{name}"
         entry = self._entry(full_name)
         tensor = torch.empty(entry.shape, dtype=getattr(torch, entry.dtype))
-        self.read_into(TensorSlice(full_name, tensor, tuple(entry.shape), (0,) * len(entry.shape), False))
+        self.read_into(part_of(full_name, tensor))
         return tensor
 
-    def read_into(self, part: TensorSlice) -> None:
-        """Fill a slice of the canonical state from whatever slices are stored.
+    def read_into(self, part: Part) -> None:
+        """Fill a part of the canonical state from whatever slices are stored.
 
         Raises:
             UserError: the checkpoint has no such tensor, or one of another shape.
@@ -133,11 +134,12 @@ class CheckpointReader:
                 f"{list(part.global_shape)} here; continue with the model it was saved from."
             )
         num_filled = 0
-        for stored in entry.slices:
-            num_filled += self._copy_overlap(part, stored)
+        for box, piece in part.pieces():
+            for stored in entry.slices:
+                num_filled += self._copy_overlap(box, piece, stored)
         if num_filled != part.tensor.numel():
             raise DamagedCheckpoint(
-                self.folder, f"{part.name} has {num_filled} of {part.tensor.numel()} elements of a slice"
+                self.folder, f"{part.name} has {num_filled} of {part.tensor.numel()} elements of a part"
             )
 
     def _entry(self, name: str) -> TensorEntry:
@@ -149,10 +151,10 @@ class CheckpointReader:
                 "continue with the settings it was saved under, or set checkpoint.load=weights."
             ) from None
 
-    def _copy_overlap(self, part: TensorSlice, stored: SliceEntry) -> int:
-        """Copy what a stored slice and the wanted one share; returns the number of elements."""
+    def _copy_overlap(self, box: Box, piece: torch.Tensor, stored: SliceEntry) -> int:
+        """Copy what a stored slice and a wanted box share; returns the number of elements."""
         source_index, target_index = [], []
-        wanted = zip(part.offsets, part.tensor.shape, strict=True)
+        wanted = zip(box.offsets, box.shape, strict=True)
         for (want, want_size), have, have_size in zip(wanted, stored.offsets, stored.shape, strict=True):
             begin, end = max(want, have), min(want + want_size, have + have_size)
             if begin >= end:
@@ -163,7 +165,7 @@ class CheckpointReader:
         if file.header.get(stored.key, (None, None))[1] != stored.shape:
             raise DamagedCheckpoint(self.folder, f"{stored.file} has no {stored.key} of shape {stored.shape}")
         # Without dims there is nothing to index, and indexing a tensor by nothing makes no view of it.
-        target = part.tensor[tuple(target_index)] if target_index else part.tensor
+        target = piece[tuple(target_index)] if target_index else piece
         try:
             file.read_into(stored.key, tuple(source_index), target)
         except ValueError as error:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from sharding.state import TensorSlice
+from sharding.part import Part
 
 # Holds for every type of element.
 _ALIGNMENT_BYTES = 64
@@ -17,13 +17,13 @@ class Snapshot:
         """Nothing is allocated before the first save."""
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
-    def take(self, slices: list[TensorSlice]) -> list[TensorSlice]:
-        """Copy the slices that this rank writes; what was taken before is overwritten.
+    def take(self, parts: list[Part]) -> list[Part]:
+        """Copy the parts that this rank writes; what was taken before is overwritten.
 
         Returns:
-            Those slices, their tensors on the host. They share no memory with the state.
+            Those parts, their tensors on the host. They share no memory with the state.
         """
-        written = [part for part in slices if part.is_written_here]
+        written = [part for part in parts if part.is_written_here]
         starts, end = [], 0
         for part in written:
             starts.append(end)

@@ -1,4 +1,4 @@
-"""Saving: each rank writes its slices, then rank 0 writes the manifest."""
+"""Saving: each rank writes its parts, then rank 0 writes the manifest."""
 
 import contextlib
 import shutil
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sharding.part import Part
 from sharding.ranks.errors import RunFailure, UserError
 from sharding.ranks.object_exchange import broadcast_object, gather_objects
 from sharding.ranks.process_group import Ranks
-from sharding.state import TensorSlice
 from trainer.checkpoint.manifest import (
     FORMAT_VERSION,
     Manifest,
@@ -37,7 +37,7 @@ class CheckpointIdentity:
 
 
 def prepare_checkpoint(
-    folder: CheckpointPath, slices: list[TensorSlice], step: int, ranks: Ranks, before_change: Callable[[], None]
+    folder: CheckpointPath, parts: list[Part], step: int, ranks: Ranks, before_change: Callable[[], None]
 ) -> None:
     """Make the folder, and check that all ranks' parts have space together; every rank must call it.
 
@@ -45,7 +45,7 @@ def prepare_checkpoint(
         UserError: there is too little space, say.
         RunFailure: the folder was lost, or the storage is away.
     """
-    num_bytes = gather_objects(sum(part.num_bytes for part in slices if part.is_written_here), ranks)
+    num_bytes = gather_objects(sum(part.num_bytes for part in parts if part.is_written_here), ranks)
     error = _prepare_folder(folder, num_bytes, step, before_change) if ranks.rank == 0 else None
     error = broadcast_object(error, ranks)
     if error is not None:

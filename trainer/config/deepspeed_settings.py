@@ -3,11 +3,12 @@
 from typing import Any
 
 from sharding.deepspeed_backend.settings import BatchArithmetic, deepspeed_config
+from sharding.parallel_dims import ParallelDims
 from trainer.config.rules import accumulation_steps
 from trainer.config.schema import RunConfig
 
 
-def deepspeed_settings(config: RunConfig, num_ranks: int) -> dict[str, Any]:
-    """DeepSpeed's configuration for a run on so many data-parallel ranks."""
-    batch = BatchArithmetic(config.batch.micro_size, accumulation_steps(config, num_ranks), num_ranks)
+def deepspeed_settings(config: RunConfig, dims: ParallelDims) -> dict[str, Any]:
+    """DeepSpeed's configuration for a run on so many ranks."""
+    batch = BatchArithmetic(config.batch.micro_size, accumulation_steps(config, dims), dims.data_degree)
     return deepspeed_config(config.parallel, batch, config.optimizer.clip_norm)

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from sharding.config import FLOAT8_MULTIPLE, Backend, Strategy
+from sharding.parallel_dims import ParallelDims, parallel_dims
 from sharding.ranks.errors import UserError
 from trainer.config.data import validate_data
 from trainer.config.optimizer import validate_optimizer
@@ -40,22 +41,26 @@ class World:
     num_local_ranks: int | None = None
 
 
-def accumulation_steps(config: "RunConfig", num_ranks: int) -> int:
+def accumulation_steps(config: "RunConfig", dims: ParallelDims) -> int:
     """Micro-batches of one rank in one optimizer step.
 
     Raises:
-        UserError: batch.global_size is not a multiple of batch.micro_size x ranks.
+        UserError: batch.global_size is not a multiple of batch.micro_size x ranks that read different data.
     """
-    global_size, micro_size = config.batch.global_size, config.batch.micro_size
-    if global_size % (micro_size * num_ranks):
-        per_pass = micro_size * num_ranks
+    global_size, micro_size, data_degree = config.batch.global_size, config.batch.micro_size, dims.data_degree
+    if global_size % (micro_size * data_degree):
+        per_pass = micro_size * data_degree
         lower = global_size // per_pass * per_pass
         advice = " or ".join(str(size) for size in (lower, lower + per_pass) if size)
         raise UserError(
             f"batch.global_size={global_size} is not divisible by batch.micro_size={micro_size} x "
-            f"{num_ranks} ranks = {per_pass}; set batch.global_size to {advice}, or another batch.micro_size."
+            f"{_data_ranks(dims)} = {per_pass}; set batch.global_size to {advice}, or another batch.micro_size."
         )
-    return global_size // (micro_size * num_ranks)
+    return global_size // (micro_size * data_degree)
+
+
+def _data_ranks(dims: ParallelDims) -> str:
+    return f"{dims.data_degree} {'ranks' if dims.data_degree == dims.world_size else 'data-parallel ranks'}"
 
 
 def validate(config: "RunConfig", world: World | None = None) -> None:
@@ -134,7 +139,7 @@ def _validate_model_and_data(config: "RunConfig") -> None:
 def _validate_parallel(config: "RunConfig") -> None:
     parallel = config.parallel
     _validate_backend(parallel)
-    for axis in ("tensor", "context", "pipeline"):
+    for axis in ("tensor", "context", "pipeline", "expert"):
         degree = getattr(parallel, axis)
         if degree != 1:
             raise UserError(f"parallel.{axis}={degree} is not there yet; only 1 is accepted for now.")
@@ -353,7 +358,8 @@ def _validate_world(config: "RunConfig", world: World) -> None:
                 f"parallel.replicate={parallel.replicate} does not fit {num_ranks} ranks: hsdp needs replicate x "
                 f"shard = ranks with shard >= 2; start {2 * parallel.replicate} ranks or change parallel.replicate."
             )
-    if accumulation_steps(config, num_ranks) * num_ranks == 1 and config.metrics.gradient_noise_scale:
+    dims = parallel_dims(parallel, num_ranks)
+    if accumulation_steps(config, dims) * dims.data_degree == 1 and config.metrics.gradient_noise_scale:
         raise UserError(
             "metrics.gradient_noise_scale=true compares micro-batches with the whole batch, but batch.global_size="
             f"{config.batch.global_size} is one micro-batch of batch.micro_size={config.batch.micro_size} on 1 rank; "

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sharding.engine import Batch
+from sharding.parallel_dims import ParallelDims
 from sharding.ranks.errors import UserError
 from sharding.ranks.object_exchange import gather_objects
 from sharding.ranks.process_group import Ranks
@@ -245,9 +246,12 @@ class StreamingLoader:
         return {"window": self._window, "position": self._position, "stream": window_start}
 
 
-def gather_states(state: State | None, ranks: Ranks) -> list[State]:
-    """The states of all ranks' loaders, none where loaders have no state; every rank must call it."""
-    return [] if state is None else gather_objects(state, ranks)
+def gather_states(state: State | None, dims: ParallelDims, ranks: Ranks) -> list[State]:
+    """The states of loaders by data rank, none where loaders have no state; every rank must call it."""
+    if state is None:
+        return []
+    states = gather_objects(state, ranks)
+    return [states[rank] for rank in dims.first_readers()]
 
 
 def state_of_rank(states: list[State], num_samples: int, dp_rank: int, dp_degree: int) -> State | None:

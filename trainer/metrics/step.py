@@ -19,7 +19,7 @@ class StepRecord:
     """What one step leaves behind: device scalars that nobody has waited for yet.
 
     Attributes:
-        loss_sum: this rank's summed loss in nats, a scalar.
+        loss_sum: this rank's summed loss in nats, a scalar; 0 where it does not count.
         num_targets: valid targets of the global batch.
         grad_norm: global L2 norm of the mean loss's gradient before clipping, a scalar, equal on all ranks.
         learning_rate: rate of the step.

@@ -4,9 +4,10 @@ from collections.abc import Callable
 
 import torch
 
+from sharding.blocks import hidden_matrices
 from sharding.build_engine import build_engine
 from sharding.engine import Engine, LossFunction, ModelDefinition
-from sharding.mesh import DataParallelMesh
+from sharding.mesh import ParallelMesh
 from sharding.precision import compute_dtype
 from sharding.ranks.object_exchange import sum_integers_over_ranks
 from sharding.ranks.process_group import Ranks
@@ -30,7 +31,7 @@ from trainer.tasks.task import Task
 def build_model_engine(
     config: RunConfig,
     task: Task,
-    mesh: DataParallelMesh,
+    mesh: ParallelMesh,
     ranks: Ranks,
     vocabulary: Vocabulary,
     timed: Callable[[LossFunction], LossFunction] = lambda loss: loss,
@@ -43,7 +44,7 @@ def build_model_engine(
         UserError: model, tokenizer, sequence length, task and strategy do not fit together.
     """
     model_config = build_model_config(config.model, vocabulary, config.data.sequence_length)
-    refuse_settings(config, task, model_config, mesh.dp_degree)
+    refuse_settings(config, task, model_config, mesh.dims)
     model = build_model_on_meta(task, model_config)
     refuse_positions_by_padding(config, model, model_config)
     facts = model_facts(model, model_config)
@@ -60,12 +61,12 @@ def build_model_engine(
         definition,
         mesh,
         ranks.device,
-        optimizer_factory(config.optimizer),
+        optimizer_factory(config.optimizer, hidden_matrices(model)),
         parallel=config.parallel,
         precision=config.precision,
         activation_checkpointing=config.activation_checkpointing,
         compilation=config.compile,
-        deepspeed_settings=deepspeed_settings(config, mesh.dp_degree) if config.parallel.backend == "deepspeed" else {},
+        deepspeed_settings=deepspeed_settings(config, mesh.dims) if config.parallel.backend == "deepspeed" else {},
     )
     if pretrained is not None:
         pretrained.load_into(engine)

@@ -11,6 +11,7 @@ from torch import nn
 from sharding.blocks import find_blocks, hidden_matrices
 from sharding.config import ActivationCheckpointingConfig
 from sharding.memory_formula import BUCKET_ELEMENTS, Layout, ModelSizes, StateBytes, state_bytes
+from sharding.parallel_dims import ParallelDims
 from sharding.precision import compute_dtype
 from trainer.config import RunConfig
 from trainer.config.optimizer import OptimizerConfig
@@ -60,7 +61,7 @@ class BlockWidths:
 
 
 def estimate_memory(
-    config: RunConfig, model: nn.Module, model_config: "PretrainedConfig", num_ranks: int, device: torch.device
+    config: RunConfig, model: nn.Module, model_config: "PretrainedConfig", dims: ParallelDims, device: torch.device
 ) -> MemoryEstimate:
     """A rank's peak by the formulas.
 
@@ -68,7 +69,7 @@ def estimate_memory(
         config: the run.
         model: its model, not sharded; it may be on the meta device.
         model_config: the model's own configuration.
-        num_ranks: data-parallel ranks.
+        dims: the ranks.
         device: where the run computes.
 
     Raises:
@@ -78,9 +79,9 @@ def estimate_memory(
     width = compute_dtype(config.precision, device).itemsize
     layout = Layout(
         strategy=parallel.strategy,
-        num_shards=num_ranks // parallel.replicate,
+        num_shards=dims.sharding_degree,
         is_bucketed=parallel.backend == "bucketed",
-        accumulation_steps=accumulation_steps(config, num_ranks),
+        accumulation_steps=accumulation_steps(config, dims),
         compute_bytes=width,
         moment_bytes=moment_bytes(config.optimizer, model) / sizes.num_parameters,
         bucket_elements=BUCKET_ELEMENTS[device.type],

@@ -11,8 +11,9 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from sharding.engine import Engine
+from sharding.part import Part
 from sharding.ranks.errors import UserError
-from sharding.state import MODEL_PREFIX, TensorSlice
+from sharding.state import MODEL_PREFIX
 from trainer.model.stored_tensor import Box, StoredTensor
 
 _FILE = "model.safetensors"
@@ -89,12 +90,15 @@ class PretrainedWeights:
                 "quantized; name a folder of the same model in bf16 or fp32."
             )
 
-    def _read_into(self, part: TensorSlice) -> None:
+    def _read_into(self, part: Part) -> None:
         wanted = part.name.removeprefix(MODEL_PREFIX)
         names = [name for name in self._tied.get(wanted, [wanted]) if name in self.tensors]
-        if not names or not part.tensor.numel():
-            return
-        box = tuple(slice(o, o + n) for o, n in zip(part.offsets, part.tensor.shape, strict=True))
+        for box, piece in part.pieces():
+            if names and piece.numel():
+                piece.copy_(self._read(names, box.slices))
+
+    def _read(self, names: list[str], box: Box) -> torch.Tensor:
+        """A box of a tensor that is stored under one or more names."""
         values = self.tensors[names[0]].read(box)
         for other in names[1:]:
             if not torch.equal(values, self.tensors[other].read(box)):
@@ -102,7 +106,7 @@ class PretrainedWeights:
                     f"model.pretrained={self._name} has different weights for {names[0]} and {other}, which its "
                     "configuration ties to one another; set tie_word_embeddings to false in its config.json."
                 )
-        part.tensor.copy_(values)
+        return values
 
 
 def stored_by_name(model: nn.Module, stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:

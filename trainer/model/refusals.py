@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from sharding.parallel_dims import ParallelDims
 from sharding.ranks.errors import UserError
 from trainer.config import RunConfig
 from trainer.config.sections import ModelConfig
@@ -19,13 +20,13 @@ _LAYER_DROP = re.compile(r"layer_?drop$")
 _LOSS_COEFFICIENT = re.compile(r"(aux|z)_loss_(coef|coefficient|weight|alpha)$|^moe_loss_weight$")
 
 
-def refuse_settings(config: RunConfig, task: Task, model_config: "PretrainedConfig", num_ranks: int) -> None:
+def refuse_settings(config: RunConfig, task: Task, model_config: "PretrainedConfig", dims: ParallelDims) -> None:
     """Refuse what is to be seen before there is a model.
 
     Raises:
         UserError: a setting would be ignored, or does not go with the strategy.
     """
-    refuse_layer_drop(config, model_config, num_ranks)
+    refuse_layer_drop(config, model_config, dims.reduction_degree)
     if predicts_next_tokens(task):
         refuse_auxiliary_losses(config, model_config)
 

@@ -14,18 +14,18 @@ from sharding.engine import Engine
 from sharding.ranks.errors import RunFailure
 from sharding.ranks.object_exchange import gather_objects
 from sharding.ranks.process_group import Ranks
-from sharding.replicas import content_hashes
+from sharding.replicas import content_hashes, layout_hash
 
 _NUM_NAMED = 3
 
 
 @dataclass(frozen=True)
 class _Copy:
-    """What one rank holds, and where it runs."""
+    """What one rank holds, and where it runs; ranks with one layout should hold the same."""
 
     rank: int
     place: str
-    group: int
+    layout: int
     hashes: tuple[int, ...]
 
     def __str__(self) -> str:
@@ -54,21 +54,22 @@ class ReplicaCheck:
             RunFailure: they differ; on all ranks alike.
         """
         replicas = self._engine.replicas()
-        if replicas is None or self._ranks.world_size == 1:
+        if not replicas or self._ranks.world_size == 1:
             return
         # Waits for the device.
-        hashes = content_hashes(replicas.tensors).tolist()
+        hashes = content_hashes([part.tensor for part in replicas]).tolist()
         digest = hashlib.sha256(repr(hashes).encode()).digest()
-        own = torch.tensor([replicas.group, int.from_bytes(digest[:8], "little", signed=True)])
+        layout = layout_hash(replicas)
+        own = torch.tensor([layout, int.from_bytes(digest[:8], "little", signed=True)])
         gathered = [torch.empty_like(own) for _ in range(self._ranks.world_size)]
         dist.all_gather(gathered, own)
         found = {tuple(pair.tolist()) for pair in gathered}
-        if len(found) == len({group for group, _ in found}):
+        if len(found) == len({held for held, _ in found}):
             return
         # All ranks have seen that they differ, so all of them come here.
-        own_copy = _Copy(self._ranks.rank, self._place(), replicas.group, tuple(hashes))
+        own_copy = _Copy(self._ranks.rank, self._place(), layout, tuple(hashes))
         copies = gather_objects(own_copy, self._ranks)
-        details = _describe(copies, list(replicas.tensors), step)
+        details = _describe(copies, [part.name for part in replicas], step)
         if self._ranks.rank == 0:
             self._record(step, details)
         raise RunFailure(details["reason"])
@@ -81,8 +82,8 @@ class ReplicaCheck:
 
 def _describe(copies: list[_Copy], names: list[str], step: int) -> dict[str, Any]:
     """Whose copies differ from those of most: as values for an event, with a sentence."""
-    group = next(c.group for c in copies if len({other.hashes for other in copies if other.group == c.group}) > 1)
-    members = [copy for copy in copies if copy.group == group]
+    layout = next(c.layout for c in copies if len({other.hashes for other in copies if other.layout == c.layout}) > 1)
+    members = [copy for copy in copies if copy.layout == layout]
     (most, count), *_ = Counter(copy.hashes for copy in members).most_common()
     has_majority = count > len(members) / 2
     odd = [copy for copy in members if not has_majority or copy.hashes != most]

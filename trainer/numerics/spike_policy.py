@@ -30,7 +30,7 @@ class TakenStep:
     Attributes:
         step: its number.
         first_sample: samples consumed before it.
-        loss_sum: this rank's summed loss.
+        loss_sum: this rank's summed loss; 0 where it does not count.
         grad_norm: global norm before clipping.
         num_targets: valid targets of the global batch.
     """

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from sharding.engine import OptimizedParameter
+from sharding.part import Part
 from trainer.config.optimizer import AdafactorConfig
 from trainer.optimizers.beside_adamw import BesideAdamW
 
@@ -30,14 +30,14 @@ class Adafactor(BesideAdamW):
     def __init__(
         self,
         groups: list[dict[str, Any]],
-        parameters: Sequence[OptimizedParameter],
+        parameters: Sequence[Part],
         lr: float,
         settings: AdafactorConfig,
     ) -> None:
         """See BesideAdamW."""
         super().__init__(groups, parameters, None, lr)
         self._settings = settings
-        self._group = parameters[0].shard_group
+        self._group = parameters[0].sums_over
 
     def holds_whole(self, parameter: nn.Parameter, key: str) -> bool:
         """Whether a tensor of the state is whole on every rank; a stack of matrices is divided between matrices."""

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torchao.optim.quant_utils import create_dynamic_map, dequant_with_qmap, quantize_8bit_with_qmap, scale_tensor
 
-from sharding.engine import OptimizedParameter
+from sharding.part import Part
 from trainer.optimizers.beside_adamw import BesideAdamW
 
 _LARGEST_BLOCK = 256
@@ -29,7 +29,7 @@ class AdamW8bit(BesideAdamW):
     def __init__(
         self,
         groups: list[dict[str, Any]],
-        parameters: Sequence[OptimizedParameter],
+        parameters: Sequence[Part],
         rest: torch.optim.AdamW | None,
         lr: float,
         betas: tuple[float, float],

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sharding.engine import OptimizedParameter
+from sharding.part import Part
 
 
 class BesideAdamW(torch.optim.Optimizer):
@@ -21,7 +21,7 @@ class BesideAdamW(torch.optim.Optimizer):
     def __init__(
         self,
         groups: list[dict[str, Any]],
-        parameters: Sequence[OptimizedParameter],
+        parameters: Sequence[Part],
         rest: torch.optim.AdamW | None,
         lr: float,
     ) -> None:

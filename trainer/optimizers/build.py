@@ -1,13 +1,14 @@
 """From settings to an optimizer: which parameters share which settings, and who updates them."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 
-from sharding.engine import OptimizedParameter, OptimizerFactory
+from sharding.engine import OptimizerFactory
+from sharding.part import Part
 from sharding.ranks.errors import UserError
 from trainer.config.optimizer import OptimizerConfig, OptimizerGroupConfig
 from trainer.optimizers.adafactor import Adafactor
@@ -15,15 +16,19 @@ from trainer.optimizers.momentum_sgd import MomentumSGD
 from trainer.optimizers.muon import Muon
 
 
-def optimizer_factory(config: OptimizerConfig) -> OptimizerFactory:
+def optimizer_factory(config: OptimizerConfig, hidden_matrices: Collection[str]) -> OptimizerFactory:
     """What builds the configured optimizer once parameters lie where they stay.
 
     All of them skip a step on the device when told that a gradient was not finite; torch's do so in their fused
     kernels. The factory raises UserError where a pattern of ``optimizer.groups`` is left without parameters, or where
     the model has nothing that the optimizer is for.
+
+    Args:
+        config: the optimizer.
+        hidden_matrices: names of the matrices inside blocks, no embeddings: what Muon is for.
     """
 
-    def build(parameters: Sequence[OptimizedParameter]) -> torch.optim.Optimizer:
+    def build(parameters: Sequence[Part]) -> torch.optim.Optimizer:
         groups = _Groups(config, parameters)
         if config.name == "sgd":
             return MomentumSGD(
@@ -34,7 +39,7 @@ def optimizer_factory(config: OptimizerConfig) -> OptimizerFactory:
         if config.name == "adafactor":
             return Adafactor(groups.of(parameters), parameters, config.lr, config.adafactor)
         if config.name == "muon":
-            return _muon(config, parameters, groups)
+            return _muon(config, parameters, groups, hidden_matrices)
         return _adamw_8bit(config, parameters, groups)
 
     return build
@@ -44,9 +49,11 @@ def _adamw(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.optim
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
-def _muon(config: OptimizerConfig, parameters: Sequence[OptimizedParameter], groups: "_Groups") -> Muon:
-    own = [parameter for parameter in parameters if parameter.is_hidden_matrix]
-    rest = [parameter for parameter in parameters if not parameter.is_hidden_matrix]
+def _muon(
+    config: OptimizerConfig, parameters: Sequence[Part], groups: "_Groups", hidden_matrices: Collection[str]
+) -> Muon:
+    own = [parameter for parameter in parameters if parameter.name in hidden_matrices]
+    rest = [parameter for parameter in parameters if parameter.name not in hidden_matrices]
     if not own:
         raise UserError(
             "optimizer.name=muon is for matrices inside repeated blocks, but this model has none; "
@@ -56,9 +63,7 @@ def _muon(config: OptimizerConfig, parameters: Sequence[OptimizedParameter], gro
     return Muon(groups.of(own), own, adamw, config.lr, config.muon)
 
 
-def _adamw_8bit(
-    config: OptimizerConfig, parameters: Sequence[OptimizedParameter], groups: "_Groups"
-) -> torch.optim.Optimizer:
+def _adamw_8bit(config: OptimizerConfig, parameters: Sequence[Part], groups: "_Groups") -> torch.optim.Optimizer:
     # Loads torchao, which only this optimizer needs.
     from trainer.optimizers.adamw_8bit import AdamW8bit, quantization_block
 
@@ -76,7 +81,7 @@ def _adamw_8bit(
 class _Groups:
     """Which learning-rate factor and decay each parameter has."""
 
-    def __init__(self, config: OptimizerConfig, parameters: Sequence[OptimizedParameter]) -> None:
+    def __init__(self, config: OptimizerConfig, parameters: Sequence[Part]) -> None:
         """Match patterns with names.
 
         Raises:
@@ -100,9 +105,9 @@ class _Groups:
             self._settings[name] = (group.lr_scale, decay)
         return matched
 
-    def of(self, parameters: Sequence[OptimizedParameter]) -> list[dict[str, Any]]:
+    def of(self, parameters: Sequence[Part]) -> list[dict[str, Any]]:
         """Parameter groups for torch of some parameters: those with equal settings together."""
-        members: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+        members: dict[tuple[float, float], list[torch.Tensor]] = {}
         for parameter in parameters:
             members.setdefault(self._settings[parameter.name], []).append(parameter.tensor)
         return [

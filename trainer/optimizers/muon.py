@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sharding.engine import OptimizedParameter
+from sharding.part import Part
 from trainer.config.optimizer import MuonConfig
 from trainer.optimizers.beside_adamw import BesideAdamW
 from trainer.optimizers.row_exchange import RowExchange
@@ -29,7 +29,7 @@ class Muon(BesideAdamW):
     def __init__(
         self,
         groups: list[dict[str, Any]],
-        parameters: Sequence[OptimizedParameter],
+        parameters: Sequence[Part],
         rest: torch.optim.AdamW | None,
         lr: float,
         settings: MuonConfig,
@@ -71,7 +71,7 @@ class Muon(BesideAdamW):
 
     def _exchange(self, parameters: list[nn.Parameter]) -> RowExchange | None:
         parts = [self._parts[parameter] for parameter in parameters]
-        group = parts[0].shard_group
+        group = parts[0].sums_over
         if group is None:
             return None
         key = tuple(parameters)

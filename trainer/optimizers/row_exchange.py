@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from sharding.engine import OptimizedParameter
+from sharding.part import Part
 
 
 class RowExchange:
@@ -14,14 +14,14 @@ class RowExchange:
     Every rank of the group must make the same exchanges in the same order. Each is one all-to-all.
     """
 
-    def __init__(self, matrices: Sequence[OptimizedParameter], group: dist.ProcessGroup) -> None:
+    def __init__(self, matrices: Sequence[Part], group: dist.ProcessGroup) -> None:
         """Choose owners so that the cost of matrix products is even over ranks, the same way on every rank."""
         self._group = group
         self._rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
         self._num_columns = [matrix.global_shape[1] for matrix in matrices]
         self._num_rows = [_rows_of_ranks(matrix.global_shape[0], num_ranks) for matrix in matrices]
         for matrix, counts in zip(matrices, self._num_rows, strict=True):
-            if counts[self._rank] != len(matrix.tensor):
+            if matrix.rows is None or counts[self._rank] != len(matrix.rows):
                 raise RuntimeError(f"{matrix.name} is not divided into rows as torch.chunk does")
         self._owned: list[list[int]] = [[] for _ in range(num_ranks)]
         costs = [min(m.global_shape) * m.global_shape[0] * m.global_shape[1] for m in matrices]

@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 
 from sharding.engine import Engine
-from sharding.state import AVERAGE_PREFIX, MODEL_PREFIX, TensorSlice
+from sharding.part import Part
+from sharding.state import AVERAGE_PREFIX, MODEL_PREFIX
 
 
 class WeightAverage:
@@ -20,7 +21,7 @@ class WeightAverage:
         """Begin with the engine's present weights.
 
         Args:
-            engine: holds the weights; its slices must stay where they are in memory.
+            engine: holds the weights; its parts must stay where they are in memory.
             decay: share of the old average that stays, below 1.
         """
         self._engine = engine
@@ -30,15 +31,14 @@ class WeightAverage:
         masters = [part for part in masters if part.name.removeprefix(MODEL_PREFIX) in trained]
         self._masters = [part.tensor for part in masters]
         self._averages = {
-            (part.name, part.offsets): replace(part, name=_average_name(part.name), tensor=part.tensor.clone())
-            for part in masters
+            part.name: replace(part, name=_average_name(part.name), tensor=part.tensor.clone()) for part in masters
         }
 
-    def state(self) -> list[TensorSlice]:
-        """This rank's slices of the average, ``ema/PARAMETER``; the tensors are live."""
+    def state(self) -> list[Part]:
+        """This rank's parts of the average, ``ema/PARAMETER``; the tensors are live."""
         return list(self._averages.values())
 
-    def load(self, read: Callable[[TensorSlice], None] | None) -> None:
+    def load(self, read: Callable[[Part], None] | None) -> None:
         """Let ``read`` fill the average in place; with None it begins anew with the present weights."""
         for average, master in zip(self.state(), self._masters, strict=True):
             if read is None:
@@ -67,10 +67,10 @@ class WeightAverage:
 
     def _exchange(self) -> None:
         # By way of the engine, which may have to tell copies in another format of the new masters.
-        self._engine.load_state(self._exchange_slice, with_optimizer=False)
+        self._engine.load_state(self._exchange_part, with_optimizer=False)
 
-    def _exchange_slice(self, part: TensorSlice) -> None:
-        average = self._averages.get((part.name, part.offsets))
+    def _exchange_part(self, part: Part) -> None:
+        average = self._averages.get(part.name)
         if average is not None:
             weights = part.tensor.clone()
             part.tensor.copy_(average.tensor)

@@ -147,8 +147,9 @@ def _run_case(config: RunConfig, case: ParityCase, vocabulary: Vocabulary, ranks
     engine, _ = build_model_engine(config, task, mesh, ranks, vocabulary)
     initial_hash = parameter_hash(engine, ranks)
     _write_parameters(engine, ranks, folder / f"{case.label}.initial.safetensors")
-    rows = batch["labels"].chunk(ranks.world_size)[0].shape[0]
-    local = {name: tensor[ranks.rank * rows : (ranks.rank + 1) * rows] for name, tensor in batch.items()}
+    data = mesh.data
+    rows = batch["labels"].chunk(data.degree)[0].shape[0]
+    local = {name: tensor[data.rank * rows : (data.rank + 1) * rows] for name, tensor in batch.items()}
     micro_batches = [
         {name: tensor.chunk(case.accumulation_steps)[index] for name, tensor in local.items()}
         for index in range(case.accumulation_steps)
@@ -169,9 +170,10 @@ def _run_case(config: RunConfig, case: ParityCase, vocabulary: Vocabulary, ranks
 def _write_parameters(engine: Engine, ranks: Ranks, path: Path) -> None:
     """Put the slices of all ranks together on rank 0 and write them as whole tensors."""
     slices = [
-        (part.name.removeprefix(MODEL_PREFIX), part.global_shape, part.offsets, part.tensor.cpu())
+        (part.name.removeprefix(MODEL_PREFIX), part.global_shape, box.slices, piece.cpu())
         for part in engine.state(with_optimizer=False)
         if part.is_written_here
+        for box, piece in part.pieces()
     ]
     gathered: list[Any] = [None] * ranks.world_size
     if ranks.world_size == 1:
@@ -181,11 +183,11 @@ def _write_parameters(engine: Engine, ranks: Ranks, path: Path) -> None:
     if ranks.rank:
         return
     whole: dict[str, torch.Tensor] = {}
-    for name, shape, offsets, tensor in (entry for part in gathered for entry in part):
+    for name, shape, place, tensor in (entry for part in gathered for entry in part):
         # What no slice covers stays NaN, in buffers of integers 0.
         unset = torch.nan if tensor.is_floating_point() else 0
         target = whole.setdefault(name, torch.full(shape, unset, dtype=tensor.dtype))
-        target[tuple(slice(o, o + n) for o, n in zip(offsets, tensor.shape, strict=True))] = tensor
+        target[place] = tensor
     save_file(whole, path)
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sharding.blocks import refuse_scattered_layers
+from sharding.parallel_dims import parallel_dims
 from sharding.ranks.errors import EXIT_FINISHED, UserError, ends_with_a_sentence
 from trainer.attempt import check_continuation
 from trainer.checkpoint.reference import check_source, resolve_checkpoint
@@ -71,11 +72,12 @@ def preview(config: RunConfig, world: World) -> list[str]:
         check_named_tokenizer(config, None if corpus is None else corpus.tokenizer_dir)
     vocabulary = _vocabulary(config, corpus)
     model_config = build_model_config(config.model, vocabulary, config.data.sequence_length)
-    refuse_settings(config, task, model_config, world.num_ranks)
+    dims = parallel_dims(config.parallel, world.num_ranks)
+    refuse_settings(config, task, model_config, dims)
     try:
         model = build_model_on_meta(task, model_config)
         refuse_positions_by_padding(config, model, model_config)
-        if world.num_ranks > 1:
+        if dims.reduction_degree > 1:
             refuse_scattered_layers(model, config.parallel.strategy)
         _try_forward(task, model_config, config.data.sequence_length)
     except UserError:
@@ -89,7 +91,7 @@ def preview(config: RunConfig, world: World) -> list[str]:
     else:
         corpus.check_sequence_length(config.data.sequence_length)
     device = torch.device("cuda" if world.has_gpu else "cpu")
-    memory = estimate_memory(_with_format(config, world), model, model_config, world.num_ranks, device)
+    memory = estimate_memory(_with_format(config, world), model, model_config, dims, device)
     num_parameters = model_facts(model, model_config).num_parameters
     return [
         f"parameters    {num_parameters:,} of {model_config.model_type}",

@@ -8,6 +8,7 @@ from itertools import chain, count
 import torch
 
 from sharding.engine import Batch, Engine
+from sharding.parallel_dims import Role
 from sharding.ranks.object_exchange import sum_integers_over_ranks
 from sharding.ranks.process_group import Ranks
 from trainer.runtime.randomness import generator_states, seed_sample
@@ -22,20 +23,20 @@ class Evaluation:
     samples are therefore taken one by one; where nothing is, which the generators tell, as they come.
     """
 
-    def __init__(self, engine: Engine, task: Task, ranks: Ranks, *, dp_rank: int, seed: int) -> None:
+    def __init__(self, engine: Engine, task: Task, ranks: Ranks, data: Role, seed: int) -> None:
         """Bind to what is evaluated.
 
         Args:
             engine: holds the weights.
             task: makes batches and says what is summed.
             ranks: this rank's place.
-            dp_rank: place among the ranks that read different data, which are all of them.
+            data: place among the ranks that read different data.
             seed: the run's seed.
         """
         self._engine = engine
         self._task = task
         self._ranks = ranks
-        self._dp_rank = dp_rank
+        self._data = data
         self._seed = seed
         self._draws_in_pass: bool | None = None
 
@@ -62,7 +63,7 @@ class Evaluation:
     def _made(self, micro_batches: Iterable[Batch]) -> Iterator["_Made"]:
         for index, sequences in enumerate(micro_batches):
             num_rows = len(sequences["input_ids"])
-            first = (index * self._ranks.world_size + self._dp_rank) * num_rows
+            first = (index * self._data.degree + self._data.rank) * num_rows
             yield _Made(self._make_batch(sequences, first), first, num_rows)
 
     def _make_batch(self, sequences: Batch, first: int) -> Batch:

@@ -17,6 +17,7 @@ from sharding.bucketed.block_gathers import BlockGathers
 from sharding.bucketed.engine import BucketedEngine
 from sharding.bucketed.flat_buckets import flatten_parameters
 from sharding.engine import Engine
+from sharding.parallel_dims import Role
 from sharding.ranks.process_group import Ranks
 from tests.saved_state import save_checkpoint
 from tests.sharding.engine_cases import num_targets, random_batch, tiny_engine, train_steps
@@ -40,7 +41,7 @@ def test_ranks_divide_every_parameter_between_them(shapes: list[list[int]], num_
     seen = [torch.zeros(value.numel(), dtype=torch.int) for value in values]
     for rank in range(num_ranks):
         parameters = [(str(index), nn.Parameter(value.clone())) for index, value in enumerate(values)]
-        buckets = flatten_parameters(parameters, rank, num_ranks, limit + 16 * num_ranks)
+        buckets = flatten_parameters(parameters, Role(rank, num_ranks), limit + 16 * num_ranks)
         assert [int(member.name) for bucket in buckets for member in bucket.members] == [*reversed(range(len(shapes)))]
         for bucket in buckets:
             assert bucket.flat.numel() == bucket.length * num_ranks
@@ -148,7 +149,7 @@ def _check_memory(ranks: Ranks, engine: BucketedEngine, strategy: str) -> None:
             assert len({name for m in bucket.members for name in blocks if m.name.startswith(name)}) <= 1
             is_later = any(member.name.startswith(name) for member in bucket.members for name in blocks[1:])
             assert bucket.is_whole != is_later
-        assert engine.replicas() is None
+        assert engine.replicas() == []
         return
     whole = torch.cat([parameter.detach().flatten() for _, parameter in engine.named_parameters()])
     everyone = [torch.empty_like(whole) for _ in range(ranks.world_size)]

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from sharding.part import Part
 from sharding.ranks.process_group import Ranks
-from sharding.state import TensorSlice
 from tests.sharding.engine_cases import tiny_engine, train_steps
 from tests.support import run_on_ranks
 
@@ -41,10 +41,10 @@ def _in_files(ranks: Ranks, folder: str) -> None:
         assert len(list(files.glob(f"float32params/rank{ranks.rank}/*.swp"))) == 6
         moments = {path.name.partition("-")[0] for path in files.glob(f"optimizer/rank{ranks.rank}/exp*.swp")}
         assert moments == ({"exp_avg", "exp_avg_sq"} if offload_optimizer == "nvme" else set())
-        saved = {(p.name, p.offsets): p.tensor.clone() for p in engines[0].state(with_optimizer=True)}
+        saved = {p.name: p.tensor.clone() for p in engines[0].state(with_optimizer=True)}
 
-        def read(part: TensorSlice, saved: dict[tuple[str, tuple[int, ...]], torch.Tensor] = saved) -> None:
-            part.tensor.copy_(saved[part.name, part.offsets])
+        def read(part: Part, saved: dict[str, torch.Tensor] = saved) -> None:
+            part.tensor.copy_(saved[part.name])
 
         engines[1].load_state(read, with_optimizer=True)
         continued = [train_steps(engine, ranks, num_steps=2) for engine in engines]

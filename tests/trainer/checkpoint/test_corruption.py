@@ -21,9 +21,9 @@ from safetensors.torch import save_file
 
 from benchmarks.measure.facts import collect_facts
 from sharding.engine import Engine
+from sharding.part import Part
 from sharding.ranks.errors import UserError
 from sharding.ranks.process_group import Ranks
-from sharding.state import TensorSlice
 from tests.sharding.engine_cases import random_batch, tiny_engine
 from tests.support import write_corpus
 from tests.trainer.checkpoint.corruption import EVERYWHERE, Draw, Tally, edit_and_seal, fresh_copy
@@ -110,7 +110,7 @@ class _Checkpoints:
             self.expected[step] = training, {part.name: part.tensor.clone() for part in self._state()}
         _divide(folder.checkpoint_path(2), self._state())
 
-    def _state(self) -> list[TensorSlice]:
+    def _state(self) -> list[Part]:
         return self.engine.state(with_optimizer=True)
 
     def examine(self, draw: Draw) -> tuple[str, str]:
@@ -150,7 +150,7 @@ def _checkpointer(config: RunConfig, folder: RunFolder, warnings: list[str]) -> 
     return Checkpointer(config, folder, "data", _ALONE, lambda: None, warn=warnings.append)
 
 
-def _divide(folder: Path, parts: list[TensorSlice]) -> None:
+def _divide(folder: Path, parts: list[Part]) -> None:
     """Write a checkpoint anew as two ranks would have: each has half of the rows."""
     manifest = read_manifest(folder)
     tensors = {

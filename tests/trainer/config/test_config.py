@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from sharding.parallel_dims import ParallelDims
 from sharding.ranks.errors import UserError
 from tests.support import write_config
 from trainer.config import config_to_yaml, load_config
@@ -160,6 +161,7 @@ def test_refused(config_file: Path, override: str, message: str) -> None:
         (["parallel.tensor=2"], "parallel.tensor=2 is not there yet"),
         (["parallel.context=2"], "parallel.context=2 is not there yet"),
         (["parallel.pipeline=2"], "parallel.pipeline=2 is not there yet"),
+        (["parallel.expert=2"], "parallel.expert=2 is not there yet"),
         (
             ["precision.compute=fp8", "parallel.backend=deepspeed"],
             "precision.compute=fp8 is there under parallel.backend=torch or bucketed only, but it is deepspeed",
@@ -289,12 +291,12 @@ def test_a_schedule_is_measured_against_the_steps_that_tokens_make(config_file: 
 
 @pytest.mark.parametrize(("ranks", "steps"), [(1, 4), (2, 2), (4, 1)])
 def test_accumulation_is_derived(config_file: Path, ranks: int, steps: int) -> None:
-    assert accumulation_steps(load_config(config_file), ranks) == steps
+    assert accumulation_steps(load_config(config_file), ParallelDims(shard=ranks)) == steps
 
 
 def test_a_batch_that_does_not_divide_names_every_factor(config_file: Path) -> None:
     with pytest.raises(UserError) as refused:
-        accumulation_steps(load_config(config_file, ["batch.micro_size=5"]), 3)
+        accumulation_steps(load_config(config_file, ["batch.micro_size=5"]), ParallelDims(shard=3))
     assert str(refused.value).startswith(
         "batch.global_size=12 is not divisible by batch.micro_size=5 x 3 ranks = 15; set batch.global_size to 15"
     )

@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 from safetensors.torch import save
 
+from sharding.part import part_of
 from sharding.ranks.errors import RunFailure, UserError
 from sharding.ranks.process_group import Ranks
-from sharding.state import TensorSlice
 from tests.saved_state import whole_tensor
 from tests.sharding.engine_cases import random_batch, tiny_engine
 from tests.support import command_environment, free_port, shardline, trained, wait_until, write_empty_checkpoint
@@ -428,7 +428,7 @@ def test_few_files_stay_open(tmp_path: Path) -> None:
     assert len(reader._open_files) == 8
     (name, entry), *_ = reader.manifest.tensors.items()
     tensor = torch.empty(entry.shape)
-    reader.read_into(TensorSlice(name, tensor, tuple(entry.shape), (0,) * len(entry.shape), False))
+    reader.read_into(part_of(name, tensor))
     assert torch.equal(tensor, _tensors(run)[name])
 
 

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from sharding.config import ParallelConfig
-from sharding.engine import Batch, ModelDefinition, OptimizedParameter
+from sharding.engine import Batch, ModelDefinition
 from sharding.mesh import build_mesh
+from sharding.part import Part
 from sharding.ranks.object_exchange import sum_over_ranks
 from sharding.ranks.process_group import Ranks
 from sharding.torch_engine import TorchEngine
@@ -41,7 +42,7 @@ def _mean_engine(ranks: Ranks) -> TorchEngine:
     )
     mesh = build_mesh(ParallelConfig(strategy="none"), ranks)
 
-    def build(parameters: Iterable[OptimizedParameter]) -> torch.optim.Optimizer:
+    def build(parameters: Iterable[Part]) -> torch.optim.Optimizer:
         return torch.optim.SGD([parameter.tensor for parameter in parameters], lr=0.1, fused=True)
 
     return TorchEngine(definition, mesh, ranks.device, None, build)

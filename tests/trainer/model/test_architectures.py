@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from sharding.blocks import hidden_matrices
 from sharding.mesh import build_mesh
 from sharding.ranks.errors import UserError
 from sharding.ranks.process_group import Ranks
@@ -199,7 +200,7 @@ def _initial(kind: type[nn.Module], seed: int = 3) -> dict[str, torch.Tensor]:
         definition,
         build_mesh(config.parallel, _ALONE),
         _ALONE.device,
-        optimizer_factory(config.optimizer),
+        optimizer_factory(config.optimizer, hidden_matrices(model)),
         parallel=config.parallel,
         precision=config.precision,
         activation_checkpointing=config.activation_checkpointing,

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from sharding.config import ActivationCheckpointingConfig
-from sharding.engine import OptimizedParameter
+from sharding.parallel_dims import ParallelDims
+from sharding.part import whole_part
 from sharding.ranks.process_group import Ranks
 from tests.sharding.engine_cases import VOCABULARY, random_batch, tiny_config
 from tests.support import run_on_ranks
@@ -59,11 +60,7 @@ def test_sizes_are_counted_on_meta() -> None:
 def test_optimizer_state_has_the_bytes_that_are_said(name: Any) -> None:
     config = OptimizerConfig(name=name)
     model = torch.nn.Sequential(torch.nn.Embedding(40, 16), torch.nn.ModuleList([torch.nn.Linear(16, 24)]))
-    parameters = [
-        OptimizedParameter(key, p, tuple(p.shape), 0, None, is_hidden_matrix=key == "1.0.weight")
-        for key, p in model.named_parameters()
-    ]
-    optimizer = optimizer_factory(config)(parameters)
+    optimizer = optimizer_factory(config, {"1.0.weight"})([whole_part(*named) for named in model.named_parameters()])
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
@@ -100,7 +97,7 @@ def _estimate_holds(ranks: Ranks) -> None:
 
     config = tiny_config({"strategy": "none"}, batch={"global_size": 4, "micro_size": 2})
     model, model_config = _model()
-    estimate = estimate_memory(config, model, model_config, 1, ranks.device)
+    estimate = estimate_memory(config, model, model_config, ParallelDims(), ranks.device)
     assert estimate.state.masters == 4 * model_sizes(model).num_parameters
     assert estimate.state.moments == 2 * estimate.state.masters
     assert estimate.total == estimate.state.total + estimate.activations

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from sharding.engine import OptimizedParameter
+from sharding.part import whole_part
 from trainer.optimizers.adamw_8bit import AdamW8bit, compiled_update, quantization_block
 
 SHAPE = (20, 512)
@@ -11,7 +11,7 @@ BETAS, EPS, LR, DECAY = (0.9, 0.95), 1e-8, 1e-2, 0.1
 
 
 def _optimizer(parameter: nn.Parameter) -> AdamW8bit:
-    whole = OptimizedParameter("p", parameter, tuple(parameter.shape), 0, None, is_hidden_matrix=True)
+    whole = whole_part("p", parameter)
     return AdamW8bit([{"params": [parameter], "weight_decay": DECAY}], [whole], None, LR, BETAS, EPS)
 
 
@@ -57,7 +57,7 @@ def test_it_stays_near_fp32_in_a_quarter_of_the_memory() -> None:
 def test_a_compiled_step_takes_any_number_of_shapes() -> None:
     # What the compiler limits is their number, 8 by default, and not what becomes of the graphs.
     parameters = [nn.Parameter(torch.ones(64 + index, 64)) for index in range(2)]
-    whole = [OptimizedParameter(str(p.shape), p, tuple(p.shape), 0, None, is_hidden_matrix=True) for p in parameters]
+    whole = [whole_part(str(p.shape), p) for p in parameters]
     optimizer = AdamW8bit([{"params": parameters, "weight_decay": DECAY}], whole, None, LR, BETAS, EPS)
     optimizer._update_one = compiled_update(backend="eager")
     for parameter in parameters:

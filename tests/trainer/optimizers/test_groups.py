@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from sharding.engine import OptimizedParameter
+from sharding.part import whole_part
 from sharding.ranks.errors import UserError
 from trainer.config import RunConfig, parse_config
 from trainer.config.optimizer import OptimizerConfig, refused_optimizer
@@ -23,11 +23,9 @@ SHAPES = {
 
 def _build(values: dict[str, Any]) -> tuple[torch.optim.Optimizer, dict[str, nn.Parameter]]:
     parameters = {name: nn.Parameter(torch.ones(shape)) for name, shape in SHAPES.items()}
-    parts = [
-        OptimizedParameter(name, tensor, tuple(tensor.shape), 0, None, name.startswith("blocks"))
-        for name, tensor in parameters.items()
-    ]
-    return optimizer_factory(OptimizerConfig.model_validate(values))(parts), parameters
+    parts = [whole_part(name, tensor) for name, tensor in parameters.items()]
+    hidden = [name for name in parameters if name.startswith("blocks")]
+    return optimizer_factory(OptimizerConfig.model_validate(values), hidden)(parts), parameters
 
 
 def _settings(values: dict[str, Any]) -> dict[str, tuple[float, float]]:
@@ -82,9 +80,9 @@ def test_a_pattern_without_parameters_is_refused(patterns: list[str], message: s
 
 @pytest.mark.parametrize(("name", "message"), [("muon", "this model has none"), ("adamw8bit", "no parameter of this")])
 def test_an_optimizer_without_its_kind_of_parameter_is_refused(name: str, message: str) -> None:
-    vector = OptimizedParameter("norm", nn.Parameter(torch.ones(8)), (8,), 0, None, is_hidden_matrix=False)
+    vector = whole_part("norm", nn.Parameter(torch.ones(8)))
     with pytest.raises(UserError, match=message):
-        optimizer_factory(OptimizerConfig.model_validate({"name": name}))([vector])
+        optimizer_factory(OptimizerConfig.model_validate({"name": name}), ())([vector])
 
 
 def _config(values: dict[str, Any], optimizer: dict[str, Any]) -> RunConfig:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from sharding.engine import OptimizedParameter
+from sharding.part import Part, whole_part
 from trainer.config.optimizer import AdafactorConfig, MuonConfig
 from trainer.optimizers.adafactor import Adafactor
 from trainer.optimizers.muon import Muon, orthogonalize
@@ -21,11 +21,8 @@ def _parameters(shapes: Sequence[tuple[int, ...]], seed: int = 0) -> list[nn.Par
     return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
 
 
-def _whole(parameters: Sequence[nn.Parameter]) -> list[OptimizedParameter]:
-    return [
-        OptimizedParameter(str(index), parameter, tuple(parameter.shape), 0, None, parameter.ndim == 2)
-        for index, parameter in enumerate(parameters)
-    ]
+def _whole(parameters: Sequence[nn.Parameter]) -> list[Part]:
+    return [whole_part(str(index), parameter) for index, parameter in enumerate(parameters)]
 
 
 def _largest_difference(

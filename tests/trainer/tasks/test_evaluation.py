@@ -12,6 +12,7 @@ from torch import nn
 
 from sharding.engine import Batch
 from sharding.mesh import build_mesh
+from sharding.parallel_dims import Role
 from sharding.ranks.object_exchange import sum_over_ranks
 from sharding.ranks.process_group import Ranks
 from tests.sharding.engine_cases import VOCABULARY, random_batch, tiny_config
@@ -64,7 +65,7 @@ def _evaluate(ranks: Ranks, path: Path) -> None:
         engine, _ = build_model_engine(config, task, build_mesh(config.parallel, ranks), ranks, VOCABULARY)
 
         def sums(micro_size: int, seed: int, engine: Any = engine, task: Any = task) -> list[float]:
-            evaluation = Evaluation(engine, task, ranks, dp_rank=ranks.rank, seed=seed)
+            evaluation = Evaluation(engine, task, ranks, Role(ranks.rank, ranks.world_size), seed)
             results = []
             for leftover in range(2):
                 # What training leaves behind.
@@ -79,10 +80,10 @@ def _evaluate(ranks: Ranks, path: Path) -> None:
         for micro_size in (2, 3, 6):
             assert sums(micro_size, seed=1) == pytest.approx(expected, rel=1e-6), (type(task), micro_size)
         assert sums(2, seed=2) != pytest.approx(expected, rel=1e-6)
-    assert Evaluation(engine, task, ranks, dp_rank=ranks.rank, seed=1).sums([]) is None
+    assert Evaluation(engine, task, ranks, Role(ranks.rank, ranks.world_size), 1).sums([]) is None
     counting = _CountsPasses()
     engine, _ = build_model_engine(config, counting, build_mesh(config.parallel, ranks), ranks, VOCABULARY)
-    Evaluation(engine, counting, ranks, dp_rank=ranks.rank, seed=1).sums(_micro_batches(ranks, 3))
+    Evaluation(engine, counting, ranks, Role(ranks.rank, ranks.world_size), 1).sums(_micro_batches(ranks, 3))
     assert counting.num_passes == counting.num_batches == _NUM_ROWS // 3 // ranks.world_size
     if ranks.rank == 0:
         torch.save(found, path)
