@@ -40,6 +40,8 @@ from trainer.run_folder.events import record_event
 from trainer.run_folder.folder import RunFolder
 from trainer.runtime.phases import Phase, Phases
 from trainer.tasks.causal_lm import predicts_next_tokens
+from trainer.tasks.evaluation import Evaluation
+from trainer.tasks.named_sums import NamedSums
 from trainer.tasks.registry import build_task
 from trainer.trackers.observers import Observers
 
@@ -97,7 +99,8 @@ def build_trainer(
     if config.model.pretrained is not None and config.checkpoint.from_ is None:
         on_rank_0(lambda: _check_beginning(config, run_folder, corpus), ranks)
     busy = BusyMeter(phases, config.parallel.strategy)
-    engine, facts = build_model_engine(fetched, task, mesh, ranks, vocabulary, busy.timed)
+    named_sums = NamedSums(task)
+    engine, facts = build_model_engine(fetched, task, mesh, ranks, vocabulary, busy.timed, named_sums)
     observers.message(describe_model(config, facts, ranks))
     if predicts_next_tokens(task):
         check_causality(engine, config, vocabulary, ranks)
@@ -119,6 +122,7 @@ def build_trainer(
         ranks=ranks,
         mesh=mesh,
         build_loader=lambda training: _build_loader(config, corpus, mesh, training),
+        evaluation=Evaluation(engine, task, named_sums, ranks, mesh.data, config.seed),
         evaluation_batches=lambda: evaluation_batches(
             validation,
             sequence_length=length,

@@ -9,7 +9,6 @@ from typing import Any
 
 from sharding.engine import Batch
 from sharding.ranks.errors import NonFiniteFailure, RunFailure, UserError
-from sharding.ranks.object_exchange import sum_over_ranks
 from trainer.accumulation import agree_on_step
 from trainer.checkpoint.training_state import TrainingState
 from trainer.config import RunConfig
@@ -26,7 +25,7 @@ from trainer.optimizers.schedules import learning_rate, sentence_after_curve
 from trainer.parts import TrainerParts
 from trainer.runtime.phases import Phase
 from trainer.runtime.randomness import seed_step
-from trainer.tasks.evaluation import Evaluation
+from trainer.tasks.task import Metric
 
 _GC_EVERY_STEPS = 100
 # Between log lines, skipped steps are counted on the device and looked at so often, each time as they were at the last
@@ -62,7 +61,6 @@ class Trainer:
         self._bad_numbers = parts.bad_numbers
         self._clock = ThroughputClock(take_busy_s=parts.busy.take_s)
         self._noise_scale = NoiseScale() if config.metrics.gradient_noise_scale else None
-        self._evaluation = Evaluation(parts.engine, parts.task, parts.ranks, parts.mesh.data, config.seed)
         self._metrics_file: MetricsFile | None = None
         self._loader: BatchLoader | StreamingLoader | None = None
         self._loader_state: dict[str, Any] | None = None
@@ -323,17 +321,15 @@ class Trainer:
         """
         average = self._parts.weight_average
         with self._parts.phases.during(Phase.EVALUATE), self._clock.paused("evaluation"):
-            metrics = self._evaluate_weights()
+            metrics: Metrics = {f"eval/{name}": metric.value for name, metric in self._evaluate_weights().items()}
             if average is not None and metrics:
                 with average.in_place_of_weights():
                     averaged = self._evaluate_weights()
-                metrics |= {name.replace("eval/", "eval/ema_", 1): value for name, value in averaged.items()}
+                metrics |= {f"eval/ema_{name}": metric.value for name, metric in averaged.items()}
         return metrics
 
-    def _evaluate_weights(self) -> Metrics:
-        parts = self._parts
-        sums = self._evaluation.sums(parts.evaluation_batches())
-        return {} if sums is None else parts.task.evaluation_metrics(sum_over_ranks(sums, parts.ranks))
+    def _evaluate_weights(self) -> dict[str, Metric]:
+        return self._parts.evaluation.metrics(self._parts.evaluation_batches())
 
     def _save(self, *, waits: bool) -> None:
         """Save this step; ``waits`` until it is written, also where training could go on meanwhile."""

@@ -17,6 +17,7 @@ from trainer.model.models import ModelFacts
 from trainer.numerics.spike_policy import BadNumbers
 from trainer.optimizers.weight_average import WeightAverage
 from trainer.runtime.phases import Phases
+from trainer.tasks.evaluation import Evaluation
 from trainer.tasks.task import Task
 from trainer.trackers.observers import Observers
 
@@ -31,6 +32,7 @@ class TrainerParts:
         ranks: this rank's place.
         mesh: the ranks, and the roles of this one.
         build_loader: a loader that starts where the training is.
+        evaluation: judges the weights by the held-out split.
         evaluation_batches: this rank's share of the held-out sequences, as micro-batches on the host; equally many on
             every rank.
         checkpointer: saving and resuming.
@@ -53,6 +55,7 @@ class TrainerParts:
     ranks: Ranks
     mesh: ParallelMesh
     build_loader: Callable[[TrainingState], BatchLoader | StreamingLoader]
+    evaluation: Evaluation
     evaluation_batches: Callable[[], Iterable[Batch]]
     checkpointer: Checkpointer
     observers: Observers

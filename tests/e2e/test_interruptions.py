@@ -287,13 +287,13 @@ from trainer.tasks.causal_lm import CausalLanguageModelling
 class FlipsABit(CausalLanguageModelling):
     calls = 0
 
-    def loss(self, model, batch):
+    def forward(self, model, batch):
         self.calls += 1
         # Each step has two micro-batches; the fifth step's first.
         if dist.get_rank() == 1 and self.calls == 9:
             weight = next(iter(model.parameters()))
             weight.data.view(torch.int32).view(-1)[5] ^= 1 << 20
-        return super().loss(model, batch)
+        return super().forward(model, batch)
 """
 
 

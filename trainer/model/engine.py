@@ -3,10 +3,11 @@
 from collections.abc import Callable
 
 import torch
+from torch import nn
 
 from sharding.blocks import hidden_matrices
 from sharding.build_engine import build_engine
-from sharding.engine import Engine, LossFunction, ModelDefinition
+from sharding.engine import Batch, Engine, EvaluationFunction, LossFunction, ModelDefinition
 from sharding.mesh import ParallelMesh
 from sharding.precision import compute_dtype
 from sharding.ranks.object_exchange import sum_integers_over_ranks
@@ -25,6 +26,7 @@ from trainer.model.module_initialization import initialize_module
 from trainer.model.pretrained import PretrainedWeights
 from trainer.model.refusals import refuse_positions_by_padding, refuse_settings
 from trainer.optimizers.build import optimizer_factory
+from trainer.tasks.named_sums import NamedSums
 from trainer.tasks.task import Task
 
 
@@ -35,10 +37,18 @@ def build_model_engine(
     ranks: Ranks,
     vocabulary: Vocabulary,
     timed: Callable[[LossFunction], LossFunction] = lambda loss: loss,
+    evaluate: EvaluationFunction | None = None,
 ) -> tuple[Engine, ModelFacts]:
     """The sharded model with its optimizer, with initial or pretrained parameters.
 
-    ``timed`` wraps the forward pass and loss, to measure them.
+    Args:
+        config: the run.
+        task: builds the model and computes the loss.
+        mesh: the ranks.
+        ranks: this rank's place.
+        vocabulary: the tokenizer's.
+        timed: wraps the forward pass and loss, to measure them.
+        evaluate: the task's evaluation; given by whoever wants the sums by name.
 
     Raises:
         UserError: model, tokenizer, sequence length, task and strategy do not fit together.
@@ -53,8 +63,8 @@ def build_model_engine(
     definition = ModelDefinition(
         model=model,
         initialize=lambda module: initialize_module(model, module),
-        loss=timed(task.loss),
-        evaluate=task.evaluation_sums,
+        loss=timed(_training_loss(task)),
+        evaluate=evaluate or NamedSums(task),
         seed=config.seed,
     )
     engine = build_engine(
@@ -71,6 +81,13 @@ def build_model_engine(
     if pretrained is not None:
         pretrained.load_into(engine)
     return engine, facts
+
+
+def _training_loss(task: Task) -> LossFunction:
+    def loss(model: nn.Module, batch: Batch) -> torch.Tensor:
+        return task.loss(task.forward(model, batch), batch)
+
+    return loss
 
 
 def parameter_hash(engine: Engine, ranks: Ranks) -> str:

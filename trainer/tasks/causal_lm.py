@@ -1,8 +1,8 @@
 """Causal language modelling: predict each next token."""
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -14,14 +14,14 @@ from sharding.ranks.errors import UserError
 from trainer.data.batch import IGNORED_LABEL
 from trainer.tasks.chunked_loss import ChunkedLossHead
 from trainer.tasks.model_faults import cannot_compute, faults_of_a_configuration
-from trainer.tasks.task import Task
+from trainer.tasks.task import Metric, Outputs, Sums, Task
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
 PROBED_POSITION = "probed_position"
-"""Key of a batch in evaluation that asks for the logits of the first row's token at this position, and no metrics."""
+"""Key of a batch in evaluation that asks for the logits of the first row's token at this position, as the only sum."""
 
 
 class CausalLanguageModelling:
@@ -60,50 +60,60 @@ class CausalLanguageModelling:
         """See Task; packed sequences are the batch."""
         return sequences
 
-    def num_targets(self, batch: Batch) -> int:
-        """See Task."""
-        return int((batch["labels"] != IGNORED_LABEL).sum())
+    def inputs(self, batch: Batch) -> Batch:
+        """See Task; positions that start again within a row make transformers mask attention by document."""
+        return {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
 
-    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+    def forward(self, model: nn.Module, batch: Batch) -> Outputs:
+        """See Task; logits are [micro, length, vocabulary], of the probed token alone [vocabulary]."""
+        if PROBED_POSITION in batch:
+            return Outputs(logits=self._logits_at(model, batch))
+        if self._chunk_tokens:
+            return Outputs(loss_sum=self._chunked_loss(model, batch))
+        # In fp32 here, so that those of another format are gone when the loss is computed.
+        return Outputs(logits=self._logits(model, batch).float())
+
+    def loss(self, outputs: Outputs, batch: Batch) -> torch.Tensor:
         """See Task; cross-entropy in nats, plus z_loss x log^2 Z at each target, computed in fp32.
 
         Z is the softmax's denominator. Keeping it near 1 keeps logits from drifting, which low precision suffers from:
         Chowdhery et al., "PaLM" (2022), section 5.
         """
-        if self._chunk_tokens:
-            return self._chunked_loss(model, batch)
-        logits, labels = self._logits_and_labels(model, batch)
+        if outputs.loss_sum is not None:
+            return outputs.loss_sum
         if not self._z_loss:
-            return _cross_entropy(logits, labels)
+            return _cross_entropy(outputs, batch)
+        logits, labels = _logits_and_labels(outputs, batch)
         # The cross-entropy is log Z less the target's logit: one log Z serves both, in memory as well.
         log_z = logits.logsumexp(dim=-1)
         target_logits = logits.gather(-1, labels.clamp(min=0)[:, None])[:, 0]
         losses = log_z - target_logits + self._z_loss * log_z.square()
         return torch.where(labels == IGNORED_LABEL, 0.0, losses).sum()
 
-    def evaluation_sums(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        """See Task; [summed cross-entropy, valid targets]: never a z-loss, so that perplexity means perplexity."""
+    def evaluate(self, outputs: Outputs, batch: Batch) -> Sums:
+        """See Task; summed cross-entropy and valid targets: never a z-loss, so that perplexity means perplexity."""
         if PROBED_POSITION in batch:
-            return self._logits_at(model, batch)
+            assert outputs.logits is not None, "a probe asks for logits"
+            return {"logits": outputs.logits}
+        # A head that computes the loss leaves the z-loss out in evaluation.
+        loss_sum = outputs.loss_sum if outputs.loss_sum is not None else _cross_entropy(outputs, batch)
         num_targets = (batch["labels"] != IGNORED_LABEL).sum()
-        if self._chunk_tokens:
-            loss_sum = self._chunked_loss(model, batch)
-        else:
-            loss_sum = _cross_entropy(*self._logits_and_labels(model, batch))
-        return torch.stack([loss_sum.double(), num_targets.double()])
+        return {"loss": loss_sum.double(), "targets": num_targets.double()}
 
-    def evaluation_metrics(self, sums: Sequence[float]) -> dict[str, Any]:
+    def num_targets(self, batch: Batch) -> int:
+        """See Task."""
+        return int((batch["labels"] != IGNORED_LABEL).sum())
+
+    def num_tokens(self, batch: Batch) -> int:
+        """See Task."""
+        return batch["input_ids"].numel()
+
+    def metrics(self, sums: Mapping[str, torch.Tensor]) -> dict[str, Metric]:
         """See Task; mean loss in nats per token and its exponential."""
-        loss_sum, num_targets = sums
-        loss = loss_sum / max(num_targets, 1.0)
+        loss = float(sums["loss"]) / max(float(sums["targets"]), 1.0)
         # exp overflows a float beyond 709; such a model has no useful perplexity.
         perplexity = math.exp(loss) if loss < 700 else math.inf
-        return {"eval/loss": loss, "eval/perplexity": perplexity}
-
-    def _logits_and_labels(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits in fp32, [positions, vocabulary], and labels, [positions]."""
-        logits = self._logits(model, batch)
-        return logits.flatten(0, 1).float(), batch["labels"].flatten()
+        return {"loss": Metric(loss, "lower"), "perplexity": Metric(perplexity, "lower")}
 
     def _logits_at(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """Logits of the probed token, [vocabulary]."""
@@ -121,7 +131,7 @@ class CausalLanguageModelling:
             UserError: it cannot compute on its first batch, for sizes that do not fit together.
         """
         try:
-            logits: torch.Tensor = model(**_inputs(batch), use_cache=False).logits
+            logits: torch.Tensor = model(**self.inputs(batch), use_cache=False).logits
         except faults_of_a_configuration() as error:
             refusal = None if model in self._has_computed else cannot_compute(error, batch["input_ids"].shape[1])
             if refusal is None:
@@ -152,15 +162,16 @@ def predicts_next_tokens(task: Task) -> bool:
     """Whether a task is causal language modelling in all but, perhaps, the model that it builds."""
     task = getattr(task, "inner", task)
     ours = CausalLanguageModelling
-    return isinstance(task, ours) and all(
-        getattr(type(task), name) is getattr(ours, name) for name in ("make_batch", "loss", "evaluation_sums")
-    )
+    names = ("make_batch", "inputs", "forward", "loss", "evaluate")
+    return isinstance(task, ours) and all(getattr(type(task), name) is getattr(ours, name) for name in names)
 
 
-def _inputs(batch: Batch) -> Batch:
-    """What the model gets; positions that start again within a row make transformers mask attention by document."""
-    return {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
+def _logits_and_labels(outputs: Outputs, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits in fp32, [positions, vocabulary], and labels, [positions]."""
+    assert outputs.logits is not None, "the head computes the loss or the logits"
+    return outputs.logits.flatten(0, 1), batch["labels"].flatten()
 
 
-def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def _cross_entropy(outputs: Outputs, batch: Batch) -> torch.Tensor:
+    logits, labels = _logits_and_labels(outputs, batch)
     return functional.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED_LABEL)

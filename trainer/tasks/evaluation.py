@@ -1,4 +1,4 @@
-"""The sums of a task's metrics over the held-out split, whose draws belong to samples and not to layouts."""
+"""A task's metrics over the held-out split, whose draws belong to samples and not to layouts."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -9,10 +9,11 @@ import torch
 
 from sharding.engine import Batch, Engine
 from sharding.parallel_dims import Role
-from sharding.ranks.object_exchange import sum_integers_over_ranks
+from sharding.ranks.object_exchange import sum_integers_over_ranks, sum_over_ranks
 from sharding.ranks.process_group import Ranks
 from trainer.runtime.randomness import generator_states, seed_sample
-from trainer.tasks.task import Task
+from trainer.tasks.named_sums import NamedSums
+from trainer.tasks.task import Metric, Task
 
 
 class Evaluation:
@@ -23,25 +24,34 @@ class Evaluation:
     samples are therefore taken one by one; where nothing is, which the generators tell, as they come.
     """
 
-    def __init__(self, engine: Engine, task: Task, ranks: Ranks, data: Role, seed: int) -> None:
+    def __init__(self, engine: Engine, task: Task, named_sums: NamedSums, ranks: Ranks, data: Role, seed: int) -> None:
         """Bind to what is evaluated.
 
         Args:
             engine: holds the weights.
             task: makes batches and says what is summed.
+            named_sums: what the engine evaluates by.
             ranks: this rank's place.
             data: place among the ranks that read different data.
             seed: the run's seed.
         """
         self._engine = engine
         self._task = task
+        self._named_sums = named_sums
         self._ranks = ranks
         self._data = data
         self._seed = seed
         self._draws_in_pass: bool | None = None
 
+    def metrics(self, micro_batches: Iterable[Batch]) -> dict[str, Metric]:
+        """The task's metrics over a whole split; none where nothing is held out. See ``sums``."""
+        sums = self.sums(micro_batches)
+        if sums is None:
+            return {}
+        return self._task.metrics(self._named_sums.by_name(sum_over_ranks(sums, self._ranks)))
+
     def sums(self, micro_batches: Iterable[Batch]) -> torch.Tensor | None:
-        """This rank's sums over its share of a split; None where there is none.
+        """This rank's sums over its share of a split, as a vector; None where there is none.
 
         Every rank must call it, with equally many micro-batches, each of as many rows.
 

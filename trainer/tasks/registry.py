@@ -1,6 +1,7 @@
 """Tasks by name."""
 
 import importlib
+import inspect
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -40,7 +41,29 @@ def build_task(name: str, z_loss: float = 0.0, loss_chunk_tokens: int = 0, folde
             f"({place}; else it must be installed or on PYTHONPATH, and the working folder does not count)."
         ) from None
     # What goes wrong in its own code is shown with its traceback.
-    return getattr(module, class_name)()
+    task: Task = getattr(module, class_name)()
+    _refuse_earlier_methods(name, task)
+    return task
+
+
+def _refuse_earlier_methods(name: str, task: Task) -> None:
+    """Refuse a task that is written for an earlier release, whose methods would be passed over or called wrongly.
+
+    Raises:
+        UserError: it has such methods.
+    """
+    earlier = [method for method in ("evaluation_sums", "evaluation_metrics") if hasattr(task, method)]
+    if "model" in _parameters(task, "loss"):
+        earlier.append("loss(model, batch)")
+    if earlier:
+        raise UserError(
+            f"task.name={name} has {', '.join(earlier)} of an earlier release; write forward(model, batch), "
+            "loss(outputs, batch), evaluate(outputs, batch) and metrics(sums) instead, as trainer/tasks/task.py says."
+        )
+
+
+def _parameters(task: Task, method: str) -> list[str]:
+    return list(inspect.signature(getattr(task, method)).parameters) if hasattr(task, method) else []
 
 
 def _import(name: str, folder: str | None) -> ModuleType:

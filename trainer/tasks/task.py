@@ -1,7 +1,8 @@
 """What the trainer asks of a task."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import nn
@@ -10,6 +11,31 @@ from sharding.engine import Batch
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+
+@dataclass(frozen=True, eq=False)
+class Outputs:
+    """What a forward pass hands to the loss and to evaluation.
+
+    Attributes:
+        logits: what the model predicts, fp32, dim 0 the sample; None where only the loss was computed.
+        loss_sum: the summed loss, an fp32 scalar with a gradient, where the model's head computes it itself.
+    """
+
+    logits: torch.Tensor | None = None
+    loss_sum: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric's value, and which direction of it is better."""
+
+    value: float
+    better: Literal["lower", "higher"]
+
+
+Sums = dict[str, torch.Tensor]
+"""Named sums over samples, fp64 tensors of any shape, which add up over batches and ranks."""
 
 
 class Task(Protocol):
@@ -33,14 +59,23 @@ class Task(Protocol):
         a micro-batch one by one.
         """
 
+    def inputs(self, batch: Batch) -> Batch:
+        """What of a batch the model's forward pass is called with, by argument."""
+
+    def forward(self, model: nn.Module, batch: Batch) -> Outputs:
+        """Run the model on a batch that is on the device, in training and in evaluation."""
+
+    def loss(self, outputs: Outputs, batch: Batch) -> torch.Tensor:
+        """Sum of the losses of all valid targets, an fp32 scalar with a gradient."""
+
+    def evaluate(self, outputs: Outputs, batch: Batch) -> Sums:
+        """Sums that the metrics follow from; of one row at a time where anything is drawn."""
+
     def num_targets(self, batch: Batch) -> int:
         """Valid targets in a batch that is on the host."""
 
-    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        """Sum of the losses of all valid targets, an fp32 scalar with a gradient."""
+    def num_tokens(self, batch: Batch) -> int:
+        """Tokens, or whatever samples consist of, that the model computes on in a batch that is on the host."""
 
-    def evaluation_sums(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        """A vector of fp64 sums that add up over batches and ranks; of one row at a time where anything is drawn."""
-
-    def evaluation_metrics(self, sums: Sequence[float]) -> dict[str, Any]:
-        """Named metrics, ``eval/...``, from the added-up sums."""
+    def metrics(self, sums: Mapping[str, torch.Tensor]) -> dict[str, Metric]:
+        """Named metrics, from the sums of a whole split, fp64 on the host."""

@@ -88,7 +88,7 @@ def _loss_and_gradients(model: torch.nn.Module, batches: list[dict[str, torch.Te
     model.zero_grad()
     total, num_targets = 0.0, 0
     for batch in batches:
-        loss = TASK.loss(model, batch)
+        loss = TASK.loss(TASK.forward(model, batch), batch)
         loss.backward()
         total += loss.item()
         num_targets += TASK.num_targets(batch)

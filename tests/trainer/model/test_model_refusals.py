@@ -13,6 +13,7 @@ from trainer.model.models import Vocabulary, build_model_config, build_model_on_
 from trainer.model.refusals import refuse_auxiliary_losses, refuse_layer_drop, refuse_positions_by_padding
 from trainer.tasks.causal_lm import CausalLanguageModelling, predicts_next_tokens
 from trainer.tasks.registry import build_task
+from trainer.tasks.task import Outputs
 
 _VOCABULARY = Vocabulary(100, 0)
 _SIZES = {
@@ -103,8 +104,8 @@ def test_losses_that_are_the_tasks_own_may_be_anything() -> None:
             return nn.Linear(1, 1)
 
     class OwnLoss(OwnModel):
-        def loss(self, model: nn.Module, batch: Any) -> Any:
-            return super().loss(model, batch)
+        def loss(self, outputs: Outputs, batch: Any) -> Any:
+            return super().loss(outputs, batch)
 
     assert predicts_next_tokens(build_task("causal-lm"))
     assert predicts_next_tokens(OwnModel())

@@ -1,5 +1,6 @@
 """The loss of causal language modelling and its gradient against formulas written out."""
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 from trainer.tasks.causal_lm import CausalLanguageModelling
+from trainer.tasks.task import Metric
 
 _Z_LOSS = 0.3
 _VOCABULARY = 11
@@ -51,7 +53,7 @@ def _by_hand(table: torch.Tensor, batch: dict[str, torch.Tensor], z_loss: float)
 @pytest.mark.parametrize("z_loss", [0.0, 1e-4, _Z_LOSS])
 def test_loss_and_gradient(batch: dict[str, torch.Tensor], z_loss: float) -> None:
     model, task = _Bigrams(), CausalLanguageModelling(z_loss)
-    loss = task.loss(model, batch)
+    loss = task.loss(task.forward(model, batch), batch)
     loss.backward()
     expected, gradient = _by_hand(model.table.detach(), batch, z_loss)
     assert loss.dtype is torch.float32
@@ -63,7 +65,8 @@ def test_loss_and_gradient(batch: dict[str, torch.Tensor], z_loss: float) -> Non
 def test_half_precision_logits_are_added_up_in_fp32(batch: dict[str, torch.Tensor]) -> None:
     model = _Bigrams(torch.bfloat16)
     expected, _ = _by_hand(model.table.detach(), batch, _Z_LOSS)
-    loss = CausalLanguageModelling(_Z_LOSS).loss(model, batch)
+    task = CausalLanguageModelling(_Z_LOSS)
+    loss = task.loss(task.forward(model, batch), batch)
     assert loss.item() == pytest.approx(expected, rel=1e-6)
 
 
@@ -71,13 +74,23 @@ def test_evaluation_is_the_cross_entropy_alone(batch: dict[str, torch.Tensor]) -
     model = _Bigrams()
     expected, _ = _by_hand(model.table.detach(), batch, 0.0)
     for z_loss in (0.0, _Z_LOSS):
-        loss_sum, count = CausalLanguageModelling(z_loss).evaluation_sums(model, batch).tolist()
-        assert (loss_sum, count) == (pytest.approx(expected, rel=1e-6), 12.0)
+        task = CausalLanguageModelling(z_loss)
+        with torch.no_grad():
+            sums = task.evaluate(task.forward(model, batch), batch)
+        assert {name: total.item() for name, total in sums.items()} == {
+            "loss": pytest.approx(expected, rel=1e-6),
+            "targets": 12.0,
+        }
+        assert all(total.dtype is torch.float64 for total in sums.values())
+        metrics = task.metrics(sums)
+        assert metrics["loss"] == Metric(pytest.approx(expected / 12, rel=1e-6), "lower")
+        assert metrics["perplexity"] == Metric(pytest.approx(math.exp(expected / 12), rel=1e-6), "lower")
 
 
 def test_a_batch_without_targets_has_no_loss_and_no_gradient(batch: dict[str, torch.Tensor]) -> None:
     model = _Bigrams()
-    loss = CausalLanguageModelling(_Z_LOSS).loss(model, batch | {"labels": torch.full_like(batch["labels"], -100)})
+    task, masked = CausalLanguageModelling(_Z_LOSS), batch | {"labels": torch.full_like(batch["labels"], -100)}
+    loss = task.loss(task.forward(model, masked), masked)
     loss.backward()
     assert loss.item() == 0.0
     assert model.table.grad is not None

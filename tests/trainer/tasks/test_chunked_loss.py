@@ -42,7 +42,7 @@ def _pair(config: Any, z_loss: float, chunk_tokens: int) -> list[tuple[CausalLan
 
 
 def _loss_and_gradients(task: CausalLanguageModelling, model: nn.Module, batch: Any) -> tuple[Any, dict[str, Any]]:
-    loss = task.loss(model, batch)
+    loss = task.loss(task.forward(model, batch), batch)
     (0.25 * loss).backward()
     return loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
 
@@ -98,9 +98,9 @@ def test_evaluation_is_the_cross_entropy_alone_and_keeps_no_gradient(batch: Any)
     sums = []
     for task, model in (whole, chunked):
         with torch.no_grad():
-            found = task.evaluation_sums(model.eval(), batch)
-        assert not found.requires_grad
-        sums.append(found.tolist())
+            found = task.evaluate(task.forward(model.eval(), batch), batch)
+        assert not found["loss"].requires_grad
+        sums.append({name: total.item() for name, total in found.items()})
     assert sums[1] == pytest.approx(sums[0], rel=1e-6)
     # Logits are there for who asks without targets, such as generation.
     assert chunked[1](batch["input_ids"]).logits.shape == (3, 8, 37)
@@ -126,6 +126,8 @@ def test_a_loss_that_is_not_finite_is_told_as_it_is(batch: Any) -> None:
 def test_a_model_that_changes_its_logits_is_refused(batch: Any) -> None:
     _, (task, model) = _pair(_config("gemma2", final_logit_softcapping=30.0), 0.0, 7)
     # A loss of 0 says nothing: it stays 0 under every cap.
-    assert task.loss(model, batch | {"labels": torch.full((3, 8), -100)}).item() == 0.0
+    outputs = task.forward(model, batch | {"labels": torch.full((3, 8), -100)})
+    assert outputs.loss_sum is not None
+    assert outputs.loss_sum.item() == 0.0
     with pytest.raises(UserError, match=r"task.loss_chunk_tokens=7 does not fit this model.*soft cap"):
-        task.loss(model, batch)
+        task.forward(model, batch)

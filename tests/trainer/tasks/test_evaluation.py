@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from sharding.engine import Batch
 from sharding.mesh import build_mesh
@@ -20,6 +19,8 @@ from tests.support import run_on_ranks
 from trainer.model.engine import build_model_engine
 from trainer.tasks.causal_lm import CausalLanguageModelling
 from trainer.tasks.evaluation import Evaluation
+from trainer.tasks.named_sums import NamedSums
+from trainer.tasks.task import Outputs, Sums
 
 _NUM_ROWS = 12
 
@@ -34,10 +35,12 @@ class _DrawsMasks(CausalLanguageModelling):
 
 
 class _DrawsInPass(_DrawsMasks):
-    """Adds noise to the loss as well."""
+    """Adds noise to the sums as well, and has one that is a matrix."""
 
-    def evaluation_sums(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        return super().evaluation_sums(model, batch) + torch.rand(len(batch["labels"])).sum()
+    def evaluate(self, outputs: Outputs, batch: Batch) -> Sums:
+        noise = torch.rand(len(batch["labels"])).sum()
+        sums = {name: total + noise for name, total in super().evaluate(outputs, batch).items()}
+        return sums | {"matrix": noise * torch.arange(6.0).view(2, 3)}
 
 
 class _CountsPasses(CausalLanguageModelling):
@@ -47,9 +50,9 @@ class _CountsPasses(CausalLanguageModelling):
         self.num_batches += 1
         return super().make_batch(sequences)
 
-    def evaluation_sums(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+    def evaluate(self, outputs: Outputs, batch: Batch) -> Sums:
         self.num_passes += 1
-        return super().evaluation_sums(model, batch)
+        return super().evaluate(outputs, batch)
 
 
 def _micro_batches(ranks: Ranks, micro_size: int) -> Iterator[Batch]:
@@ -62,10 +65,11 @@ def _evaluate(ranks: Ranks, path: Path) -> None:
     config = tiny_config({"strategy": "ddp"})
     found: dict[str, list[float]] = torch.load(path) if path.exists() else {}
     for task in (_DrawsMasks(), _DrawsInPass()):
-        engine, _ = build_model_engine(config, task, build_mesh(config.parallel, ranks), ranks, VOCABULARY)
+        mesh, named = build_mesh(config.parallel, ranks), NamedSums(task)
+        engine, _ = build_model_engine(config, task, mesh, ranks, VOCABULARY, evaluate=named)
 
-        def sums(micro_size: int, seed: int, engine: Any = engine, task: Any = task) -> list[float]:
-            evaluation = Evaluation(engine, task, ranks, Role(ranks.rank, ranks.world_size), seed)
+        def sums(micro_size: int, seed: int, engine: Any = engine, task: Any = task, named: Any = named) -> list[float]:
+            evaluation = Evaluation(engine, task, named, ranks, Role(ranks.rank, ranks.world_size), seed)
             results = []
             for leftover in range(2):
                 # What training leaves behind.
@@ -80,10 +84,18 @@ def _evaluate(ranks: Ranks, path: Path) -> None:
         for micro_size in (2, 3, 6):
             assert sums(micro_size, seed=1) == pytest.approx(expected, rel=1e-6), (type(task), micro_size)
         assert sums(2, seed=2) != pytest.approx(expected, rel=1e-6)
-    assert Evaluation(engine, task, ranks, Role(ranks.rank, ranks.world_size), 1).sums([]) is None
+    by_name = named.by_name(expected)
+    assert list(by_name) == ["loss", "matrix", "targets"]
+    noise = by_name["matrix"][0, 1]
+    assert by_name["matrix"].numpy() == pytest.approx((noise * torch.arange(6.0).view(2, 3)).numpy())
+    evaluation = Evaluation(engine, task, named, ranks, Role(ranks.rank, ranks.world_size), 1)
+    assert evaluation.metrics([]) == {}
+    metrics = evaluation.metrics(_micro_batches(ranks, 2))
+    assert metrics["loss"].value == pytest.approx(float(by_name["loss"] / by_name["targets"]), rel=1e-6)
     counting = _CountsPasses()
-    engine, _ = build_model_engine(config, counting, build_mesh(config.parallel, ranks), ranks, VOCABULARY)
-    Evaluation(engine, counting, ranks, Role(ranks.rank, ranks.world_size), 1).sums(_micro_batches(ranks, 3))
+    mesh, named = build_mesh(config.parallel, ranks), NamedSums(counting)
+    engine, _ = build_model_engine(config, counting, mesh, ranks, VOCABULARY, evaluate=named)
+    Evaluation(engine, counting, named, ranks, Role(ranks.rank, ranks.world_size), 1).sums(_micro_batches(ranks, 3))
     assert counting.num_passes == counting.num_batches == _NUM_ROWS // 3 // ranks.world_size
     if ranks.rank == 0:
         torch.save(found, path)

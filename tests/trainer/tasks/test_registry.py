@@ -101,3 +101,27 @@ def test_a_mistake_in_a_tasks_own_code_is_not_called_a_wrong_name(tmp_path: Path
         build_task("own_task:NeedsMore", folder=folder)
     with pytest.raises(UserError, match=r"task.name=own_task:Other cannot .* module 'own_task' has no 'Other';"):
         build_task("own_task:Other", folder=folder)
+
+
+_EARLIER = """
+from trainer.tasks.causal_lm import CausalLanguageModelling
+
+class Loss(CausalLanguageModelling):
+    def loss(self, model, batch):
+        return super().loss(model, batch)
+
+class Sums(CausalLanguageModelling):
+    def evaluation_sums(self, model, batch):
+        return None
+"""
+
+
+@pytest.mark.parametrize(("name", "found"), [("Loss", r"loss\(model, batch\)"), ("Sums", "evaluation_sums")])
+def test_a_task_of_an_earlier_release_is_refused_with_the_methods_of_today(
+    tmp_path: Path, name: str, found: str
+) -> None:
+    (tmp_path / "own_task.py").write_text(_EARLIER)
+    with pytest.raises(
+        UserError, match=rf"^task.name=own_task:{name} has {found} of an earlier .* loss\(outputs, batch\).*\.$"
+    ):
+        build_task(f"own_task:{name}", folder=str(tmp_path))

@@ -1,8 +1,8 @@
 """Bad documents on purpose: a task whose loss is spoiled for certain samples, for drills and tests."""
 
 import math
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -10,7 +10,7 @@ from torch import nn
 from sharding.engine import Batch
 from trainer.config.data import SampleRange
 from trainer.faults.injection.inject import SPOILING_FAULTS, Fault
-from trainer.tasks.task import Task
+from trainer.tasks.task import Metric, Outputs, Sums, Task
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -67,18 +67,30 @@ class SpoiledTask:
                     self._reported = samples
         return self._task.make_batch(sequences)
 
+    def inputs(self, batch: Batch) -> Batch:
+        """See Task."""
+        return self._task.inputs(batch)
+
+    def forward(self, model: nn.Module, batch: Batch) -> Outputs:
+        """See Task."""
+        return self._task.forward(model, batch)
+
+    def loss(self, outputs: Outputs, batch: Batch) -> torch.Tensor:
+        """See Task."""
+        return self._task.loss(outputs, batch) * self._factor
+
+    def evaluate(self, outputs: Outputs, batch: Batch) -> Sums:
+        """See Task."""
+        return self._task.evaluate(outputs, batch)
+
     def num_targets(self, batch: Batch) -> int:
         """See Task."""
         return self._task.num_targets(batch)
 
-    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+    def num_tokens(self, batch: Batch) -> int:
         """See Task."""
-        return self._task.loss(model, batch) * self._factor
+        return self._task.num_tokens(batch)
 
-    def evaluation_sums(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+    def metrics(self, sums: Mapping[str, torch.Tensor]) -> dict[str, Metric]:
         """See Task."""
-        return self._task.evaluation_sums(model, batch)
-
-    def evaluation_metrics(self, sums: Sequence[float]) -> dict[str, Any]:
-        """See Task."""
-        return self._task.evaluation_metrics(sums)
+        return self._task.metrics(sums)
