@@ -30,7 +30,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "data": {"config", "files"},
         "tasks": {"runtime", "data"},
         "optimizers": {"config"},
-        "model": {"config", "tasks", "optimizers"},
+        "model": {"config", "data", "tasks", "optimizers"},
         "checkpoint": {"config", "files", "run_folder", "data", "optimizers"},
         "metrics": {"files", "runtime", "run_folder", "model"},
         "faults.hang": {"files", "runtime"},

@@ -16,8 +16,9 @@ from trainer.checkpoint.training_state import TrainingState
 from trainer.config import RunConfig
 from trainer.data.documents import documents_in
 from trainer.data.loader import BatchLoader, evaluation_batches
+from trainer.data.packed import packed_samples
 from trainer.data.prepared import Prepared, PreparedStream, describe_mixture
-from trainer.data.shards import Sequences
+from trainer.data.samples import Samples
 from trainer.data.skipped_samples import SkippedSamples
 from trainer.data.streaming import StreamingLoader, state_of_rank
 from trainer.faults.injection.inject import Fault
@@ -107,12 +108,11 @@ def build_trainer(
     if config.metrics.parameter_hash:
         observers.message(f"initial parameters {parameter_hash(engine, ranks)}")
     corpus.check_sequence_length(config.data.sequence_length)
-    validation = corpus.stream("validation", verify=config.faults.verify_data)
-    length = config.data.sequence_length
-    check_held_out(config, validation)
+    samples = packed_samples(corpus, config.data, verify=config.faults.verify_data)
+    check_held_out(config, samples)
     if config.data.document_mask:
         check_engine(engine, fetched, task, vocabulary)
-    for line in describe_mixture(corpus, length, config.num_steps * config.batch.global_size):
+    for line in describe_mixture(corpus, config.data.sequence_length, config.num_steps * config.batch.global_size):
         observers.message(line)
 
     average = WeightAverage(engine, config.optimizer.ema_decay) if config.optimizer.ema_decay else None
@@ -124,18 +124,18 @@ def build_trainer(
         build_loader=lambda training: _build_loader(config, corpus, mesh, training),
         evaluation=Evaluation(engine, task, named_sums, ranks, mesh.data, config.seed),
         evaluation_batches=lambda: evaluation_batches(
-            validation,
-            sequence_length=length,
+            samples,
+            "validation",
             micro_size=config.batch.micro_size,
             dp_rank=mesh.data.rank,
             dp_degree=mesh.data.degree,
-            max_sequences=config.evaluation.max_sequences,
-            document_mask=config.data.document_mask,
+            max_samples=config.evaluation.max_sequences,
+            spread=bool(config.data.mixture),
         ),
         checkpointer=Checkpointer(
             config,
             run_folder,
-            corpus.fingerprint,
+            samples.fingerprint,
             ranks,
             before_commit,
             average,
@@ -191,14 +191,14 @@ def _check_beginning(config: RunConfig, run_folder: RunFolder, corpus: Prepared)
         check_named_tokenizer(config, corpus.tokenizer_dir)
 
 
-def check_held_out(config: RunConfig, validation: Sequences) -> None:
+def check_held_out(config: RunConfig, samples: Samples) -> None:
     """Assert that there is something to evaluate where that was asked for.
 
     Raises:
         UserError: there is not.
     """
     every_steps = config.evaluation.every_steps
-    if every_steps and validation.num_sequences(config.data.sequence_length) == 0:
+    if every_steps and samples.num_samples("validation") == 0:
         raise UserError(
             f"evaluation.every_steps={every_steps} evaluates held-out documents, but data.validation_fraction="
             f"{config.data.validation_fraction:g} holds out none of this corpus; raise it, or set "
@@ -238,17 +238,16 @@ def _build_loader(
             micro_size=batch.micro_size,
             dp_rank=mesh.data.rank,
             dp_degree=mesh.data.degree,
+            start_sample=training.num_samples,
             state=state_of_rank(training.loader_states, training.num_samples, mesh.data.rank, mesh.data.degree),
         )
     return BatchLoader(
-        corpus.stream("train", verify=config.faults.verify_data),
+        packed_samples(corpus, data, verify=config.faults.verify_data),
         corpus.order(config.seed, data.sequence_length, data.shuffle),
-        sequence_length=data.sequence_length,
         global_size=batch.global_size,
         micro_size=batch.micro_size,
         dp_rank=mesh.data.rank,
         dp_degree=mesh.data.degree,
         start_sample=training.num_samples,
         skipped=SkippedSamples(training.skipped_samples),
-        document_mask=data.document_mask,
     )

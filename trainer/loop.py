@@ -13,7 +13,9 @@ from trainer.accumulation import agree_on_step
 from trainer.checkpoint.training_state import TrainingState
 from trainer.config import RunConfig
 from trainer.config.data import SampleRange
+from trainer.data.batch import pinned
 from trainer.data.loader import BatchLoader
+from trainer.data.samples import MicroBatch
 from trainer.data.skipped_samples import SkippedSamples
 from trainer.data.streaming import StreamingLoader, gather_states
 from trainer.metrics.clock import ThroughputClock
@@ -141,7 +143,7 @@ class Trainer:
             seed_step(self._config.seed, step, self._parts.mesh.data.rank)
             phases.enter(Phase.DATA, step)
             waited_from = time.perf_counter()
-            micro_batches = [self._parts.task.make_batch(sequences) for sequences in loader.next_step()]
+            micro_batches = self._make_batches(loader.next_step())
             data_wait_s = time.perf_counter() - waited_from
             num_targets = sum(self._parts.task.num_targets(batch) for batch in micro_batches)
             phases.enter(Phase.AGREE)
@@ -176,6 +178,10 @@ class Trainer:
                 gc.collect(1)
         self._save(waits=True)
         return Ending.FINISHED
+
+    def _make_batches(self, micro_batches: list[MicroBatch]) -> list[Batch]:
+        task = self._parts.task
+        return [pinned(task.make_batch(micro.samples, micro.positions, training=True)) for micro in micro_batches]
 
     def _train_step(self, step: int, micro_batches: list[Batch], num_targets: int) -> StepRecord | None:
         """Take one step; None where its samples were left out instead, and nothing else has changed."""

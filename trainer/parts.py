@@ -3,12 +3,13 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from sharding.engine import Batch, Engine
+from sharding.engine import Engine
 from sharding.mesh import ParallelMesh
 from sharding.ranks.process_group import Ranks
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.training_state import TrainingState
 from trainer.data.loader import BatchLoader
+from trainer.data.samples import MicroBatch
 from trainer.data.streaming import StreamingLoader
 from trainer.metrics.profiling import StepProfiler
 from trainer.metrics.stragglers import BusyMeter
@@ -33,8 +34,7 @@ class TrainerParts:
         mesh: the ranks, and the roles of this one.
         build_loader: a loader that starts where the training is.
         evaluation: judges the weights by the held-out split.
-        evaluation_batches: this rank's share of the held-out sequences, as micro-batches on the host; equally many on
-            every rank.
+        evaluation_batches: this rank's share of the held-out samples, as micro-batches; equally many on every rank.
         checkpointer: saving and resuming.
         observers: console, trackers; silent on all ranks but the first.
         bad_numbers: judges each step's loss and gradient norm.
@@ -56,7 +56,7 @@ class TrainerParts:
     mesh: ParallelMesh
     build_loader: Callable[[TrainingState], BatchLoader | StreamingLoader]
     evaluation: Evaluation
-    evaluation_batches: Callable[[], Iterable[Batch]]
+    evaluation_batches: Callable[[], Iterable[MicroBatch]]
     checkpointer: Checkpointer
     observers: Observers
     bad_numbers: BadNumbers

@@ -21,12 +21,13 @@ from sharding.parallel_dims import parallel_dims
 from sharding.ranks.process_group import Ranks
 from trainer.config import RunConfig
 from trainer.config.rules import accumulation_steps
-from trainer.data.batch import IGNORED_LABEL
-from trainer.data.loader import read_sequences
+from trainer.data.batch import pinned
+from trainer.data.packed import packed_samples
 from trainer.data.prepare import PreparedCorpus
-from trainer.data.shards import TokenStream
+from trainer.data.samples import Samples
 from trainer.model.models import Vocabulary, build_model_config
 from trainer.optimizers.schedules import learning_rate
+from trainer.tasks.next_tokens import IGNORED_LABEL, next_token_batch
 
 
 @dataclass(frozen=True)
@@ -110,10 +111,9 @@ class Contest:
             with_shift_labels: give the labels also under the name that transformers has for shifted ones.
         """
         length = self.config.data.sequence_length
-        stream = self.corpus.stream("train")
         order = self.corpus.order(self.config.seed, length, self.config.data.shuffle)
         indices = order.indices(np.arange(self.num_steps * self.config.batch.global_size))
-        return PackedSequences(stream, indices.tolist(), length, with_shift_labels)
+        return PackedSequences(packed_samples(self.corpus, self.config.data), indices.tolist(), with_shift_labels)
 
     def build_loader(self) -> DataLoader[Batch]:
         """Micro-batches of this rank as torch's documentation has it: DataLoader and DistributedSampler.
@@ -130,13 +130,10 @@ class Contest:
 class PackedSequences(Dataset[Batch]):
     """Packed sequences by position; a whole batch is read at once, into pinned memory where there is a GPU."""
 
-    def __init__(
-        self, stream: TokenStream, indices: list[int], sequence_length: int, with_shift_labels: bool = False
-    ) -> None:
-        """Serve the stream's sequences ``indices[position]``."""
-        self._stream = stream
+    def __init__(self, samples: Samples, indices: list[int], with_shift_labels: bool = False) -> None:
+        """Serve the sequences ``indices[position]`` of the training split."""
+        self._samples = samples
         self._indices = indices
-        self._sequence_length = sequence_length
         self._with_shift_labels = with_shift_labels
 
     def __len__(self) -> int:
@@ -148,9 +145,9 @@ class PackedSequences(Dataset[Batch]):
         return self.__getitems__([position])
 
     def __getitems__(self, positions: Sequence[int]) -> Batch:
-        """Called by DataLoader for a batch; see ``trainer.data.loader.read_sequences``."""
+        """Called by DataLoader for a batch; see ``trainer.tasks.next_tokens.next_token_batch``."""
         indices = [self._indices[position] for position in positions]
-        batch = read_sequences(self._stream, indices, self._sequence_length)
+        batch = pinned(next_token_batch(self._samples.read("train", indices)))
         return batch | {"shift_labels": batch["labels"]} if self._with_shift_labels else batch
 
 

@@ -28,9 +28,11 @@ from benchmarks.presentation.result_files import append_row, raw_file
 from sharding.ranks.errors import UserError, ends_with_a_sentence
 from trainer.config import load_config
 from trainer.data.blocks import BLOCK_BYTES, hash_blocks
+from trainer.data.facts import SampleFacts
 from trainer.data.loader import BatchLoader
 from trainer.data.order import SampleOrder
 from trainer.data.pack import write_file
+from trainer.data.packed import PackedSamples
 from trainer.data.prepare import prepare_corpus
 from trainer.data.python_stdlib import stdlib_files
 from trainer.data.shards import FileFacts, SplitFacts, TokenStream, num_samples
@@ -73,9 +75,8 @@ def measure_windows(
     order = SampleOrder(0, num_samples(stream.num_tokens, sequence_length))
     loaders = {
         name: BatchLoader(
-            stream,
+            PackedSamples(lambda _: stream, SampleFacts(sequence_length)),
             order,
-            sequence_length=sequence_length,
             global_size=batch_size,
             micro_size=batch_size,
             dp_rank=0,
@@ -130,8 +131,10 @@ def make_huge_stream(folder: Path, total_tokens: int) -> SplitFacts:
 _FIRST_BATCH = """
 import json, sys, time
 from pathlib import Path
+from trainer.data.facts import SampleFacts
 from trainer.data.loader import BatchLoader
 from trainer.data.order import SampleOrder
+from trainer.data.packed import PackedSamples
 from trainer.data.shards import SplitFacts, TokenStream, num_samples
 
 def peak():
@@ -143,7 +146,8 @@ before, began_at = peak(), time.perf_counter()
 facts = SplitFacts.model_validate_json((folder / "facts.json").read_text())
 stream = TokenStream(folder, facts, "<u2")
 order = SampleOrder(0, num_samples(stream.num_tokens, length))
-loader = BatchLoader(stream, order, sequence_length=length, global_size=size, micro_size=size, dp_rank=0, dp_degree=1)
+samples = PackedSamples(lambda _: stream, SampleFacts(length))
+loader = BatchLoader(samples, order, global_size=size, micro_size=size, dp_rank=0, dp_degree=1)
 loader.next_step()
 print(json.dumps({"seconds": time.perf_counter() - began_at, "added_bytes": peak() - before}))
 """

@@ -12,11 +12,12 @@ import torch.distributed as dist
 
 from benchmarks.measure.step_profile import StepProfile
 from benchmarks.presentation.result_files import WriteRow
-from sharding.engine import Batch
 from sharding.ranks.process_group import Ranks
 from trainer.build import build_trainer
 from trainer.config import RunConfig
+from trainer.data.packed import packed_rows
 from trainer.data.prepare import prepare_corpus
+from trainer.data.samples import MicroBatch
 from trainer.loop import Trainer
 from trainer.run_folder.folder import RunFolder
 from trainer.runtime.phases import Moment, Phase, Phases
@@ -41,15 +42,12 @@ class OneBatch:
         """
         batch, length = config.batch, config.data.sequence_length
         generator = torch.Generator().manual_seed(config.seed)
-        self._micro_batches: list[Batch] = []
+        self._micro_batches: list[MicroBatch] = []
         for _ in range(batch.global_size // (batch.micro_size * dp_degree)):
             tokens = torch.randint(vocab_size, (batch.micro_size, length + 1), generator=generator)
-            made = {"input_ids": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous()}
-            if torch.cuda.is_available():
-                made = {name: tensor.pin_memory() for name, tensor in made.items()}
-            self._micro_batches.append(made)
+            self._micro_batches.append(MicroBatch(packed_rows(tokens.numpy()), torch.arange(batch.micro_size)))
 
-    def next_step(self) -> list[Batch]:
+    def next_step(self) -> list[MicroBatch]:
         """See BatchLoader."""
         return self._micro_batches
 

@@ -103,12 +103,12 @@ from trainer.tasks.causal_lm import CausalLanguageModelling
 class HoldsTheLock(CausalLanguageModelling):
     num_batches = 0
 
-    def make_batch(self, sequences):
+    def make_batch(self, samples, positions, training):
         self.num_batches += 1
         if dist.get_rank() == 1 and self.num_batches > 20:
             # Takes ages, in C, and lets no other thread of Python run.
             re.match(r"(a+)+$", "a" * 60 + "b")
-        return sequences
+        return super().make_batch(samples, positions, training)
 """
 
 

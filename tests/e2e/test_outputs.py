@@ -17,6 +17,7 @@ from trainer.checkpoint.reader import CheckpointReader
 from trainer.config import load_config
 from trainer.data.loader import BatchLoader
 from trainer.data.order import SampleOrder
+from trainer.data.packed import packed_samples
 from trainer.data.prepared import find_prepared
 from trainer.data.shards import num_samples
 from trainer.run_folder.folder import RunFolder
@@ -109,21 +110,20 @@ def test_data_show_prints_what_the_step_was_trained_on(run_dir: Path) -> None:
     assert corpus is not None
     stream = corpus.stream("train")
     loader = BatchLoader(
-        stream,
+        packed_samples(corpus, config.data),
         SampleOrder(config.seed, num_samples(stream.num_tokens, 32), config.data.shuffle),
-        sequence_length=32,
         global_size=12,
         micro_size=12,
         dp_rank=0,
         dp_degree=1,
         start_sample=4 * 12,
     )
-    (batch,) = loader.next_step()
+    (micro,) = loader.next_step()
     loader.close()
     shown = shardline("data", "show", run_dir, "--step", 5)
     assert shown.returncode == 0, shown.stderr
     tokenizer = AutoTokenizer.from_pretrained(corpus.tokenizer_dir)
-    for row in batch["input_ids"]:
+    for row in micro.samples["tokens"][:, :-1]:
         assert tokenizer.decode(row) in shown.stdout
     assert shown.stdout.count("position ") == 12
     assert ".txt" in shown.stdout

@@ -7,8 +7,6 @@ from typing import Any
 import numpy as np
 
 from trainer.config import RunConfig
-from trainer.data.batch import IGNORED_LABEL
-from trainer.data.loader import read_sequences
 from trainer.data.prepared import Prepared
 from trainer.data.shards import DocumentSpan
 
@@ -46,10 +44,11 @@ def sequences_at(config: RunConfig, corpus: Prepared, positions: np.ndarray) -> 
     places = zip(positions.tolist(), order.epochs(positions).tolist(), order.indices(positions).tolist(), strict=True)
     for position, epoch, global_index in places:
         source, index = stream.locate(global_index, length)
-        batch = read_sequences(source, [index], length)
-        num_targets = int((batch["labels"] != IGNORED_LABEL).sum())
         begin = index * length
-        token_ids = batch["input_ids"][0, :num_targets].tolist()
+        tokens = source.read(begin, min(begin + length + 1, source.num_tokens))
+        # Its last token is only there to be predicted.
+        num_targets = len(tokens) - 1
+        token_ids = tokens[:num_targets].tolist()
         documents = source.documents_between(begin, begin + num_targets)
         yield ShownSequence(position, source.name, epoch, index, documents, token_ids, num_targets)
 

@@ -11,20 +11,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
-from sharding.engine import Batch
 from sharding.parallel_dims import ParallelDims
 from sharding.ranks.errors import UserError
 from sharding.ranks.object_exchange import gather_objects
 from sharding.ranks.process_group import Ranks
 from trainer.config.data import DataConfig
-from trainer.data.batch import packed_batch
 from trainer.data.clean import encode_text, hash_position
 from trainer.data.corpus import all_files
 from trainer.data.order import SampleOrder
+from trainer.data.packed import packed_rows
 from trainer.data.prepared import PreparedStream
 from trainer.data.read_ahead import ReadAhead
 from trainer.data.rows import FileRows, HubRows, Rows, State
+from trainer.data.samples import MicroBatch
 from trainer.data.tokenizer import text_encoder, use_worker_threads
 
 if TYPE_CHECKING:
@@ -170,6 +171,7 @@ class StreamingLoader:
         micro_size: int,
         dp_rank: int,
         dp_degree: int,
+        start_sample: int = 0,
         state: State | None = None,
         prefetch_steps: int = 2,
     ) -> None:
@@ -183,6 +185,7 @@ class StreamingLoader:
             micro_size: sequences in a micro-batch.
             dp_rank: this rank among those that read different data.
             dp_degree: number of those ranks.
+            start_sample: samples that were consumed before, over all ranks.
             state: where to continue; None begins.
             prefetch_steps: steps that are read ahead; 0 reads on demand, in the caller's thread.
         """
@@ -192,7 +195,10 @@ class StreamingLoader:
         use_worker_threads(max(1, config.num_workers))
         self._config = config
         self._micro_size = micro_size
-        self._num_local = global_size // dp_degree
+        self._global_size = global_size
+        self._next_sample = start_sample
+        starts = np.arange(dp_rank * micro_size, global_size, dp_degree * micro_size)
+        self._local_positions = starts[:, None] + np.arange(micro_size)
         self._window = 0 if state is None else int(state["window"])
         self._position = 0 if state is None else int(state["position"])
         stream_state: State = {"documents": None, "num_tokens": 0} if state is None else state["stream"]
@@ -205,8 +211,8 @@ class StreamingLoader:
         self._state: State = self._new_state(self._stream.state())
         self._steps = ReadAhead(self._read_steps(), prefetch_steps)
 
-    def next_step(self) -> list[Batch]:
-        """This rank's micro-batches of the next step, each as ``packed_batch`` gives it."""
+    def next_step(self) -> list[MicroBatch]:
+        """This rank's micro-batches of the next step, each of samples as ``packed_rows`` gives them."""
         batches, self._state = self._steps.next()
         return batches
 
@@ -218,11 +224,11 @@ class StreamingLoader:
         """Stop reading ahead."""
         self._steps.close()
 
-    def _read_steps(self) -> Iterator[tuple[list[Batch], State]]:
+    def _read_steps(self) -> Iterator[tuple[list[MicroBatch], State]]:
         window_start = self._stream.state()
         while True:
             rows = []
-            for _ in range(self._num_local):
+            for _ in range(self._local_positions.size):
                 if not self._rows:
                     self._rows = [
                         self._stream.next_row(self._config.sequence_length) for _ in range(self._config.shuffle_window)
@@ -235,11 +241,13 @@ class StreamingLoader:
                     window_start = self._stream.state()
             yield self._micro_batches(rows), self._new_state(window_start)
 
-    def _micro_batches(self, rows: list[tuple[np.ndarray, np.ndarray]]) -> list[Batch]:
+    def _micro_batches(self, rows: list[tuple[np.ndarray, np.ndarray]]) -> list[MicroBatch]:
         batches = []
-        for start in range(0, len(rows), self._micro_size):
-            tokens, is_start = zip(*rows[start : start + self._micro_size], strict=True)
-            batches.append(packed_batch(np.stack(tokens), np.stack(is_start) if self._config.document_mask else None))
+        for index, positions in enumerate(self._next_sample + self._local_positions):
+            tokens, is_start = zip(*rows[index * self._micro_size :][: self._micro_size], strict=True)
+            samples = packed_rows(np.stack(tokens), is_start=np.stack(is_start) if self._config.document_mask else None)
+            batches.append(MicroBatch(samples, torch.from_numpy(positions)))
+        self._next_sample += self._global_size
         return batches
 
     def _new_state(self, window_start: State) -> State:

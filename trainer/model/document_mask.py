@@ -4,10 +4,12 @@ import inspect
 
 import torch
 
-from sharding.engine import Batch, Engine
+from sharding.engine import Engine
 from sharding.ranks.errors import UserError
 from trainer.config import RunConfig
+from trainer.data.packed import packed_rows
 from trainer.model.models import Vocabulary, build_model_config, build_model_on_meta
+from trainer.tasks.next_tokens import IGNORED_LABEL
 from trainer.tasks.task import Task
 
 # A loss in fp32 has 24 bits, and experts may see their tokens in other groups; what leaks through attention is more.
@@ -43,15 +45,18 @@ def check_engine(engine: Engine, config: RunConfig, task: Task, vocabulary: Voca
     tokens = torch.randint(vocabulary.size, (2, rows, length), generator=generator)
     border = length // 2
     tokens[1, :, border:] = tokens[0, :, border:]
-    columns = torch.arange(length)
-    position_ids = torch.where(columns < border, columns, columns - border).expand(rows, -1).contiguous()
-    labels = torch.full((rows, length), -100)
-    # One target, close to the border, feels a leak most: nearly all that it could see is foreign.
-    labels[:, border] = tokens[0, :, (border + 1) % length]
-    batches: list[Batch] = [
-        {"input_ids": input_ids, "labels": labels.clone(), "position_ids": position_ids} for input_ids in tokens
-    ]
-    one, other = engine.evaluate(task.make_batch(batch) for batch in batches)
+    # One more, which is only there to be predicted.
+    tokens = torch.cat([tokens, tokens[:, :, -1:]], dim=-1)
+    starts = (torch.arange(length + 1) % border == 0) & (torch.arange(length + 1) <= border)
+    batches = []
+    for row in tokens.numpy():
+        samples = packed_rows(row, is_start=starts.expand(rows, -1).numpy())
+        batch = task.make_batch(samples, torch.arange(rows), training=False)
+        if "labels" in batch:
+            # One target, close to the border, feels a leak most: nearly all that it could see is foreign.
+            batch["labels"][:, torch.arange(length) != border] = IGNORED_LABEL
+        batches.append(batch)
+    one, other = engine.evaluate(batches)
     if not torch.allclose(one.double().cpu(), other.double().cpu(), rtol=_TOLERANCE, atol=0.0):
         raise _refusal(config, "attends across documents all the same")
 

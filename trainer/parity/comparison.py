@@ -18,11 +18,13 @@ from trainer.config import RunConfig
 from trainer.config.optimizer import OptimizerName, refused_optimizer
 from trainer.config.rules import BACKEND_STRATEGIES
 from trainer.data.loader import BatchLoader
+from trainer.data.packed import packed_samples
 from trainer.data.prepare import prepare_corpus
 from trainer.data.prepared import Prepared
 from trainer.model.models import Vocabulary
 from trainer.parity.cases import ParityCase, Trajectory, run_plain
 from trainer.parity.processes import result_file, run_group
+from trainer.tasks.next_tokens import next_token_batch
 
 NUM_SEQUENCES = 12
 """Divides by 1, 2, 3 and 4 ranks, with and without accumulation."""
@@ -165,17 +167,16 @@ def _write_ragged_batch(config: RunConfig, corpus: Prepared, folder: Path) -> No
     """Real text, cut so that every sequence has another number of valid targets and one has none but the first."""
     length = config.data.sequence_length
     loader = BatchLoader(
-        corpus.stream("train"),
+        packed_samples(corpus, config.data),
         corpus.order(config.seed, length, config.data.shuffle),
-        sequence_length=length,
         global_size=NUM_SEQUENCES,
         micro_size=NUM_SEQUENCES,
         dp_rank=0,
         dp_degree=1,
-        document_mask=config.data.document_mask,
     )
-    (batch,) = loader.next_step()
+    (micro,) = loader.next_step()
     loader.close()
+    batch = next_token_batch(micro.samples)
     for row in range(NUM_SEQUENCES):
         num_valid = max(1, length * (row * 7 % NUM_SEQUENCES) // (NUM_SEQUENCES - 1))
         batch["labels"][row, num_valid:] = -100

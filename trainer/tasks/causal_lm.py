@@ -11,9 +11,9 @@ from torch.nn import functional
 
 from sharding.engine import Batch
 from sharding.ranks.errors import UserError
-from trainer.data.batch import IGNORED_LABEL
 from trainer.tasks.chunked_loss import ChunkedLossHead
 from trainer.tasks.model_faults import cannot_compute, faults_of_a_configuration
+from trainer.tasks.next_tokens import IGNORED_LABEL, next_token_batch
 from trainer.tasks.task import Metric, Outputs, Sums, Task
 
 if TYPE_CHECKING:
@@ -56,9 +56,9 @@ class CausalLanguageModelling:
             ChunkedLossHead.take_over(head, self._chunk_tokens, self._z_loss)
         return model
 
-    def make_batch(self, sequences: Batch) -> Batch:
-        """See Task; packed sequences are the batch."""
-        return sequences
+    def make_batch(self, samples: Batch, positions: torch.Tensor, training: bool) -> Batch:
+        """See Task; each token's label is the one that follows."""
+        return next_token_batch(samples, positions)
 
     def inputs(self, batch: Batch) -> Batch:
         """See Task; positions that start again within a row make transformers mask attention by document."""

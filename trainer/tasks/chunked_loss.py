@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from trainer.data.batch import IGNORED_LABEL
+from trainer.tasks.next_tokens import IGNORED_LABEL
 
 
 class ChunkedLossHead(nn.Linear):

@@ -9,8 +9,11 @@ import torch
 
 from sharding.engine import Batch, Engine
 from sharding.parallel_dims import Role
+from sharding.ranks.errors import UserError
 from sharding.ranks.object_exchange import sum_integers_over_ranks, sum_over_ranks
 from sharding.ranks.process_group import Ranks
+from trainer.data.batch import pinned
+from trainer.data.samples import FILLER, MicroBatch
 from trainer.runtime.randomness import generator_states, seed_sample
 from trainer.tasks.named_sums import NamedSums
 from trainer.tasks.task import Metric, Task
@@ -43,20 +46,23 @@ class Evaluation:
         self._seed = seed
         self._draws_in_pass: bool | None = None
 
-    def metrics(self, micro_batches: Iterable[Batch]) -> dict[str, Metric]:
+    def metrics(self, micro_batches: Iterable[MicroBatch]) -> dict[str, Metric]:
         """The task's metrics over a whole split; none where nothing is held out. See ``sums``."""
         sums = self.sums(micro_batches)
         if sums is None:
             return {}
         return self._task.metrics(self._named_sums.by_name(sum_over_ranks(sums, self._ranks)))
 
-    def sums(self, micro_batches: Iterable[Batch]) -> torch.Tensor | None:
+    def sums(self, micro_batches: Iterable[MicroBatch]) -> torch.Tensor | None:
         """This rank's sums over its share of a split, as a vector; None where there is none.
 
         Every rank must call it, with equally many micro-batches, each of as many rows.
 
         Args:
-            micro_batches: packed sequences, as ``evaluation_batches`` divides them over ranks.
+            micro_batches: samples, as ``evaluation_batches`` divides them over ranks.
+
+        Raises:
+            UserError: the task counts targets in samples that only fill up a batch.
         """
         made = self._made(micro_batches)
         head = next(made, None)
@@ -70,27 +76,41 @@ class Evaluation:
             sums = tried + self._engine.evaluate(self._seeded((one.batch, one.first) for one in left))
         return reduce(torch.add, sums)
 
-    def _made(self, micro_batches: Iterable[Batch]) -> Iterator["_Made"]:
-        for index, sequences in enumerate(micro_batches):
-            num_rows = len(sequences["input_ids"])
+    def _made(self, micro_batches: Iterable[MicroBatch]) -> Iterator["_Made"]:
+        for index, micro in enumerate(micro_batches):
+            num_rows = len(micro.positions)
             first = (index * self._data.degree + self._data.rank) * num_rows
-            yield _Made(self._make_batch(sequences, first), first, num_rows)
+            batch = self._make_batch(micro, first)
+            self._refuse_targets_of_fillers(batch, micro.positions)
+            yield _Made(pinned(batch), first, num_rows)
 
-    def _make_batch(self, sequences: Batch, first: int) -> Batch:
+    def _make_batch(self, micro: MicroBatch, first: int) -> Batch:
         seed_sample(self._seed, first)
         before = generator_states()
         # It may change what it is given, which is read once more where it draws.
-        batch = self._task.make_batch({name: tensor.clone() for name, tensor in sequences.items()})
+        samples = {name: tensor.clone() for name, tensor in micro.samples.items()}
+        batch = self._task.make_batch(samples, micro.positions, training=False)
         if generator_states() == before:
             return batch
         rows = []
-        for row, single in enumerate(_rows(sequences, len(sequences["input_ids"])) or []):
+        for row, single in enumerate(_rows(micro.samples, len(micro.positions)) or []):
             seed_sample(self._seed, first + row)
-            rows.append(self._task.make_batch(single))
+            rows.append(self._task.make_batch(single, micro.positions[row : row + 1], training=False))
         shapes = [{name: tensor.shape[1:] for name, tensor in row.items()} for row in rows]
         # Rows of several lengths are put together by the task alone: then the seed is that of the first.
         is_even = all(shape == shapes[0] for shape in shapes) and all(t.ndim for row in rows for t in row.values())
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]} if is_even else batch
+
+    def _refuse_targets_of_fillers(self, batch: Batch, positions: torch.Tensor) -> None:
+        """Assert that samples that only fill up are not counted, for they are evaluated elsewhere."""
+        fillers = (positions == FILLER).tolist()
+        singles = _rows(batch, len(fillers)) if any(fillers) else None
+        counted = [single for single, is_filler in zip(singles or [], fillers, strict=False) if is_filler]
+        if num_targets := sum(map(self._task.num_targets, counted)):
+            raise UserError(
+                f"the task counts {num_targets} targets in {len(counted)} samples at position {FILLER}, which only "
+                "fill up the last batch of an evaluation; let its make_batch give them no target."
+            )
 
     def _try(self, made: "_Made") -> list[torch.Tensor]:
         """Evaluate a batch as it is, and find out whether anything is drawn in its pass, on any rank.

@@ -53,17 +53,19 @@ def _refuse_earlier_methods(name: str, task: Task) -> None:
         UserError: it has such methods.
     """
     earlier = [method for method in ("evaluation_sums", "evaluation_metrics") if hasattr(task, method)]
-    if "model" in _parameters(task, "loss"):
+    if hasattr(task, "loss") and "model" in inspect.signature(task.loss).parameters:
         earlier.append("loss(model, batch)")
+    if hasattr(task, "make_batch"):
+        try:
+            inspect.signature(task.make_batch).bind("samples", "positions", training=True)
+        except TypeError:
+            earlier.append("make_batch(sequences)")
     if earlier:
         raise UserError(
-            f"task.name={name} has {', '.join(earlier)} of an earlier release; write forward(model, batch), "
-            "loss(outputs, batch), evaluate(outputs, batch) and metrics(sums) instead, as trainer/tasks/task.py says."
+            f"task.name={name} has {', '.join(earlier)} of an earlier release; write "
+            "make_batch(samples, positions, training), forward(model, batch), loss(outputs, batch), "
+            "evaluate(outputs, batch) and metrics(sums) instead, as trainer/tasks/task.py says."
         )
-
-
-def _parameters(task: Task, method: str) -> list[str]:
-    return list(inspect.signature(getattr(task, method)).parameters) if hasattr(task, method) else []
 
 
 def _import(name: str, folder: str | None) -> ModuleType:

@@ -48,15 +48,19 @@ class Task(Protocol):
     def build_model(self, model_config: "PretrainedConfig") -> nn.Module:
         """The model for this task, from a configuration, on torch's current default device."""
 
-    def make_batch(self, sequences: Batch) -> Batch:
-        """Turn packed sequences into a batch.
+    def make_batch(self, samples: Batch, positions: torch.Tensor, training: bool) -> Batch:
+        """Turn samples into a batch, on the host, before the step.
 
-        They are ``input_ids`` and shifted ``labels``, int64 [micro, length], and under ``data.document_mask`` also
-        ``position_ids``, which start again with each document and must reach the model.
+        May draw from the default generators of torch, NumPy and Python. In training they are seeded by step and rank;
+        in evaluation by the sample's position, and a task that draws gets the samples of a micro-batch one by one.
+        Draws that belong to samples in training as well come from generators that are seeded by ``positions``.
 
-        Runs on the host, before the step; may draw from the default generators of torch, NumPy and Python. In training
-        they are seeded by step and rank; in evaluation by the sample's position, and a task that draws gets the rows of
-        a micro-batch one by one.
+        Args:
+            samples: as they were read. Packed tokens are as ``trainer.data.packed.packed_rows`` gives them, and
+                ``trainer.tasks.next_tokens.next_token_batch`` shifts them.
+            positions: global position of each sample, int64 [micro]. One at ``trainer.data.samples.FILLER`` only fills
+                up a batch of an evaluation, and must have no target.
+            training: whether the batch is for training; else for evaluation.
         """
 
     def inputs(self, batch: Batch) -> Batch:

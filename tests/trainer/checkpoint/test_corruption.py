@@ -42,7 +42,8 @@ from trainer.checkpoint.training_state import TrainingState
 from trainer.commands.checkpoints import verify_checkpoints
 from trainer.config import RunConfig, parse_config
 from trainer.config.data import DataConfig
-from trainer.data.loader import read_sequences
+from trainer.data.facts import SampleFacts
+from trainer.data.packed import PackedSamples
 from trainer.data.prepare import prepare_corpus
 from trainer.data.prepared import PreparedCorpus, open_prepared
 from trainer.run_folder.folder import RunFolder
@@ -258,8 +259,8 @@ def _contents(corpus: Any) -> dict[str, Any]:
     contents: dict[str, Any] = {"fingerprint": corpus.fingerprint}
     for split in ("train", "validation"):
         stream = corpus.stream(split)
-        number = stream.num_sequences(_LENGTH)
-        batch = read_sequences(stream, list(range(number)), _LENGTH, document_mask=True)
+        samples = PackedSamples(lambda _, stream=stream: stream, SampleFacts(_LENGTH), document_mask=True)
+        batch = samples.read(split, list(range(samples.num_samples(split))))
         contents |= {f"{split} {name}": tensor.numpy() for name, tensor in batch.items()}
         contents[f"{split} documents"] = [
             (span.source_id, span.start, span.stop) for span in stream.documents_between(0, stream.num_tokens)

@@ -9,8 +9,10 @@ import pytest
 from benchmarks.data.__main__ import make_stream
 from sharding.ranks.errors import UserError
 from trainer.data.blocks import BLOCK_BYTES
+from trainer.data.facts import SampleFacts
 from trainer.data.loader import BatchLoader
 from trainer.data.order import SampleOrder
+from trainer.data.packed import PackedSamples
 from trainer.data.shards import TokenStream
 
 _SHARD_TOKENS = 40_000
@@ -44,8 +46,8 @@ def test_a_changed_block_is_named_with_its_shard_and_documents(stream: TokenStre
 def test_the_error_reaches_whoever_takes_batches(stream: TokenStream, tmp_path: Path) -> None:
     _flip(tmp_path / "train-00002.bin", 39_999)
     order = SampleOrder(0, stream.num_sequences(100), shuffle=False)
-    arguments = {"sequence_length": 100, "global_size": 100, "micro_size": 100, "dp_rank": 0, "dp_degree": 1}
-    loader = BatchLoader(stream, order, **arguments)
+    samples = PackedSamples(lambda _: stream, SampleFacts(100))
+    loader = BatchLoader(samples, order, global_size=100, micro_size=100, dp_rank=0, dp_degree=1)
     for _ in range(7):
         loader.next_step()
     with pytest.raises(UserError, match=r"train-00002\.bin has changed"):

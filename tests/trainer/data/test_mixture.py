@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,12 +18,16 @@ from trainer.commands.show_data import main as show
 from trainer.config import load_config, parse_config
 from trainer.config.data import DataConfig
 from trainer.data.documents import documents_in
+from trainer.data.facts import SampleFacts
 from trainer.data.identity import corpus_folder
 from trainer.data.loader import BatchLoader, evaluation_batches
 from trainer.data.mixture import MixtureOrder, WeightedInterleaving, integer_shares
+from trainer.data.packed import PackedSamples
 from trainer.data.prepare import prepare_corpus
 from trainer.data.prepared import PreparedCorpus, PreparedMixture, describe_mixture, open_corpus
+from trainer.data.samples import MicroBatch
 from trainer.run_folder.folder import RunFolder
+from trainer.tasks.next_tokens import next_token_batch
 
 weights_lists = st.lists(
     st.one_of(st.integers(1, 50).map(float), st.floats(1e-3, 1e3).map(lambda x: round(x, 4))), min_size=1, max_size=12
@@ -153,13 +156,16 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> tuple[DataConfig, Prepa
     return config, prepared
 
 
+def _samples(mixture: PreparedMixture) -> PackedSamples:
+    return PackedSamples(mixture.stream, SampleFacts(32))
+
+
 def _loader(
     mixture: PreparedMixture, rank: int, degree: int, micro: int, size: int = 24, start: int = 0
 ) -> BatchLoader:
     return BatchLoader(
-        mixture.stream("train"),
+        _samples(mixture),
         mixture.order(7, 32, True),
-        sequence_length=32,
         global_size=size,
         micro_size=micro,
         dp_rank=rank,
@@ -169,8 +175,8 @@ def _loader(
     )
 
 
-def _rows(batches: list[dict[str, torch.Tensor]]) -> list[list[int]]:
-    return [row for batch in batches for row in batch["input_ids"].tolist()]
+def _rows(batches: list[MicroBatch]) -> list[list[int]]:
+    return [row for batch in batches for row in batch.samples["tokens"][:, :-1].tolist()]
 
 
 @given(layout=st.sampled_from([(1, 24), (2, 3), (3, 4), (4, 6), (24, 1)]), size=st.sampled_from([24, 48, 72]))
@@ -213,12 +219,13 @@ def test_one_tokenizer_is_trained_on_all_sources(mixture: tuple[DataConfig, Prep
 
 
 def test_all_held_out_documents_are_evaluated(mixture: tuple[DataConfig, PreparedMixture]) -> None:
-    stream = mixture[1].stream("validation")
-    options: dict[str, Any] = {"sequence_length": 32, "micro_size": 2, "dp_degree": 2}
-    shares = [list(evaluation_batches(stream, dp_rank=rank, **options)) for rank in range(2)]
-    num_targets = sum(int((batch["labels"] != -100).sum()) for share in shares for batch in share)
+    samples = _samples(mixture[1])
+    options: dict[str, Any] = {"split": "validation", "micro_size": 2, "dp_degree": 2}
+    shares = [list(evaluation_batches(samples, dp_rank=rank, **options)) for rank in range(2)]
+    batches = [next_token_batch(micro.samples, micro.positions) for share in shares for micro in share]
+    num_targets = sum(int((batch["labels"] != -100).sum()) for batch in batches)
     assert num_targets == sum(corpus.stream("validation").num_tokens - 1 for corpus in mixture[1].corpora)
-    limited = list(evaluation_batches(stream, dp_rank=0, max_sequences=6, **(options | {"dp_degree": 1})))
+    limited = list(evaluation_batches(samples, dp_rank=0, max_samples=6, spread=True, **(options | {"dp_degree": 1})))
     first_of_each = [corpus.stream("validation").read(0, 32).tolist() for corpus in mixture[1].corpora]
     assert _rows(limited)[0] == first_of_each[0]
     lines = mixture[1].corpora[1].stream("validation")

@@ -9,7 +9,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from sharding.engine import Batch
 from sharding.ranks.errors import UserError
 from tests.support import (
     read_metrics,
@@ -27,8 +26,10 @@ from trainer.config import parse_config
 from trainer.config.data import DataConfig
 from trainer.data.prepare import prepare_corpus
 from trainer.data.prepared import PreparedStream
+from trainer.data.samples import MicroBatch
 from trainer.data.streaming import DocumentStream, StreamingLoader, state_of_rank
 from trainer.run_folder.folder import RunFolder
+from trainer.tasks.next_tokens import next_token_batch
 
 LENGTH = 16
 NUM_DOCUMENTS = 90
@@ -88,8 +89,8 @@ def _loader(
     return StreamingLoader(stream[1], config, dp_rank=rank, dp_degree=degree, **(defaults | options))
 
 
-def _equal(first: list[Batch], second: list[Batch]) -> bool:
-    pairs = zip(first, second, strict=True)
+def _equal(first: list[MicroBatch], second: list[MicroBatch]) -> bool:
+    pairs = [(a.samples, b.samples) for a, b in zip(first, second, strict=True)]
     return all(a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a) for a, b in pairs)
 
 
@@ -141,8 +142,18 @@ def test_micro_batches_may_change(streams: Any) -> None:
     for _ in range(5):
         one, three = by_one.next_step(), by_three.next_step()
         assert len(three) == 2
-        rows = [torch.cat([batch["input_ids"] for batch in step]) for step in (one, three)]
+        rows = [torch.cat([micro.samples["tokens"] for micro in step]) for step in (one, three)]
         assert torch.equal(rows[0], rows[1])
+
+
+def test_positions_are_those_of_the_whole_step(streams: Any) -> None:
+    for degree, micro_size in ((1, 6), (1, 2), (2, 1), (3, 2)):
+        options = {"micro_size": micro_size, "global_size": 12, "start_sample": 36}
+        loaders = [_loader(streams["jsonl"], rank, degree, **options) for rank in range(degree)]
+        for first in (36, 48):
+            steps = [loader.next_step() for loader in loaders]
+            positions = torch.cat([micro.positions for group in zip(*steps, strict=True) for micro in group])
+            assert positions.tolist() == list(range(first, first + 12))
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "text"])
@@ -169,8 +180,8 @@ def test_each_epoch_trains_on_the_same_tokens_in_another_order(streams: Any) -> 
     shuffled = _loader((config, corpus), global_size=7)
     # A step is a window here.
     for _ in range(4):
-        in_order = [batch["input_ids"][0].tolist() for batch in plain.next_step()]
-        mixed = [batch["input_ids"][0].tolist() for batch in shuffled.next_step()]
+        in_order = [micro.samples["tokens"][0].tolist() for micro in plain.next_step()]
+        mixed = [micro.samples["tokens"][0].tolist() for micro in shuffled.next_step()]
         assert in_order != mixed
         assert sorted(in_order) == sorted(mixed)
 
@@ -186,7 +197,7 @@ def test_rows_are_the_documents_one_behind_the_other(streams: Any) -> None:
         for text in documents.next_texts(8):
             expected += [*tokenizer(text, add_special_tokens=False).input_ids, corpus.eos_token_id]
     loader = _loader((config, corpus), data={"shuffle": False, "document_mask": True})
-    rows = [batch for _ in range(8) for batch in loader.next_step()]
+    rows = [next_token_batch(micro.samples) for _ in range(8) for micro in loader.next_step()]
     inputs = torch.cat([batch["input_ids"][0] for batch in rows])
     labels = torch.cat([batch["labels"][0] for batch in rows])
     positions = torch.cat([batch["position_ids"][0] for batch in rows])

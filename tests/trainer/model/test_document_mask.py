@@ -13,14 +13,15 @@ from sharding.ranks.process_group import Ranks
 from tests.support import shardline, tiny_values, trained, write_config, write_corpus
 from trainer.config import RunConfig, parse_config
 from trainer.config.rules import validate
-from trainer.data.batch import packed_batch
-from trainer.data.loader import read_sequences
+from trainer.data.facts import SampleFacts
+from trainer.data.packed import PackedSamples, packed_rows
 from trainer.data.prepare import prepare_corpus
 from trainer.data.prepared import PreparedCorpus
 from trainer.model.document_mask import check_architecture, check_engine
 from trainer.model.engine import build_model_engine
 from trainer.model.models import Vocabulary, build_model_config
 from trainer.tasks.causal_lm import CausalLanguageModelling
+from trainer.tasks.next_tokens import next_token_batch
 
 TASK = CausalLanguageModelling()
 VOCABULARY = Vocabulary(101, 0)
@@ -115,9 +116,11 @@ def test_packed_training_is_unpacked_training(architecture: str, attention: str)
     is_start = np.zeros(tokens.shape, dtype=bool)
     for number, row in enumerate(rows):
         is_start[number, np.cumsum([0, *(len(document) for document in row)])[:-1]] = True
-    packed = _loss_and_gradients(model, [packed_batch(tokens, is_start)])
+    packed = _loss_and_gradients(model, [next_token_batch(packed_rows(tokens, is_start=is_start))])
     # A document of one token has nothing to predict, and cut off the last token of a row is a target only.
-    alone = [packed_batch(np.array([document]), None) for row in rows for document in row if len(document) > 1]
+    alone = [
+        next_token_batch(packed_rows(np.array([document]))) for row in rows for document in row if len(document) > 1
+    ]
     unpacked = _loss_and_gradients(model, alone)
     assert packed[1] == unpacked[1] == 6 + 0 + 10 + 5 + 24 + 1 + 21 + 0
     assert packed[0] == pytest.approx(unpacked[0], rel=1e-6)
@@ -125,7 +128,7 @@ def test_packed_training_is_unpacked_training(architecture: str, attention: str)
     for name, gradient in unpacked[2].items():
         torch.testing.assert_close(packed[2][name], gradient, rtol=1e-4, atol=2e-6, msg=name)
     # Without the mask it is another training, so the comparison can fail.
-    plain = _loss_and_gradients(model, [packed_batch(tokens, None)])
+    plain = _loss_and_gradients(model, [next_token_batch(packed_rows(tokens))])
     assert plain[1] == 72
     assert abs(plain[0] / plain[1] - unpacked[0] / unpacked[1]) > 1e-4
 
@@ -144,11 +147,12 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> PreparedCorpus:
 def test_the_loader_knows_where_documents_start(corpus: PreparedCorpus) -> None:
     stream = corpus.stream("train")
     tokens = stream.read(0, stream.num_tokens)
+    masked = PackedSamples(corpus.stream, SampleFacts(LENGTH), document_mask=True)
+    unmasked = PackedSamples(corpus.stream, SampleFacts(LENGTH))
     number_of_ends = 0
     num_targets = 0
     for index in range(stream.num_sequences(LENGTH)):
-        batch = read_sequences(stream, [index], LENGTH, document_mask=True)
-        plain = read_sequences(stream, [index], LENGTH)
+        batch, plain = (next_token_batch(samples.read("train", [index])) for samples in (masked, unmasked))
         assert torch.equal(batch["input_ids"], plain["input_ids"])
         start = index * LENGTH
         position = 0

@@ -12,14 +12,18 @@ import torch
 from sharding.engine import Batch
 from sharding.mesh import build_mesh
 from sharding.parallel_dims import Role
+from sharding.ranks.errors import UserError
 from sharding.ranks.object_exchange import sum_over_ranks
 from sharding.ranks.process_group import Ranks
 from tests.sharding.engine_cases import VOCABULARY, random_batch, tiny_config
 from tests.support import run_on_ranks
+from trainer.data.packed import packed_rows
+from trainer.data.samples import FILLER, MicroBatch
 from trainer.model.engine import build_model_engine
 from trainer.tasks.causal_lm import CausalLanguageModelling
 from trainer.tasks.evaluation import Evaluation
 from trainer.tasks.named_sums import NamedSums
+from trainer.tasks.next_tokens import next_token_batch
 from trainer.tasks.task import Outputs, Sums
 
 _NUM_ROWS = 12
@@ -28,10 +32,12 @@ _NUM_ROWS = 12
 class _DrawsMasks(CausalLanguageModelling):
     """Replaces some tokens, in place."""
 
-    def make_batch(self, sequences: Batch) -> Batch:
-        is_masked = torch.rand(sequences["input_ids"].shape) < random.uniform(0.2, 0.4) + 0.1 * np.random.random()
-        sequences["input_ids"][is_masked] = 0
-        return sequences
+    def make_batch(self, samples: Batch, positions: torch.Tensor, training: bool) -> Batch:
+        assert not training
+        batch = super().make_batch(samples, positions, training)
+        is_masked = torch.rand(batch["input_ids"].shape) < random.uniform(0.2, 0.4) + 0.1 * np.random.random()
+        batch["input_ids"][is_masked] = 0
+        return batch
 
 
 class _DrawsInPass(_DrawsMasks):
@@ -46,19 +52,29 @@ class _DrawsInPass(_DrawsMasks):
 class _CountsPasses(CausalLanguageModelling):
     num_passes = num_batches = 0
 
-    def make_batch(self, sequences: Batch) -> Batch:
+    def make_batch(self, samples: Batch, positions: torch.Tensor, training: bool) -> Batch:
         self.num_batches += 1
-        return super().make_batch(sequences)
+        return super().make_batch(samples, positions, training)
 
     def evaluate(self, outputs: Outputs, batch: Batch) -> Sums:
         self.num_passes += 1
         return super().evaluate(outputs, batch)
 
 
-def _micro_batches(ranks: Ranks, micro_size: int) -> Iterator[Batch]:
-    rows = random_batch(3, num_rows=_NUM_ROWS)
+class _ForgetsFillers(CausalLanguageModelling):
+    """Evaluates what only fills up."""
+
+    def make_batch(self, samples: Batch, positions: torch.Tensor, training: bool) -> Batch:
+        return next_token_batch(samples)
+
+
+def _micro_batches(ranks: Ranks, micro_size: int, num_rows: int = _NUM_ROWS) -> Iterator[MicroBatch]:
+    """As ``evaluation_batches`` divides twelve rows; those beyond a smaller number only fill up."""
+    tokens = random_batch(3, num_rows=_NUM_ROWS, length=17)["input_ids"].numpy()
     for start in range(ranks.rank * micro_size, _NUM_ROWS, ranks.world_size * micro_size):
-        yield {name: tensor[start : start + micro_size].clone() for name, tensor in rows.items()}
+        positions = torch.arange(start, start + micro_size)
+        samples = packed_rows(tokens[start : start + micro_size].copy())
+        yield MicroBatch(samples, torch.where(positions < num_rows, positions, FILLER))
 
 
 def _evaluate(ranks: Ranks, path: Path) -> None:
@@ -97,6 +113,14 @@ def _evaluate(ranks: Ranks, path: Path) -> None:
     engine, _ = build_model_engine(config, counting, mesh, ranks, VOCABULARY, evaluate=named)
     Evaluation(engine, counting, named, ranks, Role(ranks.rank, ranks.world_size), 1).sums(_micro_batches(ranks, 3))
     assert counting.num_passes == counting.num_batches == _NUM_ROWS // 3 // ranks.world_size
+    # Rows that only fill up are not counted, and a task that counts them is refused.
+    evaluation = Evaluation(engine, counting, named, ranks, Role(ranks.rank, ranks.world_size), 1)
+    total = evaluation.sums(_micro_batches(ranks, 3, num_rows=7))
+    assert total is not None
+    assert named.by_name(sum_over_ranks(total, ranks))["targets"] == 7 * 16
+    evaluation = Evaluation(engine, _ForgetsFillers(), named, ranks, Role(ranks.rank, ranks.world_size), 1)
+    with pytest.raises(UserError, match=r"counts (32|48) targets in [23] samples at position -1"):
+        evaluation.sums(_micro_batches(ranks, 3, num_rows=1))
     if ranks.rank == 0:
         torch.save(found, path)
 

@@ -113,10 +113,21 @@ class Loss(CausalLanguageModelling):
 class Sums(CausalLanguageModelling):
     def evaluation_sums(self, model, batch):
         return None
+
+class Batches(CausalLanguageModelling):
+    def make_batch(self, sequences):
+        return sequences
 """
 
 
-@pytest.mark.parametrize(("name", "found"), [("Loss", r"loss\(model, batch\)"), ("Sums", "evaluation_sums")])
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("Loss", r"loss\(model, batch\)"),
+        ("Sums", "evaluation_sums"),
+        ("Batches", r"make_batch\(sequences\)"),
+    ],
+)
 def test_a_task_of_an_earlier_release_is_refused_with_the_methods_of_today(
     tmp_path: Path, name: str, found: str
 ) -> None:

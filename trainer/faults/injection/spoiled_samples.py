@@ -55,17 +55,17 @@ class SpoiledTask:
         """See Task."""
         return self._task.build_model(model_config)
 
-    def make_batch(self, sequences: Batch) -> Batch:
+    def make_batch(self, samples: Batch, positions: torch.Tensor, training: bool) -> Batch:
         """See Task; comes before the batch's loss."""
         self._factor = 1.0
-        samples = self.next_samples()
+        ranges = self.next_samples()
         for start, stop, fault in self._spoiled:
-            if any(first < stop and start < end for first, end in samples):
+            if any(first < stop and start < end for first, end in ranges):
                 self._factor = _FACTORS[fault]
-                if samples != self._reported:
+                if ranges != self._reported:
                     self._report(fault)
-                    self._reported = samples
-        return self._task.make_batch(sequences)
+                    self._reported = ranges
+        return self._task.make_batch(samples, positions, training)
 
     def inputs(self, batch: Batch) -> Batch:
         """See Task."""

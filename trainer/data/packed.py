@@ -1,0 +1,102 @@
+"""Sequences of packed tokens, as Samples."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from sharding.engine import Batch
+from trainer.config.data import DataConfig
+from trainer.data.facts import SampleFacts
+from trainer.data.prepared import Prepared
+from trainer.data.shards import Sequences
+
+
+class PackedSamples:
+    """Sample i of a split covers tokens [i * length, i * length + length] of its stream; the last may be short."""
+
+    def __init__(
+        self,
+        open_stream: Callable[[str], Sequences],
+        facts: SampleFacts,
+        *,
+        fingerprint: str = "",
+        document_mask: bool = False,
+    ) -> None:
+        """Bind to streams.
+
+        Args:
+            open_stream: the tokens of a split, by its name; asked once for each split that is used.
+            facts: with the length of a sequence.
+            fingerprint: of the tokens.
+            document_mask: say where documents start as well.
+        """
+        if facts.sequence_length is None:
+            raise ValueError("packed sequences have a length")
+        self._open_stream = open_stream
+        self._streams: dict[str, Sequences] = {}
+        self._facts = facts
+        self._length = facts.sequence_length
+        self._fingerprint = fingerprint
+        self._document_mask = document_mask
+
+    @property
+    def fingerprint(self) -> str:
+        """See Samples."""
+        return self._fingerprint
+
+    @property
+    def facts(self) -> SampleFacts:
+        """See Samples."""
+        return self._facts
+
+    def num_samples(self, split: str) -> int:
+        """See Samples."""
+        return self._stream(split).num_sequences(self._length)
+
+    def read(self, split: str, indices: Sequence[int]) -> Batch:
+        """See Samples; as ``packed_rows`` gives them."""
+        stream, length = self._stream(split), self._length
+        tokens = np.zeros((len(indices), length + 1), dtype=np.int64)
+        num_tokens = np.full(len(indices), length + 1)
+        is_start = np.zeros(tokens.shape, dtype=bool) if self._document_mask else None
+        for row, index in enumerate(indices):
+            source, local_index = stream.locate(index, length)
+            start = local_index * length
+            stop = min(start + length + 1, source.num_tokens)
+            num_tokens[row] = stop - start
+            source.read_into(start, stop, tokens[row, : stop - start])
+            if is_start is not None:
+                is_start[row, source.document_starts(start, start + length + 1) - start] = True
+        return packed_rows(tokens, num_tokens, is_start)
+
+    def _stream(self, split: str) -> Sequences:
+        if split not in self._streams:
+            self._streams[split] = self._open_stream(split)
+        return self._streams[split]
+
+
+def packed_samples(corpus: Prepared, data: DataConfig, *, verify: bool = True) -> PackedSamples:
+    """The sequences of a prepared corpus or mixture; of a streamed source those of its prepared beginning."""
+    return PackedSamples(
+        lambda split: corpus.stream(split, verify=verify),
+        SampleFacts(data.sequence_length, corpus.vocab_size, corpus.eos_token_id, corpus.tokenizer_dir),
+        fingerprint=corpus.fingerprint,
+        document_mask=data.document_mask,
+    )
+
+
+def packed_rows(tokens: np.ndarray, num_tokens: np.ndarray | None = None, is_start: np.ndarray | None = None) -> Batch:
+    """Rows of packed tokens as samples.
+
+    Args:
+        tokens: int64 [rows, length + 1]; a row's last token is only there to be predicted.
+        num_tokens: int64 [rows], tokens of each row that the stream has; all by default.
+        is_start: bool [rows, length + 1], where documents start; given where they are kept apart.
+
+    Returns:
+        ``tokens`` and ``num_tokens``, and with ``is_start`` also ``document_starts``.
+    """
+    counts = np.full(len(tokens), tokens.shape[1]) if num_tokens is None else num_tokens
+    rows = {"tokens": torch.from_numpy(tokens), "num_tokens": torch.from_numpy(counts)}
+    return rows if is_start is None else rows | {"document_starts": torch.from_numpy(is_start)}
