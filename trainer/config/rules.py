@@ -117,6 +117,11 @@ def _validate_model_and_data(config: "RunConfig") -> None:
                 f"task.{key}={value} has a meaning for task.name=causal-lm only, but it is {config.task.name}, whose "
                 f"loss is its own; remove task.{key}."
             )
+    if config.task.options and ":" not in config.task.name:
+        raise UserError(
+            f"task.options={config.task.options} are for a task of your own (task.name=module:Class), but task.name="
+            f"{config.task.name} has settings by name; remove task.options."
+        )
     if config.task.loss_chunk_tokens and config.precision.compute == "fp16":
         raise UserError(
             f"task.loss_chunk_tokens={config.task.loss_chunk_tokens} makes gradients before precision.compute=fp16 can "

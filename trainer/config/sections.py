@@ -17,6 +17,9 @@ class TaskConfig(StrictModel):
     """Folder of the module of a task of your own; where it is not given, that of the configuration file if the module
     lies there. The working folder is none: what lies there is not run."""
 
+    options: dict[str, Any] = {}
+    """Settings of a task of your own, free in form: its class gets them as the argument `options`."""
+
     z_loss: float = Field(default=0.0, ge=0.0)
     """Coefficient of log^2 Z, added to each token's training loss under `causal-lm`; 1e-4 is usual, 0 means none."""
 

@@ -80,10 +80,15 @@ def packed_samples(corpus: Prepared, data: DataConfig, *, verify: bool = True) -
     """The sequences of a prepared corpus or mixture; of a streamed source those of its prepared beginning."""
     return PackedSamples(
         lambda split: corpus.stream(split, verify=verify),
-        SampleFacts(data.sequence_length, corpus.vocab_size, corpus.eos_token_id, corpus.tokenizer_dir),
+        sample_facts(corpus, data),
         fingerprint=corpus.fingerprint,
         document_mask=data.document_mask,
     )
+
+
+def sample_facts(corpus: Prepared, data: DataConfig) -> SampleFacts:
+    """What is known of the sequences of a prepared corpus, before any is read."""
+    return SampleFacts(data.sequence_length, corpus.vocab_size, corpus.eos_token_id, corpus.tokenizer_dir)
 
 
 def packed_rows(tokens: np.ndarray, num_tokens: np.ndarray | None = None, is_start: np.ndarray | None = None) -> Batch:

@@ -3,17 +3,27 @@
 import importlib
 import inspect
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from sharding.ranks.errors import UserError
+from trainer.data.facts import SampleFacts
 from trainer.tasks.causal_lm import CausalLanguageModelling
 from trainer.tasks.task import Task
 
 _TASKS = {"causal-lm": CausalLanguageModelling}
 
 
-def build_task(name: str, z_loss: float = 0.0, loss_chunk_tokens: int = 0, folder: str | None = None) -> Task:
+def build_task(
+    name: str,
+    z_loss: float = 0.0,
+    loss_chunk_tokens: int = 0,
+    folder: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    facts: SampleFacts | None = None,
+) -> Task:
     """A task by its name, or by ``module:Class`` for one that a folder or the environment offers.
 
     Args:
@@ -21,9 +31,11 @@ def build_task(name: str, z_loss: float = 0.0, loss_chunk_tokens: int = 0, folde
         z_loss: coefficient of the z-loss in its training loss, where it is one of ours.
         loss_chunk_tokens: positions whose logits exist at once, where it is one of ours; 0 means all.
         folder: where the module of one that is not ours lies, and what it imports from beside it.
+        options: settings of one that is not ours, for a class whose constructor has an argument ``options``.
+        facts: what is known of the samples, for a class whose constructor has an argument ``facts``.
 
     Raises:
-        UserError: there is no such task.
+        UserError: there is no such task, or it takes no options.
     """
     if ":" not in name:
         if name not in _TASKS:
@@ -41,9 +53,20 @@ def build_task(name: str, z_loss: float = 0.0, loss_chunk_tokens: int = 0, folde
             f"({place}; else it must be installed or on PYTHONPATH, and the working folder does not count)."
         ) from None
     # What goes wrong in its own code is shown with its traceback.
-    task: Task = getattr(module, class_name)()
+    task = _construct(name, getattr(module, class_name), options or {}, facts or SampleFacts())
     _refuse_earlier_methods(name, task)
     return task
+
+
+def _construct(name: str, make: Callable[..., Task], options: Mapping[str, Any], facts: SampleFacts) -> Task:
+    parameters = inspect.signature(make).parameters
+    if options and "options" not in parameters:
+        raise UserError(
+            f"task.options={dict(options)} cannot be given to {name}, whose __init__ has no argument options; write "
+            "__init__(self, options, facts), or remove task.options."
+        )
+    given: dict[str, Any] = {"options": dict(options), "facts": facts}
+    return make(**{argument: value for argument, value in given.items() if argument in parameters})
 
 
 def _refuse_earlier_methods(name: str, task: Task) -> None:

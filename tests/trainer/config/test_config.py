@@ -157,6 +157,7 @@ def test_refused(config_file: Path, override: str, message: str) -> None:
         (["data.skip_samples=[[0, 3], [9, 9]]"], "data.skip_samples: [9, 9] is no range"),
         (["task.name=mine:Task", "task.z_loss=1e-4"], "task.z_loss=0.0001 has a meaning for task.name=causal-lm only"),
         (["task.name=mine:Task", "task.loss_chunk_tokens=8"], "task.loss_chunk_tokens=8 has a meaning for task.name"),
+        (["task.options.rate=1"], "task.options={'rate': 1} are for a task of your own"),
         (["task.loss_chunk_tokens=8", "precision.compute=fp16"], "precision.compute=fp16 can scale the loss"),
         (["parallel.tensor=2"], "parallel.tensor=2 is not there yet"),
         (["parallel.context=2"], "parallel.context=2 is not there yet"),

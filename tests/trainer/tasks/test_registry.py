@@ -10,6 +10,7 @@ import pytest
 from sharding.ranks.errors import UserError
 from tests.support import write_config
 from trainer.config import RunConfig, config_to_yaml, load_config
+from trainer.data.facts import SampleFacts
 from trainer.tasks.registry import build_task
 
 TASK = "import own_task_words\nclass Own:\n    words = own_task_words.WORDS\n"
@@ -136,3 +137,38 @@ def test_a_task_of_an_earlier_release_is_refused_with_the_methods_of_today(
         UserError, match=rf"^task.name=own_task:{name} has {found} of an earlier .* loss\(outputs, batch\).*\.$"
     ):
         build_task(f"own_task:{name}", folder=str(tmp_path))
+
+
+_WITH_OPTIONS = """
+from trainer.tasks.causal_lm import CausalLanguageModelling
+
+class Both(CausalLanguageModelling):
+    def __init__(self, options, facts):
+        super().__init__()
+        self.given = options, facts
+
+class Facts(CausalLanguageModelling):
+    def __init__(self, facts):
+        super().__init__()
+        self.given = facts
+
+class Neither(CausalLanguageModelling):
+    pass
+"""
+
+
+def test_options_and_facts_reach_a_class_that_has_arguments_for_them(tmp_path: Path) -> None:
+    (tmp_path / "own_task.py").write_text(_WITH_OPTIONS)
+    folder, facts = str(tmp_path), SampleFacts(16, 301, 0, tmp_path / "tokenizer")
+    both: Any = build_task("own_task:Both", folder=folder, options={"rate": 0.15}, facts=facts)
+    assert both.given == ({"rate": 0.15}, facts)
+    without: Any = build_task("own_task:Both", folder=folder, facts=facts)
+    assert without.given == ({}, facts)
+    alone: Any = build_task("own_task:Facts", folder=folder, facts=facts)
+    assert alone.given == facts
+    build_task("own_task:Neither", folder=folder, facts=facts)
+    for name in ("Facts", "Neither"):
+        with pytest.raises(
+            UserError, match=rf"^task.options={{'rate': 0.15}} cannot be given to own_task:{name}, .*options, facts\)"
+        ):
+            build_task(f"own_task:{name}", folder=folder, options={"rate": 0.15}, facts=facts)
