@@ -32,7 +32,6 @@ from trainer.model.causality import check_causality
 from trainer.model.document_mask import check_architecture, check_engine
 from trainer.model.engine import build_model_engine, describe_model, parameter_hash
 from trainer.model.fetch import fetch_pretrained
-from trainer.model.models import Vocabulary
 from trainer.numerics.replica_check import ReplicaCheck
 from trainer.numerics.spike_policy import BadNumbers
 from trainer.optimizers.weight_average import WeightAverage
@@ -77,7 +76,16 @@ def build_trainer(
     Raises:
         UserError: model, task, tokenizer and data do not fit together.
     """
-    task = build_task(config.task.name, config.task.z_loss, config.task.loss_chunk_tokens, config.task.folder)
+    samples = packed_samples(corpus, config.data, verify=config.faults.verify_data)
+    settings = config.task
+    task = build_task(
+        settings.name,
+        settings.z_loss,
+        settings.loss_chunk_tokens,
+        settings.folder,
+        settings.options,
+        samples.facts,
+    )
     if faults:
         task = SpoiledTask(
             task,
@@ -93,25 +101,23 @@ def build_trainer(
             ),
         )
     mesh = build_mesh(config.parallel, ranks)
-    vocabulary = Vocabulary(corpus.vocab_size, corpus.eos_token_id)
     fetched = _fetched(config, ranks)
     if config.data.document_mask:
-        check_architecture(fetched, task, vocabulary)
+        check_architecture(fetched, task, samples.facts)
     if config.model.pretrained is not None and config.checkpoint.from_ is None:
         on_rank_0(lambda: _check_beginning(config, run_folder, corpus), ranks)
     busy = BusyMeter(phases, config.parallel.strategy)
     named_sums = NamedSums(task)
-    engine, facts = build_model_engine(fetched, task, mesh, ranks, vocabulary, busy.timed, named_sums)
+    engine, facts = build_model_engine(fetched, task, mesh, ranks, samples.facts, busy.timed, named_sums)
     observers.message(describe_model(config, facts, ranks))
     if predicts_next_tokens(task):
-        check_causality(engine, config, vocabulary, ranks)
+        check_causality(engine, config, samples.facts, ranks)
     if config.metrics.parameter_hash:
         observers.message(f"initial parameters {parameter_hash(engine, ranks)}")
     corpus.check_sequence_length(config.data.sequence_length)
-    samples = packed_samples(corpus, config.data, verify=config.faults.verify_data)
     check_held_out(config, samples)
     if config.data.document_mask:
-        check_engine(engine, fetched, task, vocabulary)
+        check_engine(engine, fetched, task, samples.facts)
     for line in describe_mixture(corpus, config.data.sequence_length, config.num_steps * config.batch.global_size):
         observers.message(line)
 

@@ -19,13 +19,13 @@ from benchmarks.measure.turns import StepEdge
 from sharding.engine import Batch
 from sharding.parallel_dims import parallel_dims
 from sharding.ranks.process_group import Ranks
+from trainer.architectures.config import build_model_config
 from trainer.config import RunConfig
 from trainer.config.rules import accumulation_steps
 from trainer.data.batch import pinned
-from trainer.data.packed import packed_samples
+from trainer.data.packed import packed_samples, sample_facts
 from trainer.data.prepare import PreparedCorpus
 from trainer.data.samples import Samples
-from trainer.model.models import Vocabulary, build_model_config
 from trainer.optimizers.schedules import learning_rate
 from trainer.tasks.next_tokens import IGNORED_LABEL, next_token_batch
 
@@ -70,8 +70,8 @@ class Contest:
         """A transformers model with the initial parameters, on this rank's device, in training mode."""
         from transformers import AutoModelForCausalLM
 
-        vocabulary = Vocabulary(self.corpus.vocab_size, self.corpus.eos_token_id)
-        model_config = build_model_config(self.config.model, vocabulary, self.config.data.sequence_length)
+        facts = sample_facts(self.corpus, self.config.data)
+        model_config = build_model_config(self.config.model, facts)
         model: nn.Module = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
         model.to(self.ranks.device).train()
         with torch.no_grad():

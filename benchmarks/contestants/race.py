@@ -20,9 +20,9 @@ from sharding.mesh import build_mesh
 from sharding.precision import compute_dtype
 from sharding.ranks.process_group import Ranks
 from trainer.config import RunConfig
+from trainer.data.packed import sample_facts
 from trainer.data.prepare import prepare_corpus
 from trainer.model.engine import build_model_engine
-from trainer.model.models import Vocabulary
 from trainer.tasks.registry import build_task
 
 LOSS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
@@ -84,9 +84,9 @@ def build_contest(config: RunConfig, ranks: Ranks, num_steps: int, folder: Path)
     """
     (corpus,) = prepare_corpus(config.data).corpora
     alone = config.model_copy(update={"parallel": config.parallel.model_copy(update={"strategy": "none"})})
-    vocabulary = Vocabulary(corpus.vocab_size, corpus.eos_token_id)
-    task = build_task(config.task.name, folder=config.task.folder)
-    engine, _ = build_model_engine(alone, task, build_mesh(alone.parallel, ranks), ranks, vocabulary)
+    facts = sample_facts(corpus, config.data)
+    task = build_task(config.task.name, folder=config.task.folder, options=config.task.options, facts=facts)
+    engine, _ = build_model_engine(alone, task, build_mesh(alone.parallel, ranks), ranks, facts)
     initial = {name: tensor.clone() for name, tensor in engine.named_local_shards().items()}
     dtype = compute_dtype(config.precision, ranks.device)
     return Contest(config, ranks, corpus, initial, num_steps, dtype, folder)

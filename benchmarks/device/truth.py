@@ -31,9 +31,9 @@ from sharding.ranks.errors import EXIT_FINISHED
 from sharding.ranks.process_group import Ranks, process_group
 from trainer.config import RunConfig, load_config
 from trainer.config.optimizer import OptimizerConfig
+from trainer.data.packed import sample_facts
 from trainer.data.prepare import prepare_corpus
 from trainer.model.engine import build_model_engine
-from trainer.model.models import Vocabulary
 from trainer.optimizers.build import optimizer_factory
 from trainer.parity.comparison import parity_cases, run_parity
 from trainer.rank import main as run_rank
@@ -234,7 +234,7 @@ def _graph_differences(job: Job, strategy: str, ranks: Ranks) -> list[float]:
             build_task("causal-lm"),
             build_mesh(config.parallel, ranks),
             ranks,
-            Vocabulary(corpus.vocab_size, corpus.eos_token_id),
+            sample_facts(corpus, config.data),
         )
         generator.manual_seed(0)
         gradients[mode] = [

@@ -27,11 +27,13 @@ from sharding.part import local_tensor
 from sharding.ranks.errors import EXIT_FAILED, EXIT_FINISHED
 from sharding.ranks.process_group import Ranks, process_group
 from sharding.ranks.process_lifetime import die_with_parent
+from trainer.architectures.config import build_model_config
 from trainer.config import RunConfig, parse_config
 from trainer.config.rules import accumulation_steps
+from trainer.data.facts import SampleFacts
 from trainer.model.engine import build_model_engine
 from trainer.model.memory_estimate import MemoryEstimate, estimate_memory
-from trainer.model.models import Vocabulary, build_model_config, build_model_on_meta
+from trainer.model.models import build_model_on_meta
 from trainer.runtime.processes import end_process
 from trainer.tasks.registry import build_task
 
@@ -134,17 +136,29 @@ def split_masters(uses: dict[str, int], own_bytes: int) -> dict[str, int]:
     return {use or "other": num_bytes for use, num_bytes in split.items()}
 
 
+def _facts(config: RunConfig) -> SampleFacts:
+    return SampleFacts(config.data.sequence_length, config.data.vocab_size, 0)
+
+
 def _build(config: RunConfig, ranks: Ranks) -> Engine:
-    vocabulary = Vocabulary(config.data.vocab_size, 0)
+    facts = _facts(config)
     mesh = build_mesh(config.parallel, ranks)
-    task = build_task(config.task.name, loss_chunk_tokens=config.task.loss_chunk_tokens, folder=config.task.folder)
-    engine, _ = build_model_engine(config, task, mesh, ranks, vocabulary)
+    task = build_task(
+        config.task.name,
+        loss_chunk_tokens=config.task.loss_chunk_tokens,
+        folder=config.task.folder,
+        options=config.task.options,
+        facts=facts,
+    )
+    engine, _ = build_model_engine(config, task, mesh, ranks, facts)
     return engine
 
 
 def _estimate(config: RunConfig, ranks: Ranks) -> MemoryEstimate:
-    model_config = build_model_config(config.model, Vocabulary(config.data.vocab_size, 0), config.data.sequence_length)
-    model = build_model_on_meta(build_task(config.task.name, folder=config.task.folder), model_config)
+    facts = _facts(config)
+    model_config = build_model_config(config.model, facts)
+    task = build_task(config.task.name, folder=config.task.folder, options=config.task.options, facts=facts)
+    model = build_model_on_meta(task, config.model, facts)
     dims = parallel_dims(config.parallel, ranks.world_size)
     return estimate_memory(config, model, model_config, dims, ranks.device)
 

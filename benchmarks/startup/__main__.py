@@ -28,10 +28,11 @@ from benchmarks.presentation.facts import facts
 from benchmarks.presentation.plots import Bar, bars
 from benchmarks.presentation.result_files import Rows, append_row, raw_file
 from sharding.ranks.errors import RunFailure, UserError, ends_with_a_sentence
+from trainer.architectures.config import build_model_config
 from trainer.config import RunConfig, load_config
 from trainer.config.rules import World, validate
+from trainer.data.packed import sample_facts
 from trainer.data.prepare import prepare_corpus
-from trainer.model.models import Vocabulary, build_model_config
 
 SHARDLINE, BARE = "shardline run", "torchrun with a bare script"
 MAX_DIFFERENCE_S = 2.0
@@ -101,8 +102,8 @@ def _measure(folder: Path, options: argparse.Namespace, num_ranks: int, raw: Pat
 
 def _bare_command(config: RunConfig, num_ranks: int) -> list[str]:
     corpus = prepare_corpus(config.data)
-    vocabulary = Vocabulary(corpus.vocab_size, corpus.eos_token_id)
-    fields = build_model_config(config.model, vocabulary, config.data.sequence_length).to_diff_dict()
+    facts = sample_facts(corpus, config.data)
+    fields = build_model_config(config.model, facts).to_diff_dict()
     script = str(_ROOT / "benchmarks" / "contestants" / "bare_script.py")
     sizes = [str(config.batch.micro_size), str(config.data.sequence_length)]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]

@@ -39,11 +39,13 @@ from benchmarks.tune.rank import LIMIT_VARIABLE
 from sharding.config import Strategy
 from sharding.parallel_dims import parallel_dims
 from sharding.ranks.errors import UserError, ends_with_a_sentence
+from trainer.architectures.config import build_model_config
 from trainer.config import RunConfig, load_config
 from trainer.config.rules import World, validate
+from trainer.data.packed import sample_facts
 from trainer.data.prepare import prepare_corpus
 from trainer.model.memory_estimate import estimate_memory
-from trainer.model.models import Vocabulary, build_model_config, build_model_on_meta
+from trainer.model.models import build_model_on_meta
 from trainer.runtime.threads import threads_per_rank
 from trainer.tasks.registry import build_task
 
@@ -230,9 +232,10 @@ class _Search:
         return config
 
     def _estimate(self, config: RunConfig) -> float:
-        vocabulary = Vocabulary(self._corpus.vocab_size, self._corpus.eos_token_id)
-        model_config = build_model_config(config.model, vocabulary, config.data.sequence_length)
-        model = build_model_on_meta(build_task(config.task.name, folder=config.task.folder), model_config)
+        facts = sample_facts(self._corpus, config.data)
+        model_config = build_model_config(config.model, facts)
+        task = build_task(config.task.name, folder=config.task.folder, options=config.task.options, facts=facts)
+        model = build_model_on_meta(task, config.model, facts)
         device = torch.device("cuda" if self._has_gpu else "cpu")
         dims = parallel_dims(config.parallel, self._num_ranks)
         return estimate_memory(config, model, model_config, dims, device).total

@@ -10,11 +10,12 @@ from sharding.mesh import build_mesh
 from sharding.ranks.process_group import Ranks
 from tests.support import TINY_MODEL
 from trainer.config import RunConfig, parse_config
+from trainer.data.facts import SampleFacts
 from trainer.model.engine import build_model_engine
-from trainer.model.models import Vocabulary
 from trainer.tasks.registry import build_task
 
-VOCABULARY = Vocabulary(301, 0)
+NUM_TOKENS = 301
+FACTS = SampleFacts(16, NUM_TOKENS, 0)
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
 
 
@@ -40,15 +41,15 @@ def tiny_engine(ranks: Ranks, strategy: str, **settings: Any) -> Engine:
     parallel = {"strategy": strategy} | {key: value for key, value in settings.items() if key in _PARALLEL_KEYS}
     config = tiny_config(parallel, **{key: value for key, value in settings.items() if key not in _PARALLEL_KEYS})
     mesh = build_mesh(config.parallel, ranks)
-    engine, _ = build_model_engine(config, build_task("causal-lm"), mesh, ranks, VOCABULARY)
+    engine, _ = build_model_engine(config, build_task("causal-lm"), mesh, ranks, FACTS)
     return engine
 
 
 def random_batch(seed: int, num_rows: int = 2, length: int = 16) -> Batch:
     """Random tokens and labels, some of them masked."""
     generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(0, VOCABULARY.size, (num_rows, length), generator=generator)
-    labels = torch.randint(0, VOCABULARY.size, (num_rows, length), generator=generator)
+    tokens = torch.randint(0, NUM_TOKENS, (num_rows, length), generator=generator)
+    labels = torch.randint(0, NUM_TOKENS, (num_rows, length), generator=generator)
     labels[0, length // 2 :] = -100
     return {"input_ids": tokens, "labels": labels}
 

@@ -12,10 +12,11 @@ from sharding.config import Float8Recipe
 from sharding.float8 import check_float8, convert_linear_layers
 from sharding.ranks.errors import UserError
 from sharding.ranks.process_group import Ranks
-from tests.sharding.engine_cases import VOCABULARY, tiny_config, tiny_engine, train_steps
+from tests.sharding.engine_cases import FACTS, tiny_config, tiny_engine, train_steps
 from tests.support import run_on_ranks
+from trainer.architectures.config import build_model_config
 from trainer.model.engine import describe_model
-from trainer.model.models import build_model_config, build_model_on_meta, model_facts
+from trainer.model.models import build_model_on_meta, model_facts
 from trainer.tasks.registry import build_task
 
 _CPU = torch.device("cpu")
@@ -172,8 +173,8 @@ def test_an_older_gpu_is_refused(
 
 def test_the_log_says_how_many_layers_there_are() -> None:
     config = tiny_config({"strategy": "none"}, model=_MODEL, precision={"compute": "fp8"})
-    model_config = build_model_config(config.model, VOCABULARY, 16)
-    model_config.intermediate_size = 90
-    facts = model_facts(build_model_on_meta(build_task("causal-lm"), model_config), model_config)
+    settings = config.model.model_copy(update={"config": config.model.config | {"intermediate_size": 90}})
+    model = build_model_on_meta(build_task("causal-lm"), settings, FACTS)
+    facts = model_facts(model, build_model_config(settings, FACTS))
     line = describe_model(config, facts, _ALONE)
     assert "bfloat16, 8 of 14 linear layers of blocks in float8 (tensorwise, emulated, for a CPU has no such" in line

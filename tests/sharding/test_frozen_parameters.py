@@ -10,7 +10,7 @@ from torch import nn
 from sharding.mesh import build_mesh
 from sharding.ranks.process_group import Ranks
 from tests.saved_state import save_checkpoint
-from tests.sharding.engine_cases import VOCABULARY, tiny_config, train_steps
+from tests.sharding.engine_cases import FACTS, tiny_config, train_steps
 from tests.support import run_on_ranks
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.training_state import TrainingState
@@ -30,8 +30,8 @@ _CASES = (
 class _Frozen(CausalLanguageModelling):
     """The first block, the embedding and one norm do not train."""
 
-    def build_model(self, model_config: Any) -> nn.Module:
-        model = super().build_model(model_config)
+    def build_model(self, model_settings: Any, facts: Any) -> nn.Module:
+        model = super().build_model(model_settings, facts)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not name.startswith(("model.layers.0.", "model.embed", "model.norm")))
         return model
@@ -40,7 +40,7 @@ class _Frozen(CausalLanguageModelling):
 def _engine(ranks: Ranks, backend: str, strategy: str, seed: int = 0) -> Any:
     config = tiny_config({"strategy": strategy, "backend": backend}, seed=seed)
     engine: Any
-    engine, _ = build_model_engine(config, _Frozen(), build_mesh(config.parallel, ranks), ranks, VOCABULARY)
+    engine, _ = build_model_engine(config, _Frozen(), build_mesh(config.parallel, ranks), ranks, FACTS)
     model = engine._model if hasattr(engine, "_model") else engine._definition.model
     model.register_buffer("counts", torch.arange(5) + seed)
     return engine

@@ -13,10 +13,11 @@ from safetensors.torch import save_file
 from sharding.ranks.errors import UserError
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.config import RunConfig, parse_config
+from trainer.data.facts import SampleFacts
 from trainer.data.prepared import Prepared, open_corpus
 from trainer.deploy.allowed_code import AllowedCode
 from trainer.files.atomic_files import umask
-from trainer.model.models import Vocabulary, build_model_config, build_model_on_meta
+from trainer.model.models import build_model_on_meta
 from trainer.model.pretrained import stored_by_name, tied_names
 from trainer.model.stored_tensor import StoredTensor
 from trainer.tasks.registry import build_task
@@ -66,7 +67,9 @@ def export_model(
         reader.unpack_tokenizer(work)
         facts = corpus or reader.manifest.tokenizer
         assert facts is not None, "there is a tokenizer or a corpus"
-        model = _build_model(config, Vocabulary(facts.vocab_size, facts.eos_token_id))
+        model = _build_model(
+            config, SampleFacts(config.data.sequence_length, facts.vocab_size, facts.eos_token_id, work)
+        )
         _write_configuration(model, facts.vocab_size, work)
         check_reloads(model, reader, work, trust_remote_code=config.model.trust_remote_code)
         _write_weights(reader, work, averaged=averaged)
@@ -100,12 +103,12 @@ def _not_writable(folder: Path, error: Exception) -> UserError:
     return UserError(f"--to {folder} cannot be written: {reason}; name another folder, or free some space.")
 
 
-def _build_model(config: RunConfig, vocabulary: Vocabulary) -> Any:
+def _build_model(config: RunConfig, facts: SampleFacts) -> Any:
     """The run's model, without memory."""
     from transformers import PreTrainedModel
 
-    model_config = build_model_config(config.model, vocabulary, config.data.sequence_length)
-    model = build_model_on_meta(build_task(config.task.name, folder=config.task.folder), model_config)
+    task = build_task(config.task.name, folder=config.task.folder, options=config.task.options, facts=facts)
+    model = build_model_on_meta(task, config.model, facts)
     if not isinstance(model, PreTrainedModel):
         raise UserError(
             f"task.name={config.task.name} trains {_class_of(model)}, which is no model of transformers, so that "

@@ -8,11 +8,11 @@ import torch
 from safetensors import SafetensorError
 
 from sharding.ranks.errors import UserError
+from trainer.architectures.config import max_positions
 from trainer.checkpoint.reader import open_checkpoint
 from trainer.data.tokenizer import text_encoder
 from trainer.deploy.allowed_code import AllowedCode
 from trainer.deploy.export import export_model
-from trainer.model.models import max_positions
 
 _NO_CODE = AllowedCode()
 _DEFAULT_NEW_TOKENS = 120

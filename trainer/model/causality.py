@@ -7,8 +7,9 @@ from sharding.engine import Batch, Engine
 from sharding.precision import compute_dtype
 from sharding.ranks.errors import UserError
 from sharding.ranks.process_group import Ranks
+from trainer.architectures.config import build_model_config
 from trainer.config import RunConfig
-from trainer.model.models import Vocabulary, build_model_config
+from trainer.data.facts import SampleFacts
 from trainer.tasks.causal_lm import PROBED_POSITION
 
 # What later tokens may change, as a share of what earlier ones change. A model that sees both has about 1; experts see
@@ -17,7 +18,7 @@ _TOLERANCE = {torch.float32: 1e-3}
 _TOLERANCE_OF_16_BITS = 0.1
 
 
-def check_causality(engine: Engine, config: RunConfig, vocabulary: Vocabulary, ranks: Ranks) -> None:
+def check_causality(engine: Engine, config: RunConfig, facts: SampleFacts, ranks: Ranks) -> None:
     """Change the second half of a sequence and see that the logits of the token before it stay as they are.
 
     Encoders are built as language models by `transformers` without a word, and learn to copy the next token from their
@@ -27,7 +28,7 @@ def check_causality(engine: Engine, config: RunConfig, vocabulary: Vocabulary, r
     Args:
         engine: holds the model, whose task predicts next tokens.
         config: the run.
-        vocabulary: the tokenizer's.
+        facts: of the samples.
         ranks: this rank's place.
 
     Raises:
@@ -37,12 +38,13 @@ def check_causality(engine: Engine, config: RunConfig, vocabulary: Vocabulary, r
         # One scale for all tokens: later ones change the rounding of earlier ones in any model.
         return
     rows, length = config.batch.micro_size, config.data.sequence_length
-    if length < 2 or vocabulary.size < 2:
+    vocab_size = facts.vocab_size or 0
+    if length < 2 or vocab_size < 2:
         return
     border = length // 2
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(vocabulary.size, (rows, length), generator=generator)
-    others = (tokens + torch.randint(1, vocabulary.size, (rows, length), generator=generator)) % vocabulary.size
+    tokens = torch.randint(vocab_size, (rows, length), generator=generator)
+    others = (tokens + torch.randint(1, vocab_size, (rows, length), generator=generator)) % vocab_size
     columns = torch.arange(length).expand(rows, -1)
 
     def logits(input_ids: torch.Tensor) -> torch.Tensor:
@@ -63,7 +65,7 @@ def check_causality(engine: Engine, config: RunConfig, vocabulary: Vocabulary, r
         raise UserError(
             f"{config.model.architecture or config.model.pretrained} sees the tokens that it is to predict: with the "
             f"tokens from {border} on changed, the logits of token {border - 1} change by {by_later:.2g}, and by "
-            f"{by_earlier:.2g} with those before it; {_remedy(config, vocabulary)}."
+            f"{by_earlier:.2g} with those before it; {_remedy(config, facts)}."
         )
 
 
@@ -75,9 +77,9 @@ def _largest_difference(one: torch.Tensor, other: torch.Tensor, ranks: Ranks) ->
     return float(largest)
 
 
-def _remedy(config: RunConfig, vocabulary: Vocabulary) -> str:
+def _remedy(config: RunConfig, facts: SampleFacts) -> str:
     elsewhere = "choose a causal architecture (llama, gpt2, say), or a task of your own for what this one is meant for"
-    model_config = build_model_config(config.model, vocabulary, config.data.sequence_length).get_text_config()
+    model_config = build_model_config(config.model, facts).get_text_config()
     if getattr(model_config, "is_decoder", True):
         return elsewhere
     if config.model.pretrained is not None:

@@ -7,8 +7,9 @@ import torch
 from sharding.engine import Engine
 from sharding.ranks.errors import UserError
 from trainer.config import RunConfig
+from trainer.data.facts import SampleFacts
 from trainer.data.packed import packed_rows
-from trainer.model.models import Vocabulary, build_model_config, build_model_on_meta
+from trainer.model.models import build_model_on_meta
 from trainer.tasks.next_tokens import IGNORED_LABEL
 from trainer.tasks.task import Task
 
@@ -16,20 +17,20 @@ from trainer.tasks.task import Task
 _TOLERANCE = 1e-6
 
 
-def check_architecture(config: RunConfig, task: Task, vocabulary: Vocabulary) -> None:
+def check_architecture(config: RunConfig, task: Task, facts: SampleFacts) -> None:
     """Refuse models that cannot be told where a document starts.
 
     Raises:
         UserError: the model carries a state from token to token, or takes no positions.
     """
-    model = build_model_on_meta(task, build_model_config(config.model, vocabulary, config.data.sequence_length))
+    model = build_model_on_meta(task, config.model, facts)
     if getattr(model, "_is_stateful", False):
         raise _refusal(config, "is recurrent: its state runs on from one document into the next")
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise _refusal(config, "takes no position_ids, by which transformers tells documents apart")
 
 
-def check_engine(engine: Engine, config: RunConfig, task: Task, vocabulary: Vocabulary) -> None:
+def check_engine(engine: Engine, config: RunConfig, task: Task, facts: SampleFacts) -> None:
     """Change the first document of each row and see that the loss of the second stays as it is.
 
     Which of the many attention implementations honour positions is nowhere declared; so the very model that will be
@@ -42,7 +43,7 @@ def check_engine(engine: Engine, config: RunConfig, task: Task, vocabulary: Voca
     if length < 3:
         return
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(vocabulary.size, (2, rows, length), generator=generator)
+    tokens = torch.randint(facts.vocab_size or 1, (2, rows, length), generator=generator)
     border = length // 2
     tokens[1, :, border:] = tokens[0, :, border:]
     # One more, which is only there to be predicted.

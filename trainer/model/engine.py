@@ -13,16 +13,11 @@ from sharding.precision import compute_dtype
 from sharding.ranks.object_exchange import sum_integers_over_ranks
 from sharding.ranks.process_group import Ranks
 from sharding.state import layout_independent_hash
+from trainer.architectures.config import build_model_config
 from trainer.config import RunConfig
 from trainer.config.deepspeed_settings import deepspeed_settings
-from trainer.model.models import (
-    ModelFacts,
-    Vocabulary,
-    build_model_config,
-    build_model_on_meta,
-    model_facts,
-)
-from trainer.model.module_initialization import initialize_module
+from trainer.data.facts import SampleFacts
+from trainer.model.models import ModelFacts, build_model_on_meta, model_facts
 from trainer.model.pretrained import PretrainedWeights
 from trainer.model.refusals import refuse_positions_by_padding, refuse_settings
 from trainer.optimizers.build import optimizer_factory
@@ -35,7 +30,7 @@ def build_model_engine(
     task: Task,
     mesh: ParallelMesh,
     ranks: Ranks,
-    vocabulary: Vocabulary,
+    facts: SampleFacts,
     timed: Callable[[LossFunction], LossFunction] = lambda loss: loss,
     evaluate: EvaluationFunction | None = None,
 ) -> tuple[Engine, ModelFacts]:
@@ -46,23 +41,27 @@ def build_model_engine(
         task: builds the model and computes the loss.
         mesh: the ranks.
         ranks: this rank's place.
-        vocabulary: the tokenizer's.
+        facts: of the samples.
         timed: wraps the forward pass and loss, to measure them.
         evaluate: the task's evaluation; given by whoever wants the sums by name.
 
     Raises:
         UserError: model, tokenizer, sequence length, task and strategy do not fit together.
     """
-    model_config = build_model_config(config.model, vocabulary, config.data.sequence_length)
+    model_config = build_model_config(config.model, facts)
     refuse_settings(config, task, model_config, mesh.dims)
-    model = build_model_on_meta(task, model_config)
+    model = build_model_on_meta(task, config.model, facts)
     refuse_positions_by_padding(config, model, model_config)
-    facts = model_facts(model, model_config)
+    counted = model_facts(model, model_config)
     # Before it is sharded, which changes its classes, and before there is memory for weights that may not be there.
-    pretrained = None if config.model.pretrained is None else PretrainedWeights(config.model.pretrained, model)
+    pretrained = (
+        None
+        if config.model.pretrained is None
+        else PretrainedWeights(config.model.pretrained, model, task.pretrained_name)
+    )
     definition = ModelDefinition(
         model=model,
-        initialize=lambda module: initialize_module(model, module),
+        initialize=lambda module: task.initialize(model, module),
         loss=timed(_training_loss(task)),
         evaluate=evaluate or NamedSums(task),
         seed=config.seed,
@@ -80,7 +79,7 @@ def build_model_engine(
     )
     if pretrained is not None:
         pretrained.load_into(engine)
-    return engine, facts
+    return engine, counted
 
 
 def _training_loss(task: Task) -> LossFunction:

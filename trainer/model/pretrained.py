@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,13 @@ class PretrainedWeights:
     later reads its slices alone.
     """
 
-    def __init__(self, name: str, model: nn.Module) -> None:
+    def __init__(self, name: str, model: nn.Module, pretrained_name: Callable[[str], str] = lambda name: name) -> None:
         """Find out where each tensor of a model lies.
 
         Args:
             name: a folder, or the name of a model of the hub.
             model: the model, before it is sharded; on the meta device or not.
+            pretrained_name: the name there of one of the model's tensors.
 
         Raises:
             UserError: there are no safetensors files, they lack a tensor or have it in another shape, or they are
@@ -42,7 +44,7 @@ class PretrainedWeights:
         self._name = name
         self.stored = _stored_tensors(_find_folder(name), name)
         try:
-            self.tensors = stored_by_name(model, self.stored)
+            self.tensors = _renamed(stored_by_name(model, self.stored), self.stored, model, pretrained_name)
         except ValueError as error:
             raise UserError(f"model.pretrained={name} {error}; the folder is not of one model.") from None
         quantization = getattr(getattr(model, "config", None), "quantization_config", None)
@@ -107,6 +109,18 @@ class PretrainedWeights:
                     "configuration ties to one another; set tie_word_embeddings to false in its config.json."
                 )
         return values
+
+
+def _renamed(
+    by_name: dict[str, StoredTensor],
+    stored: dict[str, StoredTensor],
+    model: nn.Module,
+    pretrained_name: Callable[[str], str],
+) -> dict[str, StoredTensor]:
+    """The same with those tensors of a model that a task finds under other names."""
+    other = {name: pretrained_name(name) for name in model.state_dict()}
+    found = stored | by_name
+    return by_name | {name: found[there] for name, there in other.items() if there != name and there in found}
 
 
 def stored_by_name(model: nn.Module, stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:

@@ -8,8 +8,8 @@ from torch import nn
 
 from sharding.parallel_dims import ParallelDims
 from sharding.ranks.errors import UserError
+from trainer.architectures.padding import needs_padding, parts_of
 from trainer.config import RunConfig
-from trainer.config.sections import ModelConfig
 from trainer.tasks.causal_lm import predicts_next_tokens
 from trainer.tasks.task import Task
 
@@ -37,7 +37,7 @@ def refuse_auxiliary_losses(config: RunConfig, model_config: "PretrainedConfig")
     Raises:
         UserError: the configuration asks for a loss beside the cross-entropy.
     """
-    for part in _parts(model_config):
+    for part in parts_of(model_config):
         found = {name: value for name, value in _numbers(part) if _LOSS_COEFFICIENT.search(name)}
         asked = {name: value for name, value in found.items() if value}
         # A part may have the coefficient alone, and the whole the switch.
@@ -64,7 +64,7 @@ def refuse_layer_drop(config: RunConfig, model_config: "PretrainedConfig", num_r
     parallel = config.parallel
     if num_ranks == 1 or parallel.strategy in ("none", "ddp") or parallel.backend == "bucketed":
         return
-    for part in _parts(model_config):
+    for part in parts_of(model_config):
         for name, value in _numbers(part):
             if _LAYER_DROP.search(name) and value:
                 raise UserError(
@@ -73,22 +73,6 @@ def refuse_layer_drop(config: RunConfig, model_config: "PretrainedConfig", num_r
                     f"{num_ranks} ranks to run the same; {_remedy(config, name, is_switch=False)}, or use "
                     "parallel.strategy=ddp or parallel.backend=bucketed."
                 )
-
-
-def refuse_padding(model: ModelConfig, model_config: "PretrainedConfig") -> None:
-    """Refuse a padding token that the vocabulary does not have.
-
-    Raises:
-        UserError: its id is beyond the vocabulary.
-    """
-    for part in _parts(model_config):
-        padding, size = getattr(part, "pad_token_id", None), getattr(part, "vocab_size", None)
-        if isinstance(padding, int) and isinstance(size, int) and not -1 <= padding < size:
-            where = f"model.pretrained={model.pretrained} has" if model.pretrained else "model.config has"
-            raise UserError(
-                f"{where} pad_token_id={padding}, which is none of its vocab_size={size} tokens; set it to null or to "
-                "a token that no text contains."
-            )
 
 
 def refuse_positions_by_padding(config: RunConfig, model: nn.Module, model_config: "PretrainedConfig") -> None:
@@ -104,14 +88,6 @@ def refuse_positions_by_padding(config: RunConfig, model: nn.Module, model_confi
         raise needs_padding(config.model.architecture or str(config.model.pretrained))
 
 
-def needs_padding(name: str) -> UserError:
-    """What to say of a model that cannot be without a padding token."""
-    return UserError(
-        f"{name} cannot be without a padding token, but pad_token_id=null, for the tokenizer has none; set "
-        "model.config.pad_token_id to a token that no text contains, or choose another architecture (llama, gpt2, say)."
-    )
-
-
 def _where(config: RunConfig, settings: str) -> str:
     if config.model.pretrained is not None:
         return f"model.pretrained={config.model.pretrained}, whose config.json has {settings},"
@@ -121,15 +97,6 @@ def _where(config: RunConfig, settings: str) -> str:
 def _remedy(config: RunConfig, name: str, is_switch: bool) -> str:
     value = "false" if is_switch else "0"
     return f"set {name} to {value} in that file" if config.model.pretrained is not None else f"set it to {value}"
-
-
-def _parts(model_config: "PretrainedConfig") -> Iterator[Any]:
-    """A configuration and those that it is made of."""
-    yield model_config
-    for name in getattr(model_config, "sub_configs", {}):
-        part = getattr(model_config, name, None)
-        if part is not None:
-            yield from _parts(part)
 
 
 def _numbers(part: Any) -> Iterator[tuple[str, float]]:

@@ -22,9 +22,10 @@ from sharding.ranks.object_exchange import sum_over_ranks
 from sharding.ranks.process_group import Ranks, process_group
 from sharding.ranks.process_lifetime import die_with_parent
 from sharding.state import MODEL_PREFIX
+from trainer.architectures.config import build_model_config
 from trainer.config import RunConfig
+from trainer.data.facts import SampleFacts
 from trainer.model.engine import build_model_engine, parameter_hash
-from trainer.model.models import Vocabulary, build_model_config
 from trainer.parity.optimizers import plain_optimizer
 from trainer.runtime.threads import threads_per_rank
 from trainer.tasks.registry import build_task
@@ -93,7 +94,7 @@ def case_lr(config: RunConfig, optimizer: str) -> float:
 
 
 def run_rank(
-    rank: int, num_ranks: int, port: int, config_json: str, vocabulary: Vocabulary, cases_json: str, folder: Path
+    rank: int, num_ranks: int, port: int, config_json: str, facts: SampleFacts, cases_json: str, folder: Path
 ) -> None:
     """One rank of a group: run every case, and let rank 0 write trajectories and parameters to the folder.
 
@@ -114,7 +115,7 @@ def run_rank(
         for values in json.loads(cases_json):
             case = ParityCase(**values)
             try:
-                _run_case(config, case, vocabulary, ranks, folder)
+                _run_case(config, case, facts, ranks, folder)
             except BaseException as error:  # noqa: BLE001 - whatever it was, it is this case's row, and not the end
                 traceback.print_exc()
                 _write_error(error, rank, error_file(folder, case))
@@ -138,13 +139,19 @@ def _write_error(error: BaseException, rank: int, path: Path) -> None:
         pass
 
 
-def _run_case(config: RunConfig, case: ParityCase, vocabulary: Vocabulary, ranks: Ranks, folder: Path) -> None:
+def _run_case(config: RunConfig, case: ParityCase, facts: SampleFacts, ranks: Ranks, folder: Path) -> None:
     batch = load_file(folder / "batch.safetensors")
     config = case_config(config, case, len(batch["labels"]))
     # Without a z-loss, which the plain loop does not have.
-    task = build_task(config.task.name, loss_chunk_tokens=config.task.loss_chunk_tokens, folder=config.task.folder)
+    task = build_task(
+        config.task.name,
+        loss_chunk_tokens=config.task.loss_chunk_tokens,
+        folder=config.task.folder,
+        options=config.task.options,
+        facts=facts,
+    )
     mesh = build_mesh(config.parallel, ranks)
-    engine, _ = build_model_engine(config, task, mesh, ranks, vocabulary)
+    engine, _ = build_model_engine(config, task, mesh, ranks, facts)
     initial_hash = parameter_hash(engine, ranks)
     _write_parameters(engine, ranks, folder / f"{case.label}.initial.safetensors")
     data = mesh.data
@@ -193,7 +200,7 @@ def _write_parameters(engine: Engine, ranks: Ranks, path: Path) -> None:
 
 def run_plain(
     config: RunConfig,
-    vocabulary: Vocabulary,
+    facts: SampleFacts,
     folder: Path,
     initial: Path,
     optimizer_name: str,
@@ -209,7 +216,7 @@ def run_plain(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batch = {name: tensor.to(device) for name, tensor in load_file(folder / "batch.safetensors").items()}
     clip_norm = config.optimizer.clip_norm
-    model_config = build_model_config(config.model, vocabulary, config.data.sequence_length)
+    model_config = build_model_config(config.model, facts)
     model = AutoModelForCausalLM.from_config(
         model_config, dtype=torch.float32, trust_remote_code=config.model.trust_remote_code
     )

@@ -18,10 +18,9 @@ from trainer.config import RunConfig
 from trainer.config.optimizer import OptimizerName, refused_optimizer
 from trainer.config.rules import BACKEND_STRATEGIES
 from trainer.data.loader import BatchLoader
-from trainer.data.packed import packed_samples
+from trainer.data.packed import packed_samples, sample_facts
 from trainer.data.prepare import prepare_corpus
 from trainer.data.prepared import Prepared
-from trainer.model.models import Vocabulary
 from trainer.parity.cases import ParityCase, Trajectory, run_plain
 from trainer.parity.processes import result_file, run_group
 from trainer.tasks.next_tokens import next_token_batch
@@ -130,12 +129,12 @@ def run_parity(config: RunConfig, cases: Sequence[ParityCase], folder: Path) -> 
     """
     config = _without_dropout(config)
     corpus = prepare_corpus(config.data)
-    vocabulary = Vocabulary(corpus.vocab_size, corpus.eos_token_id)
+    facts = sample_facts(corpus, config.data)
     _write_ragged_batch(config, corpus, folder)
     failures: dict[str, str] = {}
     for num_ranks in sorted({case.num_ranks for case in cases}):
         group = [case for case in cases if case.num_ranks == num_ranks]
-        failures |= run_group(config, vocabulary, group, num_ranks, folder)
+        failures |= run_group(config, facts, group, num_ranks, folder)
     rows = []
     for optimizer, compute in sorted({(case.optimizer, case.compute) for case in cases}):
         matching = [case for case in cases if (case.optimizer, case.compute) == (optimizer, compute)]
@@ -143,7 +142,7 @@ def run_parity(config: RunConfig, cases: Sequence[ParityCase], folder: Path) -> 
         trained = [case for case in matching if case.label not in failures]
         if trained:
             initial = folder / f"{trained[0].label}.initial.safetensors"
-            plain, parameters = run_plain(config, vocabulary, folder, initial, optimizer, compute)
+            plain, parameters = run_plain(config, facts, folder, initial, optimizer, compute)
             rows += [_compare(case, plain, parameters, initial, folder) for case in trained]
     return rows
 

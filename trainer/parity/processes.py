@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sharding.ranks.forked_ranks import rank_context
 from trainer.config import RunConfig
-from trainer.model.models import Vocabulary
+from trainer.data.facts import SampleFacts
 from trainer.parity.cases import ParityCase, error_file, run_rank
 
 CASE_TIMEOUT_S = 300.0
@@ -22,7 +22,7 @@ _POLL_EVERY_S = 1.0
 
 
 def run_group(
-    config: RunConfig, vocabulary: Vocabulary, cases: Sequence[ParityCase], num_ranks: int, folder: Path
+    config: RunConfig, facts: SampleFacts, cases: Sequence[ParityCase], num_ranks: int, folder: Path
 ) -> dict[str, str]:
     """Run cases on so many ranks.
 
@@ -30,7 +30,7 @@ def run_group(
 
     Args:
         config: the run.
-        vocabulary: of its tokenizer.
+        facts: of its samples.
         cases: in their order.
         num_ranks: of every one of them.
         folder: holds the batch, and takes what ranks write.
@@ -41,7 +41,7 @@ def run_group(
     failures: dict[str, str] = {}
     waiting = list(cases)
     while waiting:
-        end = _run_processes(config, vocabulary, waiting, num_ranks, folder)
+        end = _run_processes(config, facts, waiting, num_ranks, folder)
         waiting = [case for case in waiting if not result_file(folder, case).exists()]
         if waiting:
             # In order, so that it is the first without a result.
@@ -52,7 +52,7 @@ def run_group(
 
 
 def _run_processes(
-    config: RunConfig, vocabulary: Vocabulary, cases: Sequence[ParityCase], num_ranks: int, folder: Path
+    config: RunConfig, facts: SampleFacts, cases: Sequence[ParityCase], num_ranks: int, folder: Path
 ) -> str:
     """Start ranks for cases and see them end, or stand still; returns how, as far as it is known from outside."""
     context = rank_context()
@@ -63,7 +63,7 @@ def _run_processes(
     config_json = config.model_dump_json(by_alias=True)
     processes = [
         context.Process(
-            target=run_rank, args=(rank, num_ranks, port, config_json, vocabulary, cases_json, folder), daemon=True
+            target=run_rank, args=(rank, num_ranks, port, config_json, facts, cases_json, folder), daemon=True
         )
         for rank in range(num_ranks)
     ]

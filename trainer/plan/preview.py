@@ -21,19 +21,23 @@ import torch
 from sharding.blocks import refuse_scattered_layers
 from sharding.parallel_dims import parallel_dims
 from sharding.ranks.errors import EXIT_FINISHED, UserError, ends_with_a_sentence
+from trainer.architectures.config import build_model_config
 from trainer.attempt import check_continuation
 from trainer.checkpoint.reference import check_source, resolve_checkpoint
 from trainer.checkpoint.token_ids import check_named_tokenizer
 from trainer.checkpoint.trained_corpus import trained_fingerprint
 from trainer.config import RunConfig, parse_config
 from trainer.config.rules import World, validate
+from trainer.config.sections import ModelConfig
 from trainer.data.corpus import read_documents
+from trainer.data.facts import SampleFacts
 from trainer.data.identity import errors_of, named_sources
+from trainer.data.packed import sample_facts
 from trainer.data.prepared import Prepared, PreparedMixture, PreparedStream, find_prepared
 from trainer.data.tokenizer import TRAINED, load_tokenizer, vocabulary_size
 from trainer.model.document_mask import check_architecture
 from trainer.model.memory_estimate import estimate_memory
-from trainer.model.models import Vocabulary, build_model_config, build_model_on_meta, model_facts
+from trainer.model.models import build_model_on_meta, model_facts
 from trainer.model.refusals import refuse_positions_by_padding, refuse_settings
 from trainer.run_folder.folder import RunFolder
 from trainer.tasks.causal_lm import CausalLanguageModelling
@@ -65,27 +69,30 @@ def preview(config: RunConfig, world: World) -> list[str]:
         UserError: something that the user can mend is wrong.
     """
     validate(config, world)
-    task = build_task(config.task.name, config.task.z_loss, config.task.loss_chunk_tokens, config.task.folder)
     run_folder = RunFolder.of(config)
     corpus = find_prepared(config.data, trained_fingerprint(config, run_folder))
     if config.checkpoint.from_ is None and run_folder.newest_checkpoint() is None:
         check_named_tokenizer(config, None if corpus is None else corpus.tokenizer_dir)
-    vocabulary = _vocabulary(config, corpus)
-    model_config = build_model_config(config.model, vocabulary, config.data.sequence_length)
+    facts = _sample_facts(config, corpus)
+    settings = config.task
+    task = build_task(
+        settings.name, settings.z_loss, settings.loss_chunk_tokens, settings.folder, settings.options, facts
+    )
+    model_config = build_model_config(config.model, facts)
     dims = parallel_dims(config.parallel, world.num_ranks)
     refuse_settings(config, task, model_config, dims)
     try:
-        model = build_model_on_meta(task, model_config)
+        model = build_model_on_meta(task, config.model, facts)
         refuse_positions_by_padding(config, model, model_config)
         if dims.reduction_degree > 1:
             refuse_scattered_layers(model, config.parallel.strategy)
-        _try_forward(task, model_config, config.data.sequence_length)
+        _try_forward(task, config.model, facts)
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001 - each of some hundred models fails in its own way
         raise _refusal(config, model_config, error) from None
     if config.data.document_mask:
-        check_architecture(config, task, vocabulary)
+        check_architecture(config, task, facts)
     if corpus is None:
         _read_first_documents(config)
     else:
@@ -102,17 +109,18 @@ def preview(config: RunConfig, world: World) -> list[str]:
     ]
 
 
-def _vocabulary(config: RunConfig, corpus: Prepared | None) -> Vocabulary:
+def _sample_facts(config: RunConfig, corpus: Prepared | None) -> SampleFacts:
+    length = config.data.sequence_length
     if corpus is not None:
-        return Vocabulary(corpus.vocab_size, corpus.eos_token_id)
+        return sample_facts(corpus, config.data)
     if config.data.tokenizer == TRAINED:
         # The most that will be trained; a small corpus may give fewer.
-        return Vocabulary(config.data.vocab_size, 0)
+        return SampleFacts(length, config.data.vocab_size, 0)
     tokenizer = load_tokenizer(config.data.tokenizer)
-    return Vocabulary(vocabulary_size(tokenizer), tokenizer.eos_token_id)
+    return SampleFacts(length, vocabulary_size(tokenizer), tokenizer.eos_token_id)
 
 
-def _try_forward(task: Task, model_config: "PretrainedConfig", sequence_length: int) -> None:
+def _try_forward(task: Task, settings: ModelConfig, facts: SampleFacts) -> None:
     """Have the model compute the shapes of a short sequence, without values."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -124,8 +132,8 @@ def _try_forward(task: Task, model_config: "PretrainedConfig", sequence_length: 
     logging.getLogger("torch").setLevel(logging.CRITICAL)
     try:
         with FakeTensorMode(), torch.device("cpu"), torch.no_grad():
-            tokens = torch.zeros(1, min(_TRIAL_TOKENS, sequence_length), dtype=torch.long)
-            task.build_model(model_config)(input_ids=tokens, use_cache=False)
+            tokens = torch.zeros(1, min(_TRIAL_TOKENS, facts.sequence_length or 1), dtype=torch.long)
+            task.build_model(settings, facts)(input_ids=tokens, use_cache=False)
     except Exception as error:
         if _SIZES.search(str(error)):
             raise

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -11,20 +10,19 @@ from torch.nn import functional
 
 from sharding.engine import Batch
 from sharding.ranks.errors import UserError
+from trainer.architectures.config import build_model_config
+from trainer.architectures.faults import cannot_compute, faults_of_a_configuration
+from trainer.config.sections import ModelConfig
+from trainer.data.facts import SampleFacts
 from trainer.tasks.chunked_loss import ChunkedLossHead
-from trainer.tasks.model_faults import cannot_compute, faults_of_a_configuration
 from trainer.tasks.next_tokens import IGNORED_LABEL, next_token_batch
 from trainer.tasks.task import Metric, Outputs, Sums, Task
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
 
 PROBED_POSITION = "probed_position"
 """Key of a batch in evaluation that asks for the logits of the first row's token at this position, as the only sum."""
 
 
-class CausalLanguageModelling:
+class CausalLanguageModelling(Task):
     """Next-token prediction; ``labels[b, t]`` is the token that follows ``input_ids[b, t]``, or -100."""
 
     def __init__(self, z_loss: float = 0.0, chunk_tokens: int = 0) -> None:
@@ -39,10 +37,11 @@ class CausalLanguageModelling:
         self._has_computed: WeakSet[nn.Module] = WeakSet()
         self._heads: WeakKeyDictionary[nn.Module, ChunkedLossHead] = WeakKeyDictionary()
 
-    def build_model(self, model_config: "PretrainedConfig") -> nn.Module:
+    def build_model(self, model_settings: ModelConfig, facts: SampleFacts) -> nn.Module:
         """See Task."""
         from transformers import AutoModelForCausalLM
 
+        model_config = build_model_config(model_settings, facts)
         # A configuration has it only where model.trust_remote_code says that its code may run.
         trusted = hasattr(model_config, "auto_map")
         model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32, trust_remote_code=trusted)

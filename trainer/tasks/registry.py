@@ -78,17 +78,25 @@ def _refuse_earlier_methods(name: str, task: Task) -> None:
     earlier = [method for method in ("evaluation_sums", "evaluation_metrics") if hasattr(task, method)]
     if hasattr(task, "loss") and "model" in inspect.signature(task.loss).parameters:
         earlier.append("loss(model, batch)")
-    if hasattr(task, "make_batch"):
-        try:
-            inspect.signature(task.make_batch).bind("samples", "positions", training=True)
-        except TypeError:
-            earlier.append("make_batch(sequences)")
+    if hasattr(task, "make_batch") and not _takes(task.make_batch, "samples", "positions", training=True):
+        earlier.append("make_batch(sequences)")
+    if hasattr(task, "build_model") and not _takes(task.build_model, "model_settings", "facts"):
+        earlier.append("build_model(model_config)")
     if earlier:
         raise UserError(
             f"task.name={name} has {', '.join(earlier)} of an earlier release; write "
-            "make_batch(samples, positions, training), forward(model, batch), loss(outputs, batch), "
+            "build_model(model_settings, facts), make_batch(samples, positions, training), forward(model, batch), loss(outputs, batch), "
             "evaluate(outputs, batch) and metrics(sums) instead, as trainer/tasks/task.py says."
         )
+
+
+def _takes(method: Callable[..., Any], *arguments: str, **named: bool) -> bool:
+    """Whether a method can be called so."""
+    try:
+        inspect.signature(method).bind(*arguments, **named)
+    except TypeError:
+        return False
+    return True
 
 
 def _import(name: str, folder: str | None) -> ModuleType:

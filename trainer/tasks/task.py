@@ -1,16 +1,17 @@
 """What the trainer asks of a task."""
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import nn
 
 from sharding.engine import Batch
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+from trainer.architectures.initialization import initialize_module
+from trainer.config.sections import ModelConfig
+from trainer.data.facts import SampleFacts
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,11 +44,33 @@ class Task(Protocol):
 
     The loss is a sum over valid targets and never a mean: the trainer divides it by the number of valid targets in the
     whole global batch, which makes accumulation and parallelism exact.
+
+    A task of one's own inherits from this class, or from a task that is there. Its constructor may have arguments
+    ``options``, the mapping ``task.options``, and ``facts``, what is known of the samples.
     """
 
-    def build_model(self, model_config: "PretrainedConfig") -> nn.Module:
-        """The model for this task, from a configuration, on torch's current default device."""
+    @abstractmethod
+    def build_model(self, model_settings: ModelConfig, facts: SampleFacts) -> nn.Module:
+        """The model for this task, on torch's current default device.
 
+        Args:
+            model_settings: the section ``model``; ``trainer.architectures.config`` makes a configuration of
+                `transformers` of it.
+            facts: what is known of the samples.
+        """
+
+    def initialize(self, model: nn.Module, module: nn.Module) -> None:
+        """Give one module's own parameters and buffers their initial values, drawn from torch's default generator.
+
+        By default as its model prescribes: `_init_weights` of `transformers`, else the module's ``reset_parameters``.
+        """
+        initialize_module(model, module)
+
+    def pretrained_name(self, name: str) -> str:
+        """Name in ``model.pretrained`` of the weights of one of the model's tensors; by default its own name."""
+        return name
+
+    @abstractmethod
     def make_batch(self, samples: Batch, positions: torch.Tensor, training: bool) -> Batch:
         """Turn samples into a batch, on the host, before the step.
 
@@ -63,23 +86,30 @@ class Task(Protocol):
             training: whether the batch is for training; else for evaluation.
         """
 
+    @abstractmethod
     def inputs(self, batch: Batch) -> Batch:
         """What of a batch the model's forward pass is called with, by argument."""
 
+    @abstractmethod
     def forward(self, model: nn.Module, batch: Batch) -> Outputs:
         """Run the model on a batch that is on the device, in training and in evaluation."""
 
+    @abstractmethod
     def loss(self, outputs: Outputs, batch: Batch) -> torch.Tensor:
         """Sum of the losses of all valid targets, an fp32 scalar with a gradient."""
 
+    @abstractmethod
     def evaluate(self, outputs: Outputs, batch: Batch) -> Sums:
         """Sums that the metrics follow from; of one row at a time where anything is drawn."""
 
+    @abstractmethod
     def num_targets(self, batch: Batch) -> int:
         """Valid targets in a batch that is on the host."""
 
+    @abstractmethod
     def num_tokens(self, batch: Batch) -> int:
         """Tokens, or whatever samples consist of, that the model computes on in a batch that is on the host."""
 
+    @abstractmethod
     def metrics(self, sums: Mapping[str, torch.Tensor]) -> dict[str, Metric]:
         """Named metrics, from the sums of a whole split, fp64 on the host."""

@@ -26,13 +26,13 @@ from trainer.commands import export as export_command
 from trainer.commands import generate
 from trainer.config import parse_config
 from trainer.config.rules import World
+from trainer.data.packed import sample_facts
 from trainer.data.prepare import prepare_corpus
 from trainer.deploy import export
 from trainer.deploy.allowed_code import AllowedCode
 from trainer.deploy.export import export_model
 from trainer.deploy.generation import load_model
 from trainer.model.engine import build_model_engine
-from trainer.model.models import Vocabulary
 from trainer.run_folder.folder import RunFolder
 from trainer.tasks.registry import build_task
 
@@ -55,8 +55,8 @@ def save(tmp_path: Path, shared_corpus: tuple[Path, Path]) -> Save:
         folder = RunFolder(config.run_dir)
         begin_attempt(folder, config, World(1, has_gpu=False), [])
         mesh = build_mesh(config.parallel, _ALONE)
-        vocabulary = Vocabulary(corpus.vocab_size, corpus.eos_token_id)
-        engine, _ = build_model_engine(config, build_task(config.task.name), mesh, _ALONE, vocabulary)
+        facts = sample_facts(corpus, config.data)
+        engine, _ = build_model_engine(config, build_task(config.task.name), mesh, _ALONE, facts)
         checkpointer = Checkpointer(config, folder, corpus.fingerprint, _ALONE, lambda: None)
         checkpointer.start_saving(engine, TrainingState(step=1, schedule_total_steps=9, seed=1, **_COUNTERS))
         checkpointer.finish()

@@ -11,12 +11,14 @@ from sharding.blocks import hidden_matrices
 from sharding.mesh import build_mesh
 from sharding.ranks.errors import UserError
 from sharding.ranks.process_group import Ranks
-from tests.sharding.engine_cases import VOCABULARY, num_targets, random_batch, tiny_config
+from tests.sharding.engine_cases import FACTS, num_targets, random_batch, tiny_config
 from tests.trainer.model.architectures import causal_architectures, tiny_model
+from trainer.architectures.config import build_model_config
+from trainer.architectures.initialization import initialize_module
 from trainer.config.sections import ModelConfig
+from trainer.data.facts import SampleFacts
 from trainer.model.engine import build_model_engine
-from trainer.model.models import Vocabulary, build_model_config, build_model_on_meta, model_facts
-from trainer.model.module_initialization import initialize_module
+from trainer.model.models import build_model_on_meta, model_facts
 from trainer.tasks.registry import build_task
 
 _ALONE = Ranks(rank=0, world_size=1, local_rank=0, local_world_size=1, device=torch.device("cpu"))
@@ -27,7 +29,7 @@ def _train_once(model: dict[str, Any]) -> int:
     """One step, whose loss and gradient are numbers and after which the loss on the batch is lower; parameters."""
     config = tiny_config({"strategy": "none"}, model=model)
     mesh = build_mesh(config.parallel, _ALONE)
-    engine, facts = build_model_engine(config, build_task("causal-lm"), mesh, _ALONE, VOCABULARY)
+    engine, facts = build_model_engine(config, build_task("causal-lm"), mesh, _ALONE, FACTS)
     batch = random_batch(1)
     losses = []
     for _ in range(2):
@@ -110,8 +112,8 @@ def test_a_configuration_that_cannot_work_is_refused_in_a_sentence(
 
 
 def _build(**model: Any) -> Any:
-    config = build_model_config(ModelConfig(**model), Vocabulary(300, 7), 16)
-    return config, build_model_on_meta(build_task("causal-lm"), config)
+    settings, facts = ModelConfig(**model), SampleFacts(16, 300, 7)
+    return build_model_config(settings, facts), build_model_on_meta(build_task("causal-lm"), settings, facts)
 
 
 def test_rope_theta_is_accepted_where_it_takes_effect() -> None:

@@ -12,7 +12,7 @@ from transformers import BertConfig, BertLMHeadModel
 from sharding.mesh import build_mesh
 from sharding.ranks.errors import UserError
 from sharding.ranks.process_group import Ranks
-from tests.sharding.engine_cases import VOCABULARY, tiny_config
+from tests.sharding.engine_cases import FACTS, tiny_config
 from tests.support import TINY_MODEL, run_on_ranks
 from trainer.model.causality import check_causality
 from trainer.model.engine import build_model_engine
@@ -28,8 +28,8 @@ class _Mean(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(VOCABULARY.size, 8)
-        self.head = nn.Linear(8, VOCABULARY.size)
+        self.embedding = nn.Embedding(301, 8)
+        self.head = nn.Linear(8, 301)
 
     def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:
         hidden = self.embedding(input_ids)
@@ -37,15 +37,15 @@ class _Mean(nn.Module):
 
 
 class _OwnModel(CausalLanguageModelling):
-    def build_model(self, model_config: Any) -> nn.Module:
+    def build_model(self, model_settings: Any, facts: Any) -> nn.Module:
         return _Mean()
 
 
 def _check(ranks: Ranks, parallel: dict[str, Any], model: dict[str, Any], task: Any = None, **sections: Any) -> None:
     config = tiny_config(parallel, model=model, **sections)
     task = task or build_task("causal-lm", loss_chunk_tokens=config.task.loss_chunk_tokens)
-    engine, _ = build_model_engine(config, task, build_mesh(config.parallel, ranks), ranks, VOCABULARY)
-    check_causality(engine, config, VOCABULARY, ranks)
+    engine, _ = build_model_engine(config, task, build_mesh(config.parallel, ranks), ranks, FACTS)
+    check_causality(engine, config, FACTS, ranks)
 
 
 def _cases(ranks: Ranks, folder: Path) -> None:
@@ -75,5 +75,5 @@ def _cases(ranks: Ranks, folder: Path) -> None:
 
 @pytest.mark.timeout(200)
 def test_a_model_that_sees_the_next_token_is_refused(tmp_path: Path) -> None:
-    BertLMHeadModel(BertConfig(**_SIZES, vocab_size=VOCABULARY.size)).save_pretrained(tmp_path)
+    BertLMHeadModel(BertConfig(**_SIZES, vocab_size=NUM_TOKENS)).save_pretrained(tmp_path)
     run_on_ranks(_cases, 2, tmp_path, timeout_s=180)

@@ -19,13 +19,12 @@ from trainer.data.prepare import prepare_corpus
 from trainer.data.prepared import PreparedCorpus
 from trainer.model.document_mask import check_architecture, check_engine
 from trainer.model.engine import build_model_engine
-from trainer.model.models import Vocabulary, build_model_config
 from trainer.tasks.causal_lm import CausalLanguageModelling
 from trainer.tasks.next_tokens import next_token_batch
 
 TASK = CausalLanguageModelling()
-VOCABULARY = Vocabulary(101, 0)
 LENGTH = 24
+FACTS = SampleFacts(LENGTH, 101, 0)
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"hidden_size": 30, "intermediate_size": 53, "num_attention_heads": 3, "num_key_value_heads": 3},
@@ -75,7 +74,7 @@ def _config(architecture: str, attention: str = "sdpa", **data: Any) -> RunConfi
 def _model(architecture: str, attention: str) -> torch.nn.Module:
     config = _config(architecture, attention)
     torch.manual_seed(0)
-    return TASK.build_model(build_model_config(config.model, VOCABULARY, LENGTH))
+    return TASK.build_model(config.model, FACTS)
 
 
 def _documents() -> list[list[list[int]]]:
@@ -176,9 +175,9 @@ def _refusal(architecture: str, attention: str = "sdpa") -> str | None:
     validate(config)
     ranks = Ranks(0, 1, 0, 1, torch.device("cpu"))
     try:
-        check_architecture(config, TASK, VOCABULARY)
-        engine, _ = build_model_engine(config, TASK, build_mesh(config.parallel, ranks), ranks, VOCABULARY)
-        check_engine(engine, config, TASK, VOCABULARY)
+        check_architecture(config, TASK, FACTS)
+        engine, _ = build_model_engine(config, TASK, build_mesh(config.parallel, ranks), ranks, FACTS)
+        check_engine(engine, config, TASK, FACTS)
     except UserError as error:
         return str(error)
     return None

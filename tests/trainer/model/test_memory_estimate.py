@@ -9,8 +9,9 @@ from sharding.config import ActivationCheckpointingConfig
 from sharding.parallel_dims import ParallelDims
 from sharding.part import whole_part
 from sharding.ranks.process_group import Ranks
-from tests.sharding.engine_cases import VOCABULARY, random_batch, tiny_config
+from tests.sharding.engine_cases import FACTS, random_batch, tiny_config
 from tests.support import run_on_ranks
+from trainer.architectures.config import build_model_config
 from trainer.config.optimizer import OptimizerConfig
 from trainer.model.memory_estimate import (
     BlockWidths,
@@ -20,7 +21,7 @@ from trainer.model.memory_estimate import (
     model_sizes,
     moment_bytes,
 )
-from trainer.model.models import build_model_config, build_model_on_meta
+from trainer.model.models import build_model_on_meta
 from trainer.optimizers.build import optimizer_factory
 from trainer.tasks.registry import build_task
 
@@ -31,8 +32,8 @@ PER_BLOCK = 4 * 10 + 2 * 8 + 2 * 4 + 4 * 20
 
 def _model(**model: Any) -> tuple[Any, Any]:
     config = tiny_config({"strategy": "none"}, **({"model": model} if model else {}))
-    model_config = build_model_config(config.model, VOCABULARY, 16)
-    return build_model_on_meta(build_task("causal-lm"), model_config), model_config
+    model_config = build_model_config(config.model, FACTS)
+    return build_model_on_meta(build_task("causal-lm"), config.model, FACTS), model_config
 
 
 def test_sizes_are_counted_on_meta() -> None:
@@ -102,9 +103,7 @@ def _estimate_holds(ranks: Ranks) -> None:
     assert estimate.state.moments == 2 * estimate.state.masters
     assert estimate.total == estimate.state.total + estimate.activations
 
-    engine, _ = build_model_engine(
-        config, build_task("causal-lm"), build_mesh(config.parallel, ranks), ranks, VOCABULARY
-    )
+    engine, _ = build_model_engine(config, build_task("causal-lm"), build_mesh(config.parallel, ranks), ranks, FACTS)
     own = {shard.untyped_storage().data_ptr() for shard in engine.named_local_shards().values()}
     saved: dict[int, int] = {}
 

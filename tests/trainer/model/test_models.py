@@ -5,14 +5,19 @@ from typing import Any
 import pytest
 
 from sharding.blocks import find_blocks
+from trainer.architectures.config import build_model_config
 from trainer.config.sections import ModelConfig
-from trainer.model.models import ModelFacts, Vocabulary, build_model_config, build_model_on_meta, model_facts
+from trainer.data.facts import SampleFacts
+from trainer.model.models import ModelFacts, build_model_on_meta, model_facts
 from trainer.tasks.registry import build_task
+
+_SAMPLES = SampleFacts(16, 100, 0)
 
 
 def _facts(architecture: str, **config: Any) -> ModelFacts:
-    model_config = build_model_config(ModelConfig(architecture=architecture, config=config), Vocabulary(100, 0), 16)
-    return model_facts(build_model_on_meta(build_task("causal-lm"), model_config), model_config)
+    settings = ModelConfig(architecture=architecture, config=config)
+    model_config = build_model_config(settings, _SAMPLES)
+    return model_facts(build_model_on_meta(build_task("causal-lm"), settings, _SAMPLES), model_config)
 
 
 _LLAMA = {
@@ -44,9 +49,9 @@ def test_an_input_embedding_counts_only_as_the_output_projection(tied: bool) -> 
 def test_the_vocabulary_is_padded_to_a_multiple(multiple: int, asked: int | None, expected: int) -> None:
     sizes = _LLAMA if asked is None else _LLAMA | {"vocab_size": asked}
     model = ModelConfig(architecture="llama", config=sizes, vocab_multiple=multiple)
-    model_config = build_model_config(model, Vocabulary(100, 0), 16)
+    model_config = build_model_config(model, _SAMPLES)
     assert model_config.vocab_size == expected
-    facts = model_facts(build_model_on_meta(build_task("causal-lm"), model_config), model_config)
+    facts = model_facts(build_model_on_meta(build_task("causal-lm"), model, _SAMPLES), model_config)
     # The padded rows are multiplied like all others, and count as such.
     assert facts.num_matrix_parameters == 2 * _BLOCK_MATRICES + expected * 8
 
@@ -68,8 +73,8 @@ def test_position_embeddings_are_looked_up_and_not_multiplied() -> None:
     ],
 )  # fmt: skip
 def test_blocks_are_found_by_structure(architecture: str, config: dict[str, Any], first: str, count: int) -> None:
-    model_config = build_model_config(ModelConfig(architecture=architecture, config=config), Vocabulary(100, 0), 16)
-    model = build_model_on_meta(build_task("causal-lm"), model_config)
+    settings = ModelConfig(architecture=architecture, config=config)
+    model = build_model_on_meta(build_task("causal-lm"), settings, _SAMPLES)
     blocks = find_blocks(model)
     assert (blocks[0][0], len(blocks)) == (first, count)
     assert all(parameter.is_meta for parameter in model.parameters())

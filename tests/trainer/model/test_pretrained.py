@@ -13,11 +13,12 @@ from transformers import AutoModelForCausalLM, GPT2Config
 from sharding.ranks.errors import UserError
 from sharding.ranks.object_exchange import sum_integers_over_ranks
 from sharding.ranks.process_group import Ranks
-from tests.sharding.engine_cases import VOCABULARY, tiny_config
+from tests.sharding.engine_cases import FACTS, tiny_config
 from tests.support import run_on_ranks
+from trainer.architectures.config import build_model_config
 from trainer.config import RunConfig, parse_config
 from trainer.config.sections import ModelConfig
-from trainer.model.models import build_model_config, build_model_on_meta
+from trainer.model.models import build_model_on_meta
 from trainer.model.pretrained import PretrainedWeights
 from trainer.model.stored_tensor import Box, StoredTensor
 from trainer.tasks.registry import build_task
@@ -51,7 +52,7 @@ _ALONE = Ranks(rank=0, world_size=1, local_rank=0, local_world_size=1, device=to
 
 def _save(folder: Path, architecture: str, **options: Any) -> Path:
     """A folder that `transformers` wrote, of a model with values of its own in every tensor."""
-    config = build_model_config(ModelConfig(architecture=architecture, config=_MODELS[architecture]), VOCABULARY, 16)
+    config = build_model_config(ModelConfig(architecture=architecture, config=_MODELS[architecture]), FACTS)
     model = AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -63,8 +64,8 @@ def _save(folder: Path, architecture: str, **options: Any) -> Path:
 
 
 def _weights(folder: Path) -> PretrainedWeights:
-    config = build_model_config(ModelConfig(pretrained=str(folder)), VOCABULARY, 16)
-    return PretrainedWeights(str(folder), build_model_on_meta(build_task("causal-lm"), config))
+    settings = ModelConfig(pretrained=str(folder))
+    return PretrainedWeights(str(folder), build_model_on_meta(build_task("causal-lm"), settings, FACTS))
 
 
 def _all_of(tensor: torch.Tensor) -> Box:
@@ -147,7 +148,7 @@ def _load(ranks: Ranks, folders: list[Path]) -> None:
         for parallel in _PARALLELS:
             config = _pretrained_config(folder, parallel)
             mesh = build_mesh(config.parallel, ranks)
-            engine, _ = build_model_engine(config, build_task("causal-lm"), mesh, ranks, VOCABULARY)
+            engine, _ = build_model_engine(config, build_task("causal-lm"), mesh, ranks, FACTS)
             parts = engine.state(with_optimizer=False)
             num_written = sum(part.tensor.numel() for part in parts if part.is_written_here)
             assert sum_integers_over_ranks(num_written, ranks) == num_elements, parallel
@@ -225,7 +226,7 @@ def test_tied_weights_that_differ_are_refused(tmp_path: Path) -> None:
 
     def load() -> None:
         mesh = build_mesh(config.parallel, _ALONE)
-        build_model_engine(config, build_task("causal-lm"), mesh, _ALONE, VOCABULARY)
+        build_model_engine(config, build_task("causal-lm"), mesh, _ALONE, FACTS)
 
     def with_head(shift: float) -> Any:
         def change(tensors: dict[str, torch.Tensor]) -> None:

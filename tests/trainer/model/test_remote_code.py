@@ -11,8 +11,9 @@ from sharding.ranks.errors import UserError
 from tests.support import ROOT
 from trainer.config.sections import ModelConfig
 from trainer.config.yaml_files import parse_yaml
+from trainer.data.facts import SampleFacts
 from trainer.data.tokenizer import load_tokenizer
-from trainer.model.models import Vocabulary, build_model_config, build_model_on_meta
+from trainer.model.models import build_model_on_meta
 from trainer.tasks.registry import build_task
 
 _CODE = """
@@ -52,8 +53,8 @@ def code_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _build(folder: Path, **settings: bool) -> str:
-    config = build_model_config(ModelConfig(pretrained=str(folder), **settings), Vocabulary(100, 0), 16)
-    return type(build_model_on_meta(build_task("causal-lm"), config)).__name__
+    model = ModelConfig(pretrained=str(folder), **settings)
+    return type(build_model_on_meta(build_task("causal-lm"), model, SampleFacts(16, 100, 0))).__name__
 
 
 @pytest.mark.usefixtures("code_cache")

@@ -103,8 +103,8 @@ def test_a_task_of_ones_own_is_built_and_not_asked_to_compute(tmp_path: Path, va
     (tmp_path / "preview_task.py").write_text(
         "from trainer.tasks.causal_lm import CausalLanguageModelling\n"
         "class Own:\n"
-        "    def build_model(self, config):\n"
-        "        return CausalLanguageModelling().build_model(config)\n"
+        "    def build_model(self, model_settings, facts):\n"
+        "        return CausalLanguageModelling().build_model(model_settings, facts)\n"
     )
     file = write_config(tmp_path / "own.yaml", values)
     assert preview(load_config(file, ["task.name=preview_task:Own"]), WORLD)[0].endswith(" of llama")

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForMaskedLM, LlamaForCausalLM
 
+from trainer.architectures.config import build_model_config
 from trainer.tasks.causal_lm import CausalLanguageModelling
 
 
@@ -31,19 +32,19 @@ class _ScaledLlama(LlamaForCausalLM):
 class OwnModule(CausalLanguageModelling):
     """A model that is no model of `transformers`."""
 
-    def build_model(self, model_config: Any) -> nn.Module:
-        return _Bigrams(model_config.vocab_size)
+    def build_model(self, model_settings: Any, facts: Any) -> nn.Module:
+        return _Bigrams(facts.vocab_size)
 
 
 class OwnClass(CausalLanguageModelling):
     """The names and shapes of a model of `transformers`, but another forward pass."""
 
-    def build_model(self, model_config: Any) -> nn.Module:
-        return _ScaledLlama(model_config)
+    def build_model(self, model_settings: Any, facts: Any) -> nn.Module:
+        return _ScaledLlama(build_model_config(model_settings, facts))
 
 
 class MaskedLanguageModel(CausalLanguageModelling):
     """A model of `transformers` that does not continue text."""
 
-    def build_model(self, model_config: Any) -> nn.Module:
-        return AutoModelForMaskedLM.from_config(model_config, dtype=torch.float32)
+    def build_model(self, model_settings: Any, facts: Any) -> nn.Module:
+        return AutoModelForMaskedLM.from_config(build_model_config(model_settings, facts), dtype=torch.float32)

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from sharding.ranks.errors import UserError
+from trainer.config.sections import ModelConfig
+from trainer.data.facts import SampleFacts
 from trainer.tasks.causal_lm import CausalLanguageModelling
 from trainer.tasks.chunked_loss import ChunkedLossHead
 
@@ -14,13 +16,10 @@ _Z_LOSS = 0.3
 _NUM_POSITIONS = 24
 
 
-def _config(model_type: str = "llama", **fields: Any) -> Any:
-    from transformers import AutoConfig
-
+def _config(model_type: str = "llama", **fields: Any) -> ModelConfig:
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return AutoConfig.for_model(
-        model_type, vocab_size=37, num_key_value_heads=1, head_dim=8, attn_implementation="eager", **sizes, **fields
-    )
+    config = sizes | {"num_key_value_heads": 1, "head_dim": 8} | fields
+    return ModelConfig(architecture=model_type, config=config, attention="eager")
 
 
 @pytest.fixture
@@ -37,7 +36,7 @@ def _pair(config: Any, z_loss: float, chunk_tokens: int) -> list[tuple[CausalLan
     made = []
     for task in (CausalLanguageModelling(z_loss), CausalLanguageModelling(z_loss, chunk_tokens)):
         torch.manual_seed(1)
-        made.append((task, task.build_model(config).train()))
+        made.append((task, task.build_model(config, SampleFacts(8, 37)).train()))
     return made
 
 

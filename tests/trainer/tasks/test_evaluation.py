@@ -15,7 +15,7 @@ from sharding.parallel_dims import Role
 from sharding.ranks.errors import UserError
 from sharding.ranks.object_exchange import sum_over_ranks
 from sharding.ranks.process_group import Ranks
-from tests.sharding.engine_cases import VOCABULARY, random_batch, tiny_config
+from tests.sharding.engine_cases import FACTS, random_batch, tiny_config
 from tests.support import run_on_ranks
 from trainer.data.packed import packed_rows
 from trainer.data.samples import FILLER, MicroBatch
@@ -82,7 +82,7 @@ def _evaluate(ranks: Ranks, path: Path) -> None:
     found: dict[str, list[float]] = torch.load(path) if path.exists() else {}
     for task in (_DrawsMasks(), _DrawsInPass()):
         mesh, named = build_mesh(config.parallel, ranks), NamedSums(task)
-        engine, _ = build_model_engine(config, task, mesh, ranks, VOCABULARY, evaluate=named)
+        engine, _ = build_model_engine(config, task, mesh, ranks, FACTS, evaluate=named)
 
         def sums(micro_size: int, seed: int, engine: Any = engine, task: Any = task, named: Any = named) -> list[float]:
             evaluation = Evaluation(engine, task, named, ranks, Role(ranks.rank, ranks.world_size), seed)
@@ -110,7 +110,7 @@ def _evaluate(ranks: Ranks, path: Path) -> None:
     assert metrics["loss"].value == pytest.approx(float(by_name["loss"] / by_name["targets"]), rel=1e-6)
     counting = _CountsPasses()
     mesh, named = build_mesh(config.parallel, ranks), NamedSums(counting)
-    engine, _ = build_model_engine(config, counting, mesh, ranks, VOCABULARY, evaluate=named)
+    engine, _ = build_model_engine(config, counting, mesh, ranks, FACTS, evaluate=named)
     Evaluation(engine, counting, named, ranks, Role(ranks.rank, ranks.world_size), 1).sums(_micro_batches(ranks, 3))
     assert counting.num_passes == counting.num_batches == _NUM_ROWS // 3 // ranks.world_size
     # Rows that only fill up are not counted, and a task that counts them is refused.

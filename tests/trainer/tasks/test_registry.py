@@ -107,6 +107,10 @@ def test_a_mistake_in_a_tasks_own_code_is_not_called_a_wrong_name(tmp_path: Path
 _EARLIER = """
 from trainer.tasks.causal_lm import CausalLanguageModelling
 
+class Model(CausalLanguageModelling):
+    def build_model(self, model_config):
+        return None
+
 class Loss(CausalLanguageModelling):
     def loss(self, model, batch):
         return super().loss(model, batch)
@@ -124,6 +128,7 @@ class Batches(CausalLanguageModelling):
 @pytest.mark.parametrize(
     ("name", "found"),
     [
+        ("Model", r"build_model\(model_config\)"),
         ("Loss", r"loss\(model, batch\)"),
         ("Sums", "evaluation_sums"),
         ("Batches", r"make_batch\(sequences\)"),

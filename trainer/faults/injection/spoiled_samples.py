@@ -2,18 +2,16 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from sharding.engine import Batch
 from trainer.config.data import SampleRange
+from trainer.config.sections import ModelConfig
+from trainer.data.facts import SampleFacts
 from trainer.faults.injection.inject import SPOILING_FAULTS, Fault
 from trainer.tasks.task import Metric, Outputs, Sums, Task
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 _FACTORS = {"nan": math.nan, "spike": 1e4}
 
@@ -51,9 +49,17 @@ class SpoiledTask:
         """The task that is spoiled."""
         return self._task
 
-    def build_model(self, model_config: "PretrainedConfig") -> nn.Module:
+    def build_model(self, model_settings: ModelConfig, facts: SampleFacts) -> nn.Module:
         """See Task."""
-        return self._task.build_model(model_config)
+        return self._task.build_model(model_settings, facts)
+
+    def initialize(self, model: nn.Module, module: nn.Module) -> None:
+        """See Task."""
+        self._task.initialize(model, module)
+
+    def pretrained_name(self, name: str) -> str:
+        """See Task."""
+        return self._task.pretrained_name(name)
 
     def make_batch(self, samples: Batch, positions: torch.Tensor, training: bool) -> Batch:
         """See Task; comes before the batch's loss."""

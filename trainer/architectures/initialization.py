@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 
 from sharding.ranks.errors import UserError
-from trainer.tasks.model_faults import faults_of_a_configuration, is_raised_by_transformers, reason
+from trainer.architectures.faults import faults_of_a_configuration, is_raised_by_transformers, reason
 
 
 def initialize_module(model: nn.Module, module: nn.Module) -> None:
