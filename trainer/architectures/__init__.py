@@ -1,1 +1,1 @@
-"""From a name to a model of `transformers`: its configuration, its initial values, what it raises."""
+"""From a name to a configuration of `transformers`, initial values, what `transformers` raises."""

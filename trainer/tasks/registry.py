@@ -85,8 +85,8 @@ def _refuse_earlier_methods(name: str, task: Task) -> None:
     if earlier:
         raise UserError(
             f"task.name={name} has {', '.join(earlier)} of an earlier release; write "
-            "build_model(model_settings, facts), make_batch(samples, positions, training), forward(model, batch), loss(outputs, batch), "
-            "evaluate(outputs, batch) and metrics(sums) instead, as trainer/tasks/task.py says."
+            "build_model(model_settings, facts), make_batch(samples, positions, training), forward(model, batch), "
+            "loss(outputs, batch), evaluate(outputs, batch) and metrics(sums) instead, as trainer/tasks/task.py says."
         )
 
 

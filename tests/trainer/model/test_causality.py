@@ -12,7 +12,7 @@ from transformers import BertConfig, BertLMHeadModel
 from sharding.mesh import build_mesh
 from sharding.ranks.errors import UserError
 from sharding.ranks.process_group import Ranks
-from tests.sharding.engine_cases import FACTS, tiny_config
+from tests.sharding.engine_cases import FACTS, NUM_TOKENS, tiny_config
 from tests.support import TINY_MODEL, run_on_ranks
 from trainer.model.causality import check_causality
 from trainer.model.engine import build_model_engine
