@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from sharding.ranks.errors import UserError
@@ -70,6 +71,31 @@ def _weights(folder: Path) -> PretrainedWeights:
 
 def _all_of(tensor: torch.Tensor) -> Box:
     return tuple(slice(0, size) for size in tensor.shape)
+
+
+class _OtherNames(nn.Module):
+    """The parts of a Llama under names of one's own."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        model = build_model_on_meta(build_task("causal-lm"), ModelConfig(pretrained=str(folder)), FACTS)
+        self.body, self.head = model.get_submodule("model"), model.get_submodule("lm_head")
+
+
+def test_a_task_names_the_weights_that_its_model_begins_with(tmp_path: Path) -> None:
+    model = _OtherNames(_save(tmp_path, "llama"))
+    stored = load_file(tmp_path / "model.safetensors")
+
+    def pretrained_name(name: str) -> str:
+        return name.replace("body.", "model.").replace("head.", "lm_head.")
+
+    weights = PretrainedWeights(str(tmp_path), model, pretrained_name)
+    # The head is tied to the embedding, and not stored.
+    assert {pretrained_name(name) for name in model.state_dict()} == stored.keys() | {"lm_head.weight"}
+    for name, tensor in model.body.state_dict(prefix="body.").items():
+        assert torch.equal(weights.tensors[name].read(_all_of(tensor)), stored[pretrained_name(name)]), name
+    with pytest.raises(UserError, match=r"has no weights for body\."):
+        PretrainedWeights(str(tmp_path), model)
 
 
 @pytest.mark.parametrize("architecture", _MODELS)

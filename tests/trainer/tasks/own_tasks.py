@@ -1,12 +1,16 @@
 """Tasks as a user writes them, for tests: ``tests.trainer.tasks.own_tasks:NAME``."""
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import AutoModelForMaskedLM, LlamaForCausalLM
 
+from sharding.engine import Batch
 from trainer.architectures.config import build_model_config
 from trainer.tasks.causal_lm import CausalLanguageModelling
 
@@ -48,3 +52,26 @@ class MaskedLanguageModel(CausalLanguageModelling):
 
     def build_model(self, model_settings: Any, facts: Any) -> nn.Module:
         return AutoModelForMaskedLM.from_config(build_model_config(model_settings, facts), dtype=torch.float32)
+
+
+class NotesWhatItIsGiven(CausalLanguageModelling):
+    """Writes a line for each batch that it makes into the folder of its options."""
+
+    def __init__(self, options: Any, facts: Any) -> None:
+        super().__init__()
+        self._folder, self._facts = Path(options["folder"]), facts
+
+    def make_batch(self, samples: Batch, positions: torch.Tensor, training: bool) -> Batch:
+        facts = {"vocab_size": self._facts.vocab_size, "sequence_length": self._facts.sequence_length}
+        with (self._folder / f"rank-{dist.get_rank()}.jsonl").open("a") as file:
+            file.write(json.dumps({"positions": positions.tolist(), "training": training} | facts) + "\n")
+        return super().make_batch(samples, positions, training)
+
+
+class StartsAtOne(CausalLanguageModelling):
+    """The linear layers that make hidden states wider have initial values of their own."""
+
+    def initialize(self, model: nn.Module, module: nn.Module) -> None:
+        super().initialize(model, module)
+        if isinstance(module, nn.Linear) and module.in_features < module.out_features < 100:
+            nn.init.ones_(module.weight)
