@@ -145,11 +145,13 @@ class Trainer:
             waited_from = time.perf_counter()
             micro_batches = self._make_batches(loader.next_step())
             data_wait_s = time.perf_counter() - waited_from
-            num_targets = sum(self._parts.task.num_targets(batch) for batch in micro_batches)
+            # What another rank counts is not counted here.
+            counted = micro_batches if self._parts.mesh.counts_targets else []
+            num_targets = sum(self._parts.task.num_targets(batch) for batch in counted)
+            num_tokens = sum(self._parts.task.num_tokens(batch) for batch in counted)
             phases.enter(Phase.AGREE)
             checkpointer = self._parts.checkpointer
-            counted = num_targets if self._parts.mesh.counts_targets else 0
-            agreed = agree_on_step(counted, self._parts.is_stop_requested(), checkpointer.has_written)
+            agreed = agree_on_step(num_targets, num_tokens, self._parts.is_stop_requested(), checkpointer.has_written)
             if agreed.all_have_written:
                 self._finish_saving()
             if agreed.stop:
@@ -169,8 +171,7 @@ class Trainer:
             self._owes_step = False
             # Not before: a step that was taken and then given up for a stop comes again.
             self._loader_state = loader.state()
-            # The model computes on every position, whether it has a target or not.
-            self._clock.add_step(self._config.tokens_per_step, data_wait_s)
+            self._clock.add_step(agreed.num_tokens, data_wait_s)
             if step == first_step:
                 self._parts.after_first_step()
             self._after_step(record)

@@ -11,6 +11,7 @@ from tests.runs_in_process import RunsInProcess
 from tests.sharding.engine_cases import FACTS, tiny_config
 from tests.support import run_on_ranks
 from tests.trainer.tasks.own_tasks import StartsAtOne
+from trainer.accumulation import StepAgreement, agree_on_step
 from trainer.data.samples import FILLER
 from trainer.model.engine import build_model_engine
 
@@ -36,6 +37,15 @@ def test_samples_come_with_their_global_positions(tmp_path: Path, shared_corpus:
     positions = sorted(p for p in evaluated if p != FILLER)
     assert positions == list(range(len(positions)))
     assert len(positions) > 0
+
+
+def _agree(ranks: Ranks) -> None:
+    agreed = agree_on_step(3 + ranks.rank, 100 + ranks.rank, stop=ranks.rank == 1, has_written=ranks.rank == 0)
+    assert agreed == StepAgreement(num_targets=7, num_tokens=201, stop=True, all_have_written=False)
+
+
+def test_ranks_agree_on_targets_and_tokens() -> None:
+    run_on_ranks(_agree, 2)
 
 
 def test_a_task_gives_initial_values_of_its_own() -> None:
