@@ -42,7 +42,7 @@ from trainer.runtime.phases import Phase, Phases
 from trainer.tasks.causal_lm import predicts_next_tokens
 from trainer.tasks.evaluation import Evaluation
 from trainer.tasks.named_sums import NamedSums
-from trainer.tasks.registry import build_task
+from trainer.tasks.registry import configured_task
 from trainer.trackers.observers import Observers
 
 
@@ -77,15 +77,7 @@ def build_trainer(
         UserError: model, task, tokenizer and data do not fit together.
     """
     samples = packed_samples(corpus, config.data, verify=config.faults.verify_data)
-    settings = config.task
-    task = build_task(
-        settings.name,
-        settings.z_loss,
-        settings.loss_chunk_tokens,
-        settings.folder,
-        settings.options,
-        samples.facts,
-    )
+    task = configured_task(config.task, samples.facts)
     if faults:
         task = SpoiledTask(
             task,

@@ -23,7 +23,7 @@ from trainer.config import RunConfig
 from trainer.data.packed import sample_facts
 from trainer.data.prepare import prepare_corpus
 from trainer.model.engine import build_model_engine
-from trainer.tasks.registry import build_task
+from trainer.tasks.registry import configured_task
 
 LOSS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 """Largest relative difference of a contestant's loss from the plain loop's, up to the end of the warm-up."""
@@ -85,7 +85,7 @@ def build_contest(config: RunConfig, ranks: Ranks, num_steps: int, folder: Path)
     (corpus,) = prepare_corpus(config.data).corpora
     alone = config.model_copy(update={"parallel": config.parallel.model_copy(update={"strategy": "none"})})
     facts = sample_facts(corpus, config.data)
-    task = build_task(config.task.name, folder=config.task.folder, options=config.task.options, facts=facts)
+    task = configured_task(config.task, facts, z_loss=0.0, loss_chunk_tokens=0)
     engine, _ = build_model_engine(alone, task, build_mesh(alone.parallel, ranks), ranks, facts)
     initial = {name: tensor.clone() for name, tensor in engine.named_local_shards().items()}
     dtype = compute_dtype(config.precision, ranks.device)

@@ -35,7 +35,7 @@ from trainer.model.engine import build_model_engine
 from trainer.model.memory_estimate import MemoryEstimate, estimate_memory
 from trainer.model.models import build_model_on_meta
 from trainer.runtime.processes import end_process
-from trainer.tasks.registry import build_task
+from trainer.tasks.registry import configured_task
 
 USES = ("masters", "moments", "gradients", "gathered")
 """What memory is told to be used for; the rest is on its way between ranks, or what operators need for a moment."""
@@ -143,13 +143,7 @@ def _facts(config: RunConfig) -> SampleFacts:
 def _build(config: RunConfig, ranks: Ranks) -> Engine:
     facts = _facts(config)
     mesh = build_mesh(config.parallel, ranks)
-    task = build_task(
-        config.task.name,
-        loss_chunk_tokens=config.task.loss_chunk_tokens,
-        folder=config.task.folder,
-        options=config.task.options,
-        facts=facts,
-    )
+    task = configured_task(config.task, facts, z_loss=0.0)
     engine, _ = build_model_engine(config, task, mesh, ranks, facts)
     return engine
 
@@ -157,7 +151,7 @@ def _build(config: RunConfig, ranks: Ranks) -> Engine:
 def _estimate(config: RunConfig, ranks: Ranks) -> MemoryEstimate:
     facts = _facts(config)
     model_config = build_model_config(config.model, facts)
-    task = build_task(config.task.name, folder=config.task.folder, options=config.task.options, facts=facts)
+    task = configured_task(config.task, facts, loss_chunk_tokens=0)
     model = build_model_on_meta(task, config.model, facts)
     dims = parallel_dims(config.parallel, ranks.world_size)
     return estimate_memory(config, model, model_config, dims, ranks.device)

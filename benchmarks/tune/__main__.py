@@ -47,7 +47,7 @@ from trainer.data.prepare import prepare_corpus
 from trainer.model.memory_estimate import estimate_memory
 from trainer.model.models import build_model_on_meta
 from trainer.runtime.threads import threads_per_rank
-from trainer.tasks.registry import build_task
+from trainer.tasks.registry import configured_task
 
 _STRATEGIES: tuple[Strategy, ...] = ("ddp", "zero1", "zero2", "zero3")
 _PACKAGES = ("torch", "transformers", "numpy")
@@ -234,7 +234,7 @@ class _Search:
     def _estimate(self, config: RunConfig) -> float:
         facts = sample_facts(self._corpus, config.data)
         model_config = build_model_config(config.model, facts)
-        task = build_task(config.task.name, folder=config.task.folder, options=config.task.options, facts=facts)
+        task = configured_task(config.task, facts, loss_chunk_tokens=0)
         model = build_model_on_meta(task, config.model, facts)
         device = torch.device("cuda" if self._has_gpu else "cpu")
         dims = parallel_dims(config.parallel, self._num_ranks)

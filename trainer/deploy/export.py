@@ -20,7 +20,7 @@ from trainer.files.atomic_files import umask
 from trainer.model.models import build_model_on_meta
 from trainer.model.pretrained import stored_by_name, tied_names
 from trainer.model.stored_tensor import StoredTensor
-from trainer.tasks.registry import build_task
+from trainer.tasks.registry import configured_task
 
 _MAX_FILE_BYTES = 4 * 2**30
 _NO_CODE = AllowedCode()
@@ -107,7 +107,7 @@ def _build_model(config: RunConfig, facts: SampleFacts) -> Any:
     """The run's model, without memory."""
     from transformers import PreTrainedModel
 
-    task = build_task(config.task.name, folder=config.task.folder, options=config.task.options, facts=facts)
+    task = configured_task(config.task, facts, loss_chunk_tokens=0)
     model = build_model_on_meta(task, config.model, facts)
     if not isinstance(model, PreTrainedModel):
         raise UserError(

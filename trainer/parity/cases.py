@@ -28,7 +28,7 @@ from trainer.data.facts import SampleFacts
 from trainer.model.engine import build_model_engine, parameter_hash
 from trainer.parity.optimizers import plain_optimizer
 from trainer.runtime.threads import threads_per_rank
-from trainer.tasks.registry import build_task
+from trainer.tasks.registry import configured_task
 
 NUM_STEPS = 3
 
@@ -143,13 +143,7 @@ def _run_case(config: RunConfig, case: ParityCase, facts: SampleFacts, ranks: Ra
     batch = load_file(folder / "batch.safetensors")
     config = case_config(config, case, len(batch["labels"]))
     # Without a z-loss, which the plain loop does not have.
-    task = build_task(
-        config.task.name,
-        loss_chunk_tokens=config.task.loss_chunk_tokens,
-        folder=config.task.folder,
-        options=config.task.options,
-        facts=facts,
-    )
+    task = configured_task(config.task, facts, z_loss=0.0)
     mesh = build_mesh(config.parallel, ranks)
     engine, _ = build_model_engine(config, task, mesh, ranks, facts)
     initial_hash = parameter_hash(engine, ranks)

@@ -41,7 +41,7 @@ from trainer.model.models import build_model_on_meta, model_facts
 from trainer.model.refusals import refuse_positions_by_padding, refuse_settings
 from trainer.run_folder.folder import RunFolder
 from trainer.tasks.causal_lm import CausalLanguageModelling
-from trainer.tasks.registry import build_task
+from trainer.tasks.registry import configured_task
 from trainer.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -74,10 +74,7 @@ def preview(config: RunConfig, world: World) -> list[str]:
     if config.checkpoint.from_ is None and run_folder.newest_checkpoint() is None:
         check_named_tokenizer(config, None if corpus is None else corpus.tokenizer_dir)
     facts = _sample_facts(config, corpus)
-    settings = config.task
-    task = build_task(
-        settings.name, settings.z_loss, settings.loss_chunk_tokens, settings.folder, settings.options, facts
-    )
+    task = configured_task(config.task, facts)
     model_config = build_model_config(config.model, facts)
     dims = parallel_dims(config.parallel, world.num_ranks)
     refuse_settings(config, task, model_config, dims)

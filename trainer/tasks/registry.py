@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from sharding.ranks.errors import UserError
+from trainer.config.sections import TaskConfig
 from trainer.data.facts import SampleFacts
 from trainer.tasks.causal_lm import CausalLanguageModelling
 from trainer.tasks.task import Task
@@ -56,6 +57,21 @@ def build_task(
     task = _construct(name, getattr(module, class_name), options or {}, facts or SampleFacts())
     _refuse_earlier_methods(name, task)
     return task
+
+
+def configured_task(settings: TaskConfig, facts: SampleFacts, **changes: Any) -> Task:
+    """The task of a run.
+
+    Args:
+        settings: the section ``task``.
+        facts: what is known of the samples.
+        changes: settings that are to be others.
+
+    Raises:
+        UserError: see ``build_task``.
+    """
+    task = settings.model_copy(update=changes)
+    return build_task(task.name, task.z_loss, task.loss_chunk_tokens, task.folder, task.options, facts)
 
 
 def _construct(name: str, make: Callable[..., Task], options: Mapping[str, Any], facts: SampleFacts) -> Task:
