@@ -70,7 +70,7 @@ def configured_task(settings: TaskConfig, facts: SampleFacts, **changes: Any) ->
     Raises:
         UserError: see ``build_task``.
     """
-    task = settings.model_copy(update=changes)
+    task: TaskConfig = settings.model_copy(update=changes)
     return build_task(task.name, task.z_loss, task.loss_chunk_tokens, task.folder, task.options, facts)
 
 
