@@ -36,7 +36,7 @@ check: $(TESTS_STAMP)
 
 # Two at a time, the longest first, so that both cores are busy to the end. Where there are more cores, each group is
 # spread over half of them; jobs of Slurm stay together, on one cluster.
-TEST_GROUPS := test-trainer test-runs test-parts test-slurm
+TEST_GROUPS := test-parts test-trainer test-runs test-slurm
 CORES := $(shell nproc)
 SPREAD := $(shell [ $(CORES) -lt 4 ] || echo --numprocesses=$$(($(CORES) / 2 < 8 ? $(CORES) / 2 : 8)) --dist=loadfile)
 PYTEST := $(BIN)/python -m pytest -m "not slow" --durations=40

@@ -21,7 +21,9 @@ def start(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[subprocess
     """A process that says what it sees of itself, and then does as it is told: a clone, and for comparison a start."""
     environment = command_environment(SUBJECT="one", PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}")
     options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    old = signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    # What a shell has its jobs in the background ignore is not what is looked at here.
+    wanted = {signal.SIGUSR2: signal.SIG_IGN, signal.SIGINT: signal.default_int_handler, signal.SIGQUIT: signal.SIG_DFL}
+    old = {number: signal.signal(number, handler) for number, handler in wanted.items()}
     command = [*_STARTED, "a b", str(request.param == "clone")]
     try:
         if request.param == "clone":
@@ -30,7 +32,8 @@ def start(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[subprocess
         else:
             process = subprocess.Popen(command, cwd=tmp_path, env=environment, text=True, **options)
     finally:
-        signal.signal(signal.SIGUSR2, old)
+        for number, handler in old.items():
+            signal.signal(number, handler)
     with process:
         yield process
         process.kill()

@@ -3,13 +3,14 @@
 ``python -m tests.launcher.stand_in_rank BEHAVIOUR RUN_FOLDER``; writes its process id to ``RUN_FOLDER/pid-RANK``.
 """
 
+import contextlib
 import os
 import signal
 import sys
 import time
 from pathlib import Path
 
-from sharding.ranks.process_lifetime import die_with_parent, stop_with_deepspeed
+from sharding.ranks.process_lifetime import LAUNCHER_PID_VARIABLE, die_with_parent, stop_with_deepspeed
 from trainer.run_folder.folder import RunFolder
 from trainer.runtime.foreign_settings import refuse_foreign_settings
 from trainer.runtime.stopping import StopRequest
@@ -53,7 +54,8 @@ def main() -> int:
 def _end_by_a_signal() -> None:
     """Rank 1 is killed; the other loses its connection and says so."""
     if RANK == 1:
-        while not (FOLDER.path / "pid-0").exists():
+        # A real rank is there for seconds before it can be killed, and watched.
+        while not ((FOLDER.path / "pid-0").exists() and _is_watched()):
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
     other = FOLDER.path / "pid-1"
@@ -61,6 +63,15 @@ def _end_by_a_signal() -> None:
         time.sleep(0.01)
     FOLDER.write_outcome("failed", 1, 5, "RuntimeError: Connection closed by peer", 0)
     sys.exit(1)
+
+
+def _is_watched() -> bool:
+    """Whether the launcher has a descriptor of this process, which tells it of its end."""
+    for file in Path(f"/proc/{os.environ[LAUNCHER_PID_VARIABLE]}/fdinfo").iterdir():
+        with contextlib.suppress(OSError):
+            if f"Pid:\t{os.getpid()}\n" in file.read_text():
+                return True
+    return False
 
 
 def _is_running(pid: int) -> bool:
