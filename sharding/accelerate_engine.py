@@ -18,7 +18,6 @@ from sharding.loss_scaler import LossScaler
 from sharding.mesh import ParallelMesh
 from sharding.pass_agreement import compare_passes
 from sharding.ranks.errors import UserError
-from sharding.recurrent_weights import leave_recurrent_weights_alone
 from sharding.zero import REDUCES_UNUSED_PARAMETERS, ZeroEngine
 
 
@@ -105,12 +104,10 @@ class AccelerateZero3Builder:
         self._parts = parts
 
     def prepare_block(self, name: str, block: nn.Module) -> None:
-        """See EngineBuilder."""
-        leave_recurrent_weights_alone(block)
+        """See EngineBuilder; it stays as it is."""
 
     def finish(self, model: nn.Module) -> Engine:
         """See EngineBuilder."""
-        leave_recurrent_weights_alone(model)
         parts = self._parts
         definition = compare_passes(parts, parts.blocks, compares_parameters=not REDUCES_UNUSED_PARAMETERS)
         return AccelerateZero3Engine(

@@ -25,7 +25,6 @@ from sharding.part import Part
 from sharding.pass_agreement import compare_passes
 from sharding.ranks.errors import UserError
 from sharding.reached import ReachedParameters
-from sharding.recurrent_weights import leave_recurrent_weights_alone
 from sharding.torch_engine import TorchEngine
 
 REDUCES_UNUSED_PARAMETERS = hasattr(FSDPModule, "set_reduce_scatter_unused_params")
@@ -141,13 +140,11 @@ class FullyShardBuilder:
 
     def prepare_block(self, name: str, block: nn.Module) -> None:
         """See EngineBuilder; blocks that share parameters are sharded together, after the last of them."""
-        leave_recurrent_weights_alone(block)
         if unit := self._units.get(id(block)):
             self._shard(unit)
 
     def finish(self, model: nn.Module) -> Engine:
         """See EngineBuilder."""
-        leave_recurrent_weights_alone(model)
         self._shard([model])
         parts = self._parts
         definition = compare_passes(parts, parts.blocks, compares_parameters=not REDUCES_UNUSED_PARAMETERS)

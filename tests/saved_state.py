@@ -1,29 +1,25 @@
 """Saving and reading canonical state without a run, for tests of engines."""
 
-from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
-from sharding.part import Part
+from sharding.engine import Engine
 from sharding.ranks.process_group import Ranks
 from trainer.checkpoint.rank_file import write_rank_file
 from trainer.checkpoint.tensor_file import DTYPES, TensorFile
 from trainer.checkpoint.training_state import TrainingState
 from trainer.checkpoint.writer import CheckpointIdentity, commit_checkpoint, prepare_checkpoint
-from trainer.files.storage import CheckpointPath
 
 
-def save_checkpoint(
-    folder: CheckpointPath,
-    parts: list[Part],
-    training: TrainingState,
-    identity: CheckpointIdentity,
-    ranks: Ranks,
-    before_commit: Callable[[], None] = lambda: None,
-) -> None:
-    """Write one checkpoint and wait for it; every rank must call it."""
-    prepare_checkpoint(folder, parts, training.step, ranks, before_commit)
-    commit_checkpoint(folder, write_rank_file(folder, parts, ranks.rank), training, identity, ranks, before_commit)
+def save_state(engine: Engine, folder: Path, ranks: Ranks) -> None:
+    """Save an engine's state as that of some run, and wait for it; every rank must call it."""
+    counters = dict.fromkeys(("num_samples", "num_tokens", "num_skipped_steps", "num_skipped_in_a_row", "seed"), 0)
+    training = TrainingState(step=3, schedule_total_steps=6, **counters)
+    identity = CheckpointIdentity(config={}, data_fingerprint="none", strategy="none")
+    parts = engine.state(with_optimizer=True)
+    prepare_checkpoint(folder, parts, training.step, ranks, lambda: None)
+    commit_checkpoint(folder, write_rank_file(folder, parts, ranks.rank), training, identity, ranks, lambda: None)
 
 
 def whole_tensor(file: TensorFile, key: str) -> torch.Tensor:

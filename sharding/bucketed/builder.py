@@ -7,7 +7,6 @@ from sharding.bucketed.engine import BucketedEngine
 from sharding.engine import Engine
 from sharding.engine_builder import EngineParts
 from sharding.memory_formula import BUCKET_ELEMENTS
-from sharding.recurrent_weights import leave_recurrent_weights_alone
 
 
 class BucketedBuilder:
@@ -19,12 +18,10 @@ class BucketedBuilder:
         self._block_buckets: BlockBuckets | None = None
 
     def prepare_block(self, name: str, block: nn.Module) -> None:
-        """See EngineBuilder."""
-        leave_recurrent_weights_alone(block)
+        """See EngineBuilder; it stays as it is."""
 
     def finish(self, model: nn.Module) -> Engine:
         """See EngineBuilder."""
-        leave_recurrent_weights_alone(model)
         parts = self._parts
         return BucketedEngine(
             parts.definition,

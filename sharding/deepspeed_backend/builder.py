@@ -8,7 +8,6 @@ from sharding.deepspeed_backend.library import BlockPartitioner
 from sharding.engine import Engine
 from sharding.engine_builder import EngineParts
 from sharding.pass_agreement import compare_passes
-from sharding.recurrent_weights import leave_recurrent_weights_alone
 
 
 class DeepSpeedBuilder:
@@ -19,12 +18,10 @@ class DeepSpeedBuilder:
         self._parts = parts
 
     def prepare_block(self, name: str, block: nn.Module) -> None:
-        """See EngineBuilder."""
-        leave_recurrent_weights_alone(block)
+        """See EngineBuilder; it stays as it is."""
 
     def finish(self, model: nn.Module) -> Engine:
         """See EngineBuilder."""
-        leave_recurrent_weights_alone(model)
         parts = self._parts
         return DeepSpeedEngine(
             compare_passes(parts, self._gathered_when_called(model), compares_parameters=True),

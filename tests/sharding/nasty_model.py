@@ -15,11 +15,9 @@ from sharding.mesh import build_mesh
 from sharding.ranks.object_exchange import sum_integers_over_ranks
 from sharding.ranks.process_group import Ranks
 from sharding.state import layout_independent_hash
-from tests.saved_state import save_checkpoint, whole_tensor
+from tests.saved_state import whole_tensor
 from tests.sharding.engine_cases import tiny_config
 from trainer.checkpoint.reader import CheckpointReader
-from trainer.checkpoint.training_state import TrainingState
-from trainer.checkpoint.writer import CheckpointIdentity
 from trainer.config.deepspeed_settings import deepspeed_settings
 from trainer.optimizers.build import optimizer_factory
 
@@ -183,14 +181,6 @@ def train_plainly(state: dict[str, torch.Tensor], steps: range) -> dict[str, tor
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
     return {name: tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-
-
-def save(engine: Engine, folder: Path, ranks: Ranks) -> None:
-    """A checkpoint of all state."""
-    counters = dict.fromkeys(("num_samples", "num_tokens", "num_skipped_steps", "num_skipped_in_a_row", "seed"), 0)
-    training = TrainingState(step=1, schedule_total_steps=6, **counters)
-    identity = CheckpointIdentity(config={}, data_fingerprint="none", strategy="none")
-    save_checkpoint(folder, engine.state(with_optimizer=True), training, identity, ranks)
 
 
 def load(engine: Engine, folder: Path) -> None:

@@ -9,12 +9,10 @@ from torch import nn
 
 from sharding.mesh import build_mesh
 from sharding.ranks.process_group import Ranks
-from tests.saved_state import save_checkpoint
+from tests.saved_state import save_state
 from tests.sharding.engine_cases import FACTS, tiny_config, train_steps
 from tests.support import run_on_ranks
 from trainer.checkpoint.reader import CheckpointReader
-from trainer.checkpoint.training_state import TrainingState
-from trainer.checkpoint.writer import CheckpointIdentity
 from trainer.model.engine import build_model_engine
 from trainer.tasks.causal_lm import CausalLanguageModelling
 
@@ -46,13 +44,6 @@ def _engine(ranks: Ranks, backend: str, strategy: str, seed: int = 0) -> Any:
     return engine
 
 
-def _save(engine: Any, folder: Path, ranks: Ranks) -> None:
-    counters = dict.fromkeys(("num_samples", "num_tokens", "num_skipped_steps"), 0)
-    training = TrainingState(step=3, num_skipped_in_a_row=0, schedule_total_steps=6, seed=0, **counters)
-    identity = CheckpointIdentity(config={}, data_fingerprint="none", strategy="none")
-    save_checkpoint(folder, engine.state(with_optimizer=True), training, identity, ranks)
-
-
 def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in CheckpointReader(folder).manifest.tensors.items()}
 
@@ -73,7 +64,7 @@ def _train_and_save(ranks: Ranks, root: Path) -> None:
         before = _frozen_parts(engine)
         losses = train_steps(engine, ranks)
         assert all(torch.equal(part, before[name]) for name, part in _frozen_parts(engine).items()), case
-        _save(engine, root / f"{backend}-{strategy}", ranks)
+        save_state(engine, root / f"{backend}-{strategy}", ranks)
         found = _shapes(root / f"{backend}-{strategy}")
         losses += train_steps(engine, ranks)
         expected, shapes = expected or losses, shapes or found

@@ -9,6 +9,7 @@ from sharding.blocks import sharding_units
 from sharding.ranks.errors import UserError
 from sharding.ranks.process_group import Ranks
 from sharding.zero import refuse_scalars
+from tests.saved_state import save_state
 from tests.sharding import nasty_model
 from tests.support import run_on_ranks
 from trainer.checkpoint.reader import CheckpointReader
@@ -37,22 +38,22 @@ def _check(ranks: Ranks, root: Path, cases: tuple[tuple[str, str], ...]) -> None
     """Train, save, go on; and go on from what was saved, by the same engine and by one plain process."""
     for backend, strategy in cases:
         case, folder = (backend, strategy, ranks.world_size), root / f"{backend}-{strategy}-{ranks.world_size}"
-        nasty_model.save(nasty_model.nasty_engine(ranks, backend, strategy), folder / "initial", ranks)
+        save_state(nasty_model.nasty_engine(ranks, backend, strategy), folder / "initial", ranks)
         # Saved for the first time after steps, when the optimizer has no state of what never had a gradient.
         engine = nasty_model.nasty_engine(ranks, backend, strategy)
         nasty_model.train(engine, ranks, range(2))
-        nasty_model.save(engine, folder / "middle", ranks)
+        save_state(engine, folder / "middle", ranks)
         middle = nasty_model.state_hash(engine, ranks)
         losses = nasty_model.train(engine, ranks, range(2, 4))
-        nasty_model.save(engine, folder / "final", ranks)
+        save_state(engine, folder / "final", ranks)
         resumed = nasty_model.nasty_engine(ranks, backend, strategy)
         nasty_model.load(resumed, folder / "middle")
         assert nasty_model.state_hash(resumed, ranks) == middle, case
         assert nasty_model.train(resumed, ranks, range(2, 4)) == losses, case
-        nasty_model.save(resumed, folder / "resumed", ranks)
+        save_state(resumed, folder / "resumed", ranks)
         nasty_model.load(resumed, root / "torch-none-1" / "middle")
         nasty_model.train(resumed, ranks, range(2, 4))
-        nasty_model.save(resumed, folder / "from-elsewhere", ranks)
+        save_state(resumed, folder / "from-elsewhere", ranks)
         if backend != "deepspeed":
             squares = engine.train_batch_with_norms(*nasty_model.share_of(ranks, step=4))[1]
             assert len(squares) == int((squares > 0).sum()) == 2, case
@@ -85,7 +86,7 @@ def _check_with_nothing(ranks: Ranks, root: Path, backend: str, strategy: str) -
     with average.in_place_of_weights():
         engine.evaluate(nasty_model.share_of(ranks, step=0)[0][:1])
     ReplicaCheck(engine, ranks, lambda *_: None).run(1)
-    nasty_model.save(engine, folder, ranks)
+    save_state(engine, folder, ranks)
     before = nasty_model.state_hash(engine, ranks)
     resumed = nasty_model.nasty_engine(ranks, backend, strategy, trained="layers.1.gate.")
     nasty_model.load(resumed, folder)

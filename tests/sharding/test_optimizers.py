@@ -9,12 +9,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from sharding.engine import Engine
 from sharding.ranks.process_group import Ranks
-from tests.saved_state import save_checkpoint, whole_tensor
+from tests.saved_state import save_state, whole_tensor
 from tests.sharding.engine_cases import num_targets, random_batch, tiny_engine, train_steps
 from tests.support import TINY_MODEL, run_on_ranks
 from trainer.checkpoint.reader import CheckpointReader
-from trainer.checkpoint.training_state import TrainingState
-from trainer.checkpoint.writer import CheckpointIdentity
 
 # With rows that can be quantised, and with fewer rows in k_proj than three ranks can share evenly or at all.
 _MODEL = {
@@ -86,20 +84,6 @@ def test_a_step_makes_two_collectives_however_many_parameters() -> None:
     run_on_ranks(_count_collectives, 2)
 
 
-def _save(engine: Engine, folder: Path, ranks: Ranks) -> None:
-    training = TrainingState(
-        step=3,
-        num_samples=0,
-        num_tokens=0,
-        num_skipped_steps=0,
-        num_skipped_in_a_row=0,
-        schedule_total_steps=6,
-        seed=0,
-    )
-    identity = CheckpointIdentity(config={}, data_fingerprint="none", strategy="none")
-    save_checkpoint(folder, engine.state(with_optimizer=True), training, identity, ranks)
-
-
 def _whole_state(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, put together from its slices."""
     reader = CheckpointReader(folder)
@@ -127,7 +111,7 @@ def _continue_same(ranks: Ranks, root: Path) -> None:
     for name in _OWN:
         engine = _engine(ranks, "zero2", name)
         train_steps(engine, ranks)
-        _save(engine, root / name, ranks)
+        save_state(engine, root / name, ranks)
         losses = train_steps(engine, ranks)
         resumed = _engine(ranks, "zero2", name)
         resumed.load_state(CheckpointReader(root / name).read_into, with_optimizer=True)
@@ -143,7 +127,7 @@ def _continue_elsewhere(ranks: Ranks, root: Path, strategy: str, saved_by: str) 
         engine = _engine(ranks, strategy, name)
         engine.load_state(CheckpointReader(root / f"{name}{saved_by}").read_into, with_optimizer=True)
         folder = root / f"{name}-{strategy}-{ranks.world_size}"
-        _save(engine, folder, ranks)
+        save_state(engine, folder, ranks)
         _assert_equal(_whole_state(folder), _whole_state(root / name), (name, strategy))
         losses = train_steps(engine, ranks)
         assert losses == pytest.approx(torch.load(root / f"{name}.losses"), rel=2e-5), (name, strategy)

@@ -99,7 +99,7 @@ def model_facts(model: nn.Module, model_config: "PretrainedConfig") -> ModelFact
 
 
 def _output_embeddings(model: nn.Module) -> Any:
-    """The output projection of a model that says which it is."""
+    """The output projection of a model that says which it is; some of transformers raise where they have none."""
     try:
         return getattr(model, "get_output_embeddings", lambda: None)()
     except (AttributeError, NotImplementedError):

@@ -19,12 +19,10 @@ from sharding.bucketed.flat_buckets import flatten_parameters
 from sharding.engine import Engine
 from sharding.parallel_dims import Role
 from sharding.ranks.process_group import Ranks
-from tests.saved_state import save_checkpoint
+from tests.saved_state import save_state
 from tests.sharding.engine_cases import num_targets, random_batch, tiny_engine, train_steps
 from tests.support import TINY_MODEL, run_on_ranks
 from trainer.checkpoint.reader import CheckpointReader
-from trainer.checkpoint.training_state import TrainingState
-from trainer.checkpoint.writer import CheckpointIdentity
 
 _STAGES = ("zero1", "zero2", "zero3")
 _GROUPS = [{"pattern": "*.0.mlp.*", "lr_scale": 0.5, "weight_decay": 0.0}]
@@ -70,20 +68,6 @@ def _bucketed(ranks: Ranks, strategy: str, **options: Any) -> BucketedEngine:
     return engine
 
 
-def _save(engine: Engine, folder: Path, ranks: Ranks) -> None:
-    training = TrainingState(
-        step=3,
-        num_samples=0,
-        num_tokens=0,
-        num_skipped_steps=0,
-        num_skipped_in_a_row=0,
-        schedule_total_steps=6,
-        seed=0,
-    )
-    identity = CheckpointIdentity(config={}, data_fingerprint="none", strategy="none")
-    save_checkpoint(folder, engine.state(with_optimizer=True), training, identity, ranks)
-
-
 def _load(engine: Engine, folder: Path) -> Engine:
     engine.load_state(CheckpointReader(folder).read_into, with_optimizer=True)
     return engine
@@ -103,14 +87,14 @@ def _collectives(ranks: Ranks, engine: Engine) -> Counter[str]:
 def _train_and_save(ranks: Ranks, root: Path) -> None:
     reference = _engine(ranks, "ddp")
     losses = train_steps(reference, ranks)
-    _save(reference, root / "ddp", ranks)
+    save_state(reference, root / "ddp", ranks)
     later = train_steps(reference, ranks)
     for strategy in _STAGES:
         engine = _bucketed(ranks, strategy)
         # The embedding alone has one.
         assert len(engine._buckets) > 3
         assert train_steps(engine, ranks) == pytest.approx(losses, rel=1e-6), strategy
-        _save(engine, root / strategy, ranks)
+        save_state(engine, root / strategy, ranks)
         # As everybody's state: of the same layout, and of others.
         exact = train_steps(engine, ranks)
         assert exact == pytest.approx(later, rel=1e-5), strategy
@@ -131,7 +115,7 @@ def _train_and_save(ranks: Ranks, root: Path) -> None:
     for backend, strategy in backends:
         other = _load(_engine(ranks, strategy, backend=backend), root / "zero2")
         assert train_steps(other, ranks) == pytest.approx(later, rel=1e-5), backend
-    _save(other, root / "deepspeed", ranks)
+    save_state(other, root / "deepspeed", ranks)
     after = train_steps(other, ranks)
     back = _load(_bucketed(ranks, "zero1"), root / "deepspeed")
     assert train_steps(back, ranks) == pytest.approx(after, rel=1e-5)

@@ -14,12 +14,12 @@ from trainer.faults.hang.verdict import Traces, conclude_hang, judge, name_ranks
 
 STACKS = """Thread 0x00007f0000000002 (most recent call first):
   File "/usr/lib/python3.11/threading.py", line 327 in wait
-  File "/work/trainer/faults/hang/watchdog.py", line 99 in _watch
+  File "/home/user/shardline/trainer/faults/hang/watchdog.py", line 99 in _watch
 
 Thread 0x00007f0000000001 (most recent call first):
   File "/venv/lib/python3.11/site-packages/torch/distributed/distributed_c10d.py", line 3000 in all_reduce
   File "/home/user/my_task.py", line 12 in make_batch
-  File "/work/trainer/loop.py", line 7 in fit
+  File "/home/user/shardline/trainer/loop.py", line 7 in fit
 """
 MAIN_THREAD = 0x7F0000000001
 
