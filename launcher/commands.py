@@ -105,7 +105,7 @@ def drill(
         Path | None, typer.Option(metavar="DIR", help="Where runs and results go; runs/drills/NAME.", callback=expanded)
     ] = None,
 ) -> None:
-    """Strike a short run with a fault and prove that it ends as the undisturbed run does; exit status 1 if not."""
+    """Trigger a fault in a short run and prove that it ends as the undisturbed run does; exit status 1 if not."""
     from launcher.drills.catalogue import run_drills
 
     raise typer.Exit(run_drills(name, config, overrides or [], nproc_per_node, folder))
@@ -254,7 +254,7 @@ def data_prepare(config: Config, overrides: Overrides = None) -> None:
 def data_show(
     run_folder: Run,
     step: Annotated[int, typer.Option(min=1, help="Optimizer step, from 1.")],
-    limit: Annotated[int, typer.Option(min=0, help="Sequences to show; 0 means all of the step.")] = 0,
+    limit: Annotated[int, typer.Option(min=0, help="Samples to show; 0 means all of the step.")] = 0,
 ) -> None:
     """Show the documents and the text that a step trains on."""
     _become("trainer.commands.show_data", run_folder, *_option("--step", step), *_option("--limit", limit))
@@ -268,7 +268,7 @@ def checkpoint_list(run_folder: Run) -> None:
 
 @checkpoint_app.command("verify")
 def checkpoint_verify(run_folder: Run) -> None:
-    """Compare every file of a run's checkpoints with its manifest; exit status 2 if one is damaged."""
+    """Compare every file of a run's checkpoints with its manifest; exit status 2 if one is corrupt."""
     _become("trainer.commands.checkpoints", "verify", run_folder)
 
 

@@ -15,7 +15,7 @@ from sharding.ranks.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_FINISHED, EX
 from trainer.faults.failure.rank_error import is_of_a_peer, read_rank_errors
 from trainer.faults.failure.record import FAILURE_TEXT_NAME, Evidence
 from trainer.faults.failure.report import ProcessEnd, Sources, write_failure
-from trainer.faults.hang.places import Place
+from trainer.faults.hang.rank_progress import RankProgress
 from trainer.faults.hang.verdict import read_verdict
 from trainer.run_folder.folder import RunFolder
 
@@ -38,12 +38,12 @@ class Findings:
     Attributes:
         exits: how ranks ended.
         oom: what the kernel said of memory before the ranks started.
-        places: where each rank was last.
+        progress: where each rank was last.
     """
 
     exits: RankExits
     oom: OomWatch
-    places: Mapping[int, Place]
+    progress: Mapping[int, RankProgress]
 
 
 def conclude(agent: str, agent_status: int, findings: Findings, run_folder: RunFolder, log: Path) -> int:
@@ -85,7 +85,7 @@ def conclude(agent: str, agent_status: int, findings: Findings, run_folder: RunF
             outcome,
             ends=_ends(findings.exits.ends, first),
             first=first.rank if first is not None else None,
-            places=findings.places,
+            progress=findings.progress,
             oom_kill=oom_kill,
             evidence=[looked],
         )

@@ -7,8 +7,8 @@ from pathlib import Path
 from sharding.ranks.errors import EXIT_FAILED
 from trainer.faults.hang.deadlines import is_overdue
 from trainer.faults.hang.heartbeat import Heartbeat, Pulse, RunningTime, read_heartbeats
-from trainer.faults.hang.places import read_places
 from trainer.faults.hang.rank_process import ask_for_stacks, is_debugged
+from trainer.faults.hang.rank_progress import read_progress
 from trainer.faults.hang.verdict import conclude_hang, raise_alarm
 from trainer.run_folder.events import record_event
 from trainer.run_folder.folder import RunFolder
@@ -27,7 +27,7 @@ class HangWatch:
         Args:
             run_folder: the run's folder.
             log_dir: the attempt's logs.
-            variables: where ranks publish their places.
+            variables: where ranks publish their progress.
         """
         self._variables = variables
         self._run_folder = run_folder
@@ -51,7 +51,7 @@ class HangWatch:
         raise_alarm(self._log_dir, None, pulses)
         _ask_for_stacks(beats)
         self._has_stacks = True
-        hang = conclude_hang(self._log_dir, read_places(self._variables))
+        hang = conclude_hang(self._log_dir, read_progress(self._variables))
         step = min(beat.step for beat in beats)
         late = hang.late[0] if hang.late else None
         if self._run_folder.write_outcome("failed", EXIT_FAILED, max(step - 1, 0), hang.reason, late):

@@ -17,7 +17,7 @@ from launcher.oom_evidence import OomWatch
 from launcher.rank_exits import RankExits
 from launcher.stop_signals import StopSignals
 from sharding.ranks.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED
-from trainer.faults.hang.places import Places, read_places
+from trainer.faults.hang.rank_progress import ProgressMemory, read_progress
 from trainer.run_folder.folder import RunFolder
 from trainer.runtime.processes import ATTEMPT_VARIABLE, LEASE_VARIABLE
 
@@ -82,15 +82,15 @@ def run_ranks(
     marks = {LEASE_VARIABLE: lease_token, ATTEMPT_VARIABLE: str(attempt)}
     try:
         with log.open("ab") as stderr:
-            oom, places = OomWatch(), Places()
-            environment = {**os.environ, **variables, **marks, **places.variables}
+            oom, progress = OomWatch(), ProgressMemory()
+            environment = {**os.environ, **variables, **marks, **progress.variables}
             agent = start_child(command, environment, shielded=True, stderr=stderr)
         exits = RankExits(agent.pid)
         with log.open("rb") as agent_log, contextlib.closing(exits):
-            hangs = HangWatch(run_folder, log.parent, places.variables)
+            hangs = HangWatch(run_folder, log.parent, progress.variables)
             ended_by_force = _wait(agent, agent_log, exits, hangs, oom, signals, run_folder, lease_token)
-        findings = Findings(exits, oom, read_places(places.variables))
-        places.close()
+        findings = Findings(exits, oom, read_progress(progress.variables))
+        progress.close()
     finally:
         kill_marked(lease_token)
     if run_folder.is_taken_over:

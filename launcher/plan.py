@@ -71,7 +71,7 @@ class Plan:
                 f"run folder    {config.run_dir}",
                 f"ranks         {dims.world_size} ({device}), {config.parallel.backend} {config.parallel.strategy}, "
                 f"data-parallel degree {dims.data_degree}",
-                f"batch         {config.batch.global_size} sequences = {config.batch.micro_size} x {steps} "
+                f"batch         {config.batch.global_size} samples = {config.batch.micro_size} x {steps} "
                 f"accumulation steps x {dims.data_degree} ranks",
                 f"tokens        {tokens:,} a step, {tokens * total:,} in {total:,} steps",
                 *preview.splitlines(),

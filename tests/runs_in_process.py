@@ -20,7 +20,7 @@ from trainer.config import RunConfig, parse_config
 from trainer.config.rules import World
 from trainer.data.prepare import prepare_corpus
 from trainer.faults.injection.inject import Fault, inject_faults
-from trainer.loop import Ending
+from trainer.loop import ExitReason
 from trainer.run_folder.folder import RunFolder
 from trainer.runtime.phases import Phases
 from trainer.trackers.console import Console
@@ -99,14 +99,14 @@ class RunsInProcess:
         )
         trainer.resume_or_init()
         try:
-            ending = trainer.fit()
+            exit_reason = trainer.fit()
         finally:
             trainer.close()
             # A process that fails takes it along; here it would write beside the next attempt.
             for thread in threading.enumerate():
                 if thread.name == "checkpoint-writer":
                     thread.join()
-        assert (ending is Ending.STOPPED) == (stop_at is not None)
+        assert (exit_reason is ExitReason.STOPPED) == (stop_at is not None)
         dist.barrier()
         return folder
 

@@ -9,11 +9,11 @@ import time
 from sharding.ranks.errors import UserError
 from trainer.checkpoint.layout import check_sizes
 from trainer.checkpoint.manifest import read_manifest
-from trainer.checkpoint.reference import check_damaged
+from trainer.checkpoint.reference import refuse_all_corrupt
 from trainer.config import RunConfig, config_to_yaml, parse_config
 from trainer.config.frozen_config import frozen_differences
 from trainer.config.rules import World
-from trainer.config.secrets import blot_out_values
+from trainer.config.secrets import redact_values
 from trainer.faults.failure.record import set_failure_aside
 from trainer.files.atomic_files import write_atomically
 from trainer.files.outages import cannot_be_written
@@ -39,7 +39,7 @@ def check_continuation(folder: RunFolder, config: RunConfig) -> None:
     newest = folder.newest_checkpoint()
     _check_same_storage(folder, newest)
     if newest is None:
-        check_damaged(folder)
+        refuse_all_corrupt(folder)
         # Nothing to continue: whoever mends a mistake in the settings of a first attempt may start over here.
         return
     _check_frozen(folder, config)
@@ -82,7 +82,7 @@ def begin_attempt(folder: RunFolder, config: RunConfig, world: World, argv: list
             write_atomically(folder.config_file, config_to_yaml(config))
         if attempt > 1:
             write_atomically(folder.attempt_config_file(attempt), config_to_yaml(config))
-        provenance = blot_out_values(collect_provenance(config, world, argv), os.environ)
+        provenance = redact_values(collect_provenance(config, world, argv), os.environ)
         # It holds uncommitted changes of the code, in which there may be what no rule finds.
         text = json.dumps(provenance, indent=2) + "\n"
         write_atomically(folder.path / f"provenance{suffix}.json", text, owner_only=True)
@@ -99,7 +99,7 @@ def begin_attempt(folder: RunFolder, config: RunConfig, world: World, argv: list
 
 
 def is_complete(folder: RunFolder, config: RunConfig) -> bool:
-    """Whether the newest checkpoint is at or beyond the last step, and whole as far as sizes tell.
+    """Whether the newest checkpoint is at or beyond the last step, and complete as far as sizes tell.
 
     What files contain is compared by the ranks and by ``shardline checkpoint verify``.
     """

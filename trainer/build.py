@@ -21,8 +21,8 @@ from trainer.data.prepared import Prepared, PreparedStream, describe_mixture
 from trainer.data.samples import Samples
 from trainer.data.skipped_samples import SkippedSamples
 from trainer.data.streaming import StreamingLoader, state_of_rank
+from trainer.faults.injection.corrupted_samples import CorruptedTask
 from trainer.faults.injection.inject import Fault
-from trainer.faults.injection.spoiled_samples import SpoiledTask
 from trainer.loop import Trainer
 from trainer.metrics.peak_flops import compute_format, peak_flops
 from trainer.metrics.profiling import StepProfiler
@@ -33,7 +33,7 @@ from trainer.model.document_mask import check_architecture, check_engine
 from trainer.model.engine import build_model_engine, describe_model, parameter_hash
 from trainer.model.fetch import fetch_pretrained
 from trainer.numerics.replica_check import ReplicaCheck
-from trainer.numerics.spike_policy import BadNumbers
+from trainer.numerics.spike_policy import SpikePolicy
 from trainer.optimizers.weight_average import WeightAverage
 from trainer.parts import TrainerParts
 from trainer.run_folder.events import record_event
@@ -68,7 +68,7 @@ def build_trainer(
         run_folder: where the run lives.
         observers: who watches.
         phases: what this rank is doing.
-        faults: what strikes this rank on purpose.
+        faults: what is triggered on this rank on purpose.
         is_stop_requested: whether this rank was asked to stop.
         before_commit: see Checkpointer.
         before_write: see Checkpointer.
@@ -79,7 +79,7 @@ def build_trainer(
     samples = packed_samples(corpus, config.data, verify=config.faults.verify_data)
     task = configured_task(config.task, samples.facts)
     if faults:
-        task = SpoiledTask(
+        task = CorruptedTask(
             task,
             faults,
             config.batch.global_size,
@@ -101,17 +101,17 @@ def build_trainer(
     busy = BusyMeter(phases, config.parallel.strategy)
     named_sums = NamedSums(task)
     engine, facts = build_model_engine(fetched, task, mesh, ranks, samples.facts, busy.timed, named_sums)
-    observers.message(describe_model(config, facts, ranks))
+    observers.info(describe_model(config, facts, ranks))
     if predicts_next_tokens(task):
         check_causality(engine, config, samples.facts, ranks)
     if config.metrics.parameter_hash:
-        observers.message(f"initial parameters {parameter_hash(engine, ranks)}")
+        observers.info(f"initial parameters {parameter_hash(engine, ranks)}")
     corpus.check_sequence_length(config.data.sequence_length)
     check_held_out(config, samples)
     if config.data.document_mask:
         check_engine(engine, fetched, task, samples.facts)
     for line in describe_mixture(corpus, config.data.sequence_length, config.num_steps * config.batch.global_size):
-        observers.message(line)
+        observers.info(line)
 
     average = WeightAverage(engine, config.optimizer.ema_decay) if config.optimizer.ema_decay else None
     parts = TrainerParts(
@@ -143,11 +143,11 @@ def build_trainer(
                 lambda: check_tokenizer_of_checkpoint(reader, corpus.tokenizer_dir), ranks
             ),
             warn=observers.warn,
-            tell=observers.message,
+            notify=observers.info,
             before_write=before_write,
         ),
         observers=observers,
-        bad_numbers=BadNumbers(
+        spike_policy=SpikePolicy(
             config,
             ranks,
             observers,
@@ -170,7 +170,7 @@ def build_trainer(
         weight_average=average,
     )
     trainer = Trainer(config, parts)
-    if isinstance(task, SpoiledTask):
+    if isinstance(task, CorruptedTask):
         task.next_samples = lambda: trainer.next_samples
     return trainer
 

@@ -35,7 +35,7 @@ _GC_EVERY_STEPS = 100
 _LOOK_EVERY_STEPS = 10
 
 
-class Ending(Enum):
+class ExitReason(Enum):
     """How a run's loop ended."""
 
     FINISHED = "finished"
@@ -60,13 +60,13 @@ class Trainer:
         self._parts = parts
         self._training = self._initial_state()
         self._skipped = SkippedSteps(parts.ranks.device)
-        self._bad_numbers = parts.bad_numbers
+        self._spike_policy = parts.spike_policy
         self._clock = ThroughputClock(take_busy_s=parts.busy.take_s)
         self._noise_scale = NoiseScale() if config.metrics.gradient_noise_scale else None
         self._metrics_file: MetricsFile | None = None
         self._loader: BatchLoader | StreamingLoader | None = None
         self._loader_state: dict[str, Any] | None = None
-        # The run went back to a checkpoint, which does not say what is left out from now on; the next step's will.
+        # The run rolled back to a checkpoint, which does not say what is skipped from now on; the next step's will.
         self._owes_step = False
 
     @property
@@ -95,14 +95,14 @@ class Trainer:
         self._parts.phases.enter(Phase.LOAD)
         restored = self._parts.checkpointer.resume(self._parts.engine)
         if restored is not None:
-            self._restore(self._bad_numbers.leave_out_as_told(restored, self._config.data.skip_samples))
+            self._restore(self._spike_policy.skip_configured(restored, self._config.data.skip_samples))
         if sentence := sentence_after_curve(
             self._config.schedule, self._training.schedule_total_steps, self.step, self._config.num_steps
         ):
             self._parts.observers.warn(sentence)
         self._open_metrics_file()
 
-    def fit(self) -> Ending:
+    def fit(self) -> ExitReason:
         """Train up to ``steps``, or until a stop is agreed; either way the last step, if there was one, is saved.
 
         Raises:
@@ -110,7 +110,7 @@ class Trainer:
             UserError: a checkpoint could not be written.
         """
         if self.step >= self._config.num_steps:
-            return Ending.FINISHED
+            return ExitReason.FINISHED
         # Collections at different moments on different ranks would hold up one another at every collective.
         gc.disable()
         try:
@@ -132,11 +132,11 @@ class Trainer:
         if self._metrics_file is not None:
             self._metrics_file.close()
 
-    def _fit(self) -> Ending:
+    def _fit(self) -> ExitReason:
         self._clock.restart()
         first_step = self.step + 1
         phases = self._parts.phases
-        # The step after this one is not always the next: one may be taken again, and the run may go back.
+        # The step after this one is not always the next: one may be taken again, and the run may roll back.
         while self.step < self._config.num_steps:
             step = self.step + 1
             loader = self._open_loader()
@@ -162,7 +162,7 @@ class Trainer:
                     # loaded again, and the run begins anew as it has begun.
                     if self.step:
                         self._save(waits=True)
-                    return Ending.STOPPED
+                    return ExitReason.STOPPED
             phases.enter(Phase.TRAIN)
             with self._parts.profiler.step():
                 record = self._train_step(step, micro_batches, agreed.num_targets)
@@ -178,14 +178,14 @@ class Trainer:
             if step % _GC_EVERY_STEPS == 0:
                 gc.collect(1)
         self._save(waits=True)
-        return Ending.FINISHED
+        return ExitReason.FINISHED
 
     def _make_batches(self, micro_batches: list[MicroBatch]) -> list[Batch]:
         task = self._parts.task
         return [pinned(task.make_batch(micro.samples, micro.positions, training=True)) for micro in micro_batches]
 
     def _train_step(self, step: int, micro_batches: list[Batch], num_targets: int) -> StepRecord | None:
-        """Take one step; None where its samples were left out instead, and nothing else has changed."""
+        """Take one step; None where its samples were skipped instead, and nothing else has changed."""
         engine, optimizer = self._parts.engine, self._config.optimizer
         rate = learning_rate(step, optimizer.lr, self._config.schedule, self._training.schedule_total_steps)
         noise = None
@@ -196,17 +196,17 @@ class Trainer:
             loss_sum = engine.train_batch(micro_batches, num_targets)
         grad_norm = engine.clip_grad_norm(optimizer.clip_norm)
         taken = TakenStep(step, self._training.num_samples, loss_sum, grad_norm, num_targets)
-        if self._bad_numbers.judges_at_once:
-            bad = self._bad_numbers.judge_at_once(taken)
+        if self._spike_policy.judges_at_once:
+            bad = self._spike_policy.judge_at_once(taken)
             if bad is not None:
                 engine.drop_gradients()
                 # The step is taken again, as if these samples had never been there.
-                self._training = self._bad_numbers.leave_out(bad, self._training)
+                self._training = self._spike_policy.skip(bad, self._training)
                 self._close_loader()
                 return None
         stepped = engine.step(rate)
         self._skipped.add(stepped)
-        self._bad_numbers.add(taken)
+        self._spike_policy.add(taken)
         if self._parts.weight_average is not None:
             self._parts.weight_average.update(stepped)
         self._training = self._training.model_copy(
@@ -228,7 +228,7 @@ class Trainer:
         evaluates = is_last or is_due(step, config.evaluation.every_steps)
         logs = evaluates or is_due(step, config.metrics.every_steps)
         saves = is_due(step, config.checkpoint.every_steps)
-        if (logs or saves or self._bad_numbers.is_overdue) and self._judge_steps():
+        if (logs or saves or self._spike_policy.is_overdue) and self._judge_steps():
             return
         if logs:
             self._log(record, evaluates=evaluates)
@@ -240,14 +240,14 @@ class Trainer:
             self._save(waits=False)
 
     def _judge_steps(self) -> bool:
-        """Judge the steps since the last time; whether the run has gone back to a checkpoint."""
-        restored = self._bad_numbers.judge(self._training, self._load_until)
+        """Judge the steps since the last time; whether the run has rolled back to a checkpoint."""
+        restored = self._spike_policy.judge(self._training, self._load_until)
         if restored is None:
             return False
         self._restore(restored)
         self._owes_step = True
         self._open_metrics_file()
-        self._parts.observers.rewound()
+        self._parts.observers.rolled_back()
         self._close_loader()
         self._clock.restart()
         return True
@@ -263,7 +263,7 @@ class Trainer:
         self._skipped = SkippedSteps(
             self._parts.ranks.device, restored.num_skipped_steps, restored.num_skipped_in_a_row
         )
-        self._bad_numbers.restore(restored)
+        self._spike_policy.restore(restored)
         if self._noise_scale is not None:
             self._noise_scale = NoiseScale(restored.noise_gradient_square, restored.noise_variance)
 
@@ -341,7 +341,7 @@ class Trainer:
     def _save(self, *, waits: bool) -> None:
         """Save this step; ``waits`` until it is written, also where training could go on meanwhile."""
         self._wait_for_device()
-        # A damaged copy must not go into a checkpoint.
+        # A corrupt copy must not go into a checkpoint.
         self._parts.compare_replicas(self.step)
         self._parts.phases.enter(Phase.SAVE)
         with self._clock.paused("saving"):
@@ -352,7 +352,7 @@ class Trainer:
                     "num_skipped_in_a_row": int(self._skipped.in_a_row.item()),
                     "noise_gradient_square": self._noise_scale.gradient_square if self._noise_scale else 0.0,
                     "noise_variance": self._noise_scale.variance if self._noise_scale else 0.0,
-                    **self._bad_numbers.state(),
+                    **self._spike_policy.state(),
                     "trackers": self._parts.observers.tracker_state(),
                     "loader_states": gather_states(self._loader_state, self._parts.mesh.dims, self._parts.ranks),
                 }

@@ -15,7 +15,7 @@ from trainer.metrics.profiling import StepProfiler
 from trainer.metrics.stragglers import BusyMeter
 from trainer.metrics.system_metrics import SystemMeter
 from trainer.model.models import ModelFacts
-from trainer.numerics.spike_policy import BadNumbers
+from trainer.numerics.spike_policy import SpikePolicy
 from trainer.optimizers.weight_average import WeightAverage
 from trainer.runtime.phases import Phases
 from trainer.tasks.evaluation import Evaluation
@@ -37,7 +37,7 @@ class TrainerParts:
         evaluation_batches: this rank's share of the held-out samples, as micro-batches; equally many on every rank.
         checkpointer: saving and resuming.
         observers: console, trackers; silent on all ranks but the first.
-        bad_numbers: judges each step's loss and gradient norm.
+        spike_policy: judges each step's loss and gradient norm.
         phases: what this rank is doing; the loop tells it.
         is_stop_requested: whether this rank was asked to stop.
         compare_replicas: called with a step; raises where ranks hold different parameters, if that is looked for.
@@ -59,7 +59,7 @@ class TrainerParts:
     evaluation_batches: Callable[[], Iterable[MicroBatch]]
     checkpointer: Checkpointer
     observers: Observers
-    bad_numbers: BadNumbers
+    spike_policy: SpikePolicy
     phases: Phases
     is_stop_requested: Callable[[], bool]
     compare_replicas: Callable[[int], None]

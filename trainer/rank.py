@@ -34,7 +34,7 @@ from trainer.faults.hang.rank_process import kill
 from trainer.faults.hang.verdict import Hang
 from trainer.faults.hang.watchdog import Watchdog
 from trainer.faults.injection.inject import faults_of, inject_faults, read_faults
-from trainer.loop import Ending, Trainer
+from trainer.loop import ExitReason, Trainer
 from trainer.metrics.goodput_ledger import GoodputLedger
 from trainer.metrics.stragglers import StragglerWatch
 from trainer.model.engine import describe_model
@@ -43,9 +43,9 @@ from trainer.run_folder.attempt_record import AttemptRecord, write_attempt_recor
 from trainer.run_folder.events import record_event
 from trainer.run_folder.folder import RunFolder
 from trainer.run_folder.lease import Lease
+from trainer.runtime.drain import Drain
 from trainer.runtime.foreign_settings import refuse_foreign_settings
 from trainer.runtime.host_memory import keep_freed_memory
-from trainer.runtime.last_work import LastWork
 from trainer.runtime.phases import Phase, Phases
 from trainer.runtime.processes import end_process, process_age_s
 from trainer.runtime.randomness import use_deterministic_kernels
@@ -72,7 +72,7 @@ class _Progress:
     attempt: int = 0
     watchdog: Watchdog | None = None
     ledger: GoodputLedger | None = None
-    last_work: LastWork | None = None
+    drain: Drain | None = None
 
     @property
     def step(self) -> int:
@@ -114,8 +114,8 @@ def main(arguments: Sequence[str]) -> NoReturn:
         write_run_goodput(progress.run_folder)
     if progress.lease is not None:
         progress.lease.release()
-    if progress.last_work is not None:
-        progress.last_work.finish()
+    if progress.drain is not None:
+        progress.drain.finish()
     end_process(EXIT_FINISHED if exit_code == EXIT_STOPPED and _is_restarted_by_agent() else exit_code)
 
 
@@ -170,7 +170,7 @@ def _run(arguments: Sequence[str], progress: _Progress) -> int:
         _start_watchdog(config, ranks, progress)
         progress.observers = observers = _build_observers(config, run_folder, ranks, progress)
         if rank == 0 and not is_of_present_source(corpus, config.data):
-            observers.message(
+            observers.info(
                 f"the run goes on with its prepared corpus {corpus.folder}, though its sources have moved or changed "
                 "since, or this release would prepare them otherwise"
             )
@@ -195,11 +195,11 @@ def _run(arguments: Sequence[str], progress: _Progress) -> int:
             # A report that lacks it is no reason to end a run.
             with contextlib.suppress(OSError):
                 write_attempt_record(run_folder.log_dir(attempt), record)
-        ending = _train(trainer, config, run_folder, observers, ranks, progress.phases, stop_request)
+        exit_reason = _train(trainer, config, run_folder, observers, ranks, progress.phases, stop_request)
         # What comes now is rank 0's alone, and may take its time: trackers that send what they have.
         _stop_watchdog(progress)
-        progress.last_work = LastWork(ranks)
-    return EXIT_FINISHED if ending is Ending.FINISHED else EXIT_STOPPED
+        progress.drain = Drain(ranks)
+    return EXIT_FINISHED if exit_reason is ExitReason.FINISHED else EXIT_STOPPED
 
 
 def _train(
@@ -210,28 +210,28 @@ def _train(
     ranks: Ranks,
     phases: Phases,
     stop_request: StopRequest,
-) -> Ending:
+) -> ExitReason:
     observers.start(trainer.step)
     if trainer.step >= config.num_steps:
-        observers.message(f"run {config.name} is complete at step {trainer.step}; nothing to do")
+        observers.info(f"run {config.name} is complete at step {trainer.step}; nothing to do")
     elif trainer.step:
-        observers.message(f"continuing after step {trainer.step}")
-    ending = trainer.fit()
+        observers.info(f"continuing after step {trainer.step}")
+    exit_reason = trainer.fit()
     phases.enter(Phase.FINISH)
     trainer.close()
     if ranks.rank == 0:
-        exit_code = EXIT_FINISHED if ending is Ending.FINISHED else EXIT_STOPPED
+        exit_code = EXIT_FINISHED if exit_reason is ExitReason.FINISHED else EXIT_STOPPED
         cause = stop_request.describe(run_folder.stop_file)
         stopped = f"stopped {f'by {cause}' if cause else 'on request'}; run again to continue"
-        reason = "all steps done" if ending is Ending.FINISHED else stopped
-        run_folder.write_outcome(ending.value, exit_code, trainer.step, reason)
+        reason = "all steps done" if exit_reason is ExitReason.FINISHED else stopped
+        run_folder.write_outcome(exit_reason.value, exit_code, trainer.step, reason)
         if observers.ledger is not None:
-            observers.message(observers.ledger.sentence())
+            observers.info(observers.ledger.sentence())
     if ranks.world_size > 1:
         # torchrun takes the first rank that exits with 75 for a failure and ends the others: not before the outcome is
         # there.
         dist.barrier()
-    return ending
+    return exit_reason
 
 
 def _begin_attempt(config: RunConfig, world: World, run_folder: RunFolder, progress: _Progress) -> int:

@@ -25,7 +25,7 @@ from trainer.data.prepare import prepare_corpus
 from trainer.loop import Trainer
 from trainer.run_folder.folder import RunFolder
 from trainer.runtime.host_memory import keep_freed_memory
-from trainer.runtime.phases import Moment, Phase, Phases
+from trainer.runtime.phases import Phase, Phases, PhaseState
 from trainer.runtime.processes import end_process
 from trainer.trackers.console import Console
 from trainer.trackers.observers import Observers
@@ -128,7 +128,7 @@ class _Measurement:
         self._was_writing = self._is_writing
         return False
 
-    def _see_phase(self, ended: Moment, begun: Moment) -> None:
+    def _see_phase(self, ended: PhaseState, begun: PhaseState) -> None:
         if ended.phase is Phase.SAVE:
             self._blocking_s += begun.since - ended.since
         if begun.phase is not Phase.SAVE:

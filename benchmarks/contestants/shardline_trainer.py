@@ -11,7 +11,7 @@ from benchmarks.measure.turns import StepEdge
 from sharding.config import Backend
 from trainer.build import build_trainer
 from trainer.run_folder.folder import RunFolder
-from trainer.runtime.phases import Moment, Phase, Phases
+from trainer.runtime.phases import Phase, Phases, PhaseState
 from trainer.runtime.stopping import StopRequest
 from trainer.trackers.console import Console
 from trainer.trackers.observers import Observers
@@ -77,7 +77,7 @@ class ShardlineTrainer(Contestant):
         lines = [json.loads(line) for line in self._run_folder.metrics_file.read_text().splitlines()]
         return StepLog({line["step"]: line["train/loss"] for line in lines})
 
-    def _hear(self, ended: Moment, begun: Moment) -> None:
+    def _hear(self, ended: PhaseState, begun: PhaseState) -> None:
         """See edges, and show a profiler where the loop waits for a batch, as torch's DataLoader does by itself."""
         if ended.phase is Phase.DATA:
             self._input_span.__exit__(None, None, None)

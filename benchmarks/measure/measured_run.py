@@ -20,7 +20,7 @@ from trainer.data.prepare import prepare_corpus
 from trainer.data.samples import MicroBatch
 from trainer.loop import Trainer
 from trainer.run_folder.folder import RunFolder
-from trainer.runtime.phases import Moment, Phase, Phases
+from trainer.runtime.phases import Phase, Phases, PhaseState
 from trainer.trackers.console import Console
 from trainer.trackers.observers import Observers
 
@@ -230,7 +230,7 @@ class MeasuredRun:
         if self._ranks.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def _see_phase(self, ended: Moment, begun: Moment) -> None:
+    def _see_phase(self, ended: PhaseState, begun: PhaseState) -> None:
         if ended.phase is Phase.DATA:
             self._waited_s += begun.since - ended.since
 

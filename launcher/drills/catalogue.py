@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from launcher.drills import damage, interruptions, numbers
+from launcher.drills import corruption, interruptions, numbers
 from launcher.drills.outcome import Outcome
 from launcher.drills.stage import Stage
 from sharding.ranks.errors import EXIT_FAILED, EXIT_FINISHED, UserError
@@ -18,11 +18,11 @@ DRILLS: dict[str, Callable[[Stage], Outcome]] = {
     "slow": interruptions.slow,
     "nan": numbers.nan,
     "spike": numbers.spike,
-    "corrupt-checkpoint": damage.corrupt_checkpoint,
-    "truncate-checkpoint": damage.truncate_checkpoint,
-    "disk-full": damage.disk_full,
-    "data-corrupt": damage.data_corrupt,
-    "tracker-down": damage.tracker_down,
+    "corrupt-checkpoint": corruption.corrupt_checkpoint,
+    "truncate-checkpoint": corruption.truncate_checkpoint,
+    "disk-full": corruption.disk_full,
+    "data-corrupt": corruption.data_corrupt,
+    "tracker-down": corruption.tracker_down,
 }
 
 

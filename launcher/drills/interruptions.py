@@ -6,7 +6,7 @@ import time
 
 from launcher.drills.observed_run import ObservedRun
 from launcher.drills.outcome import Outcome
-from launcher.drills.stage import STRIKE_AT, Stage
+from launcher.drills.stage import TRIGGER_STEP, Stage
 from sharding.ranks.errors import EXIT_FINISHED, EXIT_STOPPED
 from trainer.metrics.stragglers import NUM_INTERVALS
 
@@ -15,14 +15,14 @@ _SLOWER_S = 1.5
 
 
 def kill(stage: Stage) -> Outcome:
-    """SIGKILL strikes a rank in the middle of a step."""
+    """A rank is killed in the middle of a step."""
     outcome = Outcome("kill")
     run = stage.disturbed("kill", "faults.max_restarts=1")
     ended = run.run_until_finished(environment=stage.faults({"fault": "kill", "attempt": 1}))
     outcome.expect("the run finishes", ended.exit_code == EXIT_FINISHED, f"exit status {ended.exit_code}")
     _expect_failure(outcome, run, kind="killed", rank=stage.victim)
     stage.compare(outcome, run)
-    stage.time(outcome, run, struck_at=run.struck_at(), detected_at=run.noticed_at())
+    stage.time(outcome, run, triggered_at=run.triggered_at(), detected_at=run.noticed_at())
     return outcome
 
 
@@ -37,7 +37,7 @@ def term(stage: Stage) -> Outcome:
         asked_at.append(time.time())
 
     slow = stage.faults({"fault": "slow", "seconds": 0.5, "step": 2, "num_steps": 10, "attempt": 1})
-    ended = run.run(environment=slow, when=lambda: run.has_reached(STRIKE_AT - 2), then=terminate)
+    ended = run.run(environment=slow, when=lambda: run.has_reached(TRIGGER_STEP - 2), then=terminate)
     outcome.expect("it saves and ends with 75", ended.exit_code == EXIT_STOPPED, f"exit status {ended.exit_code}")
     saved = run.folder.newest_checkpoint()
     last = run.lines()[-1]["step"]
@@ -45,7 +45,7 @@ def term(stage: Stage) -> Outcome:
     again = run.run_until_finished()
     outcome.expect("the same command finishes it", again.exit_code == EXIT_FINISHED, f"exit status {again.exit_code}")
     stage.compare(outcome, run)
-    stage.time(outcome, run, struck_at=asked_at[0], detected_at=ended.at)
+    stage.time(outcome, run, triggered_at=asked_at[0], detected_at=ended.at)
     return outcome
 
 
@@ -56,12 +56,12 @@ def hang(stage: Stage) -> Outcome:
     ended = run.run_until_finished(environment=stage.faults({"fault": "hang", "attempt": 1}))
     outcome.expect("the run finishes", ended.exit_code == EXIT_FINISHED, f"exit status {ended.exit_code}")
     failure = _expect_failure(outcome, run, kind="hang", rank=stage.victim)
-    outcome.expect("it names the step", failure.get("step") == STRIKE_AT, f"step {failure.get('step')}")
+    outcome.expect("it names the step", failure.get("step") == TRIGGER_STEP, f"step {failure.get('step')}")
     stage.compare(outcome, run)
     stage.time(
         outcome,
         run,
-        struck_at=run.struck_at(),
+        triggered_at=run.triggered_at(),
         detected_at=run.noticed_at(),
         deadline_s=run.alarm(attempt=1).get("allowance_s") or 0.0,
     )
@@ -85,7 +85,7 @@ def slow(stage: Stage) -> Outcome:
     stage.time(
         outcome,
         run,
-        struck_at=run.struck_at(),
+        triggered_at=run.triggered_at(),
         detected_at=named[0]["time"] if named else None,
         deadline_s=NUM_INTERVALS * _SLOWER_S,
     )

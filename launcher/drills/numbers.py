@@ -2,7 +2,7 @@
 
 from launcher.drills.observed_run import ObservedRun
 from launcher.drills.outcome import Outcome
-from launcher.drills.stage import STRIKE_AT, Stage
+from launcher.drills.stage import TRIGGER_STEP, Stage
 from sharding.ranks.errors import EXIT_FINISHED
 
 # A short run has few steps to compare with, and an injected spike is four orders of magnitude.
@@ -10,7 +10,7 @@ _DETECTOR = ("faults.spike_warmup_steps=4", "faults.spike_threshold=50")
 
 
 def nan(stage: Stage) -> Outcome:
-    """One rank's loss is not a number for the samples of one step: all ranks leave them out."""
+    """One rank's loss is not a number for the samples of one step: all ranks skip them."""
     outcome = Outcome("nan")
     run = stage.disturbed("nan", "faults.spike_policy=skip", *_DETECTOR)
     ended = run.run(environment=stage.faults({"fault": "nan"}))
@@ -18,7 +18,7 @@ def nan(stage: Stage) -> Outcome:
     _expect_left_out(outcome, stage, run, "nonfinite")
     outcome.expect("no step was applied with it", all(line["train/loss"] is not None for line in run.lines()))
     stage.compare(outcome, run, _told(stage))
-    stage.time(outcome, run, struck_at=run.struck_at(), detected_at=_noticed_at(run, "nonfinite"))
+    stage.time(outcome, run, triggered_at=run.triggered_at(), detected_at=_noticed_at(run, "nonfinite"))
     return outcome
 
 
@@ -32,25 +32,25 @@ def spike(stage: Stage) -> Outcome:
         _expect_left_out(outcome, stage, run, "spike")
         stage.compare(outcome, run, _told(stage))
         if policy == "rollback":
-            gone_back = run.events("rollback")
-            outcome.expect("it goes back to the checkpoint before", len(gone_back) == 1, gone_back[:1])
-            stage.time(outcome, run, struck_at=run.struck_at(), detected_at=_noticed_at(run, "spike"))
+            rolled_back = run.events("rollback")
+            outcome.expect("it rolls back to the checkpoint before", len(rolled_back) == 1, rolled_back[:1])
+            stage.time(outcome, run, triggered_at=run.triggered_at(), detected_at=_noticed_at(run, "spike"))
     return outcome
 
 
 def _told(stage: Stage) -> ObservedRun:
-    """The run that is told from the start to leave out the samples of the step that the fault strikes."""
-    first, size = (STRIKE_AT - 1) * stage.config.batch.global_size, stage.config.batch.global_size
+    """The run that is told from the start to skip the samples of the step in which the fault is triggered."""
+    first, size = (TRIGGER_STEP - 1) * stage.config.batch.global_size, stage.config.batch.global_size
     return stage.told("told", f"data.skip_samples=[[{first}, {first + size}]]", *_DETECTOR)
 
 
 def _expect_left_out(outcome: Outcome, stage: Stage, run: ObservedRun, kind: str) -> None:
     events, size = run.events(kind), stage.config.batch.global_size
-    first = (STRIKE_AT - 1) * size
+    first = (TRIGGER_STEP - 1) * size
     names = len(events) == 1 and events[0]["samples"] == [[first, first + size]] and bool(events[0]["documents"])
     outcome.expect(
         "events.jsonl names step, samples and documents",
-        names and events[0]["step"] == STRIKE_AT,
+        names and events[0]["step"] == TRIGGER_STEP,
         f"step {events[0]['step']}, {len(events[0]['documents'])} documents" if events else f"no event {kind}",
     )
 

@@ -121,7 +121,7 @@ class ObservedRun:
         return [event for event in read_events(self.folder.path) if event["kind"] == kind]
 
     def lines(self) -> list[dict[str, Any]]:
-        """The whole lines of metrics.jsonl."""
+        """The complete lines of metrics.jsonl."""
         return [json.loads(text) for text in self._texts()]
 
     def curve(self) -> list[tuple[Any, ...]]:
@@ -152,8 +152,8 @@ class ObservedRun:
         """What the watchdogs of an attempt raised the alarm about; empty where they did not."""
         return _read_json(self.folder.log_dir(attempt) / "alarm.json")
 
-    def struck_at(self) -> float:
-        """When the first fault struck, wall clock in seconds; infinity where none did."""
+    def triggered_at(self) -> float:
+        """When the first fault was triggered, wall clock in seconds; infinity where none was."""
         return min((event["time"] for event in self.events("injected")), default=math.inf)
 
     def noticed_at(self) -> float | None:

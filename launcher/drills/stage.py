@@ -1,4 +1,4 @@
-"""Where a drill takes place: a short run that nothing disturbs, and beside it the one that the fault strikes."""
+"""Where a drill takes place: a short run that nothing disturbs, and beside it the one in which a fault is triggered."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ from trainer.run_folder.folder import RunFolder
 STEPS = 12
 SAVE_EVERY = 4
 # Behind a checkpoint, so that steps are lost and trained again.
-STRIKE_AT = 7
+TRIGGER_STEP = 7
 _MARKER = "drill.json"
 _DETECT_WITHIN_S = 10.0
 _RECOVER_WITHIN_S = 30.0
@@ -55,7 +55,7 @@ class Stage:
 
     @property
     def victim(self) -> int:
-        """The rank that a fault strikes: the last, since rank 0 is the special one."""
+        """The rank on which a fault is triggered: the last, since rank 0 is the special one."""
         return self.num_ranks - 1
 
     @property
@@ -82,12 +82,12 @@ class Stage:
         return run
 
     def disturbed(self, name: str, *settings: str) -> ObservedRun:
-        """A run that a fault is to strike; nothing is started yet."""
+        """A run in which a fault is to be triggered; nothing is started yet."""
         return self._observe(name, settings)
 
     def faults(self, *faults: Mapping[str, Any]) -> dict[str, str]:
         """The variables that make faults happen, each in the first attempt and on the victim unless it says other."""
-        return {INJECT_VARIABLE: json.dumps([{"rank": self.victim, "step": STRIKE_AT, **fault} for fault in faults])}
+        return {INJECT_VARIABLE: json.dumps([{"rank": self.victim, "step": TRIGGER_STEP, **fault} for fault in faults])}
 
     def compare(self, outcome: Outcome, run: ObservedRun, other: ObservedRun | None = None) -> None:
         """Claim that a run ended as another did, the undisturbed one unless given: bit for bit, each step once."""
@@ -111,7 +111,7 @@ class Stage:
         outcome: Outcome,
         run: ObservedRun,
         *,
-        struck_at: float,
+        triggered_at: float,
         detected_at: float | None,
         deadline_s: float = 0.0,
     ) -> None:
@@ -119,14 +119,14 @@ class Stage:
 
         Args:
             outcome: gets both.
-            run: the run that was struck.
-            struck_at: when, wall clock in seconds.
+            run: the run with the fault.
+            triggered_at: when, wall clock in seconds.
             detected_at: when it was known; None where nobody noticed.
             deadline_s: seconds that have to pass before anything can be known.
         """
-        again_at = run.first_seen(after=detected_at or struck_at)
-        outcome.detect_s = None if detected_at is None else detected_at - struck_at
-        outcome.recover_s = None if again_at is None else again_at - struck_at
+        again_at = run.first_seen(after=detected_at or triggered_at)
+        outcome.detect_s = None if detected_at is None else detected_at - triggered_at
+        outcome.recover_s = None if again_at is None else again_at - triggered_at
         limit_s = _DETECT_WITHIN_S + deadline_s
         beyond = f" beyond the deadline of {deadline_s:.1f} s" if deadline_s else ""
         outcome.expect(
@@ -137,8 +137,8 @@ class Stage:
         )
         outcome.expect(
             f"training again within {_RECOVER_WITHIN_S:g} s of being detected",
-            again_at is not None and again_at - (detected_at or struck_at) <= _RECOVER_WITHIN_S,
-            "not at all" if again_at is None else f"{again_at - (detected_at or struck_at):.1f} s",
+            again_at is not None and again_at - (detected_at or triggered_at) <= _RECOVER_WITHIN_S,
+            "not at all" if again_at is None else f"{again_at - (detected_at or triggered_at):.1f} s",
             is_timed=again_at is not None,
         )
 

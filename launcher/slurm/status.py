@@ -159,7 +159,7 @@ def _row(run_dir: Path, number: str, known: Mapping[str, QueuedJob]) -> tuple[st
 
 
 def _last_line(path: Path) -> dict[str, Any]:
-    """The newest whole line of metrics; empty where there is none."""
+    """The newest complete line of metrics; empty where there is none."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - _TAIL_BYTES))

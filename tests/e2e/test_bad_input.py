@@ -205,7 +205,7 @@ def test_a_checkpoint_of_another_model(trained_run: Path, make_config: MakeConfi
     _refused(shardline("run", config, "optimizer.name=sgd", "--nproc-per-node", 2), "another model or optimizer")
 
 
-def test_a_damaged_checkpoint(trained_run: Path, tmp_path: Path) -> None:
+def test_a_corrupt_checkpoint(trained_run: Path, tmp_path: Path) -> None:
     copy = tmp_path / "runs" / "tiny"
     shutil.copytree(trained_run.parent / "runs" / "tiny", copy)
     shutil.copy(trained_run, tmp_path)
@@ -218,7 +218,7 @@ def test_a_damaged_checkpoint(trained_run: Path, tmp_path: Path) -> None:
     moved = copy / "checkpoints" / "damaged" / "step-00000002"
     assert not file.exists()
     assert [event["kind"] for event in read_events(copy)] == ["checkpoint_damaged"]
-    _refused(shardline(*arguments), "only damaged ones", str(len(contents) - 100))
+    _refused(shardline(*arguments), "only corrupt ones", str(len(contents) - 100))
     assert len(read_metrics(copy)) == 2
     moved.rename(file.parent)
     file.write_bytes(contents)

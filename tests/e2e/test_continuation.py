@@ -108,7 +108,7 @@ def test_any_ranks_and_any_strategy_continue_with_the_same_samples(
 ) -> None:
     copy = tmp_path / "runs" / "straight"
     shutil.copytree(straight, copy)
-    # The two newest are damaged, one so that its size tells and one by a bit of its contents.
+    # The two newest are corrupt, one so that its size tells and one by a bit of its contents.
     _cut_short(copy / "checkpoints" / "step-00000012" / "rank-00001.safetensors")
     _flip_a_bit(copy / "checkpoints" / "step-00000009" / "rank-00001.safetensors")
     overrides = (f"output_dir={tmp_path / 'runs'}", f"parallel.strategy={strategy}", *extra)
@@ -125,9 +125,9 @@ def test_any_ranks_and_any_strategy_continue_with_the_same_samples(
     # What had been trained after the checkpoint and was trained again is kept aside: every step appears once.
     discarded = (copy / "metrics.discarded.jsonl").read_text().splitlines()
     assert len(discarded) == 6
-    damaged = [(event["kind"], event["step"], event["path"]) for event in read_events(copy)]
+    corrupt = [(event["kind"], event["step"], event["path"]) for event in read_events(copy)]
     aside = copy / "checkpoints" / "damaged"
-    assert damaged == [("checkpoint_damaged", step, str(aside / f"step-{step:08d}")) for step in (12, 9)]
+    assert corrupt == [("checkpoint_damaged", step, str(aside / f"step-{step:08d}")) for step in (12, 9)]
     assert {path.name for path in aside.iterdir()} == {"step-00000009", "step-00000012"}
 
 

@@ -62,11 +62,11 @@ def _report(run_dir: Path, status: int) -> Failure:
     return failure
 
 
-def _detection_s(run_dir: Path, struck_at: float) -> float:
+def _detection_s(run_dir: Path, triggered_at: float) -> float:
     """Seconds from the deadline of whoever raised the alarm to the verdict."""
     alarm = json.loads((run_dir / "logs" / "attempt-1" / "alarm.json").read_text())
     (hang,) = [event for event in read_events(run_dir) if event["kind"] == "hang"]
-    return float(hang["time"] - struck_at - alarm["allowance_s"])
+    return float(hang["time"] - triggered_at - alarm["allowance_s"])
 
 
 def test_a_rank_that_sleeps_is_named_with_line_step_and_collective(
@@ -142,9 +142,9 @@ def test_a_stopped_rank_is_a_hang(
         process = start_watched(config)
     wait_until(lambda: len(read_metrics(run_dir)) >= 12, what="step 12")
     os.kill(rank_processes(run_dir)[1], signal.SIGSTOP)
-    struck_at = time.time()
+    triggered_at = time.time()
     failure = _report(run_dir, process.wait(120))
-    assert _detection_s(run_dir, struck_at) < 10
+    assert _detection_s(run_dir, triggered_at) < 10
     assert "its process being in state T (stopped)" in failure.reason
     assert "rank 0 waited in " in failure.reason
 

@@ -168,7 +168,7 @@ def test_a_rank_that_is_killed_while_it_writes_leaves_no_checkpoint(make_config:
     assert "continuing after step 3" in continued.stdout
     # What the killed attempt had written of it is not part of it.
     verified = shardline("checkpoint", "verify", checkpoints.parent)
-    assert verified.stdout.splitlines() == [f"step-{step:08d}: whole" for step in (3, 6, 8)]
+    assert verified.stdout.splitlines() == [f"step-{step:08d}: complete" for step in (3, 6, 8)]
 
 
 def test_ctrl_c_saves_and_the_same_command_continues(make_config: MakeConfig, tmp_path: Path) -> None:

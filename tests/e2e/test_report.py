@@ -377,7 +377,7 @@ def test_two_runs_are_compared(page: Page, reports: dict[str, Path]) -> None:
 @needs_browser
 def test_what_a_run_brings_stays_text(page: Page, reports: dict[str, Path]) -> None:
     page.open(reports["quickstart"], _DESK, "light")
-    assert page.run("return document.querySelector('.sample pre').textContent") == _HOSTILE
+    assert page.run("return document.querySelector('.excerpt pre').textContent") == _HOSTILE
     assert page.run("return [window.broken ?? null, document.images.length]") == [None, 0]
     page.open(reports["tiny"], _DESK, "light")
     attempts = page.run("return document.querySelector('#attempts tbody').innerText")

@@ -33,7 +33,7 @@ def test_dry_run_shows_the_plan_and_writes_nothing(config_file: Path) -> None:
     assert finished.returncode == 0, finished.stderr
     lines = finished.stdout.splitlines()
     assert "ranks         3 (CPU, gloo), torch zero2, data-parallel degree 3" in lines
-    assert "batch         12 sequences = 2 x 2 accumulation steps x 3 ranks" in lines
+    assert "batch         12 samples = 2 x 2 accumulation steps x 3 ranks" in lines
     assert "tokens        384 a step, 2,304 in 6 steps" in lines
     assert [line[:14].strip() for line in lines[4:8]] == ["parameters", "memory", "corpus", "continues"]
     assert any(line.startswith("  OMP_NUM_THREADS=") and "    # " in line for line in lines)

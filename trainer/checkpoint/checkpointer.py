@@ -46,7 +46,7 @@ class Checkpointer:
         tokenizer: TokenizerArchive | None = None,
         check_weights: Callable[[CheckpointReader], None] = lambda _: None,
         warn: Callable[[str], None] = print,
-        tell: Callable[[str], None] = print,
+        notify: Callable[[str], None] = print,
         before_write: Callable[[int], None] = lambda _: None,
     ) -> None:
         """Bind to a run.
@@ -62,8 +62,8 @@ class Checkpointer:
             tokenizer: is saved beside it, by rank 0.
             check_weights: called on every rank with another run's checkpoint whose weights alone are to be loaded;
                 raises if they do not fit the corpus.
-            warn: tells a person that a checkpoint is damaged; called on rank 0.
-            tell: tells a person that a checkpoint is there; called on rank 0.
+            warn: tells a person that a checkpoint is corrupt; called on rank 0.
+            notify: informs a person that a checkpoint is there; called on rank 0.
             before_write: called with the step where this rank begins to write, in the thread that writes.
         """
         self._config = config
@@ -73,7 +73,7 @@ class Checkpointer:
         self._before_commit = before_commit
         self._weight_average = weight_average
         self._warn = warn
-        self._tell = tell
+        self._notify = notify
         self._check_weights = check_weights
         self._before_write = before_write
         self._identity = CheckpointIdentity(
@@ -97,10 +97,10 @@ class Checkpointer:
     def resume(self, engine: Engine) -> TrainingState | None:
         """Load the state that the run continues, forks or warm-starts from; None where it starts from nothing.
 
-        Of the run's own checkpoints the newest one that is whole is taken; see ``open_source``.
+        Of the run's own checkpoints the newest one that is complete is taken; see ``open_source``.
 
         Raises:
-            UserError: a checkpoint is of another model or corpus, none is whole, or a fork has nothing left to train.
+            UserError: a checkpoint is of another model or corpus, none is complete, or a fork has nothing to train.
             RunFailure: the storage is away, or the folder was lost.
         """
         source = self._open(None)
@@ -116,7 +116,7 @@ class Checkpointer:
         return training
 
     def roll_back(self, engine: Engine, last_step: int) -> TrainingState | None:
-        """Load the run's newest whole checkpoint of ``last_step`` or before, and remove those after it.
+        """Load the run's newest complete checkpoint of ``last_step`` or before, and remove those after it.
 
         Returns:
             What training continues from; None, and nothing has changed, where there is no such checkpoint.
@@ -231,4 +231,4 @@ class Checkpointer:
         self._saved_step = training.step
         if self._ranks.rank == 0:
             self._pruning.start(self._run_folder.checkpoints_dir, self._config.checkpoint)
-            self._tell(f"saved {folder}")
+            self._notify(f"saved {folder}")

@@ -6,7 +6,7 @@ Imports no torch, so that the launcher may look before it starts ranks.
 import math
 from collections.abc import Mapping, Sequence
 
-from trainer.checkpoint.manifest import DamagedCheckpoint, Manifest, SliceEntry, TensorEntry, unreadable
+from trainer.checkpoint.manifest import CorruptCheckpoint, Manifest, SliceEntry, TensorEntry, unreadable
 from trainer.files.storage import CheckpointPath, file_sizes
 
 # torch's names of the element types that a checkpoint may hold, as a safetensors header has them.
@@ -28,7 +28,7 @@ def check_sizes(folder: CheckpointPath, manifest: Manifest) -> None:
     """Compare the sizes of all files with the manifest.
 
     Raises:
-        DamagedCheckpoint: a file is missing, has another size, or a name that leads out of the checkpoint's folder.
+        CorruptCheckpoint: a file is missing, has another size, or a name that leads out of the checkpoint's folder.
         StorageOutage: they cannot be looked at for now.
     """
     try:
@@ -37,25 +37,25 @@ def check_sizes(folder: CheckpointPath, manifest: Manifest) -> None:
         raise unreadable(folder, "its folder", error) from None
     for name, entry in manifest.files.items():
         if name in ("", ".", "..") or "/" in name or "\0" in name:
-            raise DamagedCheckpoint(folder, f"the manifest lists {name!r}, which is not a name of a file in it")
+            raise CorruptCheckpoint(folder, f"the manifest lists {name!r}, which is not a name of a file in it")
         num_bytes = sizes.get(name)
         if num_bytes is None:
-            raise DamagedCheckpoint(folder, f"{name} cannot be found")
+            raise CorruptCheckpoint(folder, f"{name} cannot be found")
         if num_bytes != entry.num_bytes:
-            raise DamagedCheckpoint(folder, f"{name} has {num_bytes} bytes instead of {entry.num_bytes}")
+            raise CorruptCheckpoint(folder, f"{name} has {num_bytes} bytes instead of {entry.num_bytes}")
 
 
 def check_parts(folder: CheckpointPath, manifest: Manifest) -> None:
     """Check that no stored part is in a file of which the manifest does not speak.
 
     Raises:
-        DamagedCheckpoint: a file is not listed.
+        CorruptCheckpoint: a file is not listed.
     """
     named = {part.file for entry in manifest.tensors.values() for part in entry.slices}
     if manifest.tokenizer is not None:
         named.add(manifest.tokenizer.file)
     if unlisted := sorted(named - manifest.files.keys()):
-        raise DamagedCheckpoint(
+        raise CorruptCheckpoint(
             folder, f"the manifest does not list {unlisted[0]}, in which it says that tensors or the tokenizer are"
         )
 
@@ -64,15 +64,15 @@ def check_tensors(folder: CheckpointPath, manifest: Manifest, names: Sequence[st
     """Check that the stored parts of tensors cover each of them exactly once.
 
     Raises:
-        DamagedCheckpoint: there is a gap or an overlap, or the type of elements is unknown.
+        CorruptCheckpoint: there is a gap or an overlap, or the type of elements is unknown.
     """
     for name in names:
         entry = manifest.tensors[name]
         if entry.dtype not in HEADER_DTYPES:
-            raise DamagedCheckpoint(folder, f"{name} has elements of an unknown type {entry.dtype!r}")
+            raise CorruptCheckpoint(folder, f"{name} has elements of an unknown type {entry.dtype!r}")
         fault = _tiling_fault(entry.shape, entry.slices)
         if fault is not None:
-            raise DamagedCheckpoint(folder, f"{name}: {fault}")
+            raise CorruptCheckpoint(folder, f"{name}: {fault}")
 
 
 def parts_by_file(manifest: Manifest) -> dict[str, list[tuple[TensorEntry, SliceEntry]]]:
@@ -99,14 +99,14 @@ def check_header(
         found: type, as a header has it, and shape of what is in it by its own header.
 
     Raises:
-        DamagedCheckpoint: a key is missing, not listed or listed twice, or has another type or shape.
+        CorruptCheckpoint: a key is missing, not listed or listed twice, or has another type or shape.
     """
     wanted = {part.key: (HEADER_DTYPES.get(entry.dtype), part.shape) for entry, part in parts}
     if len(wanted) < len(parts):
-        raise DamagedCheckpoint(folder, f"the manifest has one part of {file} twice")
+        raise CorruptCheckpoint(folder, f"the manifest has one part of {file} twice")
     if found != wanted:
         differing = next(key for key in [*wanted, *found] if wanted.get(key) != found.get(key))
-        raise DamagedCheckpoint(
+        raise CorruptCheckpoint(
             folder,
             f"{file} has {differing} as {_describe(found.get(differing))}, and the manifest says "
             f"{_describe(wanted.get(differing))}",

@@ -20,12 +20,12 @@ _READ_VERSIONS = (3, FORMAT_VERSION)
 _CHUNK_BYTES = 8 * 2**20
 
 
-class DamagedCheckpoint(UserError):
-    """A checkpoint that is not as it was written; an older one may still be whole."""
+class CorruptCheckpoint(UserError):
+    """A checkpoint that is not as it was written; an older one may still be complete."""
 
     def __init__(self, folder: object, reason: str) -> None:
         """Say what is wrong with which."""
-        super().__init__(f"checkpoint {folder} is damaged: {reason}; choose another step, or restore it from a copy.")
+        super().__init__(f"checkpoint {folder} is corrupt: {reason}; choose another step, or restore it from a copy.")
         self.folder, self.reason = str(folder), reason
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -86,7 +86,7 @@ class TokenizerEntry(StrictRecord):
 
 
 class Manifest(StrictRecord):
-    """A whole checkpoint."""
+    """A complete checkpoint."""
 
     format_version: int
     """Version of this layout."""
@@ -139,7 +139,7 @@ def read_manifest(folder: CheckpointPath) -> Manifest:
 
     Raises:
         UserError: there is none, or it is of another version.
-        DamagedCheckpoint: it is not as it was written.
+        CorruptCheckpoint: it is not as it was written.
         StorageOutage: it cannot be read for now.
     """
     try:
@@ -151,11 +151,11 @@ def read_manifest(folder: CheckpointPath) -> Manifest:
     return parse_manifest(raw, folder)
 
 
-def unreadable(folder: CheckpointPath, name: str, error: OSError) -> DamagedCheckpoint | StorageOutage:
-    """What to raise where a file of a checkpoint cannot be read: a file system that is away has damaged nothing."""
+def unreadable(folder: CheckpointPath, name: str, error: OSError) -> CorruptCheckpoint | StorageOutage:
+    """What to raise where a file of a checkpoint cannot be read: a file system that is away has corrupted nothing."""
     if is_outage(error):
         return StorageOutage(f"{name} of {folder} cannot be read for now: {error.strerror}; run again to continue.")
-    return DamagedCheckpoint(folder, f"{name} cannot be read ({error.strerror})")
+    return CorruptCheckpoint(folder, f"{name} cannot be read ({error.strerror})")
 
 
 def parse_manifest(raw: bytes, folder: object) -> Manifest:
@@ -167,7 +167,7 @@ def parse_manifest(raw: bytes, folder: object) -> Manifest:
 
     Raises:
         UserError: it is of another version.
-        DamagedCheckpoint: it is not as it was written.
+        CorruptCheckpoint: it is not as it was written.
     """
     try:
         # Earlier versions had no checksum, and began with their number.
@@ -175,7 +175,7 @@ def parse_manifest(raw: bytes, folder: object) -> Manifest:
         if values.get("format_version") in _READ_VERSIONS:
             return Manifest.model_validate(values)
     except (ValueError, ValidationError) as error:
-        raise DamagedCheckpoint(folder, f"{MANIFEST_NAME}: {str(error).splitlines()[0]}") from None
+        raise CorruptCheckpoint(folder, f"{MANIFEST_NAME}: {str(error).splitlines()[0]}") from None
     raise UserError(
         f"{folder} has {MANIFEST_NAME} of format version {values.get('format_version', 'below 3')}, but this Shardline "
         f"reads {' and '.join(map(str, _READ_VERSIONS))}; use the release that wrote it."

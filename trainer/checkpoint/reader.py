@@ -11,7 +11,7 @@ from sharding.ranks.errors import UserError
 from sharding.state import AVERAGE_PREFIX, MODEL_PREFIX
 from trainer.checkpoint.layout import check_header, check_parts, check_sizes, check_tensors, parts_by_file
 from trainer.checkpoint.manifest import (
-    DamagedCheckpoint,
+    CorruptCheckpoint,
     Manifest,
     SliceEntry,
     TensorEntry,
@@ -39,7 +39,7 @@ class CheckpointReader:
 
         Raises:
             UserError: there is none, or it is of another version.
-            DamagedCheckpoint: the manifest is damaged, or a file is missing or has another size than it says.
+            CorruptCheckpoint: the manifest is corrupt, or a file is missing or has another size than it says.
         """
         self.folder = folder
         self.manifest: Manifest = read_manifest(folder)
@@ -55,17 +55,17 @@ class CheckpointReader:
             num_shares: how many there are; all of them together are the whole.
 
         Raises:
-            DamagedCheckpoint: something is not as the manifest says, or the manifest contradicts itself.
+            CorruptCheckpoint: something is not as the manifest says, or the manifest contradicts itself.
         """
         manifest = self.manifest
         if fingerprint(manifest.config) != manifest.config_fingerprint:
-            raise DamagedCheckpoint(self.folder, "the configuration does not have its fingerprint")
+            raise CorruptCheckpoint(self.folder, "the configuration does not have its fingerprint")
         check_parts(self.folder, manifest)
         check_tensors(self.folder, manifest, sorted(manifest.tensors)[index::num_shares])
         parts = parts_by_file(manifest)
         for name in sorted(manifest.files)[index::num_shares]:
             if self._hash(name) != manifest.files[name].sha256:
-                raise DamagedCheckpoint(
+                raise CorruptCheckpoint(
                     self.folder, f"the contents of {name} do not have the SHA-256 that the manifest says"
                 )
             if manifest.tokenizer is not None and name == manifest.tokenizer.file:
@@ -76,7 +76,7 @@ class CheckpointReader:
         """Write the files of the run's tokenizer into a folder; false where the checkpoint, an old one, has none.
 
         Raises:
-            DamagedCheckpoint: it is not as it was written.
+            CorruptCheckpoint: it is not as it was written.
         """
         entry = self.manifest.tokenizer
         if entry is None:
@@ -86,7 +86,7 @@ class CheckpointReader:
         except OSError as error:
             raise unreadable(self.folder, entry.file, error) from None
         if hashlib.sha256(contents).hexdigest() != self.manifest.files[entry.file].sha256:
-            raise DamagedCheckpoint(
+            raise CorruptCheckpoint(
                 self.folder, f"the contents of {entry.file} do not have the SHA-256 that the manifest says"
             )
         unpack_tokenizer(contents, folder)
@@ -138,7 +138,7 @@ class CheckpointReader:
             for stored in entry.slices:
                 num_filled += self._copy_overlap(box, piece, stored)
         if num_filled != part.tensor.numel():
-            raise DamagedCheckpoint(
+            raise CorruptCheckpoint(
                 self.folder, f"{part.name} has {num_filled} of {part.tensor.numel()} elements of a part"
             )
 
@@ -163,13 +163,13 @@ class CheckpointReader:
             target_index.append(slice(begin - want, end - want))
         file = self._file(stored.file)
         if file.header.get(stored.key, (None, None))[1] != stored.shape:
-            raise DamagedCheckpoint(self.folder, f"{stored.file} has no {stored.key} of shape {stored.shape}")
+            raise CorruptCheckpoint(self.folder, f"{stored.file} has no {stored.key} of shape {stored.shape}")
         # Without dims there is nothing to index, and indexing a tensor by nothing makes no view of it.
         target = piece[tuple(target_index)] if target_index else piece
         try:
             file.read_into(stored.key, tuple(source_index), target)
         except ValueError as error:
-            raise DamagedCheckpoint(self.folder, f"{stored.key} in {stored.file}: {error}") from None
+            raise CorruptCheckpoint(self.folder, f"{stored.key} in {stored.file}: {error}") from None
         except OSError as error:
             raise unreadable(self.folder, stored.file, error) from None
         return target.numel()
@@ -188,7 +188,7 @@ class CheckpointReader:
             try:
                 file = TensorFile(self.folder / name)
             except ValueError as error:
-                raise DamagedCheckpoint(self.folder, f"{name}: {error}") from None
+                raise CorruptCheckpoint(self.folder, f"{name}: {error}") from None
             except OSError as error:
                 raise unreadable(self.folder, name, error) from None
         self._open_files[name] = file
@@ -199,7 +199,7 @@ def open_checkpoint(run: str, step: int | None) -> CheckpointReader:
     """A run's checkpoint, the newest where no step is given; the run may be the URL that its checkpoints lie under.
 
     Raises:
-        UserError: there is no such run or checkpoint, or it is damaged.
+        UserError: there is no such run or checkpoint, or it is corrupt.
     """
     if not is_url(run):
         RunFolder(Path(run)).frozen_config()

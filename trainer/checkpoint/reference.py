@@ -80,18 +80,18 @@ def checkpoints_of(setting: str, run: str) -> CheckpointPath:
     return locate(setting, run) if is_url(run) else RunFolder(Path(run)).checkpoints_dir
 
 
-def check_damaged(folder: RunFolder) -> None:
+def refuse_all_corrupt(folder: RunFolder) -> None:
     """Assert that a run without a checkpoint has lost none.
 
     Raises:
-        UserError: all that it had were damaged; to begin again at step 0 is not ours to decide.
+        UserError: all that it had were corrupt; to begin again at step 0 is not ours to decide.
     """
-    damaged = list_folders(folder.damaged_dir)
-    if damaged and folder.newest_checkpoint() is None:
+    corrupt = list_folders(folder.corrupt_dir)
+    if corrupt and folder.newest_checkpoint() is None:
         reasons = {event.get("path"): event.get("reason") for event in read_events(folder.path)}
-        described = "; ".join(f"{path.name}: {reasons.get(str(path), 'damaged')}" for path in damaged)
+        described = "; ".join(f"{path.name}: {reasons.get(str(path), 'corrupt')}" for path in corrupt)
         raise UserError(
-            f"{folder.path} has no checkpoint left, only damaged ones that were moved to {folder.damaged_dir} "
+            f"{folder.path} has no checkpoint left, only corrupt ones that were moved to {folder.corrupt_dir} "
             f"({described}); restore one of them to {folder.checkpoints_dir} from a copy, or delete "
-            f"{folder.damaged_dir} to begin at step 0."
+            f"{folder.corrupt_dir} to begin at step 0."
         )

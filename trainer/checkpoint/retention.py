@@ -93,7 +93,7 @@ def _best_steps(folders: dict[int, CheckpointPath]) -> list[int]:
         try:
             loss = read_manifest(folder).training.eval_loss
         except UserError:
-            # A damaged one is no good to keep, and no reason to stop training.
+            # A corrupt one is no good to keep, and no reason to stop training.
             continue
         if loss is not None:
             losses[step] = loss

@@ -1,4 +1,4 @@
-"""What a run starts from: the newest of its checkpoints that is whole, or another run's."""
+"""What a run starts from: the newest of its checkpoints that is complete, or another run's."""
 
 import socket
 import time
@@ -10,9 +10,9 @@ from functools import partial
 from sharding.ranks.errors import RunFailure, UserError
 from sharding.ranks.object_exchange import broadcast_object, gather_objects
 from sharding.ranks.process_group import Ranks
-from trainer.checkpoint.manifest import DamagedCheckpoint, FileEntry
+from trainer.checkpoint.manifest import CorruptCheckpoint, FileEntry
 from trainer.checkpoint.reader import CheckpointReader
-from trainer.checkpoint.reference import check_damaged, resolve_checkpoint
+from trainer.checkpoint.reference import refuse_all_corrupt, resolve_checkpoint
 from trainer.config.checkpoint import CheckpointConfig
 from trainer.files.outages import StorageOutage, blames_storage
 from trainer.files.storage import CheckpointPath, list_folders, make_folder
@@ -28,7 +28,7 @@ _Fault = UserError | RunFailure
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint that was found whole.
+    """A checkpoint that was found complete.
 
     Attributes:
         reader: the checkpoint.
@@ -51,7 +51,7 @@ def open_source(
 ) -> Source | None:
     """Find the checkpoint to start from and verify it; every rank must call it.
 
-    Each rank verifies its share. A checkpoint of this run that is damaged is moved out of the way, and the one before
+    Each rank verifies its share. A checkpoint of this run that is corrupt is moved out of the way, and the one before
     it is tried; another run's is left as it is.
 
     Args:
@@ -66,7 +66,7 @@ def open_source(
         None where the run starts from nothing.
 
     Raises:
-        UserError: all checkpoints of this run are damaged, or the one of another run is, or there is none.
+        UserError: all checkpoints of this run are corrupt, or the one of another run is, or there is none.
         RunFailure: the folder was lost, the storage is away, or a rank does not see what rank 0 does.
     """
     while True:
@@ -81,7 +81,7 @@ def open_source(
         if reader is not None:
             return Source(reader, is_own, weights_only=not is_own and settings.load == "weights")
         if not is_own:
-            raise DamagedCheckpoint(folder, reason)
+            raise CorruptCheckpoint(folder, reason)
         on_rank_0(partial(_set_aside, folder, reason, run_folder, before_change, warn), ranks)
 
 
@@ -115,7 +115,7 @@ def _choose(
             return (None if newest is None else newest[1]), True, None
         if newest is not None:
             return newest[1], True, None
-        check_damaged(run_folder)
+        refuse_all_corrupt(run_folder)
         return (None if settings.from_ is None else resolve_checkpoint(settings.from_)), False, None
     except RunFailure as error:
         return None, False, error
@@ -126,7 +126,7 @@ def _choose(
 
 
 def _open_and_verify(folder: CheckpointPath, ranks: Ranks) -> tuple[CheckpointReader | None, str]:
-    """Open a checkpoint on all ranks, and verify this rank's share; None, and how, where it is damaged.
+    """Open a checkpoint on all ranks, and verify this rank's share; None, and how, where it is corrupt.
 
     Raises:
         UserError: it is of another version, say.
@@ -142,7 +142,7 @@ def _open_and_verify(folder: CheckpointPath, ranks: Ranks) -> tuple[CheckpointRe
     faults = [fault for fault in gather_objects(fault, ranks) if fault is not None]
     # Where a rank cannot look, nothing is known of the checkpoint, whatever another has found.
     for other in sorted(faults, key=lambda fault: not isinstance(fault, RunFailure)):
-        if not isinstance(other, DamagedCheckpoint):
+        if not isinstance(other, CorruptCheckpoint):
             raise other
         return None, other.reason
     return reader, ""
@@ -194,13 +194,13 @@ def _set_aside(
     before_change()
     newest = run_folder.newest_checkpoint()
     step = 0 if newest is None else newest[0]
-    make_folder(run_folder.damaged_dir)
-    target = run_folder.damaged_dir / folder.name
+    make_folder(run_folder.corrupt_dir)
+    target = run_folder.corrupt_dir / folder.name
     number = 1
     while target.exists():
         number += 1
-        target = run_folder.damaged_dir / f"{folder.name}.{number}"
+        target = run_folder.corrupt_dir / f"{folder.name}.{number}"
     move_checkpoint(folder, target)
     attempt = run_folder.newest_attempt()
     record_event(run_folder.path, "checkpoint_damaged", attempt=attempt, step=step, path=str(target), reason=reason)
-    warn(f"checkpoint {folder} is damaged ({reason}): it was moved to {target}, and the one before it is tried")
+    warn(f"checkpoint {folder} is corrupt ({reason}): it was moved to {target}, and the one before it is tried")

@@ -13,7 +13,7 @@ def positions_of_step(run_folder: RunFolder, config: RunConfig, step: int) -> np
     """Global sample positions, int64 [global_size], of a step, counted from 1.
 
     A run that was forked from one with another batch size has its own relation of samples to steps, and a run may have
-    left out samples on its way; each of its checkpoints knows both.
+    skipped samples on its way; each of its checkpoints knows both.
 
     Raises:
         UserError: the run was forked after that step.

@@ -53,7 +53,7 @@ def check_tokenizer_of_checkpoint(reader: CheckpointReader, prepared: Path) -> N
         prepared: folder of the tokenizer that the corpus was prepared with.
 
     Raises:
-        UserError: the ids differ, or the checkpoint is damaged.
+        UserError: the ids differ, or the checkpoint is corrupt.
     """
     with tempfile.TemporaryDirectory(prefix="shardline-tokenizer-") as own:
         if not reader.unpack_tokenizer(Path(own)):

@@ -19,7 +19,7 @@ class TrainingState(StrictRecord):
     """Finished optimizer steps."""
 
     num_samples: int
-    """Sequences consumed since the start of the run; those that are left out do not count."""
+    """Samples consumed since the start of the run; those that are skipped do not count."""
 
     num_tokens: int
     """Valid training targets consumed since the start of the run."""
@@ -46,7 +46,7 @@ class TrainingState(StrictRecord):
     """Moving average of the variance of one token's gradient, summed over parameters, where it is measured."""
 
     skipped_samples: Annotated[list[Annotated[SampleRange, Field(strict=False)]], Field(strict=False)] = []
-    """Global sample positions that are left out, by configuration or after a spike, as ranges without their end."""
+    """Global sample positions that are skipped, by configuration or after a spike, as ranges without their end."""
 
     num_rollbacks: int = 0
     """Times that the run returned to a checkpoint because of a spike."""

@@ -1,4 +1,4 @@
-"""``shardline checkpoint list|verify RUN``: what a run has saved, and whether it is whole."""
+"""``shardline checkpoint list|verify RUN``: what a run has saved, and whether it is complete."""
 
 import sys
 from collections.abc import Sequence
@@ -22,12 +22,12 @@ def show_checkpoints(checkpoints: CheckpointPath, console: Console) -> int:
     table = Table(title=f"checkpoints in {checkpoints}")
     for header in ("step", "samples", "tokens", "eval loss", "strategy", "ranks", "MiB", "folder"):
         table.add_column(header, justify="left" if header in ("strategy", "folder") else "right")
-    damaged = []
+    corrupt = []
     for _, folder in list_checkpoints(checkpoints):
         try:
             manifest = CheckpointReader(folder).manifest
         except UserError as error:
-            damaged.append(f"{folder.name}: {error}")
+            corrupt.append(f"{folder.name}: {error}")
             continue
         num_bytes = sum(entry.num_bytes for entry in manifest.files.values())
         training = manifest.training
@@ -42,9 +42,9 @@ def show_checkpoints(checkpoints: CheckpointPath, console: Console) -> int:
             folder.name,
         )
     console.print(table)
-    for sentence in damaged:
+    for sentence in corrupt:
         console.print(sentence, highlight=False)
-    return EXIT_BAD_INPUT if damaged else EXIT_FINISHED
+    return EXIT_BAD_INPUT if corrupt else EXIT_FINISHED
 
 
 def verify_checkpoints(checkpoints: CheckpointPath, console: Console) -> int:
@@ -60,12 +60,12 @@ def verify_checkpoints(checkpoints: CheckpointPath, console: Console) -> int:
             )
             if extra:
                 note += f"; not part of it: {', '.join(extra)}"
-            console.print(f"{folder.name}: whole{note}", highlight=False)
+            console.print(f"{folder.name}: complete{note}", highlight=False)
         except UserError as error:
             console.print(f"{folder.name}: {error}", highlight=False)
             exit_code = EXIT_BAD_INPUT
     for folder in list_folders(checkpoints / "damaged"):
-        console.print(f"damaged/{folder.name}: was found damaged and moved there", highlight=False)
+        console.print(f"damaged/{folder.name}: was found corrupt and moved there", highlight=False)
     return exit_code
 
 

@@ -16,14 +16,14 @@ from sharding.ranks.errors import EXIT_FINISHED, UserError, ends_with_a_sentence
 from trainer.checkpoint.step_positions import positions_of_step
 from trainer.checkpoint.trained_corpus import trained_fingerprint
 from trainer.config import RunConfig
-from trainer.data.documents import sequences_at
+from trainer.data.documents import samples_at
 from trainer.data.prepared import Prepared, open_corpus
 from trainer.run_folder.folder import RunFolder
 
 
 @ends_with_a_sentence
 def main(arguments: Sequence[str]) -> int:
-    """Show a step's sequences; returns the exit status."""
+    """Show a step's samples; returns the exit status."""
     parser = argparse.ArgumentParser(prog="shardline data show")
     parser.add_argument("run")
     parser.add_argument("--step", type=int, required=True)
@@ -50,12 +50,12 @@ def _print_step(config: RunConfig, corpus: Prepared, step: int, positions: np.nd
 
     tokenizer = AutoTokenizer.from_pretrained(corpus.tokenizer_dir, trust_remote_code=False)
     console = Console(highlight=False, soft_wrap=True)
-    for number, shown in enumerate(sequences_at(config, corpus, positions)):
+    for number, shown in enumerate(samples_at(config, corpus, positions)):
         if limit and number == limit:
             break
         source = f"source {shown.source}, " if shown.source else ""
         place = f"{source}epoch {shown.epoch}, index {shown.index}"
-        title = f"step {step}, sequence {number}: position {shown.position}, {place}"
+        title = f"step {step}, sample {number}: position {shown.position}, {place}"
         console.print(Rule(title) if console.is_terminal else title)
         for span in shown.documents:
             console.print(f"  {span.source_id}  tokens {span.start}-{span.stop}", markup=False, style="dim")

@@ -1,4 +1,4 @@
-"""Configuration of the corpus, its preparation and the sequences cut from it."""
+"""Configuration of the corpus, its preparation and the samples cut from it."""
 
 from typing import Annotated, Literal
 
@@ -48,17 +48,17 @@ class SourceConfig(StrictModel):
 
 
 class MixtureSource(SourceConfig):
-    """One source of a mixture: where its documents come from, and its share of the training sequences."""
+    """One source of a mixture: where its documents come from, and its share of the training samples."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the source in logs and in `shardline data show`; letters, digits, `.`, `_` and `-`."""
 
     weight: float = Field(gt=0.0)
-    """Share of the training sequences that come from this source, relative to the weights of the others."""
+    """Share of the training samples that come from this source, relative to the weights of the others."""
 
 
 class DataConfig(SourceConfig):
-    """Where text comes from and how it becomes sequences of tokens."""
+    """Where text comes from and how it becomes samples of tokens."""
 
     mixture: Annotated[tuple[MixtureSource, ...], Field(strict=False)] = ()
     """Several sources with weights, each with the settings of a source, instead of the one that the keys above name."""
@@ -70,7 +70,7 @@ class DataConfig(SourceConfig):
     """Documents at the beginning of a streamed source that `train-bpe` is trained on and the held-out ones are from."""
 
     shuffle_window: int = Field(default=1024, ge=1)
-    """Sequences of a rank's stream that are shuffled among themselves; a continued run packs as many again."""
+    """Samples of a rank's stream that are shuffled among themselves; a continued run packs as many again."""
 
     normalize: Literal["none", "NFC", "NFKC"] = "NFC"
     """Unicode normal form applied to each document; line ends become `\\n` unless `none`."""
@@ -86,16 +86,16 @@ class DataConfig(SourceConfig):
     """Number of tokens of a trained byte-level BPE; unused with any other tokenizer."""
 
     sequence_length: int = Field(default=256, ge=1)
-    """Tokens in one training sequence."""
+    """Tokens in one training sample."""
 
     shuffle: bool = True
-    """Visit sequences in a keyed random order, new in each epoch; false is corpus order."""
+    """Visit samples in a keyed random order, new in each epoch; false is corpus order."""
 
     skip_samples: Annotated[tuple[Annotated[SampleRange, Field(strict=False)], ...], Field(strict=False)] = ()
-    """Ranges of global sample positions, `[[first, end], ...]` with the end not included, that training leaves out."""
+    """Ranges of global sample positions, `[[first, end], ...]` with the end not included, that training skips."""
 
     document_mask: bool = False
-    """Keep the documents of a sequence apart: attention stays within each, positions count from its start, and its
+    """Keep the documents of a sample apart: attention stays within each, positions count from its start, and its
     first token is not a target."""
 
     shard_tokens: int = Field(default=64 * 1024 * 1024, ge=1024)
@@ -123,7 +123,7 @@ def validate_data(data: DataConfig) -> None:
         if not 0 <= first < end:
             raise UserError(
                 f"data.skip_samples: [{first}, {end}] is no range: the first number is a position from 0, and the "
-                "second the position after the last sample that is left out; raise it above the first."
+                "second the position after the last sample that is skipped; raise it above the first."
             )
     _validate_streaming(data)
 
@@ -152,7 +152,7 @@ def _validate_streaming(data: DataConfig) -> None:
         return
     if data.mixture:
         raise UserError(
-            "data.mixture cannot be streamed: a source's place in a mixture is computed from its number of sequences, "
+            "data.mixture cannot be streamed: a source's place in a mixture is computed from its number of samples, "
             "which a stream does not have; set data.streaming to false, or name one source."
         )
     if data.skip_samples:

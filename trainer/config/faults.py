@@ -68,10 +68,10 @@ class FaultsConfig(StrictModel):
     """Steps that a run takes before any is judged; at most spike_window_steps."""
 
     max_consecutive_skips: int = Field(default=5, ge=1)
-    """Batches in a row that `skip` may leave out before the run stops."""
+    """Batches in a row that `skip` may skip before the run stops."""
 
     rollback_skip_steps: int = Field(default=1, ge=1)
-    """Steps whose samples `rollback` leaves out: the one that spiked and those just before it; the checkpoint that it
+    """Steps whose samples `rollback` skips: the one that spiked and those just before it; the checkpoint that it
     returns to is from before them all."""
 
     max_rollbacks: int = Field(default=10, ge=1)

@@ -10,7 +10,7 @@ _FROZEN_KEYS = (
     *("batch.global_size", "precision.compute", "precision.fp8_recipe"),
 )
 # These change neither arithmetic nor what a checkpoint has behind it: where a task's module and the cache lie, how fast
-# it is made, which samples are left out from here on, when the curve ends, and what is averaged beside training.
+# it is made, which samples are skipped from here on, when the curve ends, and what is averaged beside training.
 _FREE_KEYS = (
     *("task.folder", "data.cache_dir", "data.num_workers", "data.skip_samples"),
     *("schedule.total_steps", "optimizer.ema_decay"),

@@ -307,7 +307,7 @@ def _validate_faults(config: "RunConfig") -> None:
         )
     if policy in ("skip", "rollback") and config.data.streaming:
         raise UserError(
-            f"faults.spike_policy={policy} leaves samples out by their position, which those of a stream do not have "
+            f"faults.spike_policy={policy} skips samples by their position, which those of a stream do not have "
             "(data.streaming=true); use faults.spike_policy=warn, or prepare the corpus."
         )
     if policy == "rollback" and config.checkpoint.every_steps == 0:

@@ -43,10 +43,10 @@ class RunConfig(StrictModel):
     """Which model is trained."""
 
     data: DataConfig = DataConfig()
-    """Corpus and sequences."""
+    """Corpus and samples."""
 
     batch: BatchConfig = BatchConfig()
-    """Sequences per step."""
+    """Samples per step."""
 
     optimizer: OptimizerConfig = OptimizerConfig()
     """Optimizer and clipping."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from sharding.ranks.errors import UserError
 
-_BLOT = "***"
+_REDACTED = "***"
 # The last word of a name tells: WANDB_API_KEY, HF_TOKEN_2, GITHUB_PAT, DB_PASS; not HISTKEY, TOKENIZERS_PARALLELISM.
 _SECRET_WORD = re.compile(
     r"(?i)(?:.*(?:password|passwd|passphrase|secret|token)|(?:.*(?:api|access|auth|private|secret|signing))?key"
@@ -92,35 +92,35 @@ def refuse_secrets(settings: Mapping[str, Any], environment: Mapping[str, str]) 
             )
 
 
-def blot_out(text: str, environment: Mapping[str, str]) -> str:
+def redact(text: str, environment: Mapping[str, str]) -> str:
     """A text without secrets: those of the environment, and what looks like one."""
     for value in sorted(_secrets(environment).values(), key=len, reverse=True):
-        text = text.replace(value, _BLOT)
-    text = _TOKEN.sub(_BLOT, text)
+        text = text.replace(value, _REDACTED)
+    text = _TOKEN.sub(_REDACTED, text)
     for pattern in (_PASSWORD_IN_URL, _SIGNED_URL, _ASSIGNED):
-        text = pattern.sub(rf"\g<before>{_BLOT}", text)
+        text = pattern.sub(rf"\g<before>{_REDACTED}", text)
     return text
 
 
-def blot_out_values(value: Any, environment: Mapping[str, str]) -> Any:
+def redact_values(value: Any, environment: Mapping[str, str]) -> Any:
     """Nested plain values without secrets; written as JSON they could hide behind its escapes."""
     if isinstance(value, str):
-        return blot_out(value, environment)
+        return redact(value, environment)
     if isinstance(value, Mapping):
-        return {name: blot_out_values(inner, environment) for name, inner in value.items()}
+        return {name: redact_values(inner, environment) for name, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [blot_out_values(inner, environment) for inner in value]
+        return [redact_values(inner, environment) for inner in value]
     return value
 
 
-def blot_out_arguments(argv: Sequence[str], environment: Mapping[str, str]) -> list[str]:
+def redact_arguments(argv: Sequence[str], environment: Mapping[str, str]) -> list[str]:
     """A command line without secrets, also those that only the name of their option or setting tells."""
     shown = []
     for before, argument in zip(["", *argv], argv, strict=False):
         if _SECRET_OPTION.match(before) and not argument.startswith("-"):
-            shown.append(_BLOT)
+            shown.append(_REDACTED)
         else:
-            shown.append(blot_out(_SECRET_ARGUMENT.sub(rf"\1{_BLOT}", argument), environment))
+            shown.append(redact(_SECRET_ARGUMENT.sub(rf"\1{_REDACTED}", argument), environment))
     return shown
 
 

@@ -50,13 +50,13 @@ class ModelConfig(StrictModel):
 
 
 class BatchConfig(StrictModel):
-    """Sequences per optimizer step; accumulation steps = global_size / (micro_size x data-parallel ranks)."""
+    """Samples per optimizer step; accumulation steps = global_size / (micro_size x data-parallel ranks)."""
 
     global_size: int = Field(default=16, ge=1)
-    """Sequences in one optimizer step, over all ranks and micro-batches."""
+    """Samples in one optimizer step, over all ranks and micro-batches."""
 
     micro_size: int = Field(default=4, ge=1)
-    """Sequences in one forward and backward pass of one rank."""
+    """Samples in one forward and backward pass of one rank."""
 
 
 class EvaluationConfig(StrictModel):
@@ -66,7 +66,7 @@ class EvaluationConfig(StrictModel):
     """Evaluate after every this many steps; 0 means only at the end of the run."""
 
     max_sequences: int = Field(default=0, ge=0)
-    """Evaluate on only the first this many sequences; 0 means the whole validation split."""
+    """Evaluate on only the first this many samples; 0 means the whole validation split."""
 
 
 class MetricsConfig(StrictModel):

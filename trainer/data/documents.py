@@ -15,14 +15,14 @@ MOST_POSITIONS = 4096
 
 
 @dataclass(frozen=True)
-class ShownSequence:
-    """One training sequence and where it comes from.
+class ShownSample:
+    """One training sample and where it comes from.
 
     Attributes:
         position: global sample position since the start of the run.
         source: name of its source in a mixture, else empty.
         epoch: epoch of the source that the position is in, from 0.
-        index: which sequence of the source's stream it is.
+        index: which sample of the source's stream it is.
         documents: the documents that it covers; positions are tokens of the stream.
         token_ids: the tokens that the model reads.
         num_targets: how many of them have a target.
@@ -37,8 +37,8 @@ class ShownSequence:
     num_targets: int
 
 
-def sequences_at(config: RunConfig, corpus: Prepared, positions: np.ndarray) -> Iterator[ShownSequence]:
-    """The sequences at global sample positions, int64 [n]."""
+def samples_at(config: RunConfig, corpus: Prepared, positions: np.ndarray) -> Iterator[ShownSample]:
+    """The samples at global sample positions, int64 [n]."""
     stream, length = corpus.stream("train"), config.data.sequence_length
     order = corpus.order(config.seed, length, config.data.shuffle)
     places = zip(positions.tolist(), order.epochs(positions).tolist(), order.indices(positions).tolist(), strict=True)
@@ -50,7 +50,7 @@ def sequences_at(config: RunConfig, corpus: Prepared, positions: np.ndarray) -> 
         num_targets = len(tokens) - 1
         token_ids = tokens[:num_targets].tolist()
         documents = source.documents_between(begin, begin + num_targets)
-        yield ShownSequence(position, source.name, epoch, index, documents, token_ids, num_targets)
+        yield ShownSample(position, source.name, epoch, index, documents, token_ids, num_targets)
 
 
 def documents_in(config: RunConfig, corpus: Prepared, ranges: Iterable[Sequence[int]]) -> list[dict[str, Any]]:

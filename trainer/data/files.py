@@ -97,7 +97,7 @@ def read_file(path: Path, config: SourceConfig) -> Iterator[Document]:
 
     Raises:
         UserError: a row is not what it should be, or no row has a column ``data.text_field``.
-        Exception: of the library that reads the format, where the file is damaged.
+        Exception: of the library that reads the format, where the file is corrupt.
     """
     readers: dict[str, Callable[[Path, str], Iterator[Document]]] = {
         "text": _read_text,

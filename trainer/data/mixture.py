@@ -1,4 +1,4 @@
-"""Weighted mixtures: which source, and which sequence of it, stands at a position; computed, never stored."""
+"""Weighted mixtures: which source, and which sample of it, stands at a position; computed, never stored."""
 
 import hashlib
 import heapq
@@ -91,7 +91,7 @@ def _rounded_share(counts: np.ndarray, node: _Node) -> np.ndarray:
 
 
 class MixtureOrder:
-    """Maps a global position to a sequence of a mixture, each source visited in epochs of its own.
+    """Maps a global position to a sample of a mixture, each source visited in epochs of its own.
 
     Sequences are numbered through: those of the second source follow those of the first.
     """
@@ -104,8 +104,8 @@ class MixtureOrder:
         Args:
             seed: the run's seed; each source's permutations are keyed by it and the source's name.
             interleaving: which source has which position.
-            num_samples: sequences in one epoch of each source, at least 1.
-            shuffle: false visits each source's sequences in stored order.
+            num_samples: samples in one epoch of each source, at least 1.
+            shuffle: false visits each source's samples in stored order.
         """
         self._interleaving = interleaving
         self._orders = [
@@ -115,7 +115,7 @@ class MixtureOrder:
         self._first_indices = np.cumsum([0, *num_samples])
 
     def indices(self, positions: np.ndarray) -> np.ndarray:
-        """Sequence indices, int64, of global positions, int64 [n]."""
+        """Sample indices, int64, of global positions, int64 [n]."""
         sources, counts = self._interleaving.places(positions)
         result = np.empty(len(positions), dtype=np.int64)
         for number in np.unique(sources):

@@ -1,4 +1,4 @@
-"""The order in which sequences are visited: a keyed permutation that is computed, never stored."""
+"""The order in which samples are visited: a keyed permutation that is computed, never stored."""
 
 import hashlib
 
@@ -9,9 +9,9 @@ _U64 = np.uint64
 
 
 class SampleOrder:
-    """Maps a global sample position, counted over all epochs, to the index of a sequence.
+    """Maps a global sample position, counted over all epochs, to the index of a sample.
 
-    Each epoch is a permutation of all sequences, keyed by (seed, epoch): a Feistel network (Luby and Rackoff, "How to
+    Each epoch is a permutation of all samples, keyed by (seed, epoch): a Feistel network (Luby and Rackoff, "How to
     construct pseudorandom permutations from pseudorandom functions", 1988) over the smallest even number of bits that
     holds the count, with cycle-walking (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002) for positions
     that fall outside it. It needs O(1) memory and gives any position at once, so it depends on no rank and no history.
@@ -22,11 +22,11 @@ class SampleOrder:
 
         Args:
             seed: key of the permutations.
-            num_samples: sequences in one epoch, at least 1.
-            shuffle: false visits sequences in stored order in every epoch.
+            num_samples: samples in one epoch, at least 1.
+            shuffle: false visits samples in stored order in every epoch.
         """
         if num_samples < 1:
-            raise ValueError(f"num_samples={num_samples}: an epoch has at least one sequence")
+            raise ValueError(f"num_samples={num_samples}: an epoch has at least one sample")
         self.num_samples = num_samples
         self._seed = seed
         self._shuffle = shuffle
@@ -36,7 +36,7 @@ class SampleOrder:
         self._keys: dict[int, np.ndarray] = {}
 
     def indices(self, positions: np.ndarray) -> np.ndarray:
-        """Sequence indices, int64, of global positions, int64 of any one shape [n]."""
+        """Sample indices, int64, of global positions, int64 of any one shape [n]."""
         epochs, offsets = np.divmod(positions, self.num_samples)
         if not self._shuffle:
             return offsets

@@ -1,4 +1,4 @@
-"""Sequences of packed tokens, as Samples."""
+"""Stream of packed tokens, as Samples."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,7 +9,7 @@ from sharding.engine import Batch
 from trainer.config.data import DataConfig
 from trainer.data.facts import SampleFacts
 from trainer.data.prepared import Prepared
-from trainer.data.shards import Sequences
+from trainer.data.shards import Stream
 
 
 class PackedSamples:
@@ -17,7 +17,7 @@ class PackedSamples:
 
     def __init__(
         self,
-        open_stream: Callable[[str], Sequences],
+        open_stream: Callable[[str], Stream],
         facts: SampleFacts,
         *,
         fingerprint: str = "",
@@ -27,14 +27,14 @@ class PackedSamples:
 
         Args:
             open_stream: the tokens of a split, by its name; asked once for each split that is used.
-            facts: with the length of a sequence.
+            facts: with the length of a sample.
             fingerprint: of the tokens.
             document_mask: say where documents start as well.
         """
         if facts.sequence_length is None:
-            raise ValueError("packed sequences have a length")
+            raise ValueError("packed samples have a length")
         self._open_stream = open_stream
-        self._streams: dict[str, Sequences] = {}
+        self._streams: dict[str, Stream] = {}
         self._facts = facts
         self._length = facts.sequence_length
         self._fingerprint = fingerprint
@@ -52,7 +52,7 @@ class PackedSamples:
 
     def num_samples(self, split: str) -> int:
         """See Samples."""
-        return self._stream(split).num_sequences(self._length)
+        return self._stream(split).num_samples(self._length)
 
     def read(self, split: str, indices: Sequence[int]) -> Batch:
         """See Samples; as ``packed_rows`` gives them."""
@@ -70,14 +70,14 @@ class PackedSamples:
                 is_start[row, source.document_starts(start, start + length + 1) - start] = True
         return packed_rows(tokens, num_tokens, is_start)
 
-    def _stream(self, split: str) -> Sequences:
+    def _stream(self, split: str) -> Stream:
         if split not in self._streams:
             self._streams[split] = self._open_stream(split)
         return self._streams[split]
 
 
 def packed_samples(corpus: Prepared, data: DataConfig, *, verify: bool = True) -> PackedSamples:
-    """The sequences of a prepared corpus or mixture; of a streamed source those of its prepared beginning."""
+    """The samples of a prepared corpus or mixture; of a streamed source those of its prepared beginning."""
     return PackedSamples(
         lambda split: corpus.stream(split, verify=verify),
         sample_facts(corpus, data),
@@ -87,7 +87,7 @@ def packed_samples(corpus: Prepared, data: DataConfig, *, verify: bool = True) -
 
 
 def sample_facts(corpus: Prepared, data: DataConfig) -> SampleFacts:
-    """What is known of the sequences of a prepared corpus, before any is read."""
+    """What is known of the samples of a prepared corpus, before any is read."""
     return SampleFacts(data.sequence_length, corpus.vocab_size, corpus.eos_token_id, corpus.tokenizer_dir)
 
 

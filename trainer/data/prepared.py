@@ -87,7 +87,7 @@ class PreparedCorpus:
             name: what a mixture calls it.
 
         Raises:
-            UserError: the manifest or the tokenizer is damaged, or a file has another size than the manifest says.
+            UserError: the manifest or the tokenizer is corrupt, or a file has another size than the manifest says.
         """
         self.folder = folder
         self.name = name
@@ -96,7 +96,7 @@ class PreparedCorpus:
         except (OSError, ValueError, ValidationError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(
-                f"{folder / MANIFEST_NAME} is damaged ({reason}); delete the folder {folder} to prepare again."
+                f"{folder / MANIFEST_NAME} is corrupt ({reason}); delete the folder {folder} to prepare again."
             ) from None
         for split in self.manifest.splits.values():
             check_files(folder, split.files)
@@ -132,7 +132,7 @@ class PreparedCorpus:
         return hashlib.sha256(identity.encode()).hexdigest()
 
     def check_sequence_length(self, sequence_length: int) -> None:
-        """Assert that there is at least one whole training sequence.
+        """Assert that there is at least one whole training sample.
 
         Raises:
             UserError: the training split is shorter.
@@ -150,8 +150,8 @@ class PreparedCorpus:
         return TokenStream(self.folder, self.manifest.splits[split], self.manifest.dtype, self.name, verify=verify)
 
     def order(self, seed: int, sequence_length: int, shuffle: bool) -> SampleOrder:
-        """The order in which training visits the sequences."""
-        return SampleOrder(seed, self.stream("train").num_sequences(sequence_length), shuffle)
+        """The order in which training visits the samples."""
+        return SampleOrder(seed, self.stream("train").num_samples(sequence_length), shuffle)
 
     def verify(self) -> None:
         """Compare the contents of every file with the manifest.
@@ -200,7 +200,7 @@ class PreparedMixture:
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
     def check_sequence_length(self, sequence_length: int) -> None:
-        """Assert that each source has at least one whole training sequence.
+        """Assert that each source has at least one whole training sample.
 
         Raises:
             UserError: one is shorter.
@@ -213,8 +213,8 @@ class PreparedMixture:
         return StreamUnion([corpus.stream(split, verify=verify) for corpus in self.corpora])
 
     def order(self, seed: int, sequence_length: int, shuffle: bool) -> MixtureOrder:
-        """The order in which training visits the sequences of all sources."""
-        sizes = [corpus.stream("train").num_sequences(sequence_length) for corpus in self.corpora]
+        """The order in which training visits the samples of all sources."""
+        sizes = [corpus.stream("train").num_samples(sequence_length) for corpus in self.corpora]
         return MixtureOrder(seed, self.interleaving, sizes, shuffle)
 
     def verify(self) -> None:
@@ -262,7 +262,7 @@ class PreparedStream(PreparedCorpus):
         return hashlib.sha256(identity.encode()).hexdigest()
 
     def check_sequence_length(self, sequence_length: int) -> None:
-        """A stream has any number of sequences; its beginning is not what is trained on."""
+        """A stream has any number of samples; its beginning is not what is trained on."""
 
 
 Prepared = PreparedCorpus | PreparedMixture
@@ -275,10 +275,10 @@ def describe_mixture(corpus: Prepared, sequence_length: int, num_positions: int)
     total = sum(corpus.interleaving.shares)
     lines = []
     for part, share in zip(corpus.corpora, corpus.interleaving.shares, strict=True):
-        num_sequences = part.stream("train").num_sequences(sequence_length)
-        num_epochs = num_positions * share / total / num_sequences
+        num_samples = part.stream("train").num_samples(sequence_length)
+        num_epochs = num_positions * share / total / num_samples
         lines.append(
-            f"mixture: {part.name} {share / total:.4g} of the sequences, {num_sequences:,} in an epoch, "
+            f"mixture: {part.name} {share / total:.4g} of the samples, {num_samples:,} in an epoch, "
             f"{num_epochs:.3g} epochs by the last step"
         )
     return lines
@@ -293,7 +293,7 @@ def find_prepared(config: DataConfig, fingerprint: str | None = None) -> Prepare
             these are there at all; where they are not found, what the sources are now decides.
 
     Raises:
-        UserError: a source file is missing, or the prepared corpus is damaged.
+        UserError: a source file is missing, or the prepared corpus is corrupt.
     """
     try:
         folder = corpus_folder(config)
@@ -310,7 +310,7 @@ def find_prepared(config: DataConfig, fingerprint: str | None = None) -> Prepare
 
 def _find_by_fingerprint(config: DataConfig, fingerprint: str) -> Prepared | None:
     for folder in sorted((cache_root(config) / "corpora").glob(f"{source_kind(config)}-*")):
-        # What another run has damaged is its own matter.
+        # What another run has corrupted is its own matter.
         with contextlib.suppress(UserError):
             prepared = open_prepared(folder, config) if folder.is_dir() else None
             if prepared is not None and prepared.fingerprint == fingerprint:
@@ -330,7 +330,7 @@ def open_prepared(folder: Path, config: DataConfig) -> Prepared | None:
     """What is prepared in a folder, if anything.
 
     Raises:
-        UserError: it is damaged.
+        UserError: it is corrupt.
     """
     # A mixture's folder gets its name when all of its corpora are whole.
     if not (folder if config.mixture else folder / MANIFEST_NAME).exists():

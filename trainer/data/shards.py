@@ -111,8 +111,8 @@ class TokenStream:
         # Small beside the tokens, and searched all over: compared as wholes, when they are first used.
         self._unverified = {facts.file for facts in (split.documents, split.source_offsets, split.sources) if verify}
 
-    def num_sequences(self, sequence_length: int) -> int:
-        """Training sequences in the stream."""
+    def num_samples(self, sequence_length: int) -> int:
+        """Training samples in the stream."""
         return num_samples(self.num_tokens, sequence_length)
 
     def locate(self, index: int, sequence_length: int) -> tuple["TokenStream", int]:
@@ -192,7 +192,7 @@ class TokenStream:
             UserError: always.
         """
         size = self._token_bytes
-        documents = "documents that cannot be named, since the list of them is damaged too"
+        documents = "documents that cannot be named, since the list of them is corrupt too"
         with contextlib.suppress(UserError, ValueError):
             spans = self.documents_between(self._starts[shard] + start // size, self._starts[shard] + stop // size)
             first, last = spans[0], spans[-1]
@@ -202,38 +202,38 @@ class TokenStream:
                     f"documents {first.document_index} ({first.source_id}) to {last.document_index} ({last.source_id})"
                 )
         raise UserError(
-            f"prepared corpus {self._folder} is damaged: {self._split.shards[shard].file} has changed since it was "
+            f"prepared corpus {self._folder} is corrupt: {self._split.shards[shard].file} has changed since it was "
             f"prepared, in block {start // BLOCK_BYTES} (bytes {start} to {stop}), which holds {documents}; delete the "
             "folder, and the same command prepares it again and goes on."
         )
 
 
 class StreamUnion:
-    """The streams of several sources side by side: a sequence of all has one index, and lies in one of them."""
+    """The streams of several sources side by side: a sample of all has one index, and lies in one of them."""
 
     def __init__(self, streams: Sequence[TokenStream]) -> None:
         """Put streams side by side, in this order."""
         self._streams = tuple(streams)
 
-    def num_sequences(self, sequence_length: int) -> int:
-        """Training sequences in all streams."""
-        return sum(stream.num_sequences(sequence_length) for stream in self._streams)
+    def num_samples(self, sequence_length: int) -> int:
+        """Training samples in all streams."""
+        return sum(stream.num_samples(sequence_length) for stream in self._streams)
 
     def locate(self, index: int, sequence_length: int) -> tuple[TokenStream, int]:
-        """The stream that holds a sequence, and the sequence's index in it."""
+        """The stream that holds a sample, and the sample's index in it."""
         for stream in self._streams:
-            num_here = stream.num_sequences(sequence_length)
+            num_here = stream.num_samples(sequence_length)
             if index < num_here:
                 return stream, index
             index -= num_here
-        raise IndexError("there is no such sequence")
+        raise IndexError("there is no such sample")
 
 
-Sequences = TokenStream | StreamUnion
+Stream = TokenStream | StreamUnion
 
 
 def num_samples(num_tokens: int, sequence_length: int) -> int:
-    """Training sequences in a stream: sequence i covers tokens [i*S, i*S + S], and the last may be short."""
+    """Training samples in a stream: sample i covers tokens [i*S, i*S + S], and the last may be short."""
     return max(0, -(-(num_tokens - 1) // sequence_length))
 
 
@@ -249,7 +249,7 @@ def check_files(folder: Path, files: list[FileFacts]) -> None:
         except OSError:
             num_bytes = 0
         if num_bytes != facts.num_bytes or not (folder / facts.file).is_file():
-            raise _damaged(folder, f"{facts.file} has {num_bytes} bytes instead of {facts.num_bytes}")
+            raise _corrupt(folder, f"{facts.file} has {num_bytes} bytes instead of {facts.num_bytes}")
 
 
 def hash_files(folder: Path, files: list[FileFacts]) -> None:
@@ -263,12 +263,12 @@ def hash_files(folder: Path, files: list[FileFacts]) -> None:
             with (folder / facts.file).open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
-            raise _damaged(folder, f"{facts.file} cannot be read ({error.strerror})") from None
+            raise _corrupt(folder, f"{facts.file} cannot be read ({error.strerror})") from None
         if digest != facts.sha256:
-            raise _damaged(folder, f"{facts.file} does not have the SHA-256 of the manifest")
+            raise _corrupt(folder, f"{facts.file} does not have the SHA-256 of the manifest")
 
 
-def _damaged(folder: Path, reason: str) -> UserError:
+def _corrupt(folder: Path, reason: str) -> UserError:
     return UserError(
-        f"prepared corpus {folder} is damaged: {reason}; delete the folder, and the same command prepares it again."
+        f"prepared corpus {folder} is corrupt: {reason}; delete the folder, and the same command prepares it again."
     )

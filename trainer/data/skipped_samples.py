@@ -1,4 +1,4 @@
-"""Samples that are left out: how the order of what remains is computed from ranges of positions, never stored."""
+"""Samples that are skipped: how the order of what remains is computed from ranges of positions, never stored."""
 
 from collections.abc import Iterable, Sequence
 
@@ -10,8 +10,8 @@ from trainer.config.data import SampleRange
 class SkippedSamples:
     """Maps numbers of the samples that remain, counted from 0, to global sample positions.
 
-    A global position says which sequence comes when, over all epochs (``trainer.data.order``). Number n is the n-th
-    position outside the ranges, so leaving out a range that nobody has reached changes nothing before it.
+    A global position says which sample comes when, over all epochs (``trainer.data.order``). Number n is the n-th
+    position outside the ranges, so skipping a range that nobody has reached changes nothing before it.
     """
 
     def __init__(self, ranges: Iterable[Sequence[int]] = ()) -> None:
@@ -39,7 +39,7 @@ class SkippedSamples:
         ranges = []
         while first < end:
             start = self.position(first)
-            # Up to the next range that is left out.
+            # Up to the next range that is skipped.
             after = [int(number) for number in self._numbers if number > first]
             stop = min([end, *after])
             ranges.append((start, start + stop - first))
@@ -47,11 +47,11 @@ class SkippedSamples:
         return ranges
 
     def without(self, ranges: Iterable[Sequence[int]]) -> "SkippedSamples":
-        """The same with further ranges left out."""
+        """The same with further ranges skipped."""
         return SkippedSamples([*self.ranges, *ranges])
 
     def agrees_before(self, other: "SkippedSamples", position: int) -> bool:
-        """Whether both leave out the same positions below one."""
+        """Whether both skip the same positions below one."""
         return _below(self.ranges, position) == _below(other.ranges, position)
 
 

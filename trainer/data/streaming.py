@@ -181,8 +181,8 @@ class StreamingLoader:
             corpus: tokenizer and what is held out.
             config: the source, and how it is cut and shuffled.
             seed: the run's seed.
-            global_size: sequences in a step over all ranks, a multiple of ``micro_size * dp_degree``.
-            micro_size: sequences in a micro-batch.
+            global_size: samples in a step over all ranks, a multiple of ``micro_size * dp_degree``.
+            micro_size: samples in a micro-batch.
             dp_rank: this rank among those that read different data.
             dp_degree: number of those ranks.
             start_sample: samples that were consumed before, over all ranks.

@@ -31,7 +31,7 @@ def export_model(
 ) -> None:
     """Write the model of a checkpoint, its configuration and tokenizer, so that `from_pretrained` loads them.
 
-    Tensors pass through memory one file at a time. The folder appears whole or not at all, and only where what
+    Tensors pass through memory one file at a time. The folder appears complete or not at all, and only where what
     `from_pretrained` makes of it is the model that was trained.
 
     Args:
@@ -41,7 +41,7 @@ def export_model(
         allowed: the Python code that may run for it.
 
     Raises:
-        UserError: the folder has contents or cannot be written, the checkpoint has no average or is damaged, it is an
+        UserError: the folder has contents or cannot be written, the checkpoint has no average or is corrupt, it is an
             old one without a tokenizer and the run's corpus is gone, it asks for code that is not allowed, or
             `transformers` would make another model of it.
     """

@@ -1,1 +1,1 @@
-"""A rank that stands still, that dies, that is struck on purpose."""
+"""A rank that stands still, one that dies, faults that are triggered on purpose."""

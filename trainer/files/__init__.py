@@ -1,1 +1,1 @@
-"""How bytes reach a disk or a bucket whole; knows no run."""
+"""How bytes reach a disk or a bucket complete; knows no run."""

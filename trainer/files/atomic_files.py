@@ -1,4 +1,4 @@
-"""Small files that are either there whole or not there."""
+"""Small files that are either there complete or not there."""
 
 import os
 import tempfile

@@ -100,7 +100,7 @@ class UrlPath:
             return self._file_system.cat_file(self._path)
 
     def write_bytes(self, contents: bytes) -> None:
-        """Make the file, in one request: it is whole or not there."""
+        """Make the file, in one request: it is complete or not there."""
         with self.reached():
             self._file_system.pipe_file(self._path, contents)
 
@@ -258,7 +258,7 @@ def remove_file(file: CheckpointPath) -> None:
 
 
 def write_whole(file: CheckpointPath, contents: bytes) -> None:
-    """Write a small file so that it is either whole or not there, also after a crash."""
+    """Write a small file so that it is either complete or not there, also after a crash."""
     if isinstance(file, UrlPath):
         file.write_bytes(contents)
         return

@@ -33,7 +33,7 @@ class MetricsFile:
         """
         line = (json.dumps({"step": step} | finite_or_none(metrics)) + "\n").encode()
         try:
-            # The next attempt takes out a line that is not whole.
+            # The next attempt takes out a line that is not complete.
             reason = None if self._file.write(line) == len(line) else os.strerror(errno.ENOSPC)
         except OSError as error:
             reason = error.strerror

@@ -47,7 +47,7 @@ class Category(StrEnum):
     back-off and waiting in a queue included."""
 
     OTHER = "other"
-    """Comparing replicas, going back to a checkpoint, outcome, report, trackers."""
+    """Comparing replicas, rolling back to a checkpoint, outcome, report, trackers."""
 
 
 # What the loop of steps spends time on: the order of `AttemptLedger.loop_s` and `Mark.loop_s`.
@@ -98,7 +98,7 @@ class AttemptLedger(StrictRecord):
     """Training time of its first step, which is in no other field."""
 
     is_first_step_lost: bool = False
-    """Whether the attempt has gone back to before its first step."""
+    """Whether the attempt has rolled back to before its first step."""
 
     typical_step_s: float | None = None
     """Mean training time of its other steps; None where it has taken none."""
@@ -116,7 +116,7 @@ class AttemptLedger(StrictRecord):
     """After the last step."""
 
     began_after: int | None = None
-    """Finished steps of the checkpoint that it began from, or went back to if that is earlier; None before."""
+    """Finished steps of the checkpoint that it began from, or rolled back to if that is earlier; None before."""
 
     last_step: int | None = None
     """Finished steps; None before the first batch."""

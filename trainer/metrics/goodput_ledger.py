@@ -20,7 +20,7 @@ from trainer.metrics.goodput import (
     summarize,
 )
 from trainer.run_folder.events import read_events
-from trainer.runtime.phases import Moment, Phase, Phases
+from trainer.runtime.phases import Phase, Phases, PhaseState
 
 _CATEGORY_OF = {
     Phase.DATA: Category.DATA_WAIT,
@@ -180,9 +180,11 @@ class GoodputLedger:
         """The loop is over, also where it failed: what comes now is spent on no step."""
         if not self._is_finishing:
             now = self._clock()
-            self._hear(Moment(self._phase, self._last_step, self._since), Moment(Phase.FINISH, self._last_step, now))
+            self._hear(
+                PhaseState(self._phase, self._last_step, self._since), PhaseState(Phase.FINISH, self._last_step, now)
+            )
 
-    def _hear(self, ended: Moment, begun: Moment) -> None:
+    def _hear(self, ended: PhaseState, begun: PhaseState) -> None:
         spent_s = begun.since - self._since
         self._phase, self._since = begun.phase, begun.since
         place = _PLACE_OF[ended.phase]

@@ -66,7 +66,7 @@ class NoiseScale:
         self.variance = variance
 
     def add(self, micro_square: float, num_micro_batches: int, grad_norm: float, num_tokens: int) -> None:
-        """Take in one step; one that is not finite, or has fewer than two micro-batches with tokens, is left out.
+        """Take in one step; one that is not finite, or has fewer than two micro-batches with tokens, is skipped.
 
         With M micro-batches of N tokens in all, and weights n_i / N, E[micro_square] = |G|^2 + tr(C) M / N and
         E[grad_norm^2] = |G|^2 + tr(C) / N, however the tokens are divided.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sharding.config import Strategy
-from trainer.runtime.phases import Moment, Phase, Phases
+from trainer.runtime.phases import Phase, Phases, PhaseState
 
 # Once may be chance: another job, a page cache.
 NUM_INTERVALS = 3
@@ -48,7 +48,7 @@ class BusyMeter:
         busy_s, self._busy_s = self._busy_s, 0.0
         return busy_s
 
-    def _listen(self, ended: Moment, begun: Moment) -> None:
+    def _listen(self, ended: PhaseState, begun: PhaseState) -> None:
         if ended.phase is Phase.DATA:
             self._busy_s += begun.since - ended.since
         self._train_began = begun.since if begun.phase is Phase.TRAIN else None

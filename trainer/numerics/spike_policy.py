@@ -1,4 +1,4 @@
-"""Steps whose numbers are bad: who is told, what is left out, and when the run goes back."""
+"""Steps whose numbers are bad: who is notified, what is skipped, and when the run rolls back."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -57,7 +57,7 @@ class BadStep:
     spike: Spike | None
 
 
-class BadNumbers:
+class SpikePolicy:
     """Judges every step; all ranks come to the same verdict, since they judge the same bits.
 
     Under ``warn`` and ``rollback`` steps are judged some at a time, at log intervals and before each save, so that no
@@ -72,7 +72,7 @@ class BadNumbers:
         Args:
             config: the run.
             ranks: this rank's place.
-            observers: who is told.
+            observers: who is notified.
             find_documents: for the audit; called on rank 0 alone.
             scales_loss: whether a step that is not finite may be the loss scale's doing, and nothing to speak of.
         """
@@ -84,7 +84,7 @@ class BadNumbers:
         self._scales_loss = scales_loss
         self._detector = self._new_detector([], [])
         self._waiting: list[TakenStep] = []
-        self._num_left_out_in_a_row = 0
+        self._num_skipped_in_a_row = 0
 
     @property
     def judges_at_once(self) -> bool:
@@ -114,37 +114,37 @@ class BadNumbers:
         """Judge one step before it is applied; waits for the device. Every rank must call it.
 
         Raises:
-            RunFailure: as many batches were left out in a row as may be.
+            RunFailure: as many batches were skipped in a row as may be.
         """
         ((loss, grad_norm),) = self._read([taken])
         bad = self._judge(taken, loss, grad_norm)
         if bad is None:
             self._accept(loss, grad_norm)
-            self._num_left_out_in_a_row = 0
+            self._num_skipped_in_a_row = 0
             return None
-        self._num_left_out_in_a_row += 1
-        if self._num_left_out_in_a_row > self._settings.max_consecutive_skips:
+        self._num_skipped_in_a_row += 1
+        if self._num_skipped_in_a_row > self._settings.max_consecutive_skips:
             raise RunFailure(
-                f"{self._num_left_out_in_a_row} batches in a row were bad at step {bad.step}, the last with "
-                f"{_what(bad)}, after {self._settings.max_consecutive_skips} were left out "
+                f"{self._num_skipped_in_a_row} batches in a row were bad at step {bad.step}, the last with "
+                f"{_what(bad)}, after {self._settings.max_consecutive_skips} were skipped "
                 f"(faults.max_consecutive_skips): it is not the data; lower optimizer.lr or continue from an older "
                 "checkpoint."
             )
         return bad
 
-    def leave_out_as_told(self, restored: TrainingState, ranges: Sequence[SampleRange]) -> TrainingState:
-        """``leave_out_as_told``, and an event where that is more than the checkpoint leaves out already."""
-        told = leave_out_as_told(restored, ranges)
-        if told.skipped_samples != list(SkippedSamples(restored.skipped_samples).ranges):
-            self._record_left_out(restored.step, [(first, end) for first, end in ranges])
-        return told
+    def skip_configured(self, restored: TrainingState, ranges: Sequence[SampleRange]) -> TrainingState:
+        """``skip_configured``, and an event where that is more than the checkpoint skips already."""
+        skipping = skip_configured(restored, ranges)
+        if skipping.skipped_samples != list(SkippedSamples(restored.skipped_samples).ranges):
+            self._record_skipped(restored.step, [(first, end) for first, end in ranges])
+        return skipping
 
-    def leave_out(self, bad: BadStep, training: TrainingState) -> TrainingState:
-        """Say that a step's samples are left out; returns the state from which it is taken again with others."""
+    def skip(self, bad: BadStep, training: TrainingState) -> TrainingState:
+        """Say that a step's samples are skipped; returns the state from which it is taken again with others."""
         samples = self._samples_of(bad, training)
         self._record(bad, training, "skip")
-        self._record_left_out(bad.step, samples)
-        self._tell(bad, training, "the step is taken again with the samples that follow")
+        self._record_skipped(bad.step, samples)
+        self._notify(bad, training, "the step is taken again with the samples that follow")
         return _without(training, samples)
 
     def judge(self, training: TrainingState, load_until: Callable[[int], TrainingState | None]) -> TrainingState | None:
@@ -152,16 +152,16 @@ class BadNumbers:
 
         Args:
             training: the state after them.
-            load_until: returns to the newest checkpoint of a step or before; None where there is none.
+            load_until: loads the newest checkpoint of a step or before; None where there is none.
 
         Returns:
-            The state from which the run goes on if it has gone back to a checkpoint, else None.
+            The state from which the run goes on if it has rolled back to a checkpoint, else None.
 
         Raises:
-            RunFailure: the run has gone back as often as it may.
+            RunFailure: the run has rolled back as often as it may.
         """
         waiting, self._waiting = self._waiting, []
-        told: list[BadStep] = []
+        bad_steps: list[BadStep] = []
         for taken, (loss, grad_norm) in zip(waiting, self._read(waiting), strict=True):
             bad = self._judge(taken, loss, grad_norm)
             if bad is not None and bad.spike is not None and self._settings.spike_policy == "rollback":
@@ -170,12 +170,14 @@ class BadNumbers:
                     return restored
             elif bad is not None:
                 self._record(bad, training, "none" if bad.spike else "not_applied")
-                told.append(bad)
+                bad_steps.append(bad)
             self._accept(loss, grad_norm)
-        if told:
-            worst = max(told, key=lambda bad: math.inf if bad.spike is None else bad.spike.deviations)
+        if bad_steps:
+            worst = max(bad_steps, key=lambda bad: math.inf if bad.spike is None else bad.spike.deviations)
             done = "nothing was done about it" if worst.spike else "all ranks skipped it"
-            self._tell(worst, training, done + (f" (and {len(told) - 1} more steps)" if len(told) > 1 else ""))
+            self._notify(
+                worst, training, done + (f" (and {len(bad_steps) - 1} more steps)" if len(bad_steps) > 1 else "")
+            )
         return None
 
     def _roll_back(
@@ -184,22 +186,22 @@ class BadNumbers:
         settings, num_rollbacks = self._settings, training.num_rollbacks
         if num_rollbacks >= settings.max_rollbacks:
             raise RunFailure(
-                f"at step {bad.step} {_what(bad)}, and the run has gone back {num_rollbacks} times before "
+                f"at step {bad.step} {_what(bad)}, and the run has rolled back {num_rollbacks} times before "
                 f"(faults.max_rollbacks={settings.max_rollbacks}); look at the documents in events.jsonl, lower "
                 "optimizer.lr, or raise faults.max_rollbacks."
             )
         restored = load_until(bad.step - settings.rollback_skip_steps)
         if restored is None:
             self._record(bad, training, "no_checkpoint")
-            self._tell(bad, training, "there is no checkpoint from before it to go back to")
+            self._notify(bad, training, "there is no checkpoint from before it to roll back to")
             return None
         samples = self._samples_of(bad, training, settings.rollback_skip_steps)
         self._record(bad, training, "rollback")
         self._observers.event("rollback", bad.step, to_step=restored.step, num_rollbacks=num_rollbacks + 1)
-        self._record_left_out(bad.step, samples)
-        self._tell(bad, training, f"the run goes back to step {restored.step} and leaves them out", samples)
+        self._record_skipped(bad.step, samples)
+        self._notify(bad, training, f"the run rolls back to step {restored.step} and skips them", samples)
         restored = restored.model_copy(update={"num_rollbacks": num_rollbacks + 1})
-        # Also what was left out since that checkpoint was saved.
+        # Also what was skipped since that checkpoint was saved.
         return _without(restored, [*training.skipped_samples, *samples])
 
     def _samples_of(self, bad: BadStep, training: TrainingState, num_steps: int = 1) -> list[SampleRange]:
@@ -208,7 +210,7 @@ class BadNumbers:
         return SkippedSamples(training.skipped_samples).ranges_between(end - num_steps * self._global_size, end)
 
     def _record(self, bad: BadStep, training: TrainingState, action: str) -> None:
-        """Write the event of a bad step; ``training`` leaves out what was left out when it was taken."""
+        """Write the event of a bad step; ``training`` skips what was skipped when it was taken."""
         if not self._observers.is_watched:
             return
         samples = self._samples_of(bad, training)
@@ -218,12 +220,14 @@ class BadNumbers:
         kind = "nonfinite" if bad.spike is None else "spike"
         self._observers.event(kind, bad.step, **details, samples=samples, documents=self._find_documents(samples))
 
-    def _record_left_out(self, step: int, samples: list[SampleRange]) -> None:
+    def _record_skipped(self, step: int, samples: list[SampleRange]) -> None:
         if self._observers.is_watched:
             documents = self._find_documents(samples)
             self._observers.event("samples_skipped", step, samples=samples, documents=documents)
 
-    def _tell(self, bad: BadStep, training: TrainingState, done: str, samples: list[SampleRange] | None = None) -> None:
+    def _notify(
+        self, bad: BadStep, training: TrainingState, done: str, samples: list[SampleRange] | None = None
+    ) -> None:
         """Say in a line what was bad, and what was done."""
         ranges = ", ".join(f"{first}-{end - 1}" for first, end in samples or self._samples_of(bad, training))
         self._observers.warn(f"step {bad.step}: {_what(bad)}; samples {ranges} (events.jsonl names them); {done}")
@@ -260,14 +264,14 @@ class BadNumbers:
         )
 
 
-def leave_out_as_told(restored: TrainingState, ranges: Sequence[SampleRange]) -> TrainingState:
-    """A checkpoint's state, with the samples of ``data.skip_samples`` left out from here on.
+def skip_configured(restored: TrainingState, ranges: Sequence[SampleRange]) -> TrainingState:
+    """A checkpoint's state, with the samples of ``data.skip_samples`` skipped from here on.
 
     Raises:
         UserError: the checkpoint has gone beyond some of them.
     """
-    told = _without(restored, ranges)
-    before, after = SkippedSamples(restored.skipped_samples), SkippedSamples(told.skipped_samples)
+    skipping = _without(restored, ranges)
+    before, after = SkippedSamples(restored.skipped_samples), SkippedSamples(skipping.skipped_samples)
     position = before.position(restored.num_samples)
     if not before.agrees_before(after, position):
         raise UserError(
@@ -275,7 +279,7 @@ def leave_out_as_told(restored: TrainingState, ranges: Sequence[SampleRange]) ->
             f"the checkpoint of step {restored.step} has gone beyond; name later ones, or start from an older "
             "checkpoint."
         )
-    return told
+    return skipping
 
 
 def _without(training: TrainingState, ranges: Iterable[SampleRange]) -> TrainingState:

@@ -67,7 +67,7 @@ class Trajectory:
     initial_hash: str = ""
 
 
-def case_config(config: RunConfig, case: ParityCase, num_sequences: int) -> RunConfig:
+def case_config(config: RunConfig, case: ParityCase, num_samples: int) -> RunConfig:
     """The run's configuration made comparable: constant rate, the case's strategy, format, batch and optimizer."""
     parallel = config.parallel.model_copy(
         update={
@@ -76,13 +76,13 @@ def case_config(config: RunConfig, case: ParityCase, num_sequences: int) -> RunC
             "replicate": 2 if case.strategy == "hsdp" else 1,
         }
     )
-    micro_size = num_sequences // (case.num_ranks * case.accumulation_steps)
+    micro_size = num_samples // (case.num_ranks * case.accumulation_steps)
     optimizer = config.optimizer.model_copy(update={"name": case.optimizer, "lr": case_lr(config, case.optimizer)})
     return config.model_copy(
         update={
             "parallel": parallel,
             "optimizer": optimizer,
-            "batch": config.batch.model_copy(update={"global_size": num_sequences, "micro_size": micro_size}),
+            "batch": config.batch.model_copy(update={"global_size": num_samples, "micro_size": micro_size}),
             "precision": config.precision.model_copy(update={"compute": case.compute}),
         }
     )

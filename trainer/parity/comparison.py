@@ -163,7 +163,7 @@ def _without_dropout(config: RunConfig) -> RunConfig:
 
 
 def _write_ragged_batch(config: RunConfig, corpus: Prepared, folder: Path) -> None:
-    """Real text, cut so that every sequence has another number of valid targets and one has none but the first."""
+    """Real text, cut so that every sample has another number of valid targets and one has none but the first."""
     length = config.data.sequence_length
     loader = BatchLoader(
         packed_samples(corpus, config.data),

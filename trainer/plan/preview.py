@@ -177,12 +177,10 @@ def _describe_corpus(config: RunConfig, corpus: Prepared | None) -> str:
         return "a stream: how many epochs there are is not known"
     sources = corpus.corpora if isinstance(corpus, PreparedMixture) else [corpus]
     length = config.data.sequence_length
-    num_sequences = sum(source.stream("train").num_sequences(length) for source in sources)
+    num_samples = sum(source.stream("train").num_samples(length) for source in sources)
     num_read = config.num_steps * config.batch.global_size
     mixed = f" in {len(sources)} sources" if len(sources) > 1 else ""
-    return (
-        f"{num_sequences:,} sequences of {length} tokens{mixed}; the run reads {num_read / num_sequences:,.3g} epochs"
-    )
+    return f"{num_samples:,} samples of {length} tokens{mixed}; the run reads {num_read / num_samples:,.3g} epochs"
 
 
 def _describe_start(config: RunConfig, folder: RunFolder) -> str:

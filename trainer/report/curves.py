@@ -35,12 +35,12 @@ class Curves:
     Attributes:
         steps: step of each logged line.
         columns: metric to column.
-        num_damaged: lines that are no JSON object with a step, such as the last one of a killed process.
+        num_unreadable: lines that are no JSON object with a step, such as the last one of a killed process.
     """
 
     steps: "array[int]" = field(default_factory=lambda: array("q"))
     columns: dict[str, Column] = field(default_factory=dict)
-    num_damaged: int = 0
+    num_unreadable: int = 0
 
     def last(self, metric: str) -> tuple[int, float] | None:
         """Step and value of a metric's last number; None where there is none."""
@@ -82,7 +82,7 @@ def read_curves(path: Path) -> Curves:
         for line in file:
             values = _parse(line)
             if values is None:
-                curves.num_damaged += 1
+                curves.num_unreadable += 1
                 continue
             row = len(curves.steps)
             curves.steps.append(values.pop("step"))

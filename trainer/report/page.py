@@ -83,7 +83,7 @@ def render(runs: list[RunData]) -> str:
         num_thinned=max((len(run.curves.steps) for run in runs), default=0),
         max_points=MAX_POINTS,
         num_colours=_NUM_COLOURS,
-        num_damaged=sum(run.curves.num_damaged for run in runs),
+        num_unreadable=sum(run.curves.num_unreadable for run in runs),
         written_at=time.strftime("%Y-%m-%d %H:%M %Z"),
         # These are ours, and the data cannot end its element: see _embed.
         style=Markup((_FOLDER / "page.css").read_text(encoding="utf-8")),  # noqa: S704

@@ -12,7 +12,7 @@ from trainer.metrics.goodput import Goodput, read_goodput
 from trainer.report.attempts import Attempt, read_attempts, read_json, read_yaml
 from trainer.report.curves import Curves, read_curves
 from trainer.report.event_rows import EventRow, event_rows
-from trainer.report.samples import Sample, read_samples
+from trainer.report.excerpts import Excerpt, read_excerpts
 from trainer.runtime.durations import duration_text
 
 _BILLION = 1e9
@@ -44,7 +44,7 @@ class RunData:
         outcome: how the last attempt ended; empty where nobody could say, or it has not ended.
         attempts: its attempts.
         curves: its metrics.
-        samples: texts.
+        excerpts: texts.
         events: what was out of the ordinary.
         failure: why the last attempt failed; None where it did not, or nobody could say.
         goodput: what its time was spent on; None where no attempt has told.
@@ -56,7 +56,7 @@ class RunData:
     outcome: dict[str, Any]
     attempts: list[Attempt]
     curves: Curves
-    samples: list[Sample]
+    excerpts: list[Excerpt]
     events: list[EventRow]
     goodput: Goodput | None
     failure: Failure | None = None
@@ -146,7 +146,7 @@ def _read_run(path: Path, label: str) -> RunData:
         outcome=read_json(path / "outcome.json"),
         attempts=read_attempts(path),
         curves=read_curves(path / "metrics.jsonl"),
-        samples=read_samples(path),
+        excerpts=read_excerpts(path),
         events=event_rows(path),
         failure=read_failure(path),
         goodput=read_goodput(path),

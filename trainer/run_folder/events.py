@@ -12,7 +12,7 @@ EVENTS_NAME = "events.jsonl"
 def record_event(run_dir: Path, kind: str, *, attempt: int, step: int, **details: Any) -> None:
     """Append one line; call it where the run's folder may be written: on rank 0, or in the launcher.
 
-    One write call of an O_APPEND file: a line is whole, also where rank 0 and the launcher write at the same moment.
+    One write call of an O_APPEND file: a line is complete, also where rank 0 and the launcher write at the same moment.
 
     Args:
         run_dir: the run's folder.

@@ -62,8 +62,8 @@ class RunFolder:
         return self._checkpoints_dir or self.path / _CHECKPOINTS
 
     @property
-    def damaged_dir(self) -> CheckpointPath:
-        """Where damaged checkpoints are moved to."""
+    def corrupt_dir(self) -> CheckpointPath:
+        """Where corrupt checkpoints are moved to."""
         return self.checkpoints_dir / "damaged"
 
     @property

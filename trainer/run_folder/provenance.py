@@ -12,7 +12,7 @@ from typing import Any
 
 from trainer.config import RunConfig
 from trainer.config.rules import World
-from trainer.config.secrets import blot_out, blot_out_arguments
+from trainer.config.secrets import redact, redact_arguments
 from trainer.runtime.threads import threads_per_rank
 
 # Beside the packages of a copy that a Slurm job runs with: the revision of what was copied.
@@ -22,10 +22,10 @@ _TIMEOUT_S = 30.0
 
 
 def collect_provenance(config: RunConfig, world: World, argv: list[str]) -> dict[str, Any]:
-    """Facts about this attempt, as plain values; secrets in the command line and in changed code are blotted out."""
+    """Facts about this attempt, as plain values; secrets in the command line and in changed code are redacted."""
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "argv": blot_out_arguments(argv, os.environ),
+        "argv": redact_arguments(argv, os.environ),
         "code": code_revision(),
         "python": platform.python_version(),
         "packages": {name: package_version(name) for name in _PACKAGES},
@@ -38,7 +38,7 @@ def collect_provenance(config: RunConfig, world: World, argv: list[str]) -> dict
 def code_revision() -> dict[str, Any]:
     """Git revision and uncommitted changes of Shardline's own checkout, or the installed distribution's version.
 
-    Secrets in the changes are blotted out. A Slurm job's copy of the code says what it was copied from.
+    Secrets in the changes are redacted. A Slurm job's copy of the code says what it was copied from.
     """
     root = Path(__file__).resolve().parents[2]
     if (frozen := root / FROZEN_REVISION_NAME).exists():
@@ -49,7 +49,7 @@ def code_revision() -> dict[str, Any]:
             diff = _output(["git", "-C", str(root), "diff", "HEAD"])
             return {
                 "git_revision": revision,
-                "git_diff": diff if diff is None else blot_out(diff, os.environ),
+                "git_diff": diff if diff is None else redact(diff, os.environ),
                 "git_untracked": _output(["git", "-C", str(root), "ls-files", "--others", "--exclude-standard"]),
             }
     return {"distribution_version": package_version("shardline")}

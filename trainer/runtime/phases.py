@@ -51,7 +51,7 @@ class Phase(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Moment:
+class PhaseState:
     """A rank's place in the run.
 
     Attributes:
@@ -66,7 +66,7 @@ class Moment:
 
 
 # Is called with what ended and what begins.
-Listener = Callable[[Moment, Moment], None]
+Listener = Callable[[PhaseState, PhaseState], None]
 
 
 class Phases:
@@ -77,7 +77,7 @@ class Phases:
 
     def __init__(self) -> None:
         """The rank starts now."""
-        self.now = Moment(Phase.START, 0, time.monotonic())
+        self.now = PhaseState(Phase.START, 0, time.monotonic())
         self._listeners: list[Listener] = []
 
     def listen(self, listener: Listener) -> None:
@@ -87,7 +87,7 @@ class Phases:
     def enter(self, phase: Phase, step: int | None = None) -> None:
         """One phase ends and another begins, of the same step unless one is given."""
         ended = self.now
-        self.now = Moment(phase, ended.step if step is None else step, time.monotonic())
+        self.now = PhaseState(phase, ended.step if step is None else step, time.monotonic())
         for listener in self._listeners:
             listener(ended, self.now)
 

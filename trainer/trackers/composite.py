@@ -101,7 +101,7 @@ class Follower:
             self._has_news.set()
 
     def _is_in_place(self, file: TextIO) -> bool:
-        """Whether the file is still the one with that name: a run that goes back puts another one there."""
+        """Whether the file is still the one with that name: a run that rolls back puts another one there."""
         try:
             return os.path.samestat(os.fstat(file.fileno()), self._path.stat())
         except FileNotFoundError:

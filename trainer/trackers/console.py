@@ -71,16 +71,16 @@ class Console:
             self.advance(step)
             _log.info(line)
         else:
-            self.message(line)
+            self.info(line)
         if "eval/loss" in metrics:
             evaluation = "  ".join(
                 f"{name.removeprefix('eval/')} {value:.4f}"
                 for name, value in metrics.items()
                 if name.startswith("eval/") and value is not None
             )
-            self.message(f"step {step}  evaluation  {evaluation}")
+            self.info(f"step {step}  evaluation  {evaluation}")
 
-    def message(self, text: str) -> None:
+    def info(self, text: str) -> None:
         """Show one line."""
         _log.info(text)
         self._print(text)

@@ -68,10 +68,10 @@ class Observers:
         record_event(run_dir, "straggler", attempt=self.attempt, step=step, rank=rank, host=host, ratio=ratio)
         self.warn(f"rank {rank} on {host} is slow: without it steps would take 1/{ratio:.2f} of their time")
 
-    def message(self, text: str) -> None:
+    def info(self, text: str) -> None:
         """Something worth a line happened."""
         if self.console is not None:
-            self.console.message(text)
+            self.console.info(text)
 
     def warn(self, text: str) -> None:
         """Something happened that should not be overlooked."""
@@ -87,8 +87,8 @@ class Observers:
         """Share of training in the run's time so far, over all attempts, where that is known."""
         return {"goodput/fraction": self.ledger.fraction()} if self.ledger is not None else {}
 
-    def rewound(self) -> None:
-        """The run has gone back; lines of later steps were taken out of metrics.jsonl."""
+    def rolled_back(self) -> None:
+        """The run has rolled back; lines of later steps were taken out of metrics.jsonl."""
         if self.trackers is not None:
             self.trackers.announce()
 

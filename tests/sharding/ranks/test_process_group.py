@@ -20,7 +20,7 @@ def variables(*values: object) -> dict[str, str]:
     return {name: str(value) for name, value in zip(NAMES, values, strict=True)}
 
 
-def test_places() -> None:
+def test_rank_progress() -> None:
     assert read_ranks({}) == (0, 1, 0, 1)
     assert read_ranks(variables(5, 8, 1, 4)) == (5, 8, 1, 4)
     # As DeepSpeed's launcher sets them.

@@ -1,4 +1,4 @@
-"""Damage to files, as disks, copies and people do it."""
+"""Corruption of files, as disks, copies and people do it."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from trainer.files.checked_json import SUM_KEY, dump_checked, load_checked
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
-Damage = Callable[[Draw, list[Path]], None]
+Corruption = Callable[[Draw, list[Path]], None]
 
 
 def _pick(draw: Draw, files: list[Path]) -> Path:
@@ -137,7 +137,7 @@ def _edit(draw: Draw, values: Any, keys: tuple[str, ...] | None = None) -> None:
             values[key] = draw(_VALUES)
 
 
-EVERYWHERE: dict[str, Damage] = {
+EVERYWHERE: dict[str, Corruption] = {
     function.__name__: function
     for function in (
         flip,
@@ -163,7 +163,7 @@ def fresh_copy(source: Path, target: Path) -> Path:
 
 
 class Tally:
-    """What became of the cases, by kind of damage."""
+    """What became of the cases, by kind of corruption."""
 
     def __init__(self) -> None:
         self._outcomes: Counter[tuple[str, str]] = Counter()

@@ -27,7 +27,7 @@ from trainer.run_folder.folder import RunFolder
 pytestmark = pytest.mark.timeout(120)
 
 
-def test_ranks_that_do_not_all_see_a_checkpoint_agree_and_damage_nothing(tmp_path: Path) -> None:
+def test_ranks_that_do_not_all_see_a_checkpoint_agree_and_move_nothing(tmp_path: Path) -> None:
     run_on_ranks(_check_two_ranks, 2, tmp_path)
 
 
@@ -77,7 +77,7 @@ def _one_never_sees_it(ranks: Ranks, folder: RunFolder) -> None:
 
 
 def _one_cannot_read(ranks: Ranks, folder: RunFolder) -> None:
-    """A file system that goes away has damaged nothing."""
+    """A file system that goes away has corrupted nothing."""
     read_bytes = Path.read_bytes
 
     def stale(path: Path) -> bytes:
@@ -90,10 +90,10 @@ def _one_cannot_read(ranks: Ranks, folder: RunFolder) -> None:
 
 
 def _the_folder_is_lost(ranks: Ranks, folder: RunFolder) -> None:
-    """A damaged one is not moved by whoever has lost the folder, and no rank is left waiting."""
+    """A corrupt one is not moved by whoever has lost the folder, and no rank is left waiting."""
     if ranks.rank == 0:
-        damaged = write_empty_checkpoint(folder.checkpoint_path(6), 6)
-        (damaged / "manifest.json").write_bytes(b"{")
+        corrupt = write_empty_checkpoint(folder.checkpoint_path(6), 6)
+        (corrupt / "manifest.json").write_bytes(b"{")
 
     def lost() -> None:
         raise RunFailure("the folder was taken over")

@@ -121,7 +121,7 @@ class _Checkpoints:
         if kind == "edit_and_seal":
             edit_and_seal(draw, newest / "manifest.json", ("tensors", "files", "config", "config_fingerprint"))
         elif kind == "header_and_seal":
-            _damage_header(draw, newest)
+            _corrupt_header(draw, newest)
         else:
             for step in draw(st.sampled_from([(2,), (2,), (1,), (2, 1)])):
                 EVERYWHERE[kind](draw, sorted(folder.checkpoint_path(step).iterdir()))
@@ -177,7 +177,7 @@ def _divide(folder: Path, parts: list[Part]) -> None:
     write_manifest(folder, manifest.model_copy(update={"tensors": tensors, "files": files, "num_ranks": 2}))
 
 
-def _damage_header(draw: Draw, folder: Path) -> None:
+def _corrupt_header(draw: Draw, folder: Path) -> None:
     """Change a safetensors header, with sizes and hashes that fit again."""
     file = folder / "rank-00001.safetensors"
     contents = bytearray(file.read_bytes())
@@ -196,19 +196,19 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> _Checkpoints:
 
 
 def _expect_all_outcomes(tally: Tally, *outcomes: str) -> None:
-    """A test of damage that damages nothing, or of a loader that refuses everything, would prove nothing."""
+    """A test of corruption that corrupts nothing, or of a loader that refuses everything, would prove nothing."""
     summary = tally.summary()
     assert "no sentence" not in summary["outcomes"]
     assert set(summary["outcomes"]) >= set(outcomes), summary
 
 
-def test_a_damaged_checkpoint_is_never_loaded(checkpoints: _Checkpoints) -> None:
+def test_a_corrupt_checkpoint_is_never_loaded(checkpoints: _Checkpoints) -> None:
     _expect_all_outcomes(_check(_SHORT, checkpoints.examine), "older checkpoint", "unchanged")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_damaged_checkpoints_in_many_cases(checkpoints: _Checkpoints) -> None:
+def test_corrupt_checkpoints_in_many_cases(checkpoints: _Checkpoints) -> None:
     tally = _check(_LONG, checkpoints.examine)
     _expect_all_outcomes(tally, "older checkpoint", "unchanged", "refused")
     _report("checkpoint", tally)
@@ -275,13 +275,13 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> _Corpus:
     return _Corpus(tmp_path_factory.mktemp("corpus"))
 
 
-def test_damaged_data_is_never_read(corpus: _Corpus) -> None:
+def test_corrupt_data_is_never_read(corpus: _Corpus) -> None:
     _expect_all_outcomes(_check(_SHORT, corpus.examine), "refused", "unchanged")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_damaged_data_in_many_cases(corpus: _Corpus) -> None:
+def test_corrupt_data_in_many_cases(corpus: _Corpus) -> None:
     tally = _check(_LONG, corpus.examine)
     _expect_all_outcomes(tally, "refused", "unchanged", "no corpus")
     _report("data", tally)
@@ -292,7 +292,7 @@ def test_a_corpus_without_its_manifest_is_prepared_again(corpus: _Corpus) -> Non
     assert prepare_corpus(corpus.config, progress=False).fingerprint == corpus.expected["fingerprint"]
 
 
-def test_verify_names_each_damaged_checkpoint_and_moves_none(
+def test_verify_names_each_corrupt_checkpoint_and_moves_none(
     checkpoints: _Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SHARDLINE_CACHE", str(tmp_path))
@@ -301,9 +301,9 @@ def test_verify_names_each_damaged_checkpoint_and_moves_none(
     shown = io.StringIO()
     assert verify_checkpoints(folder.checkpoints_dir, Console(file=shown, soft_wrap=True)) == 0
     first, second = shown.getvalue().splitlines()
-    assert first.startswith("step-00000001: whole; its corpus is not prepared here")
+    assert first.startswith("step-00000001: complete; its corpus is not prepared here")
     assert first.endswith("not part of it: notes.txt")
-    assert second.startswith("step-00000002: whole")
+    assert second.startswith("step-00000002: complete")
 
     manifest = folder.checkpoint_path(2) / "manifest.json"
     contents = manifest.read_bytes()
@@ -311,6 +311,6 @@ def test_verify_names_each_damaged_checkpoint_and_moves_none(
     before = sorted(folder.path.rglob("*"))
     shown = io.StringIO()
     assert verify_checkpoints(folder.checkpoints_dir, Console(file=shown, soft_wrap=True)) == 2
-    sentence = "is damaged: manifest.json: its contents do not have the SHA-256 that it says"
+    sentence = "is corrupt: manifest.json: its contents do not have the SHA-256 that it says"
     assert sentence in shown.getvalue().splitlines()[1]
     assert sorted(folder.path.rglob("*")) == before

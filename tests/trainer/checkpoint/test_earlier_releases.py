@@ -138,7 +138,7 @@ def _verify_and_export(run: Path) -> None:
     corpus = prepare_corpus(folder.frozen_config().data, progress=False)
     shown = io.StringIO()
     assert verify_checkpoints(folder.checkpoints_dir, Console(file=shown, soft_wrap=True)) == 0, shown.getvalue()
-    assert shown.getvalue().splitlines() == [f"step-{_STOPPED_AFTER:08d}: whole"], run
+    assert shown.getvalue().splitlines() == [f"step-{_STOPPED_AFTER:08d}: complete"], run
     reader = open_checkpoint(str(run), None)
     last = computed_lines(folder)[-1]
     for averaged in (False, True) if reader.has_average else (False,):

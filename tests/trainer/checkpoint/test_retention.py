@@ -109,12 +109,12 @@ def test_a_checkpoint_that_is_being_deleted_is_none(tmp_path: Path, monkeypatch:
 def test_the_list_shows_losses(tmp_path: Path) -> None:
     for step, loss in ((1, None), (2, 3.25)):
         write_empty_checkpoint(tmp_path / "checkpoints" / f"step-{step:08d}", step, loss)
-    damaged = tmp_path / "checkpoints" / "step-00000001" / "manifest.json"
+    corrupt = tmp_path / "checkpoints" / "step-00000001" / "manifest.json"
     for exit_code in (0, 2):
         text = io.StringIO()
         assert show_checkpoints(RunFolder(tmp_path).checkpoints_dir, Console(file=text, width=200)) == exit_code
         rows = [line.split() for line in text.getvalue().splitlines() if "step-" in line]
-        # A damaged one is told of below the others.
+        # A corrupt one is told of below the others.
         assert ["3.2500" in row for row in rows] == ([False, True] if exit_code == 0 else [True, False])
-        damaged.write_text("{")
+        corrupt.write_text("{")
     assert rows[1][0] == "step-00000001:"

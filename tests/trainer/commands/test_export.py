@@ -155,15 +155,15 @@ def test_nothing_is_overwritten(reader: CheckpointReader, tmp_path: Path) -> Non
     assert (tmp_path / "file").read_text() == (tmp_path / "full" / "file").read_text() == "mine"
 
 
-def test_a_damaged_checkpoint_leaves_nothing_behind(reader: CheckpointReader, tmp_path: Path) -> None:
+def test_a_corrupt_checkpoint_leaves_nothing_behind(reader: CheckpointReader, tmp_path: Path) -> None:
     copy = tmp_path / "step-00000001"
     shutil.copytree(reader.folder, copy)
-    damaged = CheckpointReader(copy)
+    corrupt = CheckpointReader(copy)
     for file in copy.glob("*.safetensors"):
         content = file.read_bytes()
         file.write_bytes(b"\xff" * 8 + content[8:])
-    with pytest.raises(UserError, match="is damaged"):
-        export_model(damaged, tmp_path / "model")
+    with pytest.raises(UserError, match="is corrupt"):
+        export_model(corrupt, tmp_path / "model")
     assert list(tmp_path.iterdir()) == [copy]
 
 
@@ -210,7 +210,7 @@ def test_a_checkpoint_without_its_tokenizer_has_that_of_its_corpus(reader: Check
         export_model(CheckpointReader(other.folder), tmp_path / "never")
 
 
-def test_a_damaged_tokenizer_is_found(reader: CheckpointReader, tmp_path: Path) -> None:
+def test_a_corrupt_tokenizer_is_found(reader: CheckpointReader, tmp_path: Path) -> None:
     copy = _copy(reader, tmp_path / "step-00000001")
     contents = bytearray((copy.folder / "tokenizer.zip").read_bytes())
     contents[len(contents) // 2] ^= 1

@@ -152,7 +152,7 @@ def test_refused(config_file: Path, override: str, message: str) -> None:
             ["checkpoint.keep_best=1", "checkpoint.every_steps=2", "evaluation.every_steps=3", "steps=6"],
             "are the multiples of 6, of which none is before the last of 6 steps",
         ),
-        (["faults.spike_policy=skip", "data.streaming=true"], "faults.spike_policy=skip leaves samples out by their"),
+        (["faults.spike_policy=skip", "data.streaming=true"], "faults.spike_policy=skip skips samples by their"),
         (["data.skip_samples=[[0, 3]]", "data.streaming=true"], "data.skip_samples has no meaning under"),
         (["data.skip_samples=[[0, 3], [9, 9]]"], "data.skip_samples: [9, 9] is no range"),
         (["task.name=mine:Task", "task.z_loss=1e-4"], "task.z_loss=0.0001 has a meaning for task.name=causal-lm only"),

@@ -6,7 +6,7 @@ import pytest
 
 from sharding.ranks.errors import UserError
 from trainer.config import load_config
-from trainer.config.secrets import blot_out, blot_out_arguments, blot_out_values, refuse_secrets
+from trainer.config.secrets import redact, redact_arguments, redact_values, refuse_secrets
 
 
 @pytest.mark.parametrize(
@@ -40,10 +40,10 @@ def test_what_is_no_secret() -> None:
     refuse_secrets(settings, {"HF_TOKEN": "", "API_KEY": "gpt2", "TOKENIZERS_PARALLELISM": "trusted-or-not"})
 
 
-def test_secrets_are_blotted_out_of_what_is_written() -> None:
+def test_secrets_are_redacted_in_what_is_written() -> None:
     environment = {"HF_TOKEN": "planted-1234", "X_KEY": "planted-1234-longer", "HOME": "/home/somebody"}
     text = "a planted-1234 b planted-1234-longer /home/somebody"
-    assert blot_out(text, environment) == "a *** b *** /home/somebody"
+    assert redact(text, environment) == "a *** b *** /home/somebody"
 
 
 SLACK = "https://hooks.slack.com/" + "services/T0123456/B0123456/abcdefghijklmnop"
@@ -69,7 +69,7 @@ SLACK = "https://hooks.slack.com/" + "services/T0123456/B0123456/abcdefghijklmno
     ],
 )
 def test_what_is_a_secret_by_name_or_shape(name: str, value: str, secret: str) -> None:
-    assert blot_out(f"say {secret}.", {name: value}) == "say ***."
+    assert redact(f"say {secret}.", {name: value}) == "say ***."
     with pytest.raises(UserError, match="settings are written to the run's folder and shown") as refused:
         refuse_secrets({"output_dir": f"/data/{secret}/x"}, {name: value})
     assert secret not in str(refused.value)
@@ -82,21 +82,21 @@ def test_what_is_a_secret_by_name_or_shape(name: str, value: str, secret: str) -
         ("PWD", "/data/project-7"),
         ("TOKENIZERS_PARALLELISM", "trusted-or-not"),
         ("NUM_TOKENS", "1000000000"),
-        # Words that people use in names and texts would be blotted out everywhere.
+        # Words that people use in names and texts would be redacted everywhere.
         ("DB_PASS", "shardline"),
         ("KUBERNETES_PORT", "tcp://10.96.0.1:443"),
         ("EDITOR_BYPASS", "something-7"),
     ],
 )
 def test_what_is_none(name: str, value: str) -> None:
-    assert blot_out(f"say {value}.", {name: value}) == f"say {value}."
+    assert redact(f"say {value}.", {name: value}) == f"say {value}."
     refuse_secrets({"output_dir": f"/data/{value}"}, {name: value})
 
 
 def test_a_file_of_keys_is_named_and_no_secret(tmp_path: Path) -> None:
     file = tmp_path / "credentials.json"
     file.write_text("{}")
-    assert blot_out(f"{file}", {"GOOGLE_APPLICATION_CREDENTIALS": str(file)}) == f"{file}"
+    assert redact(f"{file}", {"GOOGLE_APPLICATION_CREDENTIALS": str(file)}) == f"{file}"
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_a_file_of_keys_is_named_and_no_secret(tmp_path: Path) -> None:
     ],
 )
 def test_a_diff_without_the_environment(text: str, shown: str) -> None:
-    assert blot_out(text, {}) == shown
+    assert redact(text, {}) == shown
 
 
 @pytest.mark.parametrize(
@@ -139,22 +139,22 @@ def test_a_diff_without_the_environment(text: str, shown: str) -> None:
     ],
 )
 def test_useful_text_stays(text: str) -> None:
-    assert blot_out(text, {}) == text
+    assert redact(text, {}) == text
 
 
 def test_what_json_would_escape_is_found() -> None:
     values = {"argv": ['a "quoted" pass"word\\1', 7, None], "code": {"git_diff": 'x = "pass"word\\1"'}}
     shown = {"argv": ['a "quoted" ***', 7, None], "code": {"git_diff": 'x = "***"'}}
-    assert blot_out_values(values, {"DB_PASS": 'pass"word\\1'}) == shown
+    assert redact_values(values, {"DB_PASS": 'pass"word\\1'}) == shown
 
 
 def test_a_command_line() -> None:
     argv = ["shardline", "--api-key", "abc", "--token=x", "data.shard_tokens=1000", "--keep", "7", "x=planted-0001"]
     shown = ["shardline", "--api-key", "***", "--token=***", "data.shard_tokens=1000", "--keep", "7", "x=***"]
-    assert blot_out_arguments(argv, {"GITHUB_PAT": "planted-0001"}) == shown
+    assert redact_arguments(argv, {"GITHUB_PAT": "planted-0001"}) == shown
 
 
 @pytest.mark.timeout(20)
 def test_a_large_diff_takes_no_time() -> None:
     for piece in ("a-", "a.", "abcDEF123+", "key_token=", "eyJa.", "x://y:", "-----BEGIN PRIVATE KEY-----"):
-        blot_out(piece * 100_000, {})
+        redact(piece * 100_000, {})

@@ -45,7 +45,7 @@ def test_a_changed_block_is_named_with_its_shard_and_documents(stream: TokenStre
 
 def test_the_error_reaches_whoever_takes_batches(stream: TokenStream, tmp_path: Path) -> None:
     _flip(tmp_path / "train-00002.bin", 39_999)
-    order = SampleOrder(0, stream.num_sequences(100), shuffle=False)
+    order = SampleOrder(0, stream.num_samples(100), shuffle=False)
     samples = PackedSamples(lambda _: stream, SampleFacts(100))
     loader = BatchLoader(samples, order, global_size=100, micro_size=100, dp_rank=0, dp_degree=1)
     for _ in range(7):
@@ -63,7 +63,7 @@ def test_a_stream_that_is_not_verified_reads_what_is_there(stream: TokenStream, 
 
 
 @pytest.mark.parametrize("file", ["documents.i64", "source-offsets.i64"])
-def test_a_damaged_list_of_documents_is_found_when_it_is_used(stream: TokenStream, tmp_path: Path, file: str) -> None:
+def test_a_corrupt_list_of_documents_is_found_when_it_is_used(stream: TokenStream, tmp_path: Path, file: str) -> None:
     _flip(tmp_path / f"train-{file}", 801)
     stream.read(0, 1000)
     with pytest.raises(UserError, match=re.escape(f"train-{file} does not have the SHA-256")):
@@ -74,7 +74,7 @@ def test_a_damaged_list_of_documents_is_found_when_it_is_used(stream: TokenStrea
         stream.read(_SHARD_TOKENS, _SHARD_TOKENS + 1)
 
 
-def test_damaged_hashes_are_not_taken_for_damaged_tokens(stream: TokenStream, tmp_path: Path) -> None:
+def test_corrupt_hashes_are_not_taken_for_corrupt_tokens(stream: TokenStream, tmp_path: Path) -> None:
     _flip(tmp_path / "train-blocks.sha256", 40)
     with pytest.raises(UserError, match=r"train-blocks\.sha256 does not have the SHA-256"):
         stream.read(0, 10)

@@ -90,7 +90,7 @@ def test_a_step_has_the_same_samples_under_every_layout(stream: TokenStream, deg
         loader.close()
 
 
-def test_samples_are_left_out_alike_under_every_layout(stream: TokenStream) -> None:
+def test_samples_are_skipped_alike_under_every_layout(stream: TokenStream) -> None:
     every = _loader(stream, 0, 1, 1)
     rows = [row for _ in range(8) for row in _rows(every.next_step())]
     skipped = SkippedSamples([(0, 3), (GLOBAL_SIZE, 2 * GLOBAL_SIZE), (100, 101)])

@@ -250,7 +250,7 @@ def test_the_fingerprint_covers_sources_and_weights(mixture: tuple[DataConfig, P
         update={"mixture": (tripled.mixture[0], tripled.mixture[1].model_copy(update={"weight": 1.0}))}
     )
     assert PreparedMixture(prepared.folder, same).fingerprint == prepared.fingerprint
-    assert "files 0.75 of the sequences" in describe_mixture(prepared, 32, 100)[0]
+    assert "files 0.75 of the samples" in describe_mixture(prepared, 32, 100)[0]
 
 
 @pytest.mark.parametrize(
@@ -282,7 +282,7 @@ def test_a_run_on_a_mixture_says_what_a_step_trained_on(tmp_path: Path) -> None:
     config = write_config(tmp_path / "mixture.yaml", values)
     finished = shardline("run", config, "--nproc-per-node", 2)
     trained(finished)
-    assert "mixture: files 0.75 of the sequences" in finished.stdout
+    assert "mixture: files 0.75 of the samples" in finished.stdout
     output = io.StringIO()
     with redirect_stdout(output):
         assert show([str(tmp_path / "runs" / "tiny"), "--step", "2"]) == 0
@@ -291,7 +291,7 @@ def test_a_run_on_a_mixture_says_what_a_step_trained_on(tmp_path: Path) -> None:
     assert sum("source files, epoch 0" in title for title in titles) == 9
     assert sum("source lines, epoch 0" in title for title in titles) == 3
     assert "lines.jsonl#" in output.getvalue()
-    # The audit of samples that are left out names the same documents.
+    # The audit of samples that are skipped names the same documents.
     frozen = RunFolder(tmp_path / "runs" / "tiny").frozen_config()
     documents = documents_in(frozen, open_corpus(frozen, None), [(12, 20), (20, 24)])
     assert {document["source"] for document in documents} == {"files", "lines"}

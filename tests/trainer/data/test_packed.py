@@ -30,7 +30,7 @@ def test_a_prepared_corpus_is_samples(config_file: Path) -> None:
     for split in ("train", "validation"):
         stream = corpus.stream(split)
         number = samples.num_samples(split)
-        assert number == stream.num_sequences(length) > 1
+        assert number == stream.num_samples(length) > 1
         rows = samples.read(split, [number - 1, 0])
         assert rows.keys() == {"tokens", "num_tokens"}
         # The last one has what is left, and nothing behind it.

@@ -155,7 +155,7 @@ def test_killed_half_way_and_then_two_at_once(tmp_path: Path) -> None:
     assert processes_of(tmp_path / "runs" / "x") == {}
 
 
-def test_a_damaged_corpus(tmp_path: Path) -> None:
+def test_a_corrupt_corpus(tmp_path: Path) -> None:
     _write_jsonl(tmp_path / "x.jsonl", TEXTS)
     config = _config(tmp_path)
     corpus = prepare_corpus(config, progress=False)
@@ -169,7 +169,7 @@ def test_a_damaged_corpus(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not have the SHA-256"):
         PreparedCorpus(corpus.folder).verify()
     (corpus.folder / "manifest.json").write_text("{")
-    with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+    with pytest.raises(UserError, match=r"manifest\.json is corrupt"):
         find_prepared(config)
 
 

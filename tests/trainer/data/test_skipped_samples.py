@@ -1,4 +1,4 @@
-"""Samples that are left out of the order."""
+"""Samples that are skipped."""
 
 from itertools import pairwise
 
@@ -11,7 +11,7 @@ from sharding.ranks.errors import UserError
 from trainer.checkpoint.training_state import TrainingState
 from trainer.config.data import SampleRange
 from trainer.data.skipped_samples import SkippedSamples
-from trainer.numerics.spike_policy import leave_out_as_told
+from trainer.numerics.spike_policy import skip_configured
 
 _LIMIT = 200
 _ranges = st.lists(st.tuples(st.integers(0, _LIMIT), st.integers(0, _LIMIT)).map(lambda pair: tuple(sorted(pair))))
@@ -38,10 +38,10 @@ def test_the_positions_of_a_step_as_ranges(ranges: list[SampleRange], first: int
 
 @given(ranges=_ranges, num_done=st.integers(0, _LIMIT), lengths=st.lists(st.integers(1, 30), min_size=1, max_size=4))
 @settings(max_examples=50)
-def test_what_is_left_out_later_changes_nothing_before(
+def test_what_is_skipped_later_changes_nothing_before(
     ranges: list[SampleRange], num_done: int, lengths: list[int]
 ) -> None:
-    """Step after step may turn out bad: each time the samples that come next are left out."""
+    """Step after step may turn out bad: each time the samples that come next are skipped."""
     skipped = SkippedSamples(ranges)
     before = skipped.positions(np.arange(num_done)).tolist()
     bad: list[int] = []
@@ -68,14 +68,14 @@ def _state(num_samples: int, skipped_samples: list[SampleRange]) -> TrainingStat
     )
 
 
-def test_a_checkpoint_can_leave_out_only_what_it_has_not_passed() -> None:
-    # 48 samples were trained on and 12 left out: the next one is at position 60.
+def test_a_checkpoint_can_skip_only_what_it_has_not_passed() -> None:
+    # 48 samples were trained on and 12 skipped: the next one is at position 60.
     state = _state(48, [(24, 36)])
-    assert leave_out_as_told(state, [(24, 36), (60, 72)]).skipped_samples == [(24, 36), (60, 72)]
-    # What was left out after a spike stays so, told or not.
-    assert leave_out_as_told(state, []).skipped_samples == [(24, 36)]
+    assert skip_configured(state, [(24, 36), (60, 72)]).skipped_samples == [(24, 36), (60, 72)]
+    # What was skipped after a spike stays so, told or not.
+    assert skip_configured(state, []).skipped_samples == [(24, 36)]
     with pytest.raises(UserError, match="names samples before position 60, which the checkpoint of step 4"):
-        leave_out_as_told(state, [(59, 72)])
+        skip_configured(state, [(59, 72)])
 
 
 def test_the_state_is_read_back_as_it_was() -> None:

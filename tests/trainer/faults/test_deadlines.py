@@ -4,7 +4,7 @@ import pytest
 
 from trainer.faults.hang.deadlines import Deadlines, is_hang
 from trainer.faults.hang.heartbeat import Heartbeat, RunningTime
-from trainer.runtime.phases import Moment, Phase
+from trainer.runtime.phases import Phase, PhaseState
 
 
 def beat(rank: int = 0, **changes: object) -> Heartbeat:
@@ -29,7 +29,7 @@ def live(deadlines: Deadlines, *phases: tuple[Phase, float]) -> None:
     """Let phases pass, each for so many seconds."""
     at = 100.0
     for phase, seconds in phases:
-        deadlines.listen(Moment(phase, 1, at), Moment(Phase.DATA, 1, at + seconds))
+        deadlines.listen(PhaseState(phase, 1, at), PhaseState(Phase.DATA, 1, at + seconds))
         at += seconds
 
 

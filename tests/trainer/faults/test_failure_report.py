@@ -15,8 +15,8 @@ from trainer.faults.failure.rank_error import ELASTIC_ERROR_VARIABLE, describe_e
 from trainer.faults.failure.record import Evidence, Failure, FailureKind, RankState, read_failure, set_failure_aside
 from trainer.faults.failure.report import ProcessEnd, Sources, build_failure, write_failure
 from trainer.faults.hang.heartbeat import HeartbeatFile
-from trainer.faults.hang.places import Places, publish_place, read_places
-from trainer.runtime.phases import Moment, Phase, Phases
+from trainer.faults.hang.rank_progress import ProgressMemory, publish_progress, read_progress
+from trainer.runtime.phases import Phase, Phases, PhaseState
 
 PEER_GONE = "[pair.cc:553] Connection closed by peer [127.0.0.1]:27027."
 
@@ -36,7 +36,7 @@ def leave(run_dir: Path, *heartbeats: dict[str, Any], **errors: BaseException) -
         try:
             raise error
         except BaseException as caught:
-            described = describe_error(caught, int(name.removeprefix("rank_")), Moment(Phase.AGREE, 7, 0.0))
+            described = describe_error(caught, int(name.removeprefix("rank_")), PhaseState(Phase.AGREE, 7, 0.0))
         write_rank_error(log_dir, described)
     return log_dir
 
@@ -127,7 +127,7 @@ def test_a_process_that_was_seen_to_end(
         ends={0: ProcessEnd(1, 6.0), 1: ProcessEnd(exit_code, 5.0)},
         first=1,
         # Its last heartbeat is of an earlier step.
-        places={1: (Phase.LOG, 9)},
+        progress={1: (Phase.LOG, 9)},
         oom_kill=oom_kill,
     )
     failure = build_failure(sources)
@@ -209,23 +209,23 @@ def test_torchs_agent_gets_the_error_in_its_own_form(run_dir: Path, monkeypatch:
 
 
 def test_the_place_of_a_killed_rank_is_known_to_the_moment() -> None:
-    places = Places()
+    progress = ProgressMemory()
     phases = Phases()
-    publish_place(phases, 3, places.variables)
+    publish_progress(phases, 3, progress.variables)
     phases.enter(Phase.TRAIN, 17)
-    assert read_places(places.variables) == {3: (Phase.TRAIN, 17)}
+    assert read_progress(progress.variables) == {3: (Phase.TRAIN, 17)}
     code = (
         "import os, signal\n"
         "from trainer.runtime.phases import Phase, Phases\n"
-        "from trainer.faults.hang.places import publish_place\n"
+        "from trainer.faults.hang.rank_progress import publish_progress\n"
         "phases = Phases()\n"
-        "publish_place(phases, 0, os.environ)\n"
+        "publish_progress(phases, 0, os.environ)\n"
         "phases.enter(Phase.SAVE, 18)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    environment = command_environment(**places.variables)
+    environment = command_environment(**progress.variables)
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=False).returncode == -9
-    assert read_places(places.variables)[0] == (Phase.SAVE, 18)
-    variables = places.variables
-    places.close()
-    assert read_places(variables) == read_places({}) == {}
+    assert read_progress(progress.variables)[0] == (Phase.SAVE, 18)
+    variables = progress.variables
+    progress.close()
+    assert read_progress(variables) == read_progress({}) == {}

@@ -153,7 +153,7 @@ class _Run:
         )
         self.folder = RunFolder.of(self.config)
         self.checkpointer = Checkpointer(
-            self.config, self.folder, "data", _ALONE, lambda: None, warn=self.warnings.append, tell=lambda _: None
+            self.config, self.folder, "data", _ALONE, lambda: None, warn=self.warnings.append, notify=lambda _: None
         )
         self.step = 0
 
@@ -209,7 +209,7 @@ def test_a_store_holds_what_a_folder_does(
     )
 
 
-def test_a_damaged_checkpoint_in_a_store_is_moved_aside_and_a_later_one_removed(tmp_path: Path, url: str) -> None:
+def test_a_corrupt_checkpoint_in_a_store_is_moved_aside_and_a_later_one_removed(tmp_path: Path, url: str) -> None:
     run = _Run(tmp_path, url, keep_last=0)
     run.train_and_save(3)
     run.folder.path.mkdir(parents=True, exist_ok=True)
@@ -223,7 +223,7 @@ def test_a_damaged_checkpoint_in_a_store_is_moved_aside_and_a_later_one_removed(
     assert restored is not None
     assert restored.step == 2
     assert continued.saved_steps() == [1, 2]
-    assert [path.name for path in list_folders(continued.folder.damaged_dir)] == ["step-00000003"]
+    assert [path.name for path in list_folders(continued.folder.corrupt_dir)] == ["step-00000003"]
     assert "SHA-256" in continued.warnings[0]
     assert continued.checkpointer.roll_back(continued.engine, 1) is not None
     assert continued.saved_steps() == [1]

@@ -18,7 +18,7 @@ from trainer.metrics.goodput import (
 )
 from trainer.metrics.goodput_ledger import GoodputLedger, begin_ledger, begins_by_hand
 from trainer.run_folder.events import record_event
-from trainer.runtime.phases import Moment, Phase, Phases
+from trainer.runtime.phases import Phase, Phases, PhaseState
 
 
 class Attempt:
@@ -39,7 +39,7 @@ class Attempt:
         if launches:
             begin_ledger(log_dir, number, began_at, by_hand=by_hand)
         self.phases = Phases()
-        self.phases.now = Moment(Phase.START, 0, self.now)
+        self.phases.now = PhaseState(Phase.START, 0, self.now)
         # The launcher needed two seconds before the rank was there.
         self.ledger = GoodputLedger(
             run_dir, number, self.phases, lambda: self.now, lambda: began_at + 2.0, process_age_s=2.0
@@ -52,7 +52,7 @@ class Attempt:
     def enter(self, phase: Phase, step: int, seconds: float) -> None:
         """As Phases.enter does, at our time; the phase then lasts for so long."""
         ended = self.phases.now
-        self.phases.now = Moment(phase, step, self.now)
+        self.phases.now = PhaseState(phase, step, self.now)
         for listener in self.phases._listeners:
             listener(ended, self.phases.now)
         self.spend(seconds)
@@ -136,7 +136,7 @@ def test_a_killed_attempt_loses_what_the_next_one_takes_again(tmp_path: Path) ->
     alone = read(tmp_path)
     assert "lost" not in in_seconds(alone)
     first_s = alone.wall_s
-    # The newest checkpoint was damaged: it begins after step 2.
+    # The newest checkpoint was corrupt: it begins after step 2.
     second = Attempt(tmp_path, 2, began_at=5000.0 + first_s + 30.0, startup_s=8.0)
     second.steps([3, 4, 5, 6, 7, 8])
     second.save(8)
@@ -180,7 +180,7 @@ def test_going_back_within_an_attempt_and_then_further(tmp_path: Path) -> None:
     first.steps([3, 4])
     first.save(4)
     first.steps([5])
-    # Its samples are left out, and the step is taken again.
+    # Its samples are skipped, and the step is taken again.
     first.enter(Phase.DATA, 6, 0.25)
     first.enter(Phase.TRAIN, 6, 2.0)
     first.steps([6])
@@ -194,7 +194,7 @@ def test_going_back_within_an_attempt_and_then_further(tmp_path: Path) -> None:
     lost_s = 2.25 + 2 * 2.5 + 0.75
     assert in_seconds(goodput) == kept | {"checkpoint": 3.0, "lost": lost_s}
     assert goodput.num_lost_steps == 1 + 2
-    # The next attempt goes back to before it began, after which the first keeps two steps and a checkpoint.
+    # The next attempt rolls back to before it began, after which the first keeps two steps and a checkpoint.
     second = Attempt(tmp_path, 2, began_at=1000.0, startup_s=4.0)
     second.steps([7, 8], first_s=3.0)
     second.enter(Phase.LOAD, 8, 1.0)
@@ -277,7 +277,7 @@ def test_writing_is_rare_and_a_very_long_run_stays_small(tmp_path: Path) -> None
     assert spent.seconds["lost"] == pytest.approx(400 * 3.5)
 
 
-def test_a_damaged_or_foreign_ledger_is_left_out(tmp_path: Path) -> None:
+def test_a_corrupt_or_foreign_ledger_is_left_out(tmp_path: Path) -> None:
     assert read_goodput(tmp_path) is None
     assert write_goodput(tmp_path) is None
     assert not (tmp_path / GOODPUT_NAME).exists()

@@ -150,7 +150,7 @@ def test_the_loader_knows_where_documents_start(corpus: PreparedCorpus) -> None:
     unmasked = PackedSamples(corpus.stream, SampleFacts(LENGTH))
     number_of_ends = 0
     num_targets = 0
-    for index in range(stream.num_sequences(LENGTH)):
+    for index in range(stream.num_samples(LENGTH)):
         batch, plain = (next_token_batch(samples.read("train", [index])) for samples in (masked, unmasked))
         assert torch.equal(batch["input_ids"], plain["input_ids"])
         start = index * LENGTH

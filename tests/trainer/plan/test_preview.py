@@ -82,7 +82,7 @@ def test_the_run_is_described(config_file: Path) -> None:
     num_parameters = vocabulary * width + 3 * (4 * width * width + 3 * width * 53 + 2 * width) + width
     assert lines["parameters"] == f"{num_parameters:,} of llama"
     assert " MiB a rank for parameters, gradients and optimizer state, at least " in lines["memory"]
-    read, _, epochs = lines["corpus"].partition(" sequences of 32 tokens; the run reads ")
+    read, _, epochs = lines["corpus"].partition(" samples of 32 tokens; the run reads ")
     assert float(epochs.removesuffix(" epochs")) == pytest.approx(6 * 12 / int(read.replace(",", "")), rel=0.01)
     assert lines["continues"] == "nothing: begins at step 1"
 

@@ -51,7 +51,7 @@ def embedded(page: str) -> dict[str, Any]:
     return values
 
 
-def test_lines_become_columns_and_damaged_ones_are_counted(tmp_path: Path) -> None:
+def test_lines_become_columns_and_corrupt_ones_are_counted(tmp_path: Path) -> None:
     run = make_run(
         tmp_path / "run", [{"step": 1, "a": 1.5, "b": math.inf}, {"step": 3, "a": 2, "text": "x", "on": True}]
     )
@@ -63,7 +63,7 @@ def test_lines_become_columns_and_damaged_ones_are_counted(tmp_path: Path) -> No
     assert list(curves.columns["a"].rows) == [0, 1]
     assert list(curves.columns["a"].values) == [1.5, 2.0]
     assert math.isnan(curves.columns["b"].values[0])
-    assert curves.num_damaged == 4
+    assert curves.num_unreadable == 4
     assert curves.last("a") == (3, 2.0)
     assert curves.least("a") == (1, 1.5)
     assert curves.last("b") is None
@@ -246,7 +246,7 @@ def test_wrong_folders_are_named(tmp_path: Path) -> None:
         read_runs([run, tmp_path / "." / "run"])
 
 
-def test_damaged_files_of_a_run_are_left_out(tmp_path: Path) -> None:
+def test_corrupt_files_of_a_run_are_left_out(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", [])
     for name in ("outcome.json", "provenance.json", "config.yaml", "metrics.jsonl", "sample.txt", "events.jsonl"):
         (run / name).write_bytes(b"{\xff\x00[")

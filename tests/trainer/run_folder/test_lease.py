@@ -290,9 +290,9 @@ def test_a_rank_attaches_to_its_launchers_lease(tmp_path: Path, monkeypatch: pyt
         attached.check()
 
 
-@pytest.mark.parametrize("damaged", ["", "{", "[]", '{"host": "a"}'])
-def test_a_damaged_lease_is_none(tmp_path: Path, damaged: str) -> None:
-    (tmp_path / "lease.json").write_text(damaged)
+@pytest.mark.parametrize("corrupt", ["", "{", "[]", '{"host": "a"}'])
+def test_a_corrupt_lease_is_none(tmp_path: Path, corrupt: str) -> None:
+    (tmp_path / "lease.json").write_text(corrupt)
     Lease.acquire(tmp_path).release()
 
 

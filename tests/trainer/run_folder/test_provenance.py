@@ -25,7 +25,7 @@ from trainer.run_folder.provenance import code_revision, collect_provenance
         ("model.config.num_key_value_heads=2", "model.config.num_key_value_heads=2"),
     ],
 )
-def test_secrets_are_blotted_out_and_settings_are_not(config_file: Path, argument: str, written: str) -> None:
+def test_secrets_are_redacted_and_settings_are_not(config_file: Path, argument: str, written: str) -> None:
     provenance = collect_provenance(load_config(config_file), World(2, has_gpu=False), ["shardline", argument])
     assert provenance["argv"] == ["shardline", written]
 

@@ -168,16 +168,16 @@ def test_a_checkpoint_exists_if_its_manifest_does(load: Callable[..., RunConfig]
     assert not is_complete(folder, load())
 
 
-def test_a_run_that_has_only_damaged_checkpoints_does_not_begin_anew(load: Callable[..., RunConfig]) -> None:
+def test_a_run_that_has_only_corrupt_checkpoints_does_not_begin_anew(load: Callable[..., RunConfig]) -> None:
     folder, _ = begin(load())
     add_checkpoint(folder, 4)
-    folder.damaged_dir.mkdir()
-    folder.checkpoint_path(4).rename(folder.damaged_dir / "step-00000004")
-    with pytest.raises(UserError, match=r"no checkpoint left, only damaged ones .*step-00000004.*begin at step 0"):
+    folder.corrupt_dir.mkdir()
+    folder.checkpoint_path(4).rename(folder.corrupt_dir / "step-00000004")
+    with pytest.raises(UserError, match=r"no checkpoint left, only corrupt ones .*step-00000004.*begin at step 0"):
         begin(load())
     add_checkpoint(folder, 2)
     check_continuation(folder, load())
-    shutil.rmtree(folder.damaged_dir)
+    shutil.rmtree(folder.corrupt_dir)
     begin(load())
 
 

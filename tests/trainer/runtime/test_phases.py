@@ -8,11 +8,11 @@ import pytest
 from sharding.ranks.errors import UserError
 from trainer.faults.injection.inject import INJECT_VARIABLE, inject_faults, read_faults
 from trainer.run_folder.events import EVENTS_NAME, read_events, record_event
-from trainer.runtime.phases import Moment, Phase, Phases
+from trainer.runtime.phases import Phase, Phases, PhaseState
 
 
 def test_listeners_hear_what_ends_and_what_begins() -> None:
-    phases, heard = Phases(), list[tuple[Moment, Moment]]()
+    phases, heard = Phases(), list[tuple[PhaseState, PhaseState]]()
     phases.listen(lambda ended, begun: heard.append((ended, begun)))
     phases.enter(Phase.DATA, 3)
     with phases.during(Phase.EVALUATE):
@@ -43,7 +43,7 @@ def test_events_are_read_back_in_order_and_a_torn_line_is_left_out(tmp_path: Pat
     ]
 
 
-def test_a_fault_strikes_its_rank_step_phase_and_attempt_alone(tmp_path: Path) -> None:
+def test_a_fault_is_triggered_on_its_rank_step_phase_and_attempt_alone(tmp_path: Path) -> None:
     faults = read_faults({INJECT_VARIABLE: json.dumps([{"fault": "raise", "rank": 1, "step": 5, "attempt": 2}])})
     for rank, attempt in ((0, 2), (1, 1)):
         spared = Phases()

@@ -105,7 +105,7 @@ def test_messages_are_shown_as_they_are_and_logged(records: pytest.LogCaptureFix
     stream = io.StringIO()
     console = Console(600, stream)
     text = "saved runs/[bold]x[/bold]/:smile:/" + 30 * "long-name-"
-    console.message(text)
+    console.info(text)
     console.warning("mind this")
     assert stream.getvalue() == f"{text}\nwarning: mind this\n"
     assert [(record.levelname, record.message) for record in records.records] == [
@@ -126,7 +126,7 @@ def test_one_live_line_on_a_terminal(records: pytest.LogCaptureFixture, terminal
     # The line is drawn over itself: none that is left behind, and the metrics are in the log all the same.
     assert "\n" not in seen
     assert records.messages[0].startswith("step 120/600  loss 4.1235")
-    console.message("saved runs/x")
+    console.info("saved runs/x")
     assert re.search(r"saved runs/x\s*\n", terminal.read())
     console.close()
     assert terminal.read().endswith("\n")
@@ -135,7 +135,7 @@ def test_one_live_line_on_a_terminal(records: pytest.LogCaptureFixture, terminal
 def test_a_finished_run_shows_no_bar(terminal: Terminal) -> None:
     console = Console(600, terminal.stream)
     console.start(600)
-    console.message("nothing to do")
+    console.info("nothing to do")
     console.close()
     assert terminal.read().split() == ["nothing", "to", "do"]
 
@@ -188,7 +188,7 @@ def test_training_goes_on_when_the_terminal_is_closed(records: pytest.LogCapture
     console.start(0)
     terminal.hang_up()
     console.log_metrics(1, METRICS)
-    console.message("second")
+    console.info("second")
     console.close()
     assert len(records.messages) == 2
 
@@ -197,6 +197,6 @@ def test_a_closed_stream_is_no_error(records: pytest.LogCaptureFixture) -> None:
     stream = io.StringIO()
     stream.close()
     console = Console(600, stream)
-    console.message("unseen")
+    console.info("unseen")
     console.close()
     assert records.messages == ["unseen"]

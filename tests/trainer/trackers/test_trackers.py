@@ -167,7 +167,7 @@ def test_half_a_line_is_left_until_it_is_whole(tmp_path: Path) -> None:
     assert tracker.told[1:-1] == [(1, {"a": 1}), (2, {"a": 2})]
 
 
-def test_a_run_that_goes_back_puts_another_file_in_place(tmp_path: Path) -> None:
+def test_a_run_that_rolls_back_puts_another_file_in_place(tmp_path: Path) -> None:
     path, tracker = tmp_path / "metrics.jsonl", RecordingTracker("one")
     first = MetricsFile(path, last_step=0)
     trackers = Trackers([tracker], path)

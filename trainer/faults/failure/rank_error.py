@@ -15,7 +15,7 @@ from sharding.strict_model import StrictRecord
 from trainer.faults.failure.record import FailureKind
 from trainer.faults.hang.stacks import Frame, innermost
 from trainer.files.atomic_files import write_atomically
-from trainer.runtime.phases import Moment, Phase
+from trainer.runtime.phases import Phase, PhaseState
 
 ELASTIC_ERROR_VARIABLE = "TORCHELASTIC_ERROR_FILE"
 # What gloo, NCCL and torch's store say on a rank whose peer is gone or late: never the cause.
@@ -81,13 +81,13 @@ def is_of_a_peer(kind: str, message: str) -> bool:
     return _PEER_GONE.search(message) is not None or (line_broke and _BETWEEN_RANKS.search(message) is not None)
 
 
-def describe_error(error: BaseException, rank: int, moment: Moment) -> RankError:
+def describe_error(error: BaseException, rank: int, state: PhaseState) -> RankError:
     """Take down an error where it was caught.
 
     Args:
         error: the exception.
         rank: this rank's number.
-        moment: what the rank was doing.
+        state: what the rank was doing.
     """
     steps = traceback.extract_tb(error.__traceback__)
     frame = innermost([Frame(step.filename, step.lineno or 0, step.name) for step in reversed(steps)])
@@ -97,8 +97,8 @@ def describe_error(error: BaseException, rank: int, moment: Moment) -> RankError
         kind=_kind(error),
         type=type(error).__name__,
         message=str(error),
-        phase=moment.phase,
-        step=moment.step,
+        phase=state.phase,
+        step=state.step,
         where=str(frame) if frame is not None else None,
         traceback="".join(traceback.format_exception(error)),
     )

@@ -114,7 +114,7 @@ class Failure(StrictRecord):
     """What sort of failure it was."""
 
     signature: str
-    """Identity of the failure, the same on whichever rank it strikes: kind, exception type, innermost line of our or
+    """Identity of the failure, the same on whichever rank fails: kind, exception type, innermost line of our or
     the user's code, and step; just `killed` for a signal from outside."""
 
     attempt: int = Field(ge=0)

@@ -19,7 +19,7 @@ from trainer.faults.failure.record import (
 )
 from trainer.faults.hang.flight_recorder import flight_path, read_collectives
 from trainer.faults.hang.heartbeat import Heartbeat, heartbeat_path, read_heartbeats
-from trainer.faults.hang.places import Place
+from trainer.faults.hang.rank_progress import RankProgress
 from trainer.faults.hang.stacks import Frame, innermost, last_stack, read_stack, stacks_path
 from trainer.faults.hang.verdict import ALARM_NAME, read_alarm, read_verdict
 from trainer.files.atomic_files import write_atomically
@@ -66,7 +66,7 @@ class Sources:
         outcome: outcome.json as it stands at the end.
         ends: how processes ended, by rank, where that was seen.
         first: rank whose process was seen to fail first; None where nobody saw.
-        places: where each rank was last, where that is known to the moment.
+        progress: where each rank was last, where that is known to the moment.
         oom_kill: what tells that the kernel killed a rank for memory; None where nothing does.
         evidence: what else was found.
     """
@@ -76,7 +76,7 @@ class Sources:
     outcome: Mapping[str, Any]
     ends: Mapping[int, ProcessEnd] = field(default_factory=dict)
     first: int | None = None
-    places: Mapping[int, Place] = field(default_factory=dict)
+    progress: Mapping[int, RankProgress] = field(default_factory=dict)
     oom_kill: Evidence | None = None
     evidence: Sequence[Evidence] = ()
 
@@ -105,7 +105,7 @@ def build_failure(sources: Sources) -> Failure:
     this order, go before what ``outcome.json`` says.
     """
     log_dir = sources.log_dir
-    beats = {rank: _at(beat, sources.places.get(rank)) for rank, beat in read_heartbeats(log_dir).items()}
+    beats = {rank: _at(beat, sources.progress.get(rank)) for rank, beat in read_heartbeats(log_dir).items()}
     errors = read_rank_errors(log_dir)
     alarm = read_alarm(log_dir)
     hang = read_verdict(log_dir) if sources.outcome.get("status") != "bad_input" else None
@@ -137,8 +137,8 @@ def build_failure(sources: Sources) -> Failure:
     )
 
 
-def _at(beat: Heartbeat, place: Place | None) -> Heartbeat:
-    return beat if place is None else beat.model_copy(update={"phase": place[0], "step": place[1]})
+def _at(beat: Heartbeat, progress: RankProgress | None) -> Heartbeat:
+    return beat if progress is None else beat.model_copy(update=progress._asdict())
 
 
 def signal_name(number: int) -> str:

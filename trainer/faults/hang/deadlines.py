@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from statistics import median
 
 from trainer.faults.hang.heartbeat import Heartbeat
-from trainer.runtime.phases import Moment, Phase
+from trainer.runtime.phases import Phase, PhaseState
 
 _NUM_REMEMBERED = 64
 # What happened once may happen again, and take longer. So may compilation, which is in the first step.
@@ -36,7 +36,7 @@ class Deadlines:
         self._durations: dict[Phase, deque[float]] = {phase: deque(maxlen=_NUM_REMEMBERED) for phase in Phase}
         self._first_train_s: float | None = None
 
-    def listen(self, ended: Moment, begun: Moment) -> None:
+    def listen(self, ended: PhaseState, begun: PhaseState) -> None:
         """Remember how long a phase took; a listener of ``Phases``."""
         seconds = begun.since - ended.since
         if self._first_train_s is None:

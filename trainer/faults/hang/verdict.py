@@ -15,8 +15,8 @@ from sharding.strict_model import StrictRecord
 from trainer.faults.hang.deadlines import position
 from trainer.faults.hang.flight_recorder import Collective, read_collectives
 from trainer.faults.hang.heartbeat import Heartbeat, read_heartbeats
-from trainer.faults.hang.places import Place
 from trainer.faults.hang.rank_process import process_state
+from trainer.faults.hang.rank_progress import RankProgress
 from trainer.faults.hang.stacks import Frame, innermost, read_stack
 from trainer.files.atomic_files import create_once
 from trainer.runtime.phases import Phase
@@ -71,17 +71,17 @@ class Hang(StrictRecord):
     """One sentence."""
 
 
-def read_traces(log_dir: Path, places: Mapping[int, Place]) -> dict[int, Traces]:
+def read_traces(log_dir: Path, progress: Mapping[int, RankProgress]) -> dict[int, Traces]:
     """What the ranks of an attempt left, by rank.
 
     Args:
         log_dir: the attempt's.
-        places: phase and step of ranks, where they are known to the moment.
+        progress: phase and step of ranks, where they are known to the moment.
     """
     suspects = read_alarm(log_dir).get("suspects", {})
     return {
         rank: Traces(
-            _at(heartbeat, places.get(rank)),
+            _at(heartbeat, progress.get(rank)),
             read_collectives(log_dir, rank),
             innermost(read_stack(log_dir, rank, heartbeat.main_thread)),
             suspects.get(str(rank), {}).get("process"),
@@ -92,11 +92,11 @@ def read_traces(log_dir: Path, places: Mapping[int, Place]) -> dict[int, Traces]
     }
 
 
-def _at(heartbeat: Heartbeat, place: Place | None) -> Heartbeat:
-    """The heartbeat, with the place where a rank that has written nothing since then really is."""
-    if place is None or heartbeat.state != "running":
+def _at(heartbeat: Heartbeat, progress: RankProgress | None) -> Heartbeat:
+    """The heartbeat, with the progress of a rank that has written nothing since then."""
+    if progress is None or heartbeat.state != "running":
         return heartbeat
-    return heartbeat.model_copy(update={"phase": place[0], "step": place[1]})
+    return heartbeat.model_copy(update=progress._asdict())
 
 
 def raise_alarm(log_dir: Path, seen_by: Heartbeat | None, suspects: Mapping[int, tuple[Heartbeat, float]]) -> None:
@@ -123,9 +123,9 @@ def raise_alarm(log_dir: Path, seen_by: Heartbeat | None, suspects: Mapping[int,
         create_once(log_dir / ALARM_NAME, json.dumps(alarm) + "\n")
 
 
-def conclude_hang(log_dir: Path, places: Mapping[int, Place]) -> Hang:
+def conclude_hang(log_dir: Path, progress: Mapping[int, RankProgress]) -> Hang:
     """Judge, and write the verdict down, unless somebody has done so: ranks may come to life again."""
-    hang = judge(read_traces(log_dir, places))
+    hang = judge(read_traces(log_dir, progress))
     with contextlib.suppress(OSError):
         create_once(log_dir / VERDICT_NAME, hang.model_dump_json() + "\n")
     return read_verdict(log_dir) or hang

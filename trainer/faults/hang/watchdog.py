@@ -22,8 +22,8 @@ from trainer.faults.hang.heartbeat import (
     peak_rss_gib,
     read_heartbeats,
 )
-from trainer.faults.hang.places import publish_place, read_places
 from trainer.faults.hang.rank_process import am_i_debugged, ask_for_stacks, is_debugged
+from trainer.faults.hang.rank_progress import publish_progress, read_progress
 from trainer.faults.hang.stacks import StacksFile
 from trainer.faults.hang.verdict import ALARM_NAME, Hang, conclude_hang, raise_alarm, read_alarm
 from trainer.runtime.phases import Phases
@@ -92,7 +92,7 @@ class Watchdog:
     def start(self) -> None:
         """Begin to watch."""
         self._phases.listen(self._deadlines.listen)
-        publish_place(self._phases, self._rank, os.environ)
+        publish_progress(self._phases, self._rank, os.environ)
         self._beat("running")
         self._thread.start()
 
@@ -160,7 +160,7 @@ class Watchdog:
             ask_for_stacks(heartbeat)
         if silent:
             time.sleep(_STACKS_WITHIN_S)
-        self._on_hang(conclude_hang(self._log_dir, read_places(os.environ)))
+        self._on_hang(conclude_hang(self._log_dir, read_progress(os.environ)))
 
     def _beat(self, state: State) -> None:
         self._num_beats += 1
@@ -169,7 +169,7 @@ class Watchdog:
             self._file.write(self._heartbeat(state))
 
     def _heartbeat(self, state: State) -> Heartbeat:
-        moment = self._phases.now
+        phase_state = self._phases.now
         return Heartbeat(
             rank=self._rank,
             host=self._host,
@@ -178,10 +178,10 @@ class Watchdog:
             main_thread=main_thread_id(),
             beat=self._num_beats,
             time=time.time(),
-            phase=moment.phase,
-            step=moment.step,
-            in_phase_s=self._running.since(moment.since, time.monotonic()),
-            allowance_s=self._deadlines.allowance_s(moment.phase),
+            phase=phase_state.phase,
+            step=phase_state.step,
+            in_phase_s=self._running.since(phase_state.since, time.monotonic()),
+            allowance_s=self._deadlines.allowance_s(phase_state.phase),
             peak_rss_gib=peak_rss_gib(),
             state=state,
         )

@@ -1,1 +1,1 @@
-"""A rank that is struck on purpose."""
+"""Faults that are triggered on purpose."""

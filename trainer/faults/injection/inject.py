@@ -17,12 +17,12 @@ from pydantic import Field, TypeAdapter, ValidationError
 from sharding.ranks.errors import UserError
 from sharding.strict_model import StrictModel
 from trainer.run_folder.events import record_event
-from trainer.runtime.phases import Moment, Phase, Phases
+from trainer.runtime.phases import Phase, Phases, PhaseState
 
 INJECT_VARIABLE = "SHARDLINE_INJECT"
 
-SPOILING_FAULTS: tuple[str, ...] = ("nan", "spike")
-"""Faults of samples and not of moments: see ``trainer.faults.injection.spoiled_samples``."""
+CORRUPTING_FAULTS: tuple[str, ...] = ("nan", "spike")
+"""Faults of samples and not of moments: see ``trainer.faults.injection.corrupted_samples``."""
 
 
 class Fault(StrictModel):
@@ -30,22 +30,22 @@ class Fault(StrictModel):
 
     fault: Literal["kill", "term", "hang", "slow", "raise", "nan", "spike"]
     """`kill` and `term` send the rank SIGKILL or SIGTERM, `hang` never returns, `slow` sleeps, `raise` is an error;
-    `nan` and `spike` spoil the loss of the samples that are a step's in a run that leaves none out."""
+    `nan` and `spike` corrupt the loss of the samples that are a step's in a run that skips none."""
 
     rank: int = Field(default=0, ge=0)
-    """Rank that it strikes."""
+    """Rank on which it is triggered."""
 
     step: int = Field(default=1, ge=0)
-    """Step at which it strikes, or whose samples it spoils."""
+    """Step at which it is triggered, or whose samples it corrupts."""
 
     num_steps: int = Field(default=1, ge=1)
-    """Steps in a row that it strikes at."""
+    """Steps in a row at which it is triggered."""
 
     phase: Phase = Field(default=Phase.TRAIN, strict=False)
-    """Phase at whose beginning it strikes."""
+    """Phase at whose beginning it is triggered."""
 
     attempt: int | None = None
-    """Attempt that it strikes in; None means every one."""
+    """Attempt in which it is triggered; None means every one."""
 
     seconds: float = Field(default=0.0, ge=0.0)
     """Length of each sleep of `slow`."""
@@ -77,19 +77,19 @@ def inject_faults(faults: list[Fault], phases: Phases, run_dir: Path, rank: int,
 
     Each is an event ``injected`` first, so that no fault on purpose is ever taken for one that happened.
     """
-    mine = [fault for fault in faults_of(faults, rank, attempt) if fault.fault not in SPOILING_FAULTS]
+    mine = [fault for fault in faults_of(faults, rank, attempt) if fault.fault not in CORRUPTING_FAULTS]
 
-    def strike(_: Moment, begun: Moment) -> None:
+    def trigger(_: PhaseState, begun: PhaseState) -> None:
         for fault in mine:
             if begun.phase is fault.phase and fault.step <= begun.step < fault.step + fault.num_steps:
                 record_event(run_dir, "injected", attempt=attempt, step=begun.step, fault=fault.fault, rank=rank)
-                _happen(fault, begun)
+                _inject(fault, begun)
 
     if mine:
-        phases.listen(strike)
+        phases.listen(trigger)
 
 
-def _happen(fault: Fault, begun: Moment) -> None:
+def _inject(fault: Fault, begun: PhaseState) -> None:
     match fault.fault:
         case "kill":
             os.kill(os.getpid(), signal.SIGKILL)

@@ -8,18 +8,18 @@ import pytest
 
 from sharding.ranks.process_group import Ranks
 from tests.support import run_on_ranks, wait_until
-from trainer.runtime import last_work
-from trainer.runtime.last_work import LastWork
+from trainer.runtime import drain
+from trainer.runtime.drain import Drain
 
 
 def _finish(ranks: Ranks, folder: Path) -> None:
     began_at = time.monotonic()
     if ranks.rank != 0:
-        LastWork(ranks).finish(within_s=0.5)
+        Drain(ranks).finish(within_s=0.5)
         assert time.monotonic() - began_at >= 0.5
         (folder / f"rank-{ranks.rank}-went-on").touch()
 
-    work = LastWork(ranks)
+    work = Drain(ranks)
     if ranks.rank == 0:
         # Not done before the others have given up once, however long that takes them.
         wait_until(lambda: len(list(folder.glob("rank-*-went-on"))) == 2, timeout_s=60, what="an end of the wait")
@@ -28,8 +28,8 @@ def _finish(ranks: Ranks, folder: Path) -> None:
     work.finish()
     assert (folder / "sent").exists()
 
-    last_work._KEY = "another run's"
-    work = LastWork(ranks)
+    drain._KEY = "another run's"
+    work = Drain(ranks)
     began_at = time.monotonic()
     if ranks.rank == 0:
         os._exit(0)
@@ -43,4 +43,4 @@ def test_others_wait_for_the_last_work_of_rank_0(tmp_path: Path) -> None:
 
 
 def test_one_rank_has_nobody_to_wait_for() -> None:
-    LastWork(Ranks(0, 1, 0, 1, device=None)).finish()  # type: ignore[arg-type]
+    Drain(Ranks(0, 1, 0, 1, device=None)).finish()  # type: ignore[arg-type]

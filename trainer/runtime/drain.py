@@ -1,4 +1,4 @@
-"""Rank 0 has work to do when training is over, and the others stay until it is done.
+"""Draining: rank 0 has work to do when training is over, and the others stay until it is done.
 
 Launchers take a rank that ends with 75 for a failure and end the others: torchrun and DeepSpeed's after 30 s,
 ``srun --kill-on-bad-exit`` at once. Trackers that still send would be cut short, and the run's lease would stay.
@@ -14,10 +14,10 @@ from sharding.ranks.process_group import Ranks
 # Trackers have a minute, and the report reads all of the run's metrics.
 _WITHIN_S = 600.0
 _LOOK_EVERY_S = 0.1
-_KEY = "shardline/last-work-done"
+_KEY = "shardline/drained"
 
 
-class LastWork:
+class Drain:
     """What rank 0 does after training, as the other ranks know of it: through the store where they met."""
 
     def __init__(self, ranks: Ranks) -> None:

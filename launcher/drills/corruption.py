@@ -1,4 +1,4 @@
-"""Drills of damaged files, a full disk, and services that are away."""
+"""Drills of corrupt files, a full disk, and services that are away."""
 
 import contextlib
 import math
@@ -20,32 +20,36 @@ _DISK_BYTES = 256 * 2**20
 
 def corrupt_checkpoint(stage: Stage) -> Outcome:
     """One bit of the newest checkpoint turns while nobody looks."""
-    return _damaged_checkpoint(stage, "corrupt-checkpoint", _flip_a_bit)
+    return _corrupt_checkpoint(stage, "corrupt-checkpoint", _flip_a_bit)
 
 
 def truncate_checkpoint(stage: Stage) -> Outcome:
     """The newest checkpoint's file is cut in half."""
-    return _damaged_checkpoint(stage, "truncate-checkpoint", lambda file: os.truncate(file, file.stat().st_size // 2))
+    return _corrupt_checkpoint(stage, "truncate-checkpoint", lambda file: os.truncate(file, file.stat().st_size // 2))
 
 
-def _damaged_checkpoint(stage: Stage, name: str, damage: Callable[[Path], None]) -> Outcome:
+def _corrupt_checkpoint(stage: Stage, name: str, corrupt: Callable[[Path], None]) -> Outcome:
     outcome = Outcome(name)
     run = stage.disturbed(name)
     half = run.run(extra=[f"steps={2 * SAVE_EVERY}"])
     outcome.expect("a first part is trained", half.exit_code == EXIT_FINISHED, f"exit status {half.exit_code}")
     newest = Path(str(run.folder.checkpoint_path(2 * SAVE_EVERY)))
-    damage(max(newest.glob("*.safetensors"), key=lambda file: file.stat().st_size))
-    struck_at = time.time()
+    corrupt(max(newest.glob("*.safetensors"), key=lambda file: file.stat().st_size))
+    triggered_at = time.time()
     ended = run.run()
     outcome.expect("the run finishes", ended.exit_code == EXIT_FINISHED, f"exit status {ended.exit_code}")
     moved = run.events("checkpoint_damaged")
-    outcome.expect("the damage is found and said", len(moved) == 1, moved[0]["reason"] if moved else ended.text[-300:])
+    outcome.expect(
+        "the corruption is found and said", len(moved) == 1, moved[0]["reason"] if moved else ended.text[-300:]
+    )
     resumed = f"continuing after step {SAVE_EVERY}"
     outcome.expect("it goes on from the checkpoint before", resumed in ended.text, resumed)
     stage.compare(outcome, run)
     detected_at = moved[0]["time"] if moved else None
     # Nothing is read before the next attempt, and it must be found before that trains.
-    stage.time(outcome, run, struck_at=struck_at, detected_at=detected_at, deadline_s=run.start_up_s(struck_at))
+    stage.time(
+        outcome, run, triggered_at=triggered_at, detected_at=detected_at, deadline_s=run.start_up_s(triggered_at)
+    )
     return outcome
 
 
@@ -63,14 +67,14 @@ def data_corrupt(stage: Stage) -> Outcome:
     contents = {file: file.read_bytes() for file in shards}
     for file, content in contents.items():
         # In many places, since a short run reads only some of them.
-        damaged = bytearray(content)
-        damaged[::997] = bytes(byte ^ 1 for byte in content[::997])
-        file.write_bytes(damaged)
-    struck_at = time.time()
+        corrupt = bytearray(content)
+        corrupt[::997] = bytes(byte ^ 1 for byte in content[::997])
+        file.write_bytes(corrupt)
+    triggered_at = time.time()
     ended = run.run()
     outcome.expect("the run refuses it", ended.exit_code == EXIT_BAD_INPUT, f"exit status {ended.exit_code}")
     last = ended.text.strip().splitlines()[-1]
-    outcome.expect("it names the damaged file", any(file.name in last for file in shards), last)
+    outcome.expect("it names the corrupt file", any(file.name in last for file in shards), last)
     outcome.expect("nothing was trained on it", run.lines()[-1]["step"] == SAVE_EVERY)
     for file, content in contents.items():
         file.write_bytes(content)
@@ -79,7 +83,7 @@ def data_corrupt(stage: Stage) -> Outcome:
     outcome.expect("with the file restored it finishes", again.exit_code == EXIT_FINISHED, f"exit {again.exit_code}")
     stage.compare(outcome, run)
     # A block is read when its samples are due.
-    stage.time(outcome, run, struck_at=struck_at, detected_at=ended.at, deadline_s=run.start_up_s(restored_at))
+    stage.time(outcome, run, triggered_at=triggered_at, detected_at=ended.at, deadline_s=run.start_up_s(restored_at))
     return outcome
 
 
@@ -90,23 +94,23 @@ def disk_full(stage: Stage) -> Outcome:
         run = stage.disturbed("disk-full")
         half = run.run(extra=[f"steps={SAVE_EVERY}"])
         outcome.expect("a first part is trained", half.exit_code == EXIT_FINISHED, f"exit status {half.exit_code}")
-        struck_at: list[float] = []
+        triggered_at: list[float] = []
 
-        def strike(_: int) -> None:
+        def trigger(_: int) -> None:
             fill()
-            struck_at.append(time.time())
+            triggered_at.append(time.time())
 
         # Time to fill it before the next checkpoint is due.
         unhurried = stage.faults({"fault": "slow", "seconds": 0.5, "step": SAVE_EVERY + 1, "num_steps": SAVE_EVERY})
-        ended = run.run(environment=unhurried, when=lambda: run.has_reached(SAVE_EVERY + 1), then=strike)
+        ended = run.run(environment=unhurried, when=lambda: run.has_reached(SAVE_EVERY + 1), then=trigger)
         outcome.expect("it ends with 2 and says so", _says_full(ended.exit_code, ended.text), ended.text.strip()[-200:])
         newest = run.folder.newest_checkpoint()
-        outcome.expect("the checkpoint before is whole", newest is not None and newest[0] == SAVE_EVERY, newest)
+        outcome.expect("the checkpoint before is complete", newest is not None and newest[0] == SAVE_EVERY, newest)
         empty()
         again = run.run()
         outcome.expect("with space it finishes", again.exit_code == EXIT_FINISHED, f"exit status {again.exit_code}")
         stage.compare(outcome, run)
-        stage.time(outcome, run, struck_at=struck_at[0] if struck_at else math.inf, detected_at=ended.at)
+        stage.time(outcome, run, triggered_at=triggered_at[0] if triggered_at else math.inf, detected_at=ended.at)
     return outcome
 
 
@@ -120,7 +124,7 @@ def tracker_down(stage: Stage) -> Outcome:
     outcome.expect("the run finishes", ended.exit_code == EXIT_FINISHED, f"exit status {ended.exit_code}")
     said = [line for line in ended.text.splitlines() if "wandb" in line and "warning" in line]
     outcome.expect("it says that the tracker is away", bool(said), said[0] if said else "")
-    outcome.expect(f"metrics.jsonl is whole at step {STEPS}", run.lines()[-1]["step"] == STEPS)
+    outcome.expect(f"metrics.jsonl is complete at step {STEPS}", run.lines()[-1]["step"] == STEPS)
     stage.compare(outcome, run)
     return outcome
 

@@ -14,7 +14,7 @@ _MAX_TOKENS = 1000
 
 
 @dataclass(frozen=True)
-class Sample:
+class Excerpt:
     """A piece of text.
 
     Attributes:
@@ -28,21 +28,21 @@ class Sample:
     is_cut: bool
 
 
-def read_samples(run_dir: Path) -> list[Sample]:
-    """A run's samples; those whose sources are gone are left out."""
-    return [sample for sample in (_generated(run_dir), _document(run_dir)) if sample is not None]
+def read_excerpts(run_dir: Path) -> list[Excerpt]:
+    """A run's excerpts; those whose sources are gone are skipped."""
+    return [excerpt for excerpt in (_generated(run_dir), _document(run_dir)) if excerpt is not None]
 
 
-def _generated(run_dir: Path) -> Sample | None:
+def _generated(run_dir: Path) -> Excerpt | None:
     try:
         with (run_dir / "sample.txt").open(errors="replace") as file:
             text = file.read(_MAX_CHARACTERS + 1)
     except OSError:
         return None
-    return Sample("Written by the model", text[:_MAX_CHARACTERS], len(text) > _MAX_CHARACTERS)
+    return Excerpt("Written by the model", text[:_MAX_CHARACTERS], len(text) > _MAX_CHARACTERS)
 
 
-def _document(run_dir: Path) -> Sample | None:
+def _document(run_dir: Path) -> Excerpt | None:
     """The beginning of the first held-out document, or of the first training document where none is held out."""
     try:
         config = load_frozen_config(run_dir / "config.yaml")
@@ -56,7 +56,7 @@ def _document(run_dir: Path) -> Sample | None:
         return None
 
 
-def _first_document(corpus: PreparedCorpus, split: str) -> Sample | None:
+def _first_document(corpus: PreparedCorpus, split: str) -> Excerpt | None:
     from tokenizers import Tokenizer
 
     path = corpus.tokenizer_dir / "tokenizer.json"
@@ -67,4 +67,4 @@ def _first_document(corpus: PreparedCorpus, split: str) -> Sample | None:
     text = Tokenizer.from_file(str(path)).decode(stream.read(0, first.stop).tolist(), skip_special_tokens=True)
     kind = "Held-out document" if split == "validation" else "Training document"
     is_cut = first.stop == _MAX_TOKENS or len(text) > _MAX_CHARACTERS
-    return Sample(f"{kind}: {first.source_id}", text[:_MAX_CHARACTERS], is_cut)
+    return Excerpt(f"{kind}: {first.source_id}", text[:_MAX_CHARACTERS], is_cut)

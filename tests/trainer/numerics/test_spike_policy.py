@@ -1,4 +1,4 @@
-"""Spikes and non-finite steps on two ranks, in whole runs: what is told, left out and gone back to."""
+"""Spikes and non-finite steps on two ranks, in whole runs: what is notified, skipped and rolled back."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ _CURVE = ("step", "train/loss", "train/grad_norm", "train/learning_rate", "train
 # Judged from the fifth step on; only a multiplied loss is that far out in so young a run.
 _JUDGED = {"spike_window_steps": 8, "spike_warmup_steps": 4, "spike_threshold": 50.0}
 # Step 7 of 12 sequences each.
-_SPOILED = [[72, 84]]
+_CORRUPTED = [[72, 84]]
 
 
 def _assert_same_end(folder: RunFolder, told: RunFolder) -> None:
@@ -31,7 +31,7 @@ def _assert_same_end(folder: RunFolder, told: RunFolder) -> None:
     assert tensors.keys() == told_tensors.keys()
     for name, tensor in told_tensors.items():
         assert torch.equal(tensors[name], tensor), (folder.path.name, name)
-    # All counters, what later steps are compared with, and the samples that are left out.
+    # All counters, what later steps are compared with, and the samples that are skipped.
     assert state.model_copy(update={"num_rollbacks": 0}) == told_state, folder.path.name
     assert _curve(folder) == _curve(told)
 
@@ -52,15 +52,15 @@ def _spike(step: int = 7, num_steps: int = 1, kind: Any = "spike") -> list[Fault
 
 
 def _check_told_later(runs: RunsInProcess, told: RunFolder) -> None:
-    """What a spike's line advises: a run that is continued leaves out what it is told then."""
+    """What a spike's line advises: a run that is continued skips what it is told then."""
     runs.train("told-later", steps=6, faults=_JUDGED)
     for steps in (8, _STEPS):
-        later = runs.train("told-later", steps=steps, data={"skip_samples": _SPOILED}, faults=_JUDGED)
+        later = runs.train("told-later", steps=steps, data={"skip_samples": _CORRUPTED}, faults=_JUDGED)
     _assert_same_end(later, told)
     if runs.ranks.rank == 0:
-        (left_out,) = _events(later)["samples_skipped"]
-        assert (left_out["attempt"], left_out["step"], left_out["samples"]) == (2, 6, _SPOILED)
-        assert left_out["documents"]
+        (skipped_event,) = _events(later)["samples_skipped"]
+        assert (skipped_event["attempt"], skipped_event["step"], skipped_event["samples"]) == (2, 6, _CORRUPTED)
+        assert skipped_event["documents"]
     with pytest.raises(UserError, match=r"skip_samples=\[\[0, 12\]\] names samples before position"):
         runs.train("told-later", steps=12, data={"skip_samples": [[0, 12]]}, faults=_JUDGED)
 
@@ -99,11 +99,11 @@ def _check_skip(runs: RunsInProcess, told: RunFolder) -> None:
         if runs.ranks.rank == 0:
             events = _events(skipped)
             (bad,) = events["spike" if kind == "spike" else "nonfinite"]
-            (left_out,) = events["samples_skipped"]
-            assert (bad["step"], bad["action"], bad["samples"]) == (7, "skip", _SPOILED)
-            assert left_out["samples"] == _SPOILED
-            assert left_out["documents"] == bad["documents"] != []
-            assert all(Path(document["id"]).parent.name == "documents" for document in left_out["documents"])
+            (skipped_event,) = events["samples_skipped"]
+            assert (bad["step"], bad["action"], bad["samples"]) == (7, "skip", _CORRUPTED)
+            assert skipped_event["samples"] == _CORRUPTED
+            assert skipped_event["documents"] == bad["documents"] != []
+            assert all(Path(document["id"]).parent.name == "documents" for document in skipped_event["documents"])
             assert "warning: step 7: " in runs.console(f"skip-{kind}")
     with pytest.raises(RunFailure, match="3 batches in a row were bad at step 7"):
         runs.train("skip-all", _spike(num_steps=9), faults=faults | {"max_consecutive_skips": 2})
@@ -112,7 +112,7 @@ def _check_skip(runs: RunsInProcess, told: RunFolder) -> None:
 
 
 def _check_rollback(runs: RunsInProcess, told: RunFolder) -> None:
-    """The run goes back, leaves the samples out, and is continued as if they had never been there."""
+    """The run rolls back, skips the samples, and is continued as if they had never been there."""
     faults = {"spike_policy": "rollback", **_JUDGED}
     # Judged after step 9, once the checkpoints of steps 3 and 6 are there and that of step 9 is not yet.
     logging = {"metrics": {"every_steps": 0}, "faults": faults}
@@ -120,13 +120,13 @@ def _check_rollback(runs: RunsInProcess, told: RunFolder) -> None:
     if runs.ranks.rank == 0:
         events = _events(folder)
         assert [(event["step"], event["action"], event["samples"]) for event in events["spike"]] == [
-            (7, "rollback", _SPOILED)
+            (7, "rollback", _CORRUPTED)
         ]
         assert [(event["step"], event["to_step"]) for event in events["rollback"]] == [(7, 6)]
-        assert [event["samples"] for event in events["samples_skipped"]] == [_SPOILED]
-        assert "the run goes back to step 6" in runs.console("rollback")
+        assert [event["samples"] for event in events["samples_skipped"]] == [_CORRUPTED]
+        assert "the run rolls back to step 6" in runs.console("rollback")
         config = folder.frozen_config()
-        # Step 6 as ever, and step 7 with the samples that follow the spoiled ones.
+        # Step 6 as ever, and step 7 with the samples that follow the corrupted ones.
         assert positions_of_step(folder, config, 6).tolist() == list(range(60, 72))
         assert positions_of_step(folder, config, 7).tolist() == list(range(84, 96))
     dist.barrier()
@@ -136,10 +136,10 @@ def _check_rollback(runs: RunsInProcess, told: RunFolder) -> None:
     assert all(torch.equal(tensors[name], tensor) for name, tensor in told_tensors.items())
     assert state == told_state.model_copy(update={"num_rollbacks": 1})
 
-    # A stop that is asked for as the run goes back waits for a step, since no checkpoint says yet what is left out.
+    # A stop that is asked for as the run rolls back waits for a step, since no checkpoint says yet what is skipped.
     stopped = runs.train("rollback-stopped", _spike(), stop_at=8, **logging)
     state, _ = saved_state(stopped, 7)
-    assert (state.skipped_samples, state.num_rollbacks) == ([tuple(_SPOILED[0])], 1)
+    assert (state.skipped_samples, state.num_rollbacks) == ([tuple(_CORRUPTED[0])], 1)
     runs.train("rollback-stopped", **logging)
     state, tensors = saved_state(stopped, _STEPS)
     assert all(torch.equal(tensors[name], tensor) for name, tensor in told_tensors.items())
@@ -153,7 +153,7 @@ def _check_rollback(runs: RunsInProcess, told: RunFolder) -> None:
         assert [json.loads(line)["step"] for line in discarded] == [7, 8]
         assert [event["to_step"] for event in _events(every_step)["rollback"]] == [6]
 
-    with pytest.raises(RunFailure, match="has gone back 2 times before"):
+    with pytest.raises(RunFailure, match="has rolled back 2 times before"):
         runs.train("rollback-all", _spike(num_steps=9), faults=faults | {"max_rollbacks": 2})
     first = runs.train("rollback-none", _spike(step=5), steps=6, checkpoint={"every_steps": 5}, faults=faults)
     if runs.ranks.rank == 0:
@@ -184,14 +184,14 @@ def _check_warn(runs: RunsInProcess, undisturbed: RunFolder) -> None:
     assert _events(silent).keys() == {"injected"}
 
 
-def _bad_numbers(ranks: Ranks, root: Path, corpus: Path) -> None:
+def _spike_policy(ranks: Ranks, root: Path, corpus: Path) -> None:
     runs = RunsInProcess(ranks, root, corpus)
     undisturbed = runs.train("undisturbed", faults=_JUDGED)
     if ranks.rank == 0:
         assert _events(undisturbed) == {}
     # In two pieces, the second of which begins behind what is left out.
     for steps in (8, _STEPS):
-        told = runs.train("told", steps=steps, data={"skip_samples": _SPOILED}, faults=_JUDGED)
+        told = runs.train("told", steps=steps, data={"skip_samples": _CORRUPTED}, faults=_JUDGED)
     assert _curve(told)[:6] == _curve(undisturbed)[:6]
     assert _curve(told)[6] != _curve(undisturbed)[6]
     _check_told_later(runs, told)
@@ -202,8 +202,8 @@ def _bad_numbers(ranks: Ranks, root: Path, corpus: Path) -> None:
 
 
 @pytest.mark.timeout(300)
-def test_bad_steps_are_told_left_out_or_gone_back_from(tmp_path: Path, shared_corpus: tuple[Path, Path]) -> None:
-    run_on_ranks(_bad_numbers, 2, tmp_path, shared_corpus[0], timeout_s=280)
+def test_bad_steps_are_notified_skipped_or_rolled_back(tmp_path: Path, shared_corpus: tuple[Path, Path]) -> None:
+    run_on_ranks(_spike_policy, 2, tmp_path, shared_corpus[0], timeout_s=280)
 
 
 def _skip_under_every_engine(ranks: Ranks, root: Path, corpus: Path) -> None:
@@ -216,16 +216,16 @@ def _skip_under_every_engine(ranks: Ranks, root: Path, corpus: Path) -> None:
         ("accelerate", "ddp"),
     ):
         parallel, name = {"backend": backend, "strategy": strategy}, f"{backend}-{strategy}"
-        told = runs.train(f"told-{name}", parallel=parallel, data={"skip_samples": _SPOILED}, faults=_JUDGED)
+        told = runs.train(f"told-{name}", parallel=parallel, data={"skip_samples": _CORRUPTED}, faults=_JUDGED)
         for policy in ("skip", "rollback") if backend == "deepspeed" else ("skip",):
             faults = {"spike_policy": policy, **_JUDGED}
             _assert_same_end(runs.train(f"{policy}-{name}", _spike(), parallel=parallel, faults=faults), told)
     # The loss scale makes the spike's gradients overflow, and stays what it would be without it.
     scaled: dict[str, Any] = {"precision": {"compute": "fp16"}}
-    told = runs.train("told-fp16", data={"skip_samples": _SPOILED}, faults=_JUDGED, **scaled)
+    told = runs.train("told-fp16", data={"skip_samples": _CORRUPTED}, faults=_JUDGED, **scaled)
     _assert_same_end(runs.train("fp16", _spike(), faults={"spike_policy": "skip", **_JUDGED}, **scaled), told)
 
 
 @pytest.mark.timeout(300)
-def test_every_engine_leaves_samples_out_alike(tmp_path: Path, shared_corpus: tuple[Path, Path]) -> None:
+def test_every_engine_skips_samples_alike(tmp_path: Path, shared_corpus: tuple[Path, Path]) -> None:
     run_on_ranks(_skip_under_every_engine, 2, tmp_path, shared_corpus[0], timeout_s=280)

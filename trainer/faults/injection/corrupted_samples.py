@@ -1,4 +1,4 @@
-"""Bad documents on purpose: a task whose loss is spoiled for certain samples, for drills and tests."""
+"""Bad documents on purpose: a task whose loss is corrupted for certain samples, for drills and tests."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -10,34 +10,34 @@ from sharding.engine import Batch
 from trainer.config.data import SampleRange
 from trainer.config.sections import ModelConfig
 from trainer.data.facts import SampleFacts
-from trainer.faults.injection.inject import SPOILING_FAULTS, Fault
+from trainer.faults.injection.inject import CORRUPTING_FAULTS, Fault
 from trainer.tasks.task import Metric, Outputs, Sums, Task
 
 _FACTORS = {"nan": math.nan, "spike": 1e4}
 
 
-class SpoiledTask:
-    """A task whose loss, and so whose gradient, is multiplied where a step has spoiled samples.
+class CorruptedTask:
+    """A task whose loss, and so whose gradient, is multiplied where a step has corrupted samples.
 
-    The fault belongs to the samples, as that of a bad document does: it does not come again where they are left out.
+    The fault belongs to the samples, as that of a bad document does: it does not come again where they are skipped.
     """
 
     def __init__(
         self, task: Task, faults: Sequence[Fault], global_size: int, report: Callable[[str], None] = lambda _: None
     ) -> None:
-        """Spoil what the faults name.
+        """Corrupt what the faults name.
 
         Args:
             task: does everything else.
-            faults: those that strike this rank; others than ``nan`` and ``spike`` are not looked at.
-            global_size: sequences in a step.
-            report: hears of each step that is spoiled, by the fault's name.
+            faults: those of this rank; others than ``nan`` and ``spike`` are not looked at.
+            global_size: samples in a step.
+            report: hears of each step that is corrupted, by the fault's name.
         """
         self._task = task
         self._spoiled = [
             ((fault.step - 1) * global_size, (fault.step - 1 + fault.num_steps) * global_size, fault.fault)
             for fault in faults
-            if fault.fault in SPOILING_FAULTS
+            if fault.fault in CORRUPTING_FAULTS
         ]
         self._report = report
         self._reported: list[SampleRange] = []
@@ -46,7 +46,7 @@ class SpoiledTask:
 
     @property
     def inner(self) -> Task:
-        """The task that is spoiled."""
+        """The task that is corrupted."""
         return self._task
 
     def build_model(self, model_settings: ModelConfig, facts: SampleFacts) -> nn.Module:
