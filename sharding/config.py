@@ -1,10 +1,10 @@
 """Configuration of how a model lies on ranks: parallelism, precision, checkpointed activations, compilation."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from sharding.strict_model import StrictModel
+from sharding.strict_model import OnlyWith, StrictModel
 
 Strategy = Literal["none", "ddp", "zero1", "zero2", "zero3", "hsdp"]
 Backend = Literal["torch", "bucketed", "deepspeed", "accelerate"]
@@ -27,19 +27,19 @@ class ParallelConfig(StrictModel):
     """What carries out the strategy: `torch` (all strategies), `bucketed` (flat buckets of our own; zero1, zero2,
     zero3), `deepspeed` (zero1, zero2, zero3), or `accelerate` (ddp; zero3 on GPUs)."""
 
-    offload_optimizer: Offload = "none"
-    """Where optimizer state and masters lie under `deepspeed`: on the device (`none`), in main memory (`cpu`), or in
+    offload_optimizer: Annotated[Offload, OnlyWith(backend="deepspeed")] = "none"
+    """Where optimizer state and masters lie: on the device (`none`), in main memory (`cpu`), or in
     files (`nvme`, zero3 alone)."""
 
-    offload_parameters: Offload = "none"
-    """Where parameters lie between uses under `deepspeed` zero3: on the device (`none`), in main memory (`cpu`), or in
+    offload_parameters: Annotated[Offload, OnlyWith(backend="deepspeed", strategy="zero3")] = "none"
+    """Where parameters lie between uses: on the device (`none`), in main memory (`cpu`), or in
     files (`nvme`)."""
 
     nvme_path: str | None = None
     """Folder on a local NVMe disk for what is offloaded to `nvme`."""
 
-    replicate: int = Field(default=1, ge=1)
-    """Number of replicas of the sharded model under `hsdp`; ranks / replicate is the shard degree."""
+    replicate: Annotated[int, OnlyWith(strategy="hsdp")] = Field(default=1, ge=1)
+    """Number of replicas of the sharded model; ranks / replicate is the shard degree."""
 
     tensor: int = Field(default=1, ge=1)
     """Tensor-parallel degree in ranks; only 1 is accepted for now."""
@@ -61,14 +61,14 @@ class PrecisionConfig(StrictModel):
     """Format of matrix products: `fp32`, `bf16`, `fp16` (with a dynamic loss scale), `fp8` (bf16, and linear layers of
     blocks in 8 bits), or `auto` (bf16 where the device has it natively, else fp32)."""
 
-    fp8_recipe: Float8Recipe = "tensorwise"
-    """What has one scale under `fp8`: a whole tensor (faster), or each row (closer to bf16)."""
+    fp8_recipe: Annotated[Float8Recipe, OnlyWith(compute="fp8")] = "tensorwise"
+    """What has one scale: a whole tensor (faster), or each row (closer to bf16)."""
 
-    initial_loss_scale: float = Field(default=65536.0, ge=1.0)
-    """First factor of the loss under `fp16`; it halves after an overflow, whose step all ranks skip."""
+    initial_loss_scale: Annotated[float, OnlyWith(compute="fp16")] = Field(default=65536.0, ge=1.0)
+    """First factor of the loss; it halves after an overflow, whose step all ranks skip."""
 
-    loss_scale_growth_steps: int = Field(default=2000, ge=1)
-    """Steps without an overflow after which the loss scale of `fp16` doubles."""
+    loss_scale_growth_steps: Annotated[int, OnlyWith(compute="fp16")] = Field(default=2000, ge=1)
+    """Steps without an overflow after which the loss scale doubles."""
 
 
 class CompileConfig(StrictModel):
@@ -89,5 +89,5 @@ class ActivationCheckpointingConfig(StrictModel):
     """`none` keeps all; `full` recomputes every block; `every_n` every n-th block; `selective` keeps the results
     of attention and of every second matrix product in each block and recomputes the rest."""
 
-    every_n: int = Field(default=2, ge=1)
-    """Under `every_n`: recompute one block in this many blocks."""
+    every_n: Annotated[int, OnlyWith(mode="every_n")] = Field(default=2, ge=1)
+    """Recompute one block in this many blocks."""

@@ -1,10 +1,10 @@
 """Configuration of checkpoints and of what a run starts from."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
-from sharding.strict_model import StrictModel
+from sharding.strict_model import SET, OnlyWith, StrictModel
 
 
 class CheckpointConfig(StrictModel):
@@ -28,7 +28,11 @@ class CheckpointConfig(StrictModel):
     keep_every: int = Field(default=0, ge=0)
     """Keep for good each checkpoint whose step is a multiple of this; 0 means none."""
 
-    keep_best: int = Field(default=0, ge=0)
+    keep_best: Annotated[
+        int,
+        OnlyWith({"checkpoint.keep_last": SET}, because="that keeps all"),
+        OnlyWith({"data.validation_fraction": SET}, because="what is best is told by a held-out loss"),
+    ] = Field(default=0, ge=0)
     """Keep also this many checkpoints whose step was evaluated with the lowest loss; 0 means none."""
 
     resume: Literal["auto", "never"] = "auto"
@@ -38,5 +42,5 @@ class CheckpointConfig(StrictModel):
     """Another run to start from, `RUN_FOLDER` or `RUN_FOLDER@STEP`, or the URL of a folder of checkpoints;
     read only while this run has no checkpoint."""
 
-    load: Literal["all", "weights"] = "all"
+    load: Annotated[Literal["all", "weights"], OnlyWith({"checkpoint.from": SET})] = "all"
     """With `from`: take everything (a fork) or the parameters alone (a warm start at step 0)."""

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 from sharding.ranks.errors import UserError
-from sharding.strict_model import StrictModel
+from sharding.strict_model import OnlyWith, StrictModel
 
 # First global sample position, and the one after the last.
 SampleRange = tuple[int, int]
@@ -26,24 +26,26 @@ class SourceConfig(StrictModel):
     """Kind of corpus: the embedded `python-stdlib`, local `text` (a file is a document), `jsonl` or `parquet`
     files, or a data set of the `hub`."""
 
-    paths: Paths = ()
+    paths: Annotated[Paths, OnlyWith(source=("text", "jsonl", "parquet"))] = ()
     """Files, folders or glob patterns of a `text`, `jsonl` or `parquet` source, also compressed (gzip, zstd, bzip2,
     xz); of a folder, files are read whose names end in `.txt` or `.md`, in `.jsonl`, `.ndjson` or `.json`, or in
     `.parquet`."""
 
-    hub_name: str | None = None
+    hub_name: Annotated[str | None, OnlyWith(source="hub")] = None
     """Name of the data set under `hub`, as `datasets.load_dataset` takes it."""
 
-    hub_config: str | None = None
+    hub_config: Annotated[str | None, OnlyWith(source="hub")] = None
     """Configuration name of the hub data set, where it has several."""
 
-    hub_split: str = "train"
+    hub_split: Annotated[str, OnlyWith(source="hub")] = "train"
     """Split of the hub data set that becomes the corpus."""
 
-    text_field: str = "text"
+    text_field: Annotated[str, OnlyWith(source=("jsonl", "parquet", "hub"))] = "text"
     """Column that holds a document's text in `jsonl`, `parquet` and `hub` sources."""
 
-    max_documents: int = Field(default=0, ge=0)
+    max_documents: Annotated[int, OnlyWith({"data.streaming": False}, because="a stream is read to its end")] = Field(
+        default=0, ge=0
+    )
     """Use only this many documents, taken in source order; 0 means all."""
 
 
@@ -60,16 +62,23 @@ class MixtureSource(SourceConfig):
 class DataConfig(SourceConfig):
     """Where text comes from and how it becomes samples of tokens."""
 
-    mixture: Annotated[tuple[MixtureSource, ...], Field(strict=False)] = ()
+    mixture: Annotated[
+        tuple[MixtureSource, ...],
+        Field(strict=False),
+        OnlyWith(
+            streaming=False,
+            because="a source's place is computed from its number of samples, which a stream does not have",
+        ),
+    ] = ()
     """Several sources with weights, each with the settings of a source, instead of the one that the keys above name."""
 
     streaming: bool = False
     """Read, tokenise and pack the source while training instead of preparing it, for corpora too large for that."""
 
-    sample_documents: int = Field(default=10_000, ge=1)
+    sample_documents: Annotated[int, OnlyWith(streaming=True)] = Field(default=10_000, ge=1)
     """Documents at the beginning of a streamed source that `train-bpe` is trained on and the held-out ones are from."""
 
-    shuffle_window: int = Field(default=1024, ge=1)
+    shuffle_window: Annotated[int, OnlyWith(streaming=True)] = Field(default=1024, ge=1)
     """Samples of a rank's stream that are shuffled among themselves; a continued run packs as many again."""
 
     normalize: Literal["none", "NFC", "NFKC"] = "NFC"
@@ -91,7 +100,14 @@ class DataConfig(SourceConfig):
     shuffle: bool = True
     """Visit samples in a keyed random order, new in each epoch; false is corpus order."""
 
-    skip_samples: Annotated[tuple[Annotated[SampleRange, Field(strict=False)], ...], Field(strict=False)] = ()
+    skip_samples: Annotated[
+        tuple[Annotated[SampleRange, Field(strict=False)], ...],
+        Field(strict=False),
+        OnlyWith(
+            streaming=False,
+            because="a stream's samples have no positions that could be jumped over without reading them",
+        ),
+    ] = ()
     """Ranges of global sample positions, `[[first, end], ...]` with the end not included, that training skips."""
 
     document_mask: bool = False
@@ -125,7 +141,6 @@ def validate_data(data: DataConfig) -> None:
                 f"data.skip_samples: [{first}, {end}] is no range: the first number is a position from 0, and the "
                 "second the position after the last sample that is skipped; raise it above the first."
             )
-    _validate_streaming(data)
 
 
 def _validate_mixture(data: DataConfig) -> None:
@@ -144,37 +159,9 @@ def _validate_mixture(data: DataConfig) -> None:
         _validate_source(source, f"data.mixture {source.name}")
 
 
-def _validate_streaming(data: DataConfig) -> None:
-    if not data.streaming:
-        for name in ("sample_documents", "shuffle_window"):
-            if getattr(data, name) != DataConfig.model_fields[name].default:
-                raise UserError(f"data.{name} has an effect under data.streaming=true only; set that, or remove it.")
-        return
-    if data.mixture:
-        raise UserError(
-            "data.mixture cannot be streamed: a source's place in a mixture is computed from its number of samples, "
-            "which a stream does not have; set data.streaming to false, or name one source."
-        )
-    if data.skip_samples:
-        raise UserError(
-            "data.skip_samples has no meaning under data.streaming=true: a stream's samples have no positions that "
-            "could be jumped over without reading them; remove it, or set data.streaming to false."
-        )
-    if data.max_documents:
-        raise UserError(
-            f"data.max_documents={data.max_documents} has no meaning under data.streaming=true, which reads the "
-            "source to its end; remove it."
-        )
-
-
 def _validate_source(settings: SourceConfig, key: str) -> None:
     source = settings.source
     if source in ("text", "jsonl", "parquet") and not settings.paths:
         raise UserError(f"{key}.source={source} needs {key}.paths, which is empty; list the files.")
-    if source in ("python-stdlib", "hub") and settings.paths:
-        raise UserError(
-            f"{key}.paths is set, but {key}.source={source} reads no files; "
-            f"set {key}.source to text, jsonl or parquet, or remove {key}.paths."
-        )
-    if (source == "hub") != (settings.hub_name is not None):
-        raise UserError(f"{key}.source={source} and {key}.hub_name={settings.hub_name}: hub needs a name, others none.")
+    if source == "hub" and settings.hub_name is None:
+        raise UserError(f"{key}.source=hub needs {key}.hub_name, which is not set; name the data set.")

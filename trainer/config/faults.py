@@ -4,7 +4,9 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from sharding.strict_model import StrictModel
+from sharding.strict_model import OnlyWith, StrictModel
+
+_JUDGES_SPIKES = OnlyWith(spike_policy=("warn", "skip", "rollback"))
 
 
 class FaultsConfig(StrictModel):
@@ -58,21 +60,21 @@ class FaultsConfig(StrictModel):
     `skip` takes the step again with the samples that follow, `rollback` returns to the checkpoint before it and leaves
     its samples out. `skip` waits for the device once a step."""
 
-    spike_threshold: float = Field(default=6.0, gt=0.0)
+    spike_threshold: Annotated[float, _JUDGES_SPIKES] = Field(default=6.0, gt=0.0)
     """Distance above the median of the recent steps from which a value is a spike, in robust standard deviations."""
 
-    spike_window_steps: int = Field(default=128, ge=2)
+    spike_window_steps: Annotated[int, _JUDGES_SPIKES] = Field(default=128, ge=2)
     """Recent steps that a step is compared with."""
 
-    spike_warmup_steps: int = Field(default=64, ge=2)
+    spike_warmup_steps: Annotated[int, _JUDGES_SPIKES] = Field(default=64, ge=2)
     """Steps that a run takes before any is judged; at most spike_window_steps."""
 
-    max_consecutive_skips: int = Field(default=5, ge=1)
+    max_consecutive_skips: Annotated[int, OnlyWith(spike_policy="skip")] = Field(default=5, ge=1)
     """Batches in a row that `skip` may skip before the run stops."""
 
-    rollback_skip_steps: int = Field(default=1, ge=1)
+    rollback_skip_steps: Annotated[int, OnlyWith(spike_policy="rollback")] = Field(default=1, ge=1)
     """Steps whose samples `rollback` skips: the one that spiked and those just before it; the checkpoint that it
     returns to is from before them all."""
 
-    max_rollbacks: int = Field(default=10, ge=1)
+    max_rollbacks: Annotated[int, OnlyWith(spike_policy="rollback")] = Field(default=10, ge=1)
     """Rollbacks in a run before the next spike stops it."""

@@ -1,8 +1,9 @@
 """How two configurations of a run differ, and in which settings a continued run must not. Imports no torch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+from sharding.strict_model import idle_settings
 from trainer.config.schema import RunConfig
 
 _FROZEN_KEYS = (
@@ -18,8 +19,16 @@ _FREE_KEYS = (
 
 
 def frozen_differences(frozen: RunConfig, wanted: RunConfig) -> list[str]:
-    """What keeps a run from going on with other settings, as ``key: frozen VALUE, now VALUE``; empty where nothing."""
-    return [f"{key}: frozen {old}, now {new}" for key, old, new in _differences(frozen, wanted) if _is_frozen(key)]
+    """What keeps a run from going on with other settings, as ``key: frozen VALUE, now VALUE``; empty where nothing.
+
+    What had no effect and has none now is no difference: an earlier release may have let it stand.
+    """
+    idle = {setting.key for setting in idle_settings(frozen)} & {setting.key for setting in idle_settings(wanted)}
+    return [
+        f"{key}: frozen {old}, now {new}"
+        for key, old, new in _differences(frozen, wanted)
+        if _is_in(key, _FROZEN_KEYS) and key not in _FREE_KEYS and not _is_in(key, idle)
+    ]
 
 
 def all_differences(one: RunConfig, other: RunConfig) -> list[str]:
@@ -34,8 +43,9 @@ def _differences(one: RunConfig, other: RunConfig) -> Iterator[tuple[str, Any, A
             yield key, values.get(key), others.get(key)
 
 
-def _is_frozen(key: str) -> bool:
-    return key not in _FREE_KEYS and any(key == frozen or key.startswith(f"{frozen}.") for frozen in _FROZEN_KEYS)
+def _is_in(key: str, settings: Iterable[str]) -> bool:
+    """Whether a setting is one of several settings or sections, or lies in one."""
+    return any(key == setting or key.startswith(f"{setting}.") for setting in settings)
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from sharding.config import Backend
 from sharding.ranks.errors import UserError
-from sharding.strict_model import StrictModel
+from sharding.strict_model import OnlyWith, StrictModel
 
 OptimizerName = Literal["adamw", "sgd", "muon", "adafactor", "adamw8bit"]
 
@@ -57,6 +57,10 @@ class AdafactorConfig(StrictModel):
     """Largest root mean square of a parameter's update before the rate is applied."""
 
 
+# Muon leaves to AdamW what is no matrix of a block.
+_WITH_ADAMW = OnlyWith(name=("adamw", "adamw8bit", "muon"))
+
+
 class OptimizerConfig(StrictModel):
     """How gradients become updates."""
 
@@ -69,22 +73,22 @@ class OptimizerConfig(StrictModel):
     weight_decay: float = Field(default=0.1, ge=0.0)
     """Decoupled (L2 under SGD) decay of matrices; vectors such as norms and biases are not decayed."""
 
-    betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.95)
+    betas: Annotated[tuple[float, float], Field(strict=False), _WITH_ADAMW] = (0.9, 0.95)
     """AdamW's decay rates of the first and second moment."""
 
-    eps: float = Field(default=1e-8, gt=0.0)
+    eps: Annotated[float, _WITH_ADAMW] = Field(default=1e-8, gt=0.0)
     """AdamW's term that keeps the denominator from zero."""
 
-    momentum: float = Field(default=0.9, ge=0.0, lt=1.0)
+    momentum: Annotated[float, OnlyWith(name="sgd")] = Field(default=0.9, ge=0.0, lt=1.0)
     """SGD's momentum; 0 is plain SGD."""
 
-    nesterov: bool = False
+    nesterov: Annotated[bool, OnlyWith(name="sgd")] = False
     """Nesterov's form of SGD momentum."""
 
-    muon: MuonConfig = MuonConfig()
+    muon: Annotated[MuonConfig, OnlyWith(name="muon")] = MuonConfig()
     """Settings of `muon`."""
 
-    adafactor: AdafactorConfig = AdafactorConfig()
+    adafactor: Annotated[AdafactorConfig, OnlyWith(name="adafactor")] = AdafactorConfig()
     """Settings of `adafactor`."""
 
     groups: Annotated[tuple[OptimizerGroupConfig, ...], Field(strict=False)] = ()
@@ -93,35 +97,22 @@ class OptimizerConfig(StrictModel):
     clip_norm: float = Field(default=1.0, ge=0.0)
     """Largest global gradient norm; longer gradients are scaled down to it; 0 means no clipping."""
 
-    ema_decay: float = Field(default=0.0, ge=0.0, lt=1.0)
+    ema_decay: Annotated[
+        float,
+        OnlyWith(
+            {"parallel.offload_optimizer": ("none", "cpu")},
+            because="the average reads the masters at every step, which nvme keeps in files",
+        ),
+    ] = Field(default=0.0, ge=0.0, lt=1.0)
     """Share of a moving average of the weights that each step keeps, such as 0.999; 0 means no average."""
 
 
-_OWN_SETTINGS: dict[OptimizerName, frozenset[str]] = {
-    "adamw": frozenset({"betas", "eps"}),
-    "adamw8bit": frozenset({"betas", "eps"}),
-    "sgd": frozenset({"momentum", "nesterov"}),
-    "muon": frozenset({"betas", "eps", "muon"}),
-    "adafactor": frozenset({"adafactor"}),
-}
-
-
 def validate_optimizer(config: OptimizerConfig, backend: Backend) -> None:
-    """Check that every setting has an effect, and that the backend can carry the optimizer.
+    """Check that no setting contradicts another, and that the backend can carry the optimizer.
 
     Raises:
-        UserError: a setting belongs to another optimizer, contradicts one, or the backend cannot do it.
+        UserError: one does, or the backend cannot.
     """
-    defaults, own = OptimizerConfig(), _OWN_SETTINGS[config.name]
-    for setting in sorted(frozenset[str]().union(*_OWN_SETTINGS.values()) - own):
-        value = getattr(config, setting)
-        if value != getattr(defaults, setting):
-            shown = setting if isinstance(value, StrictModel) else f"{setting}={value}"
-            names = " or ".join(name for name, settings in _OWN_SETTINGS.items() if setting in settings)
-            raise UserError(
-                f"optimizer.{shown} is set, but optimizer.name={config.name} does not read it; "
-                f"remove it or set optimizer.name to {names}."
-            )
     if config.nesterov and config.momentum == 0:
         raise UserError("optimizer.nesterov=true needs optimizer.momentum > 0, but it is 0; set it to 0.9, say.")
     if config.muon.nesterov and config.muon.momentum == 0:

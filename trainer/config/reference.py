@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from sharding.strict_model import StrictModel
+from sharding.strict_model import SET, UNSET, StrictModel, choice_names, conditions, or_list
 from trainer.config.expansion import PATH_SETTINGS
 from trainer.config.schema import RunConfig
 
@@ -90,8 +90,18 @@ def _row(section_key: str, name: str, field: FieldInfo) -> str:
         kind, default = "list of sections, see below", _default(field)
     else:
         kind, default = _kind(field.annotation) + _bounds(field), _default(field)
-    cells = (f"`{key}`", kind, default, _one_line(field.description or ""))
+    cells = (f"`{key}`", kind, default, _one_line(field.description or "") + _conditions(section_key, field))
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
+
+
+def _conditions(section_key: str, field: FieldInfo) -> str:
+    """The choices that a setting goes with, as a sentence; empty where it always has an effect."""
+    needed = []
+    for _, path, choices in conditions(field):
+        key = path if "." in path else _join(section_key, path)
+        values = "" if choices in (SET, UNSET) else f" {or_list([f'`{name}`' for name in choice_names(choices)])}"
+        needed.append(f"{'without' if choices is UNSET else 'with'} `{key}`{values}")
+    return f" Goes {' and '.join(needed)} only." if needed else ""
 
 
 def _kind(annotation: Any) -> str:

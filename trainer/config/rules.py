@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from sharding.config import FLOAT8_MULTIPLE, Backend, Strategy
 from sharding.parallel_dims import ParallelDims, parallel_dims
 from sharding.ranks.errors import UserError
+from sharding.strict_model import check_choices
 from trainer.config.data import validate_data
 from trainer.config.optimizer import validate_optimizer
 from trainer.config.schedule import validate_curve
@@ -71,29 +72,13 @@ def validate(config: "RunConfig", world: World | None = None) -> None:
     """
     _validate_budget(config)
     _validate_model_and_data(config)
+    check_choices(config)
     _validate_parallel(config)
     _validate_float8(config)
     _validate_compilation(config)
     _validate_schedule(config)
     _validate_faults(config)
     validate_optimizer(config.optimizer, config.parallel.backend)
-    if config.optimizer.ema_decay and config.parallel.offload_optimizer == "nvme":
-        raise UserError(
-            f"optimizer.ema_decay={config.optimizer.ema_decay:g} reads the masters at every step, but "
-            "parallel.offload_optimizer=nvme keeps them in files; offload to cpu, or set optimizer.ema_decay=0."
-        )
-    if config.metrics.gradient_noise_scale and config.metrics.every_steps == 0:
-        raise UserError(
-            "metrics.gradient_noise_scale=true is measured at every metrics.every_steps-th step, which is 0; set it to "
-            "10, say."
-        )
-    if config.metrics.gradient_noise_scale and config.parallel.backend == "deepspeed":
-        raise UserError(
-            "metrics.gradient_noise_scale=true needs each micro-batch's own gradient, which parallel.backend=deepspeed "
-            "does not show; use parallel.backend=torch."
-        )
-    if config.checkpoint.load == "weights" and config.checkpoint.from_ is None:
-        raise UserError("checkpoint.load=weights needs checkpoint.from, which is not set; name the run to start from.")
     if config.evaluation.every_steps and config.data.validation_fraction == 0:
         raise UserError(
             f"evaluation.every_steps={config.evaluation.every_steps} evaluates held-out documents, but "
@@ -106,39 +91,12 @@ def validate(config: "RunConfig", world: World | None = None) -> None:
 
 
 def _validate_model_and_data(config: "RunConfig") -> None:
-    model, data = config.model, config.data
+    model = config.model
     if (model.architecture is None) == (model.pretrained is None):
         raise UserError(
             f"model.architecture={model.architecture} and model.pretrained={model.pretrained}: set exactly one of them."
         )
-    for key, value in (("z_loss", config.task.z_loss), ("loss_chunk_tokens", config.task.loss_chunk_tokens)):
-        if value and config.task.name != "causal-lm":
-            raise UserError(
-                f"task.{key}={value} has a meaning for task.name=causal-lm only, but it is {config.task.name}, whose "
-                f"loss is its own; remove task.{key}."
-            )
-    if config.task.options and ":" not in config.task.name:
-        raise UserError(
-            f"task.options={config.task.options} are for a task of your own (task.name=module:Class), but task.name="
-            f"{config.task.name} has settings by name; remove task.options."
-        )
-    if config.task.loss_chunk_tokens and config.precision.compute == "fp16":
-        raise UserError(
-            f"task.loss_chunk_tokens={config.task.loss_chunk_tokens} makes gradients before precision.compute=fp16 can "
-            "scale the loss, and small ones would be lost; use bf16, or set task.loss_chunk_tokens=0."
-        )
-    if model.pretrained is not None and model.vocab_multiple > 1:
-        raise UserError(
-            f"model.vocab_multiple={model.vocab_multiple} pads a model that is trained from scratch, but "
-            f"model.pretrained={model.pretrained} has its vocabulary; remove model.vocab_multiple."
-        )
-    if model.trust_remote_code and model.pretrained is None:
-        raise UserError(
-            "model.trust_remote_code=true has a meaning with model.pretrained only, which is not set; remove it."
-        )
-    if model.pretrained is not None and model.config:
-        raise UserError("model.config cannot change a model that model.pretrained names; remove model.config.")
-    validate_data(data)
+    validate_data(config.data)
 
 
 def _validate_parallel(config: "RunConfig") -> None:
@@ -148,21 +106,11 @@ def _validate_parallel(config: "RunConfig") -> None:
         degree = getattr(parallel, axis)
         if degree != 1:
             raise UserError(f"parallel.{axis}={degree} is not there yet; only 1 is accepted for now.")
-    if parallel.replicate > 1 and parallel.strategy != "hsdp":
-        raise UserError(
-            f"parallel.replicate={parallel.replicate} has a meaning under strategy hsdp only, but "
-            f"parallel.strategy={parallel.strategy}; set it to hsdp or parallel.replicate to 1."
-        )
 
 
 def _validate_float8(config: "RunConfig") -> None:
     precision, backend = config.precision, config.parallel.backend
     if precision.compute != "fp8":
-        if precision.fp8_recipe != type(precision).model_fields["fp8_recipe"].default:
-            raise UserError(
-                f"precision.fp8_recipe={precision.fp8_recipe} has an effect under precision.compute=fp8 only, but it "
-                f"is {precision.compute}; set that, or remove precision.fp8_recipe."
-            )
         return
     if backend not in ("torch", "bucketed"):
         raise UserError(
@@ -202,17 +150,6 @@ def _validate_backend(parallel: "ParallelConfig") -> None:
             f"parallel.backend={backend} cannot do parallel.strategy={strategy}, only {legal}; choose one of these, or "
             "parallel.backend=torch, which has all."
         )
-    for key in ("offload_optimizer", "offload_parameters"):
-        place = getattr(parallel, key)
-        if place != "none" and backend != "deepspeed":
-            raise UserError(
-                f"parallel.{key}={place} needs parallel.backend=deepspeed, but it is {backend}; change one of them."
-            )
-    if parallel.offload_parameters != "none" and strategy != "zero3":
-        raise UserError(
-            f"parallel.offload_parameters={parallel.offload_parameters} needs parallel.strategy=zero3, but it is "
-            f"{strategy}; change one of them."
-        )
     uses_files = "nvme" in (parallel.offload_parameters, parallel.offload_optimizer)
     if uses_files != (parallel.nvme_path is not None):
         raise UserError(
@@ -243,10 +180,6 @@ def _validate_retention(config: "RunConfig") -> None:
     keeps = f"checkpoint.keep_best={checkpoint.keep_best}"
     if not checkpoint.keep_best:
         return
-    if checkpoint.keep_last == 0:
-        raise UserError(f"{keeps} has no effect while checkpoint.keep_last=0 keeps all; remove it, or set keep_last.")
-    if config.data.validation_fraction == 0:
-        raise UserError(f"{keeps} needs a held-out loss, but data.validation_fraction=0 holds nothing out; raise it.")
     for section, every_steps in (("checkpoint", checkpoint.every_steps), ("evaluation", evaluated_every)):
         if every_steps == 0:
             raise UserError(
@@ -279,27 +212,9 @@ def _validate_schedule(config: "RunConfig") -> None:
         )
 
 
-# Settings of the faults section, and the spike policies under which they are read.
-_POLICIES_OF_SETTING: dict[str, tuple[str, ...]] = {
-    "spike_threshold": ("warn", "skip", "rollback"),
-    "spike_window_steps": ("warn", "skip", "rollback"),
-    "spike_warmup_steps": ("warn", "skip", "rollback"),
-    "max_consecutive_skips": ("skip",),
-    "rollback_skip_steps": ("rollback",),
-    "max_rollbacks": ("rollback",),
-}
-
-
 def _validate_faults(config: "RunConfig") -> None:
     faults = config.faults
     policy = faults.spike_policy
-    for setting, policies in _POLICIES_OF_SETTING.items():
-        value, default = getattr(faults, setting), type(faults).model_fields[setting].default
-        if value != default and policy not in policies:
-            raise UserError(
-                f"faults.{setting}={value} has an effect under faults.spike_policy={' or '.join(policies)} only, but "
-                f"it is {policy}; set that, or remove faults.{setting}."
-            )
     if faults.spike_warmup_steps > faults.spike_window_steps:
         raise UserError(
             f"faults.spike_warmup_steps={faults.spike_warmup_steps} is more than faults.spike_window_steps="

@@ -1,4 +1,4 @@
-"""Section `schedule`, and which of its settings belong to which curve."""
+"""Section `schedule`, and the rules among its settings."""
 
 from itertools import pairwise
 from typing import Annotated, Literal
@@ -6,7 +6,9 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from sharding.ranks.errors import UserError
-from sharding.strict_model import StrictModel
+from sharding.strict_model import OnlyWith, StrictModel
+
+CURVES_WITH_END = ("linear", "cosine", "wsd", "polynomial")
 
 
 class ScheduleConfig(StrictModel):
@@ -18,56 +20,37 @@ class ScheduleConfig(StrictModel):
     warmup_steps: int = Field(default=0, ge=0)
     """Steps over which the rate rises linearly to its peak."""
 
-    total_steps: int = Field(default=0, ge=0)
+    total_steps: Annotated[int, OnlyWith(name=CURVES_WITH_END)] = Field(default=0, ge=0)
     """Step at which a curve with an end ends; 0 means the number of steps the run was first started with."""
 
-    decay_steps: int = Field(default=0, ge=0)
+    decay_steps: Annotated[int, OnlyWith(name="wsd")] = Field(default=0, ge=0)
     """Length in steps of the final decay under `wsd`; 0 means a tenth of total_steps."""
 
-    final_lr_ratio: float = Field(default=0.1, ge=0.0, le=1.0)
+    final_lr_ratio: Annotated[float, OnlyWith(name=(*CURVES_WITH_END, "inverse_sqrt", "exponential", "step"))] = Field(
+        default=0.1, ge=0.0, le=1.0
+    )
     """Lowest rate after warm-up, as a share of the peak: where a curve ends, or what one without an end stops at."""
 
-    power: float = Field(default=1.0, gt=0.0)
+    power: Annotated[float, OnlyWith(name="polynomial")] = Field(default=1.0, gt=0.0)
     """Exponent of the `polynomial` curve in the share of steps that remains."""
 
-    decay_rate: float = Field(default=0.5, gt=0.0, lt=1.0)
+    decay_rate: Annotated[float, OnlyWith(name=("exponential", "step"))] = Field(default=0.5, gt=0.0, lt=1.0)
     """Factor of each decay under `exponential` and `step`."""
 
-    decay_every_steps: int = Field(default=0, ge=0)
+    decay_every_steps: Annotated[int, OnlyWith(name=("exponential", "step"))] = Field(default=0, ge=0)
     """Steps after warm-up in which the rate falls by decay_rate, smoothly (`exponential`) or at their end (`step`)."""
 
-    milestones: Annotated[tuple[int, ...], Field(strict=False)] = ()
+    milestones: Annotated[tuple[int, ...], Field(strict=False), OnlyWith(name="step")] = ()
     """Steps after which the rate falls by decay_rate under `step`, in place of decay_every_steps."""
 
 
-CURVES_WITH_END = ("linear", "cosine", "wsd", "polynomial")
-
-# Settings of the schedule, and the curves that they change.
-_CURVES_OF_SETTING: dict[str, tuple[str, ...]] = {
-    "total_steps": CURVES_WITH_END,
-    "final_lr_ratio": (*CURVES_WITH_END, "inverse_sqrt", "exponential", "step"),
-    "decay_steps": ("wsd",),
-    "power": ("polynomial",),
-    "decay_rate": ("exponential", "step"),
-    "decay_every_steps": ("exponential", "step"),
-    "milestones": ("step",),
-}
-
-
 def validate_curve(schedule: ScheduleConfig) -> None:
-    """Check that the curve has what it needs, and nothing that would have no effect under it.
+    """Check that the curve has what it needs.
 
     Raises:
-        UserError: one of these is not so.
+        UserError: it has not.
     """
     name = schedule.name
-    for setting, curves in _CURVES_OF_SETTING.items():
-        value, default = getattr(schedule, setting), type(schedule).model_fields[setting].default
-        if value != default and name not in curves:
-            raise UserError(
-                f"schedule.{setting} has a meaning under {', '.join(curves)} only, but schedule.name={name}; "
-                f"remove schedule.{setting}={value} or choose such a curve."
-            )
     if name == "exponential" and not schedule.decay_every_steps:
         raise UserError(
             "schedule.name=exponential needs schedule.decay_every_steps, which is 0; set it to the number of steps "

@@ -1,10 +1,12 @@
 """Configuration sections of the step: task, model, batch, evaluation, metrics, launch."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from sharding.strict_model import StrictModel
+from sharding.strict_model import SET, UNSET, Like, OnlyWith, StrictModel
+
+_OWN_TASK = OnlyWith(name=Like("*:*", "module:Class"))
 
 
 class TaskConfig(StrictModel):
@@ -13,18 +15,25 @@ class TaskConfig(StrictModel):
     name: str = "causal-lm"
     """`causal-lm`, or `module:Class` for a task of your own, from `folder` or from what is installed."""
 
-    folder: str | None = None
+    folder: Annotated[str | None, _OWN_TASK] = None
     """Folder of the module of a task of your own; where it is not given, that of the configuration file if the module
     lies there. The working folder is none: what lies there is not run."""
 
-    options: dict[str, Any] = {}
+    options: Annotated[dict[str, Any], _OWN_TASK] = {}
     """Settings of a task of your own, free in form: its class gets them as the argument `options`."""
 
-    z_loss: float = Field(default=0.0, ge=0.0)
-    """Coefficient of log^2 Z, added to each token's training loss under `causal-lm`; 1e-4 is usual, 0 means none."""
+    z_loss: Annotated[float, OnlyWith(name="causal-lm")] = Field(default=0.0, ge=0.0)
+    """Coefficient of log^2 Z, added to each token's training loss; 1e-4 is usual, 0 means none."""
 
-    loss_chunk_tokens: int = Field(default=0, ge=0)
-    """Positions whose logits exist at once under `causal-lm`; saves memory, 0 makes all of a micro-batch's."""
+    loss_chunk_tokens: Annotated[
+        int,
+        OnlyWith(name="causal-lm"),
+        OnlyWith(
+            {"precision.compute": ("auto", "fp32", "bf16", "fp8")},
+            because="chunks have made their gradients before fp16 can scale the loss, and small ones would be lost",
+        ),
+    ] = Field(default=0, ge=0)
+    """Positions whose logits exist at once; saves memory, 0 makes all of a micro-batch's."""
 
 
 class ModelConfig(StrictModel):
@@ -33,16 +42,18 @@ class ModelConfig(StrictModel):
     architecture: str | None = None
     """Model type as `transformers` names it (`llama`, `gpt2`, `qwen3` ...), trained from scratch."""
 
-    config: dict[str, Any] = {}
+    config: Annotated[dict[str, Any], OnlyWith(pretrained=UNSET, because="a pretrained model has its own")] = {}
     """Fields of that architecture's `transformers` configuration; `vocab_size` defaults to the tokenizer's."""
 
     pretrained: str | None = None
     """Folder or hub name of a model whose configuration and weights the run starts from."""
 
-    trust_remote_code: bool = False
+    trust_remote_code: Annotated[bool, OnlyWith(pretrained=SET)] = False
     """Run Python code that a `pretrained` model brings along with its weights; false refuses such a model."""
 
-    vocab_multiple: int = Field(default=0, ge=0)
+    vocab_multiple: Annotated[int, OnlyWith(pretrained=UNSET, because="a pretrained model has its vocabulary")] = Field(
+        default=0, ge=0
+    )
     """Round a from-scratch model's vocabulary up to a multiple of this many tokens; 0 and 1 leave it as it is."""
 
     attention: Literal["sdpa", "eager", "flex_attention", "flash_attention_2"] = "sdpa"
@@ -78,7 +89,14 @@ class MetricsConfig(StrictModel):
     profile_steps: int = Field(default=0, ge=0)
     """Steps to record with torch's profiler, from the fourth step of this attempt; 0 means none."""
 
-    gradient_noise_scale: bool = False
+    gradient_noise_scale: Annotated[
+        bool,
+        OnlyWith(every_steps=SET),
+        OnlyWith(
+            {"parallel.backend": ("torch", "bucketed", "accelerate")},
+            because="the estimate needs each micro-batch's own gradient, which deepspeed does not show",
+        ),
+    ] = False
     """Estimate the gradient noise scale (critical batch size, in tokens) at every every_steps-th step."""
 
     parameter_hash: bool = True

@@ -94,11 +94,17 @@ def _config(values: dict[str, Any], optimizer: dict[str, Any]) -> RunConfig:
     [
         (
             {"momentum": 0.5},
-            r"optimizer\.momentum=0\.5 is set, but optimizer\.name=adamw does not read it; .* to sgd\.",
+            r"optimizer\.momentum=0\.5 goes with .* but it is adamw; .* set optimizer\.name=sgd\.",
         ),
-        ({"name": "sgd", "betas": [0.9, 0.99]}, r"optimizer\.betas=.* to adamw or adamw8bit or muon\."),
-        ({"name": "adafactor", "muon": {"nesterov": False}}, r"optimizer\.muon is set, .*name=adafactor"),
-        ({"name": "muon", "adafactor": {"eps": 1e-5}}, r"optimizer\.adafactor is set"),
+        (
+            {"name": "sgd", "betas": [0.9, 0.99]},
+            r"optimizer\.betas=.*=adamw, adamw8bit or muon only",
+        ),
+        (
+            {"name": "adafactor", "muon": {"nesterov": False}},
+            r"optimizer\.muon\.nesterov=false goes .*is adafactor",
+        ),
+        ({"name": "muon", "adafactor": {"eps": 1e-5}}, r"optimizer\.adafactor\.eps=1e-05 goes with"),
         ({"name": "muon", "muon": {"momentum": 0.0}}, r"optimizer\.muon\.nesterov=true needs"),
     ],
 )
