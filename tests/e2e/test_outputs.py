@@ -136,7 +136,7 @@ def test_checkpoints_are_listed_and_verified(run_dir: Path) -> None:
     assert "step-00000006" in listed.stdout
     verified = shardline("checkpoint", "verify", run_dir)
     assert verified.returncode == 0
-    assert verified.stdout.count("whole") == 2
+    assert verified.stdout.count("complete") == 2
 
 
 def test_a_checkpoint_holds_no_pickle(run_dir: Path) -> None:

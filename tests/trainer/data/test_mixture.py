@@ -286,7 +286,7 @@ def test_a_run_on_a_mixture_says_what_a_step_trained_on(tmp_path: Path) -> None:
     output = io.StringIO()
     with redirect_stdout(output):
         assert show([str(tmp_path / "runs" / "tiny"), "--step", "2"]) == 0
-    titles = [line for line in output.getvalue().splitlines() if line.startswith("step 2, sequence")]
+    titles = [line for line in output.getvalue().splitlines() if line.startswith("step 2, sample")]
     assert len(titles) == 12
     assert sum("source files, epoch 0" in title for title in titles) == 9
     assert sum("source lines, epoch 0" in title for title in titles) == 3

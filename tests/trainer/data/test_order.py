@@ -1,4 +1,4 @@
-"""The order of sequences: a permutation of every epoch, and a function of position alone."""
+"""The order of samples: a permutation of every epoch, and a function of position alone."""
 
 import numpy as np
 import pytest
@@ -60,5 +60,5 @@ def test_without_shuffling_sequences_come_as_they_are_stored() -> None:
 
 
 def test_an_empty_epoch_is_refused() -> None:
-    with pytest.raises(ValueError, match="at least one sequence"):
+    with pytest.raises(ValueError, match="at least one sample"):
         SampleOrder(0, 0)

@@ -15,7 +15,7 @@ from trainer.faults.failure.rank_error import ELASTIC_ERROR_VARIABLE, describe_e
 from trainer.faults.failure.record import Evidence, Failure, FailureKind, RankState, read_failure, set_failure_aside
 from trainer.faults.failure.report import ProcessEnd, Sources, build_failure, write_failure
 from trainer.faults.hang.heartbeat import HeartbeatFile
-from trainer.faults.hang.rank_progress import ProgressMemory, publish_progress, read_progress
+from trainer.faults.hang.rank_progress import ProgressMemory, RankProgress, publish_progress, read_progress
 from trainer.runtime.phases import Phase, Phases, PhaseState
 
 PEER_GONE = "[pair.cc:553] Connection closed by peer [127.0.0.1]:27027."
@@ -127,7 +127,7 @@ def test_a_process_that_was_seen_to_end(
         ends={0: ProcessEnd(1, 6.0), 1: ProcessEnd(exit_code, 5.0)},
         first=1,
         # Its last heartbeat is of an earlier step.
-        progress={1: (Phase.LOG, 9)},
+        progress={1: RankProgress(Phase.LOG, 9)},
         oom_kill=oom_kill,
     )
     failure = build_failure(sources)

@@ -455,7 +455,7 @@ def test_a_run_goes_on_from_a_bucket_on_another_machine(
     for run in (run_dir, f"{storage}/cloud"):
         verified = shardline("checkpoint", "verify", run)
         assert verified.returncode == 0, verified.stdout
-        assert verified.stdout.count("whole") == 2
+        assert verified.stdout.count("complete") == 2
     exported = shardline("export", run_dir, "--to", tmp_path / "model")
     assert exported.returncode == 0, exported.stderr
     fork = make_config("fork", steps=5, checkpoint={"from": f"{storage}/cloud@4"})

@@ -49,13 +49,13 @@ def test_a_fault_is_triggered_on_its_rank_step_phase_and_attempt_alone(tmp_path:
         spared = Phases()
         inject_faults(faults, spared, tmp_path, rank, attempt)
         spared.enter(Phase.TRAIN, 5)
-    struck = Phases()
-    inject_faults(faults, struck, tmp_path, 1, 2)
-    struck.enter(Phase.TRAIN, 4)
-    struck.enter(Phase.DATA, 5)
+    triggered = Phases()
+    inject_faults(faults, triggered, tmp_path, 1, 2)
+    triggered.enter(Phase.TRAIN, 4)
+    triggered.enter(Phase.DATA, 5)
     assert read_events(tmp_path) == []
     with pytest.raises(RuntimeError, match="train of step 5"):
-        struck.enter(Phase.TRAIN)
+        triggered.enter(Phase.TRAIN)
     assert [(event["kind"], event["step"], event["rank"]) for event in read_events(tmp_path)] == [("injected", 5, 1)]
 
 
