@@ -11,14 +11,14 @@ from launcher.topology import DEFAULT_CPU_RANKS, local_topology
 from sharding.ranks.errors import EXIT_FAILED
 from sharding.ranks.rank_place import place_variables
 
-_MODULE = "trainer.doctor"
+_MODULE = "trainer.commands.doctor"
 
 
 def run_doctor(arguments: Sequence[str], nproc_per_node: int | None) -> int:
     """Examine; returns the exit status.
 
     Args:
-        arguments: of ``python -m trainer.doctor``.
+        arguments: of ``python -m trainer.commands.doctor``.
         nproc_per_node: ranks on this machine; None means one per GPU, or two.
 
     Raises:

@@ -40,7 +40,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "trackers": {"config", "runtime", "files", "run_folder", "metrics", "faults.hang"},
         "numerics": {"config", "data", "checkpoint", "trackers"},
         "report": {"config", "runtime", "files", "run_folder", "data", "checkpoint", "metrics", "faults.failure"},
-        "doctor": {"config", "runtime"},
+        "doctor": set(),
         "parity": {"config", "runtime", "data", "architectures", "tasks", "optimizers", "model"},
         "deploy": {"config", "files", "data", "architectures", "tasks", "model", "checkpoint"},
         ".": {
@@ -49,7 +49,10 @@ ROOMS: dict[str, dict[str, set[str]]] = {
             "doctor",
         },
         "plan": {"config", "run_folder", "data", "architectures", "tasks", "model", "checkpoint", "."},
-        "commands": {"config", "files", "run_folder", "data", "checkpoint", "trackers", "parity", "deploy"},
+        "commands": {
+            *("config", "runtime", "run_folder", "data", "checkpoint", "trackers", "report", "doctor", "parity"),
+            "deploy",
+        },
     },
     "benchmarks": {
         "presentation": set(),

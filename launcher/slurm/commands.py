@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from launcher.arguments import expanded
+from trainer.commands.arguments import Config, expanded
 
 app = typer.Typer(help="Submit runs to Slurm, and look after them.", no_args_is_help=True)
 
@@ -15,7 +15,7 @@ Text = str | None
 
 @app.command()
 def submit(
-    config: Annotated[str, typer.Argument(help="YAML file of the run.", metavar="CONFIG", callback=expanded)],
+    config: Config,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(

@@ -183,22 +183,22 @@ def test_an_installed_package_of_the_same_name_is_named(tmp_path: Path) -> None:
         (
             ("export", "runs/a", "--to", "out", "--step", "4"),
             "trainer.commands.export",
-            ["runs/a", "--to", "out", "--step=4"],
+            ["runs/a", "--to", "out", "--step", "4"],
         ),
         (
             ("generate", "runs/a", "--prompt", "-1 +", "--temperature", "0"),
             "trainer.commands.generate",
-            ["runs/a", "--prompt=-1 +", "--temperature=0.0", "--top-k=50", "--seed=0"],
+            ["runs/a", "--prompt", "-1 +", "--temperature", "0"],
         ),
         (
             ("export", "runs/a", "--to", "out", "--task", "own:Task", "--trust-remote-code"),
             "trainer.commands.export",
-            ["runs/a", "--to", "out", "--task=own:Task", "--trust-remote-code"],
+            ["runs/a", "--to", "out", "--task", "own:Task", "--trust-remote-code"],
         ),
         (("data", "prepare", "x.yaml", "seed=1"), "trainer.commands.prepare_data", ["x.yaml", "seed=1"]),
-        (("data", "show", "runs/a", "--step", "3"), "trainer.commands.show_data", ["runs/a", "--step=3", "--limit=0"]),
-        (("checkpoint", "list", "runs/a"), "trainer.commands.checkpoints", ["list", "runs/a"]),
-        (("checkpoint", "verify", "runs/a"), "trainer.commands.checkpoints", ["verify", "runs/a"]),
+        (("data", "show", "runs/a", "--step", "3"), "trainer.commands.show_data", ["runs/a", "--step", "3"]),
+        (("checkpoint", "list", "runs/a"), "trainer.commands.checkpoint_list", ["runs/a"]),
+        (("checkpoint", "verify", "runs/a"), "trainer.commands.checkpoint_verify", ["runs/a"]),
         (("bench", "data", "--", "--steps", "3"), "benchmarks.data", ["--steps", "3"]),
     ],
 )

@@ -1,44 +1,44 @@
-"""``shardline generate``: continue a text with a run's model.
+"""``shardline generate``: continue a text with a run's model."""
 
-``python -m trainer.commands.generate RUN --prompt TEXT [...]``; RUN is a run's folder or an exported model.
-"""
-
-import argparse
 import sys
-from collections.abc import Sequence
+from typing import Annotated
 
-from sharding.ranks.errors import EXIT_FINISHED, ends_with_a_sentence
-from trainer.commands.run_arguments import add_code_arguments, allowed_code
-from trainer.deploy.generation import generate_text, load_model
+import typer
+
+from trainer.commands.arguments import Average, OwnTask, RemoteCode, Step, expanded
+from trainer.commands.entry import entry
 
 
-@ends_with_a_sentence
-def main(arguments: Sequence[str]) -> int:
-    """Generate and print; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="shardline generate")
-    parser.add_argument("run")
-    parser.add_argument("--prompt", required=True)
-    parser.add_argument("--max-new-tokens", type=int)
-    parser.add_argument("--temperature", type=float, default=0.8)
-    parser.add_argument("--top-k", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--step", type=int)
-    parser.add_argument("--ema", action="store_true")
-    add_code_arguments(parser)
-    options = parser.parse_args(arguments)
-    model, tokenizer = load_model(options.run, options.step, averaged=options.ema, allowed=allowed_code(options))
+def generate(
+    run_folder: Annotated[
+        str, typer.Argument(help="Folder of a run or of an exported model.", metavar="RUN", callback=expanded)
+    ],
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens to add at most; 120, or what the model's positions leave.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.8,
+    top_k: Annotated[int, typer.Option(min=0, help="Choose among this many likeliest tokens; 0 means all.")] = 50,
+    seed: Annotated[int, typer.Option(help="Seed of the choice.")] = 0,
+    step: Step = None,
+    ema: Average = False,
+    task: OwnTask = None,
+    trust_remote_code: RemoteCode = False,
+) -> int:
+    """Continue a text with a run's model."""
+    from sharding.ranks.errors import EXIT_FINISHED
+    from trainer.deploy.allowed_code import AllowedCode
+    from trainer.deploy.generation import generate_text, load_model
+
+    model, tokenizer = load_model(run_folder, step, averaged=ema, allowed=AllowedCode(task, trust_remote_code))
     text = generate_text(
-        model,
-        tokenizer,
-        options.prompt,
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        seed=options.seed,
+        model, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed
     )
     print(text)
     return EXIT_FINISHED
 
+
+main = entry(generate)
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -1,117 +1,31 @@
 """``shardline parity``: prove that every backend and strategy trains as one plain process does.
 
-``python -m trainer.commands.parity CONFIG [key=value ...]`` prints a table of differences, and exits with 1 where one
-is out of tolerance.
+Prints a table of differences, and exits with 1 where one is out of tolerance.
 """
 
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
 
-import torch
-from rich.console import Console
-from rich.table import Table
-
-from sharding.ranks.errors import EXIT_FAILED, EXIT_FINISHED, ends_with_a_sentence
-from trainer.config import load_config
-from trainer.config.optimizer import OptimizerName, refused_optimizer
-from trainer.config.rules import BACKEND_STRATEGIES
-from trainer.parity.cases import NUM_STEPS
-from trainer.parity.comparison import (
-    ALWAYS_COMPARED,
-    GRAD_NORM_TOLERANCE,
-    LOSS_TOLERANCE,
-    PARAMETER_TOLERANCE,
-    ParityRow,
-    default_group_sizes,
-    parity_cases,
-    run_parity,
-)
+from trainer.commands.arguments import Config, Overrides
+from trainer.commands.entry import entry
 
 
-def print_table(rows: Sequence[ParityRow], console: Console) -> None:
-    """Show one line per case."""
-    table = Table(title=f"parity with one plain process: fp32, {NUM_STEPS} steps, dropout 0, ragged targets")
-    for header in (
-        "backend",
-        "strategy",
-        "ranks",
-        "accumulation",
-        "optimizer",
-        "loss",
-        "grad norm",
-        "parameters",
-        "moved",
-        "result",
-    ):
-        table.add_column(
-            header, justify="right" if header not in ("backend", "strategy", "optimizer", "result") else "left"
-        )
-    for row in rows:
-        case = row.case
-        table.add_row(
-            case.backend,
-            case.strategy,
-            str(case.num_ranks),
-            str(case.accumulation_steps),
-            case.optimizer,
-            f"{row.loss_difference:.1e}",
-            f"{row.grad_norm_difference:.1e}",
-            f"{row.parameter_difference:.1e}",
-            "all" if not row.unmoved else f"not {len(row.unmoved)}",
-            "pass" if row.passed else "FAIL",
-        )
-    console.print(table)
-    console.print(
-        f"tolerances: loss {LOSS_TOLERANCE['fp32']:.0e} relative, gradient norm {GRAD_NORM_TOLERANCE['fp32']:.0e} "
-        "relative, parameters "
-        + ", ".join(f"{tolerance:.0e} ({name})" for name, tolerance in PARAMETER_TOLERANCE.items())
-        + " absolute"
-    )
-    for row in rows:
-        for problem in _problems(row):
-            # gloo's own messages begin with a path in brackets, which would be taken for a style.
-            console.print(f"{row.case.label}: {problem}", markup=False)
+def parity(config: Config, overrides: Overrides = None) -> int:
+    """Prove that every backend, strategy and optimizer trains as one plain process does; exit status 1 if not."""
+    from rich.console import Console
 
+    from sharding.ranks.errors import EXIT_FAILED, EXIT_FINISHED
+    from trainer.config import load_config
+    from trainer.parity.comparison import ALWAYS_COMPARED, default_group_sizes, parity_cases, run_parity
+    from trainer.parity.table import print_refusals, print_table
 
-def print_refusals(console: Console) -> None:
-    """Say which combinations have no line, and why."""
-    for backend, strategies in BACKEND_STRATEGIES.items():
-        missing = [name for name in BACKEND_STRATEGIES["torch"] if name not in strategies]
-        if missing:
-            console.print(f"refused: {backend} with {', '.join(missing)}: it does {', '.join(strategies)} alone")
-        for name in get_args(OptimizerName):
-            reason = refused_optimizer(name, backend)
-            if reason is not None:
-                console.print(f"refused: {backend} with {name}: {reason}")
-    if not torch.cuda.is_available():
-        console.print("refused: accelerate with zero3: without a GPU it would train plain DDP")
-
-
-def _problems(row: ParityRow) -> list[str]:
-    if row.failure:
-        return [row.failure]
-    problems = []
-    if row.unmoved:
-        problems.append(f"parameters that did not move: {', '.join(row.unmoved)}")
-    if not row.forward_saw_update:
-        problems.append("a forward pass did not see the update before it")
-    if not row.same_initial_parameters:
-        problems.append("initial parameters differ from those of the other cases")
-    return problems
-
-
-@ends_with_a_sentence
-def main(arguments: Sequence[str]) -> int:
-    """Run parity for a configuration; returns the exit status."""
-    config = load_config(arguments[0], list(arguments[1:]))
+    run_config = load_config(config, overrides or [])
     with tempfile.TemporaryDirectory(prefix="shardline-parity-") as folder:
-        optimizers = dict.fromkeys([*ALWAYS_COMPARED, config.optimizer.name])
+        optimizers = dict.fromkeys([*ALWAYS_COMPARED, run_config.optimizer.name])
         optimizers.pop("sgd", None)
         cases = parity_cases(default_group_sizes(), list(optimizers))
-        rows = run_parity(config, [case for case in cases if case.missing_package is None], Path(folder))
+        rows = run_parity(run_config, [case for case in cases if case.missing_package is None], Path(folder))
     console = Console(width=None if sys.stdout.isatty() else 120)
     print_table(rows, console)
     print_refusals(console)
@@ -122,6 +36,8 @@ def main(arguments: Sequence[str]) -> int:
     console.print(f"{len(rows) - num_failed} of {len(rows)} cases agree")
     return EXIT_FAILED if num_failed else EXIT_FINISHED
 
+
+main = entry(parity)
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

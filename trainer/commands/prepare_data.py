@@ -1,34 +1,31 @@
-"""``shardline data prepare``: a run's corpus, and what became of it.
-
-``python -m trainer.commands.prepare_data CONFIG [key=value ...]``
-"""
+"""``shardline data prepare``: a run's corpus, and what became of it."""
 
 import sys
-from collections.abc import Sequence
 
-from sharding.ranks.errors import EXIT_FINISHED, UserError, ends_with_a_sentence
-from trainer.data.prepare import describe_corpus, prepare_corpus
+from trainer.commands.arguments import Config, Overrides
+from trainer.commands.entry import entry
 
 
-@ends_with_a_sentence
-def main(arguments: Sequence[str]) -> int:
-    """Prepare the corpus of a configuration; returns the exit status."""
+def prepare_data(config: Config, overrides: Overrides = None) -> int:
+    """Clean, tokenise and pack a run's corpus; done already means done at once."""
+    from sharding.ranks.errors import EXIT_FINISHED
     from trainer.checkpoint.trained_corpus import trained_fingerprint
     from trainer.config import load_config
+    from trainer.data.prepare import describe_corpus, prepare_corpus
     from trainer.run_folder.folder import RunFolder
 
-    if not arguments:
-        raise UserError("no configuration given; write python -m trainer.commands.prepare_data CONFIG [key=value ...].")
-    config = load_config(arguments[0], arguments[1:])
-    fingerprint = trained_fingerprint(config, RunFolder.of(config))
-    if config.model.pretrained is not None and fingerprint is None and config.checkpoint.from_ is None:
+    run_config = load_config(config, overrides or [])
+    fingerprint = trained_fingerprint(run_config, RunFolder.of(run_config))
+    if run_config.model.pretrained is not None and fingerprint is None and run_config.checkpoint.from_ is None:
         from trainer.checkpoint.token_ids import check_named_tokenizer
 
-        check_named_tokenizer(config)
-    corpus = prepare_corpus(config.data, fingerprint=fingerprint)
+        check_named_tokenizer(run_config)
+    corpus = prepare_corpus(run_config.data, fingerprint=fingerprint)
     print(describe_corpus(corpus))
     return EXIT_FINISHED
 
+
+main = entry(prepare_data)
 
 if __name__ == "__main__":
     from sharding.ranks.process_lifetime import die_with_parent

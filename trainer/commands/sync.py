@@ -1,27 +1,31 @@
-"""``shardline tracking sync RUN [RUN ...] [--dry-run]``: the offline parts of all attempts become one wandb run."""
+"""``shardline tracking sync``: the offline parts of all attempts become one wandb run."""
 
-import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
-from rich.console import Console
+import typer
 
-from sharding.ranks.errors import EXIT_FINISHED, ends_with_a_sentence
-from trainer.trackers.wandb_sync import sync_run
+from trainer.commands.arguments import expanded
+from trainer.commands.entry import entry
 
 
-@ends_with_a_sentence
-def main(arguments: Sequence[str]) -> int:
-    """Upload one run or several; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="shardline tracking sync")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
-    parser.add_argument("--dry-run", action="store_true")
-    options = parser.parse_args(arguments)
-    for run_dir in options.runs:
-        sync_run(run_dir, Console(soft_wrap=True), dry_run=options.dry_run)
+def sync(
+    run_folders: Annotated[list[str], typer.Argument(help="Folders of runs.", metavar="RUN...", callback=expanded)],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show parts and commands, and upload nothing.")] = False,
+) -> int:
+    """Join the offline parts of a run's attempts into its one wandb run."""
+    from rich.console import Console
+
+    from sharding.ranks.errors import EXIT_FINISHED
+    from trainer.trackers.wandb_sync import sync_run
+
+    for run_folder in run_folders:
+        sync_run(Path(run_folder), Console(soft_wrap=True), dry_run=dry_run)
     return EXIT_FINISHED
 
+
+main = entry(sync)
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -28,6 +28,7 @@ from tests.sharding.engine_cases import random_batch, tiny_engine
 from tests.support import write_corpus
 from tests.trainer.checkpoint.corruption import EVERYWHERE, Draw, Tally, edit_and_seal, fresh_copy
 from trainer.checkpoint.checkpointer import Checkpointer
+from trainer.checkpoint.inventory import verify_checkpoints
 from trainer.checkpoint.manifest import (
     FileEntry,
     Manifest,
@@ -39,7 +40,6 @@ from trainer.checkpoint.manifest import (
     write_manifest,
 )
 from trainer.checkpoint.training_state import TrainingState
-from trainer.commands.checkpoints import verify_checkpoints
 from trainer.config import RunConfig, parse_config
 from trainer.config.data import DataConfig
 from trainer.data.facts import SampleFacts

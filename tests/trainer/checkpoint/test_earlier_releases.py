@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM
 from sharding.ranks.process_group import Ranks
 from tests.runs_in_process import RunsInProcess, computed_lines
 from tests.support import ROOT, command_environment, run_on_ranks, trained
+from trainer.checkpoint.inventory import verify_checkpoints
 from trainer.checkpoint.reader import open_checkpoint
-from trainer.commands.checkpoints import verify_checkpoints
 from trainer.config import parse_config
 from trainer.data.prepare import prepare_corpus
 from trainer.deploy.export import export_model

@@ -10,8 +10,8 @@ from rich.console import Console
 
 from sharding.ranks.errors import RunFailure
 from tests.support import write_empty_checkpoint
+from trainer.checkpoint.inventory import show_checkpoints
 from trainer.checkpoint.retention import BackgroundPruning, prune_checkpoints, remove_checkpoints_after
-from trainer.commands.checkpoints import show_checkpoints
 from trainer.config.checkpoint import CheckpointConfig
 from trainer.run_folder.folder import RunFolder
 from trainer.run_folder.listing import remove_checkpoint

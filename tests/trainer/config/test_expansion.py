@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from launcher.arguments import expanded
 from sharding.ranks.errors import UserError
 from tests.support import write_config
+from trainer.commands.arguments import expanded
 from trainer.config import RunConfig, config_to_yaml, load_config
 from trainer.config.expansion import PATH_SETTINGS, expand
 from trainer.data.files import find_files

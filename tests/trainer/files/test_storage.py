@@ -30,11 +30,11 @@ from tests.sharding.engine_cases import random_batch, tiny_engine
 from tests.support import command_environment, free_port, shardline, trained, wait_until, write_empty_checkpoint
 from trainer.attempt import begin_attempt, check_continuation
 from trainer.checkpoint.checkpointer import Checkpointer
+from trainer.checkpoint.inventory import verify_checkpoints
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.reference import resolve_checkpoint
 from trainer.checkpoint.tensor_file import TensorFile
 from trainer.checkpoint.training_state import TrainingState
-from trainer.commands.checkpoints import verify_checkpoints
 from trainer.config import RunConfig, parse_config
 from trainer.config.rules import World
 from trainer.files.storage import UrlPath, list_folders, locate

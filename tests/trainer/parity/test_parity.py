@@ -11,12 +11,12 @@ import pytest
 from rich.console import Console
 
 from tests.support import TINY_MODEL
-from trainer.commands.parity import print_table
 from trainer.config import parse_config
 from trainer.config.rules import BACKEND_STRATEGIES
 from trainer.parity import cases as parity_cases_module
 from trainer.parity.cases import ParityCase
 from trainer.parity.comparison import ParityRow, _relative, parity_cases, run_parity
+from trainer.parity.table import print_table
 
 
 @pytest.mark.timeout(800)

@@ -3,8 +3,8 @@
 import re
 from pathlib import Path
 
+from trainer.commands.report import main
 from trainer.metrics.goodput import GOODPUT_NAME, AttemptLedger, Category, summarize
-from trainer.report.__main__ import main
 from trainer.report.goodput_rows import goodput_bar, goodput_rows
 
 

@@ -279,7 +279,7 @@ def test_a_report_is_written_again_only_after_another_outcome(tmp_path: Path) ->
 
 def test_a_report_loads_no_torch(tmp_path: Path, make_config: Callable[..., Path]) -> None:
     run = make_run(tmp_path / "run", [{"step": 1, "train/loss": 2.0}], make_config().read_text())
-    statement = "import sys; from trainer.report.__main__ import main; code = main(sys.argv[1:]); print(*sys.modules)"
+    statement = "import sys; from trainer.commands.report import main; code = main(sys.argv[1:]); print(*sys.modules)"
     finished = subprocess.run(
         [sys.executable, "-c", f"{statement}; sys.exit(code)", run],
         capture_output=True, text=True, timeout=100, cwd=ROOT, env=command_environment(), check=True,

@@ -1,13 +1,11 @@
-"""``shardline checkpoint list|verify RUN``: what a run has saved, and whether it is complete."""
+"""What a run has saved, and whether it is complete, as lines for a person."""
 
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from sharding.ranks.errors import EXIT_BAD_INPUT, EXIT_FINISHED, UserError, ends_with_a_sentence
+from sharding.ranks.errors import EXIT_BAD_INPUT, EXIT_FINISHED, UserError
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.reference import checkpoints_of
 from trainer.config import parse_config
@@ -91,16 +89,15 @@ def _compare_corpus(reader: CheckpointReader) -> str:
     return ""
 
 
-@ends_with_a_sentence
-def main(arguments: Sequence[str]) -> int:
-    """List or verify; returns the exit status."""
-    if len(arguments) != 2 or arguments[0] not in ("list", "verify"):
-        raise UserError("write shardline checkpoint list RUN or shardline checkpoint verify RUN.")
-    if not is_url(arguments[1]):
-        RunFolder(Path(arguments[1])).frozen_config()
-    action = show_checkpoints if arguments[0] == "list" else verify_checkpoints
-    return action(checkpoints_of("RUN", arguments[1]), Console(soft_wrap=True))
+def checkpoints_of_run(run: str) -> CheckpointPath:
+    """The folder of a run's checkpoints.
 
+    Args:
+        run: its folder, or a URL below which checkpoints are.
 
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    Raises:
+        UserError: there is no such run.
+    """
+    if not is_url(run):
+        RunFolder(Path(run)).frozen_config()
+    return checkpoints_of("RUN", run)

@@ -1,0 +1,37 @@
+"""Arguments that several commands have, each declared once for ``shardline`` and ``python -m``. Imports no torch."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from trainer.config.expansion import expand_argument
+
+
+def expanded(value: Any) -> Any:
+    """A path, several, or none, as typer read them, with ``~`` and ``$VARIABLE`` replaced.
+
+    A shell does it too, but not within quotes, and not behind ``--option=``.
+
+    Raises:
+        UserError: a variable is not set.
+    """
+    if isinstance(value, list):
+        return [expanded(item) for item in value]
+    if isinstance(value, Path):
+        return Path(expand_argument(str(value)))
+    return value if value is None else expand_argument(value)
+
+
+Config = Annotated[str, typer.Argument(help="YAML file of the run.", metavar="CONFIG", callback=expanded)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Settings, such as optimizer.lr=1e-3.", metavar="key=value")
+]
+NprocPerNode = Annotated[int | None, typer.Option(min=1, help="Ranks on this machine.")]
+Run = Annotated[str, typer.Argument(help="Folder of a run, output_dir/name.", metavar="RUN", callback=expanded)]
+Step = Annotated[int | None, typer.Option(help="Step of the checkpoint; the newest if not given.")]
+Average = Annotated[bool, typer.Option("--ema", help="Take the moving average of the weights.")]
+OwnTask = Annotated[
+    str | None, typer.Option("--task", metavar="module:Class", help="Import the run's own task: Python code.")
+]
+RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own Python code.")]

@@ -1,0 +1,50 @@
+"""``shardline report``: one run, or several compared, as a page for a browser."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trainer.commands.arguments import expanded
+from trainer.commands.entry import entry
+
+_COMPARISON_NAME = "comparison.html"
+
+
+def report(
+    run_folders: Annotated[
+        list[str], typer.Argument(help="Folders of runs, output_dir/name.", metavar="RUN [RUN ...]", callback=expanded)
+    ],
+    to: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Page to write; RUN/report.html, or comparison.html for several runs.",
+            callback=expanded,
+        ),
+    ] = None,
+) -> int:
+    """Write a run's page of plots for a browser, or one that compares several runs."""
+    from sharding.ranks.errors import EXIT_FINISHED, UserError
+    from trainer.report.end_of_run import write_run_goodput
+    from trainer.report.page import write_report
+    from trainer.run_folder.folder import RunFolder
+
+    runs = [Path(run) for run in run_folders]
+    target = to or (Path(_COMPARISON_NAME) if len(runs) > 1 else RunFolder(runs[0]).report_file)
+    try:
+        write_report(runs, target)
+    except OSError as error:
+        raise UserError(f"{target} cannot be written: {error.strerror}; choose another file with --to.") from error
+    for run in runs:
+        # Also where the run goes on: whoever writes it computes it from the same ledgers.
+        write_run_goodput(RunFolder(run))
+    print(target)
+    return EXIT_FINISHED
+
+
+main = entry(report)
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,85 @@
+"""The table of parity: one line per case, and what has no line."""
+
+from collections.abc import Sequence
+from typing import get_args
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from trainer.config.optimizer import OptimizerName, refused_optimizer
+from trainer.config.rules import BACKEND_STRATEGIES
+from trainer.parity.cases import NUM_STEPS
+from trainer.parity.comparison import GRAD_NORM_TOLERANCE, LOSS_TOLERANCE, PARAMETER_TOLERANCE, ParityRow
+
+
+def print_table(rows: Sequence[ParityRow], console: Console) -> None:
+    """Show one line per case."""
+    table = Table(title=f"parity with one plain process: fp32, {NUM_STEPS} steps, dropout 0, ragged targets")
+    for header in (
+        "backend",
+        "strategy",
+        "ranks",
+        "accumulation",
+        "optimizer",
+        "loss",
+        "grad norm",
+        "parameters",
+        "moved",
+        "result",
+    ):
+        table.add_column(
+            header, justify="right" if header not in ("backend", "strategy", "optimizer", "result") else "left"
+        )
+    for row in rows:
+        case = row.case
+        table.add_row(
+            case.backend,
+            case.strategy,
+            str(case.num_ranks),
+            str(case.accumulation_steps),
+            case.optimizer,
+            f"{row.loss_difference:.1e}",
+            f"{row.grad_norm_difference:.1e}",
+            f"{row.parameter_difference:.1e}",
+            "all" if not row.unmoved else f"not {len(row.unmoved)}",
+            "pass" if row.passed else "FAIL",
+        )
+    console.print(table)
+    console.print(
+        f"tolerances: loss {LOSS_TOLERANCE['fp32']:.0e} relative, gradient norm {GRAD_NORM_TOLERANCE['fp32']:.0e} "
+        "relative, parameters "
+        + ", ".join(f"{tolerance:.0e} ({name})" for name, tolerance in PARAMETER_TOLERANCE.items())
+        + " absolute"
+    )
+    for row in rows:
+        for problem in _problems(row):
+            # gloo's own messages begin with a path in brackets, which would be taken for a style.
+            console.print(f"{row.case.label}: {problem}", markup=False)
+
+
+def print_refusals(console: Console) -> None:
+    """Say which combinations have no line, and why."""
+    for backend, strategies in BACKEND_STRATEGIES.items():
+        missing = [name for name in BACKEND_STRATEGIES["torch"] if name not in strategies]
+        if missing:
+            console.print(f"refused: {backend} with {', '.join(missing)}: it does {', '.join(strategies)} alone")
+        for name in get_args(OptimizerName):
+            reason = refused_optimizer(name, backend)
+            if reason is not None:
+                console.print(f"refused: {backend} with {name}: {reason}")
+    if not torch.cuda.is_available():
+        console.print("refused: accelerate with zero3: without a GPU it would train plain DDP")
+
+
+def _problems(row: ParityRow) -> list[str]:
+    if row.failure:
+        return [row.failure]
+    problems = []
+    if row.unmoved:
+        problems.append(f"parameters that did not move: {', '.join(row.unmoved)}")
+    if not row.forward_saw_update:
+        problems.append("a forward pass did not see the update before it")
+    if not row.same_initial_parameters:
+        problems.append("initial parameters differ from those of the other cases")
+    return problems
