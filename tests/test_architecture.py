@@ -28,7 +28,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "files": {"runtime"},
         "run_folder": {"config", "runtime", "files"},
         "data": {"config", "files"},
-        "architectures": {"config", "data"},
+        "architectures": {"config", "runtime", "data"},
         "tasks": {"config", "runtime", "data", "architectures"},
         "optimizers": {"config"},
         "model": {"config", "data", "architectures", "tasks", "optimizers"},

@@ -9,7 +9,7 @@ from typing import Any
 from sharding.ranks.errors import UserError
 
 PATH_SETTINGS = (
-    *("output_dir", "task.folder", "model.pretrained"),
+    *("output_dir", "task.folder", "model.pretrained", "model.folder"),
     *("data.paths", "data.mixture.paths", "data.tokenizer", "data.cache_dir"),
     *("checkpoint.storage", "checkpoint.from", "parallel.nvme_path"),
 )

@@ -32,7 +32,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     for override in overrides:
         _apply_override(values, override)
     expand_settings(values)
-    _find_task(values, Path(path))
+    _find_modules(values, Path(path))
     config = parse_config(values, source=path)
     note_earlier_spelling(values, path)
     refuse_secrets(config.model_dump(mode="json"), os.environ)
@@ -90,16 +90,17 @@ def config_to_yaml(config: RunConfig) -> str:
     return dump_yaml(values)
 
 
-def _find_task(values: dict[str, Any], path: Path) -> None:
-    """Write down where a task of the user's own lies, for whoever reads a copy of the configuration elsewhere."""
-    task = values.get("task")
-    # A copy says so itself, also where it has none.
-    if not isinstance(task, dict) or "folder" in task:
-        return
-    module, colon, _ = str(task.get("name", "")).partition(":")
-    folder, top = path.absolute().parent, module.partition(".")[0]
-    if colon and ((folder / f"{top}.py").is_file() or (folder / top).is_dir()):
-        values["task"] = {**task, "folder": str(folder)}
+def _find_modules(values: dict[str, Any], path: Path) -> None:
+    """Write down where a task and a model of the user's own lie, for whoever reads a copy of the configuration."""
+    for key, name in (("task", "name"), ("model", "factory")):
+        section = values.get(key)
+        # A copy says so itself, also where it has none.
+        if not isinstance(section, dict) or "folder" in section:
+            continue
+        module, colon, _ = str(section.get(name, "")).partition(":")
+        folder, top = path.absolute().parent, module.partition(".")[0]
+        if colon and ((folder / f"{top}.py").is_file() or (folder / top).is_dir()):
+            values[key] = {**section, "folder": str(folder)}
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:

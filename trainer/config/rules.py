@@ -10,6 +10,7 @@ from sharding.parallel_dims import ParallelDims, parallel_dims
 from sharding.ranks.errors import UserError
 from sharding.strict_model import check_choices
 from trainer.config.data import validate_data
+from trainer.config.networks import validate_model
 from trainer.config.optimizer import validate_optimizer
 from trainer.config.schedule import validate_curve
 from trainer.config.tracking import check_packages
@@ -91,11 +92,7 @@ def validate(config: "RunConfig", world: World | None = None) -> None:
 
 
 def _validate_model_and_data(config: "RunConfig") -> None:
-    model = config.model
-    if (model.architecture is None) == (model.pretrained is None):
-        raise UserError(
-            f"model.architecture={model.architecture} and model.pretrained={model.pretrained}: set exactly one of them."
-        )
+    validate_model(config.model, config.task.name)
     validate_data(config.data)
 
 

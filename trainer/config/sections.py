@@ -7,6 +7,7 @@ from pydantic import Field
 from sharding.strict_model import SET, UNSET, Like, OnlyWith, StrictModel
 
 _OWN_TASK = OnlyWith(name=Like("*:*", "module:Class"))
+_HF = OnlyWith(builtin=UNSET, factory=UNSET, because="it is a setting of transformers")
 
 
 class TaskConfig(StrictModel):
@@ -37,26 +38,40 @@ class TaskConfig(StrictModel):
 
 
 class ModelConfig(StrictModel):
-    """Which model is trained, from scratch or from pretrained weights."""
+    """Which model is trained: exactly one of architecture, pretrained, builtin and factory says it."""
 
     architecture: str | None = None
     """Model type as `transformers` names it (`llama`, `gpt2`, `qwen3` ...), trained from scratch."""
 
-    config: Annotated[dict[str, Any], OnlyWith(pretrained=UNSET, because="a pretrained model has its own")] = {}
+    config: Annotated[dict[str, Any], OnlyWith(pretrained=UNSET, because="a pretrained model has its own"), _HF] = {}
     """Fields of that architecture's `transformers` configuration; `vocab_size` defaults to the tokenizer's."""
 
     pretrained: str | None = None
     """Folder or hub name of a model whose configuration and weights the run starts from."""
 
+    builtin: Literal["mlp", "cnn", "lstm", "embedding-mlp"] | None = None
+    """A small network that comes along, trained from scratch, one prediction a sample; docs/tasks.md has them."""
+
+    factory: str | None = None
+    """`module:function` that makes an `nn.Module` of your own; it is called with `facts` (what is known of the
+    samples), `num_outputs` (predictions of a sample, null where the task has no such number) and the arguments."""
+
+    arguments: Annotated[dict[str, Any], OnlyWith(architecture=UNSET, pretrained=UNSET)] = {}
+    """Arguments of the built-in network, or of the function that factory names."""
+
+    folder: Annotated[str | None, OnlyWith(factory=SET)] = None
+    """Folder of the module of a factory; where it is not given, that of the configuration file if the module lies
+    there."""
+
     trust_remote_code: Annotated[bool, OnlyWith(pretrained=SET)] = False
     """Run Python code that a `pretrained` model brings along with its weights; false refuses such a model."""
 
-    vocab_multiple: Annotated[int, OnlyWith(pretrained=UNSET, because="a pretrained model has its vocabulary")] = Field(
-        default=0, ge=0
-    )
+    vocab_multiple: Annotated[
+        int, OnlyWith(pretrained=UNSET, because="a pretrained model has its vocabulary"), _HF
+    ] = Field(default=0, ge=0)
     """Round a from-scratch model's vocabulary up to a multiple of this many tokens; 0 and 1 leave it as it is."""
 
-    attention: Literal["sdpa", "eager", "flex_attention", "flash_attention_2"] = "sdpa"
+    attention: Annotated[Literal["sdpa", "eager", "flex_attention", "flash_attention_2"], _HF] = "sdpa"
     """Attention implementation of `transformers`."""
 
 

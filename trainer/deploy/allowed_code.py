@@ -35,6 +35,11 @@ class AllowedCode:
                 f"{source} asks for Python code by task.name={config.task.name}{place}{other}; read that code, and "
                 f"give --task {config.task.name} to run it."
             )
+        if config.model.factory is not None:
+            raise UserError(
+                f"{source} asks for Python code by model.factory={config.model.factory}, which training alone runs; "
+                "trainer.checkpoint.reader.CheckpointReader reads its weights."
+            )
         if config.model.trust_remote_code and not self.trust_remote_code:
             raise UserError(
                 f"{source} asks for Python code of model.pretrained={config.model.pretrained} by "

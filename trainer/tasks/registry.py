@@ -1,16 +1,13 @@
 """Tasks by name."""
 
-import importlib
 import inspect
-import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from sharding.ranks.errors import UserError
 from trainer.config.sections import TaskConfig
 from trainer.data.facts import SampleFacts
+from trainer.runtime.own_modules import import_own
 from trainer.tasks.causal_lm import CausalLanguageModelling
 from trainer.tasks.task import Task
 
@@ -42,19 +39,9 @@ def build_task(
         if name not in _TASKS:
             raise UserError(f"task.name={name} is unknown; use {', '.join(_TASKS)} or module:Class.")
         return _TASKS[name](z_loss, loss_chunk_tokens)
-    module_name, _, class_name = name.partition(":")
-    try:
-        module = _import(module_name, folder)
-        if not hasattr(module, class_name):
-            raise ImportError(f"module {module_name!r} has no {class_name!r}")
-    except ImportError as error:
-        place = "no task.folder is set" if folder is None else f"task.folder={folder}"
-        raise UserError(
-            f"task.name={name} cannot be imported: {error}; check the module and class name, and where the module lies "
-            f"({place}; else it must be installed or on PYTHONPATH, and the working folder does not count)."
-        ) from None
+    make = import_own(name, "task.name", folder)
     # What goes wrong in its own code is shown with its traceback.
-    task = _construct(name, getattr(module, class_name), options or {}, facts or SampleFacts())
+    task = _construct(name, make, options or {}, facts or SampleFacts())
     _refuse_earlier_methods(name, task)
     return task
 
@@ -113,20 +100,3 @@ def _takes(method: Callable[..., Any], *arguments: str, **named: bool) -> bool:
     except TypeError:
         return False
     return True
-
-
-def _import(name: str, folder: str | None) -> ModuleType:
-    if folder is None:
-        return importlib.import_module(name)
-    place = str(Path(folder).absolute())
-    # Last, so that nothing in it is taken in place of a library.
-    if place not in sys.path:
-        sys.path.append(place)
-    module = importlib.import_module(name)
-    if not _lies_in(module, Path(place)):
-        raise ImportError(f"the module {name} is taken from {module.__file__ or 'elsewhere'}, so rename yours")
-    return module
-
-
-def _lies_in(module: ModuleType, folder: Path) -> bool:
-    return module.__file__ is not None and Path(module.__file__).resolve().is_relative_to(folder.resolve())

@@ -34,6 +34,7 @@ def test_every_path_is_expanded(tmp_path: Path, values: dict[str, Any]) -> None:
             section = section.setdefault(parent, {})
         section[leaf] = value
 
+    values["model"] = {"factory": "own:make"}
     for key in PATH_SETTINGS:
         if key not in ("model.pretrained", "data.mixture.paths"):
             put(key, ["$SCRATCH/x", "~/y"] if key == "data.paths" else "$SCRATCH/x")
@@ -44,6 +45,7 @@ def test_every_path_is_expanded(tmp_path: Path, values: dict[str, Any]) -> None:
     assert "$" not in written
     assert "~" not in written
     assert config.data.paths == (f"{tmp_path}/scratch/x", f"{tmp_path}/home/y")
+    assert config.model.folder == config.task.folder == f"{tmp_path}/scratch/x"
     assert config.checkpoint.from_ == config.parallel.nvme_path == config.checkpoint.storage == f"{tmp_path}/scratch/x"
 
 
