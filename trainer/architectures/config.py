@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from sharding.ranks.errors import UserError
 from trainer.architectures.faults import faults_of_a_configuration, reason
+from trainer.architectures.images import check_images, fields_for_images
 from trainer.architectures.padding import needs_padding, refuse_padding
 from trainer.config.sections import ModelConfig
 from trainer.data.facts import SampleFacts
@@ -14,16 +15,20 @@ if TYPE_CHECKING:
 
 
 def build_model_config(model: ModelConfig, facts: SampleFacts) -> "PretrainedConfig":
-    """The `transformers` configuration of the model that the run trains.
+    """The `transformers` configuration of the model that the run trains, on texts, images or recordings.
 
     Raises:
         UserError: the architecture or one of its fields is unknown, the vocabulary is smaller than the tokenizer's,
-            or the model has fewer positions than a sequence has tokens.
+            the model has fewer positions than a sequence has tokens, it takes other images, or samples are none of
+            these.
     """
     from transformers import AutoConfig
 
-    vocab_size, sequence_length = _sizes_of_tokens(model, facts)
-
+    if facts.vocab_size is None and facts.image_shape is None and facts.num_audio_samples is None:
+        raise UserError(
+            f"{model.architecture or model.pretrained} is a model of transformers, but the samples are neither texts "
+            "nor images nor recordings; choose model.builtin=mlp, say, or a task whose samples it takes."
+        )
     if model.pretrained is not None:
         try:
             config = AutoConfig.from_pretrained(model.pretrained, trust_remote_code=model.trust_remote_code)
@@ -36,25 +41,17 @@ def build_model_config(model: ModelConfig, facts: SampleFacts) -> "PretrainedCon
             # Where transformers has a class of its own too, that one is meant.
             del config.auto_map
     else:
-        config = _config_from_scratch(model, vocab_size, facts.eos_token_id, sequence_length)
+        config = _config_from_scratch(model, facts)
     config._attn_implementation = model.attention
-    _check_sizes(config, vocab_size, sequence_length)
+    if facts.vocab_size is not None:
+        _check_sizes(config, facts.vocab_size, facts.sequence_length or 0)
+    if facts.image_shape is not None:
+        check_images(model, config, facts.image_shape)
     refuse_padding(model, config)
     return config
 
 
-def _sizes_of_tokens(model: ModelConfig, facts: SampleFacts) -> tuple[int, int]:
-    if facts.vocab_size is None or facts.sequence_length is None:
-        raise UserError(
-            f"{model.architecture or model.pretrained} is a model of tokens, but the samples are no sequences of them; "
-            "choose a task whose model takes what they are."
-        )
-    return facts.vocab_size, facts.sequence_length
-
-
-def _config_from_scratch(
-    model: ModelConfig, vocab_size: int, eos_token_id: int | None, sequence_length: int
-) -> "PretrainedConfig":
+def _config_from_scratch(model: ModelConfig, facts: SampleFacts) -> "PretrainedConfig":
     from transformers import CONFIG_MAPPING
 
     if model.architecture not in CONFIG_MAPPING:
@@ -77,8 +74,8 @@ def _config_from_scratch(
     given = model.config.get(text_name, {}) if text_name else model.config
     if not isinstance(given, dict):
         raise UserError(f"model.config.{text_name}={given} must be a mapping of fields, such as {{hidden_size: 256}}.")
-    values = _for_tokens(vocab_size, eos_token_id, sequence_length, text_defaults) | given
-    if model.vocab_multiple > 1 and isinstance(values["vocab_size"], int):
+    values = _for_samples(facts, text_defaults) | given
+    if model.vocab_multiple > 1 and isinstance(values.get("vocab_size"), int):
         values["vocab_size"] = -(-values["vocab_size"] // model.vocab_multiple) * model.vocab_multiple
     try:
         config: PretrainedConfig = config_class(**(model.config | {text_name: values} if text_name else values))
@@ -131,20 +128,25 @@ def _check_field(model: ModelConfig, key: str, defaults: "PretrainedConfig") -> 
     raise UserError(f"model.config.{key} is not a field of {model.architecture}{hint}")
 
 
-def _for_tokens(
-    vocab_size: int, eos_token_id: int | None, sequence_length: int, defaults: "PretrainedConfig"
-) -> dict[str, Any]:
+def _for_samples(facts: SampleFacts, defaults: "PretrainedConfig") -> dict[str, Any]:
+    """Fields of a configuration that follow from what is read."""
+    if facts.vocab_size is not None:
+        return _for_tokens(facts, facts.vocab_size, defaults)
+    return {} if facts.image_shape is None else fields_for_images(facts.image_shape, defaults)
+
+
+def _for_tokens(facts: SampleFacts, vocab_size: int, defaults: "PretrainedConfig") -> dict[str, Any]:
     """Fields of a language model's configuration that follow from the tokenizer and the length of sequences."""
     # The class's own padding token is one of another tokenizer: here a word, whose embedding would stay zero.
     values: dict[str, Any] = {"vocab_size": vocab_size, "pad_token_id": None}
-    if eos_token_id is not None:
-        values |= {"bos_token_id": eos_token_id, "eos_token_id": eos_token_id}
+    if facts.eos_token_id is not None:
+        values |= {"bos_token_id": facts.eos_token_id, "eos_token_id": facts.eos_token_id}
     if field(defaults, "vocab_size_per_layer_input"):
         # A second table of embeddings, by the same ids.
         values["vocab_size_per_layer_input"] = vocab_size
     positions = max_positions(defaults)
-    if positions is not None and positions < sequence_length:
-        values["max_position_embeddings"] = sequence_length
+    if positions is not None and positions < (facts.sequence_length or 0):
+        values["max_position_embeddings"] = facts.sequence_length
     return values
 
 

@@ -57,13 +57,26 @@ def build_model_on_meta(task: Task, settings: ModelConfig, facts: SampleFacts) -
     """
     try:
         with torch.device("meta"):
-            return task.build_model(settings, facts)
-    except (ImportError, ValueError) as error:
-        raise _not_built(settings, error) from None
+            return _wholly_on_meta(task.build_model(settings, facts))
     except faults_of_a_configuration() as error:
-        if not is_raised_by_transformers(error):
+        is_blamed = isinstance(error, ImportError | ValueError) or is_raised_by_transformers(error)
+        if not is_blamed or (settings.architecture or settings.pretrained) is None:
             raise
         raise _not_built(settings, error) from None
+
+
+def _wholly_on_meta(model: nn.Module) -> nn.Module:
+    """The model without what its constructor has drawn all the same: ``torch.Tensor(n)`` heeds no default device.
+
+    Those values would be others on every rank; now they come from the model's initialisation, or their lack is seen.
+    """
+    drawn = {id(p): p for p in model.parameters() if not p.is_meta}
+    replaced = {key: nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for key, p in drawn.items()}
+    for module in model.modules() if drawn else ():
+        for name, parameter in module._parameters.items():
+            if id(parameter) in replaced:
+                module._parameters[name] = replaced[id(parameter)]
+    return model
 
 
 def _not_built(settings: ModelConfig, error: Exception) -> UserError:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -10,7 +11,7 @@ from torch.nn import functional
 
 from sharding.engine import Batch
 from sharding.ranks.errors import UserError
-from trainer.architectures.config import build_model_config
+from trainer.architectures.auto_model import auto_model
 from trainer.architectures.faults import cannot_compute, faults_of_a_configuration
 from trainer.config.sections import ModelConfig
 from trainer.data.facts import SampleFacts
@@ -39,18 +40,13 @@ class CausalLanguageModelling(Task):
 
     def build_model(self, model_settings: ModelConfig, facts: SampleFacts) -> nn.Module:
         """See Task."""
-        from transformers import AutoModelForCausalLM
-
-        model_config = build_model_config(model_settings, facts)
-        # A configuration has it only where model.trust_remote_code says that its code may run.
-        trusted = hasattr(model_config, "auto_map")
-        model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32, trust_remote_code=trusted)
+        model: Any = auto_model("causal-lm", model_settings, facts)
         if self._chunk_tokens:
             head = model.get_output_embeddings()
             if type(head) is not nn.Linear:
                 raise UserError(
                     f"task.loss_chunk_tokens={self._chunk_tokens} works where logits come from a plain nn.Linear, but "
-                    f"{model_config.model_type} makes them with {type(head).__name__}; set it to 0."
+                    f"{model.config.model_type} makes them with {type(head).__name__}; set it to 0."
                 )
             ChunkedLossHead.take_over(head, self._chunk_tokens, self._z_loss)
         return model

@@ -3,12 +3,15 @@
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from sharding.blocks import find_blocks
 from trainer.architectures.config import build_model_config
 from trainer.config.sections import ModelConfig
 from trainer.data.facts import SampleFacts
 from trainer.model.models import ModelFacts, build_model_on_meta, model_facts
+from trainer.tasks.causal_lm import CausalLanguageModelling
 from trainer.tasks.registry import build_task
 
 _SAMPLES = SampleFacts(16, 100, 0)
@@ -78,3 +81,33 @@ def test_blocks_are_found_by_structure(architecture: str, config: dict[str, Any]
     blocks = find_blocks(model)
     assert (blocks[0][0], len(blocks)) == (first, count)
     assert all(parameter.is_meta for parameter in model.parameters())
+
+
+class _Drawn(nn.Module):
+    """Its constructor draws, for this old way to make a tensor heeds no default device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = self.second = nn.Parameter(torch.Tensor(3).uniform_())
+        self.layer = nn.Linear(3, 2)
+
+
+class _DrawingTask(CausalLanguageModelling):
+    def build_model(self, model_settings: ModelConfig, facts: SampleFacts) -> nn.Module:
+        return _Drawn()
+
+
+def test_what_a_constructor_draws_all_the_same_is_not_kept() -> None:
+    model = build_model_on_meta(_DrawingTask(), ModelConfig(architecture="llama"), _SAMPLES)
+    assert [name for name, p in model.named_parameters() if not p.is_meta] == []
+    assert model.first is model.second
+
+
+class _FaultyTask(CausalLanguageModelling):
+    def build_model(self, model_settings: ModelConfig, facts: SampleFacts) -> nn.Module:
+        raise ValueError("a fault of its own")
+
+
+def test_a_fault_of_a_model_of_ones_own_is_shown_as_it_is() -> None:
+    with pytest.raises(ValueError, match="a fault of its own"):
+        build_model_on_meta(_FaultyTask(), ModelConfig(factory="own:make"), _SAMPLES)

@@ -93,7 +93,7 @@ _UNSAFE_MODULES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "jobli
 _UNSAFE_CALLS = {"torch.load", "torch.save", "yaml.unsafe_load", "yaml.full_load", "eval", "exec", "pandas.read_pickle"}
 # Where a name in a configuration becomes an import, as its documentation says: a user's own task. And where one of a
 # table of the standard library's compression modules does.
-_IMPORTS_BY_NAME = {"trainer/tasks/registry.py", "trainer/data/files.py"}
+_IMPORTS_BY_NAME = {"trainer/runtime/own_modules.py", "trainer/data/files.py"}
 
 
 def _unsafe(source: str, file: str) -> Iterator[str]:
