@@ -74,6 +74,11 @@ class ModelConfig(StrictModel):
     attention: Annotated[Literal["sdpa", "eager", "flex_attention", "flash_attention_2"], _HF] = "sdpa"
     """Attention implementation of `transformers`."""
 
+    @property
+    def name(self) -> str:
+        """What the model is called in logs and sentences."""
+        return str(self.architecture or self.pretrained or self.builtin or self.factory)
+
 
 class BatchConfig(StrictModel):
     """Samples per optimizer step; accumulation steps = global_size / (micro_size x data-parallel ranks)."""

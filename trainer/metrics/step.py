@@ -126,7 +126,7 @@ def summarize_step(
 
 
 def mfu_metrics(metrics: Metrics, facts: ModelFacts, sequence_length: int, peak_flops: float | None) -> Metrics:
-    """Use of the device's peak in both conventions; null where the peak or the rate is not known.
+    """Use of the device's peak in both conventions; null where the peak, the rate or the arithmetic is not known.
 
     Args:
         metrics: with the rate.
@@ -136,7 +136,7 @@ def mfu_metrics(metrics: Metrics, facts: ModelFacts, sequence_length: int, peak_
     """
     rate = metrics["throughput/tokens_per_s_per_device"]
     names = {"throughput/mfu": False, "throughput/mfu_causal": True}
-    if peak_flops is None or rate is None:
+    if peak_flops is None or rate is None or not facts.is_per_token:
         return dict.fromkeys(names)
     return {
         name: rate * facts.flops_per_token(sequence_length, causal=causal) / peak_flops

@@ -63,7 +63,7 @@ def check_causality(engine: Engine, config: RunConfig, facts: SampleFacts, ranks
     # Where no token is earlier, a causal model's logits are a function of one token.
     if by_later > tolerance * (by_earlier if border > 1 else float(unchanged.abs().max())):
         raise UserError(
-            f"{config.model.architecture or config.model.pretrained} sees the tokens that it is to predict: with the "
+            f"{config.model.name} sees the tokens that it is to predict: with the "
             f"tokens from {border} on changed, the logits of token {border - 1} change by {by_later:.2g}, and by "
             f"{by_earlier:.2g} with those before it; {_remedy(config, facts)}."
         )
@@ -79,6 +79,8 @@ def _largest_difference(one: torch.Tensor, other: torch.Tensor, ranks: Ranks) ->
 
 def _remedy(config: RunConfig, facts: SampleFacts) -> str:
     elsewhere = "choose a causal architecture (llama, gpt2, say), or a task of your own for what this one is meant for"
+    if config.model.factory is not None:
+        return "let it see earlier tokens alone, or name a task of your own for what it is meant for"
     model_config = build_model_config(config.model, facts).get_text_config()
     if getattr(model_config, "is_decoder", True):
         return elsewhere

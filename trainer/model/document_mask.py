@@ -63,7 +63,7 @@ def check_engine(engine: Engine, config: RunConfig, task: Task, facts: SampleFac
 
 
 def _refusal(config: RunConfig, reason: str) -> UserError:
-    name = config.model.architecture or config.model.pretrained
+    name = config.model.name
     attention = config.model.attention
     # transformers looks for documents in a batch of one row only.
     remedy = "batch.micro_size=1, " if attention.startswith("flash") and config.batch.micro_size > 1 else ""

@@ -13,11 +13,10 @@ from sharding.precision import compute_dtype
 from sharding.ranks.object_exchange import sum_integers_over_ranks
 from sharding.ranks.process_group import Ranks
 from sharding.state import layout_independent_hash
-from trainer.architectures.config import build_model_config
 from trainer.config import RunConfig
 from trainer.config.deepspeed_settings import deepspeed_settings
 from trainer.data.facts import SampleFacts
-from trainer.model.models import ModelFacts, build_model_on_meta, model_facts
+from trainer.model.models import ModelFacts, build_model_on_meta, model_facts, transformers_config
 from trainer.model.pretrained import PretrainedWeights
 from trainer.model.refusals import refuse_positions_by_padding, refuse_settings
 from trainer.optimizers.build import optimizer_factory
@@ -48,11 +47,12 @@ def build_model_engine(
     Raises:
         UserError: model, tokenizer, sequence length, task and strategy do not fit together.
     """
-    model_config = build_model_config(config.model, facts)
-    refuse_settings(config, task, model_config, mesh.dims)
     model = build_model_on_meta(task, config.model, facts)
-    refuse_positions_by_padding(config, model, model_config)
-    counted = model_facts(model, model_config)
+    model_config = transformers_config(model, config.model, facts)
+    if model_config is not None:
+        refuse_settings(config, task, model_config, mesh.dims)
+        refuse_positions_by_padding(config, model, model_config)
+    counted = model_facts(model, model_config, reads_tokens=facts.vocab_size is not None)
     # Before it is sharded, which changes its classes, and before there is memory for weights that may not be there.
     pretrained = (
         None
@@ -107,9 +107,10 @@ def describe_model(config: RunConfig, facts: ModelFacts, ranks: Ranks) -> str:
         )
     device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
     backend = "" if config.parallel.backend == "torch" else f"{config.parallel.backend} "
-    flops = facts.flops_per_token(config.data.sequence_length, causal=False)
+    flops = ""
+    if facts.is_per_token:
+        flops = f", {facts.flops_per_token(config.data.sequence_length, causal=False) / 1e6:,.1f} MFLOP per token"
     return (
-        f"{config.model.architecture or config.model.pretrained}: {facts.num_parameters:,} parameters, "
-        f"{flops / 1e6:,.1f} MFLOP per token; {backend}{config.parallel.strategy} on {ranks.world_size} x {device}, "
+        f"{config.model.name}: {facts.num_parameters:,} parameters{flops}; {backend}{config.parallel.strategy} on {ranks.world_size} x {device}, "
         f"{dtype}{chosen}"
     )

@@ -16,6 +16,8 @@ from sharding.precision import compute_dtype
 from trainer.config import RunConfig
 from trainer.config.optimizer import OptimizerConfig
 from trainer.config.rules import accumulation_steps
+from trainer.data.facts import SampleFacts
+from trainer.model.tried_activations import tried_activation_bytes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -29,7 +31,7 @@ class MemoryEstimate:
 
     Attributes:
         state: parameters, gradients and optimizer state at their peak.
-        activations: what forward keeps for backward, at least; and the logits.
+        activations: what forward keeps for backward, at least; and the logits; 0 where it is not known.
     """
 
     state: StateBytes
@@ -61,16 +63,22 @@ class BlockWidths:
 
 
 def estimate_memory(
-    config: RunConfig, model: nn.Module, model_config: "PretrainedConfig", dims: ParallelDims, device: torch.device
+    config: RunConfig,
+    model: nn.Module,
+    model_config: "PretrainedConfig | None",
+    dims: ParallelDims,
+    device: torch.device,
+    facts: SampleFacts | None = None,
 ) -> MemoryEstimate:
-    """A rank's peak by the formulas.
+    """A rank's peak by the formulas; activations of what is no transformer of text by a trial on the meta device.
 
     Args:
         config: the run.
-        model: its model, not sharded; it may be on the meta device.
-        model_config: the model's own configuration.
+        model: its model, not sharded; it may be on the meta device, and must be to be tried.
+        model_config: the model's own configuration; None where it is no model of `transformers`.
         dims: the ranks.
         device: where the run computes.
+        facts: of the samples; None for texts.
 
     Raises:
         UserError: batch sizes do not divide, or the device cannot compute in the configured format.
@@ -86,6 +94,11 @@ def estimate_memory(
         moment_bytes=moment_bytes(config.optimizer, model) / sizes.num_parameters,
         bucket_elements=BUCKET_ELEMENTS[device.type],
     )
+    if model_config is None or (facts is not None and facts.vocab_size is None):
+        tried = 0.0
+        if facts is not None and config.activation_checkpointing.mode == "none":
+            tried = tried_activation_bytes(model, facts, config.batch.micro_size)
+        return MemoryEstimate(state_bytes(sizes, layout), tried * width / _FP32_BYTES)
     text_config = model_config.get_text_config()
     num_tokens = config.batch.micro_size * config.data.sequence_length
     activations = activation_bytes(

@@ -1,5 +1,6 @@
 """Models on the meta device, their size and arithmetic per token."""
 
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ from torch import nn
 from sharding.blocks import find_blocks
 from sharding.float8 import is_fit
 from sharding.ranks.errors import UserError
-from trainer.architectures.config import field
+from trainer.architectures.config import build_model_config, field
 from trainer.architectures.faults import faults_of_a_configuration, is_raised_by_transformers, reason
 from trainer.config.sections import ModelConfig
 from trainer.data.facts import SampleFacts
@@ -31,6 +32,7 @@ class ModelFacts:
         attention_width: heads x head width.
         num_block_linears: linear layers of blocks.
         num_float8_linears: those of them that ``precision.compute=fp8`` multiplies in 8 bits.
+        is_per_token: whether arithmetic per token is known: every matrix is used once for each token of a text.
     """
 
     num_parameters: int
@@ -39,11 +41,12 @@ class ModelFacts:
     attention_width: int
     num_block_linears: int
     num_float8_linears: int
+    is_per_token: bool = True
 
     def flops_per_token(self, sequence_length: int, *, causal: bool) -> int:
         """Forward and backward floating-point operations per token: 6N + 12Lds, or 6N + 6Lds discounting the mask.
 
-        Source: Chowdhery et al., "PaLM" (2022), appendix B; the causal convention halves the attention term.
+        Means nothing unless ``is_per_token``. Source: Chowdhery et al., "PaLM" (2022), appendix B; the causal convention halves the attention term.
         """
         attention = (6 if causal else 12) * self.num_layers * self.attention_width * sequence_length
         return 6 * self.num_matrix_parameters + attention
@@ -90,24 +93,53 @@ def _not_built(settings: ModelConfig, error: Exception) -> UserError:
     )
 
 
-def model_facts(model: nn.Module, model_config: "PretrainedConfig") -> ModelFacts:
-    """Count a model's parameters; it may be on the meta device, but must not be sharded yet."""
-    text_config = model_config.get_text_config()
+def transformers_config(model: nn.Module, settings: ModelConfig, facts: SampleFacts) -> "PretrainedConfig | None":
+    """The configuration of `transformers` that a model has, or that its settings name; None where there is none.
+
+    Args:
+        model: what the task has built.
+        settings: the section ``model``.
+        facts: of the samples.
+
+    Raises:
+        UserError: see ``build_model_config``.
+    """
+    is_named = (settings.architecture or settings.pretrained) is not None
+    # To load it takes seconds, which a small network should not cost.
+    if not is_named and "transformers" not in sys.modules:
+        return None
+    from transformers import PreTrainedModel
+
+    if isinstance(model, PreTrainedModel):
+        return model.config
+    return build_model_config(settings, facts) if is_named else None
+
+
+def model_facts(model: nn.Module, model_config: "PretrainedConfig | None", *, reads_tokens: bool = True) -> ModelFacts:
+    """Count a model's parameters; it may be on the meta device, but must not be sharded yet.
+
+    Args:
+        model: the model.
+        model_config: its configuration; None where it is no model of `transformers`.
+        reads_tokens: whether samples are texts.
+    """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     output = _output_embeddings(model)
     if output is not None:
         embeddings.discard(id(output.weight))
     parameters = list(model.parameters())
     blocks = find_blocks(model)
-    num_layers = field(text_config, "num_hidden_layers") or len(blocks)
+    text_config = None if model_config is None else model_config.get_text_config()
+    named_layers = None if text_config is None else field(text_config, "num_hidden_layers")
     in_blocks = [module for _, block in blocks for module in block.modules()]
     return ModelFacts(
         num_parameters=sum(p.numel() for p in parameters),
         num_matrix_parameters=sum(p.numel() for p in parameters if p.ndim >= 2 and id(p) not in embeddings),
-        num_layers=num_layers,
-        attention_width=_attention_width(text_config),
+        num_layers=named_layers or len(blocks),
+        attention_width=0 if text_config is None else _attention_width(text_config),
         num_block_linears=sum(isinstance(module, nn.Linear) for module in in_blocks),
         num_float8_linears=sum(map(is_fit, in_blocks)),
+        is_per_token=text_config is not None and reads_tokens,
     )
 
 

@@ -85,7 +85,27 @@ def refuse_positions_by_padding(config: RunConfig, model: nn.Module, model_confi
         return
     counts = ("create_position_ids_from_input_ids", "pad_index")
     if any(hasattr(module, name) for module in model.modules() for name in counts):
-        raise needs_padding(config.model.architecture or str(config.model.pretrained))
+        raise needs_padding(config.model.name)
+
+
+def refuse_encoder(config: RunConfig, model_config: "PretrainedConfig") -> None:
+    """Refuse a model that is told by its configuration to see later tokens, where it is to predict the next one.
+
+    What is not to be told so is asked on the ranks: see ``trainer.model.causality``.
+
+    Raises:
+        UserError: it is an encoder.
+    """
+    from transformers import MODEL_FOR_MASKED_LM_MAPPING
+
+    # Some decoders have the field and do not read it.
+    if getattr(model_config, "is_decoder", True) or type(model_config) not in MODEL_FOR_MASKED_LM_MAPPING:
+        return
+    where = "in its config.json" if config.model.pretrained is not None else "in model.config"
+    raise UserError(
+        f"{config.model.name} is an encoder (is_decoder=false), which sees the tokens that it is to predict; choose a "
+        f"causal architecture (llama, gpt2, say), a task for encoders, or set is_decoder to true {where}."
+    )
 
 
 def _where(config: RunConfig, settings: str) -> str:

@@ -37,10 +37,10 @@ from trainer.data.prepared import Prepared, PreparedMixture, PreparedStream, fin
 from trainer.data.tokenizer import TRAINED, load_tokenizer, vocabulary_size
 from trainer.model.document_mask import check_architecture
 from trainer.model.memory_estimate import estimate_memory
-from trainer.model.models import build_model_on_meta, model_facts
-from trainer.model.refusals import refuse_positions_by_padding, refuse_settings
+from trainer.model.models import build_model_on_meta, model_facts, transformers_config
+from trainer.model.refusals import refuse_encoder, refuse_positions_by_padding, refuse_settings
 from trainer.run_folder.folder import RunFolder
-from trainer.tasks.causal_lm import CausalLanguageModelling
+from trainer.tasks.causal_lm import CausalLanguageModelling, predicts_next_tokens
 from trainer.tasks.registry import configured_task
 from trainer.tasks.task import Task
 
@@ -75,12 +75,18 @@ def preview(config: RunConfig, world: World) -> list[str]:
         check_named_tokenizer(config, None if corpus is None else corpus.tokenizer_dir)
     facts = _sample_facts(config, corpus)
     task = configured_task(config.task, facts)
-    model_config = build_model_config(config.model, facts)
     dims = parallel_dims(config.parallel, world.num_ranks)
-    refuse_settings(config, task, model_config, dims)
+    is_named = (config.model.architecture or config.model.pretrained) is not None
+    model_config = build_model_config(config.model, facts) if is_named else None
+    if model_config is not None:
+        refuse_settings(config, task, model_config, dims)
     try:
         model = build_model_on_meta(task, config.model, facts)
-        refuse_positions_by_padding(config, model, model_config)
+        model_config = transformers_config(model, config.model, facts)
+        if model_config is not None:
+            refuse_positions_by_padding(config, model, model_config)
+            if predicts_next_tokens(task):
+                refuse_encoder(config, model_config)
         if dims.reduction_degree > 1:
             refuse_scattered_layers(model, config.parallel.strategy)
         _try_forward(task, config.model, facts)
@@ -95,12 +101,12 @@ def preview(config: RunConfig, world: World) -> list[str]:
     else:
         corpus.check_sequence_length(config.data.sequence_length)
     device = torch.device("cuda" if world.has_gpu else "cpu")
-    memory = estimate_memory(_with_format(config, world), model, model_config, dims, device)
+    memory = estimate_memory(_with_format(config, world), model, model_config, dims, device, facts)
     num_parameters = model_facts(model, model_config).num_parameters
+    activations = f", at least {_size(memory.activations)} for activations" if memory.activations else ""
     return [
-        f"parameters    {num_parameters:,} of {model_config.model_type}",
-        f"memory        {_size(memory.state.total)} a rank for parameters, gradients and optimizer state, at least "
-        f"{_size(memory.activations)} for activations",
+        f"parameters    {num_parameters:,} of {config.model.name if model_config is None else model_config.model_type}",
+        f"memory        {_size(memory.state.total)} a rank for parameters, gradients and optimizer state{activations}",
         f"corpus        {_describe_corpus(config, corpus)}",
         f"continues     {_describe_start(config, run_folder)}",
     ]
@@ -138,8 +144,13 @@ def _try_forward(task: Task, settings: ModelConfig, facts: SampleFacts) -> None:
         logging.getLogger("torch").setLevel(level)
 
 
-def _refusal(config: RunConfig, model_config: "PretrainedConfig", error: Exception) -> UserError:
+def _refusal(config: RunConfig, model_config: "PretrainedConfig | None", error: Exception) -> UserError:
     reason = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), "")
+    if model_config is None:
+        return UserError(
+            f"the model {config.model.name} cannot be built or computed ({type(error).__name__}: {reason}); change its "
+            "settings or its code."
+        )
     settings = f"model.pretrained={config.model.pretrained}" if config.model.pretrained else "model.config"
     text_config = model_config.get_text_config()
     sizes = [f"{name}={getattr(text_config, name)}" for name in _FIELDS if getattr(text_config, name, None) is not None]

@@ -13,6 +13,7 @@ from sharding.engine import Batch
 from sharding.ranks.errors import UserError
 from trainer.architectures.auto_model import auto_model
 from trainer.architectures.faults import cannot_compute, faults_of_a_configuration
+from trainer.architectures.networks import build_network
 from trainer.config.sections import ModelConfig
 from trainer.data.facts import SampleFacts
 from trainer.tasks.chunked_loss import ChunkedLossHead
@@ -35,11 +36,21 @@ class CausalLanguageModelling(Task):
         """
         self._z_loss = z_loss
         self._chunk_tokens = chunk_tokens
+        # Which a model of transformers would fill; one that a factory makes is not asked.
+        self._without_cache = {"use_cache": False}
         self._has_computed: WeakSet[nn.Module] = WeakSet()
         self._heads: WeakKeyDictionary[nn.Module, ChunkedLossHead] = WeakKeyDictionary()
 
     def build_model(self, model_settings: ModelConfig, facts: SampleFacts) -> nn.Module:
         """See Task."""
+        if model_settings.factory is not None:
+            if self._chunk_tokens:
+                raise UserError(
+                    f"task.loss_chunk_tokens={self._chunk_tokens} needs a model of transformers, but model.factory="
+                    f"{model_settings.factory} makes another; set it to 0."
+                )
+            self._without_cache = {}
+            return build_network(model_settings, facts, facts.vocab_size)
         model: Any = auto_model("causal-lm", model_settings, facts)
         if self._chunk_tokens:
             head = model.get_output_embeddings()
@@ -126,13 +137,14 @@ class CausalLanguageModelling(Task):
             UserError: it cannot compute on its first batch, for sizes that do not fit together.
         """
         try:
-            logits: torch.Tensor = model(**self.inputs(batch), use_cache=False).logits
+            returned = model(**self.inputs(batch), **self._without_cache)
         except faults_of_a_configuration() as error:
             refusal = None if model in self._has_computed else cannot_compute(error, batch["input_ids"].shape[1])
             if refusal is None:
                 raise
             raise refusal from None
         self._has_computed.add(model)
+        logits: torch.Tensor = getattr(returned, "logits", returned)
         return logits
 
     def _chunked_loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:

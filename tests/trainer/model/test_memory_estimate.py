@@ -10,6 +10,7 @@ from sharding.parallel_dims import ParallelDims
 from sharding.part import whole_part
 from sharding.ranks.process_group import Ranks
 from tests.sharding.engine_cases import FACTS, random_batch, tiny_config
+from tests.sharding.network_cases import TABLE, TEXTS, RowClassification, network_config
 from tests.support import run_on_ranks
 from trainer.architectures.config import build_model_config
 from trainer.config.optimizer import OptimizerConfig
@@ -21,7 +22,7 @@ from trainer.model.memory_estimate import (
     model_sizes,
     moment_bytes,
 )
-from trainer.model.models import build_model_on_meta
+from trainer.model.models import build_model_on_meta, model_facts, transformers_config
 from trainer.optimizers.build import optimizer_factory
 from trainer.tasks.registry import build_task
 
@@ -121,3 +122,27 @@ def _estimate_holds(ranks: Ranks) -> None:
 
 def test_estimate_of_a_run() -> None:
     run_on_ranks(_estimate_holds, 1)
+
+
+@pytest.mark.parametrize(
+    ("builtin", "arguments", "parameters"),
+    [("mlp", {"hidden_sizes": [5], "batch_norm": True}, 6 * 5 + 5 + 10 + 5 * 3 + 3), ("lstm", {}, None)],
+)
+def test_the_memory_of_a_small_network(builtin: str, arguments: dict[str, Any], parameters: int | None) -> None:
+    config = network_config(builtin, arguments, {"strategy": "ddp"}, batch={"global_size": 12, "micro_size": 12})
+    facts = TABLE if builtin == "mlp" else TEXTS
+    model = build_model_on_meta(RowClassification(), config.model, facts)
+    assert transformers_config(model, config.model, facts) is None
+    found = model_facts(model, None)
+    assert parameters is None or found.num_parameters == parameters
+    # So that no share of a peak is made up.
+    assert not found.is_per_token
+    device = torch.device("cpu")
+    estimate = estimate_memory(config, model, None, ParallelDims(shard=1), device, facts)
+    assert estimate.state.masters == 4 * found.num_parameters
+    rows = 12 * (9 if builtin == "lstm" else 1)
+    # What every linear layer is given, at least.
+    assert estimate.activations > 4 * rows * 5
+    doubled = network_config(builtin, arguments, {"strategy": "ddp"}, batch={"global_size": 24, "micro_size": 24})
+    twice = estimate_memory(doubled, model, None, ParallelDims(shard=1), device, facts)
+    assert 1.8 * estimate.activations < twice.activations < 2.2 * estimate.activations

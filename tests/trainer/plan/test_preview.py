@@ -46,6 +46,10 @@ WORLD = World(2, has_gpu=False)
             ["model.architecture=opt", "model.config={layerdrop: 0.1}"],
             "model.config.layerdrop=0.1 lets each rank drop other layers",
         ),
+        (
+            ["model={architecture: bert, config: {hidden_size: 32, num_attention_heads: 2}}"],
+            "bert is an encoder .*; choose a causal architecture .*, or set is_decoder to true in model.config",
+        ),
         (["task.name=nowhere:Task"], "task.name=nowhere:Task cannot be imported: No module named 'nowhere'"),
         (["task.name=causal-ml"], "task.name=causal-ml is unknown; use causal-lm or module:Class"),
         (["data.paths=[/nowhere]"], "data.paths: /nowhere names no file"),
@@ -112,3 +116,15 @@ def test_a_task_of_ones_own_is_built_and_not_asked_to_compute(tmp_path: Path, va
 
 def test_gpus_of_another_machine_are_not_asked(config_file: Path) -> None:
     assert preview(load_config(config_file), World(4, has_gpu=True))[1].startswith("memory        ")
+
+
+def test_a_model_of_ones_own_is_built_and_described(tmp_path: Path, values: dict[str, Any]) -> None:
+    (tmp_path / "preview_model.py").write_text(
+        "from torch import nn\n"
+        "def make(*, facts, num_outputs, width):\n"
+        "    return nn.Sequential(nn.Embedding(facts.vocab_size, width), nn.Linear(width, num_outputs))\n"
+    )
+    model = {"factory": "preview_model:make", "arguments": {"width": 5}}
+    lines = preview(load_config(write_config(tmp_path / "own.yaml", values | {"model": model})), WORLD)
+    assert lines[0] == "parameters    3,311 of preview_model:make"
+    assert lines[1].startswith("memory        ")
