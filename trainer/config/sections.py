@@ -66,9 +66,9 @@ class ModelConfig(StrictModel):
     trust_remote_code: Annotated[bool, OnlyWith(pretrained=SET)] = False
     """Run Python code that a `pretrained` model brings along with its weights; false refuses such a model."""
 
-    vocab_multiple: Annotated[
-        int, OnlyWith(pretrained=UNSET, because="a pretrained model has its vocabulary"), _HF
-    ] = Field(default=0, ge=0)
+    vocab_multiple: Annotated[int, OnlyWith(pretrained=UNSET, because="a pretrained model has its vocabulary"), _HF] = (
+        Field(default=0, ge=0)
+    )
     """Round a from-scratch model's vocabulary up to a multiple of this many tokens; 0 and 1 leave it as it is."""
 
     attention: Annotated[Literal["sdpa", "eager", "flex_attention", "flash_attention_2"], _HF] = "sdpa"

@@ -111,6 +111,6 @@ def describe_model(config: RunConfig, facts: ModelFacts, ranks: Ranks) -> str:
     if facts.is_per_token:
         flops = f", {facts.flops_per_token(config.data.sequence_length, causal=False) / 1e6:,.1f} MFLOP per token"
     return (
-        f"{config.model.name}: {facts.num_parameters:,} parameters{flops}; {backend}{config.parallel.strategy} on {ranks.world_size} x {device}, "
-        f"{dtype}{chosen}"
+        f"{config.model.name}: {facts.num_parameters:,} parameters{flops}; {backend}{config.parallel.strategy} on "
+        f"{ranks.world_size} x {device}, {dtype}{chosen}"
     )

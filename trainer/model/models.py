@@ -46,7 +46,8 @@ class ModelFacts:
     def flops_per_token(self, sequence_length: int, *, causal: bool) -> int:
         """Forward and backward floating-point operations per token: 6N + 12Lds, or 6N + 6Lds discounting the mask.
 
-        Means nothing unless ``is_per_token``. Source: Chowdhery et al., "PaLM" (2022), appendix B; the causal convention halves the attention term.
+        It says nothing unless ``is_per_token``. Source: Chowdhery et al., "PaLM" (2022), appendix B; the causal
+        convention halves the attention term.
         """
         attention = (6 if causal else 12) * self.num_layers * self.attention_width * sequence_length
         return 6 * self.num_matrix_parameters + attention
