@@ -13,8 +13,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tests.zygote.start import Zygote
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -109,7 +107,9 @@ def plant_modules(folder: Path) -> Path:
 
 def write_config(path: Path, values: dict[str, Any]) -> Path:
     """Write settings as a configuration file."""
-    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    from trainer.config.yaml_files import dump_yaml
+
+    path.write_text(dump_yaml(values))
     return path
 
 

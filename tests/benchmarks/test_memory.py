@@ -7,7 +7,6 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-import yaml
 
 from benchmarks.measure.allocations import Event, held, peak_index, read_events, trace_allocations
 from benchmarks.memory.__main__ import case_config, main
@@ -16,6 +15,7 @@ from benchmarks.memory.table import markdown, plot
 from sharding.memory_formula import BUCKET_ELEMENTS
 from tests.support import shardline, tiny_values
 from trainer.config import parse_config
+from trainer.config.yaml_files import dump_yaml
 from trainer.data.prepare import prepare_corpus
 
 USES = ("masters", "gradients")
@@ -146,7 +146,7 @@ def test_a_file_of_ones_own_has_the_vocabulary_of_its_tokenizer(
     corpus = prepare_corpus(parse_config(own, "test").data)
     own["data"] |= {"tokenizer": str(corpus.tokenizer_dir), "vocab_size": 999}
     path = tmp_path / "own.yaml"
-    path.write_text(yaml.safe_dump(own))
+    path.write_text(dump_yaml(own))
     assert corpus.vocab_size == 301
     assert case_config("ddp", path, 2, []).data.vocab_size == 301
 

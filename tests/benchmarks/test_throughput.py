@@ -7,7 +7,6 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-import yaml
 
 from benchmarks.measure.ladder import LADDER, Machine, rung_config
 from benchmarks.measure.sizes import SIZES, Size
@@ -16,6 +15,7 @@ from benchmarks.throughput.table import gains, markdown, plot, read_rungs
 from sharding.ranks.errors import UserError
 from tests.support import shardline
 from trainer.config import load_config
+from trainer.config.yaml_files import dump_yaml, parse_yaml
 
 _CPU = Machine(num_ranks=2, has_gpu=False, has_bf16=False, fp8_recipes=(), tokenizer_size=2048)
 _GPU = Machine(num_ranks=1, has_gpu=True, has_bf16=True, fp8_recipes=("tensorwise", "rowwise"), tokenizer_size=2048)
@@ -81,13 +81,13 @@ def test_a_file_of_ones_own_keeps_its_batch_and_has_the_vocabulary_of_its_tokeni
 
 def test_a_files_own_backend_is_not_taken_for_a_rung(tmp_path: Path) -> None:
     own = Size(tmp_path / "own.yaml", has_own_batch=True)
-    values = yaml.safe_load(SIZES["quickstart"].config.read_text())
+    values = parse_yaml(SIZES["quickstart"].config.read_text())
     for key, backend, beneath in (
         ("backend", "bucketed", "torch"),
         ("engine", "bucketed", "torch"),
         ("backend", "deepspeed", "deepspeed"),
     ):
-        own.config.write_text(yaml.safe_dump(values | {"parallel": {key: backend}}))
+        own.config.write_text(dump_yaml(values | {"parallel": {key: backend}}))
         lowest = rung_config(LADDER[0], own, [], [], _CPU, 10)
         assert lowest.parallel.backend == beneath
     with pytest.raises(UserError, match="backend=deepspeed has no exchange but its own"):

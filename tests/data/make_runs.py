@@ -22,8 +22,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 STOPPED_AFTER = 4
@@ -110,7 +108,8 @@ def _train(folder: Path, name: str, sections: dict[str, Any], stop_after: int | 
     for key, section in sections.items():
         values[key] = {**values.get(key, {}), **section}
     config = folder / f"{name}.yaml"
-    config.write_text(yaml.safe_dump(values, sort_keys=False))
+    # JSON is YAML, for whatever release reads it.
+    config.write_text(json.dumps(values))
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     if stop_after is not None:
         fault = {"fault": "term", "rank": 0, "step": stop_after, "phase": "train"}

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from sharding.ranks.errors import UserError
@@ -16,7 +15,7 @@ from trainer.config.rules import validate
 from trainer.config.schema import RunConfig
 from trainer.config.secrets import refuse_secrets
 from trainer.config.setting_hints import list_hint, setting_hint, value_hint
-from trainer.config.yaml_files import dump_yaml, parse_yaml, read_yaml_mapping
+from trainer.config.yaml_files import YamlError, dump_yaml, parse_yaml, read_yaml_mapping
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -117,8 +116,8 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
             raise UserError(f"{override!r}: {parent} is a value, not a section; write {parent}=value.")
     try:
         node[leaf] = parse_yaml(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{override!r}: the value is not YAML ({_one_line(error)}); quote it.") from None
+    except YamlError as error:
+        raise UserError(f"{override!r}: the value is not YAML ({error}); quote it.") from None
 
 
 def _describe(problem: Any) -> str:
@@ -138,7 +137,3 @@ def _describe(problem: Any) -> str:
     elif problem["type"] in ("tuple_type", "list_type") and isinstance(value, str | int | float):
         hint = list_hint(key, value)
     return f"{key}={value!r}: {message[:1].lower()}{message[1:]}{hint or '.'}"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from sharding.ranks.errors import UserError
 from trainer.config.earlier_spellings import with_present_spelling
 from trainer.config.frozen_config import flatten
+from trainer.config.yaml_files import YamlError, parse_yaml
 from trainer.metrics.goodput import AttemptLedger, read_ledgers
 from trainer.run_folder.attempt_record import read_attempt_record
 
@@ -59,8 +58,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file's mapping; empty where there is none. Not checked: the run may be of another version."""
     try:
-        values = yaml.safe_load(path.read_text(errors="replace"))
-    except (OSError, yaml.YAMLError):
+        values = parse_yaml(path.read_text(errors="replace"))
+    except (OSError, YamlError):
         return {}
     if not isinstance(values, dict):
         return {}

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import yaml
 from rich.console import Console
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
@@ -27,6 +26,7 @@ from tests.support import ROOT, command_environment, run_on_ranks, trained
 from trainer.checkpoint.inventory import verify_checkpoints
 from trainer.checkpoint.reader import open_checkpoint
 from trainer.config import parse_config
+from trainer.config.yaml_files import parse_yaml
 from trainer.data.prepare import prepare_corpus
 from trainer.deploy.export import export_model
 from trainer.run_folder.folder import RunFolder
@@ -80,7 +80,7 @@ def _continue(runs: RunsInProcess, release: Path, run: str, name: str, **section
     if runs.ranks.rank == 0:
         shutil.copytree(run, name)
     dist.barrier()
-    values = yaml.safe_load(Path(run, "config.yaml").read_text()) | {"name": name}
+    values = parse_yaml(Path(run, "config.yaml").read_text()) | {"name": name}
     values["batch"] |= sections.pop("batch", {})
     folder = runs.train_as(parse_config(values | sections, name))
     if runs.ranks.rank == 0:

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from sharding.config import ParallelConfig
 from sharding.ranks.errors import UserError
 from trainer.config import config_to_yaml, load_config, load_frozen_config
 from trainer.config.earlier_spellings import overrides_with_present_spelling
 from trainer.config.frozen_config import all_differences
+from trainer.config.yaml_files import dump_yaml, parse_yaml
 from trainer.report.attempts import read_attempts
 
 
@@ -21,7 +21,7 @@ def written(tmp_path: Path, values: dict[str, Any]) -> Callable[..., Path]:
 
     def write(parallel: dict[str, Any], name: str = "own.yaml") -> Path:
         path = tmp_path / name
-        path.write_text(yaml.safe_dump(values | {"parallel": parallel}))
+        path.write_text(dump_yaml(values | {"parallel": parallel}))
         return path
 
     return write
@@ -54,7 +54,7 @@ def test_an_engine_of_earlier_releases_is_a_backend(
     present = {key: value for key, value in parallel.items() if key != "engine"} | {"backend": backend}
     assert all_differences(config, load_config(written(present))) == []
     # Nobody reads it in what is frozen from now on.
-    assert "engine" not in yaml.safe_load(config_to_yaml(config))["parallel"]
+    assert "engine" not in parse_yaml(config_to_yaml(config))["parallel"]
 
 
 @pytest.mark.parametrize(
