@@ -30,7 +30,8 @@ A run is one YAML file. `key.sub=value` arguments of any command that takes a co
     shardline run configs/quickstart.yaml steps=100 optimizer.lr=1e-3
 
 What neither names has the default below. An unknown key, a wrong type and a combination that cannot work are errors
-before anything starts; the message names the key, its value and what to do. A key without a default must be set.
+before anything starts; the message names the key, its value and what to do. A key without a default must be set. One
+that goes with a choice only is refused beside another choice, unless it has its default.
 
 Integers may be written as `1e9`. Anchors and merge keys (`<<: *base`) work; a top-level key `x-...` is left out, so
 that a part to be merged can stand there.
