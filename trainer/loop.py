@@ -2,7 +2,6 @@
 
 import gc
 import math
-import time
 from contextlib import suppress
 from enum import Enum
 from typing import Any
@@ -20,6 +19,7 @@ from trainer.data.skipped_samples import SkippedSamples
 from trainer.data.streaming import StreamingLoader, gather_states
 from trainer.metrics.clock import ThroughputClock
 from trainer.metrics.file import Metrics, MetricsFile, finite_or_none
+from trainer.metrics.goodput import Category
 from trainer.metrics.noise_scale import NoiseScale, train_and_measure
 from trainer.metrics.step import SkippedSteps, StepRecord, mfu_metrics, summarize_step
 from trainer.numerics.spike_policy import TakenStep
@@ -61,7 +61,7 @@ class Trainer:
         self._training = self._initial_state()
         self._skipped = SkippedSteps(parts.ranks.device)
         self._spike_policy = parts.spike_policy
-        self._clock = ThroughputClock(take_busy_s=parts.busy.take_s)
+        self._clock = ThroughputClock(parts.phases, parts.busy.take_s)
         self._noise_scale = NoiseScale() if config.metrics.gradient_noise_scale else None
         self._metrics_file: MetricsFile | None = None
         self._loader: BatchLoader | StreamingLoader | None = None
@@ -142,9 +142,7 @@ class Trainer:
             loader = self._open_loader()
             seed_step(self._config.seed, step, self._parts.mesh.data.rank)
             phases.enter(Phase.DATA, step)
-            waited_from = time.perf_counter()
             micro_batches = self._make_batches(loader.next_step())
-            data_wait_s = time.perf_counter() - waited_from
             # What another rank counts is not counted here.
             counted = micro_batches if self._parts.mesh.counts_targets else []
             num_targets = sum(self._parts.task.num_targets(batch) for batch in counted)
@@ -171,7 +169,7 @@ class Trainer:
             self._owes_step = False
             # Not before: a step that was taken and then given up for a stop comes again.
             self._loader_state = loader.state()
-            self._clock.add_step(agreed.num_tokens, data_wait_s)
+            self._clock.add_step(agreed.num_tokens)
             if step == first_step:
                 self._parts.after_first_step()
             self._after_step(record)
@@ -296,7 +294,7 @@ class Trainer:
             metrics |= self.evaluate()
             self._training = self._training.model_copy(update={"eval_loss": finite_or_none(metrics).get("eval/loss")})
         metrics |= self._clock.time_shares(metrics["throughput/data_wait_fraction"] or 0.0)
-        metrics["checkpoint/blocking_s"] = self._clock.paused_s("saving")
+        metrics["checkpoint/blocking_s"] = self._clock.spent_s(Category.CHECKPOINT)
         if parts.checkpointer.last_write_s is not None:
             metrics["checkpoint/write_s"] = parts.checkpointer.last_write_s
         if self._metrics_file is not None:
@@ -327,7 +325,7 @@ class Trainer:
         Every rank must call it. Empty where nothing is held out.
         """
         average = self._parts.weight_average
-        with self._parts.phases.during(Phase.EVALUATE), self._clock.paused("evaluation"):
+        with self._parts.phases.during(Phase.EVALUATE):
             metrics: Metrics = {f"eval/{name}": metric.value for name, metric in self._evaluate_weights().items()}
             if average is not None and metrics:
                 with average.in_place_of_weights():
@@ -344,25 +342,24 @@ class Trainer:
         # A corrupt copy must not go into a checkpoint.
         self._parts.compare_replicas(self.step)
         self._parts.phases.enter(Phase.SAVE)
-        with self._clock.paused("saving"):
-            # Waits for the device, as saving does anyway.
-            training = self._training.model_copy(
-                update={
-                    "num_skipped_steps": int(self._skipped.total.item()),
-                    "num_skipped_in_a_row": int(self._skipped.in_a_row.item()),
-                    "noise_gradient_square": self._noise_scale.gradient_square if self._noise_scale else 0.0,
-                    "noise_variance": self._noise_scale.variance if self._noise_scale else 0.0,
-                    **self._spike_policy.state(),
-                    "trackers": self._parts.observers.tracker_state(),
-                    "loader_states": gather_states(self._loader_state, self._parts.mesh.dims, self._parts.ranks),
-                }
-            )
-            checkpointer = self._parts.checkpointer
-            (checkpointer.save if waits else checkpointer.start_saving)(self._parts.engine, training)
+        # Waits for the device, as saving does anyway.
+        training = self._training.model_copy(
+            update={
+                "num_skipped_steps": int(self._skipped.total.item()),
+                "num_skipped_in_a_row": int(self._skipped.in_a_row.item()),
+                "noise_gradient_square": self._noise_scale.gradient_square if self._noise_scale else 0.0,
+                "noise_variance": self._noise_scale.variance if self._noise_scale else 0.0,
+                **self._spike_policy.state(),
+                "trackers": self._parts.observers.tracker_state(),
+                "loader_states": gather_states(self._loader_state, self._parts.mesh.dims, self._parts.ranks),
+            }
+        )
+        checkpointer = self._parts.checkpointer
+        (checkpointer.save if waits else checkpointer.start_saving)(self._parts.engine, training)
 
     def _finish_saving(self) -> None:
         # A failure that this comes after is reported from the phase that it came in.
-        with self._parts.phases.during(Phase.SAVE), self._clock.paused("saving"):
+        with self._parts.phases.during(Phase.SAVE):
             self._parts.checkpointer.finish()
 
     def _wait_for_device(self) -> None:

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from sharding.strict_model import StrictRecord
 from trainer.files.atomic_files import write_atomically
+from trainer.runtime.phases import Phase
 
 GOODPUT_NAME = "goodput.json"
 
@@ -59,6 +60,16 @@ LOOP_CATEGORIES = (
     Category.LOGGING,
     Category.OTHER,
 )
+CATEGORY_OF = {
+    Phase.DATA: Category.DATA_WAIT,
+    Phase.AGREE: Category.TRAINING,
+    Phase.TRAIN: Category.TRAINING,
+    Phase.LOG: Category.LOGGING,
+    Phase.EVALUATE: Category.EVALUATION,
+    Phase.SAVE: Category.CHECKPOINT,
+}
+"""What the time of a phase of the loop is spent on; that of phases which are not here on `OTHER`."""
+
 _TITLES = {
     Category.STARTUP: "start-up",
     Category.DATA_WAIT: "data wait",

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from trainer.files.atomic_files import write_atomically
 from trainer.metrics.goodput import (
+    CATEGORY_OF,
     GOODPUT_NAME,
     LOOP_CATEGORIES,
     AttemptLedger,
@@ -22,15 +23,7 @@ from trainer.metrics.goodput import (
 from trainer.run_folder.events import read_events
 from trainer.runtime.phases import Phase, Phases, PhaseState
 
-_CATEGORY_OF = {
-    Phase.DATA: Category.DATA_WAIT,
-    Phase.AGREE: Category.TRAINING,
-    Phase.TRAIN: Category.TRAINING,
-    Phase.LOG: Category.LOGGING,
-    Phase.EVALUATE: Category.EVALUATION,
-    Phase.SAVE: Category.CHECKPOINT,
-}
-_PLACE_OF = {phase: LOOP_CATEGORIES.index(_CATEGORY_OF.get(phase, Category.OTHER)) for phase in Phase}
+_PLACE_OF = {phase: LOOP_CATEGORIES.index(CATEGORY_OF.get(phase, Category.OTHER)) for phase in Phase}
 _TRAINING = LOOP_CATEGORIES.index(Category.TRAINING)
 _WRITE_EVERY_S = 1.0
 # Writing takes at most one part in so many of the time; a slow file system gets fewer writes.
@@ -74,7 +67,6 @@ class GoodputLedger:
         run_dir: Path,
         attempt: int,
         phases: Phases,
-        clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
         process_age_s: float = 0.0,
     ) -> None:
@@ -84,13 +76,12 @@ class GoodputLedger:
             run_dir: the run's folder, in which the attempt was begun.
             attempt: its number.
             phases: of rank 0; until the first batch, all is start-up.
-            clock: the one of the phases.
             wall_clock: compared with when the attempt began, and with nothing after that.
             process_age_s: for how long this process has been there; its ranks may have been started anew within the
                 attempt.
         """
-        self._clock = clock
-        self._phase, self._since = phases.now.phase, clock()
+        self._clock = phases.clock
+        self._phase, self._since = phases.now.phase, phases.clock()
         self._earlier = [ledger for ledger in read_ledgers(run_dir) if ledger.attempt < attempt]
         self._path, begun = _own_file(run_dir / "logs" / f"attempt-{attempt}")
         self._attempt = attempt

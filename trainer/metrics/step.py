@@ -8,6 +8,7 @@ from sharding.ranks.object_exchange import gather_rows
 from sharding.ranks.process_group import Ranks
 from trainer.metrics.clock import ThroughputClock
 from trainer.metrics.file import Metrics
+from trainer.metrics.goodput import Category
 from trainer.metrics.noise_scale import NoiseMeasurement, NoiseScale
 from trainer.metrics.stragglers import slowest_rank
 from trainer.metrics.system_metrics import NUM_SYSTEM_VALUES, SystemMeter, peak_memory_gib, system_metrics
@@ -97,7 +98,7 @@ def summarize_step(
         [scalar.double() for scalar in device_scalars]
     ).tolist()
     elapsed_s = clock.elapsed_s()
-    waited = clock.data_wait_s / elapsed_s
+    waited = clock.spent_s(Category.DATA_WAIT) / elapsed_s
     own = [loss_sum, waited, peak_memory_gib(ranks.device), micro_square, noise.num_micro_batches]
     own += [clock.take_busy_s(), *meter.measure()]
     rows = gather_rows(torch.tensor(own, dtype=torch.float64), ranks)

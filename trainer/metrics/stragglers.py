@@ -1,7 +1,6 @@
 """Ranks that are slow but alive: each rank's own time in a step, measured where it cannot be waiting for another."""
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +24,7 @@ class BusyMeter:
 
     def __init__(self, phases: Phases, strategy: Strategy) -> None:
         """Measure from now on."""
+        self._clock = phases.clock
         self._has_local_forward = strategy in _LOCAL_FORWARD
         self._train_began: float | None = None
         self._busy_s = 0.0
@@ -55,7 +55,7 @@ class BusyMeter:
 
     def _end(self) -> None:
         if self._train_began is not None:
-            self._busy_s += time.monotonic() - self._train_began
+            self._busy_s += self._clock() - self._train_began
             self._train_began = None
 
 

@@ -1,4 +1,7 @@
-"""What a rank is doing: one place that every part of a rank tells, and that watchdog, ledger and drills listen to."""
+"""What a rank is doing, and for how long: one place that every part of a rank tells.
+
+Watchdog, ledger and drills listen to it; throughput and goodput follow from its times.
+"""
 
 import time
 from collections.abc import Callable, Iterator
@@ -57,7 +60,7 @@ class PhaseState:
     Attributes:
         phase: what it is doing.
         step: the optimizer step that it works on, from 1; 0 before the first.
-        since: when the phase began, on ``time.monotonic``'s clock in seconds.
+        since: when the phase began, on the phases' clock in seconds.
     """
 
     phase: Phase
@@ -75,10 +78,20 @@ class Phases:
     ``now`` may be read from any thread. Listeners run in the thread that enters a phase, and must be quick.
     """
 
-    def __init__(self) -> None:
-        """The rank starts now."""
-        self.now = PhaseState(Phase.START, 0, time.monotonic())
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """The rank starts now.
+
+        Args:
+            clock: seconds from a beginning of its own; whoever measures within a phase reads it too.
+        """
+        self.clock = clock
+        self.now = PhaseState(Phase.START, 0, clock())
+        self._spent_s = dict.fromkeys(Phase, 0.0)
         self._listeners: list[Listener] = []
+
+    def spent_s(self) -> dict[Phase, float]:
+        """Seconds in each phase since the start, the present one included; for the thread that enters phases."""
+        return self._spent_s | {self.now.phase: self._spent_s[self.now.phase] + self.clock() - self.now.since}
 
     def listen(self, listener: Listener) -> None:
         """Call a listener at each change from here on, in the order in which they were added."""
@@ -87,7 +100,8 @@ class Phases:
     def enter(self, phase: Phase, step: int | None = None) -> None:
         """One phase ends and another begins, of the same step unless one is given."""
         ended = self.now
-        self.now = PhaseState(phase, ended.step if step is None else step, time.monotonic())
+        self.now = PhaseState(phase, ended.step if step is None else step, self.clock())
+        self._spent_s[ended.phase] += self.now.since - ended.since
         for listener in self._listeners:
             listener(ended, self.now)
 

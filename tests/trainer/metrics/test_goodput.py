@@ -18,7 +18,7 @@ from trainer.metrics.goodput import (
 )
 from trainer.metrics.goodput_ledger import GoodputLedger, begin_ledger, begins_by_hand
 from trainer.run_folder.events import record_event
-from trainer.runtime.phases import Phase, Phases, PhaseState
+from trainer.runtime.phases import Phase, Phases
 
 
 class Attempt:
@@ -38,23 +38,17 @@ class Attempt:
         log_dir.mkdir(parents=True, exist_ok=True)
         if launches:
             begin_ledger(log_dir, number, began_at, by_hand=by_hand)
-        self.phases = Phases()
-        self.phases.now = PhaseState(Phase.START, 0, self.now)
+        self.phases = Phases(lambda: self.now)
         # The launcher needed two seconds before the rank was there.
-        self.ledger = GoodputLedger(
-            run_dir, number, self.phases, lambda: self.now, lambda: began_at + 2.0, process_age_s=2.0
-        )
+        self.ledger = GoodputLedger(run_dir, number, self.phases, lambda: began_at + 2.0, process_age_s=2.0)
         self.spend(startup_s - 2.0)
 
     def spend(self, seconds: float) -> None:
         self.now += seconds
 
     def enter(self, phase: Phase, step: int, seconds: float) -> None:
-        """As Phases.enter does, at our time; the phase then lasts for so long."""
-        ended = self.phases.now
-        self.phases.now = PhaseState(phase, step, self.now)
-        for listener in self.phases._listeners:
-            listener(ended, self.phases.now)
+        """A phase begins, and lasts for so long."""
+        self.phases.enter(phase, step)
         self.spend(seconds)
 
     def steps(self, numbers: Iterable[int], train_s: float = 2.0, first_s: float | None = None) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import time
 from pathlib import Path
 
 import pytest
@@ -12,8 +11,10 @@ from sharding.ranks.errors import UserError
 from sharding.ranks.process_group import Ranks
 from trainer.metrics.clock import ThroughputClock
 from trainer.metrics.file import MetricsFile
+from trainer.metrics.goodput import Category
 from trainer.metrics.step import SkippedSteps, StepRecord, summarize_step
 from trainer.metrics.system_metrics import SystemMeter, node_number, system_metrics
+from trainer.runtime.phases import Phase, Phases
 
 ONE_RANK = Ranks(0, 1, 0, 1, torch.device("cpu"))
 
@@ -22,20 +23,26 @@ def _record(loss_sum: float = 30.0, num_targets: int = 10) -> StepRecord:
     return StepRecord(torch.tensor(loss_sum), num_targets, torch.tensor(2.5), 0.125)
 
 
-def test_throughput_is_tokens_over_training_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_throughput_is_tokens_over_training_time() -> None:
     now = [100.0]
-    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    clock = ThroughputClock()
-    clock.restart()
+    phases = Phases(lambda: now[0])
+    now[0] += 7.0
+    clock = ThroughputClock(phases)
+
+    def spend(phase: Phase, seconds: float) -> None:
+        phases.enter(phase)
+        now[0] += seconds
+
     for _ in range(4):
-        clock.add_step(num_tokens=500, data_wait_s=0.5)
-        now[0] += 2.0
-    with clock.paused("evaluation"):
-        now[0] += 10.0
-    with clock.paused("saving"):
-        now[0] += 1.0
-    with clock.paused("saving"):
-        now[0] += 1.0
+        for phase, seconds in ((Phase.DATA, 0.5), (Phase.AGREE, 0.25), (Phase.TRAIN, 0.75), (Phase.COMPARE, 0.25)):
+            spend(phase, seconds)
+        clock.add_step(num_tokens=500)
+        with phases.during(Phase.SAVE):
+            now[0] += 0.25
+        now[0] += 0.25
+    spend(Phase.EVALUATE, 10.0)
+    # The present phase counts as far as it has come.
+    spend(Phase.SAVE, 1.0)
     meter = SystemMeter(ONE_RANK, {}, enabled=False)
     metrics, _ = summarize_step(_record(), SkippedSteps(torch.device("cpu")), clock, meter, ONE_RANK)
     assert metrics["throughput/tokens_per_s"] == pytest.approx(2000 / 8)
@@ -48,6 +55,7 @@ def test_throughput_is_tokens_over_training_time(monkeypatch: pytest.MonkeyPatch
     assert not any(name.startswith("system/") for name in metrics)
     shares = clock.time_shares(2 / 8)
     assert list(shares.values()) == pytest.approx([6 / 20, 2 / 20, 10 / 20, 2 / 20])
+    assert clock.spent_s(Category.CHECKPOINT) == pytest.approx(2.0)
     clock.restart()
     assert clock.num_tokens == 0
     assert clock.time_shares(0.0)["time/saving_fraction"] == 0.0
