@@ -6,7 +6,7 @@ TESTS_STAMP := $(VENV)/.shardline-tests
 QUICKSTART := runs/quickstart
 PROMPT = $$(printf 'class Reader:\n    """Reads lines from a file."""\n\n    def __init__(self, ')
 
-.PHONY: setup quickstart test test-trainer test-runs test-parts test-slurm check soak
+.PHONY: setup quickstart test test-trainer test-runs test-parts test-slurm test-packages check soak
 
 setup: $(STAMP)
 
@@ -14,10 +14,14 @@ $(STAMP): pyproject.toml constraints.txt scripts/setup
 	@scripts/setup
 	@touch $(STAMP)
 
-$(TESTS_STAMP): $(STAMP)
+# What tests need includes what a run needs: one installation, not two.
+$(TESTS_STAMP): pyproject.toml constraints.txt scripts/setup
 	@scripts/setup --tests
+	@touch $(STAMP) $(TESTS_STAMP)
+
+# Looks each time: where all is there, it does nothing.
+test-packages:
 	@scripts/test-packages
-	@touch $(TESTS_STAMP)
 
 # The sample is drawn once: where run and sample are there, this says so and does nothing.
 quickstart: setup
@@ -34,8 +38,9 @@ check: $(TESTS_STAMP)
 	$(BIN)/mypy
 	$(BIN)/python -m trainer.config.reference --check
 
-# Two at a time, the longest first, so that both cores are busy to the end. Where there are more cores, each group is
-# spread over half of them; jobs of Slurm stay together, on one cluster.
+# Three at a time, as tests wait for one another's processes a third of their time; the longest first, so that all cores
+# are busy to the end. Where there are more cores, each group is spread over half of them; jobs of Slurm stay together,
+# on one cluster.
 TEST_GROUPS := test-parts test-trainer test-runs test-slurm
 CORES := $(shell nproc)
 SPREAD := $(shell [ $(CORES) -lt 4 ] || echo --numprocesses=$$(($(CORES) / 2 < 8 ? $(CORES) / 2 : 8)) --dist=loadfile)
@@ -43,8 +48,8 @@ PYTEST := $(BIN)/python -m pytest -m "not slow" --durations=40
 PARTS := $(filter-out tests/trainer tests/e2e tests/slurm tests/__pycache__,$(patsubst %/,%,$(wildcard tests/*/)))
 
 test:
-	@$(MAKE) --no-print-directory $(TESTS_STAMP)
-	@$(MAKE) --no-print-directory -j 2 --keep-going $(TEST_GROUPS) check
+	@$(MAKE) --no-print-directory -j 2 $(TESTS_STAMP) test-packages
+	@$(MAKE) --no-print-directory -j 3 --keep-going $(TEST_GROUPS) check
 
 test-trainer: $(TESTS_STAMP)
 	$(PYTEST) $(SPREAD) tests/trainer
@@ -55,9 +60,9 @@ test-runs: $(TESTS_STAMP)
 test-parts: $(TESTS_STAMP)
 	$(PYTEST) $(SPREAD) $(PARTS) $(wildcard tests/test_*.py)
 
-test-slurm: $(TESTS_STAMP)
+test-slurm: $(TESTS_STAMP) test-packages
 	$(PYTEST) tests/slurm
 
-soak: $(TESTS_STAMP)
+soak: $(TESTS_STAMP) test-packages
 	$(BIN)/python -m pytest -m slow --durations=40
 	$(BIN)/shardline drill all configs/quickstart.yaml

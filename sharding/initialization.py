@@ -96,8 +96,12 @@ def seeded(seed: int, name: str, device: torch.device) -> Iterator[None]:
     """Seed torch's generators from the run's seed and a name, and put their state back afterwards."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     devices = [device] if device.type == "cuda" else []
+    value = int.from_bytes(digest[:8], "little") >> 1
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        # Not by torch.manual_seed, because that keeps a stack trace per call where CUDA is not in use.
+        torch.default_generator.manual_seed(value)
+        if devices:
+            torch.cuda.manual_seed_all(value)
         yield
 
 

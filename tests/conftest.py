@@ -11,6 +11,9 @@ import pytest
 # machine.
 os.environ.setdefault("SHARDLINE_TESTS_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# Groups of tests share the cores: a thread that waits for another by spinning takes one from it.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OMP_WAIT_POLICY"] = "passive"
 
 from tests.support import tiny_values, write_config, write_corpus
 

@@ -96,7 +96,7 @@ def test_two_continuations_are_bit_for_bit_the_uninterrupted_run(
 @pytest.mark.parametrize(
     ("strategy", "ranks", "extra"),
     [
-        ("none", 1, ()),
+        ("none", 1, ("launch.threads_per_rank=2",)),
         pytest.param("ddp", 2, (), marks=pytest.mark.slow),
         ("zero1", 3, ("batch.micro_size=2",)),
         pytest.param("zero3", 2, ("batch.micro_size=2",), marks=pytest.mark.slow),

@@ -26,6 +26,13 @@ def test_help_names_every_command() -> None:
         assert f" {command} " in finished.stdout
 
 
+@pytest.fixture
+def no_threads_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a user leaves their number to Shardline."""
+    monkeypatch.delenv("OMP_NUM_THREADS")
+
+
+@pytest.mark.usefixtures("no_threads_are_chosen")
 def test_dry_run_shows_the_plan_and_writes_nothing(config_file: Path) -> None:
     finished = shardline(
         "run", config_file, "--dry-run", "--nproc-per-node", "3", "batch.micro_size=2", CUDA_VISIBLE_DEVICES=""
@@ -53,6 +60,7 @@ def test_who_stops_reading_changes_no_status(config_file: Path) -> None:
     assert (finished.returncode, finished.stderr) == (0, b"")
 
 
+@pytest.mark.usefixtures("no_threads_are_chosen")
 @pytest.mark.parametrize(
     ("launcher", "agent", "variable"),
     [
