@@ -4,7 +4,8 @@
 #   start.sh DIR [--nodes N] [--cpus C] [--gpus G]      then: . DIR/env.sh; sinfo
 #
 # Each node is a set of namespaces (network, processes, mounts, host name, IPC) on a bridge of its own, so that it has a
-# host name (n1, n2, ...), an address and a private /dev/shm, as on a cluster; files are shared by all. Needs root.
+# host name (n1, n2, ...), an address and a private /dev/shm, as on a cluster; files are shared by all. Needs root, or a
+# kernel that lets users make namespaces.
 # DIR takes everything: configuration, keys, logs, spool. See README.md for what it can do.
 set -euo pipefail
 export PATH=$PATH:/usr/sbin:/sbin
@@ -15,7 +16,7 @@ die() {
 }
 
 [[ $# -ge 1 && $1 != -* ]] || die "no folder given; write start.sh DIR [--nodes N] [--cpus C] [--gpus G]." 2
-dir=$1
+dir=$1 arguments=("$@")
 shift
 num_nodes=2 num_cpus=8 num_gpus=4
 while (($#)); do
@@ -29,7 +30,6 @@ while (($#)); do
     shift 2
 done
 
-[[ $(id -u) == 0 ]] || die "nodes are network namespaces, which only root may make; run it as root." 3
 for command in munged slurmctld slurmd sinfo ip unshare setsid; do
     command -v "$command" > /dev/null || die "$command is missing; on Debian: \
 apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge iproute2 util-linux." 3
@@ -40,9 +40,36 @@ dir=$(cd "$dir" && pwd -P)
 [[ ! -e $dir/run/bridge ]] || die "$dir is in use; run stop.sh $dir first."
 umask 022
 chmod 755 "$dir"
+
+# Whoever is not root starts all of it, as themselves, in namespaces of their own, which last as long as this script in
+# them: it waits there for nodes to start again, since nobody who comes later has its rights.
+if [[ $(id -u) != 0 && -z ${SHARDLINE_TESTBED_INSIDE:-} ]]; then
+    own=(unshare --user --map-current-user --keep-caps --net --mount)
+    "${own[@]}" true 2> /dev/null || die "nodes are network namespaces, and this kernel lets only root make them." 3
+    mkdir -p "$dir/log"
+    rm -f "$dir/log/start.status"
+    SHARDLINE_TESTBED_INSIDE=1 setsid "${own[@]}" "$0" "${arguments[@]}" < /dev/null > "$dir/log/start.out" 2>&1 &
+    while [[ ! -e $dir/log/start.status ]] && kill -0 $! 2> /dev/null; do sleep 0.1; done
+    cat "$dir/log/start.out"
+    [[ -e $dir/log/start.status ]] || wait $!
+    exit 0
+fi
+
 rm -rf "${dir:?}"/{spool,dev,munge,socket,etc,run}
 mkdir -p "$dir"/{log,etc,dev,socket,spool/ctld,run}
 mkdir -m 700 "$dir/munge"
+
+if [[ $(id -u) != 0 ]]; then
+    # Where ip keeps names of namespaces.
+    mount -t tmpfs tmpfs /run
+    ip link set lo up
+    echo $$ > "$dir/run/inside.pid"
+    mkfifo "$dir/run/nodes"
+    printf '#!/bin/bash\nexec nsenter --target=%s --user --net --preserve-credentials -- "$@"\n' $$ > "$dir/enter"
+else
+    printf '#!/bin/bash\nexec "$@"\n' > "$dir/enter"
+fi
+chmod +x "$dir/enter"
 
 # A bridge with a number that no other testbed has taken.
 for ((net = 1; net < 250; net++)); do
@@ -66,7 +93,12 @@ echo "hosts: files" > "$dir/etc/nsswitch.conf"
 # A GPU must be a character device to be counted; nobody reads these.
 gres=
 if ((num_gpus > 0)); then
-    for ((g = 0; g < num_gpus; g++)); do mknod -m 666 "$dir/dev/nvidia$g" c 1 3; done
+    for ((g = 0; g < num_gpus; g++)); do
+        mknod -m 666 "$dir/dev/nvidia$g" c 1 3 2> /dev/null && continue
+        # Only root makes one.
+        touch "$dir/dev/nvidia$g"
+        mount --bind /dev/null "$dir/dev/nvidia$g"
+    done
     echo "Name=gpu File=$dir/dev/nvidia[0-$((num_gpus - 1))]" > "$dir/etc/gres.conf"
     gres="Gres=gpu:$num_gpus"
 fi
@@ -79,8 +111,8 @@ port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.
 ClusterName=testbed
 SlurmctldHost=$controller($address.1)
 SlurmctldPort=$port
-SlurmUser=root
-SlurmdUser=root
+SlurmUser=$(id -un)
+SlurmdUser=$(id -un)
 AuthType=auth/munge
 CredType=cred/munge
 # A requeued job waits until its old credential has expired, 120 s by default.
@@ -133,6 +165,10 @@ cat > "$dir/node.sh" << NODE
 #!/bin/bash
 # node.sh nK: start node K, also after its end.
 set -euo pipefail
+if [[ \$(id -u) != 0 && -z \${SHARDLINE_TESTBED_INSIDE:-} ]]; then
+    echo "\$1" > "$dir/run/nodes"
+    exit 0
+fi
 export PATH=\$PATH:/usr/sbin:/sbin SLURM_CONF=$dir/etc/slurm.conf
 node=\$1 number=\${1#n}
 space=shl$net-\$node link=shlv$net-\$number
@@ -169,8 +205,10 @@ for ((k = 1; k <= num_nodes; k++)); do "$dir/node.sh" "n$k" & done
 wait
 for ((t = 0; t < 300; t++)); do
     if [[ $(sinfo -h -p main -t idle -o %D 2> /dev/null) == "$num_nodes" ]]; then
-        echo "$num_nodes nodes are up; write  . $dir/env.sh"
-        exit 0
+        echo "$num_nodes nodes are up; write  . $dir/env.sh$([[ $(id -u) == 0 ]] || echo ", and $dir/enter COMMAND")"
+        [[ $(id -u) != 0 ]] || exit 0
+        echo 0 > "$dir/log/start.status"
+        while read -r node <> "$dir/run/nodes"; do "$dir/node.sh" "$node"; done
     fi
     sleep 0.1
 done

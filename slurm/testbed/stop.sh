@@ -20,10 +20,11 @@ for file in "$dir"/run/n*.pid; do
     [[ -e $file ]] || continue
     node=$(basename "$file" .pid)
     kill -9 "$(< "$file")" 2> /dev/null
+    # Of a user's, who has no right to do this, they end with the last process in them.
     ip netns del "shl$net-$node" 2> /dev/null
     ip link del "shlv$net-${node#n}" 2> /dev/null
 done
-for file in "$dir/run/slurmctld.pid" "$dir/run/munged.pid"; do
+for file in "$dir/run/slurmctld.pid" "$dir/run/munged.pid" "$dir/run/inside.pid"; do
     [[ -e $file ]] || continue
     pid=$(< "$file")
     kill "$pid" 2> /dev/null

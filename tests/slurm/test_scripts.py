@@ -1,15 +1,13 @@
 """The scripts as a person submits them: on two nodes with two ranks each, they train as one process does."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.slurm.cluster import Cluster
-from tests.support import ROOT, command_environment, read_metrics
+from tests.support import read_metrics, run_module, trained
 
 MakeConfig = Callable[..., Path]
 pytestmark = pytest.mark.timeout(400)
@@ -35,15 +33,7 @@ def test_two_nodes_under_each_script_train_as_one_process_does(
         job = cluster.submit(script, slurm_config(name), output=output, options=f"--nodes=2 {options}")
         jobs[name] = (job, output)
     alone = slurm_config("alone")
-    finished = subprocess.run(
-        [sys.executable, "-m", "trainer", alone],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=command_environment(),
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr
+    trained(run_module("trainer", alone))
     expected = _losses(alone.parent / "runs" / "alone")
     assert len(expected) == 6
     for name, (job, output) in jobs.items():

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.timeout(500)
 
 def _shardline(cluster: Cluster, *arguments: object, status: int = 0, folder: Path = ROOT) -> str:
     finished = subprocess.run(
-        [sys.executable, "-m", "launcher", *map(str, arguments)],
+        [cluster.enter, sys.executable, "-m", "launcher", *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=100,
