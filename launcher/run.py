@@ -132,7 +132,7 @@ def _prepare(config: RunConfig, config_file: str) -> Prepared:
 
 def _check_vocabulary(config: RunConfig, corpus: Prepared) -> None:
     wanted = config.model.config.get("vocab_size")
-    if isinstance(wanted, int) and wanted < corpus.vocab_size:
+    if isinstance(wanted, int) and corpus.vocab_size is not None and wanted < corpus.vocab_size:
         raise UserError(
             f"model.config.vocab_size={wanted} is smaller than the tokenizer's {corpus.vocab_size} tokens; "
             f"set it to at least {corpus.vocab_size}, or remove it."

@@ -18,7 +18,7 @@ from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.training_state import TrainingState
 from trainer.config import RunConfig, parse_config
 from trainer.config.rules import World
-from trainer.data.prepare import prepare_corpus
+from trainer.data.prepare import prepare_samples
 from trainer.faults.injection.inject import Fault, inject_faults
 from trainer.loop import ExitReason
 from trainer.run_folder.folder import RunFolder
@@ -89,7 +89,7 @@ class RunsInProcess:
             config,
             self.ranks,
             # A file lock lets one rank work.
-            prepare_corpus(config.data),
+            prepare_samples(config.data),
             folder,
             observers,
             phases,

@@ -9,15 +9,18 @@ from sharding.precision import compute_dtype
 from sharding.ranks.errors import UserError
 from sharding.ranks.process_group import Ranks, set_step_timeout
 from trainer.checkpoint.checkpointer import Checkpointer
+from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.source import on_rank_0
 from trainer.checkpoint.token_ids import check_named_tokenizer, check_tokenizer_of_checkpoint
-from trainer.checkpoint.tokenizer_archive import pack_tokenizer
+from trainer.checkpoint.tokenizer_archive import TokenizerArchive, pack_tokenizer
 from trainer.checkpoint.training_state import TrainingState
 from trainer.config import RunConfig
+from trainer.data.any_samples import prepared_samples
 from trainer.data.documents import documents_in
 from trainer.data.loader import BatchLoader, evaluation_batches
-from trainer.data.packed import packed_samples
 from trainer.data.prepared import Prepared, PreparedStream, describe_mixture
+from trainer.data.prepared_rows import PreparedRows
+from trainer.data.row_samples import RowSamples
 from trainer.data.samples import Samples
 from trainer.data.skipped_samples import SkippedSamples
 from trainer.data.streaming import StreamingLoader, state_of_rank
@@ -64,7 +67,7 @@ def build_trainer(
     Args:
         config: a configuration that is valid for this world.
         ranks: this rank's place.
-        corpus: the prepared corpus or mixture.
+        corpus: what is prepared.
         run_folder: where the run lives.
         observers: who watches.
         phases: what this rank is doing.
@@ -76,7 +79,7 @@ def build_trainer(
     Raises:
         UserError: model, task, tokenizer and data do not fit together.
     """
-    samples = packed_samples(corpus, config.data, verify=config.faults.verify_data)
+    samples = prepared_samples(corpus, config.data, verify=config.faults.verify_data)
     task = configured_task(config.task, samples.facts)
     if faults:
         task = CorruptedTask(
@@ -138,10 +141,9 @@ def build_trainer(
             before_commit,
             average,
             # Rank 0 writes it.
-            pack_tokenizer(corpus.tokenizer_dir, corpus.vocab_size, corpus.eos_token_id) if ranks.rank == 0 else None,
-            check_weights=lambda reader: on_rank_0(
-                lambda: check_tokenizer_of_checkpoint(reader, corpus.tokenizer_dir), ranks
-            ),
+            _tokenizer_of(corpus) if ranks.rank == 0 else None,
+            corpus.recipe if isinstance(corpus, PreparedRows) else None,
+            check_weights=lambda reader: on_rank_0(lambda: _check_tokenizer(reader, corpus), ranks),
             warn=observers.warn,
             notify=observers.info,
             before_write=before_write,
@@ -189,6 +191,17 @@ def _check_beginning(config: RunConfig, run_folder: RunFolder, corpus: Prepared)
         check_named_tokenizer(config, corpus.tokenizer_dir)
 
 
+def _tokenizer_of(corpus: Prepared) -> TokenizerArchive | None:
+    if corpus.tokenizer_dir is None or corpus.vocab_size is None or corpus.eos_token_id is None:
+        return None
+    return pack_tokenizer(corpus.tokenizer_dir, corpus.vocab_size, corpus.eos_token_id)
+
+
+def _check_tokenizer(reader: CheckpointReader, corpus: Prepared) -> None:
+    if corpus.tokenizer_dir is not None:
+        check_tokenizer_of_checkpoint(reader, corpus.tokenizer_dir)
+
+
 def check_held_out(config: RunConfig, samples: Samples) -> None:
     """Assert that there is something to evaluate where that was asked for.
 
@@ -198,8 +211,8 @@ def check_held_out(config: RunConfig, samples: Samples) -> None:
     every_steps = config.evaluation.every_steps
     if every_steps and samples.num_samples("validation") == 0:
         raise UserError(
-            f"evaluation.every_steps={every_steps} evaluates held-out documents, but data.validation_fraction="
-            f"{config.data.validation_fraction:g} holds out none of this corpus; raise it, or set "
+            f"evaluation.every_steps={every_steps} evaluates held-out samples, but data.validation_fraction="
+            f"{config.data.validation_fraction:g} holds out none of these; raise it, or set "
             "evaluation.every_steps=0."
         )
 
@@ -239,13 +252,15 @@ def _build_loader(
             start_sample=training.num_samples,
             state=state_of_rank(training.loader_states, training.num_samples, mesh.data.rank, mesh.data.degree),
         )
+    samples = prepared_samples(corpus, data, verify=config.faults.verify_data)
     return BatchLoader(
-        packed_samples(corpus, data, verify=config.faults.verify_data),
-        corpus.order(config.seed, data.sequence_length, data.shuffle),
+        samples,
+        corpus.order(config.seed, data),
         global_size=batch.global_size,
         micro_size=batch.micro_size,
         dp_rank=mesh.data.rank,
         dp_degree=mesh.data.degree,
         start_sample=training.num_samples,
         skipped=SkippedSamples(training.skipped_samples),
+        lengths=samples.lengths if data.bucket_by_length and isinstance(samples, RowSamples) else None,
     )

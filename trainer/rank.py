@@ -22,7 +22,7 @@ from trainer.checkpoint.trained_corpus import trained_fingerprint
 from trainer.config import RunConfig, load_config
 from trainer.config.frozen_config import all_differences
 from trainer.config.rules import World, validate
-from trainer.data.prepare import prepare_corpus
+from trainer.data.prepare import prepare_samples
 from trainer.data.prepared import is_of_present_source
 from trainer.doctor.examination import check_before_training
 from trainer.faults.failure.rank_error import describe_error, write_rank_error
@@ -151,7 +151,7 @@ def _run(arguments: Sequence[str], progress: _Progress) -> int:
         progress.ledger = GoodputLedger(run_folder.path, attempt, progress.phases, process_age_s=process_age_s())
     # Every rank asks; a file lock lets one of them work while the others wait. No collective has begun, so however
     # long it takes, nothing times out.
-    corpus = prepare_corpus(config.data, progress=rank == 0, fingerprint=trained_fingerprint(config, run_folder))
+    corpus = prepare_samples(config.data, progress=rank == 0, fingerprint=trained_fingerprint(config, run_folder))
     # Not before: what preparing took is not needed again.
     if not world.has_gpu:
         keep_freed_memory(os.environ)

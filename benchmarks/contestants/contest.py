@@ -110,8 +110,7 @@ class Contest:
         Args:
             with_shift_labels: give the labels also under the name that transformers has for shifted ones.
         """
-        length = self.config.data.sequence_length
-        order = self.corpus.order(self.config.seed, length, self.config.data.shuffle)
+        order = self.corpus.order(self.config.seed, self.config.data)
         indices = order.indices(np.arange(self.num_steps * self.config.batch.global_size))
         return PackedSequences(packed_samples(self.corpus, self.config.data), indices.tolist(), with_shift_labels)
 

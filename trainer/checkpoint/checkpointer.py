@@ -18,6 +18,7 @@ from trainer.checkpoint.tokenizer_archive import TokenizerArchive
 from trainer.checkpoint.training_state import TrainingState
 from trainer.checkpoint.writer import CheckpointIdentity, commit_checkpoint, prepare_checkpoint
 from trainer.config import RunConfig
+from trainer.data.rows_manifest import RECIPE_NAME, RowRecipe
 from trainer.files.storage import CheckpointPath
 from trainer.optimizers.weight_average import WeightAverage
 from trainer.run_folder.folder import RunFolder
@@ -44,6 +45,7 @@ class Checkpointer:
         before_commit: Callable[[], None],
         weight_average: WeightAverage | None = None,
         tokenizer: TokenizerArchive | None = None,
+        recipe: RowRecipe | None = None,
         check_weights: Callable[[CheckpointReader], None] = lambda _: None,
         warn: Callable[[str], None] = print,
         notify: Callable[[str], None] = print,
@@ -60,6 +62,7 @@ class Checkpointer:
                 was lost.
             weight_average: is saved and loaded with the engine's state.
             tokenizer: is saved beside it, by rank 0.
+            recipe: how rows are read; is saved beside it, by rank 0.
             check_weights: called on every rank with another run's checkpoint whose weights alone are to be loaded;
                 raises if they do not fit the corpus.
             warn: tells a person that a checkpoint is corrupt; called on rank 0.
@@ -81,8 +84,14 @@ class Checkpointer:
             data_fingerprint=data_fingerprint,
             strategy=config.parallel.strategy,
             tokenizer=None if tokenizer is None else tokenizer.entry,
+            recipe_file=None if recipe is None else RECIPE_NAME,
         )
-        self._attachments = {} if tokenizer is None or ranks.rank else {tokenizer.entry.file: tokenizer.contents}
+        self._attachments: dict[str, bytes] = {}
+        if ranks.rank == 0:
+            if tokenizer is not None:
+                self._attachments[tokenizer.entry.file] = tokenizer.contents
+            if recipe is not None:
+                self._attachments[RECIPE_NAME] = recipe.model_dump_json(indent=1).encode()
         self._snapshot = Snapshot()
         self._pruning = BackgroundPruning(warn, before_commit)
         self._pending: _PendingSave | None = None

@@ -115,6 +115,9 @@ class Manifest(StrictRecord):
     tokenizer: TokenizerEntry | None = None
     """The tokenizer; None in checkpoints of format version 3."""
 
+    recipe_file: str | None = None
+    """Name of the file that says how rows become what the model reads; None where samples are packed tokens."""
+
     files: dict[str, FileEntry]
     """Every other file of the checkpoint."""
 

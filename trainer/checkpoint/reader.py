@@ -23,6 +23,7 @@ from trainer.checkpoint.manifest import (
 from trainer.checkpoint.reference import checkpoints_of
 from trainer.checkpoint.tensor_file import TensorFile
 from trainer.checkpoint.tokenizer_archive import unpack_tokenizer
+from trainer.data.rows_manifest import RowRecipe
 from trainer.files.storage import CheckpointPath, is_url
 from trainer.run_folder.folder import RunFolder
 from trainer.run_folder.listing import checkpoint_folder, list_checkpoints
@@ -68,7 +69,7 @@ class CheckpointReader:
                 raise CorruptCheckpoint(
                     self.folder, f"the contents of {name} do not have the SHA-256 that the manifest says"
                 )
-            if manifest.tokenizer is not None and name == manifest.tokenizer.file:
+            if name in (manifest.recipe_file, manifest.tokenizer and manifest.tokenizer.file):
                 continue
             check_header(self.folder, name, parts[name], self._file(name).header)
 
@@ -81,16 +82,28 @@ class CheckpointReader:
         entry = self.manifest.tokenizer
         if entry is None:
             return False
-        try:
-            contents = (self.folder / entry.file).read_bytes()
-        except OSError as error:
-            raise unreadable(self.folder, entry.file, error) from None
-        if hashlib.sha256(contents).hexdigest() != self.manifest.files[entry.file].sha256:
-            raise CorruptCheckpoint(
-                self.folder, f"the contents of {entry.file} do not have the SHA-256 that the manifest says"
-            )
-        unpack_tokenizer(contents, folder)
+        unpack_tokenizer(self._attachment(entry.file), folder)
         return True
+
+    def read_recipe(self) -> RowRecipe | None:
+        """How rows become what the model reads; None where samples are packed tokens.
+
+        Raises:
+            CorruptCheckpoint: it is not as it was written.
+        """
+        name = self.manifest.recipe_file
+        return None if name is None else RowRecipe.model_validate_json(self._attachment(name))
+
+    def _attachment(self, name: str) -> bytes:
+        try:
+            contents = (self.folder / name).read_bytes()
+        except OSError as error:
+            raise unreadable(self.folder, name, error) from None
+        if hashlib.sha256(contents).hexdigest() != self.manifest.files[name].sha256:
+            raise CorruptCheckpoint(
+                self.folder, f"the contents of {name} do not have the SHA-256 that the manifest says"
+            )
+        return contents
 
     @property
     def has_average(self) -> bool:

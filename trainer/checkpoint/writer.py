@@ -34,6 +34,7 @@ class CheckpointIdentity:
     data_fingerprint: str
     strategy: str
     tokenizer: TokenizerEntry | None = None
+    recipe_file: str | None = None
 
 
 def prepare_checkpoint(
@@ -145,6 +146,7 @@ def _commit(
         num_ranks=ranks.world_size,
         strategy=identity.strategy,
         tokenizer=identity.tokenizer,
+        recipe_file=identity.recipe_file,
         tensors=tensors,
         files={report.file: report.file_entry for report in reports if report.file and report.file_entry}
         | {name: entry for report in reports for name, entry in report.attachments.items()},

@@ -11,7 +11,7 @@ def prepare_data(config: Config, overrides: Overrides = None) -> int:
     from sharding.ranks.errors import EXIT_FINISHED
     from trainer.checkpoint.trained_corpus import trained_fingerprint
     from trainer.config import load_config
-    from trainer.data.prepare import describe_corpus, prepare_corpus
+    from trainer.data.prepare import describe_corpus, prepare_samples
     from trainer.run_folder.folder import RunFolder
 
     run_config = load_config(config, overrides or [])
@@ -20,7 +20,7 @@ def prepare_data(config: Config, overrides: Overrides = None) -> int:
         from trainer.checkpoint.token_ids import check_named_tokenizer
 
         check_named_tokenizer(run_config)
-    corpus = prepare_corpus(run_config.data, fingerprint=fingerprint)
+    corpus = prepare_samples(run_config.data, fingerprint=fingerprint)
     print(describe_corpus(corpus))
     return EXIT_FINISHED
 

@@ -1,14 +1,21 @@
-"""``shardline data show``: the very documents and text that a step trains on."""
+"""``shardline data show``: the very documents and text, or rows, that a step trains on."""
 
 import sys
 from itertools import islice
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from trainer.commands.arguments import Run
 from trainer.commands.entry import entry
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from trainer.config import RunConfig
+    from trainer.data.prepared import PreparedTokens
+    from trainer.data.prepared_rows import PreparedRows
 
 
 def show_data(
@@ -16,15 +23,12 @@ def show_data(
     step: Annotated[int, typer.Option(min=1, help="Optimizer step, from 1.")],
     limit: Annotated[int, typer.Option(min=0, help="Samples to show; 0 means all of the step.")] = 0,
 ) -> int:
-    """Show the documents and the text that a step trains on."""
-    from rich.console import Console
-    from rich.rule import Rule
-
+    """Show the documents and the text, or the rows, that a step trains on."""
     from sharding.ranks.errors import EXIT_FINISHED, UserError
     from trainer.checkpoint.step_positions import positions_of_step
     from trainer.checkpoint.trained_corpus import trained_fingerprint
-    from trainer.data.documents import samples_at
     from trainer.data.prepared import open_corpus
+    from trainer.data.prepared_rows import PreparedRows
     from trainer.run_folder.folder import RunFolder
 
     folder = RunFolder(Path(run_folder))
@@ -35,9 +39,36 @@ def show_data(
             "data show works with prepared corpora and mixtures."
         )
     positions = positions_of_step(folder, config, step)
-    corpus = open_corpus(config, trained_fingerprint(config, folder))
+    prepared = open_corpus(config, trained_fingerprint(config, folder))
+    if isinstance(prepared, PreparedRows):
+        _print_rows(config, prepared, step, positions[: limit or None])
+    else:
+        _print_samples(config, prepared, step, positions, limit)
+    return EXIT_FINISHED
 
+
+def _print_rows(config: "RunConfig", rows: "PreparedRows", step: int, positions: "np.ndarray") -> None:
+    from rich.console import Console
+    from rich.rule import Rule
+
+    from trainer.data.shown_rows import rows_at
+
+    console = Console(highlight=False, soft_wrap=True)
+    for number, shown in enumerate(rows_at(config, rows, positions)):
+        title = f"step {step}, sample {number}: position {shown.position}, epoch {shown.epoch}, index {shown.index}"
+        console.print(Rule(title) if console.is_terminal else title)
+        console.print(f"  {shown.source_id}  label {shown.label}", markup=False, style="dim")
+        console.print(shown.contents, markup=False)
+
+
+def _print_samples(
+    config: "RunConfig", corpus: "PreparedTokens", step: int, positions: "np.ndarray", limit: int
+) -> None:
+    from rich.console import Console
+    from rich.rule import Rule
     from transformers import AutoTokenizer
+
+    from trainer.data.documents import samples_at
 
     tokenizer = AutoTokenizer.from_pretrained(corpus.tokenizer_dir, trust_remote_code=False)
     console = Console(highlight=False, soft_wrap=True)
@@ -49,7 +80,6 @@ def show_data(
         for span in shown.documents:
             console.print(f"  {span.source_id}  tokens {span.start}-{span.stop}", markup=False, style="dim")
         console.print(tokenizer.decode(shown.token_ids), markup=False)
-    return EXIT_FINISHED
 
 
 main = entry(show_data)

@@ -5,7 +5,8 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 from sharding.ranks.errors import UserError
-from sharding.strict_model import OnlyWith, StrictModel
+from sharding.strict_model import UNSET, OnlyWith, StrictModel
+from trainer.config.rows import RowSettings
 
 # First global sample position, and the one after the last.
 SampleRange = tuple[int, int]
@@ -22,14 +23,17 @@ Paths = Annotated[
 class SourceConfig(StrictModel):
     """Where documents come from."""
 
-    source: Literal["python-stdlib", "text", "jsonl", "parquet", "hub"] = "python-stdlib"
-    """Kind of corpus: the embedded `python-stdlib`, local `text` (a file is a document), `jsonl` or `parquet`
-    files, or a data set of the `hub`."""
+    source: Literal["python-stdlib", "text", "jsonl", "parquet", "csv", "hub", "digits", "table", "images", "audio"] = (
+        "python-stdlib"
+    )
+    """Kind of source: the embedded `python-stdlib`, local `text` (a file is a document), `jsonl`, `parquet` or `csv`
+    files, or a data set of the `hub`; for rows also scikit-learn's `digits`, a `table`, and folders of `images` or
+    `audio`, each named after a class."""
 
-    paths: Annotated[Paths, OnlyWith(source=("text", "jsonl", "parquet"))] = ()
-    """Files, folders or glob patterns of a `text`, `jsonl` or `parquet` source, also compressed (gzip, zstd, bzip2,
-    xz); of a folder, files are read whose names end in `.txt` or `.md`, in `.jsonl`, `.ndjson` or `.json`, or in
-    `.parquet`."""
+    paths: Annotated[Paths, OnlyWith(source=("text", "jsonl", "parquet", "csv", "table", "images", "audio"))] = ()
+    """Files, folders or glob patterns of a local source, also compressed (gzip, zstd, bzip2, xz); of a folder, files
+    are read whose names end in `.txt` or `.md`, in `.jsonl`, `.ndjson` or `.json`, in `.parquet`, or in `.csv` or
+    `.tsv`."""
 
     hub_name: Annotated[str | None, OnlyWith(source="hub")] = None
     """Name of the data set under `hub`, as `datasets.load_dataset` takes it."""
@@ -40,8 +44,8 @@ class SourceConfig(StrictModel):
     hub_split: Annotated[str, OnlyWith(source="hub")] = "train"
     """Split of the hub data set that becomes the corpus."""
 
-    text_field: Annotated[str, OnlyWith(source=("jsonl", "parquet", "hub"))] = "text"
-    """Column that holds a document's text in `jsonl`, `parquet` and `hub` sources."""
+    text_field: Annotated[str, OnlyWith(source=("jsonl", "parquet", "csv", "hub"))] = "text"
+    """Column that holds a document's text in `jsonl`, `parquet`, `csv` and `hub` sources."""
 
     max_documents: Annotated[int, OnlyWith({"data.streaming": False}, because="a stream is read to its end")] = Field(
         default=0, ge=0
@@ -59,8 +63,11 @@ class MixtureSource(SourceConfig):
     """Share of the training samples that come from this source, relative to the weights of the others."""
 
 
-class DataConfig(SourceConfig):
-    """Where text comes from and how it becomes samples of tokens."""
+_PACKED = OnlyWith(format=("auto", "packed"), because="a row is a sample of its own, prepared before training")
+
+
+class DataConfig(RowSettings, SourceConfig):
+    """Where samples come from: packed tokens that are cut from text, or rows."""
 
     mixture: Annotated[
         tuple[MixtureSource, ...],
@@ -69,10 +76,11 @@ class DataConfig(SourceConfig):
             streaming=False,
             because="a source's place is computed from its number of samples, which a stream does not have",
         ),
+        _PACKED,
     ] = ()
     """Several sources with weights, each with the settings of a source, instead of the one that the keys above name."""
 
-    streaming: bool = False
+    streaming: Annotated[bool, _PACKED] = False
     """Read, tokenise and pack the source while training instead of preparing it, for corpora too large for that."""
 
     sample_documents: Annotated[int, OnlyWith(streaming=True)] = Field(default=10_000, ge=1)
@@ -84,8 +92,8 @@ class DataConfig(SourceConfig):
     normalize: Literal["none", "NFC", "NFKC"] = "NFC"
     """Unicode normal form applied to each document; line ends become `\\n` unless `none`."""
 
-    validation_fraction: float = Field(default=0.02, ge=0.0, lt=1.0)
-    """Share of documents, chosen by a hash of their text, that is held out for evaluation."""
+    validation_fraction: Annotated[float, OnlyWith(validation_paths=UNSET)] = Field(default=0.02, ge=0.0, lt=1.0)
+    """Share of documents or rows, chosen by a hash of their contents, that is held out for evaluation."""
 
     tokenizer: str = "train-bpe"
     """A `transformers` tokenizer name or folder, or `train-bpe` for a byte-level BPE trained on the corpus; if not set,
@@ -110,7 +118,7 @@ class DataConfig(SourceConfig):
     ] = ()
     """Ranges of global sample positions, `[[first, end], ...]` with the end not included, that training skips."""
 
-    document_mask: bool = False
+    document_mask: Annotated[bool, _PACKED] = False
     """Keep the documents of a sample apart: attention stays within each, positions count from its start, and its
     first token is not a target."""
 
@@ -123,6 +131,11 @@ class DataConfig(SourceConfig):
 
     cache_dir: str | None = None
     """Folder of prepared corpora and trained tokenizers; `$SHARDLINE_CACHE` or `~/.cache/shardline` if not set."""
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether samples are rows, and not packed tokens."""
+        return self.format == "rows"
 
 
 def validate_data(data: DataConfig) -> None:
@@ -161,7 +174,7 @@ def _validate_mixture(data: DataConfig) -> None:
 
 def _validate_source(settings: SourceConfig, key: str) -> None:
     source = settings.source
-    if source in ("text", "jsonl", "parquet") and not settings.paths:
+    if source in ("text", "jsonl", "parquet", "csv", "images", "audio") and not settings.paths:
         raise UserError(f"{key}.source={source} needs {key}.paths, which is empty; list the files.")
     if source == "hub" and settings.hub_name is None:
         raise UserError(f"{key}.source=hub needs {key}.hub_name, which is not set; name the data set.")

@@ -10,7 +10,8 @@ from sharding.ranks.errors import UserError
 
 PATH_SETTINGS = (
     *("output_dir", "task.folder", "model.pretrained", "model.folder"),
-    *("data.paths", "data.mixture.paths", "data.tokenizer", "data.cache_dir"),
+    *("data.paths", "data.validation_paths", "data.test_paths", "data.mixture.paths"),
+    *("data.tokenizer", "data.cache_dir"),
     *("checkpoint.storage", "checkpoint.from", "parallel.nvme_path"),
 )
 """Settings in which they are replaced; each holds a text or several."""

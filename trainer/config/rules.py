@@ -12,6 +12,7 @@ from sharding.strict_model import check_choices
 from trainer.config.data import validate_data
 from trainer.config.networks import validate_model
 from trainer.config.optimizer import validate_optimizer
+from trainer.config.rows_rules import validate_rows
 from trainer.config.schedule import validate_curve
 from trainer.config.tracking import check_packages
 
@@ -94,6 +95,7 @@ def validate(config: "RunConfig", world: World | None = None) -> None:
 def _validate_model_and_data(config: "RunConfig") -> None:
     validate_model(config.model, config.task.name)
     validate_data(config.data)
+    validate_rows(config.data, config.task.name)
 
 
 def _validate_parallel(config: "RunConfig") -> None:

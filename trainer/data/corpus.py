@@ -6,6 +6,7 @@ import json
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ def corpus_fingerprint(config: SourceConfig) -> str:
     """
     if config.source == "hub":
         identity: list[Any] = [config.hub_name, config.hub_config, config.hub_split]
+    elif config.source == "digits" or (config.source == "table" and not config.paths):
+        # The package's release decides what it bundles.
+        identity = [config.source, _release_of_scikit_learn()]
     else:
         files = all_files(config)
         identity = [(str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
@@ -117,6 +121,16 @@ def reading(config: SourceConfig, name: str) -> Iterator[None]:
         setting = {"hub": "data.hub_name", "python-stdlib": "data.source"}.get(config.source, "data.paths")
         raise UserError(
             f"{setting}: {name} cannot be read ({type(cause).__name__}: {reason}); check the source."
+        ) from None
+
+
+def _release_of_scikit_learn() -> str:
+    try:
+        return version("scikit-learn")
+    except PackageNotFoundError:
+        raise UserError(
+            "data.source: digits and tables by name are bundled with scikit-learn, which is not installed; install it "
+            "with pip install 'shardline[tasks]', or name files with data.paths."
         ) from None
 
 

@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 
 from trainer.config import RunConfig
-from trainer.data.prepared import Prepared
+from trainer.data.prepared import Prepared, PreparedTokens
+from trainer.data.prepared_rows import PreparedRows
+from trainer.data.row_store import StoredRows
 from trainer.data.shards import DocumentSpan
 
 MOST_POSITIONS = 4096
@@ -37,10 +39,10 @@ class ShownSample:
     num_targets: int
 
 
-def samples_at(config: RunConfig, corpus: Prepared, positions: np.ndarray) -> Iterator[ShownSample]:
+def samples_at(config: RunConfig, corpus: PreparedTokens, positions: np.ndarray) -> Iterator[ShownSample]:
     """The samples at global sample positions, int64 [n]."""
     stream, length = corpus.stream("train"), config.data.sequence_length
-    order = corpus.order(config.seed, length, config.data.shuffle)
+    order = corpus.order(config.seed, config.data)
     places = zip(positions.tolist(), order.epochs(positions).tolist(), order.indices(positions).tolist(), strict=True)
     for position, epoch, global_index in places:
         source, index = stream.locate(global_index, length)
@@ -54,20 +56,19 @@ def samples_at(config: RunConfig, corpus: Prepared, positions: np.ndarray) -> It
 
 
 def documents_in(config: RunConfig, corpus: Prepared, ranges: Iterable[Sequence[int]]) -> list[dict[str, Any]]:
-    """The documents that ranges of global sample positions touch, each once, in order of training.
+    """The documents or rows that ranges of global sample positions touch, each once, in order of training.
 
     Of many positions only the first ``MOST_POSITIONS`` are looked at: other ranks wait meanwhile.
 
     Returns:
         For each its index in its source, its id there (a path, or file and row) and, in a mixture, the source's name.
     """
+    if isinstance(corpus, PreparedRows):
+        return _rows_in(config, corpus, ranges)
     stream, length = corpus.stream("train"), config.data.sequence_length
-    order = corpus.order(config.seed, length, config.data.shuffle)
+    order = corpus.order(config.seed, config.data)
     documents: dict[tuple[str, int], dict[str, Any]] = {}
-    left = MOST_POSITIONS
-    for first, given_end in ranges:
-        end = min(given_end, first + left)
-        left -= end - first
+    for first, end in _first_positions(ranges):
         for global_index in order.indices(np.arange(first, end)).tolist():
             source, index = stream.locate(global_index, length)
             named = {"source": source.name} if source.name else {}
@@ -76,3 +77,21 @@ def documents_in(config: RunConfig, corpus: Prepared, ranges: Iterable[Sequence[
                 entry = named | {"document": span.document_index, "id": span.source_id}
                 documents.setdefault((source.name, span.document_index), entry)
     return list(documents.values())
+
+
+def _rows_in(config: RunConfig, rows: PreparedRows, ranges: Iterable[Sequence[int]]) -> list[dict[str, Any]]:
+    stored = StoredRows(rows.folder, rows.manifest.splits["train"], verify=False)
+    order = rows.order(config.seed, config.data)
+    found: dict[int, dict[str, Any]] = {}
+    for first, end in _first_positions(ranges):
+        for index in order.indices(np.arange(first, end)).tolist():
+            found.setdefault(index, {"document": index, "id": stored.source_id(index)})
+    return list(found.values())
+
+
+def _first_positions(ranges: Iterable[Sequence[int]]) -> Iterator[tuple[int, int]]:
+    """The ranges up to ``MOST_POSITIONS`` positions."""
+    left = MOST_POSITIONS
+    for first, end in ranges:
+        yield first, min(end, first + left)
+        left -= min(end - first, left)

@@ -5,31 +5,28 @@ on a later row with another one, and it counts lines from the beginning of a blo
 """
 
 import glob
-import importlib
-import io
-import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 from sharding.ranks.errors import UserError
 from trainer.config.data import SourceConfig
+from trainer.data.row_files import csv_rows, decode, json_rows, open_decompressed, open_parquet, parquet_rows
 
 _SUFFIXES = {
     "text": (".txt", ".md"),
     "jsonl": (".jsonl", ".ndjson", ".json"),
     "parquet": (".parquet",),
+    "csv": (".csv", ".tsv"),
+    "table": (".csv", ".tsv", ".parquet"),
+    "images": (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"),
+    "audio": (".wav", ".flac", ".ogg", ".mp3"),
 }
 _COMPRESSED_SUFFIXES = (".gz", ".zst", ".bz2", ".xz")
 # A file may lack the column in some rows, but one that begins with so many such rows has another one.
 _MAX_ROWS_WITHOUT_COLUMN = 10_000
-_PARQUET_BATCH_ROWS = 256
-_BYTE_ORDER_MARK = "\ufeff"
-_PARQUET_MAGIC = b"PAR1"
-_ZSTANDARD_MAGIC = b"\x28\xb5\x2f\xfd"
-_MODULES = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ\x00": "lzma"}
 
 
 @dataclass(frozen=True)
@@ -103,23 +100,9 @@ def read_file(path: Path, config: SourceConfig) -> Iterator[Document]:
         "text": _read_text,
         "jsonl": _read_json,
         "parquet": _read_parquet,
+        "csv": _read_csv,
     }
     return readers[config.source](path, config.text_field)
-
-
-def open_decompressed(path: Path) -> BinaryIO:
-    """Open a file that may be compressed, which its first bytes tell."""
-    with path.open("rb") as file:
-        begins = file.read(6)
-    if begins.startswith(_ZSTANDARD_MAGIC):
-        import zstandard
-
-        # Several frames one behind the other are one file, as the format's own tool has it.
-        reader = zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True)
-        return io.BufferedReader(cast(io.RawIOBase, reader))
-    # Imported when needed: an interpreter may have been built without one of them.
-    module = next((module for magic, module in _MODULES.items() if begins.startswith(magic)), None)
-    return path.open("rb") if module is None else importlib.import_module(module).open(path, "rb")
 
 
 def check_readable(files: list[Path]) -> None:
@@ -172,7 +155,7 @@ def _and_not(passed_over: list[Path]) -> str:
 def _read_text(path: Path, _column: str) -> Iterator[Document]:
     with open_decompressed(path) as file:
         contents = file.read()
-    yield Document(_decode(contents, path, 1), str(path))
+    yield Document(decode(contents, path, 1), str(path))
 
 
 def _read_json(path: Path, column: str) -> Iterator[Document]:
@@ -180,7 +163,7 @@ def _read_json(path: Path, column: str) -> Iterator[Document]:
     # Held back, so that a column that no row has is found by whoever asks for the first document.
     num_without_column = 0
     has_column = False
-    for number, (place, row) in enumerate(_json_rows(path)):
+    for number, (place, row) in enumerate(json_rows(path)):
         if not has_column and column not in row:
             others = others or row
             num_without_column += 1
@@ -195,69 +178,22 @@ def _read_json(path: Path, column: str) -> Iterator[Document]:
         raise _no_column(column, str(path), others)
 
 
-def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows of JSON lines, or of a list of objects, and where each is."""
-    with open_decompressed(path) as file:
-        is_first = True
-        for line_number, line in enumerate(file, start=1):
-            text = _decode(line, path, line_number).strip()
-            if not text:
-                continue
-            place = f"line {line_number} of {path}"
-            if is_first and (text.startswith("[") or text == "{"):
-                rest = _decode(file.read(), path, line_number + 1)
-                rows = _parse(f"{text}\n{rest}", path, line_number)
-                for number, row in enumerate(rows if isinstance(rows, list) else [rows]):
-                    yield _checked_row(row, f"row {number} of {path}")
-                return
-            is_first = False
-            yield _checked_row(_parse(text, path, line_number), place)
-
-
-def _checked_row(row: Any, place: str) -> tuple[str, dict[str, Any]]:
-    if not isinstance(row, dict):
-        raise UserError(f"data.paths: {place} is {type(row).__name__} and no object with columns; mend or remove it.")
-    return place, row
-
-
-def _parse(text: str, path: Path, first_line: int) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        raise UserError(
-            f"data.paths: line {line} of {path} is not JSON ({error.msg} at character {error.colno}); mend or remove "
-            "it."
-        ) from None
-    except RecursionError:
-        raise UserError(
-            f"data.paths: line {first_line} of {path} is nested too deeply to be read; mend or remove it."
-        ) from None
-
-
 def _read_parquet(path: Path, column: str) -> Iterator[Document]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    place: Any = path
-    with path.open("rb") as file:
-        is_plain = file.read(4) == _PARQUET_MAGIC
-    if not is_plain:
-        # The format is read from its end, which a stream that is being decompressed does not have.
-        with open_decompressed(path) as decompressed:
-            contents = decompressed.read()
-        if not contents:
-            return
-        place = pa.py_buffer(contents)
-    table = pq.ParquetFile(place)
+    table = open_parquet(path)
+    if table is None:
+        return
     names = table.schema_arrow.names
     if table.metadata.num_rows and column not in names:
         raise _no_column(column, str(path), dict.fromkeys(names))
-    number = 0
-    for batch in table.iter_batches(batch_size=_PARQUET_BATCH_ROWS, columns=[column]):
-        for value in batch.column(0).to_pylist():
-            yield Document(_text(value, column, f"row {number} of {path}"), f"{path}#{number}")
-            number += 1
+    for number, (place, row) in enumerate(parquet_rows(path, [column])):
+        yield Document(_text(row[column], column, place), f"{path}#{number}")
+
+
+def _read_csv(path: Path, column: str) -> Iterator[Document]:
+    for number, (place, row) in enumerate(csv_rows(path)):
+        if column not in row:
+            raise _no_column(column, str(path), row)
+        yield Document(_text(row[column], column, place), f"{path}#{number}")
 
 
 def _text(value: Any, column: str, place: str) -> str:
@@ -270,15 +206,3 @@ def _no_column(column: str, where: str, row: dict[str, Any]) -> UserError:
     return UserError(
         f"data.text_field={column} is not a column of {where}, which has {', '.join(row)}; name one of them."
     )
-
-
-def _decode(contents: bytes, path: Path, first_line: int) -> str:
-    try:
-        text = contents.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = first_line + contents.count(b"\n", 0, error.start)
-        byte = contents[error.start]
-        raise UserError(
-            f"data.paths: line {line} of {path} is not UTF-8 (byte 0x{byte:02x}); convert the file, or mend the line."
-        ) from None
-    return text.removeprefix(_BYTE_ORDER_MARK) if first_line == 1 else text

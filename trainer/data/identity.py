@@ -13,6 +13,14 @@ from trainer.data.corpus import corpus_fingerprint
 from trainer.data.tokenizer import tokenizer_identity
 
 PREPARATION_VERSION = 3
+ROWS_VERSION = 1
+
+# Settings that say nothing of the rows themselves; where their files lie is in the identity of their contents.
+_NOT_OF_ROWS = {
+    *("format", "shuffle", "skip_samples", "bucket_by_length", "cache_dir", "num_workers", "shard_tokens"),
+    *("mixture", "streaming", "sample_documents", "shuffle_window", "document_mask", "paths"),
+    *("validation_paths", "test_paths"),
+}
 
 
 def prepared_part(config: DataConfig) -> DataConfig:
@@ -41,13 +49,33 @@ def corpus_folder(config: DataConfig) -> Path:
         UserError: a source file is missing.
     """
     config = prepared_part(config)
+    if config.has_rows:
+        return prepared_root(config) / f"{config.source}-{_rows_key(config)}"
     settings = config.model_dump(
         mode="json",
         include={"source", "text_field", "max_documents", "normalize", "validation_fraction", "shard_tokens"},
     )
     identity = [PREPARATION_VERSION, settings, _sources_identity(config), tokenizer_identity(config)]
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    return cache_root(config) / "corpora" / f"{source_kind(config)}-{key}"
+    return prepared_root(config) / f"{source_kind(config)}-{key}"
+
+
+def prepared_root(config: DataConfig) -> Path:
+    """The folder of all that is prepared of a kind of samples."""
+    return cache_root(config) / ("rows" if config.has_rows else "corpora")
+
+
+def _rows_key(config: DataConfig) -> str:
+    """What tells prepared rows from others: all settings but those of where they lie and how they are visited."""
+    settings = config.model_dump(mode="json", exclude=_NOT_OF_ROWS)
+    files = {"train": config.paths, "validation": config.validation_paths, "test": config.test_paths}
+    sources = {
+        split: corpus_fingerprint(config.model_copy(update={"paths": paths}))
+        for split, paths in files.items()
+        if paths or split == "train"
+    }
+    identity = [ROWS_VERSION, settings, sources, tokenizer_identity(config)]
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def source_kind(config: DataConfig) -> str:

@@ -1,6 +1,6 @@
 """Micro-batches of samples, read ahead by a thread."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -22,7 +22,8 @@ class BatchLoader:
 
     A step that begins with sample p covers samples [p, p + global_size) whatever the layout; micro-batch j of rank r
     takes the ``micro_size`` samples from ``p + (j * dp_degree + r) * micro_size``. Samples are those that remain where
-    some are left out.
+    some are left out. Where lengths count, the step's samples are taken in the order of their lengths instead: the step
+    stays the same set, and the samples of a micro-batch are alike.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class BatchLoader:
         start_sample: int = 0,
         skipped: SkippedSamples | None = None,
         prefetch_steps: int | None = None,
+        lengths: Callable[[Sequence[int]], np.ndarray] | None = None,
     ) -> None:
         """Start reading ahead.
 
@@ -51,12 +53,14 @@ class BatchLoader:
             skipped: global positions that are left out; none by default.
             prefetch_steps: steps that are read ahead; 0 reads on demand, in the caller's thread; by default as many as
                 hold 131,072 tokens, at least 2 and at most 32.
+            lengths: of training samples by index; given where those of a step are put into micro-batches by length.
         """
         self._samples = samples
         self._order = order
         self._global_size = global_size
         self._micro_size = micro_size
         self._skipped = skipped or SkippedSamples()
+        self._lengths = lengths
         first = dp_rank * micro_size
         starts = np.arange(first, global_size, dp_degree * micro_size)
         self._local_positions = (starts[:, None] + np.arange(micro_size)).reshape(-1)
@@ -80,18 +84,26 @@ class BatchLoader:
 
     def _read_steps(self, start_sample: int) -> Iterator[list[MicroBatch]]:
         # The permutation of many positions costs little more than that of one, so steps are looked up in chunks.
-        num_steps = max(1, _ORDER_CHUNK // len(self._local_positions))
+        # Where lengths count, those of the whole step decide which samples are this rank's.
+        of_step = self._local_positions if self._lengths is None else np.arange(self._global_size)
+        num_steps = max(1, _ORDER_CHUNK // len(of_step))
         while True:
             starts = start_sample + self._global_size * np.arange(num_steps)
-            positions = self._skipped.positions((starts[:, None] + self._local_positions).reshape(-1))
+            positions = self._skipped.positions((starts[:, None] + of_step).reshape(-1))
             indices = self._order.indices(positions)
-            by_step = (num_steps, -1, self._micro_size)
-            for step_positions, step_indices in zip(positions.reshape(by_step), indices.reshape(by_step), strict=True):
-                yield [
-                    MicroBatch(self._samples.read("train", micro.tolist()), torch.from_numpy(of_micro))
-                    for micro, of_micro in zip(step_indices, step_positions, strict=True)
-                ]
+            for found in zip(positions.reshape(num_steps, -1), indices.reshape(num_steps, -1), strict=True):
+                yield self._read_step(*found)
             start_sample += num_steps * self._global_size
+
+    def _read_step(self, positions: np.ndarray, indices: np.ndarray) -> list[MicroBatch]:
+        if self._lengths is not None:
+            by_length = np.argsort(self._lengths(indices.tolist()), kind="stable")[self._local_positions]
+            positions, indices = positions[by_length], indices[by_length]
+        shape = (-1, self._micro_size)
+        return [
+            MicroBatch(self._samples.read("train", micro.tolist()), torch.from_numpy(of_micro))
+            for micro, of_micro in zip(indices.reshape(shape), positions.reshape(shape), strict=True)
+        ]
 
 
 def evaluation_batches(

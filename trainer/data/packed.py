@@ -8,7 +8,7 @@ import torch
 from sharding.engine import Batch
 from trainer.config.data import DataConfig
 from trainer.data.facts import SampleFacts
-from trainer.data.prepared import Prepared
+from trainer.data.prepared import PreparedTokens
 from trainer.data.shards import Stream
 
 
@@ -76,7 +76,7 @@ class PackedSamples:
         return self._streams[split]
 
 
-def packed_samples(corpus: Prepared, data: DataConfig, *, verify: bool = True) -> PackedSamples:
+def packed_samples(corpus: PreparedTokens, data: DataConfig, *, verify: bool = True) -> PackedSamples:
     """The samples of a prepared corpus or mixture; of a streamed source those of its prepared beginning."""
     return PackedSamples(
         lambda split: corpus.stream(split, verify=verify),
@@ -86,7 +86,7 @@ def packed_samples(corpus: Prepared, data: DataConfig, *, verify: bool = True) -
     )
 
 
-def sample_facts(corpus: Prepared, data: DataConfig) -> SampleFacts:
+def sample_facts(corpus: PreparedTokens, data: DataConfig) -> SampleFacts:
     """What is known of the samples of a prepared corpus, before any is read."""
     return SampleFacts(data.sequence_length, corpus.vocab_size, corpus.eos_token_id, corpus.tokenizer_dir)
 

@@ -3,7 +3,6 @@
 import itertools
 import os
 import platform
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,19 +15,23 @@ from trainer.data.corpus import read_documents
 from trainer.data.files import check_readable, find_files, name_endings, name_some
 from trainer.data.identity import PREPARATION_VERSION, corpus_folder, errors_of, named_sources, prepared_part
 from trainer.data.pack import describe_file, pack_split
+from trainer.data.prepare_rows import describe_rows, prepare_rows
 from trainer.data.prepared import (
     MANIFEST_NAME,
     TOKENIZER_FOLDER,
     CorpusManifest,
     Prepared,
     PreparedCorpus,
+    PreparedTokens,
     find_prepared,
     open_prepared,
 )
+from trainer.data.prepared_rows import PreparedRows
 from trainer.data.progress import StageProgress
 from trainer.data.tokenizer import (
     TRAINED,
     load_tokenizer,
+    save_tokenizer,
     tokenizer_fingerprint,
     train_byte_level_bpe,
     use_worker_threads,
@@ -42,8 +45,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-def prepare_corpus(config: DataConfig, *, progress: bool = True, fingerprint: str | None = None) -> Prepared:
-    """The prepared corpus or mixture of a configuration, made now if need be.
+def prepare_corpus(config: DataConfig, *, progress: bool = True, fingerprint: str | None = None) -> PreparedTokens:
+    """The prepared corpus or mixture of a configuration whose samples are packed tokens; see ``prepare_samples``."""
+    prepared = prepare_samples(config, progress=progress, fingerprint=fingerprint)
+    assert not isinstance(prepared, PreparedRows), "its samples are packed tokens"
+    return prepared
+
+
+def prepare_samples(config: DataConfig, *, progress: bool = True, fingerprint: str | None = None) -> Prepared:
+    """The prepared corpus, mixture or rows of a configuration, made now if need be.
 
     Several processes may ask at once: one works, the others wait for it. Work goes to a folder of its own that is
     renamed when it is whole, so a process that is killed leaves nothing that could be taken for a corpus.
@@ -85,34 +95,42 @@ def _prepare(config: DataConfig, folder: Path, progress: bool) -> None:
     work = folder.parent / f"{folder.name}.partial-{os.getpid()}"
     work.mkdir()
     try:
-        use_worker_threads(config.num_workers)
         with StageProgress(progress) as stages:
-            # What is cheap to check comes before hours of reading.
-            named = None if config.tokenizer == TRAINED else load_tokenizer(config.tokenizer)
-            if named is not None and config.vocab_size != DataConfig.model_fields["vocab_size"].default:
-                stages.note(
-                    f"data.vocab_size={config.vocab_size} has no effect: data.tokenizer={config.tokenizer} has "
-                    f"{len(named):,} tokens of its own"
-                )
-            for name, source in named_sources(config):
-                with errors_of(name):
-                    _check_source(source, stages)
-            cleaned = {}
-            for name, source in named_sources(config):
-                (work / name).mkdir(exist_ok=True)
-                with errors_of(name):
-                    cleaned[name] = clean_corpus(source, config, work / name, stages)
-                if empty := cleaned[name].empty_files:
-                    stages.note(f"data.paths: {len(empty):,} files have nothing in them: {name_some(empty)}")
-            tokenizer = named or _train_tokenizer(config, list(cleaned.values()), stages)
-            for name, corpus in cleaned.items():
-                _write_corpus(config, corpus, tokenizer, work / name, stages)
+            if config.has_rows:
+                prepare_rows(config, work, stages)
+            else:
+                _prepare_corpora(config, work, stages)
         # Without a manifest it is no corpus, and a mixture without a folder is none.
         shutil.rmtree(folder, ignore_errors=True)
         work.rename(folder)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
+
+
+def _prepare_corpora(config: DataConfig, work: Path, stages: StageProgress) -> None:
+    """Clean, tokenise and pack all sources of a configuration."""
+    use_worker_threads(config.num_workers)
+    # What is cheap to check comes before hours of reading.
+    named = None if config.tokenizer == TRAINED else load_tokenizer(config.tokenizer)
+    if named is not None and config.vocab_size != DataConfig.model_fields["vocab_size"].default:
+        stages.note(
+            f"data.vocab_size={config.vocab_size} has no effect: data.tokenizer={config.tokenizer} has "
+            f"{len(named):,} tokens of its own"
+        )
+    for name, source in named_sources(config):
+        with errors_of(name):
+            _check_source(source, stages)
+    cleaned = {}
+    for name, source in named_sources(config):
+        (work / name).mkdir(exist_ok=True)
+        with errors_of(name):
+            cleaned[name] = clean_corpus(source, config, work / name, stages)
+        if empty := cleaned[name].empty_files:
+            stages.note(f"data.paths: {len(empty):,} files have nothing in them: {name_some(empty)}")
+    tokenizer = named or _train_tokenizer(config, list(cleaned.values()), stages)
+    for name, corpus in cleaned.items():
+        _write_corpus(config, corpus, tokenizer, work / name, stages)
 
 
 def _check_source(source: SourceConfig, stages: StageProgress) -> None:
@@ -132,7 +150,7 @@ def _write_corpus(
     config: DataConfig, cleaned: CleanedCorpus, tokenizer: "PreTrainedTokenizerFast", work: Path, stages: StageProgress
 ) -> None:
     """Pack one source, with a copy of the tokenizer and with the manifest last."""
-    _save_tokenizer(tokenizer, work / TOKENIZER_FOLDER)
+    save_tokenizer(tokenizer, work / TOKENIZER_FOLDER)
     vocab_size = vocabulary_size(tokenizer)
     dtype = "<u2" if vocab_size <= 1 << 16 else "<u4"
     splits = {
@@ -160,24 +178,6 @@ def _write_corpus(
     write_atomically(work / MANIFEST_NAME, dump_checked(manifest.model_dump(mode="json")))
 
 
-def _save_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
-    """Save a tokenizer.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    try:
-        tokenizer.save_pretrained(folder)
-    except OSError:
-        raise
-    except Exception as error:
-        # The library's native code raises this, with the number in its text.
-        number = re.search(r"\(os error (\d+)\)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1]))) from None
-
-
 def _train_tokenizer(
     config: DataConfig, cleaned: list[CleanedCorpus], stages: StageProgress
 ) -> "PreTrainedTokenizerFast":
@@ -198,7 +198,9 @@ def _say_that_it_waits() -> None:
 
 
 def describe_corpus(corpus: Prepared) -> str:
-    """What became of the documents, in a few lines."""
+    """What became of the documents or rows, in a few lines."""
+    if isinstance(corpus, PreparedRows):
+        return describe_rows(corpus)
     lines = []
     for part in corpus.corpora:
         manifest = part.manifest
@@ -216,4 +218,4 @@ def describe_corpus(corpus: Prepared) -> str:
     return "\n".join(lines)
 
 
-__all__ = ["PreparedCorpus", "describe_corpus", "find_prepared", "prepare_corpus"]
+__all__ = ["PreparedCorpus", "describe_corpus", "find_prepared", "prepare_corpus", "prepare_samples"]

@@ -1,79 +1,23 @@
-"""A prepared corpus: a folder with a manifest, found without loading any heavy library."""
+"""What is prepared: a folder with a manifest, found without loading any heavy library."""
 
 import contextlib
 import hashlib
 import json
 from pathlib import Path
-from typing import Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import ValidationError
 
 from sharding.ranks.errors import UserError
-from sharding.strict_model import StrictRecord
 from trainer.config import RunConfig
 from trainer.config.data import DataConfig
 from trainer.data.corpus import all_files
-from trainer.data.identity import cache_root, corpus_folder, source_kind
+from trainer.data.corpus_manifest import CorpusManifest
+from trainer.data.identity import corpus_folder, prepared_root, source_kind
 from trainer.data.mixture import MixtureOrder, WeightedInterleaving, integer_shares
 from trainer.data.order import SampleOrder
-from trainer.data.shards import FileFacts, SplitFacts, StreamUnion, TokenStream, check_files, hash_files
+from trainer.data.prepared_rows import MANIFEST_NAME, TOKENIZER_FOLDER, PreparedRows
+from trainer.data.shards import StreamUnion, TokenStream, check_files, hash_files
 from trainer.files.checked_json import load_checked
-
-MANIFEST_NAME = "manifest.json"
-TOKENIZER_FOLDER = "tokenizer"
-
-
-class CorpusManifest(StrictRecord):
-    """What a prepared corpus says of itself."""
-
-    preparation_version: int
-    """Version of this layout and of the cleaning rules."""
-
-    dtype: str = Field(pattern="^<u[24]$")
-    """NumPy type of a token: `<u2` or `<u4`."""
-
-    vocab_size: int
-    """Largest token id of the tokenizer and one: more than its tokens where ids have gaps."""
-
-    eos_token_id: int
-    """Token that ends each document."""
-
-    tokenizer_sha256: str
-    """Fingerprint of the tokenizer."""
-
-    corpus_sha256: str
-    """SHA-256 of all cleaned documents in order."""
-
-    python_version: str
-    """Interpreter that prepared it; the embedded corpus depends on it."""
-
-    num_documents_read: int
-    """Documents in the source."""
-
-    num_empty: int
-    """Documents dropped for being empty."""
-
-    num_duplicates: int
-    """Documents dropped for being equal to an earlier one."""
-
-    validation_limit: float | None = None
-    """Documents are held out whose text's hash, as a share of all hashes, is below this; unknown in old corpora."""
-
-    tokenizer_files: list[FileFacts]
-    """The tokenizer, its files named from the corpus folder."""
-
-    splits: dict[str, SplitFacts]
-    """`train` and `validation`."""
-
-    @model_validator(mode="after")
-    def _sizes_agree(self) -> Self:
-        if self.splits.keys() != {"train", "validation"}:
-            raise ValueError(f"its splits are {', '.join(self.splits)}")
-        for name, split in self.splits.items():
-            num_bytes = sum(shard.num_bytes for shard in split.shards)
-            if num_bytes != split.num_tokens * int(self.dtype[-1]):
-                raise ValueError(f"the shards of {name} do not have {split.num_tokens} tokens")
-        return self
 
 
 class PreparedCorpus:
@@ -149,9 +93,9 @@ class PreparedCorpus:
         """The tokens of ``train`` or ``validation``; ``verify`` is TokenStream's."""
         return TokenStream(self.folder, self.manifest.splits[split], self.manifest.dtype, self.name, verify=verify)
 
-    def order(self, seed: int, sequence_length: int, shuffle: bool) -> SampleOrder:
+    def order(self, seed: int, data: DataConfig) -> SampleOrder:
         """The order in which training visits the samples."""
-        return SampleOrder(seed, self.stream("train").num_samples(sequence_length), shuffle)
+        return SampleOrder(seed, self.stream("train").num_samples(data.sequence_length), data.shuffle)
 
     def verify(self) -> None:
         """Compare the contents of every file with the manifest.
@@ -212,10 +156,10 @@ class PreparedMixture:
         """The tokens of ``train`` or ``validation`` of all sources, one source behind the other."""
         return StreamUnion([corpus.stream(split, verify=verify) for corpus in self.corpora])
 
-    def order(self, seed: int, sequence_length: int, shuffle: bool) -> MixtureOrder:
+    def order(self, seed: int, data: DataConfig) -> MixtureOrder:
         """The order in which training visits the samples of all sources."""
-        sizes = [corpus.stream("train").num_samples(sequence_length) for corpus in self.corpora]
-        return MixtureOrder(seed, self.interleaving, sizes, shuffle)
+        sizes = [corpus.stream("train").num_samples(data.sequence_length) for corpus in self.corpora]
+        return MixtureOrder(seed, self.interleaving, sizes, data.shuffle)
 
     def verify(self) -> None:
         """Compare the contents of every file with the manifests.
@@ -265,12 +209,16 @@ class PreparedStream(PreparedCorpus):
         """A stream has any number of samples; its beginning is not what is trained on."""
 
 
-Prepared = PreparedCorpus | PreparedMixture
+PreparedTokens = PreparedCorpus | PreparedMixture
+"""What is prepared of packed tokens."""
+
+Prepared = PreparedTokens | PreparedRows
+"""What is prepared of any samples."""
 
 
 def describe_mixture(corpus: Prepared, sequence_length: int, num_positions: int) -> list[str]:
     """For a mixture a line per source: its share, and how often training up to a position goes through it."""
-    if isinstance(corpus, PreparedCorpus):
+    if not isinstance(corpus, PreparedMixture):
         return []
     total = sum(corpus.interleaving.shares)
     lines = []
@@ -285,7 +233,7 @@ def describe_mixture(corpus: Prepared, sequence_length: int, num_positions: int)
 
 
 def find_prepared(config: DataConfig, fingerprint: str | None = None) -> Prepared | None:
-    """The prepared corpus or mixture of a configuration, if there is one. Imports neither torch nor datasets.
+    """What is prepared of a configuration, if anything. Imports neither torch nor datasets.
 
     Args:
         config: the corpus.
@@ -309,7 +257,7 @@ def find_prepared(config: DataConfig, fingerprint: str | None = None) -> Prepare
 
 
 def _find_by_fingerprint(config: DataConfig, fingerprint: str) -> Prepared | None:
-    for folder in sorted((cache_root(config) / "corpora").glob(f"{source_kind(config)}-*")):
+    for folder in sorted(prepared_root(config).glob(f"{source_kind(config)}-*")):
         # What another run has corrupted is its own matter.
         with contextlib.suppress(UserError):
             prepared = open_prepared(folder, config) if folder.is_dir() else None
@@ -335,13 +283,15 @@ def open_prepared(folder: Path, config: DataConfig) -> Prepared | None:
     # A mixture's folder gets its name when all of its corpora are whole.
     if not (folder if config.mixture else folder / MANIFEST_NAME).exists():
         return None
+    if config.has_rows:
+        return PreparedRows(folder)
     if config.streaming:
         return PreparedStream(folder, config)
     return PreparedMixture(folder, config) if config.mixture else PreparedCorpus(folder)
 
 
 def open_corpus(config: RunConfig, fingerprint: str | None) -> Prepared:
-    """The corpus that a run was trained on.
+    """The corpus or rows that a run was trained on.
 
     Args:
         config: the run's.

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,6 +77,24 @@ def load_tokenizer(name: str, setting: str = "data.tokenizer") -> "PreTrainedTok
     if tokenizer.eos_token_id is None:
         raise UserError(f"{setting}={name} has no end-of-text token to put between documents; {remedy}.")
     return tokenizer
+
+
+def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
+    """Save a tokenizer.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    try:
+        tokenizer.save_pretrained(folder)
+    except OSError:
+        raise
+    except Exception as error:
+        # The library's native code raises this, with the number in its text.
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from None
 
 
 def vocabulary_size(tokenizer: "PreTrainedTokenizerFast") -> int:

@@ -15,6 +15,8 @@ from trainer.checkpoint.reader import CheckpointReader
 from trainer.config import RunConfig, parse_config
 from trainer.data.facts import SampleFacts
 from trainer.data.prepared import Prepared, open_corpus
+from trainer.data.prepared_rows import recipe_facts
+from trainer.data.rows_manifest import RECIPE_NAME
 from trainer.deploy.allowed_code import AllowedCode
 from trainer.files.atomic_files import umask
 from trainer.model.models import build_model_on_meta
@@ -55,21 +57,26 @@ def export_model(
     reader.verify()
     config = parse_config(reader.manifest.config, source=f"{reader.folder}", has_rules=False)
     allowed.check(config, f"checkpoint {reader.folder}")
-    corpus = None if reader.manifest.tokenizer else _corpus_of(reader, config)
+    recipe = reader.read_recipe()
+    corpus = _corpus_of(reader, config) if recipe is None and reader.manifest.tokenizer is None else None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     except OSError as error:
         raise _not_writable(folder, error) from None
     try:
-        if corpus is not None:
+        if corpus is not None and corpus.tokenizer_dir is not None:
             shutil.copytree(corpus.tokenizer_dir, work, dirs_exist_ok=True)
-        reader.unpack_tokenizer(work)
-        facts = corpus or reader.manifest.tokenizer
-        assert facts is not None, "there is a tokenizer or a corpus"
-        model = _build_model(
-            config, SampleFacts(config.data.sequence_length, facts.vocab_size, facts.eos_token_id, work)
-        )
+        has_tokenizer = reader.unpack_tokenizer(work)
+        if recipe is not None:
+            facts = recipe_facts(recipe, work if has_tokenizer else None)
+            # Whoever feeds the model must know how rows were normalised, and what its outputs are.
+            (work / RECIPE_NAME).write_text(recipe.model_dump_json(indent=1) + "\n")
+        else:
+            tokens = corpus or reader.manifest.tokenizer
+            assert tokens is not None, "there is a tokenizer or a corpus"
+            facts = SampleFacts(config.data.sequence_length, tokens.vocab_size, tokens.eos_token_id, work)
+        model = _build_model(config, facts)
         _write_configuration(model, facts.vocab_size, work)
         check_reloads(model, reader, work, trust_remote_code=config.model.trust_remote_code)
         _write_weights(reader, work, averaged=averaged)
@@ -117,7 +124,7 @@ def _build_model(config: RunConfig, facts: SampleFacts) -> Any:
     return model
 
 
-def _write_configuration(model: Any, vocab_size: int, work: Path) -> None:
+def _write_configuration(model: Any, vocab_size: int | None, work: Path) -> None:
     from transformers.dynamic_module_utils import custom_object_save
 
     model.config.architectures = [type(model).__name__]
@@ -126,7 +133,7 @@ def _write_configuration(model: Any, vocab_size: int, work: Path) -> None:
         # A class of the model's own code goes along, and its configuration's code with the configuration.
         custom_object_save(model, work, config=model.config)
     model.config.save_pretrained(work)
-    if getattr(model, "generation_config", None) is not None:
+    if vocab_size is not None and getattr(model, "generation_config", None) is not None:
         # Ids that pad the vocabulary stand for nothing: whoever generates with the model must not draw them.
         padding = range(vocab_size, model.config.get_text_config().vocab_size)
         suppressed = {*(model.generation_config.suppress_tokens or ()), *padding}

@@ -20,7 +20,7 @@ from trainer.config.rules import BACKEND_STRATEGIES
 from trainer.data.loader import BatchLoader
 from trainer.data.packed import packed_samples, sample_facts
 from trainer.data.prepare import prepare_corpus
-from trainer.data.prepared import Prepared
+from trainer.data.prepared import PreparedTokens
 from trainer.parity.cases import ParityCase, Trajectory, run_plain
 from trainer.parity.processes import result_file, run_group
 from trainer.tasks.next_tokens import next_token_batch
@@ -162,12 +162,12 @@ def _without_dropout(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"model": config.model.model_copy(update={"config": config.model.config | zeros})})
 
 
-def _write_ragged_batch(config: RunConfig, corpus: Prepared, folder: Path) -> None:
+def _write_ragged_batch(config: RunConfig, corpus: PreparedTokens, folder: Path) -> None:
     """Real text, cut so that every sample has another number of valid targets and one has none but the first."""
     length = config.data.sequence_length
     loader = BatchLoader(
         packed_samples(corpus, config.data),
-        corpus.order(config.seed, length, config.data.shuffle),
+        corpus.order(config.seed, config.data),
         global_size=NUM_SEQUENCES,
         micro_size=NUM_SEQUENCES,
         dp_rank=0,

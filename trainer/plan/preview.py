@@ -29,11 +29,12 @@ from trainer.checkpoint.trained_corpus import trained_fingerprint
 from trainer.config import RunConfig, parse_config
 from trainer.config.rules import World, validate
 from trainer.config.sections import ModelConfig
+from trainer.data.any_samples import prepared_facts
 from trainer.data.corpus import read_documents
 from trainer.data.facts import SampleFacts
 from trainer.data.identity import errors_of, named_sources
-from trainer.data.packed import sample_facts
 from trainer.data.prepared import Prepared, PreparedMixture, PreparedStream, find_prepared
+from trainer.data.prepared_rows import PreparedRows
 from trainer.data.tokenizer import TRAINED, load_tokenizer, vocabulary_size
 from trainer.model.document_mask import check_architecture
 from trainer.model.memory_estimate import estimate_memory
@@ -115,7 +116,7 @@ def preview(config: RunConfig, world: World) -> list[str]:
 def _sample_facts(config: RunConfig, corpus: Prepared | None) -> SampleFacts:
     length = config.data.sequence_length
     if corpus is not None:
-        return sample_facts(corpus, config.data)
+        return prepared_facts(corpus, config.data)
     if config.data.tokenizer == TRAINED:
         # The most that will be trained; a small corpus may give fewer.
         return SampleFacts(length, config.data.vocab_size, 0)
@@ -186,6 +187,9 @@ def _describe_corpus(config: RunConfig, corpus: Prepared | None) -> str:
         return "not prepared yet: how many epochs there are is known once it is"
     if isinstance(corpus, PreparedStream):
         return "a stream: how many epochs there are is not known"
+    if isinstance(corpus, PreparedRows):
+        num_rows = corpus.manifest.splits["train"].num_rows
+        return f"{num_rows:,} rows; the run reads {config.num_steps * config.batch.global_size / num_rows:,.3g} epochs"
     sources = corpus.corpora if isinstance(corpus, PreparedMixture) else [corpus]
     length = config.data.sequence_length
     num_samples = sum(source.stream("train").num_samples(length) for source in sources)

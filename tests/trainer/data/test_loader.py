@@ -221,7 +221,7 @@ def test_an_evaluation_without_a_held_out_sequence_is_refused(tmp_path: Path, co
         (tmp_path / name).mkdir()
     few, enough = (_samples(make_stream(tmp_path / name, size, 333)) for name, size in (("few", 1), ("enough", 2)))
     asked = load_config(config_file, ["evaluation.every_steps=2"])
-    said = r"evaluation.every_steps=2 .* data.validation_fraction=0.2 holds out none of this corpus; raise it"
+    said = r"evaluation.every_steps=2 .* data.validation_fraction=0.2 holds out none of these; raise it"
     with pytest.raises(UserError, match=said):
         check_held_out(asked, few)
     check_held_out(asked, enough)

@@ -165,7 +165,7 @@ def _loader(
 ) -> BatchLoader:
     return BatchLoader(
         _samples(mixture),
-        mixture.order(7, 32, True),
+        mixture.order(7, DataConfig(sequence_length=32)),
         global_size=size,
         micro_size=micro,
         dp_rank=rank,
@@ -198,7 +198,7 @@ def test_ranks_and_batch_sizes_do_not_change_the_sequence_at_a_position(
 @given(start=st.integers(0, 10_000))
 @settings(max_examples=10, deadline=None)
 def test_a_mixture_continues_at_any_position(mixture: tuple[DataConfig, PreparedMixture], start: int) -> None:
-    indices = mixture[1].order(7, 32, True).indices(np.arange(start, start + 24))
+    indices = mixture[1].order(7, DataConfig(sequence_length=32)).indices(np.arange(start, start + 24))
     stream = mixture[1].stream("train")
     places = [stream.locate(index, 32) for index in indices]
     expected = [source.read(i * 32, min(i * 32 + 32, source.num_tokens)).tolist() for source, i in places]

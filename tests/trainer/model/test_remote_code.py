@@ -102,7 +102,7 @@ _UNSAFE_CALLS = {
 }
 # Where a name in a configuration becomes an import, as its documentation says: a user's own task. And where one of a
 # table of the standard library's compression modules does.
-_IMPORTS_BY_NAME = {"trainer/runtime/own_modules.py", "trainer/data/files.py"}
+_IMPORTS_BY_NAME = {"trainer/runtime/own_modules.py", "trainer/data/row_files.py"}
 
 
 def _unsafe(source: str, file: str) -> Iterator[str]:

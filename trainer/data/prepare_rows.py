@@ -1,0 +1,155 @@
+"""Preparation of rows: read, divided, counted and written, one Arrow file for each split."""
+
+import itertools
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trainer.config.data import DataConfig
+from trainer.data.identity import ROWS_VERSION
+from trainer.data.pack import describe_file
+from trainer.data.prepared_rows import MANIFEST_NAME, TOKENIZER_FOLDER, PreparedRows
+from trainer.data.progress import StageProgress
+from trainer.data.row_kinds import RowKind, TableRows
+from trainer.data.row_labels import label_column, label_of, learn_labels
+from trainer.data.row_media import AudioRows, ImageRows
+from trainer.data.row_sources import group_of, read_raw_rows
+from trainer.data.row_splits import RowSpool
+from trainer.data.row_store import batch_rows, write_rows
+from trainer.data.row_texts import TextRows
+from trainer.data.rows_manifest import SPLITS, RowRecipe, RowsManifest
+from trainer.data.tokenizer import save_tokenizer, use_worker_threads
+from trainer.files.atomic_files import write_atomically
+from trainer.files.checked_json import dump_checked
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+def prepare_rows(config: DataConfig, folder: Path, stages: StageProgress) -> None:
+    """Read the rows of a configuration, and write them with their manifest last.
+
+    Args:
+        config: the section ``data``.
+        folder: where to; empty.
+        stages: shows progress.
+
+    Raises:
+        UserError: the source cannot be read, a row or a label is not what it should be, or a split is empty.
+        OSError: nothing can be written.
+    """
+    use_worker_threads(config.num_workers)
+    kind = row_kind(config)
+    spool = RowSpool(folder)
+    num_read = 0
+    num_empty = 0
+    with stages.stage("reading rows") as advance:
+        for split, paths in _paths_of_splits(config):
+            for row in read_raw_rows(config, paths):
+                num_read += 1
+                advance(1)
+                num_dropped = kind.counts.num_dropped
+                payload = kind.payload(row)
+                if payload is None:
+                    num_empty += kind.counts.num_dropped == num_dropped
+                    continue
+                group = None if config.split.group is None else group_of(row, config.split.group)
+                spool.add(payload, label_of(row, config), row.source_id, group, split)
+    spool.divide(config)
+    training = spool.rows_of("train")
+    with stages.stage("learning from the training rows", len(training)) as advance:
+        recipe = learn_labels(spool, config, _empty_recipe(config))
+        recipe = kind.learn(spool.payloads(training), recipe)
+        advance(len(training))
+    rows_of_batch = batch_rows(spool.num_rows, spool.num_bytes)
+    splits = {}
+    for split in SPLITS:
+        before = kind.counts.num_truncated
+        with stages.stage(f"writing {split}", len(spool.rows_of(split))) as advance:
+            batches = _batches(kind, spool, split, recipe, rows_of_batch)
+            facts = write_rows(folder, split, batches, rows_of_batch)
+            advance(facts.num_rows)
+        counted = {"num_leaked": spool.num_leaked[split], "num_truncated": kind.counts.num_truncated - before}
+        splits[split] = facts.model_copy(update=counted)
+    spool.remove()
+    if isinstance(kind, TextRows):
+        assert kind.tokenizer is not None, "it was learnt or named"
+        save_tokenizer(kind.tokenizer, folder / TOKENIZER_FOLDER)
+    manifest = RowsManifest(
+        preparation_version=ROWS_VERSION,
+        recipe=recipe,
+        python_version=platform.python_version(),
+        num_rows_read=num_read,
+        num_empty=num_empty,
+        num_dropped=kind.counts.num_dropped,
+        num_filled=kind.counts.num_filled,
+        tokenizer_files=[
+            describe_file(path, folder) for path in sorted((folder / TOKENIZER_FOLDER).rglob("*")) if path.is_file()
+        ],
+        splits=splits,
+    )
+    write_atomically(folder / MANIFEST_NAME, dump_checked(manifest.model_dump(mode="json")))
+
+
+def row_kind(config: DataConfig) -> RowKind:
+    """What is done with the rows of a source."""
+    if config.source == "table":
+        return TableRows(config, read_raw_rows(config, config.paths))
+    if config.source in ("digits", "images"):
+        return ImageRows(config)
+    return AudioRows(config) if config.source == "audio" else TextRows(config)
+
+
+def describe_rows(rows: PreparedRows) -> str:
+    """What became of the rows, in a few lines."""
+    manifest, recipe = rows.manifest, rows.recipe
+    dropped = [f"{manifest.num_empty:,} empty"]
+    if manifest.num_dropped:
+        dropped.append(f"{manifest.num_dropped:,} without a number")
+    lines = [f"rows        {manifest.num_rows_read:,} read, {' and '.join(dropped)} dropped"]
+    for name, split in manifest.splits.items():
+        leaked = f", {split.num_leaked:,} dropped that another split has as well" if split.num_leaked else ""
+        cut = f", {split.num_truncated:,} cut to the longest that is read" if split.num_truncated else ""
+        lines.append(f"{name:<11} {split.num_rows:,} rows{leaked}{cut}")
+    if manifest.num_filled:
+        lines.append(f"missing     {manifest.num_filled:,} numbers, with the training rows' mean in their place")
+    if recipe.classes:
+        counts = ", ".join(f"{name} {n:,}" for name, n in zip(recipe.classes[:20], recipe.class_counts, strict=False))
+        lines.append(f"classes     {len(recipe.classes)} in training: {counts}")
+    if recipe.label_mean is not None:
+        lines.append(f"labels      mean {recipe.label_mean:.6g}, standard deviation {recipe.label_scale:.6g}")
+    if rows.tokenizer_dir is not None:
+        lines.append(f"tokenizer   {rows.vocab_size:,} tokens, {rows.tokenizer_dir}")
+    lines.append(f"folder      {rows.folder}")
+    return "\n".join(lines)
+
+
+def _paths_of_splits(config: DataConfig) -> Iterator[tuple[str | None, tuple[str, ...]]]:
+    """Files, and the split that they belong to where they are named for one."""
+    yield None, config.paths
+    if config.validation_paths:
+        yield "validation", config.validation_paths
+    if config.test_paths:
+        yield "test", config.test_paths
+
+
+def _empty_recipe(config: DataConfig) -> RowRecipe:
+    kinds = {"table": "table", "digits": "image", "images": "image", "audio": "audio"}
+    return RowRecipe.model_validate({"kind": kinds.get(config.source, "text"), "label_kind": config.label_kind})
+
+
+def _batches(
+    kind: RowKind, spool: RowSpool, split: str, recipe: RowRecipe, rows_of_batch: int
+) -> "Iterator[pa.RecordBatch]":
+    import pyarrow as pa
+
+    rows = spool.rows_of(split)
+    payloads = spool.payloads(rows)
+    for start in range(0, len(rows), rows_of_batch):
+        chosen = rows[start : start + rows_of_batch]
+        columns = kind.columns(list(itertools.islice(payloads, rows_of_batch)), recipe)
+        columns["labels"] = label_column([spool.labels[row] for row in chosen], recipe, columns)
+        columns.pop("word_starts", None)
+        columns["source_id"] = pa.array([spool.source_ids[row] for row in chosen])
+        yield pa.RecordBatch.from_pydict(columns)

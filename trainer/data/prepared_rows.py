@@ -1,0 +1,118 @@
+"""Prepared rows: a folder with a manifest, found without loading any heavy library."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from sharding.ranks.errors import UserError
+from trainer.config.data import DataConfig
+from trainer.data.facts import SampleFacts
+from trainer.data.order import SampleOrder
+from trainer.data.rows_manifest import RowRecipe, RowsManifest
+from trainer.data.shards import check_files, hash_files
+from trainer.files.checked_json import load_checked
+
+MANIFEST_NAME = "manifest.json"
+TOKENIZER_FOLDER = "tokenizer"
+
+
+class PreparedRows:
+    """Rows of three splits, and how they are read."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open prepared rows.
+
+        Args:
+            folder: where they are.
+
+        Raises:
+            UserError: the manifest or the tokenizer is corrupt, or a file has another size than the manifest says.
+        """
+        self.folder = folder
+        try:
+            self.manifest = RowsManifest.model_validate(load_checked((folder / MANIFEST_NAME).read_bytes()))
+        except (OSError, ValueError, ValidationError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"{folder / MANIFEST_NAME} is corrupt ({reason}); delete the folder {folder} to prepare again."
+            ) from None
+        for split in self.manifest.splits.values():
+            check_files(folder, split.files)
+        check_files(folder, self.manifest.tokenizer_files)
+        # Small, and read by libraries that would not say so.
+        hash_files(folder, self.manifest.tokenizer_files)
+
+    @property
+    def recipe(self) -> RowRecipe:
+        """How a row is read."""
+        return self.manifest.recipe
+
+    @property
+    def tokenizer_dir(self) -> Path | None:
+        """Folder that `AutoTokenizer.from_pretrained` loads; None where rows are no text."""
+        return self.folder / TOKENIZER_FOLDER if self.manifest.tokenizer_files else None
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Tokens of the tokenizer; None where rows are no text."""
+        return self.recipe.vocab_size
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """Token that ends each text; None where rows are no text."""
+        return self.recipe.eos_token_id
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the rows and of how they are read, wherever and whenever they were prepared."""
+        splits = {name: split.rows.sha256 for name, split in self.manifest.splits.items()}
+        identity = json.dumps([self.recipe.model_dump(mode="json"), splits], sort_keys=True)
+        return hashlib.sha256(identity.encode()).hexdigest()
+
+    def facts(self) -> SampleFacts:
+        """What is known of the rows, before any is read."""
+        return recipe_facts(self.recipe, self.tokenizer_dir)
+
+    def check_sequence_length(self, sequence_length: int) -> None:
+        """Rows have no length that training would depend on."""
+
+    def order(self, seed: int, data: DataConfig) -> SampleOrder:
+        """The order in which training visits the rows."""
+        return SampleOrder(seed, self.manifest.splits["train"].num_rows, data.shuffle)
+
+    def verify(self) -> None:
+        """Compare the contents of every file with the manifest.
+
+        Raises:
+            UserError: a file has changed.
+        """
+        for split in self.manifest.splits.values():
+            hash_files(self.folder, split.files)
+
+
+def recipe_facts(recipe: RowRecipe, tokenizer_dir: Path | None) -> SampleFacts:
+    """What is known of rows that are read by a recipe, without the rows.
+
+    Args:
+        recipe: how they are read.
+        tokenizer_dir: folder of the tokenizer, if there is one.
+    """
+    return SampleFacts(
+        sequence_length=recipe.sequence_length,
+        vocab_size=recipe.vocab_size,
+        eos_token_id=recipe.eos_token_id,
+        tokenizer_dir=tokenizer_dir,
+        pad_token_id=recipe.pad_token_id,
+        mask_token_id=recipe.mask_token_id,
+        classes=tuple(recipe.classes),
+        class_counts=tuple(recipe.class_counts),
+        num_features=len(recipe.features) if recipe.kind == "table" else None,
+        categories=tuple((column.name, len(column.values) + 1) for column in recipe.categories),
+        image_shape=recipe.image_shape,
+        num_audio_samples=recipe.num_audio_samples,
+        sampling_rate=recipe.sampling_rate,
+        label_mean=recipe.label_mean,
+        label_scale=recipe.label_scale,
+    )

@@ -1,0 +1,199 @@
+"""Kinds of rows: how each becomes bytes that are compared and kept, and these the columns that are stored."""
+
+import itertools
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from sharding.ranks.errors import UserError
+from trainer.config.data import DataConfig
+from trainer.data.row_sources import RawRow, no_column
+from trainer.data.row_statistics import RunningStatistics
+from trainer.data.rows_manifest import CategoryColumn, RowRecipe
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_ROWS_LOOKED_AT = 1000
+_ROWS_AT_ONCE = 256
+_MISSING = ("", "na", "n/a", "nan", "null", "none")
+
+
+@dataclass
+class RowCounts:
+    """What reading has done to rows.
+
+    Attributes:
+        num_dropped: rows that were left out for lacking a number.
+        num_filled: numbers that were missing.
+        num_truncated: texts and recordings that were too long.
+    """
+
+    num_dropped: int = 0
+    num_filled: int = 0
+    num_truncated: int = 0
+
+
+class RowKind(Protocol):
+    """What is done with one kind of rows."""
+
+    counts: RowCounts
+
+    def payload(self, row: RawRow) -> bytes | None:
+        """What is compared and kept of a row, without its label; None where there is nothing.
+
+        Raises:
+            UserError: the row is not what it should be.
+        """
+
+    def learn(self, payloads: Iterator[bytes], recipe: RowRecipe) -> RowRecipe:
+        """The recipe with what is learnt from the training rows."""
+
+    def columns(self, payloads: list[bytes], recipe: RowRecipe) -> "dict[str, pa.Array]":
+        """The columns that are stored of some rows."""
+
+
+class TableRows:
+    """Lines of numbers and of values."""
+
+    def __init__(self, config: DataConfig, rows: Iterable[RawRow]) -> None:
+        """Decide which columns are which.
+
+        Args:
+            config: which of them are named.
+            rows: the first ones, which tell where no columns are named.
+
+        Raises:
+            UserError: a named column is not there, or there is none.
+        """
+        self._config = config
+        self.counts = RowCounts()
+        first = list(itertools.islice(rows, _ROWS_LOOKED_AT))
+        if not first:
+            self._features: list[str] = []
+            self._categories: list[str] = []
+            return
+        for setting, names in (("data.features", config.features), ("data.categories", config.categories)):
+            for name in names:
+                if name not in first[0].values:
+                    raise no_column(setting, name, first[0])
+        named = {*config.features, *config.categories, config.label, config.split.group}
+        others = [name for name in first[0].values if name not in named]
+        numeric = [name for name in others if all(_is_number(row.values.get(name)) for row in first)]
+        self._features = list(config.features) or numeric
+        self._categories = list(config.categories) or [name for name in others if name not in numeric]
+        if not self._features and not self._categories:
+            raise UserError(
+                f"data.features and data.categories name no column of {first[0].place} but the label; name some of "
+                f"{', '.join(first[0].values)}."
+            )
+
+    def payload(self, row: RawRow) -> bytes | None:
+        """See RowKind."""
+        numbers = [self._number(row, name) for name in self._features]
+        if any(map(math.isnan, numbers)) and self._config.missing == "drop":
+            self.counts.num_dropped += 1
+            return None
+        values = [self._value(row, name) for name in self._categories]
+        return json.dumps([numbers, values]).encode()
+
+    def learn(self, payloads: Iterator[bytes], recipe: RowRecipe) -> RowRecipe:
+        """See RowKind."""
+        statistics = RunningStatistics(len(self._features))
+        seen: list[set[str]] = [set() for _ in self._categories]
+        for rows in _in_pieces(payloads):
+            numbers, values = _unpack(rows)
+            statistics.add(numbers)
+            for column, of_column in zip(seen, zip(*values, strict=True), strict=False):
+                column.update(of_column)
+        standardized = self._config.standardize
+        categories = [
+            CategoryColumn(name=name, values=sort_names(column))
+            for name, column in zip(self._categories, seen, strict=True)
+        ]
+        return recipe.model_copy(
+            update={
+                "features": self._features,
+                "categories": categories,
+                "fills": statistics.means,
+                "means": statistics.means if standardized else [0.0] * len(self._features),
+                "scales": statistics.scales if standardized else [1.0] * len(self._features),
+            }
+        )
+
+    def columns(self, payloads: list[bytes], recipe: RowRecipe) -> "dict[str, pa.Array]":
+        """See RowKind; ``features`` float64 [rows, features] and ``categories`` int32 [rows, columns]."""
+        numbers, values = _unpack(payloads)
+        self.counts.num_filled += int(np.isnan(numbers).sum())
+        numbers = np.where(np.isnan(numbers), np.array(recipe.fills), numbers)
+        indices = [{value: index for index, value in enumerate(c.values, start=1)} for c in recipe.categories]
+        table = np.array(
+            [[index.get(value, 0) for index, value in zip(indices, row, strict=True)] for row in values], dtype=np.int32
+        ).reshape(len(payloads), len(indices))
+        widths = {"features": numbers, "categories": table}
+        return {name: fixed_lists(rows) for name, rows in widths.items() if rows.shape[1]}
+
+    def _number(self, row: RawRow, name: str) -> float:
+        value: Any = row.values.get(name)
+        if _is_missing(value):
+            if self._config.missing == "error":
+                raise UserError(
+                    f"column {name} of {row.place} has no number; set data.missing to mean or drop, or mend the row."
+                )
+            return math.nan
+        if not _is_number(value):
+            raise UserError(
+                f"column {name} of {row.place} is {value!r}, which is no number; name the column in data.categories, "
+                "or mend the row."
+            )
+        return float(value)
+
+    def _value(self, row: RawRow, name: str) -> str:
+        if name not in row.values:
+            raise no_column("data.categories", name, row)
+        value = row.values[name]
+        return "" if value is None else str(value)
+
+
+def fixed_lists(rows: np.ndarray) -> "pa.Array":
+    """Rows of equal length, [rows, width], as a column."""
+    import pyarrow as pa
+
+    return pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), rows.shape[1])
+
+
+def _in_pieces(payloads: Iterator[bytes]) -> Iterator[list[bytes]]:
+    while piece := list(itertools.islice(payloads, _ROWS_AT_ONCE)):
+        yield piece
+
+
+def _unpack(payloads: list[bytes]) -> tuple[np.ndarray, list[list[str]]]:
+    rows = [json.loads(payload) for payload in payloads]
+    return np.array([numbers for numbers, _ in rows], dtype=np.float64).reshape(len(rows), -1), [v for _, v in rows]
+
+
+def _is_missing(value: Any) -> bool:
+    if isinstance(value, str):
+        return value.strip().lower() in _MISSING
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _is_number(value: Any) -> bool:
+    if _is_missing(value):
+        return True
+    try:
+        return math.isfinite(float(value))
+    except (TypeError, ValueError):
+        return False
+
+
+def sort_names(values: Iterable[str]) -> list[str]:
+    """Values in an order of their own: of whole numbers that of their size."""
+    try:
+        return sorted(values, key=int)
+    except ValueError:
+        return sorted(values)

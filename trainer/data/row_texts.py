@@ -1,0 +1,118 @@
+"""Texts as rows of tokens."""
+
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from sharding.ranks.errors import UserError
+from trainer.config.data import DataConfig
+from trainer.data.clean import encode_text
+from trainer.data.row_kinds import RowCounts
+from trainer.data.row_sources import RawRow, no_column
+from trainer.data.rows_manifest import RowRecipe
+from trainer.data.tokenizer import (
+    TRAINED,
+    load_tokenizer,
+    text_encoder,
+    tokenizer_fingerprint,
+    train_byte_level_bpe,
+    vocabulary_size,
+)
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from transformers import PreTrainedTokenizerFast
+
+
+class TextRows:
+    """Texts, each with a label, or each of words with a tag."""
+
+    def __init__(self, config: DataConfig) -> None:
+        """Load the tokenizer, if one is named.
+
+        Raises:
+            UserError: it cannot be loaded.
+        """
+        self.counts = RowCounts()
+        self._config = config
+        self._has_tags = config.label_kind == "tags"
+        self.tokenizer: PreTrainedTokenizerFast | None = None
+        if config.tokenizer != TRAINED:
+            self.tokenizer = load_tokenizer(config.tokenizer)
+        self._encoder: Any = None
+
+    def payload(self, row: RawRow) -> bytes | None:
+        """See RowKind: UTF-8, of words a JSON list.
+
+        Raises:
+            UserError: there is no such column, or it holds something else.
+        """
+        column = self._config.text_field
+        if column not in row.values:
+            raise no_column("data.text_field", column, row)
+        value = row.values[column]
+        if self._has_tags:
+            if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
+                raise UserError(
+                    f"data.text_field={column}: {row.place} has no list of words, which data.label_kind=tags needs; "
+                    "name another column."
+                )
+            return json.dumps(value).encode() if value else None
+        if value is not None and not isinstance(value, str):
+            raise UserError(f"data.text_field={column}: {row.place} is not text; name another column.")
+        text = encode_text(value or "", self._config.normalize)
+        return text if text.strip() else None
+
+    def learn(self, payloads: Iterator[bytes], recipe: RowRecipe) -> RowRecipe:
+        """See RowKind."""
+        if self.tokenizer is None:
+            texts = ("".join(self._words(p)) if self._has_tags else p.decode() for p in payloads)
+            self.tokenizer = train_byte_level_bpe(texts, self._config.vocab_size)
+        tokenizer = self.tokenizer
+        self._encoder = text_encoder(tokenizer)
+        return recipe.model_copy(
+            update={
+                "sequence_length": self._config.sequence_length,
+                "vocab_size": vocabulary_size(tokenizer),
+                "eos_token_id": tokenizer.eos_token_id,
+                "pad_token_id": tokenizer.pad_token_id,
+                "mask_token_id": tokenizer.mask_token_id,
+                "tokenizer_sha256": tokenizer_fingerprint(tokenizer),
+            }
+        )
+
+    def use(self, tokenizer: "PreTrainedTokenizerFast") -> None:
+        """Encode by a tokenizer that was learnt before."""
+        self.tokenizer, self._encoder = tokenizer, text_encoder(tokenizer)
+
+    def columns(self, payloads: list[bytes], recipe: RowRecipe) -> "dict[str, pa.Array]":
+        """See RowKind; ``input_ids`` int32, and of words ``word_starts``: the first token of each, -1 if it has none.
+
+        A tokenizer puts its own tokens around a text, as models were trained with them.
+        """
+        import pyarrow as pa
+
+        self._encoder.enable_truncation(recipe.sequence_length)
+        texts = [self._words(payload) if self._has_tags else payload.decode() for payload in payloads]
+        encodings = self._encoder.encode_batch(texts, is_pretokenized=self._has_tags, add_special_tokens=True)
+        self.counts.num_truncated += sum(bool(encoding.overflowing) for encoding in encodings)
+        integers = pa.large_list(pa.int32())
+        columns = {"input_ids": pa.array([encoding.ids for encoding in encodings], type=integers)}
+        if self._has_tags:
+            starts = [_word_starts(e.word_ids, len(words)) for e, words in zip(encodings, texts, strict=True)]
+            columns["word_starts"] = pa.array(starts, type=integers)
+        return columns
+
+    def _words(self, payload: bytes) -> list[str]:
+        words: list[str] = json.loads(payload)
+        # A byte-level tokenizer has a word and the space before it as one token.
+        return [f" {word}" if number else word for number, word in enumerate(words)]
+
+
+def _word_starts(word_ids: list[int | None], num_words: int) -> list[int]:
+    """The first token of each word, -1 where it was cut off or has none."""
+    starts = [-1] * num_words
+    for place, word in reversed(list(enumerate(word_ids))):
+        if word is not None:
+            starts[word] = place
+    return starts
