@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sharding.blocks import find_blocks, sharding_units
 from sharding.ddp import DdpEngine
 from sharding.engine import Engine, ModelDefinition, OptimizerFactory
-from sharding.engine_builder import EngineParts
+from sharding.engine_builder import EngineBuilder
 from sharding.loss_scaler import LossScaler
 from sharding.mesh import ParallelMesh
 from sharding.pass_agreement import compare_passes
@@ -96,15 +96,8 @@ class AccelerateZero3Engine(ZeroEngine):
         self._accelerator.backward(loss)
 
 
-class AccelerateZero3Builder:
+class AccelerateZero3Builder(EngineBuilder):
     """Builds Accelerate's zero3: its plugin is given the whole model."""
-
-    def __init__(self, parts: EngineParts) -> None:
-        """Bind to the parts."""
-        self._parts = parts
-
-    def prepare_block(self, name: str, block: nn.Module) -> None:
-        """See EngineBuilder; it stays as it is."""
 
     def finish(self, model: nn.Module) -> Engine:
         """See EngineBuilder."""

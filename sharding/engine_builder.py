@@ -1,8 +1,9 @@
 """How an engine comes about: what ``build_engine`` asks of every backend and strategy, and gives to it."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -45,16 +46,21 @@ class EngineParts:
         return None if self.dtype is torch.float32 else self.dtype
 
 
-class EngineBuilder(Protocol):
+class EngineBuilder(ABC):
     """Lays a model on ranks as one backend and strategy want it; made when no parameter has memory yet."""
 
-    def prepare_block(self, name: str, block: nn.Module) -> None:
-        """Take the model's next block, in forward order.
+    def __init__(self, parts: EngineParts) -> None:
+        """Bind to the parts."""
+        self._parts = parts
+
+    def prepare_block(self, name: str, block: nn.Module) -> None:  # noqa: B027 - most builders leave it as it is
+        """Take the model's next block, in forward order; it stays as it is unless a builder says otherwise.
 
         It is whole, with memory and initial values, recomputation and compilation set up; what this rank does not keep
         should be freed now, before the next block has memory.
         """
 
+    @abstractmethod
     def finish(self, model: nn.Module) -> Engine:
         """Take the model, whose every block was prepared and all else has initial values, and put an engine around it.
 
@@ -63,16 +69,13 @@ class EngineBuilder(Protocol):
         """
 
 
-class WholeModelBuilder:
+class WholeModelBuilder(EngineBuilder):
     """Builds an engine with all of the model on every rank."""
 
     def __init__(self, engine: Callable[..., Engine], parts: EngineParts) -> None:
         """Bind to an engine's class, which is called as ``TorchEngine`` is, and to its parts."""
+        super().__init__(parts)
         self._engine = engine
-        self._parts = parts
-
-    def prepare_block(self, name: str, block: nn.Module) -> None:
-        """See EngineBuilder; it stays as it is."""
 
     def finish(self, model: nn.Module) -> Engine:
         """See EngineBuilder."""

@@ -29,6 +29,16 @@ class Box:
         """Number of elements."""
         return math.prod(self.shape)
 
+    def along(self, dim: int, offset: int, size: int) -> "Box":
+        """The same box but for one dim, of which it takes ``size`` elements from ``offset`` on."""
+        return Box(
+            (*self.offsets[:dim], offset, *self.offsets[dim + 1 :]), (*self.shape[:dim], size, *self.shape[dim + 1 :])
+        )
+
+    def without(self, dim: int) -> "Box":
+        """The box of the other dims."""
+        return Box((*self.offsets[:dim], *self.offsets[dim + 1 :]), (*self.shape[:dim], *self.shape[dim + 1 :]))
+
     @property
     def slices(self) -> tuple[slice, ...]:
         """What indexes the box in the whole tensor."""

@@ -14,6 +14,7 @@ from sharding.gradient_noise import MicroBatchNorms
 from sharding.gradient_norm import square_sum
 from sharding.loss_scaler import LossScaler
 from sharding.mesh import ParallelMesh
+from sharding.micro_batches import accumulate_gradients, on_device
 from sharding.part import Part, local_tensor, part_of
 from sharding.reached import ReachedParameters
 from sharding.state import MODEL_PREFIX
@@ -68,19 +69,17 @@ class TorchEngine:
 
     def train_batch(self, micro_batches: Sequence[Batch], denominator: int) -> torch.Tensor:
         """See Engine."""
-        total = torch.zeros((), device=self._device)
         scale: float | torch.Tensor = self._gradient_scale() / max(denominator, 1)
         if self._loss_scaler is not None:
             scale = self._loss_scaler.scale * scale
-        for index, batch in enumerate(micro_batches):
-            with self._accumulation_context(is_last=index == len(micro_batches) - 1):
-                with self._autocast():
-                    loss_sum = self._loss(self._forward_module(), self._to_device(batch))
-                # A rank-local infinite loss can leave its gradients finite. Turned into NaN here, it reaches every
-                # rank through the gradient reduction, and all skip the step without another collective.
-                factor = torch.where(loss_sum.detach().isfinite(), scale, torch.nan)
-                self._backward(loss_sum * factor)
-            total += loss_sum.detach()
+        total = accumulate_gradients(
+            micro_batches,
+            scale,
+            self._device,
+            loss=self._training_loss,
+            backward=self._backward,
+            context=lambda is_last: self._accumulation_context(is_last=is_last),
+        )
         if self._reached is not None:
             self._reached.share()
         return total if self._mesh.counts_loss else torch.zeros_like(total)
@@ -171,9 +170,13 @@ class TorchEngine:
     def _evaluate_batch(self, batch: Batch) -> torch.Tensor:
         self._model.eval()
         with torch.no_grad(), self._autocast():
-            sums = self._evaluation_sums(self._model, self._to_device(batch))
+            sums = self._evaluation_sums(self._model, on_device(batch, self._device))
         self._model.train()
         return sums if self._mesh.counts_loss else torch.zeros_like(sums)
+
+    def _training_loss(self, batch: Batch) -> torch.Tensor:
+        with self._autocast():
+            return self._loss(self._forward_module(), batch)
 
     def _forward_module(self) -> nn.Module:
         return self._model
@@ -210,9 +213,6 @@ class TorchEngine:
         if self._autocast_dtype is None:
             return nullcontext()
         return torch.autocast(self._device.type, self._autocast_dtype)
-
-    def _to_device(self, batch: Batch) -> Batch:
-        return {name: tensor.to(self._device, non_blocking=True) for name, tensor in batch.items()}
 
     def _gradient_pieces(self) -> list[tuple[Part, torch.Tensor]]:
         """``local_gradients``, each beside the part of the parameter that it belongs to."""

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from sharding.blocks import units_by_last_block
 from sharding.config import Strategy
 from sharding.engine import Batch, Engine, ModelDefinition, OptimizerFactory
-from sharding.engine_builder import EngineParts
+from sharding.engine_builder import EngineBuilder, EngineParts
 from sharding.gradient_leaves import gradient_leaves
 from sharding.loss_scaler import LossScaler
 from sharding.mesh import ParallelMesh
@@ -125,7 +125,7 @@ class ZeroEngine(TorchEngine):
         return nullcontext()
 
 
-class FullyShardBuilder:
+class FullyShardBuilder(EngineBuilder):
     """Builds zero1 to zero3 and hsdp of torch: each block is sharded by itself, and then the model."""
 
     def __init__(self, parts: EngineParts) -> None:
@@ -135,7 +135,7 @@ class FullyShardBuilder:
             UserError: it has parameters without rows.
         """
         refuse_scalars(parts.definition.model, parts.parallel.strategy)
-        self._parts = parts
+        super().__init__(parts)
         self._units = units_by_last_block(parts.definition.model, [block for _, block in parts.blocks])
 
     def prepare_block(self, name: str, block: nn.Module) -> None:

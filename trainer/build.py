@@ -104,7 +104,8 @@ def build_trainer(
     busy = BusyMeter(phases, config.parallel.strategy)
     named_sums = NamedSums(task)
     engine, facts = build_model_engine(fetched, task, mesh, ranks, samples.facts, busy.timed, named_sums)
-    observers.info(describe_model(config, facts, ranks))
+    description = describe_model(config, facts, ranks)
+    observers.info(description)
     if predicts_next_tokens(task):
         check_causality(engine, config, samples.facts, ranks)
     if config.metrics.parameter_hash:
@@ -165,6 +166,7 @@ def build_trainer(
         ),
         meter=SystemMeter(ranks, os.environ, enabled=config.metrics.system),
         facts=facts,
+        description=description,
         busy=busy,
         peak_flops=peak_flops(
             ranks.device, compute_format(config.precision.compute, compute_dtype(config.precision, ranks.device))

@@ -43,6 +43,7 @@ class TrainerParts:
         compare_replicas: called with a step; raises where ranks hold different parameters, if that is looked for.
         after_first_step: called once; lowers the collectives' time limit.
         facts: size of the model.
+        description: the model, ranks, strategy and precision in one line.
         profiler: records the steps that were asked for.
         busy: seconds of a step that this rank did not wait for others.
         meter: use of nodes and GPUs, in percent.
@@ -67,6 +68,7 @@ class TrainerParts:
     profiler: StepProfiler
     meter: SystemMeter
     facts: ModelFacts
+    description: str
     busy: BusyMeter
     peak_flops: float | None
     weight_average: WeightAverage | None = None

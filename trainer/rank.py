@@ -37,7 +37,6 @@ from trainer.faults.injection.inject import faults_of, inject_faults, read_fault
 from trainer.loop import ExitReason, Trainer
 from trainer.metrics.goodput_ledger import GoodputLedger
 from trainer.metrics.stragglers import StragglerWatch
-from trainer.model.engine import describe_model
 from trainer.report.end_of_run import write_run_goodput, write_run_report
 from trainer.run_folder.attempt_record import AttemptRecord, write_attempt_record
 from trainer.run_folder.events import record_event
@@ -191,7 +190,7 @@ def _run(arguments: Sequence[str], progress: _Progress) -> int:
         )
         trainer.resume_or_init()
         if ranks.rank == 0:
-            record = AttemptRecord(began_after=trainer.step, model=describe_model(config, trainer.parts.facts, ranks))
+            record = AttemptRecord(began_after=trainer.step, model=trainer.parts.description)
             # A report that lacks it is no reason to end a run.
             with contextlib.suppress(OSError):
                 write_attempt_record(run_folder.log_dir(attempt), record)

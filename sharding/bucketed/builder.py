@@ -5,20 +5,14 @@ from torch import nn
 from sharding.bucketed.block_gathers import BlockBuckets
 from sharding.bucketed.engine import BucketedEngine
 from sharding.engine import Engine
-from sharding.engine_builder import EngineParts
+from sharding.engine_builder import EngineBuilder, EngineParts
 from sharding.memory_formula import BUCKET_ELEMENTS
 
 
-class BucketedBuilder:
+class BucketedBuilder(EngineBuilder):
     """Builds zero1 and zero2: the model goes into buckets as a whole."""
 
-    def __init__(self, parts: EngineParts) -> None:
-        """Bind to the parts."""
-        self._parts = parts
-        self._block_buckets: BlockBuckets | None = None
-
-    def prepare_block(self, name: str, block: nn.Module) -> None:
-        """See EngineBuilder; it stays as it is."""
+    _block_buckets: BlockBuckets | None = None
 
     def finish(self, model: nn.Module) -> Engine:
         """See EngineBuilder."""
@@ -46,5 +40,4 @@ class BucketedZero3Builder(BucketedBuilder):
 
     def prepare_block(self, name: str, block: nn.Module) -> None:
         """See EngineBuilder."""
-        super().prepare_block(name, block)
         self._block_buckets.add(name, block)

@@ -6,19 +6,12 @@ from sharding.blocks import modules_outside, units_by_last_block
 from sharding.deepspeed_backend.engine import DeepSpeedEngine
 from sharding.deepspeed_backend.library import BlockPartitioner
 from sharding.engine import Engine
-from sharding.engine_builder import EngineParts
+from sharding.engine_builder import EngineBuilder, EngineParts
 from sharding.pass_agreement import compare_passes
 
 
-class DeepSpeedBuilder:
+class DeepSpeedBuilder(EngineBuilder):
     """Builds zero1 and zero2: DeepSpeed is given the whole model."""
-
-    def __init__(self, parts: EngineParts) -> None:
-        """Bind to the parts."""
-        self._parts = parts
-
-    def prepare_block(self, name: str, block: nn.Module) -> None:
-        """See EngineBuilder; it stays as it is."""
 
     def finish(self, model: nn.Module) -> Engine:
         """See EngineBuilder."""
@@ -54,7 +47,6 @@ class DeepSpeedZero3Builder(DeepSpeedBuilder):
 
     def prepare_block(self, name: str, block: nn.Module) -> None:
         """See EngineBuilder; blocks that share parameters are divided after the last of them."""
-        super().prepare_block(name, block)
         for member in self._units.get(id(block), []):
             self._partitioner.partition(member)
 

@@ -14,6 +14,7 @@ from sharding.deepspeed_backend.untouched_runs import UntouchedRuns
 from sharding.engine import Batch, ModelDefinition, OptimizerFactory
 from sharding.loss_scaler import LossScaler
 from sharding.mesh import ParallelMesh
+from sharding.micro_batches import accumulate_gradients, on_device
 from sharding.part import Part, part_of, part_of_run, whole_box
 from sharding.ranks.errors import UserError
 from sharding.reached import ReachedParameters
@@ -80,18 +81,19 @@ class DeepSpeedEngine:
 
     def train_batch(self, micro_batches: Sequence[Batch], denominator: int) -> torch.Tensor:
         """See Engine."""
-        total = torch.zeros((), device=self._device)
         # DeepSpeed averages over ranks; the loss is a global sum over a global count.
         scale = self._mesh.reduction.degree / max(denominator, 1)
         if self._loss_scaler is not None:
             # DeepSpeed scales by a number of the host's; its step waits for the device in any case.
             self._zero.override_loss_scale(float(self._loss_scaler.scale))
-        for index, batch in enumerate(micro_batches):
-            self._module.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
-            loss_sum = self._definition.loss(self._module, self._to_device(batch))
-            factor = torch.where(loss_sum.detach().isfinite(), scale, torch.nan)
-            self._module.backward(loss_sum * factor, scale_wrt_gas=False)
-            total += loss_sum.detach()
+        total = accumulate_gradients(
+            micro_batches,
+            scale,
+            self._device,
+            loss=lambda batch: self._definition.loss(self._module, batch),
+            backward=lambda loss: self._module.backward(loss, scale_wrt_gas=False),
+            context=self._accumulation_context,
+        )
         self._reached.share()
         return total
 
@@ -215,7 +217,7 @@ class DeepSpeedEngine:
     def _evaluate_batch(self, batch: Batch) -> torch.Tensor:
         self._module.eval()
         with torch.no_grad():
-            sums = self._definition.evaluate(self._module, self._to_device(batch))
+            sums = self._definition.evaluate(self._module, on_device(batch, self._device))
         self._module.train()
         return sums
 
@@ -223,8 +225,9 @@ class DeepSpeedEngine:
     def _base_optimizer(self) -> torch.optim.Optimizer:
         return self._zero.optimizer
 
-    def _to_device(self, batch: Batch) -> Batch:
-        return {name: tensor.to(self._device, non_blocking=True) for name, tensor in batch.items()}
+    def _accumulation_context(self, is_last: bool) -> AbstractContextManager[Any]:
+        self._module.set_gradient_accumulation_boundary(is_last)
+        return nullcontext()
 
     def _norm(self) -> torch.Tensor:
         if self._stage == 3:

@@ -12,10 +12,10 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from sharding.engine import Engine
-from sharding.part import Part
+from sharding.part import Box, Part
 from sharding.ranks.errors import UserError
 from sharding.state import MODEL_PREFIX
-from trainer.model.stored_tensor import Box, StoredTensor
+from trainer.model.stored_tensor import StoredTensor
 
 _FILE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -97,7 +97,7 @@ class PretrainedWeights:
         names = [name for name in self._tied.get(wanted, [wanted]) if name in self.tensors]
         for box, piece in part.pieces():
             if names and piece.numel():
-                piece.copy_(self._read(names, box.slices))
+                piece.copy_(self._read(names, box))
 
     def _read(self, names: list[str], box: Box) -> torch.Tensor:
         """A box of a tensor that is stored under one or more names."""
@@ -217,7 +217,7 @@ def _stored_tensor(opened: Any, key: str) -> StoredTensor:
     dtype = source[(slice(0, 0),) * len(shape)].dtype if shape else opened.get_tensor(key).dtype
 
     def read(box: Box) -> torch.Tensor:
-        values: torch.Tensor = source[box] if box else opened.get_tensor(key)
+        values: torch.Tensor = source[box.slices] if shape else opened.get_tensor(key)
         return values
 
     return StoredTensor(shape, dtype, read)

@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-aten = torch.ops.aten
+from sharding.part import Box, whole_box
 
-Box = tuple[slice, ...]
-"""First element and end per dim."""
+aten = torch.ops.aten
 
 Reader = Callable[[Box], torch.Tensor]
 """Reads a box that is not empty, as a plain tensor on the CPU."""
@@ -58,9 +57,9 @@ def _computed(func: Any, given: Any, index: int) -> Reader:
     """The index-th result of any operation, from whole tensors."""
 
     def read(box: Box) -> torch.Tensor:
-        args, kwargs = _with_tensors(given, lambda t: t.read(tuple(slice(0, n) for n in t.shape)).contiguous())
+        args, kwargs = _with_tensors(given, lambda t: t.read(whole_box(tuple(t.shape))).contiguous())
         result: torch.Tensor = pytree.tree_leaves(func(*args, **kwargs))[index]
-        return result[box]
+        return result[box.slices]
 
     return read
 
@@ -71,9 +70,10 @@ def _joined(tensors: Sequence[StoredTensor], dim: int = 0) -> list[Reader]:
     def read(box: Box) -> torch.Tensor:
         parts, start = [], 0
         for tensor in tensors:
-            first, last = max(box[dim].start - start, 0), min(box[dim].stop - start, tensor.shape[dim])
+            offset = box.offsets[dim] - start
+            first, last = max(offset, 0), min(offset + box.shape[dim], tensor.shape[dim])
             if first < last:
-                parts.append(tensor.read((*box[:dim], slice(first, last), *box[dim + 1 :])))
+                parts.append(tensor.read(box.along(dim, first, last - first)))
             start += tensor.shape[dim]
         return torch.cat(parts, dim=dim)
 
@@ -84,17 +84,16 @@ def _stacked(tensors: Sequence[StoredTensor], dim: int = 0) -> list[Reader]:
     dim %= tensors[0].ndim + 1
 
     def read(box: Box) -> torch.Tensor:
-        inner = (*box[:dim], *box[dim + 1 :])
-        return torch.stack([tensor.read(inner) for tensor in tensors[box[dim]]], dim=dim)
+        inner = box.without(dim)
+        return torch.stack([tensor.read(inner) for tensor in tensors[box.slices[dim]]], dim=dim)
 
     return [read]
 
 
 def _transposed(tensor: StoredTensor, dim0: int, dim1: int) -> list[Reader]:
     def read(box: Box) -> torch.Tensor:
-        swapped = list(box)
-        swapped[dim0], swapped[dim1] = swapped[dim1], swapped[dim0]
-        return tensor.read(tuple(swapped)).transpose(dim0, dim1)
+        swapped = box.along(dim0, box.offsets[dim1], box.shape[dim1]).along(dim1, box.offsets[dim0], box.shape[dim0])
+        return tensor.read(swapped).transpose(dim0, dim1)
 
     return [read]
 
@@ -104,8 +103,7 @@ def _parts(tensor: StoredTensor, sizes: Sequence[int], dim: int = 0) -> list[Rea
 
     def reader(start: int) -> Reader:
         def read(box: Box) -> torch.Tensor:
-            moved = slice(box[dim].start + start, box[dim].stop + start)
-            return tensor.read((*box[:dim], moved, *box[dim + 1 :]))
+            return tensor.read(box.along(dim, box.offsets[dim] + start, box.shape[dim]))
 
         return read
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config
 
+from sharding.part import Box, whole_box
 from sharding.ranks.errors import UserError
 from sharding.ranks.object_exchange import sum_integers_over_ranks
 from sharding.ranks.process_group import Ranks
@@ -21,7 +22,7 @@ from trainer.config import RunConfig, parse_config
 from trainer.config.sections import ModelConfig
 from trainer.model.models import build_model_on_meta
 from trainer.model.pretrained import PretrainedWeights
-from trainer.model.stored_tensor import Box, StoredTensor
+from trainer.model.stored_tensor import StoredTensor
 from trainer.tasks.registry import build_task
 
 _SIZES = {
@@ -70,7 +71,12 @@ def _weights(folder: Path) -> PretrainedWeights:
 
 
 def _all_of(tensor: torch.Tensor) -> Box:
-    return tuple(slice(0, size) for size in tensor.shape)
+    return whole_box(tuple(tensor.shape))
+
+
+def _middle_of(tensor: torch.Tensor) -> Box:
+    shape = tuple(tensor.shape)
+    return Box(tuple(size // 3 for size in shape), tuple((size + 1) // 2 for size in shape))
 
 
 class _OtherNames(nn.Module):
@@ -110,8 +116,8 @@ def test_weights_are_those_that_transformers_loads(architecture: str, tmp_path: 
     for name, tensor in weights.tensors.items():
         assert torch.equal(tensor.read(_all_of(tensor)), expected[name]), name
         # A part of a converted tensor is read as a part.
-        box = tuple(slice(size // 3, size // 3 + (size + 1) // 2) for size in tensor.shape)
-        assert torch.equal(tensor.read(box), expected[name][box]), name
+        box = _middle_of(tensor)
+        assert torch.equal(tensor.read(box), expected[name][box.slices]), name
 
 
 def test_a_part_of_joined_and_stacked_tensors_is_read_alone() -> None:
@@ -120,8 +126,8 @@ def test_a_part_of_joined_and_stacked_tensors_is_read_alone() -> None:
     def stored(tensor: torch.Tensor) -> StoredTensor:
         def read(box: Box) -> torch.Tensor:
             nonlocal num_read
-            num_read += tensor[box].numel()
-            return tensor[box]
+            num_read += box.num_elements
+            return tensor[box.slices]
 
         return StoredTensor(tensor.shape, tensor.dtype, read)
 
@@ -141,10 +147,10 @@ def test_a_part_of_joined_and_stacked_tensors_is_read_alone() -> None:
     assert num_read == 0
     for want, have in zip(expected, made, strict=True):
         assert isinstance(have, StoredTensor)
-        for box in (_all_of(want), tuple(slice(size // 3, size // 3 + (size + 1) // 2) for size in want.shape)):
+        for box in (_all_of(want), _middle_of(want)):
             num_read = 0
-            assert torch.equal(have.read(box), want[box])
-            assert num_read == want[box].numel() or want is expected[-1]
+            assert torch.equal(have.read(box), want[box.slices])
+            assert num_read == box.num_elements or want is expected[-1]
     with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
         torch.cat([stored(tensors[0]), stored(tensors[1][:, :2])])
 
@@ -272,7 +278,7 @@ def test_only_what_from_pretrained_reads_is_read(tmp_path: Path) -> None:
     # Some publishers lay their own form beside it.
     save_file({"model.norm.weight": torch.zeros(12)}, tmp_path / "consolidated.safetensors")
     weights = _weights(tmp_path)
-    assert math.prod(weights.tensors["model.norm.weight"].read((slice(0, 12),)).tolist()) != 0
+    assert math.prod(weights.tensors["model.norm.weight"].read(whole_box((12,))).tolist()) != 0
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"has no model\.safetensors; save it with save_pretrained first"):
         _weights(tmp_path)
