@@ -6,9 +6,10 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, get_args
+from pathlib import Path
+from typing import Any, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
 from sharding.ranks.errors import UserError
@@ -43,6 +44,14 @@ class StrictRecord(StrictModel):
     """
 
     model_config = ConfigDict(allow_inf_nan=True, str_min_length=0)
+
+    @classmethod
+    def read(cls, path: Path) -> Self | None:
+        """The record in a JSON file; None where there is none, half of one, or one of another kind or release."""
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except (OSError, ValidationError):
+            return None
 
 
 @functools.cache

@@ -7,8 +7,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ValidationError
-
 from sharding.strict_model import StrictRecord
 from trainer.files.atomic_files import write_atomically
 from trainer.runtime.phases import Phase
@@ -288,11 +286,8 @@ def read_ledgers(run_dir: Path) -> list[AttemptLedger]:
     """
     found = []
     for path in (run_dir / "logs").glob("attempt-*/goodput*.json"):
-        try:
-            ledger = AttemptLedger.model_validate_json(path.read_bytes())
-        except (OSError, ValidationError):
-            continue
-        found.append((ledger.attempt, [int(digits) for digits in re.findall(r"\d+", path.stem)], ledger))
+        if (ledger := AttemptLedger.read(path)) is not None:
+            found.append((ledger.attempt, [int(digits) for digits in re.findall(r"\d+", path.stem)], ledger))
     return [ledger for _, _, ledger in sorted(found, key=lambda item: item[:2])]
 
 

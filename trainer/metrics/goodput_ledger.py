@@ -5,8 +5,6 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from trainer.files.atomic_files import write_atomically
 from trainer.metrics.goodput import (
     CATEGORY_OF,
@@ -246,9 +244,7 @@ def _own_file(log_dir: Path) -> tuple[Path, AttemptLedger | None]:
     """
     path, number = log_dir / GOODPUT_NAME, 1
     while path.exists():
-        begun = None
-        with contextlib.suppress(OSError, ValidationError):
-            begun = AttemptLedger.model_validate_json(path.read_bytes())
+        begun = AttemptLedger.read(path)
         if begun is not None and begun.duration_s == 0.0:
             return path, begun
         number += 1

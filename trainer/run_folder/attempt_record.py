@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from sharding.strict_model import StrictRecord
 from trainer.files.atomic_files import write_atomically
 
@@ -27,7 +25,4 @@ def write_attempt_record(log_dir: Path, record: AttemptRecord) -> None:
 
 def read_attempt_record(log_dir: Path) -> AttemptRecord | None:
     """What an attempt has said; None where it did not come so far, or is of another release."""
-    try:
-        return AttemptRecord.model_validate_json((log_dir / _NAME).read_text())
-    except (OSError, ValidationError, ValueError):
-        return None
+    return AttemptRecord.read(log_dir / _NAME)

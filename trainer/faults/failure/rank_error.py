@@ -8,7 +8,7 @@ import time
 import traceback
 from pathlib import Path
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from sharding.ranks.errors import NonFiniteFailure, UserError
 from sharding.strict_model import StrictRecord
@@ -124,12 +124,8 @@ def write_rank_error(log_dir: Path | None, error: RankError) -> None:
 
 def read_rank_errors(log_dir: Path) -> dict[int, RankError]:
     """Errors that ranks wrote down, by rank."""
-    found = {}
-    for path in log_dir.glob("rank-*.error.json"):
-        with contextlib.suppress(OSError, ValidationError):
-            error = RankError.model_validate_json(path.read_bytes())
-            found[error.rank] = error
-    return dict(sorted(found.items()))
+    found = [RankError.read(path) for path in log_dir.glob("rank-*.error.json")]
+    return {error.rank: error for error in sorted(filter(None, found), key=lambda error: error.rank)}
 
 
 def error_path(log_dir: Path, rank: int) -> Path:

@@ -5,7 +5,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from sharding.strict_model import StrictRecord
 from trainer.runtime.phases import Phase
@@ -156,10 +156,7 @@ class Failure(StrictRecord):
 
 def read_failure(run_dir: Path) -> Failure | None:
     """Why the latest attempt of a run failed; None where it did not, or left no readable report."""
-    try:
-        return Failure.model_validate_json((run_dir / FAILURE_NAME).read_text())
-    except (OSError, ValidationError):
-        return None
+    return Failure.read(run_dir / FAILURE_NAME)
 
 
 def set_failure_aside(run_dir: Path) -> None:

@@ -1,13 +1,12 @@
 """Signs of life of every rank: ``logs/attempt-N/rank-R.heartbeat.json``. Imports no torch, compares no two clocks."""
 
-import contextlib
 import os
 import resource
 import threading
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from sharding.strict_model import StrictRecord
 from trainer.runtime.phases import Phase
@@ -130,12 +129,8 @@ def heartbeat_path(log_dir: Path, rank: int) -> Path:
 
 def read_heartbeats(log_dir: Path) -> dict[int, Heartbeat]:
     """All ranks' last heartbeats, by rank; one that is just being written is left out."""
-    found = {}
-    for path in log_dir.glob("rank-*.heartbeat.json"):
-        with contextlib.suppress(OSError, ValidationError):
-            heartbeat = Heartbeat.model_validate_json(path.read_bytes())
-            found[heartbeat.rank] = heartbeat
-    return dict(sorted(found.items()))
+    found = [Heartbeat.read(path) for path in log_dir.glob("rank-*.heartbeat.json")]
+    return {beat.rank: beat for beat in sorted(filter(None, found), key=lambda beat: beat.rank)}
 
 
 def peak_rss_gib() -> float:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from sharding.strict_model import StrictRecord
 from trainer.faults.hang.deadlines import position
@@ -133,10 +133,7 @@ def conclude_hang(log_dir: Path, progress: Mapping[int, RankProgress]) -> Hang:
 
 def read_verdict(log_dir: Path) -> Hang | None:
     """The verdict of an attempt; None where there was no hang."""
-    try:
-        return Hang.model_validate_json((log_dir / VERDICT_NAME).read_text())
-    except (OSError, ValidationError):
-        return None
+    return Hang.read(log_dir / VERDICT_NAME)
 
 
 def read_alarm(log_dir: Path) -> dict[str, Any]:
