@@ -21,6 +21,7 @@ from trainer.config.rules import World
 from trainer.data.prepare import prepare_samples
 from trainer.faults.injection.inject import Fault, inject_faults
 from trainer.loop import ExitReason
+from trainer.metrics.stragglers import StragglerWatch
 from trainer.run_folder.folder import RunFolder
 from trainer.runtime.phases import Phases
 from trainer.trackers.console import Console
@@ -74,7 +75,10 @@ class RunsInProcess:
         if self.ranks.rank == 0:
             begin_attempt(folder, config, World(self.ranks.world_size, has_gpu=False), [])
             console = Console(config.num_steps, (self.root / f"{config.name}.log").open("a"))
-            observers = Observers(folder.metrics_file, console, attempt=folder.newest_attempt())
+            # A rank that only a busy machine makes slow is of no interest.
+            is_slowed = any(fault.fault == "slow" for fault in injected)
+            watch = StragglerWatch(config.faults.straggler_ratio) if is_slowed else None
+            observers = Observers(folder.metrics_file, console, attempt=folder.newest_attempt(), stragglers=watch)
         dist.barrier()
         self.phases = phases = Phases()
         asked = threading.Event()

@@ -21,6 +21,7 @@ from tests.support import (
     start_shardline,
     tiny_values,
     trained,
+    training_curve,
     wait_until,
     write_config,
 )
@@ -248,3 +249,16 @@ def test_the_dashboard_plots_what_training_logs(tracked: Path, server: StandInSe
     assert refused.returncode == 2
     (sentence,) = refused.stderr.strip().splitlines()
     assert sentence.startswith(f"error: there is no wandb key for {server.url}; set WANDB_API_KEY")
+
+
+def test_a_server_that_refuses_is_said_and_training_goes_on(config_file: Path) -> None:
+    runs = config_file.parent / "runs"
+    alone = ("run", config_file, "parallel.strategy=none", "--nproc-per-node=1", "steps=4")
+    trained(shardline(*alone, "name=untracked"))
+    # The discard port of this machine: every connection is refused.
+    away = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40, "WANDB_INIT_TIMEOUT": "2"}
+    finished = shardline(*alone, "name=away", "tracking.wandb.mode=online", **away)
+    trained(finished)
+    said = finished.stdout + finished.stderr
+    assert any("wandb" in line and "warning" in line for line in said.splitlines()), said
+    assert training_curve(runs / "away") == training_curve(runs / "untracked")
