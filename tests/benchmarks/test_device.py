@@ -45,6 +45,7 @@ def _is_running(pid: int) -> bool:
         return False
 
 
+@pytest.mark.timing
 @pytest.mark.timeout(200)
 def test_each_way_to_end_is_a_row_and_the_other_parts_go_on(tmp_path: Path) -> None:
     def part(name: str, ends_by_s: float = FULL_DEADLINE_S) -> Part:

@@ -23,6 +23,7 @@ def ranks_from_zygote() -> None:
     """Real starts, in place of the folder's clones: what they take is what is measured."""
 
 
+@pytest.mark.timing
 def test_the_clock_stops_at_the_first_steps_line_and_not_at_the_end() -> None:
     seconds = time_to_first_step([sys.executable, "-c", PROGRAM])
     assert seconds > 0.3

@@ -69,6 +69,7 @@ def _detection_s(run_dir: Path, triggered_at: float) -> float:
     return float(hang["time"] - triggered_at - alarm["allowance_s"])
 
 
+@pytest.mark.timing
 def test_a_rank_that_sleeps_is_named_with_line_step_and_collective(
     make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,6 +113,7 @@ class HoldsTheLock(CausalLanguageModelling):
 """
 
 
+@pytest.mark.timing
 def test_a_rank_whose_native_code_lets_no_python_run_is_found_by_the_others_under_torchrun(
     make_config: MakeConfig, tmp_path: Path, start_watched: StartRun
 ) -> None:

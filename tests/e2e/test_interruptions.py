@@ -189,6 +189,7 @@ def test_ctrl_c_saves_and_the_same_command_continues(make_config: MakeConfig, tm
     assert not (run_dir / "metrics.discarded.jsonl").exists()
 
 
+@pytest.mark.timing
 def test_a_second_ctrl_c_ends_the_run_at_once(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config("interrupted", **_LONG)
     run_dir = config.parent / "runs" / "interrupted"
@@ -213,6 +214,7 @@ def test_the_stop_file_stops_a_run(make_config: MakeConfig, tmp_path: Path) -> N
     assert launcher.wait(60) == 75
 
 
+@pytest.mark.timing
 def test_a_signal_to_one_rank_stops_all_under_torchrun(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config("signalled", **_LONG)
     run_dir = config.parent / "runs" / "signalled"

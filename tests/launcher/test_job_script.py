@@ -141,6 +141,7 @@ def _outcome(job: Job) -> dict[str, object]:
     return json.loads((job.run_dir / "outcome.json").read_text())
 
 
+@pytest.mark.timing
 def test_every_start_of_a_job_hears_its_warning(job: Job) -> None:
     for _ in range(3):
         job.start()

@@ -113,6 +113,7 @@ def test_a_terminal_that_goes_away_saves_and_stops(supervise: Callable[..., Supe
     assert supervised.descendants() == []
 
 
+@pytest.mark.timing
 def test_a_run_that_nobody_is_to_hang_up_goes_on(supervise: Callable[..., Supervised]) -> None:
     """As under ``nohup``."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -149,6 +150,7 @@ def test_ranks_that_cannot_be_asked_by_file_are_asked_by_signal(supervise: Calla
     assert supervised.end()[0] == 75
 
 
+@pytest.mark.timing
 @each_agent
 def test_a_second_interrupt_ends_at_once(supervise: Callable[..., Supervised], launcher: str) -> None:
     supervised = supervise("endless", launcher)
@@ -225,6 +227,7 @@ def test_a_killed_rank_is_named_and_not_what_its_peers_make_of_it(
     assert (outcome["status"], outcome["reason"], outcome["rank"]) == ("failed", reason, 1)
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize(
     ("behaviour", "error", "launcher"),
     [

@@ -45,6 +45,7 @@ def read_only(num_lines: int, command: list[str]) -> tuple[int, str]:
 
 
 # More than a pipe holds, and less than what is written at once.
+@pytest.mark.timing
 @pytest.mark.parametrize("num_lines", [2, 100_000])
 def test_a_reader_that_goes_is_no_fault(num_lines: int) -> None:
     program = f"""

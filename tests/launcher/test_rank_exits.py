@@ -54,6 +54,7 @@ def end(process: subprocess.Popen[bytes], exits: RankExits, rank: int | None = N
     process.wait()
 
 
+@pytest.mark.timing
 def test_the_first_to_fail_stays_the_first(exits: RankExits) -> None:
     programs = ["pass", "sys.exit(75)", "sys.exit(3)", "os.kill(os.getpid(), 9)"]
     ranks = [start(str(rank), program) for rank, program in enumerate(programs)]
@@ -70,6 +71,7 @@ def test_the_first_to_fail_stays_the_first(exits: RankExits) -> None:
     assert exits.first_failure == RankFailure(2, 3)
 
 
+@pytest.mark.timing
 def test_a_signal_is_a_negative_status(exits: RankExits) -> None:
     rank = start("5", "os.kill(os.getpid(), 11)")
     find(exits, 5)
@@ -77,6 +79,7 @@ def test_a_signal_is_a_negative_status(exits: RankExits) -> None:
     assert exits.first_failure == RankFailure(5, -11)
 
 
+@pytest.mark.timing
 def test_what_happens_after_closing_is_not_noted(exits: RankExits) -> None:
     rank = start("0", "sys.exit(1)")
     find(exits, 0)
@@ -86,6 +89,7 @@ def test_what_happens_after_closing_is_not_noted(exits: RankExits) -> None:
     assert exits.first_failure is None
 
 
+@pytest.mark.timing
 def test_a_crash_is_the_cause_of_other_failures_at_the_same_time() -> None:
     lost, crashed, watchdog = RankFailure(0, 1), RankFailure(1, -11), RankFailure(2, -6)
     assert root_cause([lost, crashed]) == crashed

@@ -132,6 +132,7 @@ def test_kills_from_outside_do_not_count(tmp_path: Path) -> None:
         assert restarts.after(attempt, 1, StopSignals()) is None
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("by_file", [False, True])
 def test_a_stop_while_waiting_ends_the_run_as_stopped(tmp_path: Path, by_file: bool) -> None:
     _fail(tmp_path, 1, FailureKind.HANG)

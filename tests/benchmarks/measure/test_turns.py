@@ -43,6 +43,7 @@ def _worker(clock: Clock, done: list[str], name: str, seconds: float):
     return run
 
 
+@pytest.mark.timing
 def test_steps_happen_in_turn_and_only_they_are_timed(clock: Clock) -> None:
     done: list[str] = []
     short = Turns(_worker(clock, done, "short", 0.25), lambda: None)
@@ -58,6 +59,7 @@ def test_steps_happen_in_turn_and_only_they_are_timed(clock: Clock) -> None:
     assert not any(thread.name == "contestant" for thread in threading.enumerate())
 
 
+@pytest.mark.timing
 def test_a_turn_of_several_steps_is_waited_for_once_and_can_be_watched(clock: Clock) -> None:
     class Watch:
         def begin(self) -> None:
@@ -84,6 +86,7 @@ def test_a_turn_of_several_steps_is_waited_for_once_and_can_be_watched(clock: Cl
     turns.end()
 
 
+@pytest.mark.timing
 def test_device_is_waited_for_inside_the_step(clock: Clock) -> None:
     def wait() -> None:
         clock.wall_s += 0.25
@@ -93,6 +96,7 @@ def test_device_is_waited_for_inside_the_step(clock: Clock) -> None:
     turns.end()
 
 
+@pytest.mark.timing
 def test_processor_time_leaves_waiting_out(clock: Clock) -> None:
     def run(step_edge: StepEdge) -> None:
         while True:
@@ -106,6 +110,7 @@ def test_processor_time_leaves_waiting_out(clock: Clock) -> None:
     assert (step.wall_s, step.cpu_s) == (0.75, 0.25)
 
 
+@pytest.mark.timing
 def test_the_clocks_are_those_of_wall_and_of_this_process() -> None:
     assert turns_module.time.perf_counter() > 0
     began_s = turns_module.time.process_time()
@@ -113,6 +118,7 @@ def test_the_clocks_are_those_of_wall_and_of_this_process() -> None:
         pass
 
 
+@pytest.mark.timing
 def test_what_ends_a_loop_is_raised() -> None:
     def fail(step_edge: StepEdge) -> None:
         step_edge()

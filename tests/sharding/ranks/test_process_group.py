@@ -128,6 +128,7 @@ def _wait_for_a_rank_that_never_comes(ranks: Ranks) -> None:
     os._exit(0)
 
 
+@pytest.mark.timing
 @pytest.mark.timeout(120)
 def test_the_step_timeout_holds_for_every_group() -> None:
     run_on_ranks(_wait_for_a_rank_that_never_comes, 2)

@@ -37,6 +37,7 @@ def is_running(pid: int) -> bool:
         return False
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_child_ends_with_its_parent(number: int) -> None:
     with subprocess.Popen(
@@ -49,6 +50,7 @@ def test_a_child_ends_with_its_parent(number: int) -> None:
     wait_until(lambda: not is_running(child), timeout_s=5, what="the child's end")
 
 
+@pytest.mark.timing
 def test_a_launcher_that_is_gone_already_is_noticed() -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
@@ -64,6 +66,7 @@ def test_a_launcher_that_is_gone_already_is_noticed() -> None:
     assert finished.stdout == b""
 
 
+@pytest.mark.timing
 def test_a_rank_started_by_hand_outlives_its_shell() -> None:
     assert is_started_by_launcher({"RANK": "0"})
     assert is_started_by_launcher({"ACCELERATE_DYNAMO_BACKEND": "NO"})

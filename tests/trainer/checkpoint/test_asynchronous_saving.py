@@ -119,6 +119,7 @@ def test_what_is_written_is_the_state_at_the_save(tmp_path: Path) -> None:
     assert files[0].read_bytes() == files[1].read_bytes() != file
 
 
+@pytest.mark.timing
 def test_a_save_waits_for_the_one_before_it(tmp_path: Path) -> None:
     training = _Training(tmp_path, lambda step: time.sleep(0.5 if step == 1 else 0))
     training.train()
@@ -134,6 +135,7 @@ def test_a_save_waits_for_the_one_before_it(tmp_path: Path) -> None:
         CheckpointReader(training.folder.checkpoint_path(step)).verify()
 
 
+@pytest.mark.timing
 def test_going_back_waits_for_what_is_being_written(tmp_path: Path) -> None:
     training = _Training(tmp_path, lambda _: time.sleep(0.3))
     training.train()
@@ -271,6 +273,7 @@ def test_a_file_reads_as_safetensors_do(tmp_path: Path) -> None:
         assert torch.equal(found[name], tensor), name
 
 
+@pytest.mark.timing
 def test_ranks_agree_on_when_a_checkpoint_is_there(tmp_path: Path) -> None:
     write_corpus(tmp_path / "documents")
     run_on_ranks(_check_two_ranks, 2, tmp_path)

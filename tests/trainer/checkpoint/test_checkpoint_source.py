@@ -27,6 +27,7 @@ from trainer.run_folder.folder import RunFolder
 pytestmark = pytest.mark.timeout(120)
 
 
+@pytest.mark.timing
 def test_ranks_that_do_not_all_see_a_checkpoint_agree_and_move_nothing(tmp_path: Path) -> None:
     run_on_ranks(_check_two_ranks, 2, tmp_path)
 

@@ -130,6 +130,7 @@ def _slow_config(tmp_path: Path, name: str) -> Path:
     return write_config(tmp_path / f"{name}.yaml", values)
 
 
+@pytest.mark.timing
 @pytest.mark.timeout(200)
 def test_killed_half_way_and_then_two_at_once(tmp_path: Path) -> None:
     options: dict[str, Any] = {"cwd": ROOT, "env": command_environment(), "stdout": subprocess.DEVNULL}

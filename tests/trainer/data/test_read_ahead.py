@@ -34,6 +34,7 @@ def test_items_come_in_order(num_ahead: int) -> None:
     reader.close()
 
 
+@pytest.mark.timing
 def test_the_thread_reads_again_once_half_is_used_up() -> None:
     numbers = _Counted()
     reader = ReadAhead(iter(numbers), 8)

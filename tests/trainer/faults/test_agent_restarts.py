@@ -39,6 +39,7 @@ def test_what_is_no_failure_is_not_tried_again(
     assert read_events(folder.path) == []
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_each_restart_waits_twice_as_long_and_is_an_event(
     folder: RunFolder, config_file: Path, rank: str, monkeypatch: pytest.MonkeyPatch

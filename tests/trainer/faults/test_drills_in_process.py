@@ -111,5 +111,6 @@ def _drill(ranks: Ranks, root: Path, corpus: Path) -> None:
     _check_damaged_data(runs, undisturbed)
 
 
+@pytest.mark.timing
 def test_each_is_found_and_ends_as_the_undisturbed_run(tmp_path: Path, shared_corpus: tuple[Path, Path]) -> None:
     run_on_ranks(_drill, 2, tmp_path, shared_corpus[0])

@@ -130,6 +130,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease_module, "_LOOK_EVERY_S", 0.02)
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("clock_s", [-3600.0, -61.0, 0.0, 3600.0])
 def test_elsewhere_the_heartbeat_tells_whatever_clocks_say(
     tmp_path: Path, quick: None, caplog: pytest.LogCaptureFixture, clock_s: float
@@ -149,6 +150,7 @@ def test_elsewhere_the_heartbeat_tells_whatever_clocks_say(
     successor.release()
 
 
+@pytest.mark.timing
 def test_a_holder_that_cannot_be_seen_for_a_moment_is_not_taken_for_dead(
     tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -222,6 +224,7 @@ def test_slurm_knows_of_a_holder_whose_job_is_over(
     assert judge(holder) is (Verdict.GONE if is_gone else Verdict.UNKNOWN)
 
 
+@pytest.mark.timing
 def test_a_heartbeat_outlives_a_moment_without_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease_module, "HEARTBEAT_EVERY_S", 0.02)
     lease = Lease.acquire(tmp_path)
@@ -256,6 +259,7 @@ def test_a_lease_that_cannot_be_read_is_a_failure_with_its_reason(
     assert RunFolder(tmp_path).write_outcome("failed", 1, 3, "the true reason", 0)
 
 
+@pytest.mark.timing
 def test_a_lost_lease_is_neither_renewed_nor_released(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease_module, "HEARTBEAT_EVERY_S", 0.02)
     lease = Lease.acquire(tmp_path)

@@ -37,10 +37,12 @@ def _finish(ranks: Ranks, folder: Path) -> None:
     assert time.monotonic() - began_at < 30
 
 
+@pytest.mark.timing
 @pytest.mark.timeout(120)
 def test_others_wait_for_the_last_work_of_rank_0(tmp_path: Path) -> None:
     run_on_ranks(_finish, 3, tmp_path)
 
 
+@pytest.mark.timing
 def test_one_rank_has_nobody_to_wait_for() -> None:
     Drain(Ranks(0, 1, 0, 1, device=None)).finish()  # type: ignore[arg-type]

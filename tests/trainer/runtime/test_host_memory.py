@@ -27,6 +27,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 10)
 """
 
 
+@pytest.mark.timing
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 @pytest.mark.parametrize("is_set_by_user", [False, True])
 def test_pages_are_asked_for_once(is_set_by_user: bool) -> None:

@@ -48,6 +48,7 @@ def test_a_hangup_that_is_ignored_stays_so() -> None:
             signal.signal(number, handler)
 
 
+@pytest.mark.timing
 def test_a_second_interrupt_is_at_once(stop_request: StopRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stopping, "_SAME_INTERRUPT_S", 0.05)
     os.kill(os.getpid(), signal.SIGINT)

@@ -137,6 +137,7 @@ def test_a_tracker_that_fails_is_left_out_with_one_warning(
     assert whole.told[:-1] == ["start 0", (1, {}), (2, {}), (3, {})]
 
 
+@pytest.mark.timing
 def test_a_slow_tracker_holds_up_neither_training_nor_another_and_lacks_nothing(tmp_path: Path, write: Write) -> None:
     leave = threading.Event()
     slow, quick = RecordingTracker("slow", leave=leave), RecordingTracker("quick")
@@ -187,6 +188,7 @@ def test_a_run_that_rolls_back_puts_another_file_in_place(tmp_path: Path) -> Non
     assert tracker.told[4:-1] == [(1, {"a": 1}), (2, {"a": 2})]
 
 
+@pytest.mark.timing
 def test_a_run_ends_in_time_and_with_its_own_status_when_a_tracker_never_returns() -> None:
     script = """
 import atexit, time
