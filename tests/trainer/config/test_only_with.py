@@ -83,7 +83,8 @@ def _conditions() -> Iterator[tuple[str, list[tuple[str, Any]]]]:
 @pytest.mark.parametrize(("key", "needed"), [*_conditions()], ids=lambda value: value if isinstance(value, str) else "")
 def test_a_setting_is_refused_beside_another_choice(key: str, needed: list[tuple[str, Any]]) -> None:
     config = _with(_base(key), key, _another(_field_at(key)))
-    for path, choices in needed:
+    around = [condition for other, others in _conditions() if key.startswith(f"{other}.") for condition in others]
+    for path, choices in [*around, *needed]:
         config = _with(config, path, _values_beside(choices, _field_at(path))[0])
     shown_key = key.replace("[]", ".0")
     assert shown_key not in {idle.key for idle in idle_settings(config)}
