@@ -57,7 +57,10 @@ def test_nothing_changes_after_loading(config_file: Path) -> None:
         ("checkpoint.form=x", "did you mean checkpoint.from?"),
         ("model.pretrained=x", "model.architecture=llama and model.pretrained=x: set exactly one of"),
         ("data.source=hub", "data.source=hub"),
-        ("data.source=python-stdlib", "goes with data.source=text, jsonl or parquet only, but it is python-stdlib"),
+        (
+            "data.source=python-stdlib",
+            "goes with data.source=text, jsonl, parquet, csv, table, images or audio only, but it is python-stdlib",
+        ),
         ("data.paths=[]", "needs data.paths"),
         ("parallel.replicate=2", "goes with parallel.strategy=hsdp only, but it is zero2"),
         ("faults.replica_check_every_steps=5", "parallel.strategy=zero2 no rank holds between steps"),

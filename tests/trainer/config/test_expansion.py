@@ -39,6 +39,8 @@ def test_every_path_is_expanded(tmp_path: Path, values: dict[str, Any]) -> None:
         if key not in ("model.pretrained", "data.mixture.paths"):
             put(key, ["$SCRATCH/x", "~/y"] if key == "data.paths" else "$SCRATCH/x")
     values["task"]["name"] = "own:Task"
+    values["data"] = {key: value for key, value in values["data"].items() if key != "validation_fraction"}
+    values["data"]["format"] = "rows"
     values["parallel"] |= {"backend": "deepspeed", "strategy": "zero3", "offload_optimizer": "nvme"}
     config = load_config(write_config(tmp_path / "all.yaml", values))
     written = config.model_dump_json()
