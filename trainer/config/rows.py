@@ -38,17 +38,19 @@ Several = Annotated[
 class SplitConfig(StrictModel):
     """How rows are divided; the share of the validation split is `data.validation_fraction`."""
 
-    test_fraction: Annotated[float, OnlyWith({"data.test_paths": UNSET})] = Field(default=0.0, ge=0.0, lt=1.0)
+    test_fraction: Annotated[float, OnlyWith({"data.format": "rows", "data.test_paths": UNSET})] = Field(
+        default=0.0, ge=0.0, lt=1.0
+    )
     """Share of the rows, chosen by a hash of their contents, that is held out for the end; training never reads it."""
 
     stratify: Annotated[
         bool,
-        OnlyWith({"data.label_kind": "class"}),
+        OnlyWith({"data.format": "rows", "data.label_kind": "class"}),
         OnlyWith(group=UNSET, because="the rows of a group stay together whatever their class"),
     ] = False
     """Hold out the same share of each class."""
 
-    group: str | None = None
+    group: Annotated[str | None, OnlyWith({"data.format": "rows"})] = None
     """Column whose equal values stay on one side of a split, such as a patient's number; `file` stands for the file
     that a row came from."""
 
@@ -93,7 +95,7 @@ class RowSettings(StrictModel):
     """Samples of a recording: longer ones are cut, shorter ones filled up with silence; 0 means as many as the longest
     training one has."""
 
-    split: Annotated[SplitConfig, _ROWS] = SplitConfig()
+    split: SplitConfig = SplitConfig()
     """Training, validation and test."""
 
     validation_paths: Annotated[Several, _FILES] = ()
