@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sharding.ranks.errors import UserError
 from trainer.config.data import DataConfig
 from trainer.data.identity import ROWS_VERSION
 from trainer.data.pack import describe_file
@@ -18,7 +19,7 @@ from trainer.data.row_sources import group_of, read_raw_rows
 from trainer.data.row_splits import RowSpool
 from trainer.data.row_store import batch_rows, write_rows
 from trainer.data.row_texts import TextRows
-from trainer.data.rows_manifest import SPLITS, RowRecipe, RowsManifest
+from trainer.data.rows_manifest import SPLITS, RowRecipe, RowsManifest, RowSplitFacts
 from trainer.data.tokenizer import save_tokenizer, use_worker_threads
 from trainer.files.atomic_files import write_atomically
 from trainer.files.checked_json import dump_checked
@@ -41,9 +42,36 @@ def prepare_rows(config: DataConfig, folder: Path, stages: StageProgress) -> Non
     """
     use_worker_threads(config.num_workers)
     kind = row_kind(config)
-    spool = RowSpool(folder)
-    num_read = 0
-    num_empty = 0
+    with RowSpool(folder) as spool:
+        num_read, num_empty = _read_rows(config, kind, spool, stages)
+        spool.divide(config)
+        training = spool.rows_of("train")
+        with stages.stage("learning from the training rows", len(training)) as advance:
+            recipe = learn_labels(spool, config, _empty_recipe(config))
+            recipe = kind.learn(spool.payloads(training), recipe)
+            advance(len(training))
+        splits = {split: _write_split(kind, spool, split, recipe, folder, stages) for split in SPLITS}
+    if isinstance(kind, TextRows):
+        assert kind.tokenizer is not None, "it was learnt or named"
+        save_tokenizer(kind.tokenizer, folder / TOKENIZER_FOLDER)
+    tokenizer_files = sorted(path for path in (folder / TOKENIZER_FOLDER).rglob("*") if path.is_file())
+    manifest = RowsManifest(
+        preparation_version=ROWS_VERSION,
+        recipe=recipe,
+        python_version=platform.python_version(),
+        num_rows_read=num_read,
+        num_empty=num_empty,
+        num_dropped=kind.counts.num_dropped,
+        num_filled=kind.counts.num_filled,
+        tokenizer_files=[describe_file(path, folder) for path in tokenizer_files],
+        splits=splits,
+    )
+    write_atomically(folder / MANIFEST_NAME, dump_checked(manifest.model_dump(mode="json")))
+
+
+def _read_rows(config: DataConfig, kind: RowKind, spool: RowSpool, stages: StageProgress) -> tuple[int, int]:
+    """Read all rows; returns how many there are, and how many of these are empty."""
+    num_read = num_empty = 0
     with stages.stage("reading rows") as advance:
         for split, paths in _paths_of_splits(config):
             for row in read_raw_rows(config, paths):
@@ -55,41 +83,41 @@ def prepare_rows(config: DataConfig, folder: Path, stages: StageProgress) -> Non
                     num_empty += kind.counts.num_dropped == num_dropped
                     continue
                 group = None if config.split.group is None else group_of(row, config.split.group)
-                spool.add(payload, label_of(row, config), row.source_id, group, split)
-    spool.divide(config)
-    training = spool.rows_of("train")
-    with stages.stage("learning from the training rows", len(training)) as advance:
-        recipe = learn_labels(spool, config, _empty_recipe(config))
-        recipe = kind.learn(spool.payloads(training), recipe)
-        advance(len(training))
+                # The same few values come again and again in a table, but a text or an image that does has leaked.
+                is_table = config.source == "table"
+                spool.add(payload, label_of(row, config), row.source_id, group, split, with_label=is_table)
+    return num_read, num_empty
+
+
+def _write_split(
+    kind: RowKind, spool: RowSpool, split: str, recipe: RowRecipe, folder: Path, stages: StageProgress
+) -> RowSplitFacts:
+    num_truncated = kind.counts.num_truncated
     rows_of_batch = batch_rows(spool.num_rows, spool.num_bytes)
-    splits = {}
-    for split in SPLITS:
-        before = kind.counts.num_truncated
-        with stages.stage(f"writing {split}", len(spool.rows_of(split))) as advance:
-            batches = _batches(kind, spool, split, recipe, rows_of_batch)
-            facts = write_rows(folder, split, batches, rows_of_batch)
-            advance(facts.num_rows)
-        counted = {"num_leaked": spool.num_leaked[split], "num_truncated": kind.counts.num_truncated - before}
-        splits[split] = facts.model_copy(update=counted)
-    spool.remove()
-    if isinstance(kind, TextRows):
-        assert kind.tokenizer is not None, "it was learnt or named"
-        save_tokenizer(kind.tokenizer, folder / TOKENIZER_FOLDER)
-    manifest = RowsManifest(
-        preparation_version=ROWS_VERSION,
-        recipe=recipe,
-        python_version=platform.python_version(),
-        num_rows_read=num_read,
-        num_empty=num_empty,
-        num_dropped=kind.counts.num_dropped,
-        num_filled=kind.counts.num_filled,
-        tokenizer_files=[
-            describe_file(path, folder) for path in sorted((folder / TOKENIZER_FOLDER).rglob("*")) if path.is_file()
-        ],
-        splits=splits,
+    with stages.stage(f"writing {split}", len(spool.rows_of(split))) as advance:
+        facts = write_rows(folder, split, _batches(kind, spool, split, recipe, rows_of_batch), rows_of_batch)
+        advance(facts.num_rows)
+    return facts.model_copy(
+        update={
+            "num_leaked": spool.num_leaked[split],
+            "num_truncated": kind.counts.num_truncated - num_truncated,
+        }
     )
-    write_atomically(folder / MANIFEST_NAME, dump_checked(manifest.model_dump(mode="json")))
+
+
+def check_first_row(config: DataConfig) -> None:
+    """Read the first row of a source, with its label.
+
+    Raises:
+        UserError: there is none, or it is not what it should be.
+    """
+    row = next(read_raw_rows(config, config.paths), None)
+    if row is None:
+        raise UserError(f"data.source={config.source}: there is no row in it; check data.paths.")
+    row_kind(config).payload(row)
+    label_of(row, config)
+    if config.split.group is not None:
+        group_of(row, config.split.group)
 
 
 def row_kind(config: DataConfig) -> RowKind:

@@ -4,7 +4,8 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from types import TracebackType
+from typing import Any, BinaryIO, Self
 
 from sharding.ranks.errors import UserError
 from trainer.config.data import DataConfig
@@ -30,17 +31,20 @@ class RowSpool:
         self.num_bytes = 0
         self.num_leaked = dict.fromkeys(SPLITS, 0)
 
-    def add(self, payload: bytes, label: Any, source_id: str, group: str | None, split: str | None) -> None:
+    def add(
+        self, payload: bytes, label: Any, source_id: str, group: str | None, split: str | None, *, with_label: bool
+    ) -> None:
         """Take in a row.
 
         Args:
             payload: its contents without its label.
             label: its label.
+            with_label: whether two rows of other labels are two rows, though their contents are the same.
             source_id: where it came from.
             group: what it shares with rows that must be on its side of a split; None where rows are divided one by one.
             split: where it belongs, if its file says so.
         """
-        key = hashlib.sha256(payload).digest()
+        key = hashlib.sha256(payload + str(label).encode() if with_label else payload).digest()
         self._file.write(payload)
         self._lengths.append(len(payload))
         self._keys.append(key[:16])
@@ -49,6 +53,17 @@ class RowSpool:
         self.labels.append(label)
         self.source_ids.append(source_id)
         self.num_bytes += len(payload)
+
+    def __enter__(self) -> Self:
+        """Take in rows, and give them back."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Delete the file."""
+        self._file.close()
+        self._path.unlink(missing_ok=True)
 
     @property
     def num_rows(self) -> int:
@@ -93,11 +108,6 @@ class RowSpool:
                 file.seek(place)
                 yield file.read(self._lengths[row])
                 place, next_row = place + self._lengths[row], row + 1
-
-    def remove(self) -> None:
-        """Delete the file."""
-        self._file.close()
-        self._path.unlink()
 
     def _drop_leaks(self) -> None:
         elsewhere: set[bytes] = set()

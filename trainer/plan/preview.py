@@ -33,6 +33,7 @@ from trainer.data.any_samples import prepared_facts
 from trainer.data.corpus import read_documents
 from trainer.data.facts import SampleFacts
 from trainer.data.identity import errors_of, named_sources
+from trainer.data.prepare_rows import check_first_row
 from trainer.data.prepared import Prepared, PreparedMixture, PreparedStream, find_prepared
 from trainer.data.prepared_rows import PreparedRows
 from trainer.data.tokenizer import TRAINED, load_tokenizer, vocabulary_size
@@ -63,7 +64,8 @@ def preview(config: RunConfig, world: World) -> list[str]:
     """Check all that ranks would find out after they have started, and describe the run.
 
     Args:
-        config: the run; what its source has is read, of a source that is not prepared yet the first document.
+        config: the run; what its source has is read, of a source that is not prepared yet the first document or row.
+            Of rows that are not prepared yet it is not known what the model is to predict, so no model is built.
         world: the ranks that are to be started; of their GPUs nothing is asked.
 
     Raises:
@@ -74,6 +76,13 @@ def preview(config: RunConfig, world: World) -> list[str]:
     corpus = find_prepared(config.data, trained_fingerprint(config, run_folder))
     if config.checkpoint.from_ is None and run_folder.newest_checkpoint() is None:
         check_named_tokenizer(config, None if corpus is None else corpus.tokenizer_dir)
+    if corpus is None and config.data.has_rows:
+        check_first_row(config.data)
+        return [
+            "parameters    not known before the rows are prepared: shardline data prepare does it",
+            f"corpus        {_describe_corpus(config, corpus)}",
+            f"continues     {_describe_start(config, run_folder)}",
+        ]
     facts = _sample_facts(config, corpus)
     task = configured_task(config.task, facts)
     dims = parallel_dims(config.parallel, world.num_ranks)
