@@ -10,6 +10,7 @@ from pathlib import Path
 from sharding.ranks.errors import UserError
 from trainer.config.data import DataConfig, SourceConfig
 from trainer.data.corpus import corpus_fingerprint
+from trainer.data.rows_manifest import RowRecipe
 from trainer.data.tokenizer import tokenizer_identity
 
 PREPARATION_VERSION = 3
@@ -20,6 +21,12 @@ _NOT_OF_ROWS = {
     *("format", "shuffle", "skip_samples", "bucket_by_length", "cache_dir", "num_workers", "shard_tokens"),
     *("mixture", "streaming", "sample_documents", "shuffle_window", "document_mask", "paths"),
     *("validation_paths", "test_paths"),
+}
+
+
+_OF_ROWS_BY_RECIPE = {
+    *("source", "text_field", "label", "max_documents", "normalize", "missing", "image_size", "image_channels"),
+    "audio_samples",
 }
 
 
@@ -58,6 +65,19 @@ def corpus_folder(config: DataConfig) -> Path:
     identity = [PREPARATION_VERSION, settings, _sources_identity(config), tokenizer_identity(config)]
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     return prepared_root(config) / f"{source_kind(config)}-{key}"
+
+
+def folder_by_recipe(config: DataConfig, recipe: RowRecipe) -> Path:
+    """Where rows belong that are read by a recipe that was learnt from others.
+
+    Raises:
+        UserError: a source file is missing.
+    """
+    # All that was learnt is in the recipe.
+    settings = config.model_dump(mode="json", include=_OF_ROWS_BY_RECIPE)
+    identity = [ROWS_VERSION, settings, corpus_fingerprint(config), recipe.model_dump(mode="json")]
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    return prepared_root(config) / f"by-recipe-{config.source}-{key}"
 
 
 def prepared_root(config: DataConfig) -> Path:

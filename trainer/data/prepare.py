@@ -6,16 +6,23 @@ import platform
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from sharding.ranks.errors import UserError
 from trainer.config.data import DataConfig, SourceConfig
 from trainer.data.clean import CleanedCorpus, clean_corpus
 from trainer.data.corpus import read_documents
 from trainer.data.files import check_readable, find_files, name_endings, name_some
-from trainer.data.identity import PREPARATION_VERSION, corpus_folder, errors_of, named_sources, prepared_part
+from trainer.data.identity import (
+    PREPARATION_VERSION,
+    corpus_folder,
+    errors_of,
+    folder_by_recipe,
+    named_sources,
+    prepared_part,
+)
 from trainer.data.pack import describe_file, pack_split
-from trainer.data.prepare_rows import describe_rows, prepare_rows
+from trainer.data.prepare_rows import describe_rows, prepare_by_recipe, prepare_rows
 from trainer.data.prepared import (
     MANIFEST_NAME,
     TOKENIZER_FOLDER,
@@ -28,6 +35,7 @@ from trainer.data.prepared import (
 )
 from trainer.data.prepared_rows import PreparedRows
 from trainer.data.progress import StageProgress
+from trainer.data.rows_manifest import RowRecipe
 from trainer.data.tokenizer import (
     TRAINED,
     load_tokenizer,
@@ -70,13 +78,55 @@ def prepare_samples(config: DataConfig, *, progress: bool = True, fingerprint: s
     if found is not None:
         return found
     folder = corpus_folder(config)
+
+    def make(work: Path, stages: StageProgress) -> None:
+        part = prepared_part(config)
+        (prepare_rows if config.has_rows else _prepare_corpora)(part, work, stages)
+
+    return _made_once(folder, lambda: open_prepared(folder, config), make, progress)
+
+
+def prepare_rows_by(
+    recipe: RowRecipe, config: DataConfig, tokenizer_dir: Path | None, *, progress: bool = True
+) -> PreparedRows:
+    """Rows that are read as those were that a model was trained on, all of them in the split ``test``.
+
+    Args:
+        recipe: how rows are read, of a run's prepared rows or of a checkpoint.
+        config: the section ``data`` of that run, with the source of these rows.
+        tokenizer_dir: folder of the recipe's tokenizer, if it has one.
+        progress: whether this process shows a person how it goes.
+
+    Raises:
+        UserError: the source cannot be read, a row is not what it should be, or there is no space.
+    """
+    folder = folder_by_recipe(config, recipe)
+
+    def make(work: Path, stages: StageProgress) -> None:
+        prepare_by_recipe(config, recipe, tokenizer_dir, work, stages)
+
+    return _made_once(
+        folder, lambda: PreparedRows(folder) if (folder / MANIFEST_NAME).exists() else None, make, progress
+    )
+
+
+Found = TypeVar("Found", bound=Prepared)
+
+
+def _made_once(
+    folder: Path,
+    find: Callable[[], Found | None],
+    make: Callable[[Path, StageProgress], None],
+    progress: bool,
+) -> Found:
+    """What is prepared in a folder, made now if need be; whoever comes meanwhile waits."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with exclusive(folder.with_suffix(".lock"), on_wait=_say_that_it_waits if progress else lambda: None):
-            found = open_prepared(folder, config)
+            found = find()
             if found is None:
-                _prepare(prepared_part(config), folder, progress)
-                found = open_prepared(folder, config)
+                _prepare(folder, make, progress)
+                found = find()
     except OSError as error:
         # Sources are read elsewhere: whatever comes here is of the place that is written to.
         reason = error.strerror or str(error)
@@ -88,7 +138,7 @@ def prepare_samples(config: DataConfig, *, progress: bool = True, fingerprint: s
     return found
 
 
-def _prepare(config: DataConfig, folder: Path, progress: bool) -> None:
+def _prepare(folder: Path, make: Callable[[Path, StageProgress], None], progress: bool) -> None:
     for leftover in folder.parent.glob(f"{folder.name}.partial-*"):
         # We hold the lock, so whoever made it is gone.
         shutil.rmtree(leftover)
@@ -96,10 +146,7 @@ def _prepare(config: DataConfig, folder: Path, progress: bool) -> None:
     work.mkdir()
     try:
         with StageProgress(progress) as stages:
-            if config.has_rows:
-                prepare_rows(config, work, stages)
-            else:
-                _prepare_corpora(config, work, stages)
+            make(work, stages)
         # Without a manifest it is no corpus, and a mixture without a folder is none.
         shutil.rmtree(folder, ignore_errors=True)
         work.rename(folder)

@@ -8,19 +8,20 @@ from typing import TYPE_CHECKING
 
 from sharding.ranks.errors import UserError
 from trainer.config.data import DataConfig
+from trainer.config.rows import SplitConfig
 from trainer.data.identity import ROWS_VERSION
 from trainer.data.pack import describe_file
 from trainer.data.prepared_rows import MANIFEST_NAME, TOKENIZER_FOLDER, PreparedRows
 from trainer.data.progress import StageProgress
 from trainer.data.row_kinds import RowKind, TableRows
-from trainer.data.row_labels import label_column, label_of, learn_labels
+from trainer.data.row_labels import check_labels, label_column, label_of, learn_labels
 from trainer.data.row_media import AudioRows, ImageRows
 from trainer.data.row_sources import group_of, read_raw_rows
 from trainer.data.row_splits import RowSpool
 from trainer.data.row_store import batch_rows, write_rows
 from trainer.data.row_texts import TextRows
 from trainer.data.rows_manifest import SPLITS, RowRecipe, RowsManifest, RowSplitFacts
-from trainer.data.tokenizer import save_tokenizer, use_worker_threads
+from trainer.data.tokenizer import load_tokenizer, save_tokenizer, use_worker_threads
 from trainer.files.atomic_files import write_atomically
 from trainer.files.checked_json import dump_checked
 
@@ -43,14 +44,50 @@ def prepare_rows(config: DataConfig, folder: Path, stages: StageProgress) -> Non
     use_worker_threads(config.num_workers)
     kind = row_kind(config)
     with RowSpool(folder) as spool:
-        num_read, num_empty = _read_rows(config, kind, spool, stages)
+        num_rows = _read_rows(config, kind, spool, stages)
         spool.divide(config)
         training = spool.rows_of("train")
         with stages.stage("learning from the training rows", len(training)) as advance:
             recipe = learn_labels(spool, config, _empty_recipe(config))
             recipe = kind.learn(spool.payloads(training), recipe)
             advance(len(training))
-        splits = {split: _write_split(kind, spool, split, recipe, folder, stages) for split in SPLITS}
+        _write_rows(kind, spool, recipe, folder, stages, num_rows)
+
+
+def prepare_by_recipe(
+    config: DataConfig, recipe: RowRecipe, tokenizer_dir: Path | None, folder: Path, stages: StageProgress
+) -> None:
+    """Read rows by a recipe that was learnt from others, and write them as the split ``test``.
+
+    Args:
+        config: the section ``data``, with the source of these rows; how it divides rows does not count.
+        recipe: how they are read.
+        tokenizer_dir: folder of the recipe's tokenizer, if it has one.
+        folder: where to; empty.
+        stages: shows progress.
+
+    Raises:
+        UserError: the source cannot be read or has no row, or a row or a label is not what it should be.
+        OSError: nothing can be written.
+    """
+    use_worker_threads(config.num_workers)
+    kind = row_kind(config, recipe)
+    if isinstance(kind, TextRows):
+        assert tokenizer_dir is not None, "a recipe of texts has one"
+        kind.use(load_tokenizer(str(tokenizer_dir)))
+    whole = config.model_copy(update={"validation_paths": (), "test_paths": (), "split": SplitConfig()})
+    with RowSpool(folder) as spool:
+        num_rows = _read_rows(whole, kind, spool, stages)
+        spool.put_all_into("test")
+        check_labels(spool, ("test",), config, recipe)
+        _write_rows(kind, spool, recipe, folder, stages, num_rows)
+
+
+def _write_rows(
+    kind: RowKind, spool: RowSpool, recipe: RowRecipe, folder: Path, stages: StageProgress, num_rows: tuple[int, int]
+) -> None:
+    """Write all splits, and the manifest last; ``num_rows`` is ``_read_rows``'."""
+    splits = {split: _write_split(kind, spool, split, recipe, folder, stages) for split in SPLITS}
     if isinstance(kind, TextRows):
         assert kind.tokenizer is not None, "it was learnt or named"
         save_tokenizer(kind.tokenizer, folder / TOKENIZER_FOLDER)
@@ -59,8 +96,8 @@ def prepare_rows(config: DataConfig, folder: Path, stages: StageProgress) -> Non
         preparation_version=ROWS_VERSION,
         recipe=recipe,
         python_version=platform.python_version(),
-        num_rows_read=num_read,
-        num_empty=num_empty,
+        num_rows_read=num_rows[0],
+        num_empty=num_rows[1],
         num_dropped=kind.counts.num_dropped,
         num_filled=kind.counts.num_filled,
         tokenizer_files=[describe_file(path, folder) for path in tokenizer_files],
@@ -120,13 +157,17 @@ def check_first_row(config: DataConfig) -> None:
         group_of(row, config.split.group)
 
 
-def row_kind(config: DataConfig) -> RowKind:
-    """What is done with the rows of a source."""
+def row_kind(config: DataConfig, recipe: RowRecipe | None = None) -> RowKind:
+    """What is done with the rows of a source, whose columns are those of a recipe where there is one."""
     if config.source == "table":
-        return TableRows(config, read_raw_rows(config, config.paths))
+        if recipe is not None:
+            return TableRows(config, recipe.features, [column.name for column in recipe.categories])
+        return TableRows.by_first_rows(config, read_raw_rows(config, config.paths))
     if config.source in ("digits", "images"):
         return ImageRows(config)
-    return AudioRows(config) if config.source == "audio" else TextRows(config)
+    if config.source == "audio":
+        return AudioRows(config, 0 if recipe is None else recipe.sampling_rate or 0)
+    return TextRows(config)
 
 
 def describe_rows(rows: PreparedRows) -> str:

@@ -3,7 +3,7 @@
 import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -60,7 +60,21 @@ class RowKind(Protocol):
 class TableRows:
     """Lines of numbers and of values."""
 
-    def __init__(self, config: DataConfig, rows: Iterable[RawRow]) -> None:
+    def __init__(self, config: DataConfig, features: Sequence[str], categories: Sequence[str]) -> None:
+        """Bind to columns.
+
+        Args:
+            config: what else is said of them.
+            features: those that are numbers, in order.
+            categories: those that hold one of several values, in order.
+        """
+        self._config = config
+        self.counts = RowCounts()
+        self._features = list(features)
+        self._categories = list(categories)
+
+    @classmethod
+    def by_first_rows(cls, config: DataConfig, rows: Iterable[RawRow]) -> "TableRows":
         """Decide which columns are which.
 
         Args:
@@ -70,13 +84,9 @@ class TableRows:
         Raises:
             UserError: a named column is not there, or there is none.
         """
-        self._config = config
-        self.counts = RowCounts()
         first = list(itertools.islice(rows, _ROWS_LOOKED_AT))
         if not first:
-            self._features: list[str] = []
-            self._categories: list[str] = []
-            return
+            return cls(config, [], [])
         for setting, names in (("data.features", config.features), ("data.categories", config.categories)):
             for name in names:
                 if name not in first[0].values:
@@ -84,13 +94,14 @@ class TableRows:
         named = {*config.features, *config.categories, config.label, config.split.group}
         others = [name for name in first[0].values if name not in named]
         numeric = [name for name in others if all(_is_number(row.values.get(name)) for row in first)]
-        self._features = list(config.features) or numeric
-        self._categories = list(config.categories) or [name for name in others if name not in numeric]
-        if not self._features and not self._categories:
+        features = list(config.features) or numeric
+        categories = list(config.categories) or [name for name in others if name not in numeric]
+        if not features and not categories:
             raise UserError(
-                f"data.features and data.categories name no column of {first[0].place} but the label; name some of "
+                f"data.features and data.categories: {first[0].place} has no column but the label; it has "
                 f"{', '.join(first[0].values)}."
             )
+        return cls(config, features, categories)
 
     def payload(self, row: RawRow) -> bytes | None:
         """See RowKind."""
@@ -138,7 +149,9 @@ class TableRows:
         return {name: fixed_lists(rows) for name, rows in widths.items() if rows.shape[1]}
 
     def _number(self, row: RawRow, name: str) -> float:
-        value: Any = row.values.get(name)
+        if name not in row.values:
+            raise no_column("data.features", name, row)
+        value: Any = row.values[name]
         if _is_missing(value):
             if self._config.missing == "error":
                 raise UserError(

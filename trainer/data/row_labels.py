@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -64,16 +65,31 @@ def learn_labels(spool: RowSpool, config: DataConfig, recipe: RowRecipe) -> RowR
             f"data.label={config.label}: all {len(training)} training rows are of the class {', '.join(classes)}, so "
             "there is nothing to learn; name another column, or add rows of another class."
         )
-    for split in ("validation", "test"):
+    recipe = recipe.model_copy(update={"classes": classes, "class_counts": [counts[name] for name in classes]})
+    check_labels(spool, ("validation", "test"), config, recipe)
+    return recipe
+
+
+def check_labels(spool: RowSpool, splits: Sequence[str], config: DataConfig, recipe: RowRecipe) -> None:
+    """Assert that rows that are not trained on have no class but those of training.
+
+    Raises:
+        UserError: one has.
+    """
+    if recipe.label_kind == "number":
+        return
+    known = set(recipe.classes)
+    for split in splits:
         for row in spool.rows_of(split):
             label = spool.labels[row]
-            unseen = next((name for name in (label if has_tags else [label]) if name not in counts), None)
+            unseen = next(
+                (name for name in (label if recipe.label_kind == "tags" else [label]) if name not in known), None
+            )
             if unseen is not None:
                 raise UserError(
                     f"data.label={config.label}: {spool.source_ids[row]} of the {split} split is of the class "
                     f"{unseen}, which no training row has; add such rows, set data.split.stratify=true, or remove it."
                 )
-    return recipe.model_copy(update={"classes": classes, "class_counts": [counts[name] for name in classes]})
 
 
 def label_column(labels: list[Any], recipe: RowRecipe, columns: "dict[str, pa.Array]") -> "pa.Array":

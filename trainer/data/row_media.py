@@ -77,12 +77,12 @@ class ImageRows:
 class AudioRows:
     """Recordings of one rate, of one channel, as fp32 numbers between -1 and 1."""
 
-    def __init__(self, config: DataConfig) -> None:
-        """Nothing is known of the recordings yet."""
+    def __init__(self, config: DataConfig, sampling_rate: int = 0) -> None:
+        """Nothing is known of the recordings yet but, of a recipe, their rate; 0 takes that of the first one."""
         self.counts = RowCounts()
         self._num_samples = config.audio_samples
         self._standardize = config.standardize
-        self._sampling_rate = 0
+        self._sampling_rate = sampling_rate
 
     def payload(self, row: RawRow) -> bytes | None:
         """See RowKind.
@@ -105,7 +105,7 @@ class AudioRows:
         self._sampling_rate = self._sampling_rate or rate
         if rate != self._sampling_rate:
             raise UserError(
-                f"data.paths: {path} has {rate} samples a second, but the first recording {self._sampling_rate}; bring "
+                f"data.paths: {path} has {rate} samples a second, but the others have {self._sampling_rate}; bring "
                 "all to one rate."
             )
         mono: np.ndarray = sound.mean(axis=1, dtype=np.float32)

@@ -95,6 +95,17 @@ class RowSpool:
         self._drop_leaks()
         self._check_splits(config)
 
+    def put_all_into(self, split: str) -> None:
+        """Give every row the same split.
+
+        Raises:
+            UserError: there is no row.
+        """
+        self._file.close()
+        if not self._splits:
+            raise UserError(f"the {split} split is empty (0 rows read); name other files.")
+        self._splits = [split] * len(self._splits)
+
     def rows_of(self, split: str) -> list[int]:
         """The rows of a split by number, in the order of the source."""
         return [row for row, of_row in enumerate(self._splits) if of_row == split]

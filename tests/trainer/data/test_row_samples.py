@@ -18,7 +18,7 @@ from trainer.config import parse_config
 from trainer.config.data import DataConfig
 from trainer.data.any_samples import prepared_samples
 from trainer.data.loader import BatchLoader, evaluation_batches
-from trainer.data.prepare import describe_corpus, prepare_samples
+from trainer.data.prepare import describe_corpus, prepare_rows_by, prepare_samples
 from trainer.data.prepared import find_prepared
 from trainer.data.prepared_rows import PreparedRows
 from trainer.data.row_samples import RowSamples
@@ -245,7 +245,7 @@ def test_recordings_are_filled_up_with_silence(tmp_path: Path) -> None:
     with wave.open(str(tmp_path / "sounds" / "low" / "other.wav"), "wb") as file:
         file.setparams((1, 2, 4000, 0, "NONE", ""))
         file.writeframes(b"\0\0" * 100)
-    with pytest.raises(UserError, match=r"other.wav has 4000 samples a second, but the first recording 8000"):
+    with pytest.raises(UserError, match=r"other.wav has 4000 samples a second, but the others have 8000"):
         _samples(tmp_path, "audio-classification", **named)
 
 
@@ -260,6 +260,46 @@ def test_what_scikit_learn_bundles(tmp_path: Path) -> None:
     diabetes = _samples(tmp_path, "regression", source="table", table="diabetes")
     assert (diabetes.facts.num_features, diabetes.facts.classes) == (10, ())
     assert diabetes.facts.label_mean == pytest.approx(152, abs=10)
+
+
+def test_other_rows_are_read_as_those_that_a_model_was_trained_on(tmp_path: Path) -> None:
+    columns = _ratings()
+    columns["missing"] = [*"123456789", *"0" * 51]
+    settings: dict[str, Any] = {"source": "table", "missing": "mean", "validation_fraction": 0.0}
+    config = _config(tmp_path, "regression", paths=[str(_write_csv(tmp_path / "a.csv", columns))], **settings)
+    prepared = prepare_samples(config, progress=False)
+    assert isinstance(prepared, PreparedRows)
+    columns["city"][0], columns["missing"][1] = "Bonn", ""
+    other = config.model_copy(update={"paths": (str(_write_csv(tmp_path / "b.csv", columns)),)})
+    again = prepare_rows_by(prepared.recipe, other, None, progress=False)
+    assert again.recipe == prepared.recipe
+    assert again.facts() == prepared.facts()
+    before, after = _all(RowSamples(prepared), "train"), _all(RowSamples(again), "test")
+    assert after["features"][2:].equal(before["features"][2:])
+    assert after["labels"].equal(before["labels"])
+    assert (after["categories"][0].item(), float(after["features"][1, 2])) == (0, 0.0)
+    other = config.model_copy(update={"paths": (str(_write_csv(tmp_path / "c.csv", {"label": [1]})),)})
+    with pytest.raises(UserError, match=r"data.features=age is not a column of line 2"):
+        prepare_rows_by(prepared.recipe, other, None, progress=False)
+
+
+def test_other_texts_are_read_by_the_same_tokenizer(tmp_path: Path) -> None:
+    path = str(_texts(tmp_path / "a.jsonl", [(f"text {i}", str(i % 2)) for i in range(40)]))
+    config = _config(tmp_path, "sequence-classification", source="jsonl", paths=[path])
+    prepared = prepare_samples(config, progress=False)
+    assert isinstance(prepared, PreparedRows)
+    named = {"paths": (str(_texts(tmp_path / "b.jsonl", [("text 3", "1"), ("other words", "0")])),)}
+    again = prepare_rows_by(prepared.recipe, config.model_copy(update=named), prepared.tokenizer_dir, progress=False)
+    assert again.facts().vocab_size == prepared.vocab_size
+    from transformers import AutoTokenizer
+
+    batch = _all(RowSamples(again), "test")
+    assert batch["labels"].tolist() == [1, 0]
+    tokenizer = AutoTokenizer.from_pretrained(prepared.tokenizer_dir)
+    assert tokenizer.decode(batch["input_ids"][1][: batch["num_tokens"][1]]) == "other words"
+    unseen = {"paths": (str(_texts(tmp_path / "c.jsonl", [("text 3", "2")])),)}
+    with pytest.raises(UserError, match="of the test split is of the class 2, which no training row has"):
+        prepare_rows_by(prepared.recipe, config.model_copy(update=unseen), prepared.tokenizer_dir, progress=False)
 
 
 # How they are divided.
