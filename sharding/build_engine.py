@@ -8,6 +8,7 @@ import torch
 
 from sharding.accelerate_engine import AccelerateDdpEngine, AccelerateZero3Builder
 from sharding.activation_checkpointing import checkpoint_activations
+from sharding.batch_norm import batch_norm_group, refuse_batch_norm, synchronize_batch_norm
 from sharding.blocks import find_blocks, refuse_scattered_layers
 from sharding.bucketed.builder import BucketedBuilder, BucketedZero3Builder
 from sharding.config import (
@@ -91,6 +92,8 @@ def build_engine(
     dtype = compute_dtype(precision, device)
     model = definition.model
     blocks = find_blocks(model)
+    refuse_batch_norm(model, activation_checkpointing)
+    norm_group = batch_norm_group(model, mesh)
     if mesh.reduction.degree > 1:
         refuse_scattered_layers(model, parallel.strategy)
     parts = EngineParts(
@@ -115,6 +118,7 @@ def build_engine(
             materializer.materialize(module)
         initialize_tree(block, name, definition.seed, definition.initialize)
         check_parameters(block, name)
+        synchronize_batch_norm(block, norm_group, is_compiled=compilation.enabled)
         if precision.compute == "fp8":
             convert_linear_layers(block, precision.fp8_recipe, device)
         checkpoint_activations(block, index, activation_checkpointing)
@@ -124,6 +128,7 @@ def build_engine(
             block.compile(mode=None if compilation.mode == "default" else compilation.mode)
         builder.prepare_block(name, block)
     _initialize_outside_blocks(definition, materializer, {id(block) for _, block in blocks})
+    synchronize_batch_norm(model, norm_group, is_compiled=compilation.enabled)
     if manages_memory:
         leave_recurrent_weights_alone(model)
     return builder.finish(model)

@@ -64,7 +64,7 @@ def network_config(
         "steps": 4,
         "model": {"builtin": builtin, "arguments": dict(arguments)},
         "task": {"name": "module:Task"},
-        "optimizer": {"name": "sgd", "lr": 0.1, "weight_decay": 0.0, "clip_norm": 0.0},
+        "optimizer": {"name": "sgd", "lr": 0.1, "momentum": 0.0, "weight_decay": 0.0, "clip_norm": 0.0},
         "parallel": dict(parallel),
         "batch": {"global_size": 12, "micro_size": 1},
     }

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from sharding.batch_norm import RUNNING_STATISTICS
 from sharding.engine import Engine
 from sharding.part import Part
 from sharding.state import AVERAGE_PREFIX, MODEL_PREFIX
@@ -13,6 +14,9 @@ from sharding.state import AVERAGE_PREFIX, MODEL_PREFIX
 
 class WeightAverage:
     """``average = decay * average + (1 - decay) * weights`` after every step that changed the weights.
+
+    The running statistics of batch normalisation are averaged as the weights are: those of the weights themselves
+    would describe activations that averaged weights do not have.
 
     Polyak and Juditsky, "Acceleration of Stochastic Approximation by Averaging" (1992), in its exponential form.
     """
@@ -28,7 +32,11 @@ class WeightAverage:
         self._decay = decay
         trained = engine.named_local_shards().keys()
         masters = engine.state(with_optimizer=False)
-        masters = [part for part in masters if part.name.removeprefix(MODEL_PREFIX) in trained]
+        masters = [
+            part
+            for part in masters
+            if part.name.removeprefix(MODEL_PREFIX) in trained or part.name.endswith(RUNNING_STATISTICS)
+        ]
         self._masters = [part.tensor for part in masters]
         self._averages = {
             part.name: replace(part, name=_average_name(part.name), tensor=part.tensor.clone()) for part in masters

@@ -147,7 +147,7 @@ def _run_case(config: RunConfig, case: ParityCase, facts: SampleFacts, ranks: Ra
     mesh = build_mesh(config.parallel, ranks)
     engine, _ = build_model_engine(config, task, mesh, ranks, facts)
     initial_hash = parameter_hash(engine, ranks)
-    _write_parameters(engine, ranks, folder / f"{case.label}.initial.safetensors")
+    write_parameters(engine, ranks, folder / f"{case.label}.initial.safetensors")
     data = mesh.data
     rows = batch["labels"].chunk(data.degree)[0].shape[0]
     local = {name: tensor[data.rank * rows : (data.rank + 1) * rows] for name, tensor in batch.items()}
@@ -162,13 +162,13 @@ def _run_case(config: RunConfig, case: ParityCase, facts: SampleFacts, ranks: Ra
         losses.append(sum_over_ranks(loss_sum[None], ranks)[0] / num_targets)
         norms.append(float(engine.clip_grad_norm(config.optimizer.clip_norm)))
         engine.step(config.optimizer.lr)
-    _write_parameters(engine, ranks, folder / f"{case.label}.final.safetensors")
+    write_parameters(engine, ranks, folder / f"{case.label}.final.safetensors")
     if ranks.rank == 0:
         trajectory = Trajectory(losses, norms, initial_hash)
         (folder / f"{case.label}.json").write_text(json.dumps(asdict(trajectory)))
 
 
-def _write_parameters(engine: Engine, ranks: Ranks, path: Path) -> None:
+def write_parameters(engine: Engine, ranks: Ranks, path: Path) -> None:
     """Put the slices of all ranks together on rank 0 and write them as whole tensors."""
     slices = [
         (part.name.removeprefix(MODEL_PREFIX), part.global_shape, box.slices, piece.cpu())

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sharding.batch_norm import refuse_batch_norm
 from sharding.blocks import refuse_scattered_layers
 from sharding.parallel_dims import parallel_dims
 from sharding.ranks.errors import EXIT_FINISHED, UserError, ends_with_a_sentence
@@ -97,6 +98,7 @@ def preview(config: RunConfig, world: World) -> list[str]:
             refuse_positions_by_padding(config, model, model_config)
             if predicts_next_tokens(task):
                 refuse_encoder(config, model_config)
+        refuse_batch_norm(model, config.activation_checkpointing)
         if dims.reduction_degree > 1:
             refuse_scattered_layers(model, config.parallel.strategy)
         _try_forward(task, config.model, facts)
