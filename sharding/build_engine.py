@@ -107,7 +107,6 @@ def build_engine(
         loss_scaler=LossScaler(precision, device) if dtype is torch.float16 else None,
         deepspeed_settings=deepspeed_settings,
     )
-    manages_memory = parallel.strategy not in ("none", "ddp")
     builder = BUILDERS[parallel.backend][parallel.strategy](parts)
     if precision.compute == "fp8":
         check_float8(model, precision.fp8_recipe, device)
@@ -122,15 +121,13 @@ def build_engine(
         if precision.compute == "fp8":
             convert_linear_layers(block, precision.fp8_recipe, device)
         checkpoint_activations(block, index, activation_checkpointing)
-        if manages_memory:
-            leave_recurrent_weights_alone(block)
+        leave_recurrent_weights_alone(block)
         if compilation.enabled:
             block.compile(mode=None if compilation.mode == "default" else compilation.mode)
         builder.prepare_block(name, block)
     _initialize_outside_blocks(definition, materializer, {id(block) for _, block in blocks})
     synchronize_batch_norm(model, norm_group, is_compiled=compilation.enabled)
-    if manages_memory:
-        leave_recurrent_weights_alone(model)
+    leave_recurrent_weights_alone(model)
     return builder.finish(model)
 
 
