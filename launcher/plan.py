@@ -4,7 +4,7 @@ import json
 import os
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from launcher.command import find_launcher, rank_devices
 from launcher.environment import Variable, applied, launcher_variables, rank_variables
@@ -15,6 +15,8 @@ from sharding.ranks.slurm_step import num_step_tasks
 from trainer.config import RunConfig, load_config
 from trainer.config.deepspeed_settings import deepspeed_settings
 from trainer.config.rules import World, accumulation_steps, validate
+from trainer.data.epochs import with_counted_epochs
+from trainer.data.prepared import Prepared
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,10 @@ class Plan:
         """The ranks along each axis of parallelism."""
         return parallel_dims(self.config.parallel, self.world.num_ranks)
 
+    def with_counted_epochs(self, corpus: Prepared) -> "Plan":
+        """The same with a known number of steps; see ``trainer.data.epochs``."""
+        return replace(self, config=with_counted_epochs(self.config, corpus))
+
     def command(self, port: int, arguments: Sequence[str]) -> list[str]:
         """Argv of the launcher's agent.
 
@@ -63,7 +69,9 @@ class Plan:
         """
         config, dims = self.config, self.dims
         steps = accumulation_steps(config, dims)
-        tokens, total = config.tokens_per_step, config.num_steps
+        tokens, length = config.tokens_per_step, "how many steps the epochs are is known once the corpus is prepared"
+        if config.is_length_known:
+            length = f"{tokens * config.num_steps:,} in {config.num_steps:,} steps"
         free_port = "; port 0 becomes a free one" if config.launch.master_port == 0 else ""
         device = "GPU, NCCL" if self.world.has_gpu else "CPU, gloo"
         return "\n".join(
@@ -73,7 +81,7 @@ class Plan:
                 f"data-parallel degree {dims.data_degree}",
                 f"batch         {config.batch.global_size} samples = {config.batch.micro_size} x {steps} "
                 f"accumulation steps x {dims.data_degree} ranks",
-                f"tokens        {tokens:,} a step, {tokens * total:,} in {total:,} steps",
+                f"tokens        {tokens:,} a step, {length}",
                 *preview.splitlines(),
                 "environment",
                 *(f"  {shlex.quote(f'{v.name}={v.value}')}    # {v.why}" for v in self.variables),

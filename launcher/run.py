@@ -16,7 +16,8 @@ from launcher.preview import preview
 from launcher.restarts import Restarts
 from launcher.stop_signals import StopSignals
 from sharding.ranks.errors import EXIT_FINISHED, EXIT_STOPPED, RunFailure, UserError
-from trainer.attempt import begin_attempt, check_continuation, is_complete
+from trainer.attempt import begin_attempt, check_continuation, finished
+from trainer.checkpoint.finish import complete_at, remedy
 from trainer.checkpoint.reference import check_source
 from trainer.checkpoint.trained_corpus import trained_fingerprint
 from trainer.config import RunConfig, config_to_yaml
@@ -37,17 +38,17 @@ def run(config_path: str, overrides: Sequence[str], nproc_per_node: int | None, 
         UserError: something that the user can mend is wrong.
     """
     plan = make_plan(config_path, overrides, nproc_per_node, launcher)
+    run_folder = RunFolder.of(plan.config)
+    if plan.config.epochs is not None:
+        found = find_prepared(plan.config.data, trained_fingerprint(plan.config, run_folder))
+        plan = plan if found is None else plan.with_counted_epochs(found)
     if dry_run:
         print(plan.describe(preview(plan.config, plan.world)))
         return EXIT_FINISHED
-    config, run_folder = plan.config, RunFolder.of(plan.config)
+    config = plan.config
     check_continuation(run_folder, config)
     check_source(config, run_folder)
-    if is_complete(run_folder, config):
-        print(
-            f"run {config.name} is complete at step {config.num_steps}; nothing to do. Its last checkpoint is "
-            f"{run_folder.checkpoint_path(config.num_steps)}; to train on, run it with {_longer_budget(config)}, say"
-        )
+    if _is_finished(run_folder, config):
         return EXIT_FINISHED
     port = rendezvous_port(config.launch.master_port)
     lease = Lease.acquire(run_folder.path)
@@ -56,6 +57,12 @@ def run(config_path: str, overrides: Sequence[str], nproc_per_node: int | None, 
         corpus = _prepared_corpus(config, trained_fingerprint(config, run_folder))
         corpus.check_sequence_length(config.data.sequence_length)
         _check_vocabulary(config, corpus)
+        if not config.is_length_known:
+            plan = plan.with_counted_epochs(corpus)
+            check_continuation(run_folder, plan.config)
+            check_source(plan.config, run_folder)
+            if _is_finished(run_folder, plan.config):
+                return EXIT_FINISHED
         for sentence in plan.kept:
             print(f"note: {sentence}")
         with StopSignals() as signals:
@@ -94,8 +101,16 @@ def _run_attempts(plan: Plan, run_folder: RunFolder, lease: Lease, port: int, si
         port = rendezvous_port(plan.config.launch.master_port)
 
 
-def _longer_budget(config: RunConfig) -> str:
-    return f"tokens={2 * config.tokens}" if config.tokens is not None else f"steps={2 * config.num_steps}"
+def _is_finished(run_folder: RunFolder, config: RunConfig) -> bool:
+    """Whether nothing is left to train, which is then said."""
+    ended = finished(run_folder, config)
+    if ended is not None:
+        step, checkpoint, reason = ended
+        print(
+            f"run {config.name} is {complete_at(step, reason)}; nothing to do. Its last checkpoint is {checkpoint}; to "
+            f"train on, run it with {remedy(config, reason)}, say"
+        )
+    return ended is not None
 
 
 def _prepared_corpus(config: RunConfig, fingerprint: str | None) -> Prepared:

@@ -72,15 +72,16 @@ def write_corpus(folder: Path, num_documents: int = 24) -> Path:
     return folder
 
 
-def write_empty_checkpoint(folder: Path, step: int = 0, eval_loss: float | None = None) -> Path:
+def write_empty_checkpoint(folder: Path, step: int = 0, eval_loss: float | None = None, **training: Any) -> Path:
     """A checkpoint without tensors, for tests that look only at what there is; returns its folder."""
     from trainer.checkpoint.manifest import FORMAT_VERSION, Manifest, fingerprint, write_manifest
     from trainer.checkpoint.training_state import TrainingState
 
     counters = dict.fromkeys(("num_samples", "num_tokens", "num_skipped_steps", "num_skipped_in_a_row"), 0)
+    evaluated = {} if eval_loss is None else {"eval_metrics": {"loss": eval_loss}}
     manifest = Manifest(
         format_version=FORMAT_VERSION,
-        training=TrainingState(step=step, schedule_total_steps=12, seed=7, eval_loss=eval_loss, **counters),
+        training=TrainingState(step=step, schedule_total_steps=12, seed=7, **evaluated, **counters, **training),
         config={},
         config_fingerprint=fingerprint({}),
         data_fingerprint="none",

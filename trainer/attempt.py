@@ -7,10 +7,12 @@ import shutil
 import time
 
 from sharding.ranks.errors import UserError
+from trainer.checkpoint.finish import finish_reason
 from trainer.checkpoint.layout import check_sizes
 from trainer.checkpoint.manifest import read_manifest
 from trainer.checkpoint.reference import refuse_all_corrupt
 from trainer.config import RunConfig, config_to_yaml, parse_config
+from trainer.config.budget import budget, budget_of
 from trainer.config.frozen_config import frozen_differences
 from trainer.config.rules import World
 from trainer.config.secrets import redact_values
@@ -48,13 +50,11 @@ def check_continuation(folder: RunFolder, config: RunConfig) -> None:
             f"checkpoint.resume=never, but {folder.path} has a checkpoint of step {newest[0]}; choose another name "
             "or checkpoint.resume=auto."
         )
-    if config.num_steps < newest[0]:
-        key, unit, size = "steps", 1, ""
-        if config.tokens is not None:
-            key, unit, size = "tokens", config.tokens_per_step, f" of {config.tokens_per_step} tokens"
+    if config.is_length_known and config.num_steps < newest[0]:
+        key, value = budget(config)
         raise UserError(
-            f"{key}={getattr(config, key)} is less than the {newest[0]} steps{size} that {folder.path} has done; "
-            f"set {key} to at least {newest[0] * unit}."
+            f"{key}={value} is less than the {newest[0]} steps that {folder.path} has done; set {key} to at least "
+            f"{budget_of(config, newest[0])}."
         )
 
 
@@ -78,10 +78,7 @@ def begin_attempt(folder: RunFolder, config: RunConfig, world: World, argv: list
         by_hand = begins_by_hand(folder.path, attempt, os.environ)
         begin_ledger(folder.log_dir(attempt), attempt, began_at, by_hand=by_hand)
         suffix = "" if attempt == 1 else f".attempt-{attempt}"
-        if folder.newest_checkpoint() is None or not folder.config_file.exists():
-            write_atomically(folder.config_file, config_to_yaml(config))
-        if attempt > 1:
-            write_atomically(folder.attempt_config_file(attempt), config_to_yaml(config))
+        freeze_config(folder, config, attempt)
         provenance = redact_values(collect_provenance(config, world, argv), os.environ)
         # It holds uncommitted changes of the code, in which there may be what no rule finds.
         text = json.dumps(provenance, indent=2) + "\n"
@@ -98,20 +95,40 @@ def begin_attempt(folder: RunFolder, config: RunConfig, world: World, argv: list
     return attempt
 
 
-def is_complete(folder: RunFolder, config: RunConfig) -> bool:
-    """Whether the newest checkpoint is at or beyond the last step, and complete as far as sizes tell.
+def freeze_config(folder: RunFolder, config: RunConfig, attempt: int) -> None:
+    """Write down what an attempt is begun with: once more where only the corpus has told how long it is.
 
+    Raises:
+        UserError: it cannot be written.
+        StorageOutage: it cannot be written for now.
+    """
+    try:
+        if folder.newest_checkpoint() is None or not folder.config_file.exists():
+            write_atomically(folder.config_file, config_to_yaml(config))
+        if attempt > 1:
+            write_atomically(folder.attempt_config_file(attempt), config_to_yaml(config))
+    except OSError as error:
+        raise cannot_be_written("run folder", folder.path, error) from None
+
+
+def finished(folder: RunFolder, config: RunConfig) -> tuple[int, CheckpointPath, str] | None:
+    """Step and folder of the newest checkpoint, and why nothing is left to train after it; None while something is.
+
+    A checkpoint counts that is complete as far as sizes tell.
     What files contain is compared by the ranks and by ``shardline checkpoint verify``.
     """
     newest = folder.newest_checkpoint()
-    if newest is None or newest[0] < config.num_steps:
-        return False
+    if newest is None:
+        return None
     try:
-        check_sizes(newest[1], read_manifest(newest[1]))
+        manifest = read_manifest(newest[1])
+        reason = finish_reason(manifest.training, config)
+        if reason is not None:
+            check_sizes(newest[1], manifest)
     except UserError:
         # The ranks know what to do about it.
-        return False
-    return True
+        return None
+    return None if reason is None else (*newest, reason)
 
 
 def _check_same_storage(folder: RunFolder, newest: tuple[int, CheckpointPath] | None) -> None:

@@ -18,7 +18,7 @@ from trainer.config import RunConfig
 from trainer.data.any_samples import prepared_samples
 from trainer.data.documents import documents_in
 from trainer.data.loader import BatchLoader, evaluation_batches
-from trainer.data.prepared import Prepared, PreparedStream, describe_mixture
+from trainer.data.prepared import Prepared, PreparedStream, describe_entropy, describe_mixture
 from trainer.data.prepared_rows import PreparedRows
 from trainer.data.row_samples import RowSamples
 from trainer.data.samples import Samples
@@ -44,6 +44,7 @@ from trainer.run_folder.folder import RunFolder
 from trainer.runtime.phases import Phase, Phases
 from trainer.tasks.causal_lm import predicts_next_tokens
 from trainer.tasks.evaluation import Evaluation
+from trainer.tasks.monitor import check_monitor
 from trainer.tasks.named_sums import NamedSums
 from trainer.tasks.registry import configured_task
 from trainer.trackers.observers import Observers
@@ -80,7 +81,8 @@ def build_trainer(
         UserError: model, task, tokenizer and data do not fit together.
     """
     samples = prepared_samples(corpus, config.data, verify=config.faults.verify_data)
-    task = configured_task(config.task, samples.facts)
+    task = configured_task(config.task, samples.facts, config.seed)
+    check_monitor(config, task)
     if faults:
         task = CorruptedTask(
             task,
@@ -116,6 +118,10 @@ def build_trainer(
         check_engine(engine, fetched, task, samples.facts)
     for line in describe_mixture(corpus, config.data.sequence_length, config.num_steps * config.batch.global_size):
         observers.info(line)
+
+    if config.task.name == "masked-lm" and not isinstance(corpus, PreparedRows):
+        for line in describe_entropy(corpus):
+            observers.info(line)
 
     average = WeightAverage(engine, config.optimizer.ema_decay) if config.optimizer.ema_decay else None
     parts = TrainerParts(

@@ -9,7 +9,8 @@ from typing import Any
 from sharding.engine import Batch
 from sharding.ranks.errors import NonFiniteFailure, RunFailure, UserError
 from trainer.accumulation import agree_on_step
-from trainer.checkpoint.training_state import TrainingState
+from trainer.checkpoint.finish import after_evaluation, finish_reason
+from trainer.checkpoint.training_state import Better, TrainingState
 from trainer.config import RunConfig
 from trainer.config.data import SampleRange
 from trainer.data.batch import pinned
@@ -18,7 +19,7 @@ from trainer.data.samples import MicroBatch
 from trainer.data.skipped_samples import SkippedSamples
 from trainer.data.streaming import StreamingLoader, gather_states
 from trainer.metrics.clock import ThroughputClock
-from trainer.metrics.file import Metrics, MetricsFile, finite_or_none
+from trainer.metrics.file import Metrics, MetricsFile
 from trainer.metrics.goodput import Category
 from trainer.metrics.noise_scale import NoiseScale, train_and_measure
 from trainer.metrics.step import SkippedSteps, StepRecord, mfu_metrics, summarize_step
@@ -68,6 +69,8 @@ class Trainer:
         self._loader_state: dict[str, Any] | None = None
         # The run rolled back to a checkpoint, which does not say what is skipped from now on; the next step's will.
         self._owes_step = False
+        # Value and better direction of each metric, of the last evaluation.
+        self._evaluated: dict[str, tuple[float, Better]] = {}
 
     @property
     def step(self) -> int:
@@ -86,6 +89,11 @@ class Trainer:
         skipped = SkippedSamples(self._training.skipped_samples)
         return skipped.ranges_between(first, first + self._config.batch.global_size)
 
+    @property
+    def finish_reason(self) -> str | None:
+        """Why nothing is left to train; None while something is. The same on all ranks."""
+        return finish_reason(self._training, self._config)
+
     def resume_or_init(self) -> None:
         """Continue from a checkpoint where there is one.
 
@@ -103,13 +111,13 @@ class Trainer:
         self._open_metrics_file()
 
     def fit(self) -> ExitReason:
-        """Train up to ``steps``, or until a stop is agreed; either way the last step, if there was one, is saved.
+        """Train until the run is finished or a stop is agreed; either way the last step, if there was one, is saved.
 
         Raises:
             RunFailure: too many steps in a row were not finite.
             UserError: a checkpoint could not be written.
         """
-        if self.step >= self._config.num_steps:
+        if self.finish_reason is not None:
             return ExitReason.FINISHED
         # Collections at different moments on different ranks would hold up one another at every collective.
         gc.disable()
@@ -137,7 +145,7 @@ class Trainer:
         first_step = self.step + 1
         phases = self._parts.phases
         # The step after this one is not always the next: one may be taken again, and the run may roll back.
-        while self.step < self._config.num_steps:
+        while self.finish_reason is None:
             step = self.step + 1
             loader = self._open_loader()
             seed_step(self._config.seed, step, self._parts.mesh.data.rank)
@@ -212,7 +220,7 @@ class Trainer:
                 "step": step,
                 "num_samples": self._training.num_samples + self._config.batch.global_size,
                 "num_tokens": self._training.num_tokens + num_targets,
-                "eval_loss": None,
+                "eval_metrics": {},
             }
         )
         return StepRecord(loss_sum, num_targets, grad_norm, rate, engine.loss_scale, noise)
@@ -292,7 +300,7 @@ class Trainer:
         metrics |= mfu_metrics(metrics, parts.facts, self._config.data.sequence_length, parts.peak_flops)
         if evaluates:
             metrics |= self.evaluate()
-            self._training = self._training.model_copy(update={"eval_loss": finite_or_none(metrics).get("eval/loss")})
+            self._training = after_evaluation(self._training, self._config, self._evaluated)
         metrics |= self._clock.time_shares(metrics["throughput/data_wait_fraction"] or 0.0)
         metrics["checkpoint/blocking_s"] = self._clock.spent_s(Category.CHECKPOINT)
         if parts.checkpointer.last_write_s is not None:
@@ -326,12 +334,13 @@ class Trainer:
         """
         average = self._parts.weight_average
         with self._parts.phases.during(Phase.EVALUATE):
-            metrics: Metrics = {f"eval/{name}": metric.value for name, metric in self._evaluate_weights().items()}
-            if average is not None and metrics:
+            evaluated = self._evaluate_weights()
+            if average is not None and evaluated:
                 with average.in_place_of_weights():
                     averaged = self._evaluate_weights()
-                metrics |= {f"eval/ema_{name}": metric.value for name, metric in averaged.items()}
-        return metrics
+                evaluated |= {f"ema_{name}": metric for name, metric in averaged.items()}
+        self._evaluated = {name: (metric.value, metric.better) for name, metric in evaluated.items()}
+        return {f"eval/{name}": metric.value for name, metric in evaluated.items()}
 
     def _evaluate_weights(self) -> dict[str, Metric]:
         return self._parts.evaluation.metrics(self._parts.evaluation_batches())

@@ -16,12 +16,14 @@ from sharding.ranks.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_FINISHED, EX
 from sharding.ranks.object_exchange import broadcast_object, gather_objects
 from sharding.ranks.process_group import Ranks, process_group
 from sharding.ranks.rank_place import note_on_place, place_variables, read_ranks
-from trainer.attempt import begin_attempt
+from trainer.attempt import begin_attempt, check_continuation, freeze_config
 from trainer.build import build_trainer
+from trainer.checkpoint.finish import complete_at
 from trainer.checkpoint.trained_corpus import trained_fingerprint
 from trainer.config import RunConfig, load_config
 from trainer.config.frozen_config import all_differences
 from trainer.config.rules import World, validate
+from trainer.data.epochs import with_counted_epochs
 from trainer.data.prepare import prepare_samples
 from trainer.data.prepared import is_of_present_source
 from trainer.doctor.examination import check_before_training
@@ -151,6 +153,12 @@ def _run(arguments: Sequence[str], progress: _Progress) -> int:
     # Every rank asks; a file lock lets one of them work while the others wait. No collective has begun, so however
     # long it takes, nothing times out.
     corpus = prepare_samples(config.data, progress=rank == 0, fingerprint=trained_fingerprint(config, run_folder))
+    counted = with_counted_epochs(config, corpus)
+    if rank == 0 and counted != config:
+        # A launcher of ours has counted them before.
+        check_continuation(run_folder, counted)
+        freeze_config(run_folder, counted, attempt)
+    config = counted
     # Not before: what preparing took is not needed again.
     if not world.has_gpu:
         keep_freed_memory(os.environ)
@@ -211,8 +219,8 @@ def _train(
     stop_request: StopRequest,
 ) -> ExitReason:
     observers.start(trainer.step)
-    if trainer.step >= config.num_steps:
-        observers.info(f"run {config.name} is complete at step {trainer.step}; nothing to do")
+    if trainer.finish_reason is not None:
+        observers.info(f"run {config.name} is {complete_at(trainer.step, trainer.finish_reason)}; nothing to do")
     elif trainer.step:
         observers.info(f"continuing after step {trainer.step}")
     exit_reason = trainer.fit()
@@ -222,7 +230,7 @@ def _train(
         exit_code = EXIT_FINISHED if exit_reason is ExitReason.FINISHED else EXIT_STOPPED
         cause = stop_request.describe(run_folder.stop_file)
         stopped = f"stopped {f'by {cause}' if cause else 'on request'}; run again to continue"
-        reason = "all steps done" if exit_reason is ExitReason.FINISHED else stopped
+        reason = trainer.finish_reason or stopped
         run_folder.write_outcome(exit_reason.value, exit_code, trainer.step, reason)
         if observers.ledger is not None:
             observers.info(observers.ledger.sentence())

@@ -33,7 +33,10 @@ MODES = ("asynchronous", "in_place", "load")
 _PACKAGES = ("torch", "transformers", "safetensors", "numpy")
 _BENCHMARK = Benchmark("checkpoint", _PACKAGES, markdown, plot, series)
 _NUM_WARMUP_STEPS = 10
-_DECIDED = ("steps", "tokens", "checkpoint.every_steps", "checkpoint.asynchronous", "metrics.every_steps")
+_DECIDED = (
+    *("steps", "tokens", "epochs"),
+    *("checkpoint.every_steps", "checkpoint.asynchronous", "metrics.every_steps"),
+)
 _QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
 
 

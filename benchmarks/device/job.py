@@ -65,6 +65,7 @@ class Job:
         """Settings without which a short run would evaluate, save or track."""
         return [
             "tokens=null",
+            "epochs=null",
             "evaluation.every_steps=0",
             "checkpoint.every_steps=0",
             "checkpoint.keep_every=0",

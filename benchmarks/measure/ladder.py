@@ -155,6 +155,7 @@ def rung_config(
         "name=throughput",
         f"steps={num_steps}",
         "tokens=null",
+        "epochs=null",
         "schedule.total_steps=100000",
         f"metrics.every_steps={_LOG_EVERY_STEPS}",
         "evaluation.every_steps=0",

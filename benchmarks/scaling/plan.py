@@ -130,6 +130,7 @@ _FIXED = (
     "name=scaling",
     "steps=1000000",
     "tokens=null",
+    "epochs=null",
     "schedule.total_steps=100000",
     f"metrics.every_steps={LOG_EVERY_STEPS}",
     "evaluation.every_steps=0",

@@ -220,6 +220,7 @@ class _Search:
             "name=tune",
             f"steps={num_steps}",
             "tokens=null",
+            "epochs=null",
             "schedule.total_steps=100000",
             f"metrics.every_steps={num_steps}",
             "evaluation.every_steps=0",

@@ -178,9 +178,8 @@ class Stage:
             "tracking.wandb.mode=disabled",
             "checkpoint.keep_last=0",
         ]
-        if base.tokens is not None:
-            settings.append("tokens=null")
-        if base.schedule.total_steps == 0:
+        settings += [f"{key}=null" for key in ("tokens", "epochs") if getattr(base, key) is not None]
+        if base.schedule.total_steps == 0 and base.is_length_known:
             settings.append(f"schedule.total_steps={base.num_steps}")
         return [*settings, *self.overrides, f"output_dir={self.folder}", f"name={name}"]
 

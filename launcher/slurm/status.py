@@ -133,9 +133,9 @@ def _row(run_dir: Path, number: str, known: Mapping[str, QueuedJob]) -> tuple[st
     left = ""
     if starts:
         config = run_folder.newest_config()
-        total = f"/{config.num_steps}"
+        total = f"/{config.num_steps}" if config.is_length_known else ""
         speed = line.get("throughput/tokens_per_s")
-        if speed and job is not None and job.state == "RUNNING":
+        if speed and total and job is not None and job.state == "RUNNING":
             left = duration_text((config.num_steps - step) * config.tokens_per_step / speed)
     state = job.state if job is not None else "-"
     if job is None or not job.is_active:

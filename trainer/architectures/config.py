@@ -141,9 +141,14 @@ def _for_tokens(facts: SampleFacts, vocab_size: int, defaults: "PretrainedConfig
     values: dict[str, Any] = {"vocab_size": vocab_size, "pad_token_id": None}
     if facts.eos_token_id is not None:
         values |= {"bos_token_id": facts.eos_token_id, "eos_token_id": facts.eos_token_id}
+    if facts.mask_token_id is not None and facts.pad_token_id != facts.eos_token_id:
+        # Tokenizers that mask have one that no text contains, from which some encoders count positions.
+        values["pad_token_id"] = facts.pad_token_id
+        # What marks the ends of a sequence there is not in packed ones, and its id would be beyond the vocabulary.
+        values |= {name: facts.eos_token_id for name in ("cls_token_id", "sep_token_id") if field(defaults, name)}
     if field(defaults, "vocab_size_per_layer_input"):
         # A second table of embeddings, by the same ids.
-        values["vocab_size_per_layer_input"] = vocab_size
+        values["vocab_size_per_layer_input"] = facts.vocab_size
     positions = max_positions(defaults)
     if positions is not None and positions < (facts.sequence_length or 0):
         values["max_position_embeddings"] = facts.sequence_length

@@ -239,5 +239,7 @@ class Checkpointer:
         )
         self._saved_step = training.step
         if self._ranks.rank == 0:
-            self._pruning.start(self._run_folder.checkpoints_dir, self._config.checkpoint)
+            self._pruning.start(
+                self._run_folder.checkpoints_dir, self._config.checkpoint, self._config.evaluation.monitor
+            )
             self._notify(f"saved {folder}")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from sharding.ranks.errors import UserError
 from trainer.config import RunConfig
+from trainer.config.budget import budget, budget_of
 from trainer.files.storage import CheckpointPath, is_url, list_folders, locate
 from trainer.run_folder.events import read_events
 from trainer.run_folder.folder import RunFolder
@@ -55,15 +56,13 @@ def check_fork(config: RunConfig, step: int) -> None:
     Raises:
         UserError: nothing is.
     """
-    left = config.num_steps - step
-    if left > 0:
+    if not config.is_length_known or config.num_steps > step:
         return
-    key, unit = ("steps", 1) if config.tokens is None else ("tokens", config.tokens_per_step)
-    of_tokens = "" if config.tokens is None else f" = {config.num_steps} steps of {unit} tokens"
+    key, value = budget(config)
     raise UserError(
-        f"checkpoint.from={config.checkpoint.from_} goes on after step {step}, but {key}={getattr(config, key)}"
-        f"{of_tokens} leaves {config.num_steps} - {step} = {left} steps to train; set {key} to more than "
-        f"{step * unit}, or checkpoint.load=weights to begin at step 0 with its parameters."
+        f"checkpoint.from={config.checkpoint.from_} goes on after step {step}, but {key}={value} leaves "
+        f"{config.num_steps} - {step} = {config.num_steps - step} steps to train; set {key} to more than "
+        f"{budget_of(config, step)}, or checkpoint.load=weights to begin at step 0 with its parameters."
     )
 
 

@@ -26,11 +26,11 @@ class BackgroundPruning:
         self._thread: threading.Thread | None = None
         self._error: UserError | RunFailure | OSError | None = None
 
-    def start(self, checkpoints_dir: CheckpointPath, settings: CheckpointConfig) -> None:
+    def start(self, checkpoints_dir: CheckpointPath, settings: CheckpointConfig, monitor: str) -> None:
         """Begin, once the one before is over."""
         self.wait()
         self._thread = threading.Thread(
-            target=self._run, args=(checkpoints_dir, settings), name="checkpoint-pruning", daemon=True
+            target=self._run, args=(checkpoints_dir, settings, monitor), name="checkpoint-pruning", daemon=True
         )
         self._thread.start()
 
@@ -43,21 +43,21 @@ class BackgroundPruning:
             self._warn(f"older checkpoints were not deleted: {self._error}")
         self._error = None
 
-    def _run(self, checkpoints_dir: CheckpointPath, settings: CheckpointConfig) -> None:
+    def _run(self, checkpoints_dir: CheckpointPath, settings: CheckpointConfig, monitor: str) -> None:
         try:
-            prune_checkpoints(checkpoints_dir, settings, self._before_remove)
+            prune_checkpoints(checkpoints_dir, settings, monitor, self._before_remove)
         except (UserError, RunFailure, OSError) as error:
             self._error = error
 
 
 def prune_checkpoints(
-    checkpoints_dir: CheckpointPath, settings: CheckpointConfig, before_remove: Callable[[], None]
+    checkpoints_dir: CheckpointPath, settings: CheckpointConfig, monitor: str, before_remove: Callable[[], None]
 ) -> None:
     """Delete all checkpoints but those that the settings keep; the newest one is always among these.
 
     Kept are the newest ``keep_last``, those at multiples of ``keep_every`` steps, and the ``keep_best`` whose step has
-    the lowest held-out loss. A ``keep_last`` of 0 keeps all. What an interrupted save or deletion has left of steps
-    before the newest goes too.
+    the best value of the metric that is monitored. A ``keep_last`` of 0 keeps all. What an interrupted save or deletion
+    has left of steps before the newest goes too.
     """
     folders = dict(list_checkpoints(checkpoints_dir))
     newest = max(folders, default=0)
@@ -72,7 +72,7 @@ def prune_checkpoints(
     if settings.keep_every:
         kept |= {step for step in folders if step % settings.keep_every == 0}
     if settings.keep_best:
-        kept |= set(_best_steps(folders)[: settings.keep_best])
+        kept |= set(_best_steps(folders, monitor)[: settings.keep_best])
     for step in folders.keys() - kept:
         before_remove()
         remove_checkpoint(folders[step])
@@ -86,15 +86,17 @@ def remove_checkpoints_after(checkpoints_dir: CheckpointPath, step: int, before_
             remove_checkpoint(folder)
 
 
-def _best_steps(folders: dict[int, CheckpointPath]) -> list[int]:
-    """Steps that were evaluated, by loss, a later one before an earlier one of the same loss."""
-    losses = {}
-    for step, folder in folders.items():
+def _best_steps(folders: dict[int, CheckpointPath], monitor: str) -> list[int]:
+    """Steps that were evaluated, the best first, a later one before an earlier one of the same value."""
+    values, sign = {}, 1.0
+    for step, folder in sorted(folders.items()):
         try:
-            loss = read_manifest(folder).training.eval_loss
+            training = read_manifest(folder).training
         except UserError:
             # A corrupt one is no good to keep, and no reason to stop training.
             continue
-        if loss is not None:
-            losses[step] = loss
-    return sorted(losses, key=lambda step: (losses[step], -step))
+        if monitor in training.eval_metrics:
+            values[step] = training.eval_metrics[monitor]
+        if training.monitor.metric == monitor:
+            sign = -1.0 if training.monitor.better == "higher" else 1.0
+    return sorted(values, key=lambda step: (sign * values[step], -step))

@@ -1,11 +1,33 @@
 """What a run continues from besides tensors."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from sharding.strict_model import StrictRecord
 from trainer.config.data import SampleRange
+
+Better = Literal["lower", "higher"]
+"""Which direction of a metric is better."""
+
+
+class MonitorState(StrictRecord):
+    """How what is monitored has come along, over all evaluations of the run."""
+
+    metric: str = ""
+    """Which metric it is, as ``evaluation.monitor`` names it; empty before the first evaluation."""
+
+    better: Better = "lower"
+    """Which direction of it is better."""
+
+    best: float | None = None
+    """Its best value; None where it was never finite."""
+
+    best_step: int = 0
+    """Step with this value."""
+
+    num_not_better: int = 0
+    """Evaluations since then."""
 
 
 class TrainingState(StrictRecord):
@@ -36,8 +58,11 @@ class TrainingState(StrictRecord):
     seed: int
     """Seed of parameters, data order and random generators."""
 
-    eval_loss: float | None = None
-    """Held-out loss after this step; None where it was not evaluated, or the loss is not finite."""
+    eval_metrics: dict[str, float] = {}
+    """Metrics of the held-out split after this step, those that are finite; empty where it was not evaluated."""
+
+    monitor: MonitorState = MonitorState()
+    """The metric that is monitored."""
 
     noise_gradient_square: float = 0.0
     """Moving average of the squared norm of the true gradient, where the gradient noise scale is measured."""
@@ -62,3 +87,18 @@ class TrainingState(StrictRecord):
 
     loader_states: list[dict[str, Any]] = []
     """Place of each data-parallel rank in a streamed source; empty where the corpus is prepared."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_metrics(cls, values: Any) -> Any:
+        """Earlier releases knew of the loss alone."""
+        if not isinstance(values, dict) or "eval_loss" not in values:
+            return values
+        loss = values["eval_loss"]
+        rest = {name: value for name, value in values.items() if name != "eval_loss"}
+        return {"eval_metrics": {} if loss is None else {"loss": loss}} | rest
+
+    @property
+    def eval_loss(self) -> float | None:
+        """Held-out loss after this step; None where it was not evaluated, or the loss is not finite."""
+        return self.eval_metrics.get("loss")

@@ -31,9 +31,9 @@ class CheckpointConfig(StrictModel):
     keep_best: Annotated[
         int,
         OnlyWith({"checkpoint.keep_last": SET}, because="that keeps all"),
-        OnlyWith({"data.validation_fraction": SET}, because="what is best is told by a held-out loss"),
+        OnlyWith({"data.validation_fraction": SET}, because="what is best is told by a held-out metric"),
     ] = Field(default=0, ge=0)
-    """Keep also this many checkpoints whose step was evaluated with the lowest loss; 0 means none."""
+    """Keep also this many checkpoints whose step was evaluated with the best `evaluation.monitor`; 0 means none."""
 
     resume: Literal["auto", "never"] = "auto"
     """`auto` continues from the run folder's newest checkpoint; `never` refuses a folder that has one."""

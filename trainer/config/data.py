@@ -102,6 +102,10 @@ class DataConfig(RowSettings, SourceConfig):
     vocab_size: int = Field(default=8192, ge=257)
     """Number of tokens of a trained byte-level BPE; unused with any other tokenizer."""
 
+    mask_token: bool = False
+    """Have a token that hides others: a trained BPE gets `[MASK]` and, to fill up rows, `[PAD]`; any other tokenizer
+    must have one. If not set, true under task `masked-lm`."""
+
     sequence_length: int = Field(default=256, ge=1)
     """Tokens in one training sample."""
 

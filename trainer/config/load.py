@@ -69,7 +69,7 @@ def parse_config(values: dict[str, Any], source: str, *, has_rules: bool = True)
     except ValidationError as error:
         problems = [_describe(problem) for problem in error.errors()]
         raise UserError(f"{source}: " + "\n".join(problems)) from None
-    config = _with_own_tokenizer(config)
+    config = _with_mask_token(_with_own_tokenizer(config))
     data = with_kind_of_samples(config.data, config.task.name)
     if data is not config.data:
         config = config.model_copy(update={"data": data})
@@ -83,6 +83,14 @@ def _with_own_tokenizer(config: RunConfig) -> RunConfig:
     if config.model.pretrained is None or "tokenizer" in config.data.model_fields_set:
         return config
     data = config.data.model_copy(update={"tokenizer": config.model.pretrained})
+    return config.model_copy(update={"data": data})
+
+
+def _with_mask_token(config: RunConfig) -> RunConfig:
+    """Masked language modelling has a token that hides others, unless it is said otherwise."""
+    if config.task.name != "masked-lm" or "mask_token" in config.data.model_fields_set:
+        return config
+    data = config.data.model_copy(update={"mask_token": True})
     return config.model_copy(update={"data": data})
 
 

@@ -1,6 +1,5 @@
 """Rules that span several settings of a run, and the arithmetic of ranks and batch; imports no torch."""
 
-import math
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -9,11 +8,12 @@ from sharding.config import FLOAT8_MULTIPLE, Backend, Strategy
 from sharding.parallel_dims import ParallelDims, parallel_dims
 from sharding.ranks.errors import UserError
 from sharding.strict_model import check_choices
+from trainer.config.budget import validate_budget, validate_schedule
 from trainer.config.data import validate_data
+from trainer.config.evaluation import validate_evaluation
 from trainer.config.networks import validate_model
 from trainer.config.optimizer import validate_optimizer
 from trainer.config.rows_rules import validate_rows
-from trainer.config.schedule import validate_curve
 from trainer.config.tracking import check_packages
 
 if TYPE_CHECKING:
@@ -72,21 +72,16 @@ def validate(config: "RunConfig", world: World | None = None) -> None:
     Raises:
         UserError: a rule is broken.
     """
-    _validate_budget(config)
+    validate_budget(config)
     _validate_model_and_data(config)
     check_choices(config)
     _validate_parallel(config)
     _validate_float8(config)
     _validate_compilation(config)
-    _validate_schedule(config)
+    validate_schedule(config)
     _validate_faults(config)
     validate_optimizer(config.optimizer, config.parallel.backend)
-    if config.evaluation.every_steps and config.data.validation_fraction == 0:
-        raise UserError(
-            f"evaluation.every_steps={config.evaluation.every_steps} evaluates held-out documents, but "
-            "data.validation_fraction=0 holds none out; raise it, or set evaluation.every_steps=0."
-        )
-    _validate_retention(config)
+    validate_evaluation(config)
     _validate_replica_check(config)
     if world is not None:
         _validate_world(config, world)
@@ -94,8 +89,20 @@ def validate(config: "RunConfig", world: World | None = None) -> None:
 
 def _validate_model_and_data(config: "RunConfig") -> None:
     validate_model(config.model, config.task.name)
+    _validate_masks(config)
     validate_data(config.data)
     validate_rows(config.data, config.task.name)
+
+
+def _validate_masks(config: "RunConfig") -> None:
+    is_masked = config.task.name == "masked-lm"
+    if is_masked and not config.data.mask_token:
+        raise UserError("task.name=masked-lm hides tokens behind a mask token, but data.mask_token=false; remove it.")
+    if is_masked and config.data.document_mask:
+        raise UserError(
+            "data.document_mask=true keeps documents apart under task.name=causal-lm only: the encoders of masked-lm "
+            "attend to the whole sequence; set it to false."
+        )
 
 
 def _validate_parallel(config: "RunConfig") -> None:
@@ -174,43 +181,6 @@ def _validate_replica_check(config: "RunConfig") -> None:
         )
 
 
-def _validate_retention(config: "RunConfig") -> None:
-    checkpoint, evaluated_every = config.checkpoint, config.evaluation.every_steps
-    keeps = f"checkpoint.keep_best={checkpoint.keep_best}"
-    if not checkpoint.keep_best:
-        return
-    for section, every_steps in (("checkpoint", checkpoint.every_steps), ("evaluation", evaluated_every)):
-        if every_steps == 0:
-            raise UserError(
-                f"{keeps} chooses among steps that are saved and evaluated, but {section}.every_steps=0 has one at the "
-                "end alone; set it to 100, say."
-            )
-    both = math.lcm(checkpoint.every_steps, evaluated_every)
-    if both >= config.num_steps:
-        raise UserError(
-            f"{keeps} chooses among steps that are saved and evaluated, but with checkpoint.every_steps="
-            f"{checkpoint.every_steps} and evaluation.every_steps={evaluated_every} these are the multiples of {both}, "
-            f"of which none is before the last of {config.num_steps} steps; make one a multiple of the other."
-        )
-
-
-def _validate_schedule(config: "RunConfig") -> None:
-    schedule = config.schedule
-    validate_curve(schedule)
-    total = schedule.total_steps or config.num_steps
-    if schedule.warmup_steps > total:
-        raise UserError(
-            f"schedule.warmup_steps={schedule.warmup_steps} is more than the {total} steps of the schedule; set "
-            f"schedule.warmup_steps to {total} at most, or schedule.total_steps to the steps of the whole schedule, of "
-            "which a short run is the beginning."
-        )
-    if schedule.warmup_steps + schedule.decay_steps > total:
-        raise UserError(
-            f"schedule.warmup_steps={schedule.warmup_steps} + schedule.decay_steps={schedule.decay_steps} is more "
-            f"than the {total} steps of the schedule; lower one of them."
-        )
-
-
 def _validate_faults(config: "RunConfig") -> None:
     faults = config.faults
     policy = faults.spike_policy
@@ -228,15 +198,6 @@ def _validate_faults(config: "RunConfig") -> None:
         raise UserError(
             "faults.spike_policy=rollback returns to a checkpoint, but checkpoint.every_steps=0 saves none before the "
             "end; set it to 100, say, or use faults.spike_policy=skip."
-        )
-
-
-def _validate_budget(config: "RunConfig") -> None:
-    if (config.steps is None) == (config.tokens is None):
-        found = "neither is set" if config.steps is None else f"steps={config.steps} and tokens={config.tokens}"
-        raise UserError(
-            f"a run has a budget of steps or of tokens, but {found}: set exactly one of them "
-            "(the other can be taken back with steps=null or tokens=null)."
         )
 
 

@@ -1,12 +1,14 @@
 """Section `schedule`, and the rules among its settings."""
 
+import math
+from fractions import Fraction
 from itertools import pairwise
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from sharding.ranks.errors import UserError
-from sharding.strict_model import OnlyWith, StrictModel
+from sharding.strict_model import UNSET, OnlyWith, StrictModel
 
 CURVES_WITH_END = ("linear", "cosine", "wsd", "polynomial")
 
@@ -19,6 +21,10 @@ class ScheduleConfig(StrictModel):
 
     warmup_steps: int = Field(default=0, ge=0)
     """Steps over which the rate rises linearly to its peak."""
+
+    warmup_fraction: Annotated[float, OnlyWith(warmup_steps=UNSET)] = Field(default=0.0, ge=0.0, le=1.0)
+    """Share of the schedule's steps, those of total_steps or of the run as it was first started, to warm up over, in
+    place of warmup_steps."""
 
     total_steps: Annotated[int, OnlyWith(name=CURVES_WITH_END)] = Field(default=0, ge=0)
     """Step at which a curve with an end ends; 0 means the number of steps the run was first started with."""
@@ -44,8 +50,18 @@ class ScheduleConfig(StrictModel):
     """Steps after which the rate falls by decay_rate under `step`, in place of decay_every_steps."""
 
 
-def validate_curve(schedule: ScheduleConfig) -> None:
+def num_warmup_steps(schedule: ScheduleConfig, total_steps: int) -> int:
+    """Steps of warm-up in a schedule of so many steps."""
+    # As it was written: a binary fraction may be a little more, which could make a step of its own.
+    return schedule.warmup_steps or math.ceil(Fraction(str(schedule.warmup_fraction)) * total_steps)
+
+
+def validate_curve(schedule: ScheduleConfig, warmup_steps: int) -> None:
     """Check that the curve has what it needs.
+
+    Args:
+        schedule: the curve.
+        warmup_steps: steps of its warm-up.
 
     Raises:
         UserError: it has not.
@@ -61,9 +77,9 @@ def validate_curve(schedule: ScheduleConfig) -> None:
             f"schedule.name=step takes schedule.decay_every_steps={schedule.decay_every_steps} or "
             f"schedule.milestones={list(schedule.milestones)}: set exactly one of them."
         )
-    bounds = (max(schedule.warmup_steps, 1), *schedule.milestones)
+    bounds = (max(warmup_steps, 1), *schedule.milestones)
     if any(later < earlier + (index > 0) for index, (earlier, later) in enumerate(pairwise(bounds))):
         raise UserError(
-            f"schedule.milestones={list(schedule.milestones)} must rise, from schedule.warmup_steps="
-            f"{schedule.warmup_steps} (and 1) on; put them in order, each step once."
+            f"schedule.milestones={list(schedule.milestones)} must rise, from the {warmup_steps} "
+            "steps of warm-up (and 1) on; put them in order, each step once."
         )

@@ -1,11 +1,14 @@
 """RunConfig: one strict, frozen description of a run. Knows no rule that spans settings."""
 
+import math
+from fractions import Fraction
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field
 
 from sharding.config import ActivationCheckpointingConfig, CompileConfig, ParallelConfig, PrecisionConfig
-from sharding.strict_model import StrictModel
+from sharding.strict_model import SET, OnlyWith, StrictModel
 from trainer.config.checkpoint import CheckpointConfig
 from trainer.config.data import DataConfig
 from trainer.config.faults import FaultsConfig
@@ -25,10 +28,19 @@ class RunConfig(StrictModel):
     """Seed of initial parameters, data order and dropout."""
 
     steps: int | None = Field(default=None, ge=1)
-    """Optimizer steps after which the run is finished; either this or tokens must be set."""
+    """Optimizer steps after which the run is finished; exactly one of this, tokens and epochs must be set."""
 
     tokens: int | None = Field(default=None, ge=1)
     """Tokens, global_size x sequence_length of them a step, after which the run is finished; the last step is whole."""
+
+    epochs: Annotated[
+        float | None, OnlyWith({"data.streaming": False}, because="a stream's samples are not counted beforehand")
+    ] = Field(default=None, gt=0.0)
+    """Passes through the training split, also of a fraction, after which the run is finished; the last step is whole,
+    and a step may straddle two epochs."""
+
+    epoch_samples: Annotated[int | None, OnlyWith(epochs=SET)] = Field(default=None, ge=1)
+    """Samples of an epoch; a run counts them once its corpus is prepared and writes them down here."""
 
     deterministic: bool = False
     """Use only deterministic kernels, so that a GPU run repeats bit for bit; CPU runs always do."""
@@ -67,7 +79,7 @@ class RunConfig(StrictModel):
     """Recomputed activations."""
 
     evaluation: EvaluationConfig = EvaluationConfig()
-    """Held-out loss."""
+    """Held-out metrics."""
 
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Saving and continuing."""
@@ -95,8 +107,20 @@ class RunConfig(StrictModel):
         return self.batch.global_size * self.data.sequence_length
 
     @property
+    def is_length_known(self) -> bool:
+        """Whether ``num_steps`` can be told: epochs have no number of steps before the corpus is prepared."""
+        return self.epochs is None or self.epoch_samples is not None
+
+    @property
     def num_steps(self) -> int:
-        """Optimizer steps after which the run is finished: ``steps``, or as many as ``tokens`` need."""
+        """Optimizer steps after which the run is finished: ``steps``, or as many as ``tokens`` or ``epochs`` need.
+
+        Those of ``epochs`` are known once ``trainer.data.epochs`` has counted the samples.
+        """
         if self.steps is not None:
             return self.steps
+        if self.epochs is not None:
+            assert self.epoch_samples is not None, "epochs are counted once the corpus is prepared"
+            # As it was written: 1.1 is a little more as a binary fraction, which could make a step of its own.
+            return math.ceil(Fraction(str(self.epochs)) * self.epoch_samples / self.batch.global_size)
         return -(-(self.tokens or 0) // self.tokens_per_step)

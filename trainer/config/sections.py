@@ -14,7 +14,7 @@ class TaskConfig(StrictModel):
     """What the model is trained to do."""
 
     name: str = "causal-lm"
-    """`causal-lm`, or `module:Class` for a task of your own, from `folder` or from what is installed."""
+    """`causal-lm`, `masked-lm`, or `module:Class` for a task of your own, from `folder` or from what is installed."""
 
     folder: Annotated[str | None, _OWN_TASK] = None
     """Folder of the module of a task of your own; where it is not given, that of the configuration file if the module
@@ -35,6 +35,12 @@ class TaskConfig(StrictModel):
         ),
     ] = Field(default=0, ge=0)
     """Positions whose logits exist at once; saves memory, 0 makes all of a micro-batch's."""
+
+    mask_probability: Annotated[float, OnlyWith(name="masked-lm")] = Field(default=0.15, gt=0.0, lt=1.0)
+    """Share of tokens that are to be predicted: of these 80 % are masked, 10 % are another token."""
+
+    whole_word: Annotated[bool, OnlyWith(name="masked-lm")] = False
+    """Choose whole words and not tokens, so that no part of a word tells the others."""
 
 
 class ModelConfig(StrictModel):
@@ -91,13 +97,24 @@ class BatchConfig(StrictModel):
 
 
 class EvaluationConfig(StrictModel):
-    """Loss on the held-out split."""
+    """Metrics of the held-out split, and whether training ends where they no longer improve."""
 
     every_steps: int = Field(default=0, ge=0)
     """Evaluate after every this many steps; 0 means only at the end of the run."""
 
     max_sequences: int = Field(default=0, ge=0)
     """Evaluate on only the first this many samples; 0 means the whole validation split."""
+
+    monitor: str = "loss"
+    """Metric of the evaluation, without `eval/`, that patience and `checkpoint.keep_best` judge by; the task says which
+    direction of it is better."""
+
+    patience: Annotated[int, OnlyWith(every_steps=SET, because="0 evaluates at the end alone")] = Field(default=0, ge=0)
+    """Finish the run after this many evaluations in a row without an improvement of the monitored metric; 0 means
+    never."""
+
+    min_delta: Annotated[float, OnlyWith(patience=SET)] = Field(default=0.0, ge=0.0)
+    """Improvements that are not larger than this do not count as such."""
 
 
 class MetricsConfig(StrictModel):

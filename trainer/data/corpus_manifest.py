@@ -23,6 +23,12 @@ class CorpusManifest(StrictRecord):
     eos_token_id: int
     """Token that ends each document."""
 
+    pad_token_id: int | None = None
+    """Token that fills up rows; unknown in old corpora."""
+
+    mask_token_id: int | None = None
+    """Token that hides others; None where there is none, and in old corpora."""
+
     tokenizer_sha256: str
     """Fingerprint of the tokenizer."""
 

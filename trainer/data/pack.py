@@ -61,6 +61,7 @@ def pack_split(
         source_offsets=write_file(folder / f"{name}-source-offsets.i64", source_offsets.astype("<i8").tobytes()),
         sources=write_file(folder / f"{name}-sources.txt", b"".join(sources)),
         blocks=write_file(folder / f"{name}-blocks.sha256", writer.block_hashes),
+        unigram_entropy=_entropy(writer.counts),
     )
 
 
@@ -70,8 +71,10 @@ class _ShardWriter:
     def __init__(self, folder: Path, name: str, dtype: str, shard_tokens: int) -> None:
         self.num_tokens = 0
         self.block_hashes = b""
+        self.counts = np.zeros(0, dtype=np.int64)
         self._folder = folder
         self._name = name
+        self._dtype = dtype
         self._shard_bytes = shard_tokens * np.dtype(dtype).itemsize
         self._shards: list[FileFacts] = []
         self._pending = bytearray()
@@ -92,7 +95,17 @@ class _ShardWriter:
         contents = bytes(self._pending[:num_bytes])
         self._shards.append(write_file(path, contents))
         self.block_hashes += hash_blocks(contents)
+        counts = np.bincount(np.frombuffer(contents, dtype=self._dtype), minlength=len(self.counts))
+        counts[: len(self.counts)] += self.counts
+        self.counts = counts
         del self._pending[:num_bytes]
+
+
+def _entropy(counts: np.ndarray) -> float | None:
+    """Entropy in nats of drawing one of what was counted; None where nothing was."""
+    total = counts.sum()
+    shares = counts[counts > 0] / total if total else counts
+    return float(-(shares * np.log(shares)).sum()) if total else None
 
 
 def write_file(path: Path, contents: bytes) -> FileFacts:

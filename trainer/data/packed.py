@@ -88,7 +88,15 @@ def packed_samples(corpus: PreparedTokens, data: DataConfig, *, verify: bool = T
 
 def sample_facts(corpus: PreparedTokens, data: DataConfig) -> SampleFacts:
     """What is known of the samples of a prepared corpus, before any is read."""
-    return SampleFacts(data.sequence_length, corpus.vocab_size, corpus.eos_token_id, corpus.tokenizer_dir)
+    manifest = corpus.corpora[0].manifest
+    return SampleFacts(
+        sequence_length=data.sequence_length,
+        vocab_size=corpus.vocab_size,
+        eos_token_id=corpus.eos_token_id,
+        tokenizer_dir=corpus.tokenizer_dir,
+        pad_token_id=manifest.pad_token_id,
+        mask_token_id=manifest.mask_token_id if data.mask_token else None,
+    )
 
 
 def packed_rows(tokens: np.ndarray, num_tokens: np.ndarray | None = None, is_start: np.ndarray | None = None) -> Batch:

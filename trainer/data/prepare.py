@@ -159,7 +159,8 @@ def _prepare_corpora(config: DataConfig, work: Path, stages: StageProgress) -> N
     """Clean, tokenise and pack all sources of a configuration."""
     use_worker_threads(config.num_workers)
     # What is cheap to check comes before hours of reading.
-    named = None if config.tokenizer == TRAINED else load_tokenizer(config.tokenizer)
+    is_trained = config.tokenizer == TRAINED
+    named = None if is_trained else load_tokenizer(config.tokenizer, masks=config.mask_token)
     if named is not None and config.vocab_size != DataConfig.model_fields["vocab_size"].default:
         stages.note(
             f"data.vocab_size={config.vocab_size} has no effect: data.tokenizer={config.tokenizer} has "
@@ -210,6 +211,8 @@ def _write_corpus(
         dtype=dtype,
         vocab_size=vocab_size,
         eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        mask_token_id=tokenizer.mask_token_id,
         tokenizer_sha256=tokenizer_fingerprint(tokenizer),
         corpus_sha256=cleaned.sha256,
         python_version=platform.python_version(),
@@ -231,7 +234,7 @@ def _train_tokenizer(
     num_documents = sum(corpus.num_documents("train") for corpus in cleaned)
     with stages.stage("training the tokenizer", num_documents) as advance:
         texts = itertools.chain.from_iterable(corpus.texts("train") for corpus in cleaned)
-        return train_byte_level_bpe(_counted(texts, advance), config.vocab_size)
+        return train_byte_level_bpe(_counted(texts, advance), config.vocab_size, masks=config.mask_token)
 
 
 def _counted(texts: Iterator[str], advance: Callable[[int], None]) -> Iterator[str]:
@@ -259,6 +262,8 @@ def describe_corpus(corpus: Prepared) -> str:
         )
         for name, split in manifest.splits.items():
             lines.append(f"{name:<11} {split.num_documents:,} documents, {split.num_tokens:,} tokens")
+            if split.unigram_entropy is not None:
+                lines[-1] += f", {split.unigram_entropy:.4f} nats of unigram entropy"
         lines.append(f"corpus      SHA-256 {manifest.corpus_sha256[:16]}, Python {manifest.python_version}")
     lines.append(f"tokenizer   {corpus.vocab_size:,} tokens, {corpus.tokenizer_dir}")
     lines.append(f"folder      {corpus.folder}")

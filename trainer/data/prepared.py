@@ -232,6 +232,15 @@ def describe_mixture(corpus: Prepared, sequence_length: int, num_positions: int)
     return lines
 
 
+def describe_entropy(corpus: PreparedTokens) -> list[str]:
+    """For each source the loss that knowing how frequent tokens are gives, without looking at any around them."""
+    return [
+        f"unigram entropy of {part.name or 'the training split'}: {entropy:.4f} nats per token"
+        for part in corpus.corpora
+        if (entropy := part.manifest.splits["train"].unigram_entropy) is not None
+    ]
+
+
 def find_prepared(config: DataConfig, fingerprint: str | None = None) -> Prepared | None:
     """What is prepared of a configuration, if anything. Imports neither torch nor datasets.
 

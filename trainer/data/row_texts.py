@@ -38,7 +38,7 @@ class TextRows:
         self._has_tags = config.label_kind == "tags"
         self.tokenizer: PreTrainedTokenizerFast | None = None
         if config.tokenizer != TRAINED:
-            self.tokenizer = load_tokenizer(config.tokenizer)
+            self.tokenizer = load_tokenizer(config.tokenizer, masks=config.mask_token)
         self._encoder: Any = None
 
     def payload(self, row: RawRow) -> bytes | None:
@@ -67,7 +67,7 @@ class TextRows:
         """See RowKind."""
         if self.tokenizer is None:
             texts = ("".join(self._words(p)) if self._has_tags else p.decode() for p in payloads)
-            self.tokenizer = train_byte_level_bpe(texts, self._config.vocab_size)
+            self.tokenizer = train_byte_level_bpe(texts, self._config.vocab_size, masks=self._config.mask_token)
         tokenizer = self.tokenizer
         self._encoder = text_encoder(tokenizer)
         return recipe.model_copy(

@@ -53,6 +53,9 @@ class SplitFacts(StrictRecord):
     blocks: FileFacts
     """SHA-256 of each block of the token files, see ``trainer.data.blocks``."""
 
+    unigram_entropy: float | None = None
+    """Entropy of a token in nats, by the frequencies of tokens alone; unknown in old corpora, and of no tokens."""
+
     @property
     def files(self) -> list[FileFacts]:
         """All files."""

@@ -17,18 +17,22 @@ if TYPE_CHECKING:
 
 TRAINED = "train-bpe"
 END_OF_TEXT = "<|endoftext|>"
+PADDING, MASK = "[PAD]", "[MASK]"
+PADDING_ID, MASK_ID = 1, 2
+"""Ids of a trained tokenizer that masks, behind that of the end of text."""
 # A noncharacter: no text has it.
 _HIDDEN = "\U0010ffff"
 # A tokenizer of fewer tokens for text is none.
 _MIN_TOKENS = 2
 
 
-def train_byte_level_bpe(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast":
+def train_byte_level_bpe(texts: Iterable[str], vocab_size: int, *, masks: bool = False) -> "PreTrainedTokenizerFast":
     """Train a byte-level BPE as GPT-2 uses it (Radford et al., 2019): any text can be encoded, none is unknown.
 
     Args:
         texts: training documents.
         vocab_size: largest number of tokens; a small corpus may give fewer.
+        masks: whether there are also a token that hides others and one that fills up rows.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -38,25 +42,26 @@ def train_byte_level_bpe(texts: Iterable[str], vocab_size: int) -> "PreTrainedTo
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=[END_OF_TEXT, PADDING, MASK] if masks else [END_OF_TEXT],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
-    )
+    roles = {"pad_token": PADDING, "mask_token": MASK} if masks else {"pad_token": END_OF_TEXT}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, **roles)
 
 
-def load_tokenizer(name: str, setting: str = "data.tokenizer") -> "PreTrainedTokenizerFast":
+def load_tokenizer(name: str, setting: str = "data.tokenizer", *, masks: bool = False) -> "PreTrainedTokenizerFast":
     """Load a tokenizer by `transformers` name or folder.
 
     Args:
         name: the name or folder.
         setting: what names it, to speak of.
+        masks: whether it must have a token that hides others; tokenizers that have one end a document by what
+            separates two sentences where they know no end of text.
 
     Raises:
-        UserError: there is none, or it has no fast implementation or no token that ends a document.
+        UserError: there is none, or it has no fast implementation, no token that ends a document, or no mask token.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -71,9 +76,16 @@ def load_tokenizer(name: str, setting: str = "data.tokenizer") -> "PreTrainedTok
         raise UserError(f"{setting}={name} cannot be loaded ({reason}); {remedy}.") from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"{setting}={name} has no fast tokenizer; {remedy}.")
-    if len(tokenizer.get_vocab().keys() - _special_tokens(tokenizer)) < _MIN_TOKENS:
+    if len(tokenizer.get_vocab().keys() - special_tokens(tokenizer)) < _MIN_TOKENS:
         # Of a model's folder without a tokenizer, transformers makes some kinds of tokenizer with nothing in them.
         raise UserError(f"{setting}={name} has no tokenizer, or one without tokens for text; {remedy}.")
+    if masks and tokenizer.mask_token_id is None:
+        raise UserError(
+            f"{setting}={name} has no mask token, by which task.name=masked-lm hides what is to be predicted; name one "
+            f"that has, such as bert-base-uncased, or {TRAINED}, which is given one."
+        )
+    if masks and tokenizer.eos_token_id is None:
+        tokenizer.eos_token = tokenizer.sep_token
     if tokenizer.eos_token_id is None:
         raise UserError(f"{setting}={name} has no end-of-text token to put between documents; {remedy}.")
     return tokenizer
@@ -112,7 +124,7 @@ def text_encoder(tokenizer: "PreTrainedTokenizerFast") -> "Tokenizer":
     description: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     # What a tokenizer brings along for the inputs of some model.
     description["truncation"] = description["padding"] = None
-    special = _special_tokens(tokenizer)
+    special = special_tokens(tokenizer)
     for token in description["added_tokens"]:
         token["special"] = token["special"] or token["content"] in special
     model = description["model"]
@@ -134,7 +146,8 @@ def first_difference(tokens: Mapping[str, int], reference: Mapping[str, int]) ->
     return None
 
 
-def _special_tokens(tokenizer: "PreTrainedTokenizerFast") -> set[str]:
+def special_tokens(tokenizer: "PreTrainedTokenizerFast") -> set[str]:
+    """Names of the tokens that stand for no text."""
     added = tokenizer.added_tokens_decoder.values()
     return {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
 
@@ -163,13 +176,14 @@ def _hide(model: dict[str, Any], names: set[str]) -> set[str]:
 def tokenizer_identity(config: DataConfig) -> str:
     """What tells two tokenizers of one configuration apart: the contents of a local folder."""
     folder = Path(config.tokenizer).expanduser()
+    masks = ":masks" if config.mask_token else ""
     if config.tokenizer == TRAINED or not folder.is_dir():
-        return f"{config.tokenizer}:{config.vocab_size if config.tokenizer == TRAINED else ''}"
+        return f"{config.tokenizer}:{config.vocab_size if config.tokenizer == TRAINED else ''}{masks}"
     files = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".txt", ".model"))
     digest = hashlib.sha256()
     for path in files:
         digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()
+    return digest.hexdigest() + masks
 
 
 def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerFast") -> str:

@@ -3,6 +3,7 @@
 import json
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from trainer.data.facts import SampleFacts
 from trainer.data.prepared import Prepared, open_corpus
 from trainer.data.prepared_rows import recipe_facts
 from trainer.data.rows_manifest import RECIPE_NAME
+from trainer.data.tokenizer import load_tokenizer
 from trainer.deploy.allowed_code import AllowedCode
 from trainer.files.atomic_files import umask
 from trainer.model.models import build_model_on_meta
@@ -76,6 +78,9 @@ def export_model(
             tokens = corpus or reader.manifest.tokenizer
             assert tokens is not None, "there is a tokenizer or a corpus"
             facts = SampleFacts(config.data.sequence_length, tokens.vocab_size, tokens.eos_token_id, work)
+            if config.data.mask_token:
+                tokenizer = load_tokenizer(str(work), masks=True)
+                facts = replace(facts, pad_token_id=tokenizer.pad_token_id, mask_token_id=tokenizer.mask_token_id)
         model = _build_model(config, facts)
         _write_configuration(model, facts.vocab_size, work)
         check_reloads(model, reader, work, trust_remote_code=config.model.trust_remote_code)

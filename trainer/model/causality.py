@@ -78,7 +78,7 @@ def _largest_difference(one: torch.Tensor, other: torch.Tensor, ranks: Ranks) ->
 
 
 def _remedy(config: RunConfig, facts: SampleFacts) -> str:
-    elsewhere = "choose a causal architecture (llama, gpt2, say), or a task of your own for what this one is meant for"
+    elsewhere = "choose a causal architecture (llama, gpt2, say), or task.name=masked-lm for an encoder"
     if config.model.factory is not None:
         return "let it see earlier tokens alone, or name a task of your own for what it is meant for"
     model_config = build_model_config(config.model, facts).get_text_config()

@@ -8,6 +8,7 @@ from torch import nn
 
 from sharding.parallel_dims import ParallelDims
 from sharding.ranks.errors import UserError
+from trainer.architectures.config import max_positions
 from trainer.architectures.padding import needs_padding, parts_of
 from trainer.config import RunConfig
 from trainer.tasks.causal_lm import predicts_next_tokens
@@ -76,16 +77,25 @@ def refuse_layer_drop(config: RunConfig, model_config: "PretrainedConfig", num_r
 
 
 def refuse_positions_by_padding(config: RunConfig, model: nn.Module, model_config: "PretrainedConfig") -> None:
-    """Refuse a model that counts positions from its padding token, where there is no such token.
+    """Refuse a model that counts positions from its padding token, where there is no such token or too few positions.
 
     Raises:
         UserError: it does.
     """
-    if getattr(model_config.get_text_config(), "pad_token_id", None) is not None:
-        return
     counts = ("create_position_ids_from_input_ids", "pad_index")
-    if any(hasattr(module, name) for module in model.modules() for name in counts):
+    found = {name for module in model.modules() for name in counts if hasattr(module, name)}
+    padding = getattr(model_config.get_text_config(), "pad_token_id", None)
+    if not found:
+        return
+    if padding is None:
         raise needs_padding(config.model.name)
+    length, positions = config.data.sequence_length, max_positions(model_config)
+    if counts[0] in found and positions is not None and positions < length + padding + 1:
+        raise UserError(
+            f"data.sequence_length={length} needs {length} + {padding + 1} positions of a {model_config.model_type}, "
+            f"which counts them from its pad_token_id={padding} on, but it has {positions}; set "
+            f"model.config.max_position_embeddings to at least {length + padding + 1}, or lower it."
+        )
 
 
 def refuse_encoder(config: RunConfig, model_config: "PretrainedConfig") -> None:
@@ -104,7 +114,7 @@ def refuse_encoder(config: RunConfig, model_config: "PretrainedConfig") -> None:
     where = "in its config.json" if config.model.pretrained is not None else "in model.config"
     raise UserError(
         f"{config.model.name} is an encoder (is_decoder=false), which sees the tokens that it is to predict; choose a "
-        f"causal architecture (llama, gpt2, say), a task for encoders, or set is_decoder to true {where}."
+        f"causal architecture (llama, gpt2, say), task.name=masked-lm, or set is_decoder to true {where}."
     )
 
 

@@ -2,15 +2,15 @@
 
 import math
 
-from trainer.config.schedule import CURVES_WITH_END, ScheduleConfig
+from trainer.config.schedule import CURVES_WITH_END, ScheduleConfig, num_warmup_steps
 
 
 def learning_rate(step: int, peak: float, schedule: ScheduleConfig, total_steps: int) -> float:
     """The rate of one optimizer step.
 
-    With w = warmup_steps, the share of the peak is step / w during warm-up. Afterwards it falls from 1 to the floor
-    final_lr_ratio. A curve with an end (``linear``, ``cosine``, ``polynomial``, ``wsd``) is there at ``total_steps``
-    and stays; the others know no horizon and never go below it:
+    With w = warmup_steps, or the steps that warmup_fraction of total_steps comes to, the share of the peak is step / w
+    during warm-up. Afterwards it falls from 1 to the floor final_lr_ratio. A curve with an end (``linear``, ``cosine``,
+    ``polynomial``, ``wsd``) is there at ``total_steps`` and stays; the others never go below it:
 
     - ``inverse_sqrt``: sqrt(max(w, 1) / step), from Vaswani et al., "Attention Is All You Need" (2017), section 5.3,
       with the constant in front chosen so that the peak is ``peak``.
@@ -27,15 +27,16 @@ def learning_rate(step: int, peak: float, schedule: ScheduleConfig, total_steps:
     Returns:
         The rate, at most ``peak``.
     """
-    if step < schedule.warmup_steps:
-        return peak * step / schedule.warmup_steps
-    remaining = 1.0 - _progress(step, schedule.warmup_steps, total_steps)
+    warmup_steps = num_warmup_steps(schedule, total_steps)
+    if step < warmup_steps:
+        return peak * step / warmup_steps
+    remaining = 1.0 - _progress(step, warmup_steps, total_steps)
     final = schedule.final_lr_ratio
     match schedule.name:
         case "constant":
             return peak
         case "inverse_sqrt" | "exponential" | "step":
-            return peak * max(final, _endless_share(step, schedule))
+            return peak * max(final, _endless_share(step, schedule, warmup_steps))
         case "linear":
             share = remaining
         case "cosine":
@@ -45,7 +46,7 @@ def learning_rate(step: int, peak: float, schedule: ScheduleConfig, total_steps:
         case "wsd":
             decay_steps = schedule.decay_steps or max(1, total_steps // 10)
             # A tenth of the steps may be more than warm-up leaves.
-            decay_start = max(total_steps - decay_steps, schedule.warmup_steps)
+            decay_start = max(total_steps - decay_steps, warmup_steps)
             share = 1.0 - _progress(step, decay_start, total_steps)
     return peak * (final + (1.0 - final) * share)
 
@@ -69,11 +70,11 @@ def sentence_after_curve(schedule: ScheduleConfig, total_steps: int, step: int, 
     )
 
 
-def _endless_share(step: int, schedule: ScheduleConfig) -> float:
+def _endless_share(step: int, schedule: ScheduleConfig, warmup_steps: int) -> float:
     """Share of the peak on a curve without a horizon, before the floor."""
-    after_warmup = step - schedule.warmup_steps
+    after_warmup = step - warmup_steps
     if schedule.name == "inverse_sqrt":
-        return math.sqrt(max(schedule.warmup_steps, 1) / step)
+        return math.sqrt(max(warmup_steps, 1) / step)
     if schedule.name == "exponential":
         return schedule.decay_rate ** (after_warmup / schedule.decay_every_steps)
     if schedule.milestones:

@@ -14,6 +14,7 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,7 +24,8 @@ from sharding.blocks import refuse_scattered_layers
 from sharding.parallel_dims import parallel_dims
 from sharding.ranks.errors import EXIT_FINISHED, UserError, ends_with_a_sentence
 from trainer.architectures.config import build_model_config
-from trainer.attempt import check_continuation
+from trainer.attempt import check_continuation, finished
+from trainer.checkpoint.finish import complete_at
 from trainer.checkpoint.reference import check_source, resolve_checkpoint
 from trainer.checkpoint.token_ids import check_named_tokenizer
 from trainer.checkpoint.trained_corpus import trained_fingerprint
@@ -32,18 +34,20 @@ from trainer.config.rules import World, validate
 from trainer.config.sections import ModelConfig
 from trainer.data.any_samples import prepared_facts
 from trainer.data.corpus import read_documents
+from trainer.data.epochs import with_counted_epochs
 from trainer.data.facts import SampleFacts
 from trainer.data.identity import errors_of, named_sources
 from trainer.data.prepare_rows import check_first_row
 from trainer.data.prepared import Prepared, PreparedMixture, PreparedStream, find_prepared
 from trainer.data.prepared_rows import PreparedRows
-from trainer.data.tokenizer import TRAINED, load_tokenizer, vocabulary_size
+from trainer.data.tokenizer import MASK_ID, PADDING_ID, TRAINED, load_tokenizer, vocabulary_size
 from trainer.model.document_mask import check_architecture
 from trainer.model.memory_estimate import estimate_memory
 from trainer.model.models import build_model_on_meta, model_facts, transformers_config
 from trainer.model.refusals import refuse_encoder, refuse_positions_by_padding, refuse_settings
 from trainer.run_folder.folder import RunFolder
 from trainer.tasks.causal_lm import CausalLanguageModelling, predicts_next_tokens
+from trainer.tasks.monitor import check_monitor
 from trainer.tasks.registry import configured_task
 from trainer.tasks.task import Task
 
@@ -84,8 +88,10 @@ def preview(config: RunConfig, world: World) -> list[str]:
             f"corpus        {_describe_corpus(config, corpus)}",
             f"continues     {_describe_start(config, run_folder)}",
         ]
+    config = config if corpus is None else with_counted_epochs(config, corpus)
     facts = _sample_facts(config, corpus)
     task = configured_task(config.task, facts)
+    check_monitor(config, task)
     dims = parallel_dims(config.parallel, world.num_ranks)
     is_named = (config.model.architecture or config.model.pretrained) is not None
     model_config = build_model_config(config.model, facts) if is_named else None
@@ -130,9 +136,16 @@ def _sample_facts(config: RunConfig, corpus: Prepared | None) -> SampleFacts:
         return prepared_facts(corpus, config.data)
     if config.data.tokenizer == TRAINED:
         # The most that will be trained; a small corpus may give fewer.
-        return SampleFacts(length, config.data.vocab_size, 0)
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    return SampleFacts(length, vocabulary_size(tokenizer), tokenizer.eos_token_id)
+        facts = SampleFacts(length, config.data.vocab_size, 0)
+        return replace(facts, pad_token_id=PADDING_ID, mask_token_id=MASK_ID) if config.data.mask_token else facts
+    tokenizer = load_tokenizer(config.data.tokenizer, masks=config.data.mask_token)
+    return SampleFacts(
+        length,
+        vocabulary_size(tokenizer),
+        tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        mask_token_id=tokenizer.mask_token_id,
+    )
 
 
 def _try_forward(task: Task, settings: ModelConfig, facts: SampleFacts) -> None:
@@ -217,8 +230,8 @@ def _describe_start(config: RunConfig, folder: RunFolder) -> str:
         if config.checkpoint.from_ is None:
             return "nothing: begins at step 1"
         return f"{config.checkpoint.load} of {resolve_checkpoint(config.checkpoint.from_)}"
-    if newest[0] >= config.num_steps:
-        return f"nothing: complete at step {newest[0]:,}"
+    if ended := finished(folder, config):
+        return f"nothing: {complete_at(ended[0], ended[2])}"
     return f"after step {newest[0]:,}"
 
 

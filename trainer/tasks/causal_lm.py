@@ -18,7 +18,7 @@ from trainer.config.sections import ModelConfig
 from trainer.data.facts import SampleFacts
 from trainer.tasks.chunked_loss import ChunkedLossHead
 from trainer.tasks.next_tokens import IGNORED_LABEL, next_token_batch
-from trainer.tasks.task import Metric, Outputs, Sums, Task
+from trainer.tasks.task import Better, Metric, Outputs, Sums, Task
 
 PROBED_POSITION = "probed_position"
 """Key of a batch in evaluation that asks for the logits of the first row's token at this position, as the only sum."""
@@ -120,6 +120,10 @@ class CausalLanguageModelling(Task):
         # exp overflows a float beyond 709; such a model has no useful perplexity.
         perplexity = math.exp(loss) if loss < 700 else math.inf
         return {"loss": Metric(loss, "lower"), "perplexity": Metric(perplexity, "lower")}
+
+    def directions(self) -> dict[str, Better]:
+        """See Task."""
+        return {"loss": "lower", "perplexity": "lower"}
 
     def _logits_at(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """Logits of the probed token, [vocabulary]."""

@@ -9,9 +9,10 @@ from trainer.config.sections import TaskConfig
 from trainer.data.facts import SampleFacts
 from trainer.runtime.own_modules import import_own
 from trainer.tasks.causal_lm import CausalLanguageModelling
+from trainer.tasks.masked_lm import MaskedLanguageModelling
 from trainer.tasks.task import Task
 
-_TASKS = {"causal-lm": CausalLanguageModelling}
+_NAMES = ("causal-lm", "masked-lm")
 
 
 def build_task(
@@ -36,9 +37,9 @@ def build_task(
         UserError: there is no such task, or it takes no options.
     """
     if ":" not in name:
-        if name not in _TASKS:
-            raise UserError(f"task.name={name} is unknown; use {', '.join(_TASKS)} or module:Class.")
-        return _TASKS[name](z_loss, loss_chunk_tokens)
+        if name not in _NAMES:
+            raise UserError(f"task.name={name} is unknown; use {', '.join(_NAMES)} or module:Class.")
+        return CausalLanguageModelling(z_loss, loss_chunk_tokens)
     make = import_own(name, "task.name", folder)
     # What goes wrong in its own code is shown with its traceback.
     task = _construct(name, make, options or {}, facts or SampleFacts())
@@ -46,18 +47,21 @@ def build_task(
     return task
 
 
-def configured_task(settings: TaskConfig, facts: SampleFacts, **changes: Any) -> Task:
+def configured_task(settings: TaskConfig, facts: SampleFacts, seed: int = 0, **changes: Any) -> Task:
     """The task of a run.
 
     Args:
         settings: the section ``task``.
         facts: what is known of the samples.
+        seed: the run's, for what a task draws for each sample.
         changes: settings that are to be others.
 
     Raises:
         UserError: see ``build_task``.
     """
     task: TaskConfig = settings.model_copy(update=changes)
+    if task.name == "masked-lm":
+        return MaskedLanguageModelling(facts, seed, task.mask_probability, whole_word=task.whole_word)
     return build_task(task.name, task.z_loss, task.loss_chunk_tokens, task.folder, task.options, facts)
 
 

@@ -27,12 +27,16 @@ class Outputs:
     loss_sum: torch.Tensor | None = None
 
 
+Better = Literal["lower", "higher"]
+"""Which direction of a metric is better."""
+
+
 @dataclass(frozen=True)
 class Metric:
     """A metric's value, and which direction of it is better."""
 
     value: float
-    better: Literal["lower", "higher"]
+    better: Better
 
 
 Sums = dict[str, torch.Tensor]
@@ -113,3 +117,10 @@ class Task(Protocol):
     @abstractmethod
     def metrics(self, sums: Mapping[str, torch.Tensor]) -> dict[str, Metric]:
         """Named metrics, from the sums of a whole split, fp64 on the host."""
+
+    def directions(self) -> Mapping[str, Better] | None:
+        """Which direction of each metric is better, by the metric's name; None where that is not known before training.
+
+        By it a metric is refused that a run is to be judged by, and that there is none of.
+        """
+        return None

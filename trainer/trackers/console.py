@@ -72,7 +72,7 @@ class Console:
             _log.info(line)
         else:
             self.info(line)
-        if "eval/loss" in metrics:
+        if any(name.startswith("eval/") for name in metrics):
             evaluation = "  ".join(
                 f"{name.removeprefix('eval/')} {value:.4f}"
                 for name, value in metrics.items()

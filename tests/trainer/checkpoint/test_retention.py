@@ -34,7 +34,7 @@ _LOSSES = {1: None, 2: 3.0, 3: None, 4: 2.0, 5: None, 6: 2.0, 7: None, 8: 2.5, 9
 def test_kept_are_the_newest_every_nth_and_the_best(tmp_path: Path, settings: dict[str, int], kept: list[int]) -> None:
     for step, loss in _LOSSES.items():
         write_empty_checkpoint(tmp_path / f"step-{step:08d}", step, loss)
-    prune_checkpoints(tmp_path, CheckpointConfig(**settings), lambda: None)
+    prune_checkpoints(tmp_path, CheckpointConfig(**settings), "loss", lambda: None)
     assert sorted(int(path.name[5:]) for path in tmp_path.iterdir()) == kept
 
 
@@ -53,9 +53,9 @@ def test_what_an_interrupted_save_or_deletion_has_left_goes_with_the_next(tmp_pa
 
     # What looks left over may be what another is writing, which has taken the folder over and gone back.
     with pytest.raises(RunFailure):
-        prune_checkpoints(tmp_path, CheckpointConfig(keep_last=keep_last), lost)
+        prune_checkpoints(tmp_path, CheckpointConfig(keep_last=keep_last), "loss", lost)
     assert (tmp_path / "step-00000002").exists()
-    prune_checkpoints(tmp_path, CheckpointConfig(keep_last=keep_last), lambda: None)
+    prune_checkpoints(tmp_path, CheckpointConfig(keep_last=keep_last), "loss", lambda: None)
     kept = ["damaged", "step-00000004", "step-00000008", "step-00000010"]
     assert sorted(path.name for path in tmp_path.iterdir()) == kept
 
@@ -69,7 +69,7 @@ def test_what_cannot_be_deleted_is_told(tmp_path: Path) -> None:
     manifest.mkdir()
     told: list[str] = []
     pruning = BackgroundPruning(told.append, lambda: None)
-    pruning.start(tmp_path, CheckpointConfig(keep_last=1))
+    pruning.start(tmp_path, CheckpointConfig(keep_last=1), "loss")
     pruning.wait()
     assert len(told) == 1
     assert told[0].startswith("older checkpoints were not deleted: ")
@@ -88,7 +88,7 @@ def test_whoever_loses_the_folder_while_it_deletes_stops_there(tmp_path: Path) -
 
     told: list[str] = []
     pruning = BackgroundPruning(told.append, before_remove)
-    pruning.start(tmp_path, CheckpointConfig(keep_last=1))
+    pruning.start(tmp_path, CheckpointConfig(keep_last=1), "loss")
     pruning.wait()
     assert len(list(tmp_path.iterdir())) == 3
     assert told == ["older checkpoints were not deleted: the folder was taken over"]

@@ -26,7 +26,8 @@ def test_a_prepared_corpus_is_samples(config_file: Path) -> None:
     length = data.sequence_length
     samples = packed_samples(corpus, data)
     assert samples.fingerprint == corpus.fingerprint
-    assert samples.facts == SampleFacts(length, corpus.vocab_size, corpus.eos_token_id, corpus.tokenizer_dir)
+    eos = corpus.eos_token_id
+    assert samples.facts == SampleFacts(length, corpus.vocab_size, eos, corpus.tokenizer_dir, pad_token_id=eos)
     for split in ("train", "validation"):
         stream = corpus.stream(split)
         number = samples.num_samples(split)

@@ -164,8 +164,8 @@ class _Run:
             self.engine.step(1e-2)
             self.step += 1
             counters = dict.fromkeys(("num_samples", "num_tokens", "num_skipped_steps", "num_skipped_in_a_row"), 0)
-            loss = losses[index] if losses else None
-            state = TrainingState(step=self.step, schedule_total_steps=9, seed=1, eval_loss=loss, **counters)
+            evaluated = {"eval_metrics": {"loss": losses[index]}} if losses else {}
+            state = TrainingState(step=self.step, schedule_total_steps=9, seed=1, **evaluated, **counters)
             self.checkpointer.start_saving(self.engine, state)
         self.checkpointer.finish()
         self.checkpointer.close()

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from trainer.config.schedule import ScheduleConfig
+from trainer.config.schedule import ScheduleConfig, num_warmup_steps
 from trainer.optimizers.schedules import learning_rate
 
 _CURVES = get_args(ScheduleConfig.model_fields["name"].annotation)
@@ -87,6 +87,17 @@ def test_torch_agrees_about_steps_and_milestones() -> None:
             optimizer.step()
             theirs.step()
         assert _rates(total=12, name="step", warmup_steps=0, **settings) == pytest.approx(found), settings
+
+
+def test_warm_up_is_steps_or_a_share_of_the_schedule() -> None:
+    for name in ("cosine", "wsd", "inverse_sqrt"):
+        assert _rates(total=30, name=name, warmup_steps=0, warmup_fraction=0.1) == _rates(
+            total=30, name=name, warmup_steps=3
+        )
+    # 1.1 x 10 is more than 11 in binary, and so is 0.07 x 100 than 7.
+    assert num_warmup_steps(ScheduleConfig(warmup_fraction=0.07), 100) == 7
+    assert num_warmup_steps(ScheduleConfig(warmup_fraction=0.07), 101) == 8
+    assert num_warmup_steps(ScheduleConfig(), 100) == 0
 
 
 @st.composite

@@ -13,7 +13,7 @@ import pytest
 
 from sharding.ranks.errors import UserError
 from tests.support import write_empty_checkpoint
-from trainer.attempt import begin_attempt, check_continuation, is_complete
+from trainer.attempt import begin_attempt, check_continuation, finished
 from trainer.config import RunConfig, load_config
 from trainer.config.rules import World
 from trainer.run_folder.folder import RunFolder
@@ -159,13 +159,13 @@ def test_a_checkpoint_exists_if_its_manifest_does(load: Callable[..., RunConfig]
     folder.checkpoint_path(6).mkdir()
     add_checkpoint(folder, 5).rename(folder.checkpoints_dir / "step-mine")
     assert folder.newest_checkpoint() == (4, folder.checkpoints_dir / "step-00000004")
-    assert not is_complete(folder, load())
+    assert not finished(folder, load())
     add_checkpoint(folder, 6)
-    assert is_complete(folder, load())
-    assert not is_complete(folder, load("steps=7"))
+    assert finished(folder, load())
+    assert not finished(folder, load("steps=7"))
     manifest = folder.checkpoint_path(6) / "manifest.json"
     manifest.write_bytes(manifest.read_bytes()[:-1] + b" ")
-    assert not is_complete(folder, load())
+    assert not finished(folder, load())
 
 
 def test_a_run_that_has_only_corrupt_checkpoints_does_not_begin_anew(load: Callable[..., RunConfig]) -> None:
@@ -198,9 +198,11 @@ def test_a_budget_of_tokens_grows_and_shrinks_as_steps_do(load: Callable[..., Ru
     add_checkpoint(folder, 4)
     check_continuation(folder, of_tokens(8 * 384))
     check_continuation(folder, load("steps=9"))
-    assert is_complete(folder, of_tokens(4 * 384))
-    assert not is_complete(folder, of_tokens(4 * 384 + 1))
-    message = r"tokens=1152 is less than the 4 steps of 384 tokens that .* has done; set tokens to at least 1536\."
+    assert finished(folder, of_tokens(4 * 384))
+    assert not finished(folder, of_tokens(4 * 384 + 1))
+    message = (
+        r"tokens=1152 = 3 steps of 384 tokens is less than the 4 steps that .* has done; set tokens to at least 1536\."
+    )
     with pytest.raises(UserError, match=message):
         check_continuation(folder, of_tokens(3 * 384))
 

@@ -11,7 +11,7 @@ from trainer.config.data import SampleRange
 from trainer.config.sections import ModelConfig
 from trainer.data.facts import SampleFacts
 from trainer.faults.injection.inject import CORRUPTING_FAULTS, Fault
-from trainer.tasks.task import Metric, Outputs, Sums, Task
+from trainer.tasks.task import Better, Metric, Outputs, Sums, Task
 
 _FACTORS = {"nan": math.nan, "spike": 1e4}
 
@@ -100,3 +100,7 @@ class CorruptedTask:
     def metrics(self, sums: Mapping[str, torch.Tensor]) -> dict[str, Metric]:
         """See Task."""
         return self._task.metrics(sums)
+
+    def directions(self) -> Mapping[str, Better] | None:
+        """See Task."""
+        return self._task.directions()

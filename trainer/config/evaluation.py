@@ -1,0 +1,54 @@
+"""Rules of evaluation, and of what is judged by it: early stop and the best checkpoints; imports no torch."""
+
+import math
+from typing import TYPE_CHECKING
+
+from sharding.ranks.errors import UserError
+
+if TYPE_CHECKING:
+    from trainer.config.schema import RunConfig
+
+
+def validate_evaluation(config: "RunConfig") -> None:
+    """Check that there is something to evaluate where that is asked for, and that no setting is without effect.
+
+    Raises:
+        UserError: one of these is not so.
+    """
+    if config.evaluation.every_steps and config.data.validation_fraction == 0:
+        raise UserError(
+            f"evaluation.every_steps={config.evaluation.every_steps} evaluates held-out documents, but "
+            "data.validation_fraction=0 holds none out; raise it, or set evaluation.every_steps=0."
+        )
+    _validate_retention(config)
+    _validate_early_stop(config)
+
+
+def _validate_retention(config: "RunConfig") -> None:
+    checkpoint, evaluated_every = config.checkpoint, config.evaluation.every_steps
+    keeps = f"checkpoint.keep_best={checkpoint.keep_best}"
+    if not checkpoint.keep_best:
+        return
+    for section, every_steps in (("checkpoint", checkpoint.every_steps), ("evaluation", evaluated_every)):
+        if every_steps == 0:
+            raise UserError(
+                f"{keeps} chooses among steps that are saved and evaluated, but {section}.every_steps=0 has one at the "
+                "end alone; set it to 100, say."
+            )
+    both = math.lcm(checkpoint.every_steps, evaluated_every)
+    if config.is_length_known and both >= config.num_steps:
+        raise UserError(
+            f"{keeps} chooses among steps that are saved and evaluated, but with checkpoint.every_steps="
+            f"{checkpoint.every_steps} and evaluation.every_steps={evaluated_every} these are the multiples of {both}, "
+            f"of which none is before the last of {config.num_steps} steps; make one a multiple of the other."
+        )
+
+
+def _validate_early_stop(config: "RunConfig") -> None:
+    evaluation, defaults = config.evaluation, type(config.evaluation).model_fields
+    is_monitored = evaluation.patience or config.checkpoint.keep_best
+    if evaluation.monitor != defaults["monitor"].default and not is_monitored:
+        raise UserError(
+            f"evaluation.monitor={evaluation.monitor} has an effect with evaluation.patience or checkpoint.keep_best "
+            "only, which are 0; set one of them, or remove it."
+        )

@@ -1,0 +1,186 @@
+"""Masked language modelling: predict tokens that are hidden, from those before and after them."""
+
+import hashlib
+import math
+from collections.abc import Mapping
+from weakref import WeakSet
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from sharding.engine import Batch
+from sharding.ranks.errors import UserError
+from trainer.architectures.config import build_model_config
+from trainer.architectures.faults import cannot_compute, faults_of_a_configuration
+from trainer.config.sections import ModelConfig
+from trainer.data.facts import SampleFacts
+from trainer.data.samples import FILLER
+from trainer.data.tokenizer import load_tokenizer
+from trainer.data.words import WordTable, word_table
+from trainer.tasks.next_tokens import IGNORED_LABEL
+from trainer.tasks.task import Better, Metric, Outputs, Sums, Task
+
+_MASKED, _REPLACED = 0.8, 0.9
+
+
+class MaskedLanguageModelling(Task):
+    """Prediction of hidden tokens; ``labels[b, t]`` is the token that was at that place, or -100 where none is asked.
+
+    As in BERT (Devlin et al., 2019): of the chosen tokens 80 % are masked, 10 % replaced by any other and 10 % left.
+    """
+
+    def __init__(
+        self, facts: SampleFacts, seed: int = 0, mask_probability: float = 0.15, *, whole_word: bool = False
+    ) -> None:
+        """Say what is hidden.
+
+        Args:
+            facts: of the samples: tokens, whose tokenizer has a mask token.
+            seed: key of the draws.
+            mask_probability: with which a token, or a word, is chosen.
+            whole_word: choose words instead of tokens.
+        """
+        self._facts = facts
+        self._seed = seed
+        self._mask_probability = mask_probability
+        self._whole_word = whole_word
+        self._table: WordTable | None = None
+        self._has_computed: WeakSet[nn.Module] = WeakSet()
+
+    def build_model(self, model_settings: ModelConfig, facts: SampleFacts) -> nn.Module:
+        """See Task.
+
+        Raises:
+            UserError: `transformers` has no such head for the architecture, or the model is made to look back alone.
+        """
+        from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoModelForMaskedLM
+
+        model_config = build_model_config(model_settings, facts)
+        name = model_settings.architecture or model_settings.pretrained
+        trusted = hasattr(model_config, "auto_map")
+        if type(model_config) not in MODEL_FOR_MASKED_LM_MAPPING and not trusted:
+            raise UserError(
+                f"{name} is a {model_config.model_type}, for which transformers has no head of task.name=masked-lm; "
+                "choose an encoder (bert, modernbert, roberta, say), or task.name=causal-lm."
+            )
+        if getattr(model_config, "is_decoder", False):
+            raise UserError(
+                f"{name} has is_decoder=true, with which a token sees none that follow, but task.name=masked-lm "
+                "predicts from both sides; set it to false."
+            )
+        return AutoModelForMaskedLM.from_config(model_config, dtype=torch.float32, trust_remote_code=trusted)
+
+    def make_batch(self, samples: Batch, positions: torch.Tensor, training: bool) -> Batch:
+        """See Task; what is hidden of a sample follows from the seed and its position alone."""
+        table, mask_id = self._words()
+        tokens = samples["tokens"][:, :-1].numpy()
+        num_tokens = samples["num_tokens"].numpy()
+        is_token = np.arange(tokens.shape[1]) < num_tokens[:, None]
+        draws = self._draws(positions, tokens.shape[1], training=training)
+        chance = draws[0]
+        if self._whole_word:
+            chance = np.take_along_axis(chance, table.word_numbers(tokens), axis=1)
+        is_target = (chance < self._mask_probability) & table.is_text[tokens] & is_token
+        is_target &= (positions != FILLER).numpy()[:, None]
+        text_ids = np.flatnonzero(table.is_text)
+        others = text_ids[(draws[2] * len(text_ids)).astype(np.int64)]
+        hidden = np.where(draws[1] < _MASKED, mask_id, np.where(draws[1] < _REPLACED, others, tokens))
+        inputs = np.where(is_target, hidden, tokens)
+        if not is_token.all():
+            inputs = np.where(is_token, inputs, self._facts.pad_token_id or 0)
+        batch = {
+            "input_ids": torch.from_numpy(inputs),
+            "labels": torch.from_numpy(np.where(is_target, tokens, IGNORED_LABEL)),
+        }
+        # Only where it hides something: transformers looks into it, for which a GPU would have to be waited for.
+        return batch if is_token.all() else batch | {"attention_mask": torch.from_numpy(is_token.astype(np.int64))}
+
+    def inputs(self, batch: Batch) -> Batch:
+        """See Task."""
+        return {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+
+    def forward(self, model: nn.Module, batch: Batch) -> Outputs:
+        """See Task; logits are [micro, length, vocabulary].
+
+        Raises:
+            UserError: the model cannot compute on its first batch, for sizes that do not fit together.
+        """
+        try:
+            logits: torch.Tensor = model(**self.inputs(batch)).logits
+        except faults_of_a_configuration() as error:
+            refusal = None if model in self._has_computed else cannot_compute(error, batch["input_ids"].shape[1])
+            if refusal is None:
+                raise
+            raise refusal from None
+        self._has_computed.add(model)
+        return Outputs(logits=logits.float())
+
+    def loss(self, outputs: Outputs, batch: Batch) -> torch.Tensor:
+        """See Task; cross-entropy in nats."""
+        assert outputs.logits is not None, "forward gives logits"
+        logits, labels = outputs.logits.flatten(0, 1), batch["labels"].flatten()
+        return functional.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED_LABEL)
+
+    def evaluate(self, outputs: Outputs, batch: Batch) -> Sums:
+        """See Task; summed cross-entropy, hidden tokens, and those of them that were found."""
+        assert outputs.logits is not None, "forward gives logits"
+        is_right = outputs.logits.argmax(dim=-1) == batch["labels"]
+        return {
+            "loss": self.loss(outputs, batch).double(),
+            "targets": (batch["labels"] != IGNORED_LABEL).sum().double(),
+            "right": is_right.sum().double(),
+        }
+
+    def num_targets(self, batch: Batch) -> int:
+        """See Task."""
+        return int((batch["labels"] != IGNORED_LABEL).sum())
+
+    def num_tokens(self, batch: Batch) -> int:
+        """See Task."""
+        return batch["input_ids"].numel()
+
+    def metrics(self, sums: Mapping[str, torch.Tensor]) -> dict[str, Metric]:
+        """See Task; of hidden tokens the mean loss in nats, its exponential, and the share that was found."""
+        num_targets = max(float(sums["targets"]), 1.0)
+        loss = float(sums["loss"]) / num_targets
+        # exp overflows a float beyond 709; such a model has no useful perplexity.
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+        return {
+            "loss": Metric(loss, "lower"),
+            "perplexity": Metric(perplexity, "lower"),
+            "accuracy": Metric(float(sums["right"]) / num_targets, "higher"),
+        }
+
+    def directions(self) -> dict[str, Better]:
+        """See Task."""
+        return {"loss": "lower", "perplexity": "lower", "accuracy": "higher"}
+
+    def _draws(self, positions: torch.Tensor, length: int, *, training: bool) -> np.ndarray:
+        """Uniform draws [3, micro, length], each row's from a key of its own."""
+        digest = hashlib.sha256(f"{self._seed}:mask:{'training' if training else 'evaluation'}".encode()).digest()
+        key = int.from_bytes(digest[:8], "little")
+        # Position -1 fills up; the key is unsigned.
+        rows = []
+        for position in positions.tolist():
+            # Counter-based (Salmon et al., "Parallel random numbers", 2011): each key gives a stream of its own. It is
+            # unsigned, but a sample that only fills up has position -1.
+            stream = np.random.Philox(key=np.array([key, position & (2**64 - 1)], dtype=np.uint64))
+            rows.append(np.random.Generator(stream).random((3, length)))
+        return np.stack(rows, axis=1)
+
+    def _words(self) -> tuple[WordTable, int]:
+        """What the vocabulary tells of words and control tokens, looked at once, and the mask token.
+
+        Raises:
+            UserError: the tokenizer has no mask token.
+        """
+        facts = self._facts
+        if facts.mask_token_id is None or facts.tokenizer_dir is None or facts.vocab_size is None:
+            raise UserError(
+                "task.name=masked-lm needs tokens whose tokenizer has a mask token; set data.mask_token=true."
+            )
+        if self._table is None:
+            self._table = word_table(load_tokenizer(str(facts.tokenizer_dir), masks=True), facts.vocab_size)
+        return self._table, facts.mask_token_id

@@ -1,0 +1,34 @@
+"""Whether there is such a metric as a run is to be judged by, before it is trained."""
+
+from collections.abc import Mapping
+
+from sharding.ranks.errors import UserError
+from trainer.config import RunConfig
+from trainer.tasks.task import Better, Task
+
+
+def check_monitor(config: RunConfig, task: Task) -> None:
+    """Assert that the metric that patience and the best checkpoints are judged by is one of the task.
+
+    A task that does not say which it has, or is derived from one that does and has others, is asked at its first
+    evaluation.
+
+    Raises:
+        UserError: the task has no such metric.
+    """
+    known, monitor = _directions(task), config.evaluation.monitor
+    if known is None or not (config.evaluation.patience or config.checkpoint.keep_best):
+        return
+    names = [*known, *(f"ema_{name}" for name in known if config.optimizer.ema_decay)]
+    if monitor not in names:
+        raise UserError(
+            f"evaluation.monitor={monitor} is no metric of task.name={config.task.name}, which has {', '.join(names)}; "
+            "name one of them."
+        )
+
+
+def _directions(task: Task) -> Mapping[str, Better] | None:
+    task = getattr(task, "inner", task)
+    # The first of the task's classes that has either: metrics of its own may be others than those said above.
+    owner = next(kind for kind in type(task).__mro__ if {"metrics", "directions"} & vars(kind).keys())
+    return task.directions() if "directions" in vars(owner) else None
