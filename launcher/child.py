@@ -39,7 +39,7 @@ def start_child(
 
 
 def _become(arguments: Sequence[str]) -> None:
-    # Done here and not between fork and exec in the parent, which has threads by then. The settings survive exec.
+    # Done here since between fork and exec the parent has threads; the settings survive exec.
     die_with_parent()
     shielded = arguments[0] == _SHIELDED
     if shielded:

@@ -21,7 +21,7 @@ def import_variables(environment: Mapping[str, str], root: Path = _ROOT) -> dict
     """
     # An empty entry, what $PYTHONPATH:/my/modules begins with where it was not set, means the working folder.
     folders = [folder for folder in environment.get("PYTHONPATH", "").split(os.pathsep) if folder]
-    # A checkout that is not installed is found by this alone. What is installed stays behind the standard library.
+    # A checkout that is not installed is found by this alone; what is installed stays behind the standard library.
     if str(root) not in folders and root not in _installation_folders():
         folders.insert(0, str(root))
     path = {"PYTHONPATH": os.pathsep.join(folders)} if folders or "PYTHONPATH" in environment else {}

@@ -30,7 +30,8 @@ class _Lasting:
         try:
             yield
         except OSError:
-            # EPIPE of a pipe, EIO of a terminal. What is still buffered would raise once more at the interpreter's end.
+            # EPIPE of a pipe or EIO of a terminal: dropped, since what is buffered would raise again at the
+            # interpreter's end.
             with contextlib.suppress(OSError, ValueError):
                 null = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(null, self._stream.fileno())

@@ -23,7 +23,7 @@ from trainer.runtime.processes import ATTEMPT_VARIABLE, LEASE_VARIABLE
 
 _POLL_EVERY_S = 0.1
 _LOOK_EVERY_S = 0.5
-# Once a rank has failed, what the others still write is of the failure. The agents alone would give them 30 s.
+# Short, since what others still write after a rank has failed is of that failure; agents alone would give them 30 s.
 _GRACE_AFTER_FAILURE_S = 5.0
 _KILL_WITHIN_S = 5.0
 # What torch's agent, also Accelerate's, logs when it ends the remaining ranks.
@@ -151,7 +151,8 @@ def _wait(
             hangs.look(_LOOK_EVERY_S)
             failed_at = now if failures.has_failed() else None
         if failed_at is not None and now > failed_at + _GRACE_AFTER_FAILURE_S:
-            # The agent sees its ranks end, and ends with its report. What they end with now is our doing.
+            # Statuses are recorded no longer, since how ranks end from here on is our doing; the agent sees them end, and
+            # ends with its report.
             exits.close()
             hangs.keep_stacks()
             kill_marked(token, spared_pid=agent.pid)
@@ -163,7 +164,7 @@ def _ask_ranks_to_stop(run_folder: RunFolder, token: str, agent_pid: int) -> Non
     try:
         run_folder.request_stop("signal to the launcher")
     except OSError:
-        # A full disk, say. A signal asks the same, of ranks that are up.
+        # As on a full disk; ranks that are up are asked the same by a signal.
         for pid in _marked(token, agent_pid):
             _send(pid, signal.SIGUSR1)
 

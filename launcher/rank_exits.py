@@ -13,7 +13,7 @@ from sharding.ranks.errors import EXIT_FINISHED, EXIT_STOPPED
 from sharding.ranks.process_stat import process_stat
 from trainer.faults.failure.report import ProcessEnd
 
-# Ways to end that no code of a rank can report. SIGABRT is left out: NCCL's watchdog raises it on ranks that another
+# Ways to end that no code of a rank can report, without SIGABRT since NCCL's watchdog raises it on ranks that another
 # rank's failure keeps waiting.
 CRASHES = frozenset({signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE})
 

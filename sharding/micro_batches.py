@@ -40,7 +40,7 @@ def accumulate_gradients(
     for index, batch in enumerate(micro_batches):
         with context(index == len(micro_batches) - 1):
             loss_sum = loss(on_device(batch, device))
-            # A rank-local infinite loss can leave its gradients finite. Turned into NaN here, it reaches every rank
+            # Turned into NaN, since a rank-local infinite loss can leave its gradients finite: NaN reaches every rank
             # through the gradient reduction, and all skip the step without another collective.
             factor = torch.where(loss_sum.detach().isfinite(), scale, torch.nan)
             backward(loss_sum * factor)

@@ -84,8 +84,8 @@ class ZeroEngine(TorchEngine):
         self._strategy = strategy
         self._sharded_modules = [m for m in self._model.modules() if isinstance(m, FSDPModule)]
         for module in self._sharded_modules:
-            # Sum, not average: the loss already carries the global denominator. Both calls are needed, since a
-            # divide factor of 1 alone selects a pre-multiplied sum, which gloo does not have.
+            # Sum and not average, since the loss carries the global denominator; both calls are needed because a divide
+            # factor of 1 alone selects a pre-multiplied sum, which gloo does not have.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
             # What the loss does not depend on, on this rank, contributes zeros, or ranks would add up runs of memory

@@ -60,7 +60,7 @@ class RunsInProcess:
             sections: settings by section.
 
         Raises:
-            RuntimeError: a fault ``raise`` struck.
+            RuntimeError: a fault ``raise`` was triggered.
         """
         values = tiny_values(self.root / "runs", self.root / "cache", self.corpus)
         values |= {"name": name, "steps": steps, "checkpoint": {"every_steps": 3, "keep_last": 0}}

@@ -28,7 +28,7 @@ class BlockPartitioner:
 
     def partition(self, block: nn.Module) -> None:
         """Divide a block's parameters in place; frees what this rank does not keep."""
-        # The configuration's type is fp32. One that is given here is ignored on a CPU, in favour of bf16.
+        # The configuration's type is fp32, since one that is given here is ignored on a CPU in favour of bf16.
         context = self._deepspeed.zero.Init(
             module=block, config_dict_or_path=self._settings, param_swapper=self._swapper
         )

@@ -44,7 +44,7 @@ def deepspeed_config(parallel: ParallelConfig, batch: BatchArithmetic, clip_norm
     # Gradients that leave in the middle of the backward pass need the same order of collectives on every rank, and on
     # gloo there is no stream to hide them behind.
     zero["overlap_comm"] = stage == 3
-    # 200 MB of fp32 gradients. By default it is 2 GB, which a rank holds however small the model is.
+    # 200 MB of fp32 gradients, since by default a rank holds 2 GB however small the model is.
     zero["reduce_bucket_size"] = 50_000_000
     for key, place in (
         ("offload_optimizer", parallel.offload_optimizer),
@@ -54,8 +54,8 @@ def deepspeed_config(parallel: ParallelConfig, batch: BatchArithmetic, clip_norm
             zero[key] = {"device": place, "pin_memory": True}
         if place == "nvme":
             zero[key]["nvme_path"] = parallel.nvme_path
-            # Four buffers of this many fp32 elements pass between files and the step: 0.8 GB. By default a partition
-            # has up to 10^9 elements, and all of it would be in memory.
+            # Four buffers of this many fp32 elements pass between files and the step, 0.8 GB, since by default a
+            # partition may have 10^9 elements and all of it would be in memory.
             zero["sub_group_size"] = 50_000_000
     if parallel.offload_parameters == "nvme":
         # By default the first 10^9 elements of a rank would stay in main memory.

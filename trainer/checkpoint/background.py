@@ -35,7 +35,7 @@ class BackgroundWrite:
 
     def _run(self) -> None:
         if sys.platform == "linux":
-            # Linux keeps priorities by thread. Where no core is free, training comes first.
+            # Training comes first where no core is free; Linux keeps priorities by thread.
             with contextlib.suppress(OSError):
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
         self._report = self._write()

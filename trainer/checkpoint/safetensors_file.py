@@ -30,8 +30,8 @@ def write_tensors(path: CheckpointPath, tensors: dict[str, torch.Tensor]) -> Fil
     Raises:
         OSError: the file cannot be written.
     """
-    # Elements of larger types come first, so that each tensor begins at a multiple of its element's size. Beyond
-    # that the order stays: who loads the same state goes through the file from front to back.
+    # Larger types come first so that each tensor begins at a multiple of its element's size, and else the order stays
+    # since who loads the same state goes through the file from front to back.
     ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
     header, position = {}, 0
     for key, tensor in ordered:

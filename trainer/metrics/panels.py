@@ -105,5 +105,5 @@ SECTIONS = (
 
 
 def _by_number(name: str) -> list[str | int]:
-    # node-10 comes after node-9. Splitting by a captured group alternates text and digits, so lists compare.
+    # node-10 comes after node-9, since splitting by a captured group alternates text and digits and lists compare.
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]

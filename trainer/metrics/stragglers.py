@@ -9,8 +9,7 @@ from trainer.runtime.phases import Phase, Phases, PhaseState
 
 # Once may be chance: another job, a page cache.
 NUM_INTERVALS = 3
-# Their forward pass has no collective. Those that shard parameters gather them there, where all ranks become equally
-# slow.
+# Their forward pass has no collective, where those that shard parameters gather them and all ranks become equally slow.
 _LOCAL_FORWARD: frozenset[Strategy] = frozenset({"none", "ddp"})
 
 

@@ -12,8 +12,8 @@ from trainer.config import RunConfig
 from trainer.data.facts import SampleFacts
 from trainer.tasks.causal_lm import PROBED_POSITION
 
-# What later tokens may change, as a share of what earlier ones change. A model that sees both has about 1; experts see
-# their tokens in other groups where later ones differ, and round otherwise.
+# What later tokens may change as a share of what earlier ones change: about 1 in a model that sees both, and not 0 with
+# experts, which see tokens in other groups where later ones differ and round otherwise.
 _TOLERANCE = {torch.float32: 1e-3}
 _TOLERANCE_OF_16_BITS = 0.1
 

@@ -38,7 +38,7 @@ class RunFolder:
         self.outcome_file = path / "outcome.json"
         self.report_file = path / "report.html"
         self.reserve_file = path / ".reserve"
-        # Of the lease that this process writes under; a rank has its launcher's. None: nobody else is expected.
+        # The lease that this process writes under, a rank its launcher's; None where nobody else is expected.
         self.lease_token = os.environ.get(LEASE_VARIABLE)
 
     @classmethod

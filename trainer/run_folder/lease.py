@@ -158,7 +158,8 @@ class Lease:
                 holder = _read(self._path)
                 if self._released.is_set() or (holder is not None and holder["token"] != self._token):
                     return
-                # Not there for a moment, or removed. It is not made anew: a successor may have come and gone.
+                # Not made anew where it is missing, since it may have been removed, and a successor may have come and
+                # gone.
                 if holder is not None:
                     write_atomically(self._path, json.dumps(next_beat(holder)))
 

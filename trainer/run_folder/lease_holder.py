@@ -80,7 +80,7 @@ def _is_job_over(job: int, cluster: str | None) -> bool:
     if asked is None:
         return False
     if asked.returncode:
-        # It forgets a job some minutes after its end. Any other error says nothing.
+        # Only this error says that the job is gone, since Slurm forgets a job some minutes after its end.
         return "Invalid job id" in asked.stderr
     states = asked.stdout.split()
     return bool(states) and all(state in _OVER for state in states)

@@ -30,5 +30,5 @@ def keep_freed_memory(environment: Mapping[str, str]) -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None or any(name in environment for name in _VARIABLES):
         return False
-    # -1 keeps the top of the heap whatever its size. Either call ends glibc's own adjustment of both.
+    # -1 keeps the top of the heap whatever its size, and either call ends glibc's own adjustment of both.
     return bool(mallopt(_M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES) and mallopt(_M_TRIM_THRESHOLD, -1))

@@ -108,8 +108,8 @@ class WandbTracker:
         if step <= self._identity.sent_step:
             return
         values = {name: value for name, value in metrics.items() if value is not None}
-        # wandb's own counter would start at 0 in each offline part, and joined parts would overlap. Without commit,
-        # wandb would hold the line back until the next step.
+        # By our step, since wandb's own counter would start at 0 in each offline part and joined parts would overlap;
+        # with commit, since wandb would hold the line back until the next step.
         self._run.log({"step": step, **values}, step=step, commit=True)
         self._identity = replace(self._identity, sent_step=step)
         if self._is_online:

@@ -1,4 +1,4 @@
-"""What ``make soak`` drills through the command, in one process group: a slow rank, damaged checkpoints and data.
+"""What ``make soak`` drills through the command, in one process group: a slow rank, corrupt checkpoints and data.
 
 Each ends bit for bit as the run that nothing befell. Of the other drills, test_bad_numbers.py has bad numbers,
 tests/e2e/test_interruptions.py and tests/launcher/test_local.py the requests to stop, tests/e2e/test_tracking.py the
@@ -57,11 +57,11 @@ def _check_slow(runs: RunsInProcess, undisturbed: RunFolder) -> None:
         assert named[0]["step"] >= 4
 
 
-def _check_damaged_checkpoint(runs: RunsInProcess, undisturbed: RunFolder, damage: Callable[[Path], None]) -> None:
-    name = damage.__name__.strip("_")
+def _check_corrupt_checkpoint(runs: RunsInProcess, undisturbed: RunFolder, corrupt: Callable[[Path], None]) -> None:
+    name = corrupt.__name__.strip("_")
     folder = runs.train(name, steps=_STEPS)
     if runs.ranks.rank == 0:
-        damage(max(folder.checkpoint_path(_STEPS).glob("*.safetensors"), key=lambda file: file.stat().st_size))
+        corrupt(max(folder.checkpoint_path(_STEPS).glob("*.safetensors"), key=lambda file: file.stat().st_size))
     dist.barrier()
     _assert_undisturbed(runs.train(name, steps=_STEPS), undisturbed)
     if runs.ranks.rank == 0:
@@ -73,8 +73,8 @@ def _check_damaged_checkpoint(runs: RunsInProcess, undisturbed: RunFolder, damag
         assert [json.loads(line)["step"] for line in discarded] == [4, 5, 6]
 
 
-def _check_damaged_data(runs: RunsInProcess, undisturbed: RunFolder) -> None:
-    cache = runs.root / "damaged-cache"
+def _check_corrupt_data(runs: RunsInProcess, undisturbed: RunFolder) -> None:
+    cache = runs.root / "corrupt-cache"
     if runs.ranks.rank == 0:
         shutil.copytree(runs.root / "cache", cache)
     dist.barrier()
@@ -86,10 +86,10 @@ def _check_damaged_data(runs: RunsInProcess, undisturbed: RunFolder) -> None:
     dist.barrier()
     if runs.ranks.rank == 0:
         for shard, content in zip(shards, contents, strict=True):
-            damaged = bytearray(content)
+            corrupt = bytearray(content)
             # In each block, so that no rank is left that would wait for one which has found it out.
-            damaged[::97] = bytes(byte ^ 1 for byte in content[::97])
-            shard.write_bytes(damaged)
+            corrupt[::97] = bytes(byte ^ 1 for byte in content[::97])
+            shard.write_bytes(corrupt)
     dist.barrier()
     with pytest.raises(UserError, match=r"train-\d+\.bin"):
         runs.train("data", steps=_STEPS, data=data)
@@ -106,9 +106,9 @@ def _drill(ranks: Ranks, root: Path, corpus: Path) -> None:
     runs = RunsInProcess(ranks, root, corpus)
     undisturbed = runs.train("undisturbed", steps=_STEPS)
     _check_slow(runs, undisturbed)
-    _check_damaged_checkpoint(runs, undisturbed, _flip_a_bit)
-    _check_damaged_checkpoint(runs, undisturbed, _cut_in_half)
-    _check_damaged_data(runs, undisturbed)
+    _check_corrupt_checkpoint(runs, undisturbed, _flip_a_bit)
+    _check_corrupt_checkpoint(runs, undisturbed, _cut_in_half)
+    _check_corrupt_data(runs, undisturbed)
 
 
 @pytest.mark.timing

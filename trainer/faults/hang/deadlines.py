@@ -8,7 +8,7 @@ from trainer.faults.hang.heartbeat import Heartbeat
 from trainer.runtime.phases import Phase, PhaseState
 
 _NUM_REMEMBERED = 64
-# What happened once may happen again, and take longer. So may compilation, which is in the first step.
+# What happened once may take longer when it happens again, and the first step has compilation in it.
 _TIMES_LONGEST = 2.0
 # Storage may be slow once in a while, for minutes: here the run's own history is no guide.
 _UNSTEADY = frozenset({Phase.BUILD, Phase.LOAD, Phase.SAVE, Phase.FINISH})

@@ -55,8 +55,8 @@ def kill(heartbeat: Heartbeat) -> None:
 
 
 def _signal(heartbeat: Heartbeat, number: signal.Signals) -> None:
-    # Whoever writes heartbeats has taken the signal for stacks before. Another process may have the number by now,
-    # unless it is a rank of the same folder, which is what its working files tell.
+    # Whoever writes heartbeats has taken the signal for stacks; another process may have the number by now, unless its
+    # working files say that it is a rank of the same folder.
     if process_state(heartbeat) in (None, "gone") or not _holds_open(heartbeat):
         return
     with contextlib.suppress(OSError):
