@@ -151,8 +151,8 @@ def _wait(
             hangs.look(_LOOK_EVERY_S)
             failed_at = now if failures.has_failed() else None
         if failed_at is not None and now > failed_at + _GRACE_AFTER_FAILURE_S:
-            # Statuses are recorded no longer, since how ranks end from here on is our doing; the agent sees them end, and
-            # ends with its report.
+            # Statuses are recorded no longer, since how ranks end from here on is our doing; the agent sees them end,
+            # and ends with its report.
             exits.close()
             hangs.keep_stacks()
             kill_marked(token, spared_pid=agent.pid)
