@@ -3,6 +3,7 @@
 import hashlib
 import math
 from collections.abc import Mapping
+from typing import Any
 from weakref import WeakSet
 
 import numpy as np
@@ -12,8 +13,9 @@ from torch.nn import functional
 
 from sharding.engine import Batch
 from sharding.ranks.errors import UserError
-from trainer.architectures.config import build_model_config
+from trainer.architectures.auto_model import auto_model
 from trainer.architectures.faults import cannot_compute, faults_of_a_configuration
+from trainer.architectures.networks import build_network
 from trainer.config.sections import ModelConfig
 from trainer.data.facts import SampleFacts
 from trainer.data.samples import FILLER
@@ -55,22 +57,15 @@ class MaskedLanguageModelling(Task):
         Raises:
             UserError: `transformers` has no such head for the architecture, or the model is made to look back alone.
         """
-        from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoModelForMaskedLM
-
-        model_config = build_model_config(model_settings, facts)
-        name = model_settings.architecture or model_settings.pretrained
-        trusted = hasattr(model_config, "auto_map")
-        if type(model_config) not in MODEL_FOR_MASKED_LM_MAPPING and not trusted:
+        if model_settings.factory is not None:
+            return build_network(model_settings, facts, facts.vocab_size)
+        model: Any = auto_model("masked-lm", model_settings, facts)
+        if getattr(model.config, "is_decoder", False):
             raise UserError(
-                f"{name} is a {model_config.model_type}, for which transformers has no head of task.name=masked-lm; "
-                "choose an encoder (bert, modernbert, roberta, say), or task.name=causal-lm."
+                f"{model_settings.name} has is_decoder=true, with which a token sees none that follow, but "
+                "task.name=masked-lm predicts from both sides; set it to false."
             )
-        if getattr(model_config, "is_decoder", False):
-            raise UserError(
-                f"{name} has is_decoder=true, with which a token sees none that follow, but task.name=masked-lm "
-                "predicts from both sides; set it to false."
-            )
-        return AutoModelForMaskedLM.from_config(model_config, dtype=torch.float32, trust_remote_code=trusted)
+        return model
 
     def make_batch(self, samples: Batch, positions: torch.Tensor, training: bool) -> Batch:
         """See Task; what is hidden of a sample follows from the seed and its position alone."""
@@ -108,14 +103,14 @@ class MaskedLanguageModelling(Task):
             UserError: the model cannot compute on its first batch, for sizes that do not fit together.
         """
         try:
-            logits: torch.Tensor = model(**self.inputs(batch)).logits
+            made = model(**self.inputs(batch))
         except faults_of_a_configuration() as error:
             refusal = None if model in self._has_computed else cannot_compute(error, batch["input_ids"].shape[1])
             if refusal is None:
                 raise
             raise refusal from None
         self._has_computed.add(model)
-        return Outputs(logits=logits.float())
+        return Outputs(logits=getattr(made, "logits", made).float())
 
     def loss(self, outputs: Outputs, batch: Batch) -> torch.Tensor:
         """See Task; cross-entropy in nats."""

@@ -30,5 +30,5 @@ def check_monitor(config: RunConfig, task: Task) -> None:
 def _directions(task: Task) -> Mapping[str, Better] | None:
     task = getattr(task, "inner", task)
     # The first of the task's classes that has either: metrics of its own may be others than those said above.
-    owner = next(kind for kind in type(task).__mro__ if {"metrics", "directions"} & vars(kind).keys())
+    owner = next((kind for kind in type(task).__mro__ if {"metrics", "directions"} & vars(kind).keys()), object)
     return task.directions() if "directions" in vars(owner) else None

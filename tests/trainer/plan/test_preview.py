@@ -51,7 +51,7 @@ WORLD = World(2, has_gpu=False)
             "bert is an encoder .*; choose a causal architecture .*, or set is_decoder to true in model.config",
         ),
         (["task.name=nowhere:Task"], "task.name=nowhere:Task cannot be imported: No module named 'nowhere'"),
-        (["task.name=causal-ml"], "task.name=causal-ml is unknown; use causal-lm or module:Class"),
+        (["task.name=causal-ml"], "task.name=causal-ml is unknown; use causal-lm, .* or module:Class"),
         (["data.paths=[/nowhere]"], "data.paths: /nowhere names no file"),
         (["data.tokenizer=/nowhere"], "data.tokenizer=/nowhere cannot be loaded"),
         (["checkpoint.from=/nowhere"], "checkpoint.from=/nowhere: /nowhere has no checkpoint"),

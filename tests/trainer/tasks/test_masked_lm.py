@@ -86,7 +86,9 @@ def test_what_would_have_no_effect_is_refused(changed: dict[str, Any], sentence:
 
 def test_models_that_cannot_fill_in(facts: SampleFacts) -> None:
     task = MaskedLanguageModelling(facts)
-    with pytest.raises(UserError, match=r"llama is a llama, for which transformers has no head of task.name=masked-lm"):
+    with pytest.raises(
+        UserError, match=r"model.architecture=llama is a llama, for which transformers has no head for masked"
+    ):
         task.build_model(ModelConfig(architecture="llama"), facts)
     with pytest.raises(UserError, match="bert has is_decoder=true, with which a token sees none that follow"):
         task.build_model(ModelConfig(architecture="bert", config={"is_decoder": True}), facts)
