@@ -20,21 +20,21 @@ def check_named_tokenizer(config: RunConfig, prepared: Path | None = None) -> No
     Raises:
         UserError: the pretrained model has no tokenizer of its own, or other ids than the one that is named.
     """
-    pretrained, named = config.model.pretrained, config.data.tokenizer
+    pretrained, named, masks = config.model.pretrained, config.data.tokenizer, config.data.mask_token
     if pretrained is None:
         return
     if named == pretrained:
         if prepared is None:
-            load_tokenizer(pretrained, "the tokenizer of model.pretrained")
+            load_tokenizer(pretrained, "the tokenizer of model.pretrained", masks=masks)
         return
     if named == TRAINED:
         raise UserError(
             f"data.tokenizer={TRAINED} makes new ids, which mean nothing to the weights of model.pretrained="
             f"{pretrained}; remove data.tokenizer to use the model's own, or name the one that it was trained with."
         )
-    tokens = load_tokenizer(named if prepared is None else str(prepared)).get_vocab()
+    tokens = load_tokenizer(named if prepared is None else str(prepared), masks=masks).get_vocab()
     try:
-        own = load_tokenizer(pretrained).get_vocab()
+        own = load_tokenizer(pretrained, masks=masks).get_vocab()
     except UserError:
         # Whoever names a tokenizer for a model that comes without one must know what it was trained with.
         return

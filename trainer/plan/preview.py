@@ -47,6 +47,7 @@ from trainer.model.models import build_model_on_meta, model_facts, transformers_
 from trainer.model.refusals import refuse_encoder, refuse_positions_by_padding, refuse_settings
 from trainer.run_folder.folder import RunFolder
 from trainer.tasks.causal_lm import CausalLanguageModelling, predicts_next_tokens
+from trainer.tasks.masked_lm import MaskedLanguageModelling
 from trainer.tasks.monitor import check_monitor
 from trainer.tasks.registry import configured_task
 from trainer.tasks.task import Task
@@ -152,7 +153,7 @@ def _try_forward(task: Task, settings: ModelConfig, facts: SampleFacts) -> None:
     """Have the model compute the shapes of a short sequence, without values."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    if not isinstance(task, CausalLanguageModelling):
+    if not isinstance(task, CausalLanguageModelling | MaskedLanguageModelling):
         # What a task of the user's own feeds to its model is its own matter.
         return
     level = logging.getLogger("torch").level
@@ -161,7 +162,8 @@ def _try_forward(task: Task, settings: ModelConfig, facts: SampleFacts) -> None:
     try:
         with FakeTensorMode(), torch.device("cpu"), torch.no_grad():
             tokens = torch.zeros(1, min(_TRIAL_TOKENS, facts.sequence_length or 1), dtype=torch.long)
-            task.build_model(settings, facts)(input_ids=tokens, use_cache=False)
+            without_cache = {"use_cache": False} if isinstance(task, CausalLanguageModelling) else {}
+            task.build_model(settings, facts)(input_ids=tokens, **without_cache)
     except Exception as error:
         if _SIZES.search(str(error)):
             raise

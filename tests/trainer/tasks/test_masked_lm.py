@@ -7,6 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import WordPiece
+from tokenizers.pre_tokenizers import BertPreTokenizer
 from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from sharding.ranks.errors import UserError
@@ -20,7 +23,7 @@ from trainer.data.facts import SampleFacts
 from trainer.data.identity import corpus_folder
 from trainer.data.packed import packed_rows
 from trainer.data.samples import FILLER
-from trainer.data.tokenizer import MASK_ID, PADDING_ID, train_byte_level_bpe
+from trainer.data.tokenizer import MASK_ID, PADDING_ID, load_tokenizer, train_byte_level_bpe
 from trainer.data.words import word_table
 from trainer.deploy.export import export_model
 from trainer.run_folder.folder import RunFolder
@@ -82,6 +85,30 @@ def test_a_trained_tokenizer_masks_only_where_that_is_asked_for(tokenizer: PreTr
 def test_what_would_have_no_effect_is_refused(changed: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         parse_config({"steps": 1, "model": _BERT, "task": {"name": "masked-lm"}} | changed, "test")
+
+
+@pytest.mark.parametrize("architecture", ["bert", "modernbert", "distilbert", "roberta"])
+def test_encoders_of_transformers(facts: SampleFacts, rows: np.ndarray, architecture: str) -> None:
+    sizes = _SIZES | {"max_position_embeddings": 70}
+    if architecture == "distilbert":
+        sizes = {"dim": 24, "hidden_dim": 40, "n_layers": 2, "n_heads": 2, "max_position_embeddings": 70}
+    task = MaskedLanguageModelling(facts)
+    model = task.build_model(ModelConfig(architecture=architecture, config=sizes), facts).eval()
+    batch = task.make_batch(packed_rows(rows[:2].copy()), torch.arange(2), training=False)
+    longer = {name: torch.nn.functional.pad(tensor, (0, 5), value=1) for name, tensor in batch.items()}
+    longer["attention_mask"] = torch.nn.functional.pad(torch.ones(2, _LENGTH, dtype=torch.int64), (0, 5))
+    with torch.no_grad():
+        logits, padded = (task.forward(model, given).logits for given in (batch, longer))
+    assert logits is not None
+    assert padded is not None
+    # What fills up changes nothing, and later tokens something.
+    torch.testing.assert_close(padded[:, :_LENGTH], logits, rtol=1e-4, atol=1e-5)
+    changed = batch | {"input_ids": batch["input_ids"].clone()}
+    changed["input_ids"][:, -1] = 9
+    with torch.no_grad():
+        other = task.forward(model, changed).logits
+    assert other is not None
+    assert not torch.allclose(other[:, 0], logits[:, 0], atol=1e-7)
 
 
 def test_models_that_cannot_fill_in(facts: SampleFacts) -> None:
@@ -167,6 +194,26 @@ def test_words_are_those_of_the_tokenizer(
     assert same_word.sum() > 500
     assert (is_target[:, 1:] == is_target[:, :-1])[same_word].all()
     assert is_target.mean() == pytest.approx(0.3, abs=0.03)
+
+
+def test_tokenizers_of_encoders(tmp_path: Path) -> None:
+    words = ["[UNK]", "[PAD]", "[MASK]", "[SEP]", "wor", "##d", "##s", "."]
+    encoder = Tokenizer(WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    encoder.pre_tokenizer, encoder.decoder = BertPreTokenizer(), decoders.WordPiece()
+    roles = {"unk_token": "[UNK]", "pad_token": "[PAD]", "sep_token": "[SEP]"}
+    PreTrainedTokenizerFast(tokenizer_object=encoder, **roles).save_pretrained(tmp_path / "plain")
+    masking = PreTrainedTokenizerFast(tokenizer_object=encoder, mask_token="[MASK]", **roles)
+    masking.save_pretrained(tmp_path / "masks")
+    with pytest.raises(UserError, match=r"has no mask token, by which task.name=masked-lm hides"):
+        load_tokenizer(str(tmp_path / "plain"), masks=True)
+    with pytest.raises(UserError, match="has no end-of-text token"):
+        load_tokenizer(str(tmp_path / "masks"))
+    tokenizer = load_tokenizer(str(tmp_path / "masks"), masks=True)
+    assert (tokenizer.eos_token, tokenizer.mask_token_id) == ("[SEP]", 2)
+    table = word_table(tokenizer, len(words))
+    assert [words[i] for i in np.flatnonzero(table.is_text)] == ["wor", "##d", "##s", "."]
+    numbers = table.word_numbers(np.array([[5, 4, 5, 6, 4, 7, 7, 3, 4]]))
+    assert numbers.tolist() == [[0, 1, 1, 1, 2, 3, 4, 5, 6]]
 
 
 def _settings(strategy: str, backend: str = "torch", micro_size: int = 3) -> dict[str, Any]:
