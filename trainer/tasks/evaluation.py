@@ -2,21 +2,36 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import reduce
-from itertools import chain, count
+from itertools import chain, count, islice
 
 import torch
 
 from sharding.engine import Batch, Engine
 from sharding.parallel_dims import Role
 from sharding.ranks.errors import UserError
-from sharding.ranks.object_exchange import sum_integers_over_ranks, sum_over_ranks
+from sharding.ranks.object_exchange import gather_rows, sum_integers_over_ranks
 from sharding.ranks.process_group import Ranks
 from trainer.data.batch import pinned
 from trainer.data.samples import FILLER, MicroBatch
 from trainer.runtime.randomness import generator_states, seed_sample
 from trainer.tasks.named_sums import NamedSums
-from trainer.tasks.task import Metric, Task
+from trainer.tasks.task import ClassTable, Metric, Task
+
+_BATCHES_AT_ONCE = 64
+"""Batches whose sums exist at once, for a confusion matrix of many classes is large."""
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What came of an evaluation.
+
+    Attributes:
+        metrics: by name.
+        class_table: scores of each class, of a classification.
+    """
+
+    metrics: dict[str, Metric]
+    class_table: ClassTable | None
 
 
 class Evaluation:
@@ -48,13 +63,19 @@ class Evaluation:
 
     def metrics(self, micro_batches: Iterable[MicroBatch]) -> dict[str, Metric]:
         """The task's metrics over a whole split; none where nothing is held out. See ``sums``."""
+        evaluated = self.evaluate(micro_batches)
+        return {} if evaluated is None else evaluated.metrics
+
+    def evaluate(self, micro_batches: Iterable[MicroBatch]) -> "Evaluated | None":
+        """What the task makes of a whole split; None where nothing is held out. See ``sums``."""
         sums = self.sums(micro_batches)
         if sums is None:
-            return {}
-        return self._task.metrics(self._named_sums.by_name(sum_over_ranks(sums, self._ranks)))
+            return None
+        by_name = self._named_sums.by_name(gather_rows(sums.double().cpu(), self._ranks))
+        return Evaluated(self._task.metrics(by_name), self._task.class_table(by_name))
 
     def sums(self, micro_batches: Iterable[MicroBatch]) -> torch.Tensor | None:
-        """This rank's sums over its share of a split, as a vector; None where there is none.
+        """This rank's sums over its share of a split, as ``NamedSums.total`` has them; None where there is none.
 
         Every rank must call it, with equally many micro-batches, each of as many rows.
 
@@ -70,11 +91,12 @@ class Evaluation:
             return None
         tried = self._try(head) if self._draws_in_pass is None else []
         if self._draws_in_pass:
-            sums = [self._sums_by_sample(one) for one in chain([head], made)]
-        else:
-            left = made if tried else chain([head], made)
-            sums = tried + self._engine.evaluate(self._seeded((one.batch, one.first) for one in left))
-        return reduce(torch.add, sums)
+            return self._named_sums.total(self._sums_by_sample(one) for one in chain([head], made))
+        left = self._seeded((one.batch, one.first) for one in (made if tried else chain([head], made)))
+        total = self._named_sums.total(tried) if tried else None
+        while of_batches := self._engine.evaluate(islice(left, _BATCHES_AT_ONCE)):
+            total = self._named_sums.total(of_batches if total is None else [total, *of_batches])
+        return total
 
     def _made(self, micro_batches: Iterable[MicroBatch]) -> Iterator["_Made"]:
         for index, micro in enumerate(micro_batches):
@@ -126,7 +148,9 @@ class Evaluation:
     def _sums_by_sample(self, made: "_Made") -> torch.Tensor:
         singles = _rows(made.batch, made.num_rows)
         seeded = [(made.batch, made.first)] if singles is None else zip(singles, count(made.first), strict=False)
-        return torch.stack(self._engine.evaluate(self._seeded(seeded))).sum(dim=0)
+        of_samples = torch.stack(self._engine.evaluate(self._seeded(seeded)))
+        num_added = self._named_sums.num_added
+        return torch.cat([of_samples[:, :num_added].sum(dim=0), of_samples[:, num_added:].flatten()])
 
     def _seeded(self, batches: Iterable[tuple[Batch, int]]) -> Iterator[Batch]:
         """Batches, each with the generators seeded for the sample at its position, when its pass begins."""

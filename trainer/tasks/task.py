@@ -12,6 +12,7 @@ from sharding.engine import Batch
 from trainer.architectures.initialization import initialize_module
 from trainer.config.sections import ModelConfig
 from trainer.data.facts import SampleFacts
+from trainer.tasks.scores import ClassScores
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,8 +40,24 @@ class Metric:
     better: Better
 
 
+@dataclass(frozen=True)
+class ClassTable:
+    """How well a classification tells each class from the others.
+
+    Attributes:
+        classes: their names.
+        scores: of each.
+        confusion: number of samples by true class, the row, and by the class that they were taken for; None where
+            there are too many classes.
+    """
+
+    classes: tuple[str, ...]
+    scores: list[ClassScores]
+    confusion: list[list[int]] | None
+
+
 Sums = dict[str, torch.Tensor]
-"""Named sums over samples, fp64 tensors of any shape, which add up over batches and ranks."""
+"""Named sums over samples, fp64 tensors of any shape, which add up over batches and ranks; ``Task.kept`` does not."""
 
 
 class Task(Protocol):
@@ -50,8 +67,17 @@ class Task(Protocol):
     whole global batch, which makes accumulation and parallelism exact.
 
     A task of one's own inherits from this class, or from a task that is there. Its constructor may have arguments
-    ``options``, the mapping ``task.options``, and ``facts``, what is known of the samples.
+    ``options``, the mapping ``task.options``, ``settings``, the whole section ``task``, and ``facts``, what is known of
+    the samples.
+
+    Attributes:
+        kept: names of what ``evaluate`` gives that is not added up. Dim 0 of it, as long for every batch of as many
+            rows, is put one behind the other instead, for all that a metric needs and no sum holds: such as each
+            sample's score where their ranks count. In no order that means anything, and samples that only fill up are
+            in it: say by a column of it that they do not count.
     """
+
+    kept: frozenset[str] = frozenset()
 
     @abstractmethod
     def build_model(self, model_settings: ModelConfig, facts: SampleFacts) -> nn.Module:
@@ -123,4 +149,8 @@ class Task(Protocol):
 
         By it a metric is refused that a run is to be judged by, and that there is none of.
         """
+        return None
+
+    def class_table(self, sums: Mapping[str, torch.Tensor]) -> ClassTable | None:
+        """Scores of each class, from the sums of a whole split; None where there are no classes, as by default."""
         return None

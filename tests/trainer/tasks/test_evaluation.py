@@ -13,7 +13,7 @@ from sharding.engine import Batch
 from sharding.mesh import build_mesh
 from sharding.parallel_dims import Role
 from sharding.ranks.errors import UserError
-from sharding.ranks.object_exchange import sum_over_ranks
+from sharding.ranks.object_exchange import gather_rows, sum_over_ranks
 from sharding.ranks.process_group import Ranks
 from tests.sharding.engine_cases import FACTS, random_batch, tiny_config
 from tests.support import run_on_ranks
@@ -47,6 +47,21 @@ class _DrawsInPass(_DrawsMasks):
         noise = torch.rand(len(batch["labels"])).sum()
         sums = {name: total + noise for name, total in super().evaluate(outputs, batch).items()}
         return sums | {"matrix": noise * torch.arange(6.0).view(2, 3)}
+
+
+class _KeepsFirstTokens(CausalLanguageModelling):
+    """Keeps each sample's first token."""
+
+    kept = frozenset({"first_tokens"})
+
+    def evaluate(self, outputs: Outputs, batch: Batch) -> Sums:
+        return super().evaluate(outputs, batch) | {"first_tokens": batch["input_ids"][:, :1]}
+
+
+class _DrawsAndKeeps(_KeepsFirstTokens):
+    def evaluate(self, outputs: Outputs, batch: Batch) -> Sums:
+        torch.rand(1)
+        return super().evaluate(outputs, batch)
 
 
 class _CountsPasses(CausalLanguageModelling):
@@ -100,7 +115,7 @@ def _evaluate(ranks: Ranks, path: Path) -> None:
         for micro_size in (2, 3, 6):
             assert sums(micro_size, seed=1) == pytest.approx(expected, rel=1e-6), (type(task), micro_size)
         assert sums(2, seed=2) != pytest.approx(expected, rel=1e-6)
-    by_name = named.by_name(expected)
+    by_name = named.by_name(torch.tensor([expected]))
     assert list(by_name) == ["loss", "matrix", "targets"]
     noise = by_name["matrix"][0, 1]
     assert by_name["matrix"].numpy() == pytest.approx((noise * torch.arange(6.0).view(2, 3)).numpy())
@@ -117,7 +132,19 @@ def _evaluate(ranks: Ranks, path: Path) -> None:
     evaluation = Evaluation(engine, counting, named, ranks, Role(ranks.rank, ranks.world_size), 1)
     total = evaluation.sums(_micro_batches(ranks, 3, num_rows=7))
     assert total is not None
-    assert named.by_name(sum_over_ranks(total, ranks))["targets"] == 7 * 16
+    assert named.by_name(gather_rows(total, ranks))["targets"] == 7 * 16
+    # What is kept is all samples', one by one where anything is drawn.
+    first_tokens = random_batch(3, num_rows=_NUM_ROWS, length=17)["input_ids"][:, 0]
+    for keeping in (_KeepsFirstTokens(), _DrawsAndKeeps()):
+        mesh, kept = build_mesh(config.parallel, ranks), NamedSums(keeping)
+        keeper, _ = build_model_engine(config, keeping, mesh, ranks, FACTS, evaluate=kept)
+        evaluation = Evaluation(keeper, keeping, kept, ranks, Role(ranks.rank, ranks.world_size), 1)
+        for micro_size in (2, 3):
+            total = evaluation.sums(_micro_batches(ranks, micro_size))
+            assert total is not None
+            all_kept = kept.by_name(gather_rows(total, ranks))
+            assert all_kept["targets"] == _NUM_ROWS * 16
+            assert sorted(all_kept["first_tokens"][:, 0].tolist()) == sorted(first_tokens.tolist())
     evaluation = Evaluation(engine, _ForgetsFillers(), named, ranks, Role(ranks.rank, ranks.world_size), 1)
     with pytest.raises(UserError, match=r"counts (32|48) targets in [23] samples at position -1"):
         evaluation.sums(_micro_batches(ranks, 3, num_rows=1))

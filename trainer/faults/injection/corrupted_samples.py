@@ -11,7 +11,7 @@ from trainer.config.data import SampleRange
 from trainer.config.sections import ModelConfig
 from trainer.data.facts import SampleFacts
 from trainer.faults.injection.inject import CORRUPTING_FAULTS, Fault
-from trainer.tasks.task import Better, Metric, Outputs, Sums, Task
+from trainer.tasks.task import Better, ClassTable, Metric, Outputs, Sums, Task
 
 _FACTORS = {"nan": math.nan, "spike": 1e4}
 
@@ -34,6 +34,7 @@ class CorruptedTask:
             report: hears of each step that is corrupted, by the fault's name.
         """
         self._task = task
+        self.kept = task.kept
         self._spoiled = [
             ((fault.step - 1) * global_size, (fault.step - 1 + fault.num_steps) * global_size, fault.fault)
             for fault in faults
@@ -104,3 +105,7 @@ class CorruptedTask:
     def directions(self) -> Mapping[str, Better] | None:
         """See Task."""
         return self._task.directions()
+
+    def class_table(self, sums: Mapping[str, torch.Tensor]) -> ClassTable | None:
+        """See Task."""
+        return self._task.class_table(sums)
