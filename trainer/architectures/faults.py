@@ -40,12 +40,12 @@ def reason(error: Exception) -> str:
     return sentence if is_strict or isinstance(error, ValueError) else f"{type(error).__name__}: {sentence}"
 
 
-def cannot_compute(error: Exception, sequence_length: int) -> UserError | None:
+def cannot_compute(error: Exception, inputs: str) -> UserError | None:
     """The sentence for an error of a forward pass that the model's configuration is to blame for; None for others.
 
     Args:
         error: what the forward pass raised.
-        sequence_length: tokens of a sequence.
+        inputs: what it was to compute on, in words.
     """
     if isinstance(error, NotImplementedError | torch.OutOfMemoryError) or not is_raised_by_transformers(error):
         return None
@@ -59,8 +59,7 @@ def cannot_compute(error: Exception, sequence_length: int) -> UserError | None:
             "often of num_attention_heads, and sizes of experts of 4)"
         )
     return UserError(
-        f"the model cannot compute on sequences of {sequence_length} tokens: {reason(error)}; {remedy}, or choose "
-        "another model.architecture."
+        f"the model cannot compute on {inputs}: {reason(error)}; {remedy}, or choose another model.architecture."
     )
 
 

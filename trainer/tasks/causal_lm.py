@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -16,8 +17,10 @@ from trainer.architectures.faults import cannot_compute, faults_of_a_configurati
 from trainer.architectures.networks import build_network
 from trainer.config.sections import ModelConfig
 from trainer.data.facts import SampleFacts
+from trainer.data.token_bytes import token_bytes
 from trainer.tasks.chunked_loss import ChunkedLossHead
 from trainer.tasks.next_tokens import IGNORED_LABEL, next_token_batch
+from trainer.tasks.scores import bits_per_byte, perplexity
 from trainer.tasks.task import Better, Metric, Outputs, Sums, Task
 
 PROBED_POSITION = "probed_position"
@@ -27,13 +30,16 @@ PROBED_POSITION = "probed_position"
 class CausalLanguageModelling(Task):
     """Next-token prediction; ``labels[b, t]`` is the token that follows ``input_ids[b, t]``, or -100."""
 
-    def __init__(self, z_loss: float = 0.0, chunk_tokens: int = 0) -> None:
+    def __init__(self, z_loss: float = 0.0, chunk_tokens: int = 0, facts: SampleFacts | None = None) -> None:
         """Say which loss, and how it is computed.
 
         Args:
             z_loss: coefficient of the z-loss; 0 trains on the cross-entropy alone.
             chunk_tokens: positions whose logits exist at once; 0 means all of a micro-batch.
+            facts: of the samples, whose tokenizer tells how many bytes of text a token is; None leaves bits per byte
+                out.
         """
+        self._facts = facts or SampleFacts()
         self._z_loss = z_loss
         self._chunk_tokens = chunk_tokens
         # Which a model of transformers would fill; one that a factory makes is not asked.
@@ -63,8 +69,16 @@ class CausalLanguageModelling(Task):
         return model
 
     def make_batch(self, samples: Batch, positions: torch.Tensor, training: bool) -> Batch:
-        """See Task; each token's label is the one that follows."""
-        return next_token_batch(samples, positions)
+        """See Task; each token's label is the one that follows.
+
+        For evaluation with ``num_bytes``, int64 [micro], of the text that a row's targets stand for, where the
+        tokenizer tells.
+        """
+        batch = next_token_batch(samples, positions)
+        if not training and (table := self._bytes_by_token) is not None:
+            of_labels = torch.where(batch["labels"] == IGNORED_LABEL, 0, table[batch["labels"].clamp(min=0)])
+            batch["num_bytes"] = of_labels.sum(dim=1)
+        return batch
 
     def inputs(self, batch: Batch) -> Batch:
         """See Task; positions that start again within a row make transformers mask attention by document."""
@@ -104,7 +118,10 @@ class CausalLanguageModelling(Task):
         # A head that computes the loss leaves the z-loss out in evaluation.
         loss_sum = outputs.loss_sum if outputs.loss_sum is not None else _cross_entropy(outputs, batch)
         num_targets = (batch["labels"] != IGNORED_LABEL).sum()
-        return {"loss": loss_sum.double(), "targets": num_targets.double()}
+        sums = {"loss": loss_sum.double(), "targets": num_targets.double()}
+        if "num_bytes" in batch:
+            sums["bytes"] = batch["num_bytes"].sum().double()
+        return sums
 
     def num_targets(self, batch: Batch) -> int:
         """See Task."""
@@ -115,15 +132,24 @@ class CausalLanguageModelling(Task):
         return batch["input_ids"].numel()
 
     def metrics(self, sums: Mapping[str, torch.Tensor]) -> dict[str, Metric]:
-        """See Task; mean loss in nats per token and its exponential."""
+        """See Task; mean loss in nats per token, its exponential, and the loss in bits per byte of text."""
         loss = float(sums["loss"]) / max(float(sums["targets"]), 1.0)
-        # exp overflows a float beyond 709; such a model has no useful perplexity.
-        perplexity = math.exp(loss) if loss < 700 else math.inf
-        return {"loss": Metric(loss, "lower"), "perplexity": Metric(perplexity, "lower")}
+        metrics = {"loss": Metric(loss, "lower"), "perplexity": Metric(perplexity(loss), "lower")}
+        if "bytes" in sums:
+            bits = bits_per_byte(float(sums["loss"]), float(sums["bytes"]))
+            metrics["bits_per_byte"] = Metric(bits, "lower")
+        return metrics
+
+    @cached_property
+    def _bytes_by_token(self) -> torch.Tensor | None:
+        """Bytes of each token's text, int64 [vocabulary]."""
+        folder, vocab_size = self._facts.tokenizer_dir, self._facts.vocab_size
+        return None if folder is None or vocab_size is None else token_bytes(folder, vocab_size)
 
     def directions(self) -> dict[str, Better]:
         """See Task."""
-        return {"loss": "lower", "perplexity": "lower"}
+        names = ("loss", "perplexity", *(() if self._bytes_by_token is None else ("bits_per_byte",)))
+        return dict.fromkeys(names, "lower")
 
     def _logits_at(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """Logits of the probed token, [vocabulary]."""
@@ -143,7 +169,8 @@ class CausalLanguageModelling(Task):
         try:
             returned = model(**self.inputs(batch), **self._without_cache)
         except faults_of_a_configuration() as error:
-            refusal = None if model in self._has_computed else cannot_compute(error, batch["input_ids"].shape[1])
+            inputs = f"sequences of {batch['input_ids'].shape[1]} tokens"
+            refusal = None if model in self._has_computed else cannot_compute(error, inputs)
             if refusal is None:
                 raise
             raise refusal from None
