@@ -13,6 +13,7 @@ from trainer.config.data import validate_data
 from trainer.config.evaluation import validate_evaluation
 from trainer.config.networks import validate_model
 from trainer.config.optimizer import validate_optimizer
+from trainer.config.rows import TASK_SAMPLES
 from trainer.config.rows_rules import validate_rows
 from trainer.config.tracking import check_packages
 
@@ -88,6 +89,7 @@ def validate(config: "RunConfig", world: World | None = None) -> None:
 
 
 def _validate_model_and_data(config: "RunConfig") -> None:
+    _validate_loss(config)
     validate_model(config.model, config.task.name)
     _validate_masks(config)
     validate_data(config.data)
@@ -102,6 +104,17 @@ def _validate_masks(config: "RunConfig") -> None:
         raise UserError(
             "data.document_mask=true keeps documents apart under task.name=causal-lm only: the encoders of masked-lm "
             "attend to the whole sequence; set it to false."
+        )
+
+
+def _validate_loss(config: "RunConfig") -> None:
+    task = config.task
+    of_numbers = ("mse", "huber")
+    if task.name in TASK_SAMPLES and task.loss != "auto" and (task.loss in of_numbers) != (task.name == "regression"):
+        fits = of_numbers if task.name == "regression" else ("cross-entropy", "binary-cross-entropy")
+        raise UserError(
+            f"task.loss={task.loss} is none of task.name={task.name}, whose losses are {' and '.join(fits)}; set one "
+            "of them, or leave it out."
         )
 
 

@@ -5,16 +5,24 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from sharding.strict_model import SET, UNSET, Like, OnlyWith, StrictModel
+from trainer.config.rows import TASK_SAMPLES
 
 _OWN_TASK = OnlyWith(name=Like("*:*", "module:Class"))
 _HF = OnlyWith(builtin=UNSET, factory=UNSET, because="it is a setting of transformers")
+
+_CLASSIFICATION = OnlyWith(name=tuple(task for task in TASK_SAMPLES if task.endswith("classification")))
+_OF_ROWS = OnlyWith(name=tuple(task for task, (samples, _) in TASK_SAMPLES.items() if samples == "rows"))
+
+Weight = Annotated[float, Field(gt=0.0)]
 
 
 class TaskConfig(StrictModel):
     """What the model is trained to do."""
 
     name: str = "causal-lm"
-    """`causal-lm`, `masked-lm`, or `module:Class` for a task of your own, from `folder` or from what is installed."""
+    """`causal-lm`, `masked-lm`, `classification` (of tables), `sequence-classification`, `token-classification` (both of
+    texts), `image-classification`, `audio-classification`, `regression`, or `module:Class` for a task of your own, from
+    `folder` or from what is installed."""
 
     folder: Annotated[str | None, _OWN_TASK] = None
     """Folder of the module of a task of your own; where it is not given, that of the configuration file if the module
@@ -41,6 +49,24 @@ class TaskConfig(StrictModel):
 
     whole_word: Annotated[bool, OnlyWith(name="masked-lm")] = False
     """Choose whole words and not tokens, so that no part of a word tells the others."""
+
+    loss: Annotated[Literal["auto", "cross-entropy", "binary-cross-entropy", "mse", "huber"], _OF_ROWS] = "auto"
+    """Training loss. A classification has `cross-entropy` (`auto`), or between two classes
+    `binary-cross-entropy`, for which the model has one output, the log odds of the second; a regression has the squared
+    error `mse` (`auto`) or `huber`."""
+
+    label_smoothing: Annotated[float, _CLASSIFICATION] = Field(default=0.0, ge=0.0, lt=1.0)
+    """Share of each target that is spread over all classes in training; 0.1 is usual, 0 means none."""
+
+    class_weights: Annotated[
+        Annotated[tuple[Weight, ...], Field(strict=False)] | Literal["balanced"] | None, _CLASSIFICATION
+    ] = None
+    """Factor of each class's loss in training, in the order of the classes, or `balanced`: inverse to the number of its
+    training rows. The summed loss is divided by the number of targets, not by the sum of their weights."""
+
+    huber_delta: Annotated[float, OnlyWith(loss="huber")] = Field(default=1.0, gt=0.0)
+    """Error up to which it is squared, and beyond which it grows linearly, in standard deviations of the training
+    labels."""
 
 
 class ModelConfig(StrictModel):

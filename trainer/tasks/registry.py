@@ -1,7 +1,7 @@
 """Tasks by name."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from sharding.ranks.errors import UserError
@@ -9,42 +9,54 @@ from trainer.config.sections import TaskConfig
 from trainer.data.facts import SampleFacts
 from trainer.runtime.own_modules import import_own
 from trainer.tasks.causal_lm import CausalLanguageModelling
+from trainer.tasks.classification import (
+    AudioClassification,
+    Classification,
+    ImageClassification,
+    SequenceClassification,
+    TokenClassification,
+)
 from trainer.tasks.masked_lm import MaskedLanguageModelling
+from trainer.tasks.regression import Regression
 from trainer.tasks.task import Task
 
-_NAMES = ("causal-lm", "masked-lm")
+
+def _causal_lm(settings: TaskConfig, facts: SampleFacts, _: int) -> Task:
+    return CausalLanguageModelling(settings.z_loss, settings.loss_chunk_tokens, facts)
 
 
-def build_task(
-    name: str,
-    z_loss: float = 0.0,
-    loss_chunk_tokens: int = 0,
-    folder: str | None = None,
-    options: Mapping[str, Any] | None = None,
-    facts: SampleFacts | None = None,
-) -> Task:
+def _masked_lm(settings: TaskConfig, facts: SampleFacts, seed: int) -> Task:
+    return MaskedLanguageModelling(facts, seed, settings.mask_probability, whole_word=settings.whole_word)
+
+
+def _of_rows(make: Callable[[TaskConfig, SampleFacts], Task]) -> Callable[[TaskConfig, SampleFacts, int], Task]:
+    return lambda settings, facts, _: make(settings, facts)
+
+
+_TASKS: dict[str, Callable[[TaskConfig, SampleFacts, int], Task]] = {
+    "causal-lm": _causal_lm,
+    "masked-lm": _masked_lm,
+    "classification": _of_rows(Classification),
+    "sequence-classification": _of_rows(SequenceClassification),
+    "token-classification": _of_rows(TokenClassification),
+    "image-classification": _of_rows(ImageClassification),
+    "audio-classification": _of_rows(AudioClassification),
+    "regression": _of_rows(Regression),
+}
+
+
+def build_task(name: str, facts: SampleFacts | None = None, **settings: Any) -> Task:
     """A task by its name, or by ``module:Class`` for one that a folder or the environment offers.
 
     Args:
         name: the task.
-        z_loss: coefficient of the z-loss in its training loss, where it is one of ours.
-        loss_chunk_tokens: positions whose logits exist at once, where it is one of ours; 0 means all.
-        folder: where the module of one that is not ours lies, and what it imports from beside it.
-        options: settings of one that is not ours, for a class whose constructor has an argument ``options``.
-        facts: what is known of the samples, for a class whose constructor has an argument ``facts``.
+        facts: what is known of the samples.
+        settings: others of the section ``task``.
 
     Raises:
         UserError: there is no such task, or it takes no options.
     """
-    if ":" not in name:
-        if name not in _NAMES:
-            raise UserError(f"task.name={name} is unknown; use {', '.join(_NAMES)} or module:Class.")
-        return CausalLanguageModelling(z_loss, loss_chunk_tokens)
-    make = import_own(name, "task.name", folder)
-    # What goes wrong in its own code is shown with its traceback.
-    task = _construct(name, make, options or {}, facts or SampleFacts())
-    _refuse_earlier_methods(name, task)
-    return task
+    return configured_task(TaskConfig(name=name, **settings), facts or SampleFacts())
 
 
 def configured_task(settings: TaskConfig, facts: SampleFacts, seed: int = 0, **changes: Any) -> Task:
@@ -59,20 +71,27 @@ def configured_task(settings: TaskConfig, facts: SampleFacts, seed: int = 0, **c
     Raises:
         UserError: see ``build_task``.
     """
-    task: TaskConfig = settings.model_copy(update=changes)
-    if task.name == "masked-lm":
-        return MaskedLanguageModelling(facts, seed, task.mask_probability, whole_word=task.whole_word)
-    return build_task(task.name, task.z_loss, task.loss_chunk_tokens, task.folder, task.options, facts)
+    settings = settings.model_copy(update=changes)
+    name = settings.name
+    if ":" not in name:
+        if name not in _TASKS:
+            raise UserError(f"task.name={name} is unknown; use {', '.join(_TASKS)} or module:Class.")
+        return _TASKS[name](settings, facts, seed)
+    make = import_own(name, "task.name", settings.folder)
+    # What goes wrong in its own code is shown with its traceback.
+    task = _construct(settings, make, facts)
+    _refuse_earlier_methods(name, task)
+    return task
 
 
-def _construct(name: str, make: Callable[..., Task], options: Mapping[str, Any], facts: SampleFacts) -> Task:
-    parameters = inspect.signature(make).parameters
+def _construct(settings: TaskConfig, make: Callable[..., Task], facts: SampleFacts) -> Task:
+    parameters, options = inspect.signature(make).parameters, settings.options
     if options and "options" not in parameters:
         raise UserError(
-            f"task.options={dict(options)} cannot be given to {name}, whose __init__ has no argument options; write "
+            f"task.options={options} cannot be given to {settings.name}, whose __init__ has no argument options; write "
             "__init__(self, options, facts), or remove task.options."
         )
-    given: dict[str, Any] = {"options": dict(options), "facts": facts}
+    given: dict[str, Any] = {"options": dict(options), "facts": facts, "settings": settings}
     return make(**{argument: value for argument, value in given.items() if argument in parameters})
 
 
