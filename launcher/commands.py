@@ -14,6 +14,7 @@ from trainer.commands.checkpoint_list import checkpoint_list
 from trainer.commands.checkpoint_verify import checkpoint_verify
 from trainer.commands.dashboard import dashboard
 from trainer.commands.doctor import doctor
+from trainer.commands.evaluate import evaluate
 from trainer.commands.export import export
 from trainer.commands.generate import generate
 from trainer.commands.parity import parity
@@ -110,6 +111,7 @@ def drill(
 
 app.command(cls=Doctor)(doctor)
 app.command(cls=Forwarded)(parity)
+app.command(cls=Forwarded)(evaluate)
 app.command(cls=Forwarded)(export)
 app.command(cls=Forwarded)(generate)
 app.command(cls=Forwarded)(report)

@@ -43,6 +43,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "doctor": set(),
         "parity": {"config", "runtime", "data", "architectures", "tasks", "optimizers", "model"},
         "deploy": {"config", "files", "data", "architectures", "tasks", "model", "checkpoint"},
+        "evaluation": {"config", "runtime", "files", "data", "tasks", "model", "checkpoint", "deploy"},
         ".": {
             *("config", "runtime", "files", "run_folder", "data", "tasks", "optimizers", "model", "checkpoint"),
             *("metrics", "faults.hang", "faults.failure", "faults.injection", "trackers", "numerics", "report"),
@@ -51,7 +52,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "plan": {"config", "run_folder", "data", "architectures", "tasks", "model", "checkpoint", "."},
         "commands": {
             *("config", "runtime", "run_folder", "data", "checkpoint", "trackers", "report", "doctor", "parity"),
-            "deploy",
+            *("deploy", "evaluation"),
         },
     },
     "benchmarks": {

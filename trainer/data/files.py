@@ -6,7 +6,7 @@ on a later row with another one, and it counts lines from the beginning of a blo
 
 import glob
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,23 @@ def find_files(config: SourceConfig) -> FoundFiles:
         found.files += files
         found.passed_over += passed_over
     return found
+
+
+def source_of_files(paths: Iterable[str]) -> str:
+    """The kind of source that files of texts are, by their names: ``text``, ``jsonl``, ``parquet`` or ``csv``.
+
+    Raises:
+        UserError: their names do not tell, or tell several kinds.
+    """
+    kinds = {
+        next((kind for kind in ("text", "jsonl", "parquet", "csv") if _is_of_kind(Path(path), kind)), None)
+        for path in paths
+    }
+    kind = kinds.pop() if len(kinds) == 1 else None
+    if kind is None:
+        endings = "; ".join(name_endings(kind) for kind in ("text", "jsonl", "parquet", "csv"))
+        raise UserError(f"the names of {' '.join(paths)} do not tell of what one kind they are; they end in {endings}.")
+    return kind
 
 
 def name_endings(source: str) -> str:

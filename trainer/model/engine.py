@@ -32,6 +32,8 @@ def build_model_engine(
     facts: SampleFacts,
     timed: Callable[[LossFunction], LossFunction] = lambda loss: loss,
     evaluate: EvaluationFunction | None = None,
+    *,
+    loads_pretrained: bool = True,
 ) -> tuple[Engine, ModelFacts]:
     """The sharded model with its optimizer, with initial or pretrained parameters.
 
@@ -43,6 +45,7 @@ def build_model_engine(
         facts: of the samples.
         timed: wraps the forward pass and loss, to measure them.
         evaluate: the task's evaluation; given by whoever wants the sums by name.
+        loads_pretrained: whether the weights of ``model.pretrained`` are loaded; not where a checkpoint's will be.
 
     Raises:
         UserError: model, tokenizer, sequence length, task and strategy do not fit together.
@@ -56,7 +59,7 @@ def build_model_engine(
     # Before it is sharded, which changes its classes, and before there is memory for weights that may not be there.
     pretrained = (
         None
-        if config.model.pretrained is None
+        if config.model.pretrained is None or not loads_pretrained
         else PretrainedWeights(config.model.pretrained, model, task.pretrained_name)
     )
     definition = ModelDefinition(

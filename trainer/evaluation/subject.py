@@ -1,0 +1,241 @@
+"""What is evaluated, and on what: found and prepared before ranks start."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sharding.config import ActivationCheckpointingConfig, CompileConfig, ParallelConfig, Strategy
+from sharding.ranks.errors import UserError
+from trainer.checkpoint.reader import CheckpointReader, open_checkpoint
+from trainer.config import RunConfig, parse_config
+from trainer.config.data import DataConfig
+from trainer.data.any_samples import prepared_samples
+from trainer.data.files import source_of_files
+from trainer.data.prepare import prepare_rows_by, prepare_samples
+from trainer.data.prepared import Prepared, open_corpus
+from trainer.data.prepared_rows import PreparedRows
+from trainer.data.rows_manifest import RECIPE_NAME, SPLITS, RowRecipe
+from trainer.data.tokenizer import TRAINED
+from trainer.deploy.allowed_code import AllowedCode
+from trainer.files.storage import CheckpointPath
+
+_NO_CODE = AllowedCode()
+_EXPORTED_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a person asks to be evaluated.
+
+    Attributes:
+        run: folder of a run or of an exported model, or the URL that a run's checkpoints lie under.
+        step: step of the run's checkpoint; the newest if None.
+        averaged: whether to take the moving average of the run's weights.
+        split: which of the run's splits; ignored where files are named.
+        files: files to evaluate on in place of a split.
+        allowed: the Python code that may run for it.
+    """
+
+    run: str
+    step: int | None = None
+    averaged: bool = False
+    split: str = "validation"
+    files: tuple[str, ...] = ()
+    allowed: AllowedCode = _NO_CODE
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Weights and samples that ranks can evaluate.
+
+    Attributes:
+        config: of the run, or made for the exported model.
+        prepared_dir: folder of the prepared samples.
+        split: which of them.
+        checkpoint: folder of the checkpoint; None where ``config.model.pretrained`` is the exported model.
+        step: of the checkpoint; None likewise.
+        averaged: whether its moving average is evaluated.
+        source: what is evaluated on, in words.
+    """
+
+    config: RunConfig
+    prepared_dir: Path
+    split: str
+    checkpoint: CheckpointPath | None
+    step: int | None
+    averaged: bool
+    source: str
+
+
+def find_subject(asked: Asked, num_ranks: int, work: Path) -> Subject:
+    """Find weights and samples, and prepare what is not prepared.
+
+    Args:
+        asked: what is asked for.
+        num_ranks: ranks that will evaluate.
+        work: an empty folder that lasts until they are done.
+
+    Raises:
+        UserError: there is no such run, checkpoint or split, something is damaged, or code is not allowed.
+    """
+    if any((Path(asked.run) / name).exists() for name in _EXPORTED_WEIGHTS):
+        return _exported(asked, num_ranks)
+    reader = open_checkpoint(asked.run, asked.step)
+    reader.verify()
+    config = parse_config(reader.manifest.config, source=f"{reader.folder}", has_rules=False)
+    asked.allowed.check(config, f"checkpoint {reader.folder}")
+    if asked.averaged and not reader.has_average:
+        raise UserError(
+            f"--ema: checkpoint {reader.folder} has no average of the weights; leave out --ema, or train with "
+            "optimizer.ema_decay above 0, such as 0.999."
+        )
+    if asked.files:
+        prepared, data = _prepare_files(asked, config.data, reader.read_recipe(), _tokenizer_of(reader, work))
+        config = config.model_copy(update={"data": data})
+    else:
+        prepared = open_corpus(config, reader.manifest.data_fingerprint)
+        if prepared.fingerprint != reader.manifest.data_fingerprint:
+            raise UserError(
+                f"checkpoint {reader.folder} was trained on other data than {prepared.folder}, whose held-out samples "
+                "it may have seen; restore the data, or name files by --data."
+            )
+        _check_split(asked, prepared, config.data)
+    return Subject(
+        config=_for_evaluation(config, num_ranks),
+        prepared_dir=prepared.folder,
+        split=_split_of_files(prepared) if asked.files else asked.split,
+        checkpoint=reader.folder,
+        step=reader.manifest.training.step,
+        averaged=asked.averaged,
+        source=" ".join(asked.files) or f"the {asked.split} split",
+    )
+
+
+def _check_split(asked: Asked, prepared: Prepared, data: DataConfig) -> None:
+    """Assert that there is something to evaluate on."""
+    is_rows = isinstance(prepared, PreparedRows)
+    names = SPLITS if is_rows else ("train", "validation")
+    if asked.split in names and prepared_samples(prepared, data, verify=False).num_samples(asked.split):
+        return
+    setting = {"test": "data.split.test_fraction or data.test_paths", "validation": "data.validation_fraction"}
+    reason = f"set {setting[asked.split]} for the next run" if asked.split in names else f"there are {', '.join(names)}"
+    raise UserError(
+        f"--split {asked.split}: {asked.run} has no samples in such a split; {reason}, or name files by --data."
+    )
+
+
+def _exported(asked: Asked, num_ranks: int) -> Subject:
+    folder = Path(asked.run)
+    for option, is_given in (("--ema", asked.averaged), ("--step", asked.step is not None)):
+        if is_given:
+            raise UserError(f"{option}: {folder} is an exported model, which has one set of weights; name the run.")
+    if not asked.files:
+        raise UserError(f"{folder} is an exported model, which has no split of its own; name files by --data.")
+    description = json.loads((folder / "config.json").read_text())
+    task, head = _task_of(description.get("architectures") or ["nothing"], folder)
+    recipe_file = folder / RECIPE_NAME
+    recipe = RowRecipe.model_validate_json(recipe_file.read_text()) if recipe_file.exists() else None
+    if (recipe is None) != (head in _HEADS_OF_TOKENS):
+        raise UserError(
+            f"{folder} has a {head} and no {RECIPE_NAME}, which says how rows are read; export the run once more."
+        )
+    length = min(description.get("max_position_embeddings") or _LONGEST, _LONGEST)
+    values: dict[str, Any] = {
+        "steps": 1,
+        "task": {"name": "regression" if recipe is not None and recipe.label_kind == "number" else task},
+        "model": {"pretrained": str(folder), "trust_remote_code": asked.allowed.trust_remote_code},
+        "data": {"source": "python-stdlib", "sequence_length": (recipe and recipe.sequence_length) or length},
+    }
+    config = parse_config(values, str(folder), has_rules=False)
+    prepared, data = _prepare_files(asked, config.data, recipe, folder)
+    return Subject(
+        config=_for_evaluation(config.model_copy(update={"data": data}), num_ranks),
+        prepared_dir=prepared.folder,
+        split=_split_of_files(prepared),
+        checkpoint=None,
+        step=None,
+        averaged=False,
+        source=" ".join(asked.files),
+    )
+
+
+_LONGEST = 1024
+_HEADS_OF_TOKENS = {"ForCausalLM": "causal-lm", "LMHeadModel": "causal-lm", "ForMaskedLM": "masked-lm"}
+_HEADS = {
+    **_HEADS_OF_TOKENS,
+    "ForSequenceClassification": "sequence-classification",
+    "ForTokenClassification": "token-classification",
+    "ForImageClassification": "image-classification",
+}
+
+
+def _task_of(architectures: list[str], folder: Path) -> tuple[str, str]:
+    """The task that the head of an exported model is for, and the head."""
+    for head, task in _HEADS.items():
+        if architectures[0].endswith(head):
+            return task, head
+    raise UserError(f"{folder} holds a {architectures[0]}, none of {', '.join(_HEADS)}; evaluate the run in its place.")
+
+
+def _prepare_files(
+    asked: Asked, data: DataConfig, recipe: RowRecipe | None, tokenizer_dir: Path | None
+) -> tuple[Prepared, DataConfig]:
+    """Samples of files as the run reads its own, and the section ``data`` that they have."""
+    if recipe is not None:
+        if data.source == "digits":
+            raise UserError("--data: the run's images are scikit-learn's digits, of 16 shades, which no file has.")
+        kinds = {"table": "table", "image": "images", "audio": "audio"}
+        changes = {
+            "format": "rows",
+            "label_kind": recipe.label_kind,
+            "source": kinds.get(recipe.kind) or source_of_files(asked.files),
+            "paths": asked.files,
+            "table": None,
+            "hub_name": None,
+            "max_documents": 0,
+            # What is not there is the training rows' mean, or an error: no row is left out of a score.
+            "missing": "mean" if data.missing == "mean" else "error",
+            # The recipe's is used, for that of this name may be gone.
+            "tokenizer": TRAINED,
+        }
+        data = data.model_copy(update=changes)
+        return prepare_rows_by(recipe, data, tokenizer_dir, progress=False), data
+    data = data.model_copy(
+        update={
+            "source": source_of_files(asked.files),
+            "paths": asked.files,
+            "mixture": (),
+            "streaming": False,
+            "hub_name": None,
+            "max_documents": 0,
+            # All of it is evaluated, under the name of what training would read.
+            "validation_fraction": 0.0,
+            "tokenizer": str(tokenizer_dir),
+            "vocab_size": DataConfig.model_fields["vocab_size"].default,
+        }
+    )
+    return prepare_samples(data, progress=False), data
+
+
+def _split_of_files(prepared: Prepared) -> str:
+    return "test" if isinstance(prepared, PreparedRows) else "train"
+
+
+def _tokenizer_of(reader: CheckpointReader, work: Path) -> Path | None:
+    folder = work / "tokenizer"
+    folder.mkdir()
+    return folder if reader.unpack_tokenizer(folder) else None
+
+
+def _for_evaluation(config: RunConfig, num_ranks: int) -> RunConfig:
+    """The run without what makes training fast: weights as they were trained are sharded, where they were, or whole."""
+    is_sharded = config.parallel.strategy in ("zero3", "hsdp")
+    strategy: Strategy = "none" if num_ranks == 1 else "zero3" if is_sharded else "ddp"
+    return config.model_copy(
+        update={
+            "parallel": ParallelConfig(strategy=strategy),
+            "compile": CompileConfig(),
+            "activation_checkpointing": ActivationCheckpointingConfig(),
+        }
+    )
