@@ -116,7 +116,8 @@ def _is_finished(run_folder: RunFolder, config: RunConfig) -> bool:
 def _prepared_corpus(config: RunConfig, fingerprint: str | None) -> Prepared:
     """The prepared corpus; prepared in a process of its own, since it needs libraries that this one must not load."""
     found = find_prepared(config.data, fingerprint)
-    if found is not None:
+    # Whether sets are prepared is not known without the libraries that prepare them.
+    if found is not None and not config.evaluation.sets:
         return found
     with tempfile.NamedTemporaryFile("w", prefix="shardline-", suffix=".yaml") as file:
         file.write(config_to_yaml(config))
@@ -134,7 +135,7 @@ def _prepare(config: RunConfig, config_file: str) -> Prepared:
             print("error: interrupted while preparing the corpus; the same command goes on", file=sys.stderr)
             raise SystemExit(EXIT_INTERRUPTED) from None
     found = find_prepared(config.data)
-    if found is not None:
+    if found is not None and not (status and config.evaluation.sets):
         # Also where the child could not say so, to a reader that is gone.
         return found
     if status > 0:

@@ -1,7 +1,8 @@
 """From a RunConfig to a Trainer: the one place that puts a rank's parts together, in order."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 from sharding.engine import Engine
 from sharding.mesh import ParallelMesh, build_mesh
@@ -17,6 +18,7 @@ from trainer.checkpoint.training_state import TrainingState
 from trainer.config import RunConfig
 from trainer.data.any_samples import prepared_samples
 from trainer.data.documents import documents_in
+from trainer.data.evaluation_sets import set_batches
 from trainer.data.loader import BatchLoader, evaluation_batches
 from trainer.data.prepared import Prepared, PreparedStream, describe_entropy, describe_mixture
 from trainer.data.prepared_rows import PreparedRows
@@ -58,6 +60,7 @@ def build_trainer(
     observers: Observers,
     phases: Phases,
     *,
+    sets: Mapping[str, Prepared] = MappingProxyType({}),
     faults: Sequence[Fault] = (),
     is_stop_requested: Callable[[], bool],
     before_commit: Callable[[], None],
@@ -72,6 +75,7 @@ def build_trainer(
         run_folder: where the run lives.
         observers: who watches.
         phases: what this rank is doing.
+        sets: what is prepared of ``evaluation.sets``, by name.
         faults: what is triggered on this rank on purpose.
         is_stop_requested: whether this rank was asked to stop.
         before_commit: see Checkpointer.
@@ -140,6 +144,7 @@ def build_trainer(
             max_samples=config.evaluation.max_sequences,
             spread=bool(config.data.mixture),
         ),
+        evaluation_sets=set_batches(config, corpus, sets, mesh.data),
         checkpointer=Checkpointer(
             config,
             run_folder,

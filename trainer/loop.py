@@ -343,7 +343,11 @@ class Trainer:
         return {f"eval/{name}": metric.value for name, metric in evaluated.items()}
 
     def _evaluate_weights(self) -> dict[str, Metric]:
-        return self._parts.evaluation.metrics(self._parts.evaluation_batches())
+        parts = self._parts
+        metrics = parts.evaluation.metrics(parts.evaluation_batches())
+        for name, batches in parts.evaluation_sets.items():
+            metrics |= {f"{name}/{key}": metric for key, metric in parts.evaluation.metrics(batches()).items()}
+        return metrics
 
     def _save(self, *, waits: bool) -> None:
         """Save this step; ``waits`` until it is written, also where training could go on meanwhile."""

@@ -1,6 +1,6 @@
 """What the Trainer's loop works with on one rank."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from sharding.engine import Engine
@@ -35,6 +35,7 @@ class TrainerParts:
         build_loader: a loader that starts where the training is.
         evaluation: judges the weights by the held-out split.
         evaluation_batches: this rank's share of the held-out samples, as micro-batches; equally many on every rank.
+        evaluation_sets: the same of what else is evaluated, by name.
         checkpointer: saving and resuming.
         observers: console, trackers; silent on all ranks but the first.
         spike_policy: judges each step's loss and gradient norm.
@@ -58,6 +59,7 @@ class TrainerParts:
     build_loader: Callable[[TrainingState], BatchLoader | StreamingLoader]
     evaluation: Evaluation
     evaluation_batches: Callable[[], Iterable[MicroBatch]]
+    evaluation_sets: Mapping[str, Callable[[], Iterable[MicroBatch]]]
     checkpointer: Checkpointer
     observers: Observers
     spike_policy: SpikePolicy

@@ -24,6 +24,7 @@ from trainer.config import RunConfig, load_config
 from trainer.config.frozen_config import all_differences
 from trainer.config.rules import World, validate
 from trainer.data.epochs import with_counted_epochs
+from trainer.data.evaluation_sets import prepare_sets
 from trainer.data.prepare import prepare_samples
 from trainer.data.prepared import is_of_present_source
 from trainer.doctor.examination import check_before_training
@@ -159,6 +160,7 @@ def _run(arguments: Sequence[str], progress: _Progress) -> int:
         check_continuation(run_folder, counted)
         freeze_config(run_folder, counted, attempt)
     config = counted
+    sets = prepare_sets(config, corpus, progress=rank == 0)
     # Not before: what preparing took is not needed again.
     if not world.has_gpu:
         keep_freed_memory(os.environ)
@@ -191,6 +193,7 @@ def _run(arguments: Sequence[str], progress: _Progress) -> int:
             run_folder,
             observers,
             progress.phases,
+            sets=sets,
             faults=faults_of(faults, ranks.rank, attempt),
             is_stop_requested=lambda: stop_request.poll(run_folder.stop_file if ranks.rank == 0 else None),
             before_commit=lambda: progress.lease.check() if progress.lease is not None else None,

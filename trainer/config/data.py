@@ -151,7 +151,7 @@ def validate_data(data: DataConfig) -> None:
     if data.mixture:
         _validate_mixture(data)
     else:
-        _validate_source(data, "data")
+        validate_source(data, "data")
     for first, end in data.skip_samples:
         if not 0 <= first < end:
             raise UserError(
@@ -173,10 +173,19 @@ def _validate_mixture(data: DataConfig) -> None:
         if names.count(name) > 1:
             raise UserError(f"data.mixture has {names.count(name)} sources named {name}; give each its own name.")
     for source in data.mixture:
-        _validate_source(source, f"data.mixture {source.name}")
+        validate_source(source, f"data.mixture {source.name}")
 
 
-def _validate_source(settings: SourceConfig, key: str) -> None:
+def validate_source(settings: SourceConfig, key: str) -> None:
+    """Check that a source has what its kind needs.
+
+    Args:
+        settings: the source.
+        key: what to call it.
+
+    Raises:
+        UserError: it has not.
+    """
     source = settings.source
     if source in ("text", "jsonl", "parquet", "csv", "images", "audio") and not settings.paths:
         raise UserError(f"{key}.source={source} needs {key}.paths, which is empty; list the files.")

@@ -11,6 +11,7 @@ from sharding.ranks.errors import UserError
 PATH_SETTINGS = (
     *("output_dir", "task.folder", "model.pretrained", "model.folder"),
     *("data.paths", "data.validation_paths", "data.test_paths", "data.mixture.paths"),
+    "evaluation.sets.paths",
     *("data.tokenizer", "data.cache_dir"),
     *("checkpoint.storage", "checkpoint.from", "parallel.nvme_path"),
 )

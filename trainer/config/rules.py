@@ -11,6 +11,7 @@ from sharding.strict_model import check_choices
 from trainer.config.budget import validate_budget, validate_schedule
 from trainer.config.data import validate_data
 from trainer.config.evaluation import validate_evaluation
+from trainer.config.evaluation_sets import validate_sets
 from trainer.config.networks import validate_model
 from trainer.config.optimizer import validate_optimizer
 from trainer.config.rows import TASK_SAMPLES
@@ -94,6 +95,7 @@ def _validate_model_and_data(config: "RunConfig") -> None:
     _validate_masks(config)
     validate_data(config.data)
     validate_rows(config.data, config.task.name)
+    validate_sets(config)
 
 
 def _validate_masks(config: "RunConfig") -> None:

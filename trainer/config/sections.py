@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from sharding.strict_model import SET, UNSET, Like, OnlyWith, StrictModel
+from trainer.config.data import SourceConfig
 from trainer.config.rows import TASK_SAMPLES
 
 _OWN_TASK = OnlyWith(name=Like("*:*", "module:Class"))
@@ -122,6 +123,13 @@ class BatchConfig(StrictModel):
     """Samples in one forward and backward pass of one rank."""
 
 
+class EvaluationSet(SourceConfig):
+    """Data of its own to evaluate on: where it comes from, with the settings of a source, and what it is called."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the set: its loss is `eval/NAME/loss`; letters, digits, `.`, `_` and `-`."""
+
+
 class EvaluationConfig(StrictModel):
     """Metrics of the held-out split, and whether training ends where they no longer improve."""
 
@@ -129,7 +137,17 @@ class EvaluationConfig(StrictModel):
     """Evaluate after every this many steps; 0 means only at the end of the run."""
 
     max_sequences: int = Field(default=0, ge=0)
-    """Evaluate on only the first this many samples; 0 means the whole validation split."""
+    """Evaluate on only the first this many samples, of each set; 0 means all of them."""
+
+    sets: Annotated[
+        tuple[EvaluationSet, ...],
+        Field(strict=False),
+        OnlyWith({"data.streaming": False}, because="a stream's tokenizer may be trained on another beginning later"),
+    ] = ()
+    """Further data to evaluate on, none of which is trained on; each has its metrics under its name."""
+
+    by_source: Annotated[bool, OnlyWith({"data.mixture": SET})] = False
+    """Evaluate also on what is held out of each source of a mixture alone: `eval/SOURCE/loss`; takes as long again."""
 
     monitor: str = "loss"
     """Metric of the evaluation, without `eval/`, that patience and `checkpoint.keep_best` judge by; the task says which

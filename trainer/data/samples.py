@@ -25,7 +25,7 @@ class Samples(Protocol):
         """What is known of all samples."""
 
     def num_samples(self, split: str) -> int:
-        """Samples of a split, ``train`` or ``validation``; 0 where there is no such split."""
+        """Samples of a split, ``train``, ``validation`` or ``test``; 0 where there is no such split."""
 
     def read(self, split: str, indices: Sequence[int]) -> Batch:
         """Samples by index, in this order, on the host; dim 0 of each tensor is the sample.

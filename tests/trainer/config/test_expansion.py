@@ -36,7 +36,7 @@ def test_every_path_is_expanded(tmp_path: Path, values: dict[str, Any]) -> None:
 
     values["model"] = {"factory": "own:make"}
     for key in PATH_SETTINGS:
-        if key not in ("model.pretrained", "data.mixture.paths"):
+        if key not in ("model.pretrained", "data.mixture.paths", "evaluation.sets.paths"):
             put(key, ["$SCRATCH/x", "~/y"] if key == "data.paths" else "$SCRATCH/x")
     values["task"]["name"] = "own:Task"
     values["data"] = {key: value for key, value in values["data"].items() if key != "validation_fraction"}

@@ -14,6 +14,7 @@ from trainer.config import RunConfig, config_to_yaml, load_config, load_frozen_c
 from trainer.config.data import MixtureSource
 from trainer.config.frozen_config import frozen_differences
 from trainer.config.reference import section_of, sections
+from trainer.config.sections import EvaluationSet
 
 _FREE_NAMES = {"causal-lm", "my:Task"}
 
@@ -21,6 +22,8 @@ _FREE_NAMES = {"causal-lm", "my:Task"}
 def _base(key: str = "") -> RunConfig:
     """A configuration that has the list of sections which a setting may be in."""
     config = RunConfig.model_validate({"model": {"architecture": "llama"}, "steps": 3})
+    if key.startswith("evaluation.sets[]"):
+        return _with(config, "evaluation.sets", (EvaluationSet(name="a"),))
     return _with(config, "data.mixture", (MixtureSource(name="a", weight=1.0),)) if "[]" in key else config
 
 
