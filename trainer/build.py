@@ -1,7 +1,7 @@
 """From a RunConfig to a Trainer: the one place that puts a rank's parts together, in order."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
 
 from sharding.engine import Engine
@@ -9,6 +9,7 @@ from sharding.mesh import ParallelMesh, build_mesh
 from sharding.precision import compute_dtype
 from sharding.ranks.errors import UserError
 from sharding.ranks.process_group import Ranks, set_step_timeout
+from sharding.state import MODEL_PREFIX
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.source import on_rank_0
@@ -37,6 +38,8 @@ from trainer.model.causality import check_causality
 from trainer.model.document_mask import check_architecture, check_engine
 from trainer.model.engine import build_model_engine, describe_model, parameter_hash
 from trainer.model.fetch import fetch_pretrained
+from trainer.model.models import ModelFacts
+from trainer.model.new_head import describe_new_head, weights_to_initialize
 from trainer.numerics.replica_check import ReplicaCheck
 from trainer.numerics.spike_policy import SpikePolicy
 from trainer.optimizers.weight_average import WeightAverage
@@ -112,6 +115,8 @@ def build_trainer(
     engine, facts = build_model_engine(fetched, task, mesh, ranks, samples.facts, busy.timed, named_sums)
     description = describe_model(config, facts, ranks)
     observers.info(description)
+    if facts.new_head:
+        observers.info(facts.new_head)
     if predicts_next_tokens(task):
         check_causality(engine, config, samples.facts, ranks)
     if config.metrics.parameter_hash:
@@ -155,7 +160,7 @@ def build_trainer(
             # Rank 0 writes it.
             _tokenizer_of(corpus) if ranks.rank == 0 else None,
             corpus.recipe if isinstance(corpus, PreparedRows) else None,
-            check_weights=lambda reader: on_rank_0(lambda: _check_tokenizer(reader, corpus), ranks),
+            fit_weights=lambda reader: _fit_weights(config, reader, corpus, engine, facts, ranks, observers),
             warn=observers.warn,
             notify=observers.info,
             before_write=before_write,
@@ -188,6 +193,26 @@ def build_trainer(
     if isinstance(task, CorruptedTask):
         task.next_samples = lambda: trainer.next_samples
     return trainer
+
+
+def _fit_weights(
+    config: RunConfig,
+    reader: CheckpointReader,
+    corpus: Prepared,
+    engine: Engine,
+    facts: ModelFacts,
+    ranks: Ranks,
+    observers: Observers,
+) -> Collection[str]:
+    """Check that another run's weights fit, and say which of the model's tensors they leave as they are."""
+    on_rank_0(lambda: _check_tokenizer(reader, corpus), ranks)
+    parts = engine.state(with_optimizer=False)
+    wanted = {part.name.removeprefix(MODEL_PREFIX): part.global_shape for part in parts}
+    stored, source = reader.parameter_shapes(), f"checkpoint {reader.folder}"
+    names = weights_to_initialize(wanted, stored, facts.body, source, has_new_head=config.model.new_head)
+    if names:
+        observers.info(describe_new_head(names, wanted, stored, source))
+    return names
 
 
 def _fetched(config: RunConfig, ranks: Ranks) -> RunConfig:

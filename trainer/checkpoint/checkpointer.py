@@ -1,12 +1,13 @@
 """When a run saves, what it keeps, and what it starts from."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from sharding.engine import Engine
 from sharding.part import Part
 from sharding.ranks.errors import UserError
 from sharding.ranks.process_group import Ranks
+from sharding.state import MODEL_PREFIX
 from trainer.checkpoint.background import BackgroundWrite
 from trainer.checkpoint.rank_file import RankReport, write_rank_file
 from trainer.checkpoint.reader import CheckpointReader
@@ -46,7 +47,7 @@ class Checkpointer:
         weight_average: WeightAverage | None = None,
         tokenizer: TokenizerArchive | None = None,
         recipe: RowRecipe | None = None,
-        check_weights: Callable[[CheckpointReader], None] = lambda _: None,
+        fit_weights: Callable[[CheckpointReader], Collection[str]] = lambda _: (),
         warn: Callable[[str], None] = print,
         notify: Callable[[str], None] = print,
         before_write: Callable[[int], None] = lambda _: None,
@@ -63,8 +64,8 @@ class Checkpointer:
             weight_average: is saved and loaded with the engine's state.
             tokenizer: is saved beside it, by rank 0.
             recipe: how rows are read; is saved beside it, by rank 0.
-            check_weights: called on every rank with another run's checkpoint whose weights alone are to be loaded;
-                raises if they do not fit the corpus.
+            fit_weights: called on every rank with another run's checkpoint whose weights alone are to be loaded; raises
+                if they do not fit, and names the tensors that keep their initial values.
             warn: tells a person that a checkpoint is corrupt; called on rank 0.
             notify: informs a person that a checkpoint is there; called on rank 0.
             before_write: called with the step where this rank begins to write, in the thread that writes.
@@ -77,7 +78,7 @@ class Checkpointer:
         self._weight_average = weight_average
         self._warn = warn
         self._notify = notify
-        self._check_weights = check_weights
+        self._fit_weights = fit_weights
         self._before_write = before_write
         self._identity = CheckpointIdentity(
             config=config.model_dump(mode="json"),
@@ -163,9 +164,13 @@ class Checkpointer:
                 "data has no meaning here; restore the corpus, or start another run with checkpoint.from and "
                 "checkpoint.load=weights."
             )
-        if weights_only:
-            self._check_weights(reader)
-        engine.load_state(reader.read_into, with_optimizer=not weights_only)
+        kept = {f"{MODEL_PREFIX}{name}" for name in self._fit_weights(reader)} if weights_only else set()
+
+        def read(part: Part) -> None:
+            if part.name not in kept:
+                reader.read_into(part)
+
+        engine.load_state(read, with_optimizer=not weights_only)
         if self._weight_average is not None:
             # A run that turns averaging on begins with the weights it has.
             continues = reader.has_average and not weights_only

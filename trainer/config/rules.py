@@ -93,6 +93,12 @@ def _validate_model_and_data(config: "RunConfig") -> None:
     _validate_loss(config)
     validate_model(config.model, config.task.name)
     _validate_masks(config)
+    loads_weights = config.checkpoint.from_ is not None and config.checkpoint.load == "weights"
+    if config.model.new_head and config.model.pretrained is None and not loads_weights:
+        raise UserError(
+            "model.new_head=true is for weights that are stored, but neither model.pretrained nor checkpoint.from with "
+            "checkpoint.load=weights names any; remove it."
+        )
     validate_data(config.data)
     validate_rows(config.data, config.task.name)
     validate_sets(config)

@@ -96,6 +96,10 @@ class ModelConfig(StrictModel):
     """Folder of the module of a factory; where it is not given, that of the configuration file if the module lies
     there."""
 
+    new_head: bool = False
+    """Initialise what stored weights lack of the model or have in another shape, if it is no part of its body: for
+    another task, or other classes, on the weights of `pretrained`, or of `checkpoint.from` with `load: weights`."""
+
     trust_remote_code: Annotated[bool, OnlyWith(pretrained=SET)] = False
     """Run Python code that a `pretrained` model brings along with its weights; false refuses such a model."""
 

@@ -1,6 +1,7 @@
 """From the model's configuration to an engine that holds it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -60,7 +61,14 @@ def build_model_engine(
     pretrained = (
         None
         if config.model.pretrained is None or not loads_pretrained
-        else PretrainedWeights(config.model.pretrained, model, task.pretrained_name)
+        else PretrainedWeights(
+            config.model.pretrained,
+            model,
+            task.pretrained_name,
+            has_new_head=config.model.new_head,
+            # Where another run's weights come on top, it may be these that lack a head.
+            may_have_none=config.checkpoint.from_ is not None,
+        )
     )
     definition = ModelDefinition(
         model=model,
@@ -82,6 +90,7 @@ def build_model_engine(
     )
     if pretrained is not None:
         pretrained.load_into(engine)
+        counted = replace(counted, new_head=pretrained.new_head)
     return engine, counted
 
 

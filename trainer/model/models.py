@@ -14,6 +14,7 @@ from trainer.architectures.config import build_model_config, field
 from trainer.architectures.faults import faults_of_a_configuration, is_raised_by_transformers, reason
 from trainer.config.sections import ModelConfig
 from trainer.data.facts import SampleFacts
+from trainer.model.new_head import body_of
 from trainer.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ class ModelFacts:
         num_block_linears: linear layers of blocks.
         num_float8_linears: those of them that ``precision.compute=fp8`` multiplies in 8 bits.
         is_per_token: whether arithmetic per token is known: every matrix is used once for each token of a text.
+        body: names of the tensors that belong to no head.
+        new_head: what of the head has no pretrained weights, in one line; empty where nothing is lacking.
     """
 
     num_parameters: int
@@ -42,6 +45,8 @@ class ModelFacts:
     num_block_linears: int
     num_float8_linears: int
     is_per_token: bool = True
+    body: frozenset[str] = frozenset()
+    new_head: str = ""
 
     def flops_per_token(self, sequence_length: int, *, causal: bool) -> int:
         """Forward and backward floating-point operations per token: 6N + 12Lds, or 6N + 6Lds discounting the mask.
@@ -141,6 +146,7 @@ def model_facts(model: nn.Module, model_config: "PretrainedConfig | None", *, re
         num_block_linears=sum(isinstance(module, nn.Linear) for module in in_blocks),
         num_float8_linears=sum(map(is_fit, in_blocks)),
         is_per_token=text_config is not None and reads_tokens,
+        body=body_of(model),
     )
 
 

@@ -3,7 +3,7 @@
 import copy
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from sharding.engine import Engine
 from sharding.part import Box, Part
 from sharding.ranks.errors import UserError
 from sharding.state import MODEL_PREFIX
+from trainer.model.new_head import body_of, describe_new_head, new_head, shapes_of
 from trainer.model.stored_tensor import StoredTensor
 
 _FILE = "model.safetensors"
@@ -29,13 +30,23 @@ class PretrainedWeights:
     later reads its slices alone.
     """
 
-    def __init__(self, name: str, model: nn.Module, pretrained_name: Callable[[str], str] = lambda name: name) -> None:
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        pretrained_name: Callable[[str], str] = lambda name: name,
+        *,
+        has_new_head: bool = False,
+        may_have_none: bool = False,
+    ) -> None:
         """Find out where each tensor of a model lies.
 
         Args:
             name: a folder, or the name of a model of the hub.
             model: the model, before it is sharded; on the meta device or not.
             pretrained_name: the name there of one of the model's tensors.
+            has_new_head: whether a head may be lacking, or have another shape: it keeps its initial values.
+            may_have_none: whether it is right all the same if nothing is lacking.
 
         Raises:
             UserError: there are no safetensors files, they lack a tensor or have it in another shape, or they are
@@ -56,6 +67,12 @@ class PretrainedWeights:
         self._tied = tied_names(model)
         expected: dict[str, Any] = dict(model.state_dict(keep_vars=True))
         ignored = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+        self.new_head = ""
+        """What has no weights there, in one line; empty where everything has."""
+        if has_new_head:
+            self._leave_out_head(model, expected, may_be_none=may_have_none)
+            is_there = {key: any(other in self.tensors for other in self._tied.get(key, [key])) for key in expected}
+            expected = {key: tensor for key, tensor in expected.items() if is_there[key]}
         missing = []
         for key, tensor in expected.items():
             found = next((other for other in self._tied.get(key, [key]) if other in self.tensors), None)
@@ -66,9 +83,10 @@ class PretrainedWeights:
                 self._check(found, tuple(tensor.shape), tensor.dtype)
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            remedy = "" if missing[0] in body_of(model) else "; model.new_head=true initialises a head that is lacking"
             raise UserError(
                 f"model.pretrained={name} has no weights for {missing[0]}{more}; it was saved by another model class, "
-                "or not all of it is there."
+                f"or not all of it is there{remedy}."
             )
 
     def load_into(self, engine: Engine) -> None:
@@ -79,12 +97,37 @@ class PretrainedWeights:
         """
         engine.load_state(self._read_into, with_optimizer=False)
 
+    def _leave_out_head(self, model: nn.Module, expected: Mapping[str, Any], *, may_be_none: bool) -> None:
+        """Forget tensors of a head in another shape, and note what is to be initialised.
+
+        Raises:
+            UserError: see ``new_head``.
+        """
+        ignored = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+        wanted, stored = shapes_of(expected), shapes_of(self.tensors)
+        for names in self._tied.values():
+            # What is stored under one name of a shared tensor is there for all.
+            shape = next((stored[name] for name in names if name in stored), None)
+            stored |= {name: shape for name in names if shape is not None}
+        optional = {
+            key
+            for key, tensor in expected.items()
+            if not isinstance(tensor, nn.Parameter) and any(re.search(pattern, key) for pattern in ignored)
+        }
+        wanted = {key: shape for key, shape in wanted.items() if key in stored or key not in optional}
+        source = f"model.pretrained={self._name}"
+        names = new_head(wanted, stored, body_of(model), source, may_be_none=may_be_none)
+        if names:
+            self.new_head = describe_new_head(names, wanted, stored, source)
+        for name in names:
+            self.tensors.pop(name, None)
+
     def _check(self, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         source = self.tensors[key]
         if tuple(source.shape) != shape:
             raise UserError(
                 f"model.pretrained={self._name} has {key} in shape {list(source.shape)}, but its configuration makes "
-                f"it {list(shape)}; the folder is not of one model."
+                f"it {list(shape)}; the folder is not of one model, or model.new_head=true initialises a head for it."
             )
         if dtype.is_floating_point and not (source.dtype.is_floating_point and source.dtype.itemsize > 1):
             raise UserError(
