@@ -21,7 +21,7 @@ class TaskConfig(StrictModel):
     """What the model is trained to do."""
 
     name: str = "causal-lm"
-    """`causal-lm`, `masked-lm`, `classification` (of tables), `sequence-classification`, `token-classification` (both of
+    """`causal-lm`, `masked-lm`, `classification` (of tables), `sequence-classification` and `token-classification` (of
     texts), `image-classification`, `audio-classification`, `regression`, or `module:Class` for a task of your own, from
     `folder` or from what is installed."""
 

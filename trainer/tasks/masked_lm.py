@@ -105,7 +105,8 @@ class MaskedLanguageModelling(Task):
         try:
             made = model(**self.inputs(batch))
         except faults_of_a_configuration() as error:
-            refusal = None if model in self._has_computed else cannot_compute(error, batch["input_ids"].shape[1])
+            inputs = f"sequences of {batch['input_ids'].shape[1]} tokens"
+            refusal = None if model in self._has_computed else cannot_compute(error, inputs)
             if refusal is None:
                 raise
             raise refusal from None
