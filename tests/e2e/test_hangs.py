@@ -84,7 +84,7 @@ def test_a_rank_that_sleeps_is_named_with_line_step_and_collective(
     assert (failure.phase, failure.step) == ("train", 12)
     assert failure.where is not None
     assert failure.where.startswith("injection/inject.py:")
-    assert failure.where.endswith(" in _happen")
+    assert failure.where.endswith(" in _inject")
     assert failure.signature == f"hang at {failure.where} in step 12"
     assert failure.collective is not None
     assert f"rank 0 waited in {failure.collective}." in failure.reason
