@@ -38,9 +38,8 @@ check: $(TESTS_STAMP)
 	$(BIN)/mypy
 	$(BIN)/python -m trainer.config.reference --check
 
-# Three at a time, as tests wait for one another's processes a third of their time; the longest first, so that all cores
-# are busy to the end. Where there are more cores, each group is spread over half of them; jobs of Slurm stay together,
-# on one cluster.
+# Three at a time, because tests wait for processes much of their time; the longest first, so that all cores are busy to
+# the end. Where there are more cores, each group is spread over half of them; jobs of Slurm stay together, on one cluster.
 TEST_GROUPS := test-parts test-trainer test-runs test-slurm
 CORES := $(shell nproc)
 SPREAD := $(shell [ $(CORES) -lt 4 ] || echo --numprocesses=$$(($(CORES) / 2 < 8 ? $(CORES) / 2 : 8)) --dist=loadfile)
