@@ -23,17 +23,19 @@ Paths = Annotated[
 class SourceConfig(StrictModel):
     """Where documents come from."""
 
-    source: Literal["python-stdlib", "text", "jsonl", "parquet", "csv", "hub", "digits", "table", "images", "audio"] = (
-        "python-stdlib"
-    )
+    source: Literal[
+        "python-stdlib", "text", "jsonl", "parquet", "csv", "hub", "tokens", "digits", "table", "images", "audio"
+    ] = "python-stdlib"
     """Kind of source: the embedded `python-stdlib`, local `text` (a file is a document), `jsonl`, `parquet` or `csv`
-    files, or a data set of the `hub`; for rows also scikit-learn's `digits`, a `table`, and folders of `images` or
-    `audio`, each named after a class."""
+    files, a data set of the `hub`, or `tokens` that a tokenizer has made before; for rows also scikit-learn's `digits`,
+    a `table`, and folders of `images` or `audio`, each named after a class."""
 
-    paths: Annotated[Paths, OnlyWith(source=("text", "jsonl", "parquet", "csv", "table", "images", "audio"))] = ()
+    paths: Annotated[
+        Paths, OnlyWith(source=("text", "jsonl", "parquet", "csv", "tokens", "table", "images", "audio"))
+    ] = ()
     """Files, folders or glob patterns of a local source, also compressed (gzip, zstd, bzip2, xz); of a folder, files
     are read whose names end in `.txt` or `.md`, in `.jsonl`, `.ndjson` or `.json`, in `.parquet`, or in `.csv` or
-    `.tsv`."""
+    `.tsv`; of `tokens` in `.parquet`, or in `.bin` with Megatron's `.idx` beside it."""
 
     hub_name: Annotated[str | None, OnlyWith(source="hub")] = None
     """Name of the data set under `hub`, as `datasets.load_dataset` takes it."""
@@ -46,6 +48,9 @@ class SourceConfig(StrictModel):
 
     text_field: Annotated[str, OnlyWith(source=("jsonl", "parquet", "csv", "hub"))] = "text"
     """Column that holds a document's text in `jsonl`, `parquet`, `csv` and `hub` sources."""
+
+    tokens_field: Annotated[str, OnlyWith(source="tokens")] = "input_ids"
+    """Column that holds a document's token ids in Parquet files."""
 
     max_documents: Annotated[int, OnlyWith({"data.streaming": False}, because="a stream is read to its end")] = Field(
         default=0, ge=0
@@ -152,6 +157,14 @@ def validate_data(data: DataConfig) -> None:
         _validate_mixture(data)
     else:
         validate_source(data, "data")
+    has_tokens = any(source.source == "tokens" for source in data.mixture or (data,))
+    if has_tokens and (data.tokenizer == "train-bpe" or data.streaming):
+        setting, remedy = (
+            ("data.tokenizer=train-bpe", "name the tokenizer that has made them")
+            if data.tokenizer == "train-bpe"
+            else ("data.streaming=true", "set it to false")
+        )
+        raise UserError(f"data.source=tokens has tokens and no text, which {setting} needs; {remedy}.")
     for first, end in data.skip_samples:
         if not 0 <= first < end:
             raise UserError(
@@ -187,7 +200,7 @@ def validate_source(settings: SourceConfig, key: str) -> None:
         UserError: it has not.
     """
     source = settings.source
-    if source in ("text", "jsonl", "parquet", "csv", "images", "audio") and not settings.paths:
+    if source in ("text", "jsonl", "parquet", "csv", "tokens", "images", "audio") and not settings.paths:
         raise UserError(f"{key}.source={source} needs {key}.paths, which is empty; list the files.")
     if source == "hub" and settings.hub_name is None:
         raise UserError(f"{key}.source=hub needs {key}.hub_name, which is not set; name the data set.")

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from trainer.config.schema import RunConfig
     from trainer.config.sections import EvaluationSet
 
-_TEXTS = ("python-stdlib", "text", "jsonl", "parquet", "csv", "hub")
+_TEXTS = ("python-stdlib", "text", "jsonl", "parquet", "csv", "hub", "tokens")
 
 
 def validate_sets(config: "RunConfig") -> None:

@@ -58,6 +58,10 @@ def _validate_labels(data: DataConfig, task_name: str, label_kind: str) -> None:
 
 
 def _validate_source(data: DataConfig) -> None:
+    if data.source == "tokens":
+        raise UserError(
+            "data.source=tokens has documents that are packed, and the task reads rows; name a source of texts."
+        )
     if data.source == "table" and (data.table is None) == (not data.paths):
         raise UserError(
             f"data.source=table reads either data.table, which is {data.table}, or data.paths, of which there are "

@@ -19,8 +19,8 @@ class CleanedCorpus:
     """Cleaned documents, kept in a file, with their splits.
 
     Attributes:
-        spool: UTF-8 texts one behind the other.
-        lengths: bytes of each text.
+        spool: UTF-8 texts, or tokens as ``<u4``, one behind the other.
+        lengths: bytes of each.
         source_ids: where each came from.
         is_validation: which of them are held out.
         validation_limit: those whose ``hash_position`` is below it.
@@ -29,6 +29,7 @@ class CleanedCorpus:
         num_empty: of these, dropped for being empty.
         num_duplicates: of these, dropped for being equal to an earlier one.
         empty_files: files of the source without a single row.
+        has_tokens: whether documents are tokens already.
     """
 
     spool: Path
@@ -41,6 +42,7 @@ class CleanedCorpus:
     num_empty: int = 0
     num_duplicates: int = 0
     empty_files: list[Path] = field(default_factory=list)
+    has_tokens: bool = False
 
     def num_documents(self, split: str) -> int:
         """Documents of one split."""
@@ -49,11 +51,15 @@ class CleanedCorpus:
 
     def documents(self, split: str) -> Iterator[tuple[str, str]]:
         """Text and source id of each document of one split, in source order."""
+        return ((contents.decode(), source_id) for contents, source_id in self.contents(split))
+
+    def contents(self, split: str) -> Iterator[tuple[bytes, str]]:
+        """Bytes and source id of each document of one split, in source order."""
         with self.spool.open("rb") as file:
             for length, source_id, held_out in zip(self.lengths, self.source_ids, self.is_validation, strict=True):
-                text = file.read(length)
+                contents = file.read(length)
                 if held_out == (split == "validation"):
-                    yield text.decode(), source_id
+                    yield contents, source_id
 
     def texts(self, split: str) -> Iterator[str]:
         """The texts alone."""
@@ -73,7 +79,7 @@ def clean_corpus(source: SourceConfig, config: DataConfig, work: Path, stages: S
     Raises:
         UserError: the source cannot be read, or nothing is left to train on.
     """
-    cleaned = CleanedCorpus(work / _SPOOL_NAME)
+    cleaned = CleanedCorpus(work / _SPOOL_NAME, has_tokens=source.source == "tokens")
     seen: set[bytes] = set()
     hash_positions: list[float] = []
     digest = hashlib.sha256()
@@ -81,8 +87,12 @@ def clean_corpus(source: SourceConfig, config: DataConfig, work: Path, stages: S
         for document in read_documents(source, cleaned.empty_files.append):
             cleaned.num_read += 1
             advance(1)
-            text = encode_text(document.text, config.normalize)
-            if not text.strip():
+            if document.tokens is None:
+                text = encode_text(document.text, config.normalize)
+                is_empty = not text.strip()
+            else:
+                text, is_empty = document.tokens.astype("<u4").tobytes(), not len(document.tokens)
+            if is_empty:
                 cleaned.num_empty += 1
                 continue
             key = hashlib.sha256(text).digest()

@@ -14,6 +14,7 @@ from sharding.ranks.errors import UserError
 from trainer.config.data import SourceConfig
 from trainer.data.files import Document, find_files, read_file
 from trainer.data.python_stdlib import stdlib_files, stdlib_folder
+from trainer.data.token_files import INDEX_SUFFIX
 
 
 def corpus_fingerprint(config: SourceConfig) -> str:
@@ -29,7 +30,13 @@ def corpus_fingerprint(config: SourceConfig) -> str:
         identity = [config.source, _release_of_scikit_learn()]
     else:
         files = all_files(config)
-        identity = [(str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        # What is in a file of tokens is said beside it.
+        files += [
+            path.with_suffix(INDEX_SUFFIX) for path in files if config.source == "tokens" and path.suffix == ".bin"
+        ]
+        identity = [
+            (str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns) for path in files if path.exists()
+        ]
         if config.source == "python-stdlib":
             identity.append(sys.version)
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()

@@ -11,15 +11,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sharding.ranks.errors import UserError
 from trainer.config.data import SourceConfig
 from trainer.data.row_files import csv_rows, decode, json_rows, open_decompressed, open_parquet, parquet_rows
+from trainer.data.token_files import read_tokens
 
 _SUFFIXES = {
     "text": (".txt", ".md"),
     "jsonl": (".jsonl", ".ndjson", ".json"),
     "parquet": (".parquet",),
     "csv": (".csv", ".tsv"),
+    "tokens": (".parquet", ".bin"),
     "table": (".csv", ".tsv", ".parquet"),
     "images": (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"),
     "audio": (".wav", ".flac", ".ogg", ".mp3"),
@@ -31,10 +35,11 @@ _MAX_ROWS_WITHOUT_COLUMN = 10_000
 
 @dataclass(frozen=True)
 class Document:
-    """A text and where it came from: a path, with ``#row`` where a file holds several."""
+    """A text, or the tokens of one, and where it came from: a path, with ``#row`` where a file holds several."""
 
     text: str
     source_id: str
+    tokens: np.ndarray | None = None
 
 
 @dataclass
@@ -113,6 +118,8 @@ def read_file(path: Path, config: SourceConfig) -> Iterator[Document]:
         UserError: a row is not what it should be, or no row has a column ``data.text_field``.
         Exception: of the library that reads the format, where the file is corrupt.
     """
+    if config.source == "tokens":
+        return (Document("", source_id, ids) for ids, source_id in read_tokens(path, config.tokens_field))
     readers: dict[str, Callable[[Path, str], Iterator[Document]]] = {
         "text": _read_text,
         "jsonl": _read_json,

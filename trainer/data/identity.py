@@ -60,7 +60,7 @@ def corpus_folder(config: DataConfig) -> Path:
         return prepared_root(config) / f"{config.source}-{_rows_key(config)}"
     settings = config.model_dump(
         mode="json",
-        include={"source", "text_field", "max_documents", "normalize", "validation_fraction", "shard_tokens"},
+        include=_own_settings(config) | {"normalize", "validation_fraction", "shard_tokens"},
     )
     identity = [PREPARATION_VERSION, settings, _sources_identity(config), tokenizer_identity(config)]
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
@@ -103,13 +103,18 @@ def source_kind(config: DataConfig) -> str:
     return "mixture" if config.mixture else config.source
 
 
+def _own_settings(source: SourceConfig) -> set[str]:
+    """Those that decide what is read of a source's files; one that came later only where it counts, for old corpora."""
+    return {"source", "text_field", "max_documents"} | ({"tokens_field"} if source.source == "tokens" else set())
+
+
 def _sources_identity(config: DataConfig) -> str:
     if not config.mixture:
         return corpus_fingerprint(config)
     identities = []
     for name, source in named_sources(config):
         with errors_of(name):
-            settings = source.model_dump(mode="json", include={"source", "text_field", "max_documents"})
+            settings = source.model_dump(mode="json", include=_own_settings(source))
             identities.append([name, settings, corpus_fingerprint(source)])
     return hashlib.sha256(json.dumps(identities, sort_keys=True).encode()).hexdigest()
 

@@ -2,16 +2,18 @@
 
 import hashlib
 import itertools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sharding.ranks.errors import UserError
 from trainer.data.blocks import hash_blocks
 from trainer.data.clean import CleanedCorpus
 from trainer.data.progress import StageProgress
 from trainer.data.shards import FileFacts, SplitFacts
-from trainer.data.tokenizer import text_encoder
+from trainer.data.tokenizer import text_encoder, vocabulary_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -40,14 +42,13 @@ def pack_split(
         stages: shows progress.
     """
     writer = _ShardWriter(folder, name, dtype, shard_tokens)
-    encoder = text_encoder(tokenizer)
+    encode = _token_reader(tokenizer) if cleaned.has_tokens else _batch_encoder(tokenizer)
     starts, sources = [0], []
     with stages.stage(f"tokenising {name}", cleaned.num_documents(name)) as advance:
-        documents = cleaned.documents(name)
+        documents = cleaned.contents(name)
         while batch := list(itertools.islice(documents, _BATCH_DOCUMENTS)):
-            # The library encodes a batch on all its threads.
-            for encoding in encoder.encode_batch_fast([text for text, _ in batch], add_special_tokens=False):
-                writer.write(np.array([*encoding.ids, tokenizer.eos_token_id], dtype=dtype))
+            for ids in encode(batch):
+                writer.write(ids.astype(dtype))
                 starts.append(writer.num_tokens)
             sources += [source_id.encode() for _, source_id in batch]
             advance(len(batch))
@@ -63,6 +64,39 @@ def pack_split(
         blocks=write_file(folder / f"{name}-blocks.sha256", writer.block_hashes),
         unigram_entropy=_entropy(writer.counts),
     )
+
+
+_Encode = Callable[[list[tuple[bytes, str]]], Iterator[np.ndarray]]
+
+
+def _batch_encoder(tokenizer: "PreTrainedTokenizerFast") -> _Encode:
+    """Turns texts into tokens, each with one that ends it."""
+    encoder = text_encoder(tokenizer)
+
+    def encode(batch: list[tuple[bytes, str]]) -> Iterator[np.ndarray]:
+        # The library encodes a batch on all its threads.
+        texts = [text.decode() for text, _ in batch]
+        for encoding in encoder.encode_batch_fast(texts, add_special_tokens=False):
+            yield np.array([*encoding.ids, tokenizer.eos_token_id])
+
+    return encode
+
+
+def _token_reader(tokenizer: "PreTrainedTokenizerFast") -> _Encode:
+    """Gives tokens back that were made before, each document with one that ends it."""
+    vocab_size = vocabulary_size(tokenizer)
+
+    def read(batch: list[tuple[bytes, str]]) -> Iterator[np.ndarray]:
+        for contents, source_id in batch:
+            ids = np.frombuffer(contents, dtype="<u4")
+            if ids.max() >= vocab_size:
+                raise UserError(
+                    f"data.paths: {source_id} has the token id {ids.max()}, but data.tokenizer has ids below "
+                    f"{vocab_size}; name the tokenizer that has made the tokens."
+                )
+            yield ids if ids[-1] == tokenizer.eos_token_id else np.append(ids, np.uint32(tokenizer.eos_token_id))
+
+    return read
 
 
 class _ShardWriter:

@@ -198,7 +198,7 @@ def _read_first_documents(config: RunConfig) -> None:
             with errors_of(name):
                 # Rows without the column are empty ones until it is clear that there is none.
                 documents = itertools.islice(read_documents(source), _MAX_DOCUMENTS)
-                next((document for document in documents if document.text), None)
+                next((one for one in documents if one.text or one.tokens is not None), None)
 
 
 def _with_format(config: RunConfig, world: World) -> RunConfig:
