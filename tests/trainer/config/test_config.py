@@ -59,7 +59,7 @@ def test_nothing_changes_after_loading(config_file: Path) -> None:
         ("data.source=hub", "data.source=hub"),
         (
             "data.source=python-stdlib",
-            "goes with data.source=text, jsonl, parquet, csv, tokens, table, images or audio only, but it is python-stdlib",
+            "csv, tokens, table, images or audio only, but it is python-stdlib",
         ),
         ("data.paths=[]", "needs data.paths"),
         ("parallel.replicate=2", "goes with parallel.strategy=hsdp only, but it is zero2"),
