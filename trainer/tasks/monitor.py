@@ -20,7 +20,10 @@ def check_monitor(config: RunConfig, task: Task) -> None:
     if known is None or not (config.evaluation.patience or config.checkpoint.keep_best):
         return
     names = [*known, *(f"ema_{name}" for name in known if config.optimizer.ema_decay)]
-    if monitor not in names:
+    sources = config.data.mixture if config.evaluation.by_source else ()
+    sets = [one.name for one in (*config.evaluation.sets, *sources)]
+    of_set, slash, name = monitor.removeprefix("ema_" if config.optimizer.ema_decay else "").partition("/")
+    if monitor not in names and not (slash and of_set in sets and name in known):
         raise UserError(
             f"evaluation.monitor={monitor} is no metric of task.name={config.task.name}, which has {', '.join(names)}; "
             "name one of them."

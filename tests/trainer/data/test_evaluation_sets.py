@@ -12,8 +12,11 @@ from tests.runs_in_process import RunsInProcess, computed_lines
 from tests.support import run_on_ranks, shardline, tiny_values, write_config, write_corpus
 from tests.trainer.tasks.own_row_task import MODEL
 from trainer.config import parse_config
+from trainer.data.facts import SampleFacts
 from trainer.data.prepare import prepare_corpus
 from trainer.run_folder.folder import RunFolder
+from trainer.tasks.monitor import check_monitor
+from trainer.tasks.registry import configured_task
 
 
 def _mixture(root: Path) -> dict[str, Any]:
@@ -94,6 +97,17 @@ def test_a_set_that_cannot_be_read_is_said_before_ranks_start(trained_root: Path
     assert "evaluation.sets same: data.label=label: " in said
     assert "is of the class 7, which no training row has" in said
     assert not (trained_root / "runs" / "refused" / "logs").exists()
+
+
+def test_a_set_can_be_what_is_best(tmp_path: Path) -> None:
+    values = _mixture(tmp_path)
+    task = configured_task(parse_config(values, "test").task, SampleFacts(32, 300, 0))
+    for monitor in ("loss", "other/loss", "notes/perplexity"):
+        values["evaluation"] |= {"monitor": monitor, "patience": 2}
+        check_monitor(parse_config(values, "test"), task)
+    values["evaluation"]["monitor"] = "web/loss"
+    with pytest.raises(UserError, match=r"evaluation.monitor=web/loss is no metric"):
+        check_monitor(parse_config(values, "test"), task)
 
 
 @pytest.mark.parametrize(
