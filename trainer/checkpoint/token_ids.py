@@ -21,7 +21,7 @@ def check_named_tokenizer(config: RunConfig, prepared: Path | None = None) -> No
         UserError: the pretrained model has no tokenizer of its own, or other ids than the one that is named.
     """
     pretrained, named, masks = config.model.pretrained, config.data.tokenizer, config.data.mask_token
-    if pretrained is None:
+    if pretrained is None or not config.data.has_tokens:
         return
     if named == pretrained:
         if prepared is None:

@@ -68,6 +68,10 @@ class MixtureSource(SourceConfig):
     """Share of the training samples that come from this source, relative to the weights of the others."""
 
 
+TEXT_SOURCES = ("python-stdlib", "text", "jsonl", "parquet", "csv", "hub", "tokens")
+"""Sources that become tokens."""
+
+_TOKENS = OnlyWith(source=TEXT_SOURCES, because="there are no tokens elsewhere")
 _PACKED = OnlyWith(format=("auto", "packed"), because="a row is a sample of its own, prepared before training")
 
 
@@ -94,25 +98,25 @@ class DataConfig(RowSettings, SourceConfig):
     shuffle_window: Annotated[int, OnlyWith(streaming=True)] = Field(default=1024, ge=1)
     """Samples of a rank's stream that are shuffled among themselves; a continued run packs as many again."""
 
-    normalize: Literal["none", "NFC", "NFKC"] = "NFC"
+    normalize: Annotated[Literal["none", "NFC", "NFKC"], OnlyWith(source=TEXT_SOURCES[:-1])] = "NFC"
     """Unicode normal form applied to each document; line ends become `\\n` unless `none`."""
 
     validation_fraction: Annotated[float, OnlyWith(validation_paths=UNSET)] = Field(default=0.02, ge=0.0, lt=1.0)
     """Share of documents or rows, chosen by a hash of their contents, that is held out for evaluation."""
 
-    tokenizer: str = "train-bpe"
+    tokenizer: Annotated[str, _TOKENS] = "train-bpe"
     """A `transformers` tokenizer name or folder, or `train-bpe` for a byte-level BPE trained on the corpus; if not set,
     that of `model.pretrained`, and a named one must have its ids."""
 
-    vocab_size: int = Field(default=8192, ge=257)
+    vocab_size: Annotated[int, _TOKENS] = Field(default=8192, ge=257)
     """Number of tokens of a trained byte-level BPE; unused with any other tokenizer."""
 
-    mask_token: bool = False
+    mask_token: Annotated[bool, _TOKENS] = False
     """Have a token that hides others: a trained BPE gets `[MASK]` and, to fill up rows, `[PAD]`; any other tokenizer
     must have one. If not set, true under task `masked-lm`."""
 
-    sequence_length: int = Field(default=256, ge=1)
-    """Tokens in one training sample."""
+    sequence_length: Annotated[int, _TOKENS] = Field(default=256, ge=1)
+    """Tokens in one training sample; of a row that is a text, the most."""
 
     shuffle: bool = True
     """Visit samples in a keyed random order, new in each epoch; false is corpus order."""
@@ -145,6 +149,11 @@ class DataConfig(RowSettings, SourceConfig):
     def has_rows(self) -> bool:
         """Whether samples are rows, and not packed tokens."""
         return self.format == "rows"
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether samples are of tokens, packed or each a row."""
+        return self.source in TEXT_SOURCES
 
 
 def validate_data(data: DataConfig) -> None:

@@ -3,14 +3,12 @@
 from typing import TYPE_CHECKING
 
 from sharding.ranks.errors import UserError
-from trainer.config.data import DataConfig, SourceConfig, validate_source
+from trainer.config.data import TEXT_SOURCES, DataConfig, SourceConfig, validate_source
 from trainer.config.rows import SplitConfig
 
 if TYPE_CHECKING:
     from trainer.config.schema import RunConfig
     from trainer.config.sections import EvaluationSet
-
-_TEXTS = ("python-stdlib", "text", "jsonl", "parquet", "csv", "hub", "tokens")
 
 
 def validate_sets(config: "RunConfig") -> None:
@@ -26,7 +24,7 @@ def validate_sets(config: "RunConfig") -> None:
             what = "a source of data.mixture" if one.name in taken else "another one of them"
             raise UserError(f"evaluation.sets: {one.name} is the name of {what} too; give each its own name.")
         validate_source(one, f"evaluation.sets {one.name}")
-        if one.source != config.data.source and not (one.source in _TEXTS and config.data.source in _TEXTS):
+        if one.source != config.data.source and not (one.source in TEXT_SOURCES and config.data.source in TEXT_SOURCES):
             raise UserError(
                 f"evaluation.sets {one.name}: its source={one.source} has other samples than data.source="
                 f"{config.data.source}, on which the run is trained; name a source of the same kind."

@@ -80,7 +80,8 @@ def parse_config(values: dict[str, Any], source: str, *, has_rules: bool = True)
 
 def _with_own_tokenizer(config: RunConfig) -> RunConfig:
     """A pretrained model reads the tokenizer that it was trained with, unless another one is named."""
-    if config.model.pretrained is None or "tokenizer" in config.data.model_fields_set:
+    is_given = "tokenizer" in config.data.model_fields_set or not config.data.has_tokens
+    if config.model.pretrained is None or is_given:
         return config
     data = config.data.model_copy(update={"tokenizer": config.model.pretrained})
     return config.model_copy(update={"data": data})

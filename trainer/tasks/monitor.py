@@ -20,8 +20,9 @@ def check_monitor(config: RunConfig, task: Task) -> None:
     if known is None or not (config.evaluation.patience or config.checkpoint.keep_best):
         return
     names = [*known, *(f"ema_{name}" for name in known if config.optimizer.ema_decay)]
-    sources = config.data.mixture if config.evaluation.by_source else ()
-    sets = [one.name for one in (*config.evaluation.sets, *sources)]
+    sets = [one.name for one in config.evaluation.sets]
+    if config.evaluation.by_source:
+        sets += [source.name for source in config.data.mixture]
     of_set, slash, name = monitor.removeprefix("ema_" if config.optimizer.ema_decay else "").partition("/")
     if monitor not in names and not (slash and of_set in sets and name in known):
         raise UserError(

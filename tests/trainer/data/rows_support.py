@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from trainer.config import parse_config
-from trainer.config.data import DataConfig
+from trainer.config.data import TEXT_SOURCES, DataConfig
 from trainer.data.any_samples import prepared_samples
 from trainer.data.prepare import prepare_samples
 from trainer.data.row_samples import RowSamples
@@ -17,7 +17,8 @@ Columns = dict[str, list[Any]]
 
 
 def row_config(root: Path, task: str = "classification", **data: Any) -> DataConfig:
-    data = {"cache_dir": str(root / "cache"), "validation_fraction": 0.2, "vocab_size": 300, **data}
+    size = {"vocab_size": 300} if data.get("source") in TEXT_SOURCES else {}
+    data = {"cache_dir": str(root / "cache"), "validation_fraction": 0.2, **size, **data}
     if "validation_paths" in data:
         del data["validation_fraction"]
     values = {"steps": 1, "task": {"name": task}, "model": {"architecture": "bert"}, "data": data}

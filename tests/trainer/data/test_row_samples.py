@@ -14,6 +14,7 @@ from PIL import Image
 
 from sharding.ranks.errors import UserError
 from tests.trainer.data.rows_support import Columns, read_split, row_config, row_samples, write_csv, write_texts
+from trainer.config import parse_config
 from trainer.data.prepare import prepare_rows_by, prepare_samples
 from trainer.data.prepared_rows import PreparedRows
 from trainer.data.row_samples import RowSamples
@@ -384,6 +385,17 @@ def test_an_image_that_cannot_be_read(tmp_path: Path) -> None:
     _refused(tmp_path, r"data.paths: .*x.wav cannot be read as a recording", "audio-classification", **named)
 
 
+def test_a_budget_of_tokens_is_for_packed_ones() -> None:
+    values = {
+        "tokens": 100,
+        "task": {"name": "classification"},
+        "model": {"builtin": "mlp"},
+        "data": {"source": "digits"},
+    }
+    with pytest.raises(UserError, match=r"tokens=100 counts samples of data.sequence_length tokens, but rows have"):
+        parse_config(values, "test")
+
+
 @pytest.mark.parametrize(
     ("task", "data", "sentence"),
     [
@@ -394,6 +406,7 @@ def test_an_image_that_cannot_be_read(tmp_path: Path) -> None:
         ("image-classification", {"source": "images", "paths": ["x"]}, "data.source=images needs data.image_size"),
         ("regression", {"source": "digits", "label_kind": "class"}, "regression learns labels of kind number"),
         ("token-classification", {"source": "csv", "paths": ["x"]}, "data.label_kind=tags needs rows that hold lists"),
+        ("classification", {"source": "digits", "sequence_length": 8}, "data.sequence_length=8 goes with data.source="),
         ("classification", {"source": "digits", "image_size": 8}, "image_size=8 goes with data.source=images only"),
         ("classification", {"source": "table", "table": "iris", "features": ["label"]}, "label is named twice"),
         ("classification", {"source": "digits", "split": {"test_fraction": 0.9}}, "leaves nothing to train on"),
