@@ -18,8 +18,11 @@ from trainer.checkpoint.retention import prune_checkpoints
 from trainer.checkpoint.training_state import MonitorState, TrainingState
 from trainer.config import RunConfig, parse_config
 from trainer.config.checkpoint import CheckpointConfig
+from trainer.data.facts import SampleFacts
 from trainer.run_folder.folder import RunFolder
 from trainer.tasks.causal_lm import CausalLanguageModelling
+from trainer.tasks.monitor import check_monitor
+from trainer.tasks.registry import configured_task
 from trainer.tasks.task import Metric, Outputs, Sums
 
 _NONE = TrainingState(
@@ -104,6 +107,25 @@ def test_the_best_checkpoints_are_those_of_the_monitored_metric(tmp_path: Path, 
 def test_settings_without_an_effect_are_refused(tmp_path: Path, sections: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         _config(tmp_path, **sections)
+
+
+def test_monitors_of_sets_and_of_the_average_are_known_before_training(tmp_path: Path) -> None:
+    def check(monitor: str, task: str = "causal-lm", **sections: Any) -> None:
+        evaluation = {"every_steps": 2, "patience": 1, "monitor": monitor} | sections.pop("evaluation", {})
+        values: dict[str, Any] = {"task": {"name": task}, "evaluation": evaluation, "model": {"architecture": "llama"}}
+        config = _config(tmp_path, **values | sections)
+        check_monitor(config, configured_task(config.task, SampleFacts(vocab_size=300)))
+
+    own_set = {"sets": [{"name": "other", "source": "text", "paths": ["x.txt"]}]}
+    check("loss")
+    # Whether the tokenizer tells of bytes is not known before there is one.
+    check("bits_per_byte")
+    check("accuracy", "masked-lm")
+    check("other/perplexity", evaluation=own_set)
+    check("ema_other/loss", evaluation=own_set, optimizer={"ema_decay": 0.9})
+    for monitor in ("other/loss", "ema_loss", "accuracy"):
+        with pytest.raises(UserError, match=f"evaluation.monitor={monitor} is no metric of task.name=causal-lm"):
+            check(monitor)
 
 
 class OwnMetrics(CausalLanguageModelling):

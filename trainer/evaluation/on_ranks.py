@@ -135,7 +135,8 @@ def evaluate_here(subject: Subject, ranks: Ranks) -> Result:
     assert prepared is not None, "it was prepared before ranks were started"
     samples = prepared_samples(prepared, config.data)
     num_samples = samples.num_samples(subject.split)
-    task = configured_task(config.task, samples.facts)
+    # The same draws as in the run: masks belong to its seed.
+    task = configured_task(config.task, samples.facts, config.seed)
     mesh, named_sums = build_mesh(config.parallel, ranks), NamedSums(task)
     is_exported = subject.checkpoint is None
     engine, _ = build_model_engine(

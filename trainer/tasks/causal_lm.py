@@ -148,7 +148,9 @@ class CausalLanguageModelling(Task):
 
     def directions(self) -> dict[str, Better]:
         """See Task."""
-        names = ("loss", "perplexity", *(() if self._bytes_by_token is None else ("bits_per_byte",)))
+        # Before there is a tokenizer, nobody can say that it does not tell.
+        has_bytes = self._facts.tokenizer_dir is None or self._bytes_by_token is not None
+        names = ("loss", "perplexity", *(("bits_per_byte",) if has_bytes else ()))
         return dict.fromkeys(names, "lower")
 
     def _logits_at(self, model: nn.Module, batch: Batch) -> torch.Tensor:

@@ -1,7 +1,6 @@
 """Masked language modelling: predict tokens that are hidden, from those before and after them."""
 
 import hashlib
-import math
 from collections.abc import Mapping
 from typing import Any
 from weakref import WeakSet
@@ -22,6 +21,7 @@ from trainer.data.samples import FILLER
 from trainer.data.tokenizer import load_tokenizer
 from trainer.data.words import WordTable, word_table
 from trainer.tasks.next_tokens import IGNORED_LABEL
+from trainer.tasks.scores import perplexity
 from trainer.tasks.task import Better, Metric, Outputs, Sums, Task
 
 _MASKED, _REPLACED = 0.8, 0.9
@@ -141,11 +141,9 @@ class MaskedLanguageModelling(Task):
         """See Task; of hidden tokens the mean loss in nats, its exponential, and the share that was found."""
         num_targets = max(float(sums["targets"]), 1.0)
         loss = float(sums["loss"]) / num_targets
-        # exp overflows a float beyond 709; such a model has no useful perplexity.
-        perplexity = math.exp(loss) if loss < 700 else math.inf
         return {
             "loss": Metric(loss, "lower"),
-            "perplexity": Metric(perplexity, "lower"),
+            "perplexity": Metric(perplexity(loss), "lower"),
             "accuracy": Metric(float(sums["right"]) / num_targets, "higher"),
         }
 

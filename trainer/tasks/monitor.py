@@ -19,12 +19,11 @@ def check_monitor(config: RunConfig, task: Task) -> None:
     known, monitor = _directions(task), config.evaluation.monitor
     if known is None or not (config.evaluation.patience or config.checkpoint.keep_best):
         return
-    names = [*known, *(f"ema_{name}" for name in known if config.optimizer.ema_decay)]
     sets = [one.name for one in config.evaluation.sets]
-    if config.evaluation.by_source:
-        sets += [source.name for source in config.data.mixture]
-    of_set, slash, name = monitor.removeprefix("ema_" if config.optimizer.ema_decay else "").partition("/")
-    if monitor not in names and not (slash and of_set in sets and name in known):
+    sets += [source.name for source in config.data.mixture] if config.evaluation.by_source else []
+    names = [prefix + name for prefix in ("", *(f"{one}/" for one in sets)) for name in known]
+    names += [f"ema_{name}" for name in names if config.optimizer.ema_decay]
+    if monitor not in names:
         raise UserError(
             f"evaluation.monitor={monitor} is no metric of task.name={config.task.name}, which has {', '.join(names)}; "
             "name one of them."

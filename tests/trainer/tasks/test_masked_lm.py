@@ -15,7 +15,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenize
 from sharding.ranks.errors import UserError
 from sharding.ranks.process_group import Ranks
 from tests.runs_in_process import RunsInProcess, computed_lines
-from tests.support import run_on_ranks, write_corpus
+from tests.support import run_on_ranks, shardline, write_corpus
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.config import parse_config
 from trainer.config.sections import ModelConfig
@@ -255,6 +255,14 @@ def test_any_layout_trains_what_one_process_does(tmp_path: Path) -> None:
         for line, wanted in zip(computed_lines(RunFolder(folder)), expected, strict=True):
             assert line == pytest.approx(wanted, rel=2e-5), folder
     assert computed_lines(RunFolder(runs / "halves")) == computed_lines(RunFolder(runs / "torch-zero2"))
+    # The masks are those of the run.
+    evaluated = shardline("evaluate", runs / "torch-zero2", "--json")
+    assert evaluated.returncode == 0, evaluated.stderr
+    metrics = json.loads(evaluated.stdout)["metrics"]
+    last = computed_lines(RunFolder(runs / "torch-zero2"))[-1]
+    assert metrics == pytest.approx(
+        {name: last[f"eval/{name}"] for name in ("loss", "perplexity", "accuracy")}, rel=1e-5
+    )
     exported = tmp_path / "exported"
     export_model(CheckpointReader(RunFolder(runs / "torch-zero3").checkpoint_path(6)), exported)
     model, tokenizer = AutoModelForMaskedLM.from_pretrained(exported), AutoTokenizer.from_pretrained(exported)
