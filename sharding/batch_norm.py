@@ -188,12 +188,17 @@ def synchronize_batch_norm(module: nn.Module, group: dist.ProcessGroup | None, *
                 norm.forward = torch.compiler.disable(norm.forward)  # type: ignore[method-assign]
 
 
+def has_batch_norm(model: nn.Module) -> bool:
+    """Whether a model's result for a sample depends on which others are beside it in training."""
+    return any(isinstance(module, _BatchNorm) for module in model.modules())
+
+
 def batch_norm_group(model: nn.Module, mesh: ParallelMesh) -> dist.ProcessGroup | None:
     """A group of its own for the ranks that read different data, where the model needs one; every rank must call it.
 
     Its collectives lie among those of gradients, which leave at moments of their own.
     """
-    if mesh.data.degree == 1 or not any(isinstance(module, _BatchNorm) for module in model.modules()):
+    if mesh.data.degree == 1 or not has_batch_norm(model):
         return None
     own = None
     all_peers = {tuple(mesh.dims.peers(rank, ("replicate", "shard"))) for rank in range(mesh.dims.world_size)}

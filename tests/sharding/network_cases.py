@@ -14,6 +14,7 @@ from trainer.architectures.networks import build_network
 from trainer.config import RunConfig, parse_config
 from trainer.config.sections import ModelConfig
 from trainer.data.facts import SampleFacts
+from trainer.data.samples import FILLER
 from trainer.model.engine import build_model_engine
 from trainer.tasks.task import Metric, Outputs, Sums, Task
 
@@ -27,11 +28,18 @@ RATINGS = SampleFacts(num_features=2, categories=(("user", 7), ("item", 9)))
 class RowClassification(Task):
     """One class of each row; label -100 where there is none."""
 
+    def __init__(self, facts: SampleFacts | None = None) -> None:
+        self._num_classes = len(facts.classes) if facts is not None and facts.classes else NUM_CLASSES
+
     def build_model(self, model_settings: ModelConfig, facts: SampleFacts) -> nn.Module:
-        return build_network(model_settings, facts, NUM_CLASSES)
+        return build_network(model_settings, facts, self._num_classes)
 
     def make_batch(self, samples: Batch, positions: torch.Tensor, training: bool) -> Batch:
-        return samples
+        batch = {name: tensor for name, tensor in samples.items() if name != "num_tokens" and tensor.shape[-1]}
+        if "num_tokens" in samples:
+            columns = torch.arange(samples["input_ids"].shape[1])
+            batch["attention_mask"] = (columns < samples["num_tokens"][:, None]).long()
+        return batch | {"labels": torch.where(positions == FILLER, -100, samples["labels"])}
 
     def inputs(self, batch: Batch) -> Batch:
         return {name: tensor for name, tensor in batch.items() if name != "labels"}

@@ -21,7 +21,8 @@ class DenseLayer(nn.Module):
     def __init__(self, num_inputs: int, num_outputs: int, arguments: LayerArguments) -> None:
         """Say how wide it is, and what follows the product."""
         super().__init__()
-        self.linear = nn.Linear(num_inputs, num_outputs)
+        # Normalisation takes a constant away again.
+        self.linear = nn.Linear(num_inputs, num_outputs, bias=not arguments.batch_norm)
         self.norm = nn.BatchNorm1d(num_outputs) if arguments.batch_norm else nn.Identity()
         self.activation = _ACTIVATIONS[arguments.activation]()
         self.dropout = nn.Dropout(arguments.dropout)
@@ -51,7 +52,8 @@ class Convolution(nn.Module):
         super().__init__()
         is_image = len(sizes) == 2
         convolution, norm = (nn.Conv2d, nn.BatchNorm2d) if is_image else (nn.Conv1d, nn.BatchNorm1d)
-        self.convolution = convolution(num_inputs, num_outputs, kernel, padding=kernel // 2)
+        bias = not arguments.batch_norm
+        self.convolution = convolution(num_inputs, num_outputs, kernel, padding=kernel // 2, bias=bias)
         self.norm = norm(num_outputs) if arguments.batch_norm else nn.Identity()
         self.activation = _ACTIVATIONS[arguments.activation]()
         self.pool = (nn.MaxPool2d if is_image else nn.MaxPool1d)(pool)

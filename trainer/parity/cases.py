@@ -1,9 +1,8 @@
-"""The two sides of parity: engines on several ranks, and a plain loop that shares nothing with them."""
+"""The side of parity that is proven: engines on several ranks, and what they leave behind."""
 
 import json
 import os
 import traceback
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,23 +11,21 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from torch.nn import functional
 
 from sharding.config import Backend, Strategy
-from sharding.engine import Engine
+from sharding.engine import Batch, Engine
 from sharding.mesh import build_mesh
 from sharding.ranks.errors import EXIT_FAILED
 from sharding.ranks.object_exchange import sum_over_ranks
 from sharding.ranks.process_group import Ranks, process_group
 from sharding.ranks.process_lifetime import die_with_parent
 from sharding.state import MODEL_PREFIX
-from trainer.architectures.config import build_model_config
 from trainer.config import RunConfig
 from trainer.data.facts import SampleFacts
 from trainer.model.engine import build_model_engine, parameter_hash
-from trainer.parity.optimizers import plain_optimizer
 from trainer.runtime.threads import threads_per_rank
 from trainer.tasks.registry import configured_task
+from trainer.tasks.task import Task
 
 NUM_STEPS = 3
 
@@ -93,6 +90,28 @@ def case_lr(config: RunConfig, optimizer: str) -> float:
     return 0.1 if optimizer == "sgd" else config.optimizer.lr
 
 
+def num_rows_of(batch: Batch) -> int:
+    """Samples of a batch."""
+    return len(next(iter(batch.values())))
+
+
+def rows_of_micro_batches(case: ParityCase, num_rows: int) -> torch.Tensor:
+    """Which rows of the batch are in which micro-batch of which rank, int64 [micro-batches, ranks, rows]."""
+    rows = torch.arange(num_rows).view(case.num_ranks, case.accumulation_steps, -1)
+    return rows.transpose(0, 1)
+
+
+def compared_task(config: RunConfig, facts: SampleFacts) -> Task:
+    """The run's task, of causal language modelling without a z-loss, which the plain loop does not have."""
+    changes = {"z_loss": 0.0} if is_plain_language_modelling(config) else {}
+    return configured_task(config.task, facts, **changes)
+
+
+def is_plain_language_modelling(config: RunConfig) -> bool:
+    """Whether the plain loop computes the loss by itself, and not by the task."""
+    return config.task.name == "causal-lm" and config.model.factory is None
+
+
 def run_rank(
     rank: int, num_ranks: int, port: int, config_json: str, facts: SampleFacts, cases_json: str, folder: Path
 ) -> None:
@@ -141,19 +160,17 @@ def _write_error(error: BaseException, rank: int, path: Path) -> None:
 
 def _run_case(config: RunConfig, case: ParityCase, facts: SampleFacts, ranks: Ranks, folder: Path) -> None:
     batch = load_file(folder / "batch.safetensors")
-    config = case_config(config, case, len(batch["labels"]))
-    # Without a z-loss, which the plain loop does not have.
-    task = configured_task(config.task, facts, z_loss=0.0)
+    num_rows = num_rows_of(batch)
+    config = case_config(config, case, num_rows)
+    task = compared_task(config, facts)
     mesh = build_mesh(config.parallel, ranks)
     engine, _ = build_model_engine(config, task, mesh, ranks, facts)
     initial_hash = parameter_hash(engine, ranks)
     write_parameters(engine, ranks, folder / f"{case.label}.initial.safetensors")
     data = mesh.data
-    rows = batch["labels"].chunk(data.degree)[0].shape[0]
-    local = {name: tensor[data.rank * rows : (data.rank + 1) * rows] for name, tensor in batch.items()}
     micro_batches = [
-        {name: tensor.chunk(case.accumulation_steps)[index] for name, tensor in local.items()}
-        for index in range(case.accumulation_steps)
+        {name: tensor[rows[data.rank]] for name, tensor in batch.items()}
+        for rows in rows_of_micro_batches(case, num_rows)
     ]
     num_targets = task.num_targets(batch)
     losses, norms = [], []
@@ -190,50 +207,3 @@ def write_parameters(engine: Engine, ranks: Ranks, path: Path) -> None:
         target = whole.setdefault(name, torch.full(shape, unset, dtype=tensor.dtype))
         target[place] = tensor
     save_file(whole, path)
-
-
-def run_plain(
-    config: RunConfig,
-    facts: SampleFacts,
-    folder: Path,
-    initial: Path,
-    optimizer_name: str,
-    compute: Literal["fp32", "bf16"] = "fp32",
-) -> tuple[Trajectory, dict[str, torch.Tensor]]:
-    """The reference: one process, one whole batch, torch and transformers alone, on the device that ranks have.
-
-    Returns:
-        What training left behind, and the parameters and persistent buffers after it by name.
-    """
-    from transformers import AutoModelForCausalLM
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    batch = {name: tensor.to(device) for name, tensor in load_file(folder / "batch.safetensors").items()}
-    clip_norm = config.optimizer.clip_norm
-    model_config = build_model_config(config.model, facts)
-    model = AutoModelForCausalLM.from_config(
-        model_config, dtype=torch.float32, trust_remote_code=config.model.trust_remote_code
-    )
-    model.load_state_dict(load_file(initial), strict=False)
-    model.tie_weights()
-    model.to(device)
-    lr = case_lr(config, optimizer_name)
-    optimizer = plain_optimizer(model, config.optimizer, optimizer_name, lr)
-    num_targets = (batch["labels"] != -100).sum()
-    losses, norms = [], []
-    autocast = torch.autocast(device.type, torch.bfloat16) if compute == "bf16" else nullcontext()
-    for _ in range(NUM_STEPS):
-        with autocast:
-            inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-            logits = model(**inputs, use_cache=False).logits.float()
-        loss = functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum") / num_targets
-        loss.backward()
-        norm = torch.cat([p.grad.double().flatten() for p in model.parameters() if p.grad is not None]).norm()
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), clip_norm or torch.inf, norm.float())
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        norms.append(norm.item())
-    saved = model.state_dict().keys()
-    tensors = [*model.named_parameters(), *(item for item in model.named_buffers() if item[0] in saved)]
-    return Trajectory(losses, norms), {name: tensor.detach().cpu() for name, tensor in tensors}

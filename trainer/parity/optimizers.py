@@ -46,7 +46,9 @@ class _PlainMuon:
     """Muon written down as it is published, in fp32 (torch's works in bf16), for the matrices in a list of layers."""
 
     def __init__(self, model: nn.Module, groups: list[dict[str, Any]], settings: OptimizerConfig) -> None:
-        inside = {id(p) for m in model.modules() if isinstance(m, nn.ModuleList) for p in m.parameters() if p.ndim == 2}
+        embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+        lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+        inside = {id(p) for layers in lists for p in layers.parameters() if p.ndim == 2 and id(p) not in embeddings}
         self._groups = [group for group in groups if id(group["params"][0]) in inside]
         rest = [group for group in groups if id(group["params"][0]) not in inside]
         self._adamw = torch.optim.AdamW(rest, betas=settings.betas, eps=settings.eps)

@@ -15,13 +15,14 @@ from trainer.parity.comparison import GRAD_NORM_TOLERANCE, LOSS_TOLERANCE, PARAM
 
 def print_table(rows: Sequence[ParityRow], console: Console) -> None:
     """Show one line per case."""
-    table = Table(title=f"parity with one plain process: fp32, {NUM_STEPS} steps, dropout 0, ragged targets")
+    table = Table(title=f"parity with one plain process: {NUM_STEPS} steps, dropout 0, ragged targets")
     for header in (
         "backend",
         "strategy",
         "ranks",
         "accumulation",
         "optimizer",
+        "format",
         "loss",
         "grad norm",
         "parameters",
@@ -29,7 +30,8 @@ def print_table(rows: Sequence[ParityRow], console: Console) -> None:
         "result",
     ):
         table.add_column(
-            header, justify="right" if header not in ("backend", "strategy", "optimizer", "result") else "left"
+            header,
+            justify="right" if header not in ("backend", "strategy", "optimizer", "format", "result") else "left",
         )
     for row in rows:
         case = row.case
@@ -39,6 +41,7 @@ def print_table(rows: Sequence[ParityRow], console: Console) -> None:
             str(case.num_ranks),
             str(case.accumulation_steps),
             case.optimizer,
+            case.compute,
             f"{row.loss_difference:.1e}",
             f"{row.grad_norm_difference:.1e}",
             f"{row.parameter_difference:.1e}",
@@ -47,8 +50,8 @@ def print_table(rows: Sequence[ParityRow], console: Console) -> None:
         )
     console.print(table)
     console.print(
-        f"tolerances: loss {LOSS_TOLERANCE['fp32']:.0e} relative, gradient norm {GRAD_NORM_TOLERANCE['fp32']:.0e} "
-        "relative, parameters "
+        f"tolerances in fp32: loss {LOSS_TOLERANCE['fp32']:.0e} relative, gradient norm "
+        f"{GRAD_NORM_TOLERANCE['fp32']:.0e} relative, parameters "
         + ", ".join(f"{tolerance:.0e} ({name})" for name, tolerance in PARAMETER_TOLERANCE.items())
         + " absolute"
     )

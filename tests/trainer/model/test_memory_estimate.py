@@ -126,7 +126,7 @@ def test_estimate_of_a_run() -> None:
 
 @pytest.mark.parametrize(
     ("builtin", "arguments", "parameters"),
-    [("mlp", {"hidden_sizes": [5], "batch_norm": True}, 6 * 5 + 5 + 10 + 5 * 3 + 3), ("lstm", {}, None)],
+    [("mlp", {"hidden_sizes": [5], "batch_norm": True}, 6 * 5 + 10 + 5 * 3 + 3), ("lstm", {}, None)],
 )
 def test_the_memory_of_a_small_network(builtin: str, arguments: dict[str, Any], parameters: int | None) -> None:
     config = network_config(builtin, arguments, {"strategy": "ddp"}, batch={"global_size": 12, "micro_size": 12})

@@ -1,0 +1,114 @@
+"""The side of parity that is known to be right: one process with torch alone, which shares no code with the engines."""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn import functional
+
+from sharding.engine import Batch
+from trainer.architectures.config import build_model_config
+from trainer.config import RunConfig
+from trainer.data.facts import SampleFacts
+from trainer.parity.cases import (
+    NUM_STEPS,
+    ParityCase,
+    Trajectory,
+    case_lr,
+    compared_task,
+    is_plain_language_modelling,
+    num_rows_of,
+    rows_of_micro_batches,
+)
+from trainer.parity.optimizers import plain_optimizer
+
+_LossOf = Callable[[Batch], torch.Tensor]
+
+
+def run_plain(
+    config: RunConfig, facts: SampleFacts, folder: Path, initial: Path, case: ParityCase, *, normalizes_batches: bool
+) -> tuple[Trajectory, dict[str, torch.Tensor]]:
+    """The reference, on the device that ranks have.
+
+    Args:
+        config: the run.
+        facts: of its samples.
+        folder: holds the batch.
+        initial: the parameters to begin with.
+        case: the optimizer, the format, and the micro-batches where these say what is computed.
+        normalizes_batches: whether the model has batch normalisation. Then a micro-batch is the rows that all ranks
+            have in one; else the whole batch is.
+
+    Returns:
+        What training left behind, and the parameters and persistent buffers after it by name.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batch = {name: tensor.to(device) for name, tensor in load_file(folder / "batch.safetensors").items()}
+    is_language_model = is_plain_language_modelling(config)
+    build = _language_model if is_language_model else _model_of_task
+    model, loss_sum, num_targets = build(config, facts, batch, initial, device)
+    micro_batches = _micro_batches(batch, case) if normalizes_batches else [batch]
+    lr, clip_norm = case_lr(config, case.optimizer), config.optimizer.clip_norm
+    optimizer = plain_optimizer(model, config.optimizer, case.optimizer, lr)
+    losses, norms = [], []
+    for _ in range(NUM_STEPS):
+        total = 0.0
+        for micro_batch in micro_batches:
+            with torch.autocast(device.type, torch.bfloat16) if case.compute == "bf16" else nullcontext():
+                loss = loss_sum(micro_batch) / num_targets
+            loss.backward()
+            total += loss.item()
+        norm = torch.cat([p.grad.double().flatten() for p in model.parameters() if p.grad is not None]).norm()
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), clip_norm or torch.inf, norm.float())
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total)
+        norms.append(norm.item())
+    saved = model.state_dict().keys()
+    tensors = [*model.named_parameters(), *(item for item in model.named_buffers() if item[0] in saved)]
+    return Trajectory(losses, norms), {name: tensor.detach().cpu() for name, tensor in tensors}
+
+
+def _language_model(
+    config: RunConfig, facts: SampleFacts, batch: Batch, initial: Path, device: torch.device
+) -> tuple[nn.Module, _LossOf, Any]:
+    """A causal language model of transformers, and its cross-entropy written down here."""
+    from transformers import AutoModelForCausalLM
+
+    model_config = build_model_config(config.model, facts)
+    model = AutoModelForCausalLM.from_config(
+        model_config, dtype=torch.float32, trust_remote_code=config.model.trust_remote_code
+    )
+    model.load_state_dict(load_file(initial), strict=False)
+    model.tie_weights()
+    model.to(device)
+
+    def loss_sum(batch: Batch) -> torch.Tensor:
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        logits = model(**inputs, use_cache=False).logits.float()
+        return functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum")
+
+    return model, loss_sum, (batch["labels"] != -100).sum()
+
+
+def _model_of_task(
+    config: RunConfig, facts: SampleFacts, batch: Batch, initial: Path, device: torch.device
+) -> tuple[nn.Module, _LossOf, Any]:
+    """The task's own model and loss, without an engine around them, and torch's own layers."""
+    task = compared_task(config, facts)
+    model: Any = task.build_model(config.model, facts)
+    model.load_state_dict(load_file(initial), strict=False)
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()
+    model.to(device).train()
+    on_host = {name: tensor.cpu() for name, tensor in batch.items()}
+    return model, lambda batch: task.loss(task.forward(model, batch), batch), task.num_targets(on_host)
+
+
+def _micro_batches(batch: Batch, case: ParityCase) -> Sequence[Batch]:
+    rows = rows_of_micro_batches(case, num_rows_of(batch)).flatten(1)
+    return [{name: tensor[of_micro] for name, tensor in batch.items()} for of_micro in rows]
