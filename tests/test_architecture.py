@@ -33,7 +33,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "optimizers": {"config"},
         "model": {"config", "data", "architectures", "tasks", "optimizers"},
         "checkpoint": {"config", "files", "run_folder", "data", "optimizers"},
-        "metrics": {"files", "runtime", "run_folder", "model"},
+        "metrics": {"files", "runtime", "run_folder", "tasks", "model"},
         "faults.hang": {"files", "runtime"},
         "faults.failure": {"config", "files", "runtime", "run_folder", "metrics", "faults.hang"},
         "faults.injection": {"config", "runtime", "run_folder", "data", "tasks"},
@@ -43,7 +43,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "doctor": set(),
         "parity": {"config", "runtime", "data", "architectures", "tasks", "optimizers", "model"},
         "deploy": {"config", "files", "data", "architectures", "tasks", "model", "checkpoint"},
-        "evaluation": {"config", "runtime", "files", "data", "tasks", "model", "checkpoint", "deploy"},
+        "evaluation": {"config", "runtime", "files", "data", "tasks", "model", "checkpoint", "metrics", "deploy"},
         ".": {
             *("config", "runtime", "files", "run_folder", "data", "tasks", "optimizers", "model", "checkpoint"),
             *("metrics", "faults.hang", "faults.failure", "faults.injection", "trackers", "numerics", "report"),

@@ -18,6 +18,7 @@ from trainer.data.loader import BatchLoader
 from trainer.data.samples import MicroBatch
 from trainer.data.skipped_samples import SkippedSamples
 from trainer.data.streaming import StreamingLoader, gather_states
+from trainer.metrics.class_table import write_class_table
 from trainer.metrics.clock import ThroughputClock
 from trainer.metrics.file import Metrics, MetricsFile
 from trainer.metrics.goodput import Category
@@ -28,7 +29,6 @@ from trainer.optimizers.schedules import learning_rate, sentence_after_curve
 from trainer.parts import TrainerParts
 from trainer.runtime.phases import Phase
 from trainer.runtime.randomness import seed_step
-from trainer.tasks.task import Metric
 
 _GC_EVERY_STEPS = 100
 # Between log lines, skipped steps are counted on the device and looked at so often, each time as they were at the last
@@ -334,20 +334,15 @@ class Trainer:
         """
         average = self._parts.weight_average
         with self._parts.phases.during(Phase.EVALUATE):
-            evaluated = self._evaluate_weights()
+            evaluated, class_table = self._parts.evaluate_weights()
             if average is not None and evaluated:
                 with average.in_place_of_weights():
-                    averaged = self._evaluate_weights()
+                    averaged, _ = self._parts.evaluate_weights()
                 evaluated |= {f"ema_{name}": metric for name, metric in averaged.items()}
+        if class_table is not None and self._metrics_file is not None:
+            write_class_table(self._parts.observers.metrics_path.parent, self.step, class_table)
         self._evaluated = {name: (metric.value, metric.better) for name, metric in evaluated.items()}
         return {f"eval/{name}": metric.value for name, metric in evaluated.items()}
-
-    def _evaluate_weights(self) -> dict[str, Metric]:
-        parts = self._parts
-        metrics = parts.evaluation.metrics(parts.evaluation_batches())
-        for name, batches in parts.evaluation_sets.items():
-            metrics |= {f"{name}/{key}": metric for key, metric in parts.evaluation.metrics(batches()).items()}
-        return metrics
 
     def _save(self, *, waits: bool) -> None:
         """Save this step; ``waits`` until it is written, also where training could go on meanwhile."""

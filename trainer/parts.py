@@ -19,7 +19,7 @@ from trainer.numerics.spike_policy import SpikePolicy
 from trainer.optimizers.weight_average import WeightAverage
 from trainer.runtime.phases import Phases
 from trainer.tasks.evaluation import Evaluation
-from trainer.tasks.task import Task
+from trainer.tasks.task import ClassTable, Metric, Task
 from trainer.trackers.observers import Observers
 
 
@@ -74,3 +74,11 @@ class TrainerParts:
     busy: BusyMeter
     peak_flops: float | None
     weight_average: WeightAverage | None = None
+
+    def evaluate_weights(self) -> tuple[dict[str, Metric], ClassTable | None]:
+        """Metrics on the held-out split and on other sets, and scores of each class on the split."""
+        of_split = self.evaluation.evaluate(self.evaluation_batches())
+        metrics = {} if of_split is None else dict(of_split.metrics)
+        for name, batches in self.evaluation_sets.items():
+            metrics |= {f"{name}/{key}": metric for key, metric in self.evaluation.metrics(batches()).items()}
+        return metrics, None if of_split is None else of_split.class_table

@@ -230,7 +230,15 @@ def test_the_dashboard_plots_what_training_logs(tracked: Path, server: StandInSe
     logged = {name for line in read_metrics(tracked) for name in line} - by_chance
     plotted = {name for plot in plots for name in plot["metrics"]} - by_chance
     assert plotted
-    by_setting = {"eval/ema_loss", "eval/ema_perplexity", "train/loss_scale", "train/noise_scale_tokens"}
+    by_setting = {"train/loss_scale", "train/noise_scale_tokens"}
+    by_setting |= {f"eval/ema_{name}" for name in ("loss", "perplexity", "bits_per_byte")}
+    # Of other tasks.
+    by_setting |= {
+        f"eval/{average}{name}"
+        for average in ("", "ema_")
+        for name in ("accuracy", "f1_macro", "auroc", "mse", "mae", "r2")
+    }
+    by_setting |= {"eval/precision_macro", "eval/recall_macro"}
     assert plotted - logged == by_setting
     prefixes = ("train/", "eval/", "throughput/", "memory/", "time/", "checkpoint/", "goodput/")
     assert {name for name in logged if name.startswith(prefixes)} - {

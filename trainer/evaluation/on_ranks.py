@@ -7,7 +7,7 @@ import os
 import socket
 import traceback
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from trainer.data.any_samples import prepared_samples
 from trainer.data.loader import evaluation_batches
 from trainer.data.prepared import open_prepared
 from trainer.evaluation.subject import Subject
+from trainer.metrics.class_table import class_table_values
 from trainer.model.engine import build_model_engine
 from trainer.runtime.threads import threads_per_rank
 from trainer.tasks.evaluation import Evaluation
@@ -159,10 +160,8 @@ def evaluate_here(subject: Subject, ranks: Ranks) -> Result:
         "samples": num_samples,
         "metrics": {name: _finite(metric.value) for name, metric in evaluated.metrics.items()},
     }
-    if (table := evaluated.class_table) is not None:
-        scores = zip(table.classes, table.scores, strict=True)
-        result["classes"] = [{"name": name, **asdict(of_class)} for name, of_class in scores]
-        result["confusion"] = table.confusion
+    if evaluated.class_table is not None:
+        result |= class_table_values(evaluated.class_table)
     return result
 
 

@@ -13,7 +13,7 @@ class Panel:
 
     Attributes:
         title: what is plotted.
-        metrics: names as in metrics.jsonl; ``*`` stands for the number of a node.
+        metrics: names as in metrics.jsonl; ``*`` stands for the number of a node, or the name of a class.
         unit: unit of the vertical axis.
         scale: ``log`` where values span orders of magnitude.
         stacked: whether the values are shares that add up to 1.
@@ -45,12 +45,24 @@ class PanelSection:
 
 
 SECTIONS = (
-    PanelSection("Loss", (Panel("Training loss", ("train/loss",), "nats per token"),)),
+    PanelSection("Loss", (Panel("Training loss", ("train/loss",), "per target"),)),
     PanelSection(
         "Evaluation",
         (
-            Panel("Held-out loss", ("eval/loss", "eval/ema_loss"), "nats per token"),
+            Panel("Held-out loss", ("eval/loss", "eval/ema_loss"), "per target"),
             Panel("Held-out perplexity", ("eval/perplexity", "eval/ema_perplexity"), "perplexity", scale="log"),
+            Panel("Held-out bits per byte", ("eval/bits_per_byte", "eval/ema_bits_per_byte"), "bits"),
+            Panel("Accuracy", ("eval/accuracy", "eval/ema_accuracy"), "share of targets"),
+            Panel(
+                "Precision, recall and F1 over classes",
+                ("eval/precision_macro", "eval/recall_macro", "eval/f1_macro", "eval/ema_f1_macro"),
+                "mean over classes",
+            ),
+            Panel("F1 by class", ("eval/f1/*",), "F1"),
+            Panel("Area under the ROC curve", ("eval/auroc", "eval/ema_auroc"), "area"),
+            Panel("Mean squared error", ("eval/mse", "eval/ema_mse"), "squared", scale="log"),
+            Panel("Mean absolute error", ("eval/mae", "eval/ema_mae"), "as labels"),
+            Panel("Coefficient of determination", ("eval/r2", "eval/ema_r2"), "R2"),
         ),
     ),
     PanelSection(

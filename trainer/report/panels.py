@@ -9,7 +9,7 @@ from trainer.report.curves import Column, Curves
 # A horizontal axis, and so no plot of its own.
 _AXIS = "train/tokens"
 # Drawn into the same plot, so that training and evaluation can be compared.
-_LOSS = Panel("Training and held-out loss", ("train/loss", "eval/loss"), "nats per token")
+_LOSS = Panel("Training and held-out loss", ("train/loss", "eval/loss"), "per target")
 _LOSS_SECTION = "Loss and evaluation"
 _SECTION_OF_PREFIX = {
     "train": "Learning rate and gradient norm",
@@ -33,8 +33,8 @@ _UNITS = {
     "_bytes": "bytes",
     "_tokens": "tokens",
     "_steps": "steps",
-    "_loss": "nats per token",
-    "/loss": "nats per token",
+    "_loss": "per target",
+    "/loss": "per target",
     "/perplexity": "perplexity",
 }
 _PREFIX_LABELS = {"train": "training", "eval": "evaluation"}
@@ -162,7 +162,8 @@ def _label(name: str, names: Iterable[str]) -> str:
     if len({other.partition("/")[0] for other in names}) > 1:
         return _PREFIX_LABELS.get(prefix, prefix)
     if len(rest) > 1:
-        return rest[0]
+        # Of a node, or of a class.
+        return rest[0] if prefix == "system" else "/".join(rest[1:])
     return name.rpartition("/")[2].removesuffix("_fraction").replace("_", " ").replace("mfu", "MFU")
 
 

@@ -10,6 +10,7 @@ from trainer.config.frozen_config import flatten
 from trainer.faults.failure.record import Failure, read_failure
 from trainer.metrics.goodput import Goodput, read_goodput
 from trainer.report.attempts import Attempt, read_attempts, read_json, read_yaml
+from trainer.report.class_rows import ClassRows, read_class_rows
 from trainer.report.curves import Curves, read_curves
 from trainer.report.event_rows import EventRow, event_rows
 from trainer.report.excerpts import Excerpt, read_excerpts
@@ -46,6 +47,7 @@ class RunData:
         curves: its metrics.
         excerpts: texts.
         events: what was out of the ordinary.
+        classes: scores of each class; None where there are none.
         failure: why the last attempt failed; None where it did not, or nobody could say.
         goodput: what its time was spent on; None where no attempt has told.
     """
@@ -59,6 +61,7 @@ class RunData:
     excerpts: list[Excerpt]
     events: list[EventRow]
     goodput: Goodput | None
+    classes: ClassRows | None = None
     failure: Failure | None = None
 
     @property
@@ -148,6 +151,7 @@ def _read_run(path: Path, label: str) -> RunData:
         curves=read_curves(path / "metrics.jsonl"),
         excerpts=read_excerpts(path),
         events=event_rows(path),
+        classes=read_class_rows(path),
         failure=read_failure(path),
         goodput=read_goodput(path),
     )

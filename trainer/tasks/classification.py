@@ -19,7 +19,7 @@ from trainer.tasks.scores import (
     scores_by_class,
 )
 from trainer.tasks.supervised import SupervisedTask
-from trainer.tasks.task import ClassTable, Metric, Outputs, Sums
+from trainer.tasks.task import Better, ClassTable, Metric, Outputs, Sums
 
 
 class Classification(SupervisedTask):
@@ -62,10 +62,11 @@ class Classification(SupervisedTask):
         The denominator is the number of targets whatever their weights: it is then one number for the whole step that
         is known before any loss is.
         """
-        weights = self._class_weights
-        if weights is not None:
-            weights = weights.to(batch["labels"].device)
-        return self._loss_sum(outputs, batch, weights, self._label_smoothing)
+        device = batch["labels"].device
+        if self._class_weights is not None and self._class_weights.device != device:
+            # Once, for it waits for the device.
+            self._class_weights = self._class_weights.to(device)
+        return self._loss_sum(outputs, batch, self._class_weights, self._label_smoothing)
 
     def evaluate(self, outputs: Outputs, batch: Batch) -> Sums:
         """See Task; the cross-entropy without class weights and smoothing, so that runs can be compared."""
@@ -89,15 +90,21 @@ class Classification(SupervisedTask):
 
     def metrics(self, sums: Mapping[str, torch.Tensor]) -> dict[str, Metric]:
         """See Task; ``loss``, scores over classes, ``auroc``, and of few classes ``f1/CLASS`` of each."""
-        loss = float(sums["loss"]) / max(float(sums["targets"]), 1.0)
-        metrics = {"loss": Metric(loss, "lower")}
-        scores = classification_scores(sums)
+        scores = {"loss": float(sums["loss"]) / max(float(sums["targets"]), 1.0), **classification_scores(sums)}
         if self._keeps_probabilities:
             scores["auroc"] = auroc_over_classes(sums["probabilities"][:, :-1], sums["probabilities"][:, -1])
         if self._num_classes <= MAX_CONFUSED_CLASSES:
             by_class = zip(self._facts.classes, scores_by_class(sums), strict=True)
             scores |= {f"f1/{name}": of_class.f1 for name, of_class in by_class}
-        return metrics | {name: Metric(score, "higher") for name, score in scores.items()}
+        directions = self.directions()
+        return {name: Metric(score, directions[name]) for name, score in scores.items()}
+
+    def directions(self) -> dict[str, Better]:
+        """See Task."""
+        names = ["accuracy", "precision_macro", "recall_macro", "f1_macro", "f1_micro"]
+        names += ["auroc"] if self._keeps_probabilities else []
+        names += [f"f1/{name}" for name in self._facts.classes] if self._num_classes <= MAX_CONFUSED_CLASSES else []
+        return {"loss": "lower", **dict.fromkeys(names, "higher")}
 
     def class_table(self, sums: Mapping[str, torch.Tensor]) -> ClassTable:
         """See Task."""

@@ -11,7 +11,7 @@ from trainer.data.samples import FILLER
 from trainer.tasks.losses import huber_sum, squared_error_sum
 from trainer.tasks.scores import regression_scores, regression_sums
 from trainer.tasks.supervised import SupervisedTask
-from trainer.tasks.task import Metric, Outputs, Sums
+from trainer.tasks.task import Better, Metric, Outputs, Sums
 
 
 class Regression(SupervisedTask):
@@ -69,14 +69,13 @@ class Regression(SupervisedTask):
 
     def metrics(self, sums: Mapping[str, torch.Tensor]) -> dict[str, Metric]:
         """See Task; ``loss`` in standard deviations, ``mse``, ``mae`` and ``r2`` of labels as they are."""
-        scores = regression_scores(sums, self._scale)
         loss = float(sums["loss"]) / max(float(sums["samples"]), 1.0)
-        return {
-            "loss": Metric(loss, "lower"),
-            "mse": Metric(scores["mse"], "lower"),
-            "mae": Metric(scores["mae"], "lower"),
-            "r2": Metric(scores["r2"], "higher"),
-        }
+        scores = {"loss": loss, **regression_scores(sums, self._scale)}
+        return {name: Metric(scores[name], better) for name, better in self.directions().items()}
+
+    def directions(self) -> dict[str, Better]:
+        """See Task."""
+        return {"loss": "lower", "mse": "lower", "mae": "lower", "r2": "higher"}
 
     def _predictions(self, outputs: Outputs) -> torch.Tensor:
         assert outputs.logits is not None, "the forward pass gives logits"

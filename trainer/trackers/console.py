@@ -76,7 +76,8 @@ class Console:
             evaluation = "  ".join(
                 f"{name.removeprefix('eval/')} {value:.4f}"
                 for name, value in metrics.items()
-                if name.startswith("eval/") and value is not None
+                # Those of single classes are too many for a line.
+                if name.startswith("eval/") and "/f1/" not in name and value is not None
             )
             self.info(f"step {step}  evaluation  {evaluation}")
 

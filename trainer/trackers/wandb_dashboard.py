@@ -62,16 +62,22 @@ def save_workspace(settings: WandbConfig) -> str:
 def _line_plot(panel: Panel) -> Any:
     from wandb_workspaces.reports import v2 as reports
 
-    is_by_node = any("*" in name for name in panel.metrics)
-    # Nodes are not known beforehand; wandb takes a pattern for that.
-    pattern = "|".join(re.escape(name).replace(r"\*", r"\d+") for name in panel.metrics) if is_by_node else None
+    is_pattern = any("*" in name for name in panel.metrics)
+    # Nodes and classes are not known beforehand; wandb takes a pattern for that.
+    pattern = "|".join(map(_pattern, panel.metrics)) if is_pattern else None
     return reports.LinePlot(
         title=panel.title,
         x="step",
-        y=[] if is_by_node else list(panel.metrics),
+        y=[] if is_pattern else list(panel.metrics),
         metric_regex=pattern,
         title_x="step",
         title_y=panel.unit,
         log_y=panel.scale == "log" or None,
         plot_type="stacked-area" if panel.stacked else None,
     )
+
+
+def _pattern(name: str) -> str:
+    """A regular expression of all metrics of a panel's name."""
+    node = re.escape("node-*")
+    return re.escape(name).replace(node, node.replace(r"\*", r"\d+")).replace(r"\*", ".+")

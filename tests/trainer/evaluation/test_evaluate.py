@@ -11,11 +11,13 @@ import pytest
 import torch
 from sklearn import metrics as referee
 
+from sharding.ranks.errors import UserError
 from sharding.ranks.process_group import Ranks
 from tests.support import run_on_ranks, shardline, tiny_values, trained, write_config
-from trainer.checkpoint.reader import CheckpointReader, open_checkpoint
+from trainer.checkpoint.reader import open_checkpoint
 from trainer.config import parse_config
 from trainer.data.any_samples import prepared_samples
+from trainer.data.prepared import open_prepared
 from trainer.evaluation.on_ranks import evaluate_here
 from trainer.evaluation.subject import Asked, find_subject
 from trainer.model.models import build_model_on_meta
@@ -159,8 +161,6 @@ def test_it_equals_scikit_learn_over_one_two_and_three_ranks(runs: Path) -> None
 
 
 def _samples(subject: Any) -> Any:
-    from trainer.data.prepared import open_prepared
-
     prepared = open_prepared(subject.prepared_dir, subject.config.data)
     assert prepared is not None
     return prepared_samples(prepared, subject.config.data)
@@ -183,28 +183,29 @@ def test_the_command_prints_numbers_for_programs_and_for_people(runs: Path) -> N
 def test_what_cannot_be_evaluated_is_refused(runs: Path, tmp_path: Path) -> None:
     run = runs / "runs" / "three"
 
-    def refused(*options: object, where: Path = run) -> str:
-        finished = shardline("evaluate", where, *options)
-        assert finished.returncode == 2, finished.stdout + finished.stderr
-        assert "Traceback" not in finished.stderr
-        return finished.stderr
+    def refused(match: str, where: Path = run, **asked: Any) -> None:
+        work = tmp_path / f"work-{len(list(tmp_path.iterdir()))}"
+        work.mkdir()
+        with pytest.raises(UserError, match=match):
+            find_subject(Asked(str(where), **asked), 1, work)
 
-    assert "has no samples in such a split; set data.validation_fraction" in refused()
-    assert "there are train, validation, test, or name files" in refused("--split", "dev")
-    assert "step-00000009" in refused("--step", 9)
-    assert "is not" in refused(where=tmp_path / "nowhere")
-    assert "has no average of the weights" in refused("--split", "test", "--ema")
-    assert "name both what is evaluated on" in refused("--split", "test", "--data", runs / "three.csv")
-    unknown = tmp_path / "unknown.csv"
-    unknown.write_text("a,b,kind,label\n1,2,x,low\n1,2,x,huge\n")
-    assert "is of the class huge, which the model was not trained on" in refused("--data", unknown)
-    assert "label" in refused("--data", _write_lines(tmp_path / "bare.csv", "a,b,kind", "1,2,x"))
-    damaged = CheckpointReader(run / "checkpoints" / "step-00000004").folder
-    weights = next(path for path in damaged.glob("*.safetensors"))
+    refused("has no samples in such a split; set data.validation_fraction")
+    refused("there are train, validation, test, or name files", split="dev")
+    refused("step-00000009", step=9)
+    refused("nowhere", where=tmp_path / "nowhere")
+    refused("has no average of the weights", split="test", averaged=True)
+    unknown = _write_lines(tmp_path / "unknown.csv", "a,b,kind,label", "1,2,x,low", "1,2,x,huge")
+    refused("huge", files=(str(unknown),))
+    bare = _write_lines(tmp_path / "bare.csv", "a,b,kind", "1,2,x")
+    refused("data.label=label is not a column of", files=(str(bare),))
+    weights = next((run / "checkpoints" / "step-00000004").glob("*.safetensors"))
     original = weights.read_bytes()
     weights.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
-    assert "SHA-256" in refused("--split", "test")
+    refused("SHA-256", split="test")
     weights.write_bytes(original)
+    finished = shardline("evaluate", run, "--split", "test", "--data", bare)
+    assert (finished.returncode, finished.stdout) == (2, "")
+    assert finished.stderr == f"error: --split test and --data {bare} name both what is evaluated on; leave one out.\n"
 
 
 def _write_lines(path: Path, *lines: str) -> Path:

@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 
 from sharding.ranks.errors import UserError
 from tests.support import ROOT, command_environment
+from trainer.metrics.class_table import write_class_table
 from trainer.metrics.file import MetricsFile
 from trainer.metrics.goodput import AttemptLedger
 from trainer.report.attempts import read_attempts
+from trainer.report.class_rows import MAX_SHOWN_CLASSES
 from trainer.report.curves import Curves, read_curves, thin, training_hours
 from trainer.report.end_of_run import write_run_report
 from trainer.report.page import attempt_rows, table_rows, write_report
@@ -28,6 +30,8 @@ from trainer.run_folder.attempt_record import AttemptRecord, write_attempt_recor
 from trainer.run_folder.events import record_event
 from trainer.run_folder.folder import RunFolder
 from trainer.runtime.durations import duration_text
+from trainer.tasks.scores import ClassScores
+from trainer.tasks.task import ClassTable
 
 HOSTILE = '</script></pre><img src=x onerror="window.pwned=1"><!--<script>'
 
@@ -288,3 +292,33 @@ def test_a_report_loads_no_torch(tmp_path: Path, make_config: Callable[..., Path
     assert finished.stdout.splitlines()[0] == str(run / "report.html")
     # Whatever is in it, a browser loads nothing for it.
     assert "content=\"default-src 'none'; script-src 'unsafe-inline'" in (run / "report.html").read_text()
+
+
+def test_classes_are_shown_with_their_confusion_matrix(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", [{"step": 4, "eval/f1/cat": 0.8, "eval/f1/a/b": 0.5, "eval/accuracy": 0.7}])
+    scores = [ClassScores(0.75, 0.6, 2 / 3, 5, 4), ClassScores(0.5, 0.66667, 4 / 7, 3, 4)]
+    write_class_table(run, 4, ClassTable(("cat", HOSTILE), scores, [[3, 2], [1, 2]]))
+    (read,) = read_runs([run])
+    assert read.classes is not None
+    assert read.classes.scores[0] == ("cat", "0.7500", "0.6000", "0.6667", "5")
+    assert [[(cell.count, cell.share, cell.is_right) for cell in row] for row in read.classes.confusion] == [
+        [("3", 0.6, True), ("2", 0.4, False)],
+        [("1", 0.333, False), ("2", 0.667, True)],
+    ]
+    (section,) = section_views([read.curves])
+    lines = {panel.title: [line.label for line in panel.lines] for panel in section.panels}
+    assert lines == {"Accuracy": ["Accuracy"], "F1 by class": ["a/b", "cat"]}
+    write_report([run], tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "evaluation after step 4" in page
+    assert '<td class="wrong" style="--share: 0.4">2</td>' in page
+    assert HOSTILE not in page
+    # Of too many classes there is no matrix, and a file that is none is passed over.
+    many = tuple(str(number) for number in range(MAX_SHOWN_CLASSES + 1))
+    counts = [[0] * len(many) for _ in many]
+    write_class_table(run, 5, ClassTable(many, scores[:1] * len(many), counts))
+    (read,) = read_runs([run])
+    assert read.classes is not None
+    assert (len(read.classes.scores), read.classes.confusion) == (len(many), [])
+    (run / "classes.json").write_text('{"classes": [{}]}')
+    assert read_runs([run])[0].classes is None

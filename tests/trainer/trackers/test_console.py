@@ -96,7 +96,7 @@ def test_what_is_unknown_or_rare_is_shown_only_where_it_matters() -> None:
 def test_evaluation_has_a_line_of_its_own(records: pytest.LogCaptureFixture) -> None:
     stream = io.StringIO()
     console = Console(600, stream)
-    console.log_metrics(200, METRICS | {"eval/loss": 3.91, "eval/perplexity": 49.9})
+    console.log_metrics(200, METRICS | {"eval/loss": 3.91, "eval/perplexity": 49.9, "eval/f1/cat": 0.5})
     assert stream.getvalue().splitlines()[1] == "step 200  evaluation  loss 3.9100  perplexity 49.9000"
     assert records.messages[1] == "step 200  evaluation  loss 3.9100  perplexity 49.9000"
 
