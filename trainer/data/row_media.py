@@ -1,6 +1,7 @@
 """Images and recordings as rows."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -8,7 +9,7 @@ import numpy as np
 from sharding.ranks.errors import UserError
 from trainer.config.data import DataConfig
 from trainer.data.row_kinds import RowCounts, fixed_lists
-from trainer.data.row_sources import PATH, PIXELS, RawRow
+from trainer.data.row_sources import PATH, PIXELS, SOUND, RawRow
 from trainer.data.row_statistics import RunningStatistics
 from trainer.data.rows_manifest import RowRecipe
 
@@ -90,6 +91,17 @@ class AudioRows:
         Raises:
             UserError: the recording cannot be read, or has another sampling rate than the first one.
         """
+        path = row.values.get(PATH, row.place)
+        sound, rate = row.values[SOUND] if SOUND in row.values else self._read(path)
+        self._sampling_rate = self._sampling_rate or rate
+        if rate != self._sampling_rate:
+            raise UserError(
+                f"data.paths: {path} has {rate} samples a second, but the others have {self._sampling_rate}; bring "
+                "all to one rate."
+            )
+        return sound.tobytes() or None
+
+    def _read(self, path: Path) -> tuple[np.ndarray, int]:
         try:
             import soundfile
         except ImportError:
@@ -97,19 +109,12 @@ class AudioRows:
                 "data.source=audio needs soundfile, which is not installed; install it with pip install "
                 "'shardline[tasks]'."
             ) from None
-        path = row.values[PATH]
         try:
-            sound, rate = soundfile.read(path, dtype="float32", always_2d=True)
+            channels, rate = soundfile.read(path, dtype="float32", always_2d=True)
         except (soundfile.SoundFileError, OSError) as error:
             raise UserError(f"data.paths: {path} cannot be read as a recording ({error}); mend or remove it.") from None
-        self._sampling_rate = self._sampling_rate or rate
-        if rate != self._sampling_rate:
-            raise UserError(
-                f"data.paths: {path} has {rate} samples a second, but the others have {self._sampling_rate}; bring "
-                "all to one rate."
-            )
-        mono: np.ndarray = sound.mean(axis=1, dtype=np.float32)
-        return mono.tobytes() or None
+        mono: np.ndarray = channels.mean(axis=1, dtype=np.float32)
+        return mono, rate
 
     def learn(self, payloads: Iterator[bytes], recipe: RowRecipe) -> RowRecipe:
         """See RowKind."""

@@ -10,11 +10,15 @@ from sharding.ranks.errors import UserError
 from trainer.config.data import DataConfig
 from trainer.data.corpus import hub_rows, reading
 from trainer.data.files import find_files
+from trainer.data.generated import SAMPLING_RATE, generated_ratings, generated_tones
 from trainer.data.python_stdlib import stdlib_passages
 from trainer.data.row_files import csv_rows, decode, json_rows, open_decompressed, parquet_rows
 
 PIXELS = "pixels"
 """Column of an image that is in memory."""
+
+SOUND = "sound"
+"""Column of a recording that is in memory: its samples, fp32, and how many there are in a second."""
 
 PATH = "path"
 """Column of a file that holds a row of its own."""
@@ -79,8 +83,10 @@ def no_column(setting: str, column: str, row: RawRow) -> UserError:
 def _read(config: DataConfig, paths: tuple[str, ...]) -> Iterator[RawRow]:
     if config.source == "digits":
         return _digits(config)
+    if config.source == "tones":
+        return _tones(config)
     if config.source == "table" and config.table is not None:
-        return _bundled_table(config)
+        return _ratings(config) if config.table == "ratings" else _bundled_table(config)
     if config.source == "hub":
         return _hub(config)
     if config.source == "python-stdlib":
@@ -95,6 +101,18 @@ def _digits(config: DataConfig) -> Iterator[RawRow]:
     for number, (image, target) in enumerate(zip(bunch["data"], bunch["target"], strict=True)):
         values = {PIXELS: np.minimum(image, _MAX_PIXEL).astype(np.uint8), config.label: int(target)}
         yield RawRow(values, f"row {number} of digits", f"digits#{number}", "digits")
+
+
+def _tones(config: DataConfig) -> Iterator[RawRow]:
+    for number, tone in enumerate(generated_tones()):
+        values = {SOUND: (tone.sound, SAMPLING_RATE), config.label: tone.instrument}
+        yield RawRow(values, f"tone {number}", f"tones#{number}", "tones")
+
+
+def _ratings(config: DataConfig) -> Iterator[RawRow]:
+    for number, rating in enumerate(generated_ratings()):
+        values = {"user": rating.user, "item": rating.item, config.label: rating.stars}
+        yield RawRow(values, f"row {number} of ratings", f"ratings#{number}", "ratings")
 
 
 def _bundled_table(config: DataConfig) -> Iterator[RawRow]:

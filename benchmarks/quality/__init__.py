@@ -1,0 +1,1 @@
+"""How well the examples learn, over several seeds, beside what is known to be good."""

@@ -1,0 +1,140 @@
+"""``shardline bench quality``: how well the examples learn, over several seeds, beside what is known to be good.
+
+``python -m benchmarks.quality [--only NAMES] [--seeds N] [--pairs N] [--nproc N] [--output FOLDER] [--report FILE]``
+
+Every case trains a configuration of ``configs/`` by ``shardline run`` once for each seed, and asks ``shardline
+evaluate`` for one number. Each run takes up to two minutes on two processors; a raw file that was interrupted goes on
+with ``--continue FILE``.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.measure.driver import Benchmark, num_ranks_of, run_as_program
+from benchmarks.presentation.result_files import append_row, raw_file, read_rows
+from benchmarks.quality.baselines import measure_baseline
+from benchmarks.quality.cases import (
+    CASES,
+    FROM_SCRATCH,
+    NUM_PAIRS,
+    TRANSFER,
+    TRANSFER_BASE,
+    TRANSFER_CONFIG,
+    Case,
+)
+from benchmarks.quality.table import markdown, plot
+from sharding.ranks.errors import RunFailure, UserError, ends_with_a_sentence
+from trainer.config import load_config
+
+_PACKAGES = ("torch", "transformers", "scikit-learn")
+_ROOT = Path(__file__).resolve().parents[2]
+_ALL = (*CASES, TRANSFER)
+
+
+@ends_with_a_sentence
+def main(arguments: Sequence[str]) -> int:
+    """Measure, write raw scores and a table, and print the table; returns the exit status."""
+    parser = _BENCHMARK.parser()
+    parser.add_argument("--only", default=",".join(_ALL), help="cases, separated by commas")
+    parser.add_argument("--seeds", type=int, default=0, help="runs of each case; 0 means what the case says")
+    parser.add_argument("--pairs", type=int, default=NUM_PAIRS, help="pairs of runs of transfer")
+    parser.add_argument("--continue", dest="raw", type=Path, metavar="FILE", help="a raw file that is not whole")
+    return _BENCHMARK.run(parser.parse_args(arguments), _start)
+
+
+def _start(options: argparse.Namespace) -> int:
+    names = options.only.split(",")
+    unknown = [name for name in names if name not in _ALL]
+    if unknown:
+        raise UserError(f"--only {options.only}: there is no case {unknown[0]}; there are {', '.join(_ALL)}.")
+    num_ranks = num_ranks_of(options)
+    raw: Path = options.raw or raw_file(options.output, "quality", num_ranks, has_gpu=torch.cuda.is_available())
+    if options.raw is None:
+        append_row(raw, _BENCHMARK.header({"num_ranks": num_ranks}, num_ranks=num_ranks))
+    with tempfile.TemporaryDirectory(prefix=".quality-", dir=raw.parent) as folder:
+        measured = _Measured(raw, Path(folder), num_ranks)
+        for name in names:
+            if name == TRANSFER:
+                for seed in range(options.pairs):
+                    measured.pair(seed)
+            else:
+                measured.case(name, options.seeds or CASES[name].num_seeds)
+    _BENCHMARK.report(raw)
+    return 0
+
+
+class _Measured:
+    """A raw file, and what it has already."""
+
+    def __init__(self, raw: Path, folder: Path, num_ranks: int) -> None:
+        self._raw = raw
+        self._folder = folder
+        self._num_ranks = num_ranks
+        self._done = {(row.get("case"), row.get("seed")) for row in read_rows(raw) if row["kind"] != "header"}
+
+    def case(self, name: str, num_seeds: int) -> None:
+        """Train a case once for each seed, and measure what it is compared with."""
+        case = CASES[name]
+        if case.baseline is not None and (name, None) not in self._done:
+            what, value = measure_baseline(case.baseline, load_config(_path(case.config)), case.split)
+            append_row(self._raw, {"kind": "baseline", "case": name, "what": what, "value": value})
+            print(f"{name}: {what} {value:.4f}", flush=True)
+        for seed in range(num_seeds):
+            if (name, seed) not in self._done:
+                self._run(case, name, seed)
+
+    def pair(self, seed: int) -> None:
+        """Train a classifier on a masked language model, and one from scratch, with the same seed."""
+        if (TRANSFER, seed) in self._done:
+            return
+        base = self._train(TRANSFER_BASE, seed, [])
+        ends = {"transferred": [f"checkpoint.from={base}"], "scratch": list(FROM_SCRATCH)}
+        values = {}
+        for which, overrides in ends.items():
+            run = self._train(TRANSFER_CONFIG, seed, [f"name={which}-{seed}", *overrides])
+            values[which] = _evaluate(run, "test", "accuracy")
+        append_row(self._raw, {"kind": TRANSFER, "case": TRANSFER, "seed": seed, **values})
+        print(f"transfer, seed {seed}: " + ", ".join(f"{which} {v:.4f}" for which, v in values.items()), flush=True)
+
+    def _run(self, case: Case, name: str, seed: int) -> None:
+        run = self._train(case.config, seed, [])
+        value = _evaluate(run, case.split, case.metric)
+        append_row(self._raw, {"kind": "run", "case": name, "seed": seed, "value": value})
+        print(f"{name}, seed {seed}: {case.metric} {value:.4f}", flush=True)
+
+    def _train(self, config: str, seed: int, overrides: Sequence[str]) -> Path:
+        fixed = [f"output_dir={self._folder}", f"seed={seed}", "tracking.wandb.mode=disabled", f"name={config}-{seed}"]
+        ranks = f"--nproc-per-node={self._num_ranks}"
+        _shardline("run", str(_path(config)), ranks, *fixed, *overrides)
+        named = [text.partition("=")[2] for text in (*fixed, *overrides) if text.startswith("name=")]
+        return self._folder / named[-1]
+
+
+def _evaluate(run: Path, split: str, metric: str) -> float:
+    answer = json.loads(_shardline("evaluate", str(run), "--split", split, "--json"))
+    return float(answer["metrics"][metric])
+
+
+def _shardline(*arguments: str) -> str:
+    done = subprocess.run([sys.executable, "-m", "launcher", *arguments], capture_output=True, text=True, cwd=_ROOT)
+    if done.returncode:
+        said = (done.stderr.strip() or done.stdout.strip()).splitlines()
+        raise RunFailure(f"shardline {arguments[0]} ended with {done.returncode}: {said[-1] if said else 'no message'}")
+    return done.stdout
+
+
+def _path(config: str) -> Path:
+    return _ROOT / "configs" / f"{config}.yaml"
+
+
+_BENCHMARK = Benchmark("quality", _PACKAGES, markdown, plot)
+
+if __name__ == "__main__":
+    run_as_program(main)

@@ -1,0 +1,108 @@
+"""Seeds' scores as a table and as a plot."""
+
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+from benchmarks.presentation.facts import facts
+from benchmarks.presentation.plots import Bar, bars
+from benchmarks.presentation.result_files import Rows
+from benchmarks.quality.cases import CASES, TRANSFER
+from benchmarks.quality.interval import mean_and_half_width
+
+_TITLE = "How well the examples learn"
+
+
+def markdown(rows: Rows, file: str, changes: Sequence[str] = ()) -> str:
+    """The result as Markdown.
+
+    Args:
+        rows: what the raw file holds.
+        file: name of the raw file.
+        changes: lines that say what has changed since the last result.
+    """
+    lines = [*facts(rows[0], _TITLE), ""]
+    found = _cases(rows)
+    if found:
+        lines += ["| | metric | seeds | mean, 95 % interval | least | beside | bar |", "| --- " * 7 + "|"]
+        lines += [_line(rows, name, values) for name, values in found.items()]
+    if pairs := _pairs(rows):
+        lines += ["", *_transfer(pairs)]
+    if not found and not pairs:
+        lines.append("Interrupted before anything can be said.")
+    if changes:
+        lines += ["", *changes]
+    return "\n".join([*lines, "", f"Raw scores: `{file}`."]) + "\n"
+
+
+def plot(rows: Rows) -> str:
+    """Means and intervals of what is a share of 1, as SVG."""
+    drawn = []
+    for name, values in _cases(rows).items():
+        if CASES[name].metric in ("accuracy", "r2"):
+            mean, half = mean_and_half_width(values)
+            drawn.append(Bar(f"{name}, {CASES[name].metric}", mean, mean - half, mean + half))
+    return bars(drawn, "mean over seeds with its 95 % interval", 3)
+
+
+def met_bar(name: str, values: Sequence[float], baseline: float | None) -> bool | None:
+    """Whether the mean of a case reaches its bar; None where there is none."""
+    case, mean = CASES[name], fmean(values)
+    if case.at_least is not None:
+        return mean >= case.at_least
+    if case.points_below_baseline is not None and baseline is not None:
+        return mean >= baseline - case.points_below_baseline
+    if case.baseline == "unigram-entropy" and baseline is not None:
+        return mean < baseline
+    return None
+
+
+def _cases(rows: Rows) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        if row["kind"] == "run":
+            found.setdefault(row["case"], []).append(row["value"])
+    return found
+
+
+def _line(rows: Rows, name: str, values: list[float]) -> str:
+    case = CASES[name]
+    mean, half = mean_and_half_width(values)
+    baseline = next((row for row in rows if row["kind"] == "baseline" and row["case"] == name), None)
+    beside = "" if baseline is None else f"{baseline['what']}: {baseline['value']:.4f}"
+    met = met_bar(name, values, None if baseline is None else baseline["value"])
+    outcome = "" if met is None else " (met)" if met else " (missed)"
+    columns = (
+        name,
+        f"{case.metric}, {case.split}",
+        len(values),
+        f"{mean:.4f} ± {half:.4f}",
+        f"{min(values):.4f}",
+        beside,
+        _bar(name) + outcome,
+    )
+    return f"| {' | '.join(map(str, columns))} |"
+
+
+def _bar(name: str) -> str:
+    case = CASES[name]
+    if case.at_least is not None:
+        return f"at least {case.at_least:g}"
+    if case.points_below_baseline is not None:
+        return f"within {100 * case.points_below_baseline:g} points"
+    return "below it" if case.baseline == "unigram-entropy" else ""
+
+
+def _pairs(rows: Rows) -> list[dict[str, Any]]:
+    return [dict(row) for row in rows if row["kind"] == TRANSFER]
+
+
+def _transfer(pairs: list[dict[str, Any]]) -> list[str]:
+    differences = [pair["transferred"] - pair["scratch"] for pair in pairs]
+    mean, half = mean_and_half_width(differences)
+    scratch, transferred = (fmean(pair[which] for pair in pairs) for which in ("scratch", "transferred"))
+    return [
+        f"Transfer, {len(pairs)} pairs of equal seeds and steps: the classifier that begins with a masked language "
+        f"model's weights reaches an accuracy of {transferred:.4f}, from scratch {scratch:.4f}; the difference is "
+        f"{mean:+.4f} ± {half:.4f} (95 %).",
+    ]
