@@ -8,7 +8,7 @@ import numpy as np
 from benchmarks.quality.cases import BaselineName
 from trainer.config import RunConfig
 from trainer.data.any_samples import prepared_samples
-from trainer.data.prepare import prepare_corpus
+from trainer.data.prepare import prepare_samples
 from trainer.data.samples import Samples
 
 _ROWS_AT_ONCE = 1024
@@ -25,7 +25,7 @@ def measure_baseline(name: BaselineName, config: RunConfig, split: str) -> tuple
     Returns:
         What it is, and its score.
     """
-    corpus = prepare_corpus(config.data, progress=False)
+    corpus = prepare_samples(config.data, progress=False)
     samples = prepared_samples(corpus, config.data)
     if name == "unigram-entropy":
         return "entropy of single tokens, nats", _unigram_entropy(samples, split)

@@ -24,11 +24,23 @@ class SourceConfig(StrictModel):
     """Where documents come from."""
 
     source: Literal[
-        "python-stdlib", "text", "jsonl", "parquet", "csv", "hub", "tokens", "digits", "table", "images", "audio"
+        "python-stdlib",
+        "text",
+        "jsonl",
+        "parquet",
+        "csv",
+        "hub",
+        "tokens",
+        "digits",
+        "table",
+        "images",
+        "audio",
+        "tones",
     ] = "python-stdlib"
     """Kind of source: the embedded `python-stdlib`, local `text` (a file is a document), `jsonl`, `parquet` or `csv`
     files, a data set of the `hub`, or `tokens` that a tokenizer has made before; for rows also scikit-learn's `digits`,
-    a `table`, and folders of `images` or `audio`, each named after a class."""
+    a `table`, folders of `images` or `audio`, each named after a class, and `tones` of four instruments, which are
+    computed."""
 
     paths: Annotated[
         Paths, OnlyWith(source=("text", "jsonl", "parquet", "csv", "tokens", "table", "images", "audio"))

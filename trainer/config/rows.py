@@ -69,8 +69,8 @@ class RowSettings(StrictModel):
     """Whether labels are classes, numbers or, for each word, `tags`; `auto` is what the task by its name needs, and
     class for a task of your own."""
 
-    table: Annotated[Literal["iris", "wine", "breast_cancer", "diabetes"] | None, _TABLE] = None
-    """A table of scikit-learn's; without it `data.paths` are read."""
+    table: Annotated[Literal["iris", "wine", "breast_cancer", "diabetes", "ratings"] | None, _TABLE] = None
+    """One of scikit-learn's tables, or `ratings`, which are computed; without it `data.paths` are read."""
 
     features: Annotated[Several, _TABLE] = ()
     """Columns of a table that are numbers; if empty, all that hold numbers and are not named otherwise."""
@@ -82,7 +82,7 @@ class RowSettings(StrictModel):
     """What becomes of a row of a table without one of its numbers: an error, the training rows' mean in its place, or
     no row."""
 
-    standardize: Annotated[bool, OnlyWith(format="rows", source=("table", "digits", "images", "audio"))] = True
+    standardize: Annotated[bool, OnlyWith(format="rows", source=("table", "digits", "images", "audio", "tones"))] = True
     """Subtract the training rows' mean from numbers, pixels and sound, and divide by their standard deviation."""
 
     image_size: Annotated[int, _IMAGES] = Field(default=0, ge=0)
@@ -91,7 +91,7 @@ class RowSettings(StrictModel):
     image_channels: Annotated[Literal[1, 3], _IMAGES] = 3
     """Channels of images: 1 is grey, 3 is colour."""
 
-    audio_samples: Annotated[int, OnlyWith(format="rows", source="audio")] = Field(default=0, ge=0)
+    audio_samples: Annotated[int, OnlyWith(format="rows", source=("audio", "tones"))] = Field(default=0, ge=0)
     """Samples of a recording: longer ones are cut, shorter ones filled up with silence; 0 means as many as the longest
     training one has."""
 

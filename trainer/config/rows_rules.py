@@ -37,7 +37,7 @@ def validate_rows(data: DataConfig, task_name: str) -> None:
     if data.has_rows:
         _validate_labels(data, task_name, label_kind)
         _validate_source(data)
-    elif data.source in ("digits", "table", "images", "audio"):
+    elif data.source in ("digits", "table", "images", "audio", "tones"):
         raise UserError(
             f"data.source={data.source} has rows, but task.name={task_name} reads packed tokens; choose a task that "
             "classifies or predicts numbers, or set data.format=rows for a task of your own."

@@ -13,6 +13,7 @@ from typing import Any
 from sharding.ranks.errors import UserError
 from trainer.config.data import SourceConfig
 from trainer.data.files import Document, find_files, read_file
+from trainer.data.generated import GENERATOR_VERSION
 from trainer.data.python_stdlib import stdlib_files, stdlib_folder
 from trainer.data.token_files import INDEX_SUFFIX
 
@@ -25,9 +26,11 @@ def corpus_fingerprint(config: SourceConfig) -> str:
     """
     if config.source == "hub":
         identity: list[Any] = [config.hub_name, config.hub_config, config.hub_split]
+    elif config.source == "tones":
+        identity = [config.source, GENERATOR_VERSION]
     elif config.source == "digits" or (config.source == "table" and not config.paths):
         # The package's release decides what it bundles.
-        identity = [config.source, _release_of_scikit_learn()]
+        identity = [config.source, GENERATOR_VERSION, _release_of_scikit_learn()]
     else:
         files = all_files(config)
         # What is in a file of tokens is said beside it.

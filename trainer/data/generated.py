@@ -1,9 +1,12 @@
-"""Samples that are computed: ratings of items by users, and tones. Small, the same everywhere, and nobody's property."""
+"""Samples that are computed, the same everywhere: ratings of items by users, and tones."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+
+GENERATOR_VERSION = 1
+"""Another one makes other samples."""
 
 SAMPLING_RATE = 8000
 """Samples of a tone in a second."""
@@ -13,6 +16,7 @@ NUM_RATINGS = 12_000
 
 _NUM_TONE_SAMPLES = 2000
 _NOISE = 0.3
+_STEPS = 32767
 _NUM_USERS, _NUM_ITEMS, _NUM_TASTES = 200, 120, 3
 
 
@@ -54,7 +58,9 @@ def generated_tones() -> Iterator[Tone]:
         frequency_hz, shift, loudness = 110 * 4 ** random.rand(), random.rand(), 0.2 + 0.4 * random.rand()
         wave = loudness * waves[instrument](frequency_hz * seconds + shift)
         noise = _NOISE * loudness * random.randn(_NUM_TONE_SAMPLES)
-        yield Tone(np.clip(wave + noise, -1, 1).astype(np.float32), instrument)
+        # In steps of 16 bits, as recordings have them, since the last bits of a sine are each machine's own.
+        steps = np.round(np.clip(wave + noise, -1, 1) * _STEPS)
+        yield Tone((steps / _STEPS).astype(np.float32), instrument)
 
 
 def generated_ratings() -> Iterator[Rating]:

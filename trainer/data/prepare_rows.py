@@ -165,7 +165,7 @@ def row_kind(config: DataConfig, recipe: RowRecipe | None = None) -> RowKind:
         return TableRows.by_first_rows(config, read_raw_rows(config, config.paths))
     if config.source in ("digits", "images"):
         return ImageRows(config)
-    if config.source == "audio":
+    if config.source in ("audio", "tones"):
         return AudioRows(config, 0 if recipe is None else recipe.sampling_rate or 0)
     return TextRows(config)
 
@@ -204,7 +204,7 @@ def _paths_of_splits(config: DataConfig) -> Iterator[tuple[str | None, tuple[str
 
 
 def _empty_recipe(config: DataConfig) -> RowRecipe:
-    kinds = {"table": "table", "digits": "image", "images": "image", "audio": "audio"}
+    kinds = {"table": "table", "digits": "image", "images": "image", "audio": "audio", "tones": "audio"}
     return RowRecipe.model_validate({"kind": kinds.get(config.source, "text"), "label_kind": config.label_kind})
 
 
