@@ -1,0 +1,85 @@
+"""Scores over seeds, and what they are compared with."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from benchmarks.presentation.result_files import read_rows
+from benchmarks.quality.__main__ import main
+from benchmarks.quality.baselines import measure_baseline
+from benchmarks.quality.interval import mean_and_half_width
+from benchmarks.quality.table import markdown, met_bar, plot
+from tests.support import ROOT
+from trainer.config import load_config
+from trainer.run_folder.provenance import code_revision, hardware_facts
+
+HEADER: dict[str, Any] = {
+    "kind": "header",
+    "num_ranks": 2,
+    "time": "now",
+    "load_average": [0.0, 0.0, 0.0],
+    "code": code_revision(),
+    "hardware": hardware_facts(),
+    "python": "3.11",
+    "packages": {"torch": "2.13"},
+    "command": ["shardline", "bench", "quality"],
+}
+
+
+def scores(case: str, *values: float) -> list[dict[str, Any]]:
+    return [{"kind": "run", "case": case, "seed": seed, "value": value} for seed, value in enumerate(values)]
+
+
+@pytest.mark.parametrize("num_values", [2, 5, 15, 16, 40])
+def test_the_interval_is_students(num_values: int) -> None:
+    values = np.random.default_rng(num_values).normal(size=num_values)
+    mean, half = mean_and_half_width(values.tolist())
+    low, high = stats.t.interval(0.95, num_values - 1, loc=values.mean(), scale=stats.sem(values))
+    assert mean == pytest.approx(values.mean())
+    # Beyond what is tabulated the normal distribution stands for it.
+    assert half == pytest.approx((high - low) / 2, rel=1e-3 if num_values <= 15 else 0.09)
+
+
+def test_the_table_says_what_is_met_and_what_is_missed() -> None:
+    rows = [
+        HEADER,
+        *scores("digits-mlp", 0.96, 0.98, 0.97, 0.975, 0.985),
+        *scores("digits-cnn", 0.98, 0.98),
+        {"kind": "baseline", "case": "text", "what": "TF-IDF", "value": 0.9},
+        *scores("text", 0.86, 0.84),
+        *({"kind": "transfer", "case": "transfer", "seed": s, "scratch": 0.5, "transferred": 0.6} for s in range(3)),
+    ]
+    table = markdown(rows, "quality.jsonl")
+    assert "| digits-mlp | accuracy, test | 5 | 0.9740 ± 0.0119 | 0.9600 |  | at least 0.97 (met) |" in table
+    assert "| at least 0.985 (missed) |" in table
+    assert "| TF-IDF: 0.9000 | within 5 points (met) |" in table
+    assert "3 pairs" in table
+    assert "the difference is +0.1000 ± 0.0000" in table
+    assert plot(rows).startswith("<?xml")
+    assert "Interrupted before anything can be said" in markdown([HEADER], "quality.jsonl")
+    assert met_bar("masked-lm", [5.0], 6.0) is True
+    assert met_bar("masked-lm", [6.5], 6.0) is False
+    assert met_bar("tones", [0.5], None) is None
+
+
+def test_a_baseline_learns_from_the_training_rows_of_the_run(tmp_path: Path) -> None:
+    config = load_config(ROOT / "configs" / "digits_mlp.yaml", [f"data.cache_dir={tmp_path}"])
+    what, accuracy = measure_baseline("linear", config, "test")
+    assert what == "logistic regression, accuracy"
+    assert 0.94 < accuracy < 0.99
+
+
+@pytest.mark.timeout(200)
+def test_it_trains_and_evaluates_and_goes_on_where_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--only", "digits-mlp", "--seeds", "1", "--nproc", "1", "--output", str(tmp_path)]) == 0
+    (raw,) = tmp_path.glob("*.jsonl")
+    runs = [row for row in read_rows(raw) if row["kind"] == "run"]
+    assert [run["seed"] for run in runs] == [0]
+    assert 0.95 < runs[0]["value"] < 1
+    assert main(["--only", "digits-mlp", "--seeds", "1", "--nproc", "1", "--continue", str(raw)]) == 0
+    assert [row for row in read_rows(raw) if row["kind"] == "run"] == runs
+    assert main(["--only", "nothing"]) == 2
+    assert "there is no case nothing; there are digits-mlp" in capsys.readouterr().err
