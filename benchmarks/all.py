@@ -17,6 +17,7 @@ QUICK: dict[str, list[str]] = {
     "collectives": ["--rounds", "5", "--max-bytes", "4194304"],
     "memory": ["--cases", "ddp,zero2,zero3,bucketed-zero2"],
     "startup": ["--rounds", "2"],
+    "quality": ["--only", "digits-mlp", "--seeds", "2"],
     "overhead": ["--sizes", "tiny", "--pairs", "30"],
     "scaling": ["--size", "tiny", "--modes", "weak", "--ranks", "1,2", "--pairs", "12", "--profile-steps", "2"],
     "throughput": ["--size", "tiny", "--windows", "3", "--passes", "1"],

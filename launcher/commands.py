@@ -46,6 +46,7 @@ _BENCHMARKS = {
     "overhead": "a step beside its peers'",
     "checkpoint": "saving and loading",
     "startup": "from the command to the first step",
+    "quality": "how well the examples learn, over several seeds",
     "all": "all of them, and the report",
     "report": "the newest results on one page",
 }
