@@ -12,6 +12,7 @@ from typing import Any
 from launcher.oom_evidence import OomWatch
 from launcher.rank_exits import CRASHES, RankExits, RankFailure, root_cause
 from sharding.ranks.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, RunFailure, UserError
+from trainer.checkpoint.finish import ALL_STEPS
 from trainer.faults.failure.rank_error import is_of_a_peer, read_rank_errors
 from trainer.faults.failure.record import FAILURE_TEXT_NAME, Evidence
 from trainer.faults.failure.report import ProcessEnd, Sources, write_failure
@@ -74,6 +75,8 @@ def conclude(agent: str, agent_status: int, findings: Findings, run_folder: RunF
         if first is not None and first.exit_code not in (EXIT_FINISHED, EXIT_STOPPED, -signal.SIGTERM):
             print(f"note: rank {first.rank} {_manner(first.exit_code)} after all was saved; see {log}", file=sys.stderr)
         if exit_code == EXIT_FINISHED:
+            if outcome["reason"] != ALL_STEPS:
+                print(outcome["reason"])
             print(f"finished at step {outcome['step']}: {run_folder.path}")
         else:
             print(f"stopped at step {outcome['step']}, saved; run the same command again to continue")

@@ -66,6 +66,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "device": {"measure"},
         "memory": {"presentation", "measure"},
         "startup": {"presentation", "measure"},
+        "quality": {"measure", "presentation"},
         "overhead": {"presentation", "measure", "contestants"},
         "scaling": {"presentation", "measure", "contestants"},
         "throughput": {"presentation", "measure", "contestants"},

@@ -138,6 +138,14 @@ def test_a_crash_after_all_was_saved_is_a_note(folder: RunFolder, capsys: pytest
     assert captured.out == f"finished at step 6: {folder.path}\n"
 
 
+def test_a_run_that_ends_before_its_last_step_says_why(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    folder.write_outcome("finished", 0, 4, "stopped early: eval/loss has not improved in 2 evaluations")
+    assert conclude("torchrun's agent", 0, nothing_seen(), folder, log_of(folder, "")) == 0
+    first, last = capsys.readouterr().out.splitlines()
+    assert first == "stopped early: eval/loss has not improved in 2 evaluations"
+    assert last == f"finished at step 4: {folder.path}"
+
+
 def test_ranks_that_end_with_75_are_no_failure(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     folder.write_outcome("stopped", 75, 4, "stopped on request")
     assert conclude("torchrun's agent", 1, nothing_seen(), folder, log_of(folder, report(("50:56", 1, 75)))) == 75

@@ -8,7 +8,8 @@ from sharding.ranks.errors import UserError
 from trainer.checkpoint.training_state import Better, MonitorState, TrainingState
 from trainer.config import RunConfig
 
-_ALL_STEPS = "all steps done"
+ALL_STEPS = "all steps done"
+"""The reason of a run whose budget is used up."""
 
 
 def finish_reason(training: TrainingState, config: RunConfig) -> str | None:
@@ -17,7 +18,7 @@ def finish_reason(training: TrainingState, config: RunConfig) -> str | None:
     The one place that says so: of counters that all ranks, and whoever reads a checkpoint, have alike.
     """
     if config.is_length_known and training.step >= config.num_steps:
-        return _ALL_STEPS
+        return ALL_STEPS
     settings, state = config.evaluation, training.monitor
     if settings.patience == 0 or state.metric != settings.monitor or state.num_not_better < settings.patience:
         return None
@@ -31,12 +32,12 @@ def finish_reason(training: TrainingState, config: RunConfig) -> str | None:
 
 def complete_at(step: int, reason: str) -> str:
     """What to say of a run that has nothing left to train after a step."""
-    return f"complete at step {step}" if reason == _ALL_STEPS else f"complete at step {step}, {reason}"
+    return f"complete at step {step}" if reason == ALL_STEPS else f"complete at step {step}, {reason}"
 
 
 def remedy(config: RunConfig, reason: str) -> str:
     """A setting with which a run that is finished goes on."""
-    if reason != _ALL_STEPS:
+    if reason != ALL_STEPS:
         return f"evaluation.patience={2 * config.evaluation.patience}"
     if config.epochs is not None:
         return f"epochs={2 * config.epochs:g}"

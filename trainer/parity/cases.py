@@ -103,8 +103,8 @@ def rows_of_micro_batches(case: ParityCase, num_rows: int) -> torch.Tensor:
 
 def compared_task(config: RunConfig, facts: SampleFacts) -> Task:
     """The run's task, of causal language modelling without a z-loss, which the plain loop does not have."""
-    changes = {"z_loss": 0.0} if is_plain_language_modelling(config) else {}
-    return configured_task(config.task, facts, **changes)
+    changes: dict[str, Any] = {"z_loss": 0.0} if is_plain_language_modelling(config) else {}
+    return configured_task(config.task, facts, config.seed, **changes)
 
 
 def is_plain_language_modelling(config: RunConfig) -> bool:
