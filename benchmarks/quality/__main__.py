@@ -22,7 +22,6 @@ from benchmarks.presentation.result_files import append_row, raw_file, read_rows
 from benchmarks.quality.baselines import measure_baseline
 from benchmarks.quality.cases import (
     CASES,
-    FROM_SCRATCH,
     NUM_PAIRS,
     TRANSFER,
     TRANSFER_BASE,
@@ -95,7 +94,13 @@ class _Measured:
         if (TRANSFER, seed) in self._done:
             return
         base = self._train(TRANSFER_BASE, seed, [])
-        ends = {"transferred": [f"checkpoint.from={base}"], "scratch": list(FROM_SCRATCH)}
+        export = base / "export"
+        _shardline("export", str(base), "--to", str(export))
+        # The same model and tokenizer without what was learnt.
+        config = load_config(_path(TRANSFER_BASE)).model
+        scratch = [f"model.architecture={config.architecture}", f"model.config={json.dumps(config.config)}"]
+        scratch += ["model.pretrained=null", "model.new_head=false", f"data.tokenizer={export}"]
+        ends = {"transferred": [f"model.pretrained={export}"], "scratch": scratch}
         values = {}
         for which, overrides in ends.items():
             run = self._train(TRANSFER_CONFIG, seed, [f"name={which}-{seed}", *overrides])

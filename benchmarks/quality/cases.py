@@ -46,5 +46,3 @@ TRANSFER = "transfer"
 NUM_PAIRS = 8
 TRANSFER_BASE = "stdlib_bert_mlm"
 TRANSFER_CONFIG = "stdlib_classify_transfer"
-FROM_SCRATCH = ("checkpoint.from=null", "checkpoint.load=all", "model.new_head=false")
-"""What makes the classifier begin as the masked language model did, with everything else alike."""
