@@ -49,6 +49,8 @@ def after_evaluation(
 ) -> TrainingState:
     """The state with an evaluation of its step taken into account; a value that is not finite improves nothing.
 
+    Only evaluations that are due by ``evaluation.every_steps`` count for patience.
+
     Args:
         training: the state after the step.
         config: says what is monitored.
@@ -64,6 +66,9 @@ def after_evaluation(
     if name not in evaluated:
         if evaluated and (settings.patience or config.checkpoint.keep_best):
             raise unknown_monitor(name, evaluated)
+        return training
+    if not settings.every_steps or training.step % settings.every_steps:
+        # The one at the end of a run, which a run of more steps does not have: counted, it would stop that one earlier.
         return training
     better, state = evaluated[name][1], training.monitor
     if state.metric != name:

@@ -17,23 +17,25 @@ from trainer.run_folder.listing import MANIFEST_NAME, list_checkpoints
 
 def show_checkpoints(checkpoints: CheckpointPath, console: Console) -> int:
     """Show the checkpoints of a run; returns the exit status."""
-    table = Table(title=f"checkpoints in {checkpoints}")
-    for header in ("step", "samples", "tokens", "eval loss", "strategy", "ranks", "MiB", "folder"):
-        table.add_column(header, justify="left" if header in ("strategy", "folder") else "right")
-    corrupt = []
+    corrupt, manifests = [], {}
     for _, folder in list_checkpoints(checkpoints):
         try:
-            manifest = CheckpointReader(folder).manifest
+            manifests[folder] = CheckpointReader(folder).manifest
         except UserError as error:
             corrupt.append(f"{folder.name}: {error}")
-            continue
+    monitored = [manifest.training.monitor.metric for manifest in manifests.values()]
+    metric = next((name for name in reversed(monitored) if name), "loss")
+    table = Table(title=f"checkpoints in {checkpoints}")
+    for header in ("step", "samples", "tokens", f"eval {metric}", "strategy", "ranks", "MiB", "folder"):
+        table.add_column(header, justify="left" if header in ("strategy", "folder") else "right")
+    for folder, manifest in manifests.items():
         num_bytes = sum(entry.num_bytes for entry in manifest.files.values())
         training = manifest.training
         table.add_row(
             f"{training.step:,}",
             f"{training.num_samples:,}",
             f"{training.num_tokens:,}",
-            "" if training.eval_loss is None else f"{training.eval_loss:.4f}",
+            f"{training.eval_metrics[metric]:.4f}" if metric in training.eval_metrics else "",
             manifest.strategy,
             str(manifest.num_ranks),
             f"{num_bytes / 2**20:,.1f}",
