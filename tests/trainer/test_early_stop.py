@@ -158,8 +158,9 @@ def _train(ranks: Ranks, root: Path, corpus: Path) -> None:
     runs.train("longer", evaluation=_STALLS | {"patience": 4})
     own = {"name": "tests.trainer.test_early_stop:OwnMetrics"}
     runs.train("own", task=own, evaluation={"every_steps": 1, "patience": 1, "monitor": "rows"})
-    for name, task, sentence in (("wrong", {}, "which has loss, perplexity, .*;"), ("wrong-own", own, "which has rows;")):
-        with pytest.raises(UserError, match=f"evaluation.monitor=f1 is no metric of .* {sentence} name one of them"):
+    for name, task, metrics in (("wrong", {}, "loss, perplexity, .*"), ("wrong-own", own, "rows")):
+        sentence = f"evaluation.monitor=f1 is no metric of .* which has {metrics}; name one of them"
+        with pytest.raises(UserError, match=sentence):
             runs.train(name, task=task, evaluation={"every_steps": 1, "patience": 1, "monitor": "f1"})
 
 
