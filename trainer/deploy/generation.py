@@ -36,15 +36,15 @@ def load_model(
     if (Path(run) / "model.safetensors").exists() or (Path(run) / "model.safetensors.index.json").exists():
         if averaged:
             raise UserError(f"--ema: {run} is an exported model, which has one set of weights; name the run's folder.")
-        return _load_exported(run, trust_remote_code=allowed.trust_remote_code)
+        return _load_exported(run, run, trust_remote_code=allowed.trust_remote_code)
     reader = open_checkpoint(run, step)
     # By way of the exported form, so that what is shown here is what is served elsewhere.
     with tempfile.TemporaryDirectory(prefix="shardline-generate-") as folder:
         export_model(reader, Path(folder) / "model", averaged=averaged, allowed=allowed)
-        return load_model(str(Path(folder) / "model"), None, allowed=allowed)
+        return _load_exported(str(Path(folder) / "model"), run, trust_remote_code=allowed.trust_remote_code)
 
 
-def _load_exported(folder: str, *, trust_remote_code: bool) -> tuple[Any, Any]:
+def _load_exported(folder: str, name: str, *, trust_remote_code: bool) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
@@ -58,16 +58,16 @@ def _load_exported(folder: str, *, trust_remote_code: bool) -> tuple[Any, Any]:
         reason = str(error).strip().splitlines()[0]
         if "trust_remote_code" in str(error):
             reason = "it needs Python code of its own; read that, and give --trust-remote-code to run it"
-        raise UserError(f"{folder} cannot be loaded as a model that continues text: {reason}.") from None
+        raise UserError(f"{name} cannot be loaded as a model that continues text: {reason}.") from None
     kinds = getattr(model.config, "architectures", None) or [type(model).__name__]
     if type(model).__name__ not in kinds:
-        raise UserError(f"{folder} holds a {kinds[0]}, which does not continue text; name a causal language model.")
+        raise UserError(f"{name} holds a {kinds[0]}, which does not continue text; name a causal language model.")
     # Without a word, transformers would draw the ones anew and leave the others out.
     for fault, keys in sorted(report.items()):
         if keys:
             first = next(iter(keys))
             raise UserError(
-                f"{folder} is not a whole {kinds[0]}: {len(keys)} {fault.replace('_', ' ')}, the first being "
+                f"{name} is not a whole {kinds[0]}: {len(keys)} {fault.replace('_', ' ')}, the first being "
                 f"{first if isinstance(first, str) else first[0]}; export it once more."
             )
     return model.eval(), tokenizer

@@ -255,6 +255,8 @@ def test_any_layout_trains_what_one_process_does(tmp_path: Path) -> None:
         for line, wanted in zip(computed_lines(RunFolder(folder)), expected, strict=True):
             assert line == pytest.approx(wanted, rel=2e-5), folder
     assert computed_lines(RunFolder(runs / "halves")) == computed_lines(RunFolder(runs / "torch-zero2"))
+    continued = shardline("generate", runs / "torch-zero2", "--prompt", "import")
+    assert f"{runs / 'torch-zero2'} holds a BertForMaskedLM, which does not continue text" in continued.stderr
     # The masks are those of the run.
     evaluated = shardline("evaluate", runs / "torch-zero2", "--json")
     assert evaluated.returncode == 0, evaluated.stderr
