@@ -105,10 +105,10 @@ def _is_finished(run_folder: RunFolder, config: RunConfig) -> bool:
     """Whether nothing is left to train, which is then said."""
     ended = finished(run_folder, config)
     if ended is not None:
-        step, checkpoint, reason = ended
+        training, checkpoint, reason = ended
         print(
-            f"run {config.name} is {complete_at(step, reason)}; nothing to do. Its last checkpoint is {checkpoint}; to "
-            f"train on, run it with {remedy(config, reason)}, say"
+            f"run {config.name} is {complete_at(training.step, reason)}; nothing to do. Its last checkpoint is "
+            f"{checkpoint}; to train on, run it with {remedy(training, config, reason)}, say"
         )
     return ended is not None
 

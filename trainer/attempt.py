@@ -11,6 +11,7 @@ from trainer.checkpoint.finish import finish_reason
 from trainer.checkpoint.layout import check_sizes
 from trainer.checkpoint.manifest import read_manifest
 from trainer.checkpoint.reference import refuse_all_corrupt
+from trainer.checkpoint.training_state import TrainingState
 from trainer.config import RunConfig, config_to_yaml, parse_config
 from trainer.config.budget import budget, budget_of
 from trainer.config.frozen_config import frozen_differences
@@ -111,8 +112,8 @@ def freeze_config(folder: RunFolder, config: RunConfig, attempt: int) -> None:
         raise cannot_be_written("run folder", folder.path, error) from None
 
 
-def finished(folder: RunFolder, config: RunConfig) -> tuple[int, CheckpointPath, str] | None:
-    """Step and folder of the newest checkpoint, and why nothing is left to train after it; None while something is.
+def finished(folder: RunFolder, config: RunConfig) -> tuple[TrainingState, CheckpointPath, str] | None:
+    """State and folder of the newest checkpoint, and why nothing is left to train after it; None while something is.
 
     A checkpoint counts that is complete as far as sizes tell.
     What files contain is compared by the ranks and by ``shardline checkpoint verify``.
@@ -128,7 +129,7 @@ def finished(folder: RunFolder, config: RunConfig) -> tuple[int, CheckpointPath,
     except UserError:
         # The ranks know what to do about it.
         return None
-    return None if reason is None else (*newest, reason)
+    return None if reason is None else (manifest.training, newest[1], reason)
 
 
 def _check_same_storage(folder: RunFolder, newest: tuple[int, CheckpointPath] | None) -> None:

@@ -178,7 +178,7 @@ def test_runs_stop_early_and_go_on(tmp_path: Path) -> None:
     config = folders["early"].frozen_config()
     ended = finished(folders["early"], config)
     assert ended is not None
-    assert ended[0] == 3
+    assert ended[0].step == 3
     again = shardline("run", folders["early"].config_file, "--nproc-per-node", 2)
     assert again.returncode == 0, again.stderr
     assert f"run early is complete at step 3, {ended[2]}; nothing to do." in again.stdout

@@ -35,10 +35,11 @@ def complete_at(step: int, reason: str) -> str:
     return f"complete at step {step}" if reason == ALL_STEPS else f"complete at step {step}, {reason}"
 
 
-def remedy(config: RunConfig, reason: str) -> str:
+def remedy(training: TrainingState, config: RunConfig, reason: str) -> str:
     """A setting with which a run that is finished goes on."""
     if reason != ALL_STEPS:
-        return f"evaluation.patience={2 * config.evaluation.patience}"
+        # Of a run whose patience was lowered, twice that might still be too little.
+        return f"evaluation.patience={2 * training.monitor.num_not_better}"
     if config.epochs is not None:
         return f"epochs={2 * config.epochs:g}"
     return f"tokens={2 * config.tokens}" if config.tokens is not None else f"steps={2 * config.num_steps}"

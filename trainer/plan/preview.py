@@ -233,7 +233,7 @@ def _describe_start(config: RunConfig, folder: RunFolder) -> str:
             return "nothing: begins at step 1"
         return f"{config.checkpoint.load} of {resolve_checkpoint(config.checkpoint.from_)}"
     if ended := finished(folder, config):
-        return f"nothing: {complete_at(ended[0], ended[2])}"
+        return f"nothing: {complete_at(ended[0].step, ended[2])}"
     return f"after step {newest[0]:,}"
 
 
