@@ -1,8 +1,11 @@
 """How one module of a model gets its initial values."""
 
+import math
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from sharding.ranks.errors import UserError
 from trainer.architectures.faults import faults_of_a_configuration, is_raised_by_transformers, reason
@@ -16,6 +19,7 @@ def initialize_module(model: nn.Module, module: nn.Module) -> None:
     Raises:
         UserError: the method of transformers fails.
     """
+    _initialize_parametrized(module)
     prescribed: Any = getattr(model, "_init_weights", None)
     if prescribed is not None:
         try:
@@ -34,6 +38,22 @@ def initialize_module(model: nn.Module, module: nn.Module) -> None:
         own()
     elif prescribed is not None:
         _initialize_as_constructed(module)
+
+
+def _initialize_parametrized(module: nn.Module) -> None:
+    """Weights that are computed from others, as by weight normalisation: those others follow from torch's own values.
+
+    To write to a computed weight has no effect, which is what `_init_weights` of some models does.
+    """
+    if not parametrize.is_parametrized(module):
+        return
+    for name, parametrization in module.parametrizations.items():  # type: ignore[operator, union-attr]
+        weight = getattr(module, name)
+        if _lacks_values(parametrization) and weight.ndim >= 2:
+            values = torch.empty_like(weight)
+            # As torch's layers do, and what their constructor would have left.
+            nn.init.kaiming_uniform_(values, a=math.sqrt(5))
+            setattr(module, name, values)
 
 
 def _lacks_values(module: nn.Module) -> bool:
