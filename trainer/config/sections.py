@@ -83,7 +83,7 @@ class ModelConfig(StrictModel):
     """Folder or hub name of a model whose configuration and weights the run starts from."""
 
     builtin: Literal["mlp", "cnn", "lstm", "embedding-mlp"] | None = None
-    """A small network that comes along, trained from scratch, one prediction a sample; docs/tasks.md has them."""
+    """A small network that comes along, trained from scratch, one prediction a sample; docs/training.md has them."""
 
     factory: str | None = None
     """`module:function` that makes an `nn.Module` of your own; it is called with `facts` (what is known of the
