@@ -17,7 +17,10 @@ def evaluate(
         str, typer.Argument(help="Folder of a run or of an exported model.", metavar="RUN", callback=expanded)
     ],
     split: Annotated[
-        str | None, typer.Option(help="train, validation or test of the run's data; validation if not given.")
+        str | None,
+        typer.Option(
+            help="train, validation or test of the run's data, or one of its evaluation.sets; validation if not given."
+        ),
     ] = None,
     data: Annotated[
         list[str] | None,

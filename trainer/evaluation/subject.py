@@ -10,7 +10,10 @@ from sharding.ranks.errors import UserError
 from trainer.checkpoint.reader import CheckpointReader, open_checkpoint
 from trainer.config import RunConfig, parse_config
 from trainer.config.data import DataConfig
+from trainer.config.evaluation_sets import set_data
+from trainer.config.sections import EvaluationSet
 from trainer.data.any_samples import prepared_samples
+from trainer.data.evaluation_sets import prepare_sets
 from trainer.data.files import source_of_files
 from trainer.data.prepare import prepare_rows_by, prepare_samples
 from trainer.data.prepared import Prepared, open_corpus
@@ -92,7 +95,7 @@ def find_subject(asked: Asked, num_ranks: int, work: Path) -> Subject:
         )
     if asked.files:
         prepared, data = _prepare_files(asked, config.data, reader.read_recipe(), _tokenizer_of(reader, work))
-        config = config.model_copy(update={"data": data})
+        config, split = config.model_copy(update={"data": data}), _split_of_files(prepared)
     else:
         prepared = open_corpus(config, reader.manifest.data_fingerprint)
         if prepared.fingerprint != reader.manifest.data_fingerprint:
@@ -100,26 +103,40 @@ def find_subject(asked: Asked, num_ranks: int, work: Path) -> Subject:
                 f"checkpoint {reader.folder} was trained on other data than {prepared.folder}, whose held-out samples "
                 "it may have seen; restore the data, or name files by --data."
             )
-        _check_split(asked, prepared, config.data)
+        split = asked.split
+        if (one := _set_of(config, split)) is not None:
+            prepared = prepare_sets(one, prepared, progress=False)[split]
+            config = config.model_copy(update={"data": set_data(config.data, one.evaluation.sets[0])})
+            split = _split_of_files(prepared)
+        else:
+            _check_split(asked, prepared, config)
     return Subject(
         config=_for_evaluation(config, num_ranks),
         prepared_dir=prepared.folder,
-        split=_split_of_files(prepared) if asked.files else asked.split,
+        split=split,
         checkpoint=reader.folder,
         step=reader.manifest.training.step,
         averaged=asked.averaged,
-        source=" ".join(asked.files) or f"the {asked.split} split",
+        source=" ".join(asked.files) or f"the {'split' if split == asked.split else 'set'} {asked.split}",
     )
 
 
-def _check_split(asked: Asked, prepared: Prepared, data: DataConfig) -> None:
+def _set_of(config: RunConfig, name: str) -> RunConfig | None:
+    """The run with one of its ``evaluation.sets`` alone; None where none has this name."""
+    sets = tuple(one for one in config.evaluation.sets if one.name == name)
+    return (
+        config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"sets": sets})}) if sets else None
+    )
+
+
+def _check_split(asked: Asked, prepared: Prepared, config: RunConfig) -> None:
     """Assert that there is something to evaluate on."""
-    is_rows = isinstance(prepared, PreparedRows)
-    names = SPLITS if is_rows else ("train", "validation")
-    if asked.split in names and prepared_samples(prepared, data, verify=False).num_samples(asked.split):
+    names = SPLITS if isinstance(prepared, PreparedRows) else ("train", "validation")
+    if asked.split in names and prepared_samples(prepared, config.data, verify=False).num_samples(asked.split):
         return
+    known = ", ".join([*names, *(one.name for one in config.evaluation.sets)])
     setting = {"test": "data.split.test_fraction or data.test_paths", "validation": "data.validation_fraction"}
-    reason = f"set {setting[asked.split]} for the next run" if asked.split in names else f"there are {', '.join(names)}"
+    reason = f"set {setting[asked.split]} for the next run" if asked.split in names else f"there are {known}"
     raise UserError(
         f"--split {asked.split}: {asked.run} has no samples in such a split; {reason}, or name files by --data."
     )
@@ -182,40 +199,32 @@ def _prepare_files(
     asked: Asked, data: DataConfig, recipe: RowRecipe | None, tokenizer_dir: Path | None
 ) -> tuple[Prepared, DataConfig]:
     """Samples of files as the run reads its own, and the section ``data`` that they have."""
-    if recipe is not None:
-        if data.source == "digits":
-            raise UserError("--data: the run's images are scikit-learn's digits, of 16 shades, which no file has.")
+    if recipe is None:
+        source: Any = source_of_files(asked.files)
+    elif data.source == "digits":
+        raise UserError("--data: the run's images are scikit-learn's digits, of 16 shades, which no file has.")
+    else:
         kinds = {"table": "table", "image": "images", "audio": "audio"}
-        changes = {
-            "format": "rows",
-            "label_kind": recipe.label_kind,
-            "source": kinds.get(recipe.kind) or source_of_files(asked.files),
-            "paths": asked.files,
-            "table": None,
-            "hub_name": None,
-            "max_documents": 0,
-            # What is not there is the training rows' mean, or an error: no row is left out of a score.
-            "missing": "mean" if data.missing == "mean" else "error",
-            # The recipe's is used, for that of this name may be gone.
-            "tokenizer": TRAINED,
-        }
-        data = data.model_copy(update=changes)
-        return prepare_rows_by(recipe, data, tokenizer_dir, progress=False), data
-    data = data.model_copy(
+        source = kinds.get(recipe.kind) or source_of_files(asked.files)
+    given = EvaluationSet(name="data", source=source, paths=asked.files, text_field=data.text_field)
+    data = set_data(data, given).model_copy(
         update={
-            "source": source_of_files(asked.files),
-            "paths": asked.files,
-            "mixture": (),
             "streaming": False,
-            "hub_name": None,
-            "max_documents": 0,
-            # All of it is evaluated, under the name of what training would read.
-            "validation_fraction": 0.0,
-            "tokenizer": str(tokenizer_dir),
+            # A recipe's is used, for that of this name may be gone, and has the size that it has.
+            "tokenizer": TRAINED if recipe is not None else str(tokenizer_dir),
             "vocab_size": DataConfig.model_fields["vocab_size"].default,
         }
     )
-    return prepare_samples(data, progress=False), data
+    if recipe is None:
+        return prepare_samples(data, progress=False), data
+    of_rows = {
+        "format": "rows",
+        "label_kind": recipe.label_kind,
+        # What is not there is the training rows' mean, or an error: no row is left out of a score.
+        "missing": "mean" if data.missing == "mean" else "error",
+    }
+    data = data.model_copy(update=of_rows)
+    return prepare_rows_by(recipe, data, tokenizer_dir, progress=False), data
 
 
 def _split_of_files(prepared: Prepared) -> str:

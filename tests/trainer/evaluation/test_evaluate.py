@@ -171,13 +171,13 @@ def test_the_command_prints_numbers_for_programs_and_for_people(runs: Path) -> N
     found = shardline("evaluate", run, "--split", "test", "--nproc-per-node", 2, "--json")
     assert found.returncode == 0, found.stderr
     result = json.loads(found.stdout)
-    assert (result["step"], result["ranks"], result["data"]) == (4, 2, "the test split")
+    assert (result["step"], result["ranks"], result["data"]) == (4, 2, "the split test")
     assert sum(map(sum, result["confusion"])) == result["samples"]
     assert [row["name"] for row in result["classes"]] == ["high", "low", "mid"]
     shown = shardline("evaluate", run, "--split", "test")
     assert shown.returncode == 0, shown.stderr
     assert f"{result['metrics']['f1_macro']:.6g}" in shown.stdout
-    assert f"step 4 of {run} on the test split: {result['samples']} samples" in shown.stdout
+    assert f"step 4 of {run} on the split test: {result['samples']} samples" in shown.stdout
 
 
 def test_what_cannot_be_evaluated_is_refused(runs: Path, tmp_path: Path) -> None:
@@ -215,7 +215,10 @@ def _write_lines(path: Path, *lines: str) -> Path:
 
 def test_text_of_a_run_and_of_its_export(tmp_path: Path, shared_corpus: tuple[Path, Path]) -> None:
     corpus, cache = shared_corpus
+    text = tmp_path / "new.txt"
+    text.write_text("def add(a, b):\n    return a + b\n" * 20 + "# that is all\n")
     values = tiny_values(tmp_path / "runs", cache, corpus) | {"steps": 2}
+    values["evaluation"] = {"sets": [{"name": "new", "source": "text", "paths": [str(text)]}]}
     trained(shardline("run", write_config(tmp_path / "run.yaml", values), "--nproc-per-node", 1))
     run = tmp_path / "runs" / "tiny"
     lines = (run / "metrics.jsonl").read_text().splitlines()
@@ -224,9 +227,10 @@ def test_text_of_a_run_and_of_its_export(tmp_path: Path, shared_corpus: tuple[Pa
     assert held_out["metrics"] == pytest.approx(
         {name: logged[f"eval/{name}"] for name in ("loss", "perplexity", "bits_per_byte")}, rel=1e-6
     )
-    text = tmp_path / "new.txt"
-    text.write_text("def add(a, b):\n    return a + b\n" * 20 + "# that is all\n")
+    of_set = json.loads(shardline("evaluate", run, "--json", "--split", "new").stdout)
+    assert of_set["metrics"]["loss"] == pytest.approx(logged["eval/new/loss"], rel=1e-6)
     given = json.loads(shardline("evaluate", run, "--json", "--data", text).stdout)
+    assert {**given, "data": ""} == {**of_set, "data": ""}
     exported = shardline("export", run, "--to", tmp_path / "model")
     assert exported.returncode == 0, exported.stderr
     of_export = shardline("evaluate", tmp_path / "model", "--json", "--data", text)
