@@ -13,7 +13,7 @@ from sklearn import metrics as referee
 
 from sharding.ranks.errors import UserError
 from sharding.ranks.process_group import Ranks
-from tests.support import run_on_ranks, shardline, tiny_values, trained, write_config
+from tests.support import run_module, run_on_ranks, shardline, tiny_values, trained, write_config
 from trainer.checkpoint.reader import open_checkpoint
 from trainer.config import parse_config
 from trainer.data.any_samples import prepared_samples
@@ -68,7 +68,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "optimizer": {"lr": 0.1},
             "tracking": {"wandb": {"mode": "disabled"}},
         }
-        trained(shardline("run", write_config(root / f"{task}.yaml", values), "--nproc-per-node", 1))
+        trained(run_module("trainer", write_config(root / f"{task}.yaml", values)))
         _write_table(root / f"{task}-new.csv", task, 23, seed=2)
     return root
 
@@ -219,11 +219,11 @@ def test_text_of_a_run_and_of_its_export(tmp_path: Path, shared_corpus: tuple[Pa
     text.write_text("def add(a, b):\n    return a + b\n" * 20 + "# that is all\n")
     values = tiny_values(tmp_path / "runs", cache, corpus) | {"steps": 2}
     values["evaluation"] = {"sets": [{"name": "new", "source": "text", "paths": [str(text)]}]}
-    trained(shardline("run", write_config(tmp_path / "run.yaml", values), "--nproc-per-node", 1))
+    trained(run_module("trainer", write_config(tmp_path / "run.yaml", values), "batch.micro_size=12"))
     run = tmp_path / "runs" / "tiny"
     lines = (run / "metrics.jsonl").read_text().splitlines()
     logged = json.loads(lines[-1])
-    held_out = json.loads(shardline("evaluate", run, "--json", "--nproc-per-node", 2).stdout)
+    held_out = json.loads(shardline("evaluate", run, "--json").stdout)
     assert held_out["metrics"] == pytest.approx(
         {name: logged[f"eval/{name}"] for name in ("loss", "perplexity", "bits_per_byte")}, rel=1e-6
     )
