@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from trainer.tasks.task import ClassTable
 
 CLASS_TABLE_NAME = "classes.json"
+CONFUSION_NAME = "confusion_matrix"
+"""What trackers call the matrix."""
 
 
 def class_table_values(table: "ClassTable") -> dict[str, Any]:
@@ -28,6 +30,17 @@ def write_class_table(run_dir: Path, step: int, table: "ClassTable") -> None:
     """Write what came of the evaluation after a step, in place of that before it."""
     text = json.dumps({"step": step, **class_table_values(table)}, allow_nan=False)
     write_atomically(run_dir / CLASS_TABLE_NAME, text + "\n")
+
+
+def read_confusion(run_dir: Path) -> list[list[str | int]] | None:
+    """Rows of the confusion matrix of the latest evaluation, each behind its class's name; None where there is none."""
+    path = run_dir / CLASS_TABLE_NAME
+    if not path.exists():
+        return None
+    values = json.loads(path.read_text())
+    if values["confusion"] is None:
+        return None
+    return [[row["name"], *counts] for row, counts in zip(values["classes"], values["confusion"], strict=True)]
 
 
 def _is_undefined(value: Any) -> bool:

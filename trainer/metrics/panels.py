@@ -52,7 +52,7 @@ SECTIONS = (
             Panel("Held-out loss", ("eval/loss", "eval/ema_loss"), "per target"),
             Panel("Held-out perplexity", ("eval/perplexity", "eval/ema_perplexity"), "perplexity", scale="log"),
             Panel("Held-out bits per byte", ("eval/bits_per_byte", "eval/ema_bits_per_byte"), "bits"),
-            Panel("Accuracy", ("eval/accuracy", "eval/ema_accuracy"), "share of targets"),
+            Panel("Accuracy", ("eval/accuracy", "eval/f1_micro", "eval/ema_accuracy"), "share of targets"),
             Panel(
                 "Precision, recall and F1 over classes",
                 ("eval/precision_macro", "eval/recall_macro", "eval/f1_macro", "eval/ema_f1_macro"),

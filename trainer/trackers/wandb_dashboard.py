@@ -6,7 +6,8 @@ from typing import Any
 
 from sharding.ranks.errors import RunFailure, UserError
 from trainer.config.tracking import WandbConfig
-from trainer.metrics.panels import SECTIONS, Panel
+from trainer.metrics.class_table import CONFUSION_NAME
+from trainer.metrics.panels import SECTIONS, Panel, PanelSection
 from trainer.trackers.wandb_tracker import has_key
 
 _NAME = "Shardline"
@@ -25,10 +26,7 @@ def build_workspace(settings: WandbConfig, entity: str = "") -> Any:
         entity=entity,
         project=settings.project,
         name=_NAME,
-        sections=[
-            workspaces.Section(name=section.title, panels=[_line_plot(panel) for panel in section.panels], is_open=True)
-            for section in SECTIONS
-        ],
+        sections=[workspaces.Section(name=section.title, panels=_plots(section), is_open=True) for section in SECTIONS],
         settings=workspaces.WorkspaceSettings(x_axis="step"),
     )
 
@@ -57,6 +55,15 @@ def save_workspace(settings: WandbConfig) -> str:
             f"the dashboard of project {settings.project} was not saved to {server}: {reason}; a project is there from "
             "its first run on."
         ) from None
+
+
+def _plots(section: PanelSection) -> list[Any]:
+    from wandb_workspaces.reports import v2 as reports
+
+    plots = [_line_plot(panel) for panel in section.panels]
+    if section.title == "Evaluation":
+        plots.append(reports.WeavePanelSummaryTable(table_name=CONFUSION_NAME))
+    return plots
 
 
 def _line_plot(panel: Panel) -> Any:

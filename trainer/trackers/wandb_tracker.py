@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from sharding.ranks.errors import EXIT_FINISHED, EXIT_STOPPED
 from trainer.config import RunConfig
 from trainer.files.atomic_files import write_atomically
+from trainer.metrics.class_table import CONFUSION_NAME, read_confusion
 from trainer.run_folder.folder import RunFolder
 from trainer.run_folder.listing import MANIFEST_NAME
 from trainer.trackers.wandb_files import ATTEMPT_KEY, WandbPart, read_parts
@@ -118,6 +119,11 @@ class WandbTracker:
     def finish(self, exit_code: int, summary: Mapping[str, Any]) -> None:
         """Close the run; one that was stopped on request has not failed."""
         self._run.summary.update(dict(summary))
+        if (rows := read_confusion(self._run_dir)) is not None:
+            import wandb
+
+            # No curve, and so no part of any step: that of the last evaluation is left.
+            self._run.summary[CONFUSION_NAME] = wandb.Table(columns=["class", *(row[0] for row in rows)], data=rows)
         if self._config.tracking.wandb.artifacts:
             self._log_artifact()
         self._run.finish(exit_code=0 if exit_code in (EXIT_FINISHED, EXIT_STOPPED) else exit_code)

@@ -177,3 +177,14 @@ def test_options_and_facts_reach_a_class_that_has_arguments_for_them(tmp_path: P
             UserError, match=rf"^task.options={{'rate': 0.15}} cannot be given to own_task:{name}, .*options, facts\)"
         ):
             build_task(f"own_task:{name}", folder=folder, options={"rate": 0.15}, facts=facts)
+
+
+def test_one_that_inherits_from_a_task_of_ours_gets_its_settings(tmp_path: Path) -> None:
+    (tmp_path / "own_task.py").write_text(
+        "from trainer.tasks.classification import Classification\n"
+        "class Own(Classification):\n    def num_tokens(self, batch):\n        return 7\n"
+    )
+    facts = SampleFacts(num_features=3, classes=("a", "b"), class_counts=(2, 1))
+    task: Any = build_task("own_task:Own", facts, folder=str(tmp_path))
+    assert (task.num_outputs, task.num_tokens({})) == (2, 7)
+    assert task.directions()["auroc"] == "higher"

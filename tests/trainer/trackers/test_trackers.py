@@ -20,7 +20,10 @@ from tests.support import ROOT, command_environment, wait_until
 from tests.wandb_history import history_values
 from trainer.config import RunConfig, config_to_yaml, parse_config, tracking
 from trainer.config.rules import World, validate
+from trainer.metrics.class_table import write_class_table
 from trainer.metrics.file import MetricsFile
+from trainer.tasks.scores import ClassScores
+from trainer.tasks.task import ClassTable
 from trainer.trackers.composite import Trackers, build_trackers
 from trainer.trackers.tensorboard_tracker import TensorBoardTracker
 from trainer.trackers.wandb_files import read_parts, read_records
@@ -305,6 +308,18 @@ def test_wandb_gets_each_step_once_over_two_attempts(config: RunConfig, tmp_path
 
 
 @pytest.mark.timeout(120)
+def test_wandb_gets_the_confusion_matrix_of_the_last_evaluation(config: RunConfig, tmp_path: Path) -> None:
+    table = ClassTable(("cat", "dog"), [ClassScores(0.75, 0.6, 0.667, 5, 4)] * 2, [[3, 2], [1, 2]])
+    write_class_table(tmp_path, 2, table)
+    tracker = WandbTracker(config, tmp_path)
+    tracker.start(0)
+    tracker.log(2, {"eval/accuracy": 0.625})
+    tracker.finish(0, {})
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/files/media/table/confusion_matrix*.json")
+    values = json.loads(file.read_text())
+    assert (values["columns"], values["data"]) == (["class", "cat", "dog"], [["cat", 3, 2], ["dog", 1, 2]])
+
+
 def test_what_a_kill_kept_from_the_disk_is_sent_again(config: RunConfig, tmp_path: Path) -> None:
     script = """
 import os, signal, sys
