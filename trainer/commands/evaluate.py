@@ -32,6 +32,10 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="For programs: all numbers at full precision.")] = False,
     task: OwnTask = None,
     trust_remote_code: RemoteCode = False,
+    factory: Annotated[
+        str | None,
+        typer.Option(metavar="module:function", help="Call the run's own maker of models: Python code."),
+    ] = None,
 ) -> int:
     """Evaluate a checkpoint or an exported model on held-out samples or on files of your own; changes no run.
 
@@ -54,7 +58,7 @@ def evaluate(
         averaged=ema,
         split=split or "validation",
         files=tuple(data or ()),
-        allowed=AllowedCode(task, trust_remote_code),
+        allowed=AllowedCode(task, trust_remote_code, factory),
     )
     with tempfile.TemporaryDirectory(prefix="shardline-evaluate-") as folder:
         subject = find_subject(asked, num_ranks, Path(folder))

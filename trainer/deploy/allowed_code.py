@@ -13,10 +13,12 @@ class AllowedCode:
     Attributes:
         task: ``module:Class`` of a task that may be imported.
         trust_remote_code: whether a model's own code may run.
+        factory: ``module:function`` that may be called for a model.
     """
 
     task: str | None = None
     trust_remote_code: bool = False
+    factory: str | None = None
 
     def check(self, config: RunConfig, source: object) -> None:
         """Refuse a run whose configuration asks for code that is not allowed.
@@ -35,9 +37,11 @@ class AllowedCode:
                 f"{source} asks for Python code by task.name={config.task.name}{place}{other}; read that code, and "
                 f"give --task {config.task.name} to run it."
             )
-        if config.model.factory is not None:
+        if config.model.factory is not None and self.factory != config.model.factory:
+            other = "" if self.factory is None else f", not {self.factory}"
             raise UserError(
-                f"{source} asks for Python code by model.factory={config.model.factory}, which training alone runs; "
+                f"{source} asks for Python code by model.factory={config.model.factory}{other}, which training and "
+                f"shardline evaluate --factory {config.model.factory} alone run; "
                 "trainer.checkpoint.reader.CheckpointReader reads its weights."
             )
         if config.model.trust_remote_code and not self.trust_remote_code:

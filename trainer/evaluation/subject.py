@@ -149,7 +149,10 @@ def _exported(asked: Asked, num_ranks: int) -> Subject:
             raise UserError(f"{option}: {folder} is an exported model, which has one set of weights; name the run.")
     if not asked.files:
         raise UserError(f"{folder} is an exported model, which has no split of its own; name files by --data.")
-    description = json.loads((folder / "config.json").read_text())
+    try:
+        description = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / 'config.json'} cannot be read ({error}); export the run once more.") from None
     task, head = _task_of(description.get("architectures") or ["nothing"], folder)
     recipe_file = folder / RECIPE_NAME
     recipe = RowRecipe.model_validate_json(recipe_file.read_text()) if recipe_file.exists() else None
@@ -210,19 +213,21 @@ def _prepare_files(
     data = set_data(data, given).model_copy(
         update={
             "streaming": False,
-            # A recipe's is used, for that of this name may be gone, and has the size that it has.
+            # A recipe's is used, since that of this name may be gone.
             "tokenizer": TRAINED if recipe is not None else str(tokenizer_dir),
             "vocab_size": DataConfig.model_fields["vocab_size"].default,
         }
     )
     if recipe is None:
         return prepare_samples(data, progress=False), data
-    of_rows = {
+    of_rows: dict[str, Any] = {
         "format": "rows",
         "label_kind": recipe.label_kind,
         # What is not there is the training rows' mean, or an error: no row is left out of a score.
         "missing": "mean" if data.missing == "mean" else "error",
     }
+    if recipe.image_shape is not None:
+        of_rows |= {"image_channels": recipe.image_shape[0], "image_size": recipe.image_shape[1]}
     data = data.model_copy(update=of_rows)
     return prepare_rows_by(recipe, data, tokenizer_dir, progress=False), data
 

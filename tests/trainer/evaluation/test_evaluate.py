@@ -243,3 +243,51 @@ def test_text_of_a_run_and_of_its_export(tmp_path: Path, shared_corpus: tuple[Pa
     refused = shardline("evaluate", tmp_path / "model", "--json")
     assert refused.returncode == 2
     assert "has no split of its own; name files by --data" in refused.stderr
+
+
+_OWN_MODEL = """
+from torch import nn
+
+
+class Own(nn.Module):
+    def __init__(self, num_features, num_outputs):
+        super().__init__()
+        self.head = nn.Linear(num_features, num_outputs)
+
+    def forward(self, features):
+        return self.head(features)
+
+
+def make(*, facts, num_outputs):
+    return Own(facts.num_features, num_outputs)
+"""
+
+
+def test_a_model_of_ones_own_is_made_where_that_is_allowed(tmp_path: Path) -> None:
+    (tmp_path / "own_model.py").write_text(_OWN_MODEL)
+    values = {
+        "name": "own",
+        "steps": 2,
+        "output_dir": str(tmp_path / "runs"),
+        "task": {"name": "regression"},
+        "model": {"factory": "own_model:make"},
+        "data": {
+            "source": "table",
+            "paths": [str(_write_table(tmp_path / "a.csv", "number", 60, seed=1))],
+            "features": ["a", "b"],
+            "cache_dir": str(tmp_path / "cache"),
+            "validation_fraction": 0.2,
+        },
+        "batch": {"global_size": 8, "micro_size": 8},
+        "tracking": {"wandb": {"mode": "disabled"}},
+    }
+    trained(run_module("trainer", write_config(tmp_path / "run.yaml", values)))
+    run = tmp_path / "runs" / "own"
+    refused = shardline("evaluate", run)
+    assert refused.returncode == 2
+    assert "asks for Python code by model.factory=own_model:make" in refused.stderr
+    found = shardline("evaluate", run, "--factory", "own_model:make", "--json")
+    assert found.returncode == 0, found.stderr
+    logged = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    metrics = json.loads(found.stdout)["metrics"]
+    assert metrics == pytest.approx({name: logged[f"eval/{name}"] for name in ("loss", "mse", "mae", "r2")}, rel=1e-6)
