@@ -291,3 +291,49 @@ def test_a_model_of_ones_own_is_made_where_that_is_allowed(tmp_path: Path) -> No
     logged = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     metrics = json.loads(found.stdout)["metrics"]
     assert metrics == pytest.approx({name: logged[f"eval/{name}"] for name in ("loss", "mse", "mae", "r2")}, rel=1e-6)
+
+
+def test_an_export_of_a_classifier_reads_rows_as_its_run_does(tmp_path: Path) -> None:
+    draw = random.Random(3)
+    words = {"animal": ["cat", "dog", "owl"], "plant": ["oak", "fern", "moss"]}
+
+    def write(name: str, num_rows: int) -> Path:
+        rows = [
+            (label, " ".join(draw.choices(words[label], k=draw.randint(1, 9))))
+            for label in draw.choices(list(words), k=num_rows)
+        ]
+        return _write_lines(tmp_path / name, *(json.dumps({"text": text, "label": label}) for label, text in rows))
+
+    values = {
+        "name": "texts",
+        "steps": 3,
+        "output_dir": str(tmp_path / "runs"),
+        "task": {"name": "sequence-classification"},
+        "model": {
+            "architecture": "llama",
+            "config": {"hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 3},
+        },
+        "data": {
+            "source": "jsonl",
+            "paths": [str(write("train.jsonl", 80))],
+            "vocab_size": 280,
+            "sequence_length": 24,
+            "cache_dir": str(tmp_path / "cache"),
+        },
+        "batch": {"global_size": 8, "micro_size": 8},
+        "optimizer": {"lr": 0.01},
+        "tracking": {"wandb": {"mode": "disabled"}},
+    }
+    trained(run_module("trainer", write_config(tmp_path / "run.yaml", values)))
+    run, exported, new = tmp_path / "runs" / "texts", tmp_path / "model", write("new.jsonl", 13)
+    finished = shardline("export", run, "--to", exported)
+    assert finished.returncode == 0, finished.stderr
+    of_run, of_export = (
+        json.loads(shardline("evaluate", folder, "--data", new, "--json").stdout) for folder in (run, exported)
+    )
+    assert of_run["samples"] == of_export["samples"] == 13
+    assert of_run["metrics"] == pytest.approx(of_export["metrics"], rel=1e-6)
+    assert of_run["confusion"] == of_export["confusion"]
+    (exported / "rows.json").unlink()
+    refused = shardline("evaluate", exported, "--data", new)
+    assert (refused.returncode, "has a ForSequenceClassification and no rows.json" in refused.stderr) == (2, True)
