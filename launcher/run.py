@@ -39,7 +39,8 @@ def run(config_path: str, overrides: Sequence[str], nproc_per_node: int | None, 
     """
     plan = make_plan(config_path, overrides, nproc_per_node, launcher)
     run_folder = RunFolder.of(plan.config)
-    if plan.config.epochs is not None:
+    # What a function of the user's own made another time says nothing of how many samples it makes now.
+    if plan.config.epochs is not None and plan.config.data.source != "factory":
         found = find_prepared(plan.config.data, trained_fingerprint(plan.config, run_folder))
         plan = plan if found is None else plan.with_counted_epochs(found)
     if dry_run:
@@ -117,7 +118,7 @@ def _prepared_corpus(config: RunConfig, fingerprint: str | None) -> Prepared:
     """The prepared corpus; prepared in a process of its own, since it needs libraries that this one must not load."""
     found = find_prepared(config.data, fingerprint)
     # Whether sets are prepared is not known without the libraries that prepare them.
-    if found is not None and not config.evaluation.sets:
+    if found is not None and not config.evaluation.sets and config.data.source != "factory":
         return found
     with tempfile.NamedTemporaryFile("w", prefix="shardline-", suffix=".yaml") as file:
         file.write(config_to_yaml(config))
@@ -135,7 +136,7 @@ def _prepare(config: RunConfig, config_file: str) -> Prepared:
             print("error: interrupted while preparing the corpus; the same command goes on", file=sys.stderr)
             raise SystemExit(EXIT_INTERRUPTED) from None
     found = find_prepared(config.data)
-    if found is not None and not (status and config.evaluation.sets):
+    if found is not None and not (status and (config.evaluation.sets or config.data.source == "factory")):
         # Also where the child could not say so, to a reader that is gone.
         return found
     if status > 0:

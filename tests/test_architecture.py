@@ -27,7 +27,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "runtime": {"config"},
         "files": {"runtime"},
         "run_folder": {"config", "runtime", "files"},
-        "data": {"config", "files"},
+        "data": {"config", "runtime", "files"},
         "architectures": {"config", "runtime", "data"},
         "tasks": {"config", "runtime", "data", "architectures"},
         "optimizers": {"config"},

@@ -21,7 +21,7 @@ from trainer.data.any_samples import prepared_samples
 from trainer.data.documents import documents_in
 from trainer.data.evaluation_sets import set_batches
 from trainer.data.loader import BatchLoader, evaluation_batches
-from trainer.data.prepared import Prepared, PreparedStream, describe_entropy, describe_mixture
+from trainer.data.prepared import Prepared, PreparedStream, PreparedTokens, describe_entropy, describe_mixture
 from trainer.data.prepared_rows import PreparedRows
 from trainer.data.row_samples import RowSamples
 from trainer.data.samples import Samples
@@ -128,7 +128,7 @@ def build_trainer(
     for line in describe_mixture(corpus, config.data.sequence_length, config.num_steps * config.batch.global_size):
         observers.info(line)
 
-    if config.task.name == "masked-lm" and not isinstance(corpus, PreparedRows):
+    if config.task.name == "masked-lm" and isinstance(corpus, PreparedTokens):
         for line in describe_entropy(corpus):
             observers.info(line)
 
@@ -248,10 +248,13 @@ def check_held_out(config: RunConfig, samples: Samples) -> None:
     """
     every_steps = config.evaluation.every_steps
     if every_steps and samples.num_samples("validation") == 0:
+        if config.data.factory is not None:
+            which, remedy = f"data.factory={config.data.factory}", "let it"
+        else:
+            which, remedy = f"data.validation_fraction={config.data.validation_fraction:g}", "raise it"
         raise UserError(
-            f"evaluation.every_steps={every_steps} evaluates held-out samples, but data.validation_fraction="
-            f"{config.data.validation_fraction:g} holds out none of these; raise it, or set "
-            "evaluation.every_steps=0."
+            f"evaluation.every_steps={every_steps} evaluates held-out samples, but {which} holds out none of these; "
+            f"{remedy}, or set evaluation.every_steps=0."
         )
 
 

@@ -31,11 +31,11 @@ def evaluate(
     nproc_per_node: NprocPerNode = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs: all numbers at full precision.")] = False,
     task: OwnTask = None,
-    trust_remote_code: RemoteCode = False,
     factory: Annotated[
-        str | None,
-        typer.Option(metavar="module:function", help="Call the run's own maker of models: Python code."),
+        list[str] | None,
+        typer.Option(metavar="module:function", help="Call the run's own maker of models or samples: Python code."),
     ] = None,
+    trust_remote_code: RemoteCode = False,
 ) -> int:
     """Evaluate a checkpoint or an exported model on held-out samples or on files of your own; changes no run.
 
@@ -58,7 +58,7 @@ def evaluate(
         averaged=ema,
         split=split or "validation",
         files=tuple(data or ()),
-        allowed=AllowedCode(task, trust_remote_code, factory),
+        allowed=AllowedCode(task, trust_remote_code, tuple(factory or ())),
     )
     with tempfile.TemporaryDirectory(prefix="shardline-evaluate-") as folder:
         subject = find_subject(asked, num_ranks, Path(folder))

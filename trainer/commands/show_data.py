@@ -28,6 +28,7 @@ def show_data(
     from trainer.checkpoint.step_positions import positions_of_step
     from trainer.checkpoint.trained_corpus import trained_fingerprint
     from trainer.data.prepared import open_corpus
+    from trainer.data.prepared_own import PreparedOwn
     from trainer.data.prepared_rows import PreparedRows
     from trainer.run_folder.folder import RunFolder
 
@@ -42,6 +43,13 @@ def show_data(
     prepared = open_corpus(config, trained_fingerprint(config, folder))
     if isinstance(prepared, PreparedRows):
         _print_rows(config, prepared, step, positions[: limit or None])
+    elif isinstance(prepared, PreparedOwn):
+        # Not their contents: a run's folder is no permission to run the code that makes them.
+        order = prepared.order(config.seed, config.data)
+        positions = positions[: limit or None]
+        places = zip(positions, order.epochs(positions), order.indices(positions), strict=True)
+        for number, (position, epoch, index) in enumerate(places):
+            print(f"step {step}, sample {number}: position {position}, epoch {epoch}, index {index}")
     else:
         _print_samples(config, prepared, step, positions, limit)
     return EXIT_FINISHED

@@ -24,7 +24,7 @@ def validate_budget(config: "RunConfig") -> None:
             f"a run has a budget of steps, tokens or epochs, but {' and '.join(given) or 'none of them is set'}: set "
             "exactly one of them (another can be taken back with steps=null, tokens=null or epochs=null)."
         )
-    if config.tokens is not None and config.data.has_rows:
+    if config.tokens is not None and (config.data.has_rows or config.data.source == "factory"):
         raise UserError(
             f"tokens={config.tokens} counts samples of data.sequence_length tokens, but rows have lengths of their "
             "own, or no tokens; set steps or epochs instead."

@@ -1,6 +1,6 @@
 """Configuration of the corpus, its preparation and the samples cut from it."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -36,11 +36,12 @@ class SourceConfig(StrictModel):
         "images",
         "audio",
         "tones",
+        "factory",
     ] = "python-stdlib"
     """Kind of source: the embedded `python-stdlib`, local `text` (a file is a document), `jsonl`, `parquet` or `csv`
     files, a data set of the `hub`, or `tokens` that a tokenizer has made before; for rows also scikit-learn's `digits`,
     a `table`, folders of `images` or `audio`, each named after a class, and `tones` of four instruments, which are
-    computed."""
+    computed; or the `factory` of your own that makes samples."""
 
     paths: Annotated[
         Paths, OnlyWith(source=("text", "jsonl", "parquet", "csv", "tokens", "table", "images", "audio"))
@@ -89,6 +90,17 @@ _PACKED = OnlyWith(format=("auto", "packed"), because="a row is a sample of its 
 
 class DataConfig(RowSettings, SourceConfig):
     """Where samples come from: packed tokens that are cut from text, or rows."""
+
+    factory: Annotated[str | None, OnlyWith(source="factory")] = None
+    """`module:function` of your own that is called with `arguments` and returns samples, as
+    `trainer/data/samples.py` describes them."""
+
+    arguments: Annotated[dict[str, Any], OnlyWith(source="factory")] = {}
+    """Arguments of the function that factory names."""
+
+    folder: Annotated[str | None, OnlyWith(source="factory")] = None
+    """Folder of the module of a factory; where it is not given, that of the configuration file if the module lies
+    there."""
 
     mixture: Annotated[
         tuple[MixtureSource, ...],
@@ -176,6 +188,8 @@ def validate_data(data: DataConfig) -> None:
     """
     if data.mixture:
         _validate_mixture(data)
+    elif data.source == "factory":
+        _validate_factory(data)
     else:
         validate_source(data, "data")
     has_tokens = any(source.source == "tokens" for source in data.mixture or (data,))
@@ -191,6 +205,24 @@ def validate_data(data: DataConfig) -> None:
             raise UserError(
                 f"data.skip_samples: [{first}, {end}] is no range: the first number is a position from 0, and the "
                 "second the position after the last sample that is skipped; raise it above the first."
+            )
+
+
+_OF_A_FACTORY = {"source", "factory", "arguments", "folder", "shuffle", "skip_samples", "cache_dir"}
+
+
+def _validate_factory(data: DataConfig) -> None:
+    if data.factory is None or not all(data.factory.partition(":")):
+        raise UserError(
+            f"data.source=factory needs data.factory, which is {data.factory}; name a module:function, such as "
+            "my_samples:make_samples."
+        )
+    defaults = DataConfig()
+    for name in DataConfig.model_fields:
+        if name not in _OF_A_FACTORY and getattr(data, name) != getattr(defaults, name):
+            raise UserError(
+                f"data.{name}={getattr(data, name)} has no effect under data.source=factory, whose function makes the "
+                "samples; remove it, or let the function have it by data.arguments."
             )
 
 
@@ -221,6 +253,8 @@ def validate_source(settings: SourceConfig, key: str) -> None:
         UserError: it has not.
     """
     source = settings.source
+    if source == "factory":
+        raise UserError(f"{key}.source=factory: samples of your own are all that a run reads; set data.source to it.")
     if source in ("text", "jsonl", "parquet", "csv", "tokens", "images", "audio") and not settings.paths:
         raise UserError(f"{key}.source={source} needs {key}.paths, which is empty; list the files.")
     if source == "hub" and settings.hub_name is None:

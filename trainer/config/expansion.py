@@ -9,7 +9,7 @@ from typing import Any
 from sharding.ranks.errors import UserError
 
 PATH_SETTINGS = (
-    *("output_dir", "task.folder", "model.pretrained", "model.folder"),
+    *("output_dir", "task.folder", "model.pretrained", "model.folder", "data.folder"),
     *("data.paths", "data.validation_paths", "data.test_paths", "data.mixture.paths"),
     "evaluation.sets.paths",
     *("data.tokenizer", "data.cache_dir"),

@@ -13,7 +13,7 @@ _FROZEN_KEYS = (
 # These change neither arithmetic nor what a checkpoint has behind it: where modules of one's own and the cache lie, how
 # fast it is made, which samples are skipped from here on, when the curve ends, and what is averaged beside training.
 _FREE_KEYS = (
-    *("task.folder", "model.folder", "data.cache_dir", "data.num_workers", "data.skip_samples"),
+    *("task.folder", "model.folder", "data.folder", "data.cache_dir", "data.num_workers", "data.skip_samples"),
     *("schedule.total_steps", "optimizer.ema_decay"),
 )
 

@@ -89,7 +89,7 @@ def _with_own_tokenizer(config: RunConfig) -> RunConfig:
 
 def _with_mask_token(config: RunConfig) -> RunConfig:
     """Masked language modelling has a token that hides others, unless it is said otherwise."""
-    if config.task.name != "masked-lm" or "mask_token" in config.data.model_fields_set:
+    if config.task.name != "masked-lm" or not config.data.has_tokens or "mask_token" in config.data.model_fields_set:
         return config
     data = config.data.model_copy(update={"mask_token": True})
     return config.model_copy(update={"data": data})
@@ -103,8 +103,8 @@ def config_to_yaml(config: RunConfig) -> str:
 
 
 def _find_modules(values: dict[str, Any], path: Path) -> None:
-    """Write down where a task and a model of the user's own lie, for whoever reads a copy of the configuration."""
-    for key, name in (("task", "name"), ("model", "factory")):
+    """Write down where modules of the user's own lie, for whoever reads a copy of the configuration."""
+    for key, name in (("task", "name"), ("model", "factory"), ("data", "factory")):
         section = values.get(key)
         # A copy says so itself, also where it has none.
         if not isinstance(section, dict) or "folder" in section:

@@ -13,6 +13,9 @@ def with_kind_of_samples(data: DataConfig, task_name: str) -> DataConfig:
     Whoever has this section alone then knows which kind it is.
     """
     kind, label_kind = TASK_SAMPLES.get(task_name, ("packed", "class"))
+    if data.source == "factory":
+        # Samples of one's own are what their maker says.
+        return data
     changes: dict[str, Any] = {}
     if data.format == "auto" and kind == "rows":
         changes["format"] = "rows"
@@ -27,6 +30,13 @@ def validate_rows(data: DataConfig, task_name: str) -> None:
     Raises:
         UserError: a rule is broken.
     """
+    if data.source == "factory":
+        if TASK_SAMPLES.get(task_name, ("rows", ""))[0] == "packed":
+            raise UserError(
+                f"data.source=factory makes samples of your own, but task.name={task_name} reads packed tokens; give "
+                "them as data.source=tokens, or name a task that reads rows, or one of your own."
+            )
+        return
     kind = "rows" if data.has_rows else "packed"
     needed, label_kind = TASK_SAMPLES.get(task_name, (kind, data.label_kind))
     if needed != kind:

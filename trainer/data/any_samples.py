@@ -4,6 +4,7 @@ from trainer.config.data import DataConfig
 from trainer.data.facts import SampleFacts
 from trainer.data.packed import packed_samples, sample_facts
 from trainer.data.prepared import Prepared
+from trainer.data.prepared_own import PreparedOwn
 from trainer.data.prepared_rows import PreparedRows
 from trainer.data.row_samples import RowSamples
 from trainer.data.samples import Samples
@@ -13,15 +14,19 @@ def prepared_samples(prepared: Prepared, data: DataConfig, *, verify: bool = Tru
     """The samples of what is prepared; of a streamed source those of its beginning.
 
     Args:
-        prepared: a corpus, a mixture or rows.
+        prepared: a corpus, a mixture, rows, or samples of the user's own.
         data: the section ``data``.
         verify: compare what is read with what was prepared.
     """
     if isinstance(prepared, PreparedRows):
         return RowSamples(prepared, verify=verify)
+    if isinstance(prepared, PreparedOwn):
+        return prepared.samples()
     return packed_samples(prepared, data, verify=verify)
 
 
 def prepared_facts(prepared: Prepared, data: DataConfig) -> SampleFacts:
     """What is known of the samples of what is prepared, before any is read."""
-    return prepared.facts() if isinstance(prepared, PreparedRows) else sample_facts(prepared, data)
+    if isinstance(prepared, PreparedRows | PreparedOwn):
+        return prepared.facts()
+    return sample_facts(prepared, data)

@@ -8,6 +8,7 @@ import numpy as np
 
 from trainer.config import RunConfig
 from trainer.data.prepared import Prepared, PreparedTokens
+from trainer.data.prepared_own import PreparedOwn
 from trainer.data.prepared_rows import PreparedRows
 from trainer.data.row_store import StoredRows
 from trainer.data.shards import DocumentSpan
@@ -63,7 +64,7 @@ def documents_in(config: RunConfig, corpus: Prepared, ranges: Iterable[Sequence[
     Returns:
         For each its index in its source, its id there (a path, or file and row) and, in a mixture, the source's name.
     """
-    if isinstance(corpus, PreparedRows):
+    if isinstance(corpus, PreparedRows | PreparedOwn):
         return _rows_in(config, corpus, ranges)
     stream, length = corpus.stream("train"), config.data.sequence_length
     order = corpus.order(config.seed, config.data)
@@ -79,13 +80,19 @@ def documents_in(config: RunConfig, corpus: Prepared, ranges: Iterable[Sequence[
     return list(documents.values())
 
 
-def _rows_in(config: RunConfig, rows: PreparedRows, ranges: Iterable[Sequence[int]]) -> list[dict[str, Any]]:
-    stored = StoredRows(rows.folder, rows.manifest.splits["train"], verify=False)
+def _rows_in(
+    config: RunConfig, rows: PreparedRows | PreparedOwn, ranges: Iterable[Sequence[int]]
+) -> list[dict[str, Any]]:
+    if isinstance(rows, PreparedRows):
+        source_id = StoredRows(rows.folder, rows.manifest.splits["train"], verify=False).source_id
+    else:
+        # Only their maker knows more of them.
+        source_id = "sample {}".format
     order = rows.order(config.seed, config.data)
     found: dict[int, dict[str, Any]] = {}
     for first, end in _first_positions(ranges):
         for index in order.indices(np.arange(first, end)).tolist():
-            found.setdefault(index, {"document": index, "id": stored.source_id(index)})
+            found.setdefault(index, {"document": index, "id": source_id(index)})
     return list(found.values())
 
 

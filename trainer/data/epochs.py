@@ -4,6 +4,7 @@ from sharding.ranks.errors import UserError
 from trainer.config import RunConfig
 from trainer.config.rules import validate
 from trainer.data.prepared import Prepared
+from trainer.data.prepared_own import PreparedOwn
 from trainer.data.prepared_rows import PreparedRows
 
 
@@ -19,6 +20,8 @@ def with_counted_epochs(config: RunConfig, corpus: Prepared) -> RunConfig:
         return config
     if isinstance(corpus, PreparedRows):
         num_samples = corpus.manifest.splits["train"].num_rows
+    elif isinstance(corpus, PreparedOwn):
+        num_samples = corpus.num_samples("train")
     else:
         num_samples = corpus.stream("train", verify=False).num_samples(config.data.sequence_length)
     if config.epoch_samples not in (None, num_samples):

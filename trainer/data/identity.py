@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from sharding.ranks.errors import UserError
 from trainer.config.data import DataConfig, SourceConfig
@@ -20,7 +21,7 @@ ROWS_VERSION = 1
 _NOT_OF_ROWS = {
     *("format", "shuffle", "skip_samples", "bucket_by_length", "cache_dir", "num_workers", "shard_tokens"),
     *("mixture", "streaming", "sample_documents", "shuffle_window", "document_mask", "paths"),
-    *("validation_paths", "test_paths"),
+    *("validation_paths", "test_paths", "factory", "arguments", "folder"),
 }
 
 
@@ -56,6 +57,8 @@ def corpus_folder(config: DataConfig) -> Path:
         UserError: a source file is missing.
     """
     config = prepared_part(config)
+    if config.source == "factory":
+        return prepared_root(config) / f"factory-{_digest([config.factory, config.folder, config.arguments])}"
     if config.has_rows:
         return prepared_root(config) / f"{config.source}-{_rows_key(config)}"
     settings = config.model_dump(
@@ -63,8 +66,7 @@ def corpus_folder(config: DataConfig) -> Path:
         include=_own_settings(config) | {"normalize", "validation_fraction", "shard_tokens"},
     )
     identity = [PREPARATION_VERSION, settings, _sources_identity(config), tokenizer_identity(config)]
-    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    return prepared_root(config) / f"{source_kind(config)}-{key}"
+    return prepared_root(config) / f"{source_kind(config)}-{_digest(identity)}"
 
 
 def folder_by_recipe(config: DataConfig, recipe: RowRecipe) -> Path:
@@ -76,8 +78,7 @@ def folder_by_recipe(config: DataConfig, recipe: RowRecipe) -> Path:
     # All that was learnt is in the recipe.
     settings = config.model_dump(mode="json", include=_OF_ROWS_BY_RECIPE)
     identity = [ROWS_VERSION, settings, corpus_fingerprint(config), recipe.model_dump(mode="json")]
-    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    return prepared_root(config) / f"by-recipe-{config.source}-{key}"
+    return prepared_root(config) / f"by-recipe-{config.source}-{_digest(identity)}"
 
 
 def prepared_root(config: DataConfig) -> Path:
@@ -95,6 +96,10 @@ def _rows_key(config: DataConfig) -> str:
         if paths or split == "train"
     }
     identity = [ROWS_VERSION, settings, sources, tokenizer_identity(config)]
+    return _digest(identity)
+
+
+def _digest(identity: list[Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -33,9 +33,10 @@ from trainer.data.prepared import (
     find_prepared,
     open_prepared,
 )
+from trainer.data.prepared_own import PreparedOwn, prepare_own
 from trainer.data.prepared_rows import PreparedRows
 from trainer.data.progress import StageProgress
-from trainer.data.rows_manifest import RowRecipe
+from trainer.data.rows_manifest import SPLITS, RowRecipe
 from trainer.data.tokenizer import (
     TRAINED,
     load_tokenizer,
@@ -56,7 +57,7 @@ if TYPE_CHECKING:
 def prepare_corpus(config: DataConfig, *, progress: bool = True, fingerprint: str | None = None) -> PreparedTokens:
     """The prepared corpus or mixture of a configuration whose samples are packed tokens; see ``prepare_samples``."""
     prepared = prepare_samples(config, progress=progress, fingerprint=fingerprint)
-    assert not isinstance(prepared, PreparedRows), "its samples are packed tokens"
+    assert isinstance(prepared, PreparedTokens), "its samples are packed tokens"
     return prepared
 
 
@@ -74,6 +75,9 @@ def prepare_samples(config: DataConfig, *, progress: bool = True, fingerprint: s
     Raises:
         UserError: the source cannot be read or is empty, the tokenizer cannot be had, or there is no space.
     """
+    if config.source == "factory":
+        # What was written down says nothing of what the function makes now.
+        return prepare_own(config, corpus_folder(config))
     found = find_prepared(config, fingerprint)
     if found is not None:
         return found
@@ -251,6 +255,10 @@ def describe_corpus(corpus: Prepared) -> str:
     """What became of the documents or rows, in a few lines."""
     if isinstance(corpus, PreparedRows):
         return describe_rows(corpus)
+    if isinstance(corpus, PreparedOwn):
+        counts = [f"{split:<11} {corpus.num_samples(split):,} samples" for split in SPLITS]
+        identity = f"samples     fingerprint {corpus.fingerprint[:16]}"
+        return "\n".join([*counts, identity, f"folder      {corpus.folder}"])
     lines = []
     for part in corpus.corpora:
         manifest = part.manifest

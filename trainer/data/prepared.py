@@ -15,6 +15,7 @@ from trainer.data.corpus_manifest import CorpusManifest
 from trainer.data.identity import corpus_folder, prepared_root, source_kind
 from trainer.data.mixture import MixtureOrder, WeightedInterleaving, integer_shares
 from trainer.data.order import SampleOrder
+from trainer.data.prepared_own import PreparedOwn, open_own
 from trainer.data.prepared_rows import MANIFEST_NAME, TOKENIZER_FOLDER, PreparedRows
 from trainer.data.shards import StreamUnion, TokenStream, check_files, hash_files
 from trainer.files.checked_json import load_checked
@@ -212,7 +213,7 @@ class PreparedStream(PreparedCorpus):
 PreparedTokens = PreparedCorpus | PreparedMixture
 """What is prepared of packed tokens."""
 
-Prepared = PreparedTokens | PreparedRows
+Prepared = PreparedTokens | PreparedRows | PreparedOwn
 """What is prepared of any samples."""
 
 
@@ -260,6 +261,8 @@ def find_prepared(config: DataConfig, fingerprint: str | None = None) -> Prepare
             raise
         return found
     present = open_prepared(folder, config)
+    if config.source == "factory":
+        return present
     if fingerprint is None or (present is not None and present.fingerprint == fingerprint):
         return present
     return _find_by_fingerprint(config, fingerprint) or present
@@ -289,6 +292,8 @@ def open_prepared(folder: Path, config: DataConfig) -> Prepared | None:
     Raises:
         UserError: it is corrupt.
     """
+    if config.source == "factory":
+        return open_own(folder, config)
     # A mixture's folder gets its name when all of its corpora are whole.
     if not (folder if config.mixture else folder / MANIFEST_NAME).exists():
         return None

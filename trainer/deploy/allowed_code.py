@@ -13,12 +13,12 @@ class AllowedCode:
     Attributes:
         task: ``module:Class`` of a task that may be imported.
         trust_remote_code: whether a model's own code may run.
-        factory: ``module:function`` that may be called for a model.
+        factories: ``module:function`` of models and samples that may be called.
     """
 
     task: str | None = None
     trust_remote_code: bool = False
-    factory: str | None = None
+    factories: tuple[str, ...] = ()
 
     def check(self, config: RunConfig, source: object) -> None:
         """Refuse a run whose configuration asks for code that is not allowed.
@@ -37,15 +37,26 @@ class AllowedCode:
                 f"{source} asks for Python code by task.name={config.task.name}{place}{other}; read that code, and "
                 f"give --task {config.task.name} to run it."
             )
-        if config.model.factory is not None and self.factory != config.model.factory:
-            other = "" if self.factory is None else f", not {self.factory}"
+        if config.model.factory is not None and config.model.factory not in self.factories:
             raise UserError(
-                f"{source} asks for Python code by model.factory={config.model.factory}{other}, which training and "
-                f"shardline evaluate --factory {config.model.factory} alone run; "
+                f"{source} asks for Python code by model.factory={config.model.factory}, which training runs, and "
+                f"shardline evaluate with --factory {config.model.factory}; read that code first. "
                 "trainer.checkpoint.reader.CheckpointReader reads its weights."
             )
         if config.model.trust_remote_code and not self.trust_remote_code:
             raise UserError(
                 f"{source} asks for Python code of model.pretrained={config.model.pretrained} by "
                 "model.trust_remote_code=true; read that code, and give --trust-remote-code to run it."
+            )
+
+    def check_samples(self, config: RunConfig, source: object) -> None:
+        """Refuse a run whose samples are made by code that is not allowed; see ``check``.
+
+        Raises:
+            UserError: it is not.
+        """
+        if config.data.factory is not None and config.data.factory not in self.factories:
+            raise UserError(
+                f"{source} asks for Python code by data.factory={config.data.factory}; read that code, and give "
+                f"--factory {config.data.factory} to run it."
             )

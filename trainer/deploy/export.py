@@ -16,6 +16,7 @@ from trainer.checkpoint.reader import CheckpointReader
 from trainer.config import RunConfig, parse_config
 from trainer.data.facts import SampleFacts
 from trainer.data.prepared import Prepared, open_corpus
+from trainer.data.prepared_own import PreparedOwn
 from trainer.data.prepared_rows import recipe_facts
 from trainer.data.rows_manifest import RECIPE_NAME
 from trainer.data.tokenizer import load_tokenizer
@@ -60,7 +61,8 @@ def export_model(
     config = parse_config(reader.manifest.config, source=f"{reader.folder}", has_rules=False)
     allowed.check(config, f"checkpoint {reader.folder}")
     recipe = reader.read_recipe()
-    corpus = _corpus_of(reader, config) if recipe is None and reader.manifest.tokenizer is None else None
+    is_own = config.data.source == "factory"
+    corpus = _corpus_of(reader, config) if recipe is None and (is_own or not reader.manifest.tokenizer) else None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
@@ -74,6 +76,8 @@ def export_model(
             facts = recipe_facts(recipe, work if has_tokenizer else None)
             # Whoever feeds the model must know how rows were normalised, and what its outputs are.
             (work / RECIPE_NAME).write_text(recipe.model_dump_json(indent=1) + "\n")
+        elif isinstance(corpus, PreparedOwn):
+            facts = replace(corpus.facts(), tokenizer_dir=work if corpus.tokenizer_dir is not None else None)
         else:
             tokens = corpus or reader.manifest.tokenizer
             assert tokens is not None, "there is a tokenizer or a corpus"

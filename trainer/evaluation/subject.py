@@ -17,6 +17,7 @@ from trainer.data.evaluation_sets import prepare_sets
 from trainer.data.files import source_of_files
 from trainer.data.prepare import prepare_rows_by, prepare_samples
 from trainer.data.prepared import Prepared, open_corpus
+from trainer.data.prepared_own import PreparedOwn
 from trainer.data.prepared_rows import PreparedRows
 from trainer.data.rows_manifest import RECIPE_NAME, SPLITS, RowRecipe
 from trainer.data.tokenizer import TRAINED
@@ -88,6 +89,7 @@ def find_subject(asked: Asked, num_ranks: int, work: Path) -> Subject:
     reader.verify()
     config = parse_config(reader.manifest.config, source=f"{reader.folder}", has_rules=False)
     asked.allowed.check(config, f"checkpoint {reader.folder}")
+    asked.allowed.check_samples(config, f"checkpoint {reader.folder}")
     if asked.averaged and not reader.has_average:
         raise UserError(
             f"--ema: checkpoint {reader.folder} has no average of the weights; leave out --ema, or train with "
@@ -131,11 +133,16 @@ def _set_of(config: RunConfig, name: str) -> RunConfig | None:
 
 def _check_split(asked: Asked, prepared: Prepared, config: RunConfig) -> None:
     """Assert that there is something to evaluate on."""
-    names = SPLITS if isinstance(prepared, PreparedRows) else ("train", "validation")
+    names = SPLITS if isinstance(prepared, PreparedRows | PreparedOwn) else ("train", "validation")
     if asked.split in names and prepared_samples(prepared, config.data, verify=False).num_samples(asked.split):
         return
     known = ", ".join([*names, *(one.name for one in config.evaluation.sets)])
     setting = {"test": "data.split.test_fraction or data.test_paths", "validation": "data.validation_fraction"}
+    if isinstance(prepared, PreparedOwn) and asked.split in names:
+        raise UserError(
+            f"--split {asked.split}: {asked.run} has no samples in such a split, since data.factory="
+            f"{config.data.factory} makes none; name another one."
+        )
     reason = f"set {setting[asked.split]} for the next run" if asked.split in names else f"there are {known}"
     raise UserError(
         f"--split {asked.split}: {asked.run} has no samples in such a split; {reason}, or name files by --data."
@@ -202,6 +209,8 @@ def _prepare_files(
     asked: Asked, data: DataConfig, recipe: RowRecipe | None, tokenizer_dir: Path | None
 ) -> tuple[Prepared, DataConfig]:
     """Samples of files as the run reads its own, and the section ``data`` that they have."""
+    if data.source == "factory":
+        raise UserError(f"--data: the run's samples are made by data.factory={data.factory}, not read; name a --split.")
     if recipe is None:
         source: Any = source_of_files(asked.files)
     elif data.source == "digits":

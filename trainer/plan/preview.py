@@ -36,9 +36,10 @@ from trainer.data.any_samples import prepared_facts
 from trainer.data.corpus import read_documents
 from trainer.data.epochs import with_counted_epochs
 from trainer.data.facts import SampleFacts
-from trainer.data.identity import errors_of, named_sources
+from trainer.data.identity import corpus_folder, errors_of, named_sources
 from trainer.data.prepare_rows import check_first_row
 from trainer.data.prepared import Prepared, PreparedMixture, PreparedStream, find_prepared
+from trainer.data.prepared_own import PreparedOwn, prepare_own
 from trainer.data.prepared_rows import PreparedRows
 from trainer.data.tokenizer import MASK_ID, PADDING_ID, TRAINED, load_tokenizer, vocabulary_size
 from trainer.model.document_mask import check_architecture
@@ -79,7 +80,11 @@ def preview(config: RunConfig, world: World) -> list[str]:
     """
     validate(config, world)
     run_folder = RunFolder.of(config)
-    corpus = find_prepared(config.data, trained_fingerprint(config, run_folder))
+    if config.data.source == "factory":
+        # Whoever asks has named the function to have it run.
+        corpus: Prepared | None = prepare_own(config.data, corpus_folder(config.data))
+    else:
+        corpus = find_prepared(config.data, trained_fingerprint(config, run_folder))
     if config.checkpoint.from_ is None and run_folder.newest_checkpoint() is None:
         check_named_tokenizer(config, None if corpus is None else corpus.tokenizer_dir)
     if corpus is None and config.data.has_rows:
@@ -213,8 +218,9 @@ def _describe_corpus(config: RunConfig, corpus: Prepared | None) -> str:
         return "not prepared yet: how many epochs there are is known once it is"
     if isinstance(corpus, PreparedStream):
         return "a stream: how many epochs there are is not known"
-    if isinstance(corpus, PreparedRows):
-        num_rows = corpus.manifest.splits["train"].num_rows
+    if isinstance(corpus, PreparedRows | PreparedOwn):
+        is_own = isinstance(corpus, PreparedOwn)
+        num_rows = corpus.num_samples("train") if is_own else corpus.manifest.splits["train"].num_rows
         return f"{num_rows:,} rows; the run reads {config.num_steps * config.batch.global_size / num_rows:,.3g} epochs"
     sources = corpus.corpora if isinstance(corpus, PreparedMixture) else [corpus]
     length = config.data.sequence_length

@@ -6,8 +6,7 @@ from pathlib import Path
 from sharding.ranks.errors import UserError
 from trainer.checkpoint.trained_corpus import trained_fingerprint
 from trainer.config import load_frozen_config
-from trainer.data.prepared import PreparedCorpus, find_prepared
-from trainer.data.prepared_rows import PreparedRows
+from trainer.data.prepared import PreparedCorpus, PreparedTokens, find_prepared
 from trainer.run_folder.folder import RunFolder
 
 _MAX_CHARACTERS = 4000
@@ -48,7 +47,7 @@ def _document(run_dir: Path) -> Excerpt | None:
     try:
         config = load_frozen_config(run_dir / "config.yaml")
         prepared = find_prepared(config.data, trained_fingerprint(config, RunFolder(run_dir)))
-        if prepared is None or isinstance(prepared, PreparedRows):
+        if not isinstance(prepared, PreparedTokens):
             return None
         corpus = prepared.corpora[0]
         split = next(name for name in ("validation", "train") if corpus.manifest.splits[name].num_documents)
