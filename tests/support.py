@@ -196,6 +196,18 @@ def trained(finished: subprocess.CompletedProcess[str]) -> None:
     assert finished.returncode == 0, finished.stdout + finished.stderr
 
 
+def refused(finished: subprocess.CompletedProcess[str], *words: str) -> str:
+    """Assert one sentence on standard error that has all the words, and exit status 2; returns the sentence."""
+    assert finished.returncode == 2, finished.stdout + finished.stderr
+    lines = finished.stderr.strip().splitlines()
+    assert len(lines) == 1, finished.stderr
+    assert lines[0].startswith("error: ")
+    assert "Traceback" not in finished.stdout
+    for word in words:
+        assert word in lines[0], lines[0]
+    return lines[0]
+
+
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl that are whole."""
     path = run_dir / "metrics.jsonl"

@@ -3,6 +3,7 @@
 import ast
 import functools
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ import typer
 
 from launcher.commands import app
 from tests.support import ROOT
-from trainer.config import RunConfig
+from trainer.config import RunConfig, load_config
 from trainer.config.reference import sections
+from trainer.config.rules import World, validate
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 KEYS = {key: {field.alias or name for name, field in model.model_fields.items()} for key, model in sections(RunConfig)}
@@ -96,6 +98,22 @@ def test_promises_say_which_tests_are_slow() -> None:
         if any(_tests_of(ROOT / file).get(test, False) for file, test in tests) != ("(s)" in promise):
             wrong.append(promise)
     assert wrong == []
+
+
+def test_each_part_has_settings_a_command_and_a_test() -> None:
+    page = (ROOT / "docs" / "tasks.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| ") and not line.startswith(("| part ", "| --- "))]
+    assert len(rows) >= 40
+    for row in rows:
+        _, configuration, command, held_by = row.strip("| ").split(" | ")
+        assert "`" in configuration or "](" in configuration, row
+        assert re.search(r"`tests/", held_by), row
+        words = shlex.split(command.strip("`"))
+        assert words.pop(0) == "shardline", row
+        ranks = int(words[words.index("--nproc-per-node") + 1]) if "--nproc-per-node" in words else 2
+        for file in (word for word in words if word.startswith("configs/")):
+            config = load_config(ROOT / file, [word for word in words if "=" in word])
+            validate(config, World(ranks, has_gpu="gpt2" in file))
 
 
 def test_the_first_page_leads_to_all_others() -> None:

@@ -16,6 +16,7 @@ from tests.support import (
     ROOT,
     command_environment,
     read_metrics,
+    refused,
     shardline,
     start_shardline,
     tiny_values,
@@ -30,18 +31,6 @@ from trainer.run_folder.events import read_events
 from trainer.run_folder.folder import RunFolder
 
 MakeConfig = Callable[..., Path]
-
-
-def _refused(finished: subprocess.CompletedProcess[str], *words: str) -> str:
-    """Assert one sentence on standard error that has all the words, and exit status 2; returns the sentence."""
-    assert finished.returncode == 2, finished.stdout + finished.stderr
-    lines = finished.stderr.strip().splitlines()
-    assert len(lines) == 1, finished.stderr
-    assert lines[0].startswith("error: ")
-    assert "Traceback" not in finished.stdout
-    for word in words:
-        assert word in lines[0], lines[0]
-    return lines[0]
 
 
 def _contents(folder: Path) -> dict[Path, bytes]:
@@ -61,12 +50,12 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory, shared_corpus: tuple[P
 
 
 def test_no_such_file() -> None:
-    _refused(shardline("run", "nowhere.yaml"), "nowhere.yaml", "No such file")
+    refused(shardline("run", "nowhere.yaml"), "nowhere.yaml", "No such file")
 
 
 def test_text_that_is_not_yaml(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text("steps: [1, 2\nname: x\n")
-    _refused(shardline("run", tmp_path / "x.yaml"), "x.yaml line", "not valid YAML")
+    refused(shardline("run", tmp_path / "x.yaml"), "x.yaml line", "not valid YAML")
 
 
 @pytest.mark.parametrize(
@@ -102,7 +91,7 @@ def test_text_that_is_not_yaml(tmp_path: Path) -> None:
 )
 def test_settings(make_config: MakeConfig, overrides: list[str], words: list[str]) -> None:
     config = make_config()
-    _refused(shardline("run", config, *overrides, "--nproc-per-node", 2), *words)
+    refused(shardline("run", config, *overrides, "--nproc-per-node", 2), *words)
     # Nothing has been trained, so the mended configuration may start over in the same folder.
     check_continuation(RunFolder(config.parent / "runs" / "tiny"), load_config(config, ["seed=99"]))
 
@@ -118,11 +107,11 @@ def test_settings(make_config: MakeConfig, overrides: list[str], words: list[str
 )
 def test_new_interpreters_say_the_same(make_config: MakeConfig, overrides: list[str], word: str) -> None:
     """The others are copies of one, see tests.zygote; these are found by the launcher, its child, and the ranks."""
-    _refused(shardline("run", make_config(), *overrides, "--nproc-per-node", 2, is_real=True), word)
+    refused(shardline("run", make_config(), *overrides, "--nproc-per-node", 2, is_real=True), word)
 
 
 def test_an_unknown_launcher(make_config: MakeConfig) -> None:
-    _refused(shardline("run", make_config(), "--launcher", "mpirun"), "--launcher mpirun is not known; choose one of")
+    refused(shardline("run", make_config(), "--launcher", "mpirun"), "--launcher mpirun is not known; choose one of")
 
 
 @pytest.mark.parametrize("package", ["deepspeed", "accelerate"])
@@ -137,19 +126,19 @@ def test_a_launcher_whose_package_is_missing(make_config: MakeConfig, package: s
         env=command_environment(),
         check=False,
     )
-    _refused(finished, f"--launcher {package} needs the package {package}, which is not installed", "pip install")
+    refused(finished, f"--launcher {package} needs the package {package}, which is not installed", "pip install")
 
 
 def test_an_empty_corpus(make_config: MakeConfig, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text(" \n")
     config = make_config(data={"paths": [str(tmp_path / "empty.txt")]})
-    _refused(shardline("run", config), "the corpus is empty")
+    refused(shardline("run", config), "the corpus is empty")
 
 
 def test_a_corpus_shorter_than_a_sequence(make_config: MakeConfig, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("short\n")
     config = make_config(data={"paths": [str(tmp_path / "short.txt")], "sequence_length": 48})
-    _refused(shardline("run", config), "data.sequence_length=48")
+    refused(shardline("run", config), "data.sequence_length=48")
 
 
 def test_a_truncated_shard(make_config: MakeConfig, tmp_path: Path, values: dict[str, Any]) -> None:
@@ -160,7 +149,7 @@ def test_a_truncated_shard(make_config: MakeConfig, tmp_path: Path, values: dict
     shard = corpus.folder / "train-00000.bin"
     size = shard.stat().st_size
     shard.write_bytes(shard.read_bytes()[:-10])
-    _refused(shardline("run", config), "train-00000.bin", str(size - 10), str(size), "delete the folder")
+    refused(shardline("run", config), "train-00000.bin", str(size - 10), str(size), "delete the folder")
 
 
 def test_a_port_in_use(make_config: MakeConfig) -> None:
@@ -168,12 +157,12 @@ def test_a_port_in_use(make_config: MakeConfig) -> None:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         port = listener.getsockname()[1]
-        _refused(shardline("run", make_config(launch={"master_port": port})), f"launch.master_port={port}")
+        refused(shardline("run", make_config(launch={"master_port": port})), f"launch.master_port={port}")
 
 
 def test_a_run_folder_of_another_configuration(trained_run: Path) -> None:
     before = _contents(trained_run.parent / "runs")
-    sentence = _refused(
+    sentence = refused(
         shardline("run", trained_run, "optimizer.lr=0.5", "seed=8", "steps=4", "--nproc-per-node", 2),
         "optimizer.lr",
         "seed",
@@ -185,24 +174,24 @@ def test_a_run_folder_of_another_configuration(trained_run: Path) -> None:
 
 def test_fewer_steps_than_were_done(trained_run: Path) -> None:
     before = _contents(trained_run.parent / "runs")
-    _refused(shardline("run", trained_run, "steps=1", "--nproc-per-node", 2), "steps=1", "2 steps")
+    refused(shardline("run", trained_run, "steps=1", "--nproc-per-node", 2), "steps=1", "2 steps")
     assert _contents(trained_run.parent / "runs") == before
 
 
 def test_a_folder_that_must_not_be_continued(trained_run: Path) -> None:
     arguments = ("steps=4", "checkpoint.resume=never", "--nproc-per-node", 2)
-    _refused(shardline("run", trained_run, *arguments), "checkpoint.resume=never", "step 2")
+    refused(shardline("run", trained_run, *arguments), "checkpoint.resume=never", "step 2")
 
 
 def test_a_checkpoint_of_another_model(trained_run: Path, make_config: MakeConfig) -> None:
     source = trained_run.parent / "runs" / "tiny"
     config = make_config("other", checkpoint={"from": str(source)})
-    _refused(
+    refused(
         shardline("run", config, "model.config.intermediate_size=54", "--nproc-per-node", 2),
         "another model",
         "[53, 30]",
     )
-    _refused(shardline("run", config, "optimizer.name=sgd", "--nproc-per-node", 2), "another model or optimizer")
+    refused(shardline("run", config, "optimizer.name=sgd", "--nproc-per-node", 2), "another model or optimizer")
 
 
 def test_a_corrupt_checkpoint(trained_run: Path, tmp_path: Path) -> None:
@@ -213,12 +202,12 @@ def test_a_corrupt_checkpoint(trained_run: Path, tmp_path: Path) -> None:
     file = copy / "checkpoints" / "step-00000002" / "rank-00001.safetensors"
     contents = file.read_bytes()
     file.write_bytes(contents[:-100])
-    _refused(shardline(*arguments), "rank-00001.safetensors", str(len(contents) - 100), "begin at step 0")
+    refused(shardline(*arguments), "rank-00001.safetensors", str(len(contents) - 100), "begin at step 0")
     # The ranks moved it away, and nobody begins at step 0 in its place.
     moved = copy / "checkpoints" / "damaged" / "step-00000002"
     assert not file.exists()
     assert [event["kind"] for event in read_events(copy)] == ["checkpoint_damaged"]
-    _refused(shardline(*arguments), "only corrupt ones", str(len(contents) - 100))
+    refused(shardline(*arguments), "only corrupt ones", str(len(contents) - 100))
     assert len(read_metrics(copy)) == 2
     moved.rename(file.parent)
     file.write_bytes(contents)
@@ -249,7 +238,7 @@ def _fill(folder: Path, leave_bytes: int) -> Path:
 
 def test_no_space_before_the_start(make_config: MakeConfig, small_disk: Path) -> None:
     _fill(small_disk, 4 << 20)
-    _refused(shardline("run", make_config(), f"output_dir={small_disk}"), str(small_disk), "bytes free")
+    refused(shardline("run", make_config(), f"output_dir={small_disk}"), str(small_disk), "bytes free")
 
 
 @pytest.mark.slow

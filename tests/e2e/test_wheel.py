@@ -1,6 +1,8 @@
 """The wheel that users install: built, installed into an environment of its own, and trained with elsewhere."""
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,8 +23,10 @@ def _run(*command: object, cwd: Path, **extra: str) -> str:
     return finished.stdout
 
 
-@pytest.mark.timeout(600)
-def test_the_wheel_trains_outside_of_the_repository(tmp_path: Path, shared_corpus: tuple[Path, Path]) -> None:
+@pytest.fixture(scope="module")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of an environment in which the wheel is installed, and no checkout."""
+    tmp_path = tmp_path_factory.mktemp("wheel")
     # From a copy, for setuptools builds in the folder itself.
     source = tmp_path / "source"
     for name in ("benchmarks", "configs", "launcher", "sharding", "slurm", "tests", "trainer"):
@@ -43,15 +47,37 @@ def test_the_wheel_trains_outside_of_the_repository(tmp_path: Path, shared_corpu
     # links to other folders, such as the one to this checkout.
     installed = [folder for folder in sys.path if folder.endswith(("site-packages", "dist-packages"))]
     (site / "needs.pth").write_text(f"import sys; sys.path.extend({installed!r})\n")
-    python = fresh / "bin" / "python"
-
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
     where = "import launcher, trainer, sharding; print(launcher.__file__, trainer.__file__, sharding.__file__)"
-    assert all(str(site) in path for path in _run(python, "-c", where, cwd=elsewhere).split())
+    assert all(str(site) in path for path in _run(fresh / "bin" / "python", "-c", where, cwd=tmp_path).split())
+    return fresh / "bin" / "python"
+
+
+_COMMAND = "from launcher.cli import main; main()"
+
+
+@pytest.mark.timeout(600)
+def test_the_wheel_trains_outside_of_the_repository(
+    python: Path, tmp_path: Path, shared_corpus: tuple[Path, Path]
+) -> None:
     corpus, cache = shared_corpus
-    config = write_config(elsewhere / "run.yaml", tiny_values(elsewhere / "runs", cache, corpus))
-    run = "from launcher.cli import main; main()"
-    printed = _run(python, "-c", run, "run", config, "steps=3", cwd=elsewhere)
+    config = write_config(tmp_path / "run.yaml", tiny_values(tmp_path / "runs", cache, corpus))
+    printed = _run(python, "-c", _COMMAND, "run", config, "steps=3", cwd=tmp_path)
     assert "all steps done" in printed or "finished" in printed, printed
-    assert [line["step"] for line in read_metrics(elsewhere / "runs" / "tiny")] == [1, 2, 3]
+    assert [line["step"] for line in read_metrics(tmp_path / "runs" / "tiny")] == [1, 2, 3]
+
+
+@pytest.mark.timeout(600)
+def test_the_example_of_an_own_task_runs_as_it_is_written(python: Path, tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "own-task.md").read_text()
+    code, configuration, commands = re.findall(r"```(?:python|yaml|)\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "chords.py").write_text(code)
+    (tmp_path / "chords.yaml").write_text(configuration)
+    run, evaluate = (line.split()[1:] for line in commands.splitlines())
+    _run(python, "-c", _COMMAND, *run, "tracking.wandb.mode=disabled", f"data.cache_dir={tmp_path}", cwd=tmp_path)
+    logged = read_metrics(tmp_path / "runs" / "chords")
+    assert logged[-1]["train/loss"] < 0.5 * logged[0]["train/loss"]
+    printed = json.loads(_run(python, "-c", _COMMAND, *evaluate, "--json", cwd=tmp_path))
+    assert printed["samples"] == 200
+    assert printed["metrics"]["accuracy"] > 0.9
+    # Half an hour's reading is 40 lines, of code that says something.
+    assert len([line for line in code.splitlines() if line and not line.startswith(("import", "from"))]) <= 45

@@ -40,3 +40,15 @@ def test_without_momentum_nothing_is_kept() -> None:
     _step(parameter, optimizer, 1.0)
     assert torch.equal(parameter, torch.full((3,), 0.5))
     assert not any(value is not None for value in optimizer.state[parameter].values())
+
+
+def test_a_running_mean_of_gradients_is_momentum_at_another_rate() -> None:
+    """v = b v + (1 - b) g at rate eta, as textbooks have it, is momentum b at rate (1 - b) eta."""
+    parameter = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    optimizer = MomentumSGD([parameter], lr=0.1 * (1 - 0.9), momentum=0.9, fused=True)
+    mean, expected = torch.zeros(2), parameter.detach().clone()
+    for gradient in (0.5, -0.25, 2.0, 0.125):
+        mean = 0.9 * mean + (1 - 0.9) * gradient
+        expected -= 0.1 * mean
+        _step(parameter, optimizer, gradient)
+    assert torch.allclose(parameter, expected, rtol=1e-6)
