@@ -9,6 +9,7 @@ from pathlib import Path
 from launcher.slurm.own_modules import copy_modules
 from sharding.ranks.errors import UserError
 from trainer.config import RunConfig, config_to_yaml
+from trainer.config.schema import OWN_MODULES
 from trainer.run_folder.provenance import FROZEN_REVISION_NAME, code_revision
 
 _ROOT = Path(__file__).resolve().parent.parent.parent
@@ -38,7 +39,7 @@ def submissions(run_dir: Path) -> list[Path]:
 
 
 def freeze(folder: Path, config: RunConfig, scripts: Path | None = None) -> None:
-    """Write configuration, code, the module of a task of one's own, and the code's revision.
+    """Write configuration, code, modules of the user's own, and the code's revision.
 
     Args:
         folder: the submission's.
@@ -46,23 +47,25 @@ def freeze(folder: Path, config: RunConfig, scripts: Path | None = None) -> None
         scripts: folder of the user's own batch scripts, which go before ours.
 
     Raises:
-        UserError: the task's module is not there.
+        UserError: a module is not there.
     """
     code = folder / "code"
-    module, colon, _ = config.task.name.partition(":")
     for source in _sources():
         target = code / source.relative_to(_ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(source, target)
     for script in [] if scripts is None else [*scripts.glob("*.sbatch"), *scripts.glob("*.sh")]:
         shutil.copy2(script, code / "slurm")
-    top = module.partition(".")[0]
-    if colon:
-        copy_modules(module, code, config.task.folder)
-    if colon and ((code / top).exists() or (code / f"{top}.py").exists()):
-        # The job takes its task from the copy, whatever becomes of the original; what is installed is not copied.
-        task = config.task.model_copy(update={"folder": str(code.absolute())})
-        config = config.model_copy(update={"task": task})
+    for key, name in OWN_MODULES:
+        section = getattr(config, key)
+        module, colon, _ = (getattr(section, name) or "").partition(":")
+        if not colon:
+            continue
+        copy_modules(module, code, section.folder, f"{key}.{name}")
+        top = module.partition(".")[0]
+        if (code / top).exists() or (code / f"{top}.py").exists():
+            # The job takes it from the copy, whatever becomes of the original; what is installed is not copied.
+            config = config.model_copy(update={key: section.model_copy(update={"folder": str(code.absolute())})})
     (folder / "config.yaml").write_text(config_to_yaml(config))
     # The copy has no history of its own.
     (code / FROZEN_REVISION_NAME).write_text(json.dumps(code_revision(), indent=2) + "\n")

@@ -17,7 +17,7 @@ _INSTALLED = {"site-packages", "dist-packages"}
 _LARGEST_BYTES = 2**20
 
 
-def copy_modules(name: str, folder: Path, home: str | None) -> None:
+def copy_modules(name: str, folder: Path, home: str | None, setting: str) -> None:
     """Copy a module, or the package that it is part of, and those beside it that it imports.
 
     What is installed stays where it is: a job finds it there, and an installation does not change under edits.
@@ -25,7 +25,8 @@ def copy_modules(name: str, folder: Path, home: str | None) -> None:
     Args:
         name: the module, such as ``my.tasks``.
         folder: where they go, beside Shardline's own packages.
-        home: ``task.folder``, where modules are that are not on PYTHONPATH.
+        home: the section's ``folder``, where modules are that are not on PYTHONPATH.
+        setting: which names the module.
 
     Raises:
         UserError: there is no such module.
@@ -43,8 +44,8 @@ def copy_modules(name: str, folder: Path, home: str | None) -> None:
             with contextlib.suppress(ImportError, ValueError):
                 spec = importlib.util.find_spec(top)
         if spec is None and top == name.partition(".")[0]:
-            place = f"in task.folder={home} or " if home is not None else ""
-            raise UserError(f"task.name={name}:...: there is no module {top} {place}on PYTHONPATH.")
+            place = f"in {setting.partition('.')[0]}.folder={home} or " if home is not None else ""
+            raise UserError(f"{setting}={name}:...: there is no module {top} {place}on PYTHONPATH.")
         for source in _sources(spec):
             target = folder / source.relative_to(_home(spec) or source.parent)
             target.parent.mkdir(parents=True, exist_ok=True)

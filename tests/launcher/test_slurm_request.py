@@ -19,6 +19,7 @@ from launcher.slurm.request import Request, split_arguments, with_further
 from launcher.slurm.status import show_status
 from launcher.slurm.submit import resubmit
 from sharding.ranks.errors import UserError
+from tests.support import write_config
 from trainer.config import load_config
 
 _NO_SCRIPT = Path("no-script")
@@ -269,6 +270,19 @@ print(build_task(task.name, folder=task.folder).where)
     assert printed.stdout == "frozen\n", printed.stderr
     with pytest.raises(UserError, match=r"^task.name=nowhere:...: there is no module nowhere on "):
         freeze(new_submission(config.run_dir), load_config(config_file, ["task.name=nowhere:Task"]))
+
+
+def test_a_submission_takes_models_and_samples_of_ones_own_along(tmp_path: Path) -> None:
+    (tmp_path / "my_model.py").write_text("def make(*, facts, num_outputs): ...\n")
+    (tmp_path / "my_samples.py").write_text("import my_model\n")
+    model, data = {"factory": "my_model:make"}, {"source": "factory", "factory": "my_samples:make"}
+    values = {"name": "own", "steps": 1, "task": {"name": "classification"}, "model": model, "data": data}
+    config = load_config(write_config(tmp_path / "own.yaml", values | {"output_dir": str(tmp_path / "runs")}))
+    folder = new_submission(config.run_dir)
+    freeze(folder, config)
+    frozen = load_config(folder / "config.yaml")
+    assert frozen.model.folder == frozen.data.folder == str(folder / "code")
+    assert {"my_model.py", "my_samples.py"} <= {path.name for path in (folder / "code").iterdir()}
 
 
 def test_a_waiting_jobs_reason_is_told_with_its_meaning(

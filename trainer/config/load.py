@@ -13,7 +13,7 @@ from trainer.config.earlier_spellings import forget_replaced, note_earlier_spell
 from trainer.config.expansion import escape_settings, expand_argument, expand_settings
 from trainer.config.rows_rules import with_kind_of_samples
 from trainer.config.rules import validate
-from trainer.config.schema import RunConfig
+from trainer.config.schema import OWN_MODULES, RunConfig
 from trainer.config.secrets import refuse_secrets
 from trainer.config.setting_hints import list_hint, setting_hint, value_hint
 from trainer.config.yaml_files import YamlError, dump_yaml, parse_yaml, read_yaml_mapping
@@ -104,7 +104,7 @@ def config_to_yaml(config: RunConfig) -> str:
 
 def _find_modules(values: dict[str, Any], path: Path) -> None:
     """Write down where modules of the user's own lie, for whoever reads a copy of the configuration."""
-    for key, name in (("task", "name"), ("model", "factory"), ("data", "factory")):
+    for key, name in OWN_MODULES:
         section = values.get(key)
         # A copy says so itself, also where it has none.
         if not isinstance(section, dict) or "folder" in section:

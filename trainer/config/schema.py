@@ -17,6 +17,9 @@ from trainer.config.schedule import ScheduleConfig
 from trainer.config.sections import BatchConfig, EvaluationConfig, LaunchConfig, MetricsConfig, ModelConfig, TaskConfig
 from trainer.config.tracking import TrackingConfig
 
+OWN_MODULES = (("task", "name"), ("model", "factory"), ("data", "factory"))
+"""Sections and settings in them that may name a module of the user's own, which lies in the section's ``folder``."""
+
 
 class RunConfig(StrictModel):
     """Everything that describes a run."""

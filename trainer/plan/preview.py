@@ -219,8 +219,10 @@ def _describe_corpus(config: RunConfig, corpus: Prepared | None) -> str:
     if isinstance(corpus, PreparedStream):
         return "a stream: how many epochs there are is not known"
     if isinstance(corpus, PreparedRows | PreparedOwn):
-        is_own = isinstance(corpus, PreparedOwn)
-        num_rows = corpus.num_samples("train") if is_own else corpus.manifest.splits["train"].num_rows
+        if isinstance(corpus, PreparedOwn):
+            num_rows = corpus.num_samples("train")
+        else:
+            num_rows = corpus.manifest.splits["train"].num_rows
         return f"{num_rows:,} rows; the run reads {config.num_steps * config.batch.global_size / num_rows:,.3g} epochs"
     sources = corpus.corpora if isinstance(corpus, PreparedMixture) else [corpus]
     length = config.data.sequence_length
