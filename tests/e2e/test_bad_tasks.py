@@ -95,7 +95,7 @@ def test_an_image_that_cannot_be_read(tmp_path: Path) -> None:
         ),
         (
             {"task": {"name": "causal-lm"}, "model": {"architecture": "bert", "config": _BERT}},
-            ["model.architecture=bert", "causal-lm"],
+            ["bert", "sees the tokens that it is to predict"],
         ),
     ],
     ids=["monitor", "head", "encoder"],

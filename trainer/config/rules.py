@@ -106,7 +106,7 @@ def _validate_model_and_data(config: "RunConfig") -> None:
 
 def _validate_masks(config: "RunConfig") -> None:
     is_masked = config.task.name == "masked-lm"
-    if is_masked and not config.data.mask_token:
+    if is_masked and config.data.has_tokens and not config.data.mask_token:
         raise UserError("task.name=masked-lm hides tokens behind a mask token, but data.mask_token=false; remove it.")
     if is_masked and config.data.document_mask:
         raise UserError(
