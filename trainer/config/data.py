@@ -139,8 +139,10 @@ class DataConfig(RowSettings, SourceConfig):
     """Have a token that hides others: a trained BPE gets `[MASK]` and, to fill up rows, `[PAD]`; any other tokenizer
     must have one. If not set, true under task `masked-lm`."""
 
-    sequence_length: Annotated[int, _TOKENS] = Field(default=256, ge=1)
-    """Tokens in one training sample; of a row that is a text, the most."""
+    sequence_length: Annotated[
+        int, OnlyWith(source=(*TEXT_SOURCES, "factory"), because="there are no tokens elsewhere")
+    ] = Field(default=256, ge=1)
+    """Tokens in one training sample; of a row that is a text, the most; of a factory's samples what their facts say."""
 
     shuffle: bool = True
     """Visit samples in a keyed random order, new in each epoch; false is corpus order."""
@@ -208,7 +210,7 @@ def validate_data(data: DataConfig) -> None:
             )
 
 
-_OF_A_FACTORY = {"source", "factory", "arguments", "folder", "shuffle", "skip_samples", "cache_dir"}
+_OF_A_FACTORY = {"source", "factory", "arguments", "folder", "sequence_length", "shuffle", "skip_samples", "cache_dir"}
 
 
 def _validate_factory(data: DataConfig) -> None:

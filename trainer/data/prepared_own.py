@@ -93,7 +93,22 @@ class PreparedOwn:
         return self._samples
 
     def check_sequence_length(self, sequence_length: int) -> None:
-        """The samples say themselves how long they are."""
+        """Assert that the run is told the length that the samples have, for the model's is counted by it.
+
+        Raises:
+            UserError: it is told another one.
+        """
+        length = self._record.facts.sequence_length
+        if length is None and sequence_length != DataConfig().sequence_length:
+            raise UserError(
+                f"data.sequence_length={sequence_length} has no effect, since the facts of data.factory="
+                f"{self._config.factory} have no sequence_length; remove it."
+            )
+        if length not in (None, sequence_length):
+            raise UserError(
+                f"data.sequence_length={sequence_length}, but the facts of data.factory={self._config.factory} say "
+                f"that samples have {length} tokens at most; set it to that."
+            )
 
     def order(self, seed: int, data: DataConfig) -> SampleOrder:
         """The order in which training visits the samples."""

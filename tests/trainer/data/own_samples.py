@@ -13,10 +13,12 @@ _STARTS = {"train": 0, "validation": 10**6, "test": 2 * 10**6}
 class Points:
     """Points in the plane, of the class of the quarter they are in."""
 
-    def __init__(self, one_hot: bool = False, version: int = 1, num_validation: int = 11) -> None:
+    def __init__(
+        self, one_hot: bool = False, version: int = 1, num_validation: int = 11, length: int | None = None
+    ) -> None:
         self.fingerprint = f"points {version}"
         classes = ("one", "two", "three", "four")
-        self.facts = SampleFacts(num_features=2, classes=classes, class_counts=(24,) * 4)
+        self.facts = SampleFacts(num_features=2, classes=classes, class_counts=(24,) * 4, sequence_length=length)
         self._one_hot = one_hot
         self._sizes = {"train": 97, "validation": num_validation, "test": 13}
 

@@ -153,6 +153,21 @@ def test_what_does_not_go_with_samples_of_ones_own(tmp_path: Path) -> None:
             task={"name": "causal-lm"}, model={"architecture": "llama"})  # fmt: skip
 
 
+def test_a_run_is_told_the_length_that_samples_have(tmp_path: Path) -> None:
+    def check(told: int, **arguments: Any) -> None:
+        values = _values(tmp_path, "long", **arguments)
+        values["data"]["sequence_length"] = told
+        data = parse_config(values, "test").data
+        prepare_samples(data).check_sequence_length(data.sequence_length)
+
+    check(9, length=9)
+    check(256)
+    with pytest.raises(UserError, match=r"data.sequence_length=8, but the facts of \S+ say that samples have 9 tokens"):
+        check(8, length=9)
+    with pytest.raises(UserError, match=r"data.sequence_length=8 has no effect, since the facts of"):
+        check(8)
+
+
 def test_samples_that_are_others_at_the_next_call_are_refused(tmp_path: Path) -> None:
     config = parse_config(_values(tmp_path, "moody", "tests.trainer.data.test_own_samples:moody"), "test")
     prepared = prepare_samples(config.data)
