@@ -147,7 +147,7 @@ def build_trainer(
             dp_rank=mesh.data.rank,
             dp_degree=mesh.data.degree,
             max_samples=config.evaluation.max_sequences,
-            spread=bool(config.data.mixture),
+            spread=bool(config.data.mixture) or config.data.has_rows,
         ),
         evaluation_sets=set_batches(config, corpus, sets, mesh.data),
         checkpointer=Checkpointer(

@@ -141,7 +141,8 @@ class EvaluationConfig(StrictModel):
     """Evaluate after every this many steps; 0 means only at the end of the run."""
 
     max_sequences: int = Field(default=0, ge=0)
-    """Evaluate on only the first this many samples, of each set; 0 means all of them."""
+    """Evaluate on only this many samples, of each set: the first, of a mixture or of rows at equal distances; 0 means
+    all of them."""
 
     sets: Annotated[
         tuple[EvaluationSet, ...],

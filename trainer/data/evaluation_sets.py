@@ -73,6 +73,7 @@ def set_batches(
             dp_rank=role.rank,
             dp_degree=role.degree,
             max_samples=config.evaluation.max_sequences,
+            spread=config.data.has_rows,
         )
         for name, (samples, split) in found.items()
         if samples.num_samples(split)

@@ -128,7 +128,8 @@ def evaluation_batches(
         dp_rank: this rank among those that read different data.
         dp_degree: number of those ranks.
         max_samples: read only so many; 0 means all.
-        spread: take these at equal distances, and not the first, which of a mixture would all be of its first source.
+        spread: take these at equal distances, and not the first, which of a mixture would all be of its first source,
+            and of rows perhaps of one class.
     """
     available = samples.num_samples(split)
     total = min(available, max_samples or available)
