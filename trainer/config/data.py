@@ -125,7 +125,9 @@ class DataConfig(RowSettings, SourceConfig):
     normalize: Annotated[Literal["none", "NFC", "NFKC"], OnlyWith(source=TEXT_SOURCES[:-1])] = "NFC"
     """Unicode normal form applied to each document; line ends become `\\n` unless `none`."""
 
-    validation_fraction: Annotated[float, OnlyWith(validation_paths=UNSET)] = Field(default=0.02, ge=0.0, lt=1.0)
+    validation_fraction: Annotated[float, OnlyWith(validation_paths=UNSET, hub_validation_split=UNSET)] = Field(
+        default=0.02, ge=0.0, lt=1.0
+    )
     """Share of documents or rows, chosen by a hash of their contents, that is held out for evaluation."""
 
     tokenizer: Annotated[str, _TOKENS] = "train-bpe"

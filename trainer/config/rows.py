@@ -25,6 +25,7 @@ _ROWS = OnlyWith(format="rows")
 _TABLE = OnlyWith(format="rows", source="table")
 _IMAGES = OnlyWith(format="rows", source="images")
 _TEXTS = OnlyWith(format="rows", source=("python-stdlib", "text", "jsonl", "parquet", "csv", "hub"))
+_HUB = OnlyWith(format="rows", source="hub")
 _FILES = OnlyWith(format="rows", source=("text", "jsonl", "parquet", "csv", "table", "images", "audio"))
 
 # One may stand without a list.
@@ -38,9 +39,9 @@ Several = Annotated[
 class SplitConfig(StrictModel):
     """How rows are divided; the share of the validation split is `data.validation_fraction`."""
 
-    test_fraction: Annotated[float, OnlyWith({"data.format": "rows", "data.test_paths": UNSET})] = Field(
-        default=0.0, ge=0.0, lt=1.0
-    )
+    test_fraction: Annotated[
+        float, OnlyWith({"data.format": "rows", "data.test_paths": UNSET, "data.hub_test_split": UNSET})
+    ] = Field(default=0.0, ge=0.0, lt=1.0)
     """Share of the rows, chosen by a hash of their contents, that is held out for the end; training never reads it."""
 
     stratify: Annotated[
@@ -103,6 +104,12 @@ class RowSettings(StrictModel):
 
     test_paths: Annotated[Several, _FILES] = ()
     """Files of the test split, in place of a share of `data.paths`."""
+
+    hub_validation_split: Annotated[str | None, _HUB] = None
+    """Split of the hub data set that is the validation split, in place of a share of `hub_split`."""
+
+    hub_test_split: Annotated[str | None, _HUB] = None
+    """Split of the hub data set that is the test split, in place of a share of `hub_split`."""
 
     bucket_by_length: Annotated[bool, _TEXTS] = False
     """Put texts of like length into one micro-batch; the rows of a step stay the same."""

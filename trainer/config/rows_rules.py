@@ -24,6 +24,11 @@ def with_kind_of_samples(data: DataConfig, task_name: str) -> DataConfig:
     return data.model_copy(update=changes) if changes else data
 
 
+def held_out_fraction(data: DataConfig) -> float:
+    """Share of the rows that becomes the validation split; 0 where that is named."""
+    return 0.0 if data.validation_paths or data.hub_validation_split else data.validation_fraction
+
+
 def validate_rows(data: DataConfig, task_name: str) -> None:
     """Every rule about the kind of samples.
 
@@ -88,7 +93,7 @@ def _validate_source(data: DataConfig) -> None:
             raise UserError(
                 f"data.features, data.categories and data.label: the column {column} is named twice; name it once."
             )
-    fraction = 0.0 if data.validation_paths else data.validation_fraction
+    fraction = held_out_fraction(data)
     if fraction + data.split.test_fraction >= 1:
         raise UserError(
             f"data.validation_fraction={fraction:g} + data.split.test_fraction={data.split.test_fraction:g} leaves "

@@ -75,7 +75,8 @@ def prepare_by_recipe(
     if isinstance(kind, TextRows):
         assert tokenizer_dir is not None, "a recipe of texts has one"
         kind.use(load_tokenizer(str(tokenizer_dir)))
-    whole = config.model_copy(update={"validation_paths": (), "test_paths": (), "split": SplitConfig()})
+    others = {"validation_paths": (), "test_paths": (), "hub_validation_split": None, "hub_test_split": None}
+    whole = config.model_copy(update={**others, "split": SplitConfig()})
     with RowSpool(folder) as spool:
         num_rows = _read_rows(whole, kind, spool, stages)
         spool.put_all_into("test")
@@ -110,8 +111,8 @@ def _read_rows(config: DataConfig, kind: RowKind, spool: RowSpool, stages: Stage
     """Read all rows; returns how many there are, and how many of these are empty."""
     num_read = num_empty = 0
     with stages.stage("reading rows") as advance:
-        for split, paths in _paths_of_splits(config):
-            for row in read_raw_rows(config, paths):
+        for split, part in _parts(config):
+            for row in read_raw_rows(part):
                 num_read += 1
                 advance(1)
                 num_dropped = kind.counts.num_dropped
@@ -148,7 +149,7 @@ def check_first_row(config: DataConfig) -> None:
     Raises:
         UserError: there is none, or it is not what it should be.
     """
-    row = next(read_raw_rows(config, config.paths), None)
+    row = next(read_raw_rows(config), None)
     if row is None:
         raise UserError(f"data.source={config.source}: there is no row in it; check data.paths.")
     row_kind(config).payload(row)
@@ -162,7 +163,7 @@ def row_kind(config: DataConfig, recipe: RowRecipe | None = None) -> RowKind:
     if config.source == "table":
         if recipe is not None:
             return TableRows(config, recipe.features, [column.name for column in recipe.categories])
-        return TableRows.by_first_rows(config, read_raw_rows(config, config.paths))
+        return TableRows.by_first_rows(config, read_raw_rows(config))
     if config.source in ("digits", "images"):
         return ImageRows(config)
     if config.source in ("audio", "tones"):
@@ -194,13 +195,14 @@ def describe_rows(rows: PreparedRows) -> str:
     return "\n".join(lines)
 
 
-def _paths_of_splits(config: DataConfig) -> Iterator[tuple[str | None, tuple[str, ...]]]:
-    """Files, and the split that they belong to where they are named for one."""
-    yield None, config.paths
-    if config.validation_paths:
-        yield "validation", config.validation_paths
-    if config.test_paths:
-        yield "test", config.test_paths
+def _parts(config: DataConfig) -> Iterator[tuple[str | None, DataConfig]]:
+    """What rows are read from, and the split that they belong to where they are named for one."""
+    yield None, config
+    for split in ("validation", "test"):
+        if paths := getattr(config, f"{split}_paths"):
+            yield split, config.model_copy(update={"paths": paths})
+        if name := getattr(config, f"hub_{split}_split"):
+            yield split, config.model_copy(update={"hub_split": name})
 
 
 def _empty_recipe(config: DataConfig) -> RowRecipe:

@@ -46,17 +46,13 @@ class RawRow:
     file: str
 
 
-def read_raw_rows(config: DataConfig, paths: tuple[str, ...]) -> Iterator[RawRow]:
-    """Every row of a source.
-
-    Args:
-        config: what the rows are.
-        paths: where they are, for a source of files.
+def read_raw_rows(config: DataConfig) -> Iterator[RawRow]:
+    """Every row of ``data.paths`` or ``data.hub_split``, or of a source that is neither.
 
     Raises:
         UserError: the source cannot be read.
     """
-    rows = _read(config, paths)
+    rows = _read(config)
     return itertools.islice(rows, config.max_documents) if config.max_documents else rows
 
 
@@ -80,7 +76,7 @@ def no_column(setting: str, column: str, row: RawRow) -> UserError:
     )
 
 
-def _read(config: DataConfig, paths: tuple[str, ...]) -> Iterator[RawRow]:
+def _read(config: DataConfig) -> Iterator[RawRow]:
     if config.source == "digits":
         return _digits(config)
     if config.source == "tones":
@@ -91,7 +87,7 @@ def _read(config: DataConfig, paths: tuple[str, ...]) -> Iterator[RawRow]:
         return _hub(config)
     if config.source == "python-stdlib":
         return _stdlib(config)
-    return _local(config, paths)
+    return _local(config)
 
 
 def _digits(config: DataConfig) -> Iterator[RawRow]:
@@ -145,8 +141,8 @@ def _stdlib(config: DataConfig) -> Iterator[RawRow]:
         yield RawRow(values, passage.source_id, passage.source_id, passage.file)
 
 
-def _local(config: DataConfig, paths: tuple[str, ...]) -> Iterator[RawRow]:
-    for path in find_files(config.model_copy(update={"paths": paths})).files:
+def _local(config: DataConfig) -> Iterator[RawRow]:
+    for path in find_files(config).files:
         with reading(config, str(path)):
             yield from _of_file(config, path)
 

@@ -9,6 +9,7 @@ from typing import Any, BinaryIO, Self
 
 from sharding.ranks.errors import UserError
 from trainer.config.data import DataConfig
+from trainer.config.rows_rules import held_out_fraction
 from trainer.data.clean import hash_position
 from trainer.data.rows_manifest import SPLITS
 
@@ -80,8 +81,7 @@ class RowSpool:
         """
         self._file.close()
         free = [row for row, split in enumerate(self._splits) if split is None]
-        held_out = 0.0 if config.validation_paths else config.validation_fraction
-        shares = (held_out, config.split.test_fraction)
+        shares = (held_out_fraction(config), config.split.test_fraction)
         parts = [free]
         if config.split.stratify:
             by_class: dict[str, list[int]] = {}
@@ -132,23 +132,29 @@ class RowSpool:
             elsewhere.update(self._keys[row] for row in rows)
 
     def _check_splits(self, config: DataConfig) -> None:
-        for split, is_wanted, setting in (
-            ("train", True, "data.paths"),
-            ("validation", config.validation_fraction > 0, f"data.validation_fraction={config.validation_fraction:g}"),
-            (
-                "test",
-                config.split.test_fraction > 0 or bool(config.test_paths),
-                f"data.split.test_fraction={config.split.test_fraction:g}",
-            ),
-        ):
-            paths = {"validation": config.validation_paths, "test": config.test_paths}.get(split)
-            if is_wanted and not self.rows_of(split):
-                named = f"data.{split}_paths" if paths else setting
-                leaked = (
-                    f", {self.num_leaked[split]} of its rows being in another split too" if split != "train" else ""
-                )
+        test_fraction = config.split.test_fraction
+        fractions = {
+            "validation": f"data.validation_fraction={config.validation_fraction:g}",
+            "test": f"data.split.test_fraction={test_fraction:g}",
+        }
+        named = {
+            "validation": config.validation_paths or config.hub_validation_split,
+            "test": config.test_paths or config.hub_test_split,
+        }
+        is_wanted = {
+            "train": True,
+            "validation": bool(named["validation"] or config.validation_fraction),
+            "test": bool(named["test"] or test_fraction),
+        }
+        for split in SPLITS:
+            if is_wanted[split] and not self.rows_of(split):
+                setting = "data.paths" if split == "train" else fractions[split]
+                if named.get(split):
+                    setting = f"data.{split}_paths" if config.source != "hub" else f"data.hub_{split}_split"
+                num_leaked = self.num_leaked[split]
+                leaked = f", {num_leaked} of its rows being in another split too" if num_leaked else ""
                 raise UserError(
-                    f"{named}: the {split} split is empty ({self.num_rows} rows read{leaked}); name other files or "
+                    f"{setting}: the {split} split is empty ({self.num_rows} rows read{leaked}); name other files or "
                     "shares, or check data.text_field and data.max_documents."
                 )
 

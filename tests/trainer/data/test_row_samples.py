@@ -134,6 +134,16 @@ def test_a_data_set_as_the_library_of_the_hub_reads_it(tmp_path: Path) -> None:
     assert samples.facts.classes == ("even", "odd")
     assert samples.num_samples("train") + samples.num_samples("validation") == 20
     assert samples.source_ids("train", [0])[0].startswith(f"{tmp_path / 'set'}#")
+    write_texts(tmp_path / "set" / "test.jsonl", [(f"text {i}", "odd" if i % 2 else "even") for i in range(17, 30)])
+    named: dict[str, Any] = {
+        "source": "hub",
+        "hub_name": str(tmp_path / "set"),
+        "hub_test_split": "test",
+        "validation_fraction": 0.0,
+    }
+    samples = row_samples(tmp_path, "sequence-classification", **named)
+    # Three of the test's rows are in training too.
+    assert [samples.num_samples(split) for split in ("train", "validation", "test")] == [20, 0, 10]
 
 
 def test_passages_of_the_standard_library_know_their_package(tmp_path: Path) -> None:

@@ -170,6 +170,13 @@ def test_prepared_once_and_found_again(texts: tuple[DataConfig, PreparedRows]) -
     assert find_prepared(config.model_copy(update={"sequence_length": 8})) is None
 
 
+def test_prepared_again_elsewhere_it_is_the_same(texts: tuple[DataConfig, PreparedRows], tmp_path: Path) -> None:
+    config, prepared = texts
+    again = prepare_samples(config.model_copy(update={"cache_dir": str(tmp_path)}), progress=False)
+    assert again.folder != prepared.folder
+    assert again.fingerprint == prepared.fingerprint
+
+
 def test_changed_bytes_are_found_where_they_are_read(tmp_path: Path) -> None:
     path = write_texts(tmp_path / "a.jsonl", [(f"text {i}", str(i % 2)) for i in range(50)])
     config = row_config(tmp_path, "sequence-classification", source="jsonl", paths=[str(path)])
