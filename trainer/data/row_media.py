@@ -51,6 +51,9 @@ class ImageRows:
         channels, height, width = self._shape
         try:
             with Image.open(row.values[PATH]) as image:
+                if image.mode.startswith(("I", "F")):
+                    # Brought to 8 bits, all that is brighter would be the same white.
+                    raise ValueError(f"its mode is {image.mode}, which has more than 8 bits a channel")
                 resized = image.convert("L" if channels == 1 else "RGB").resize((width, height))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise UserError(
@@ -114,6 +117,8 @@ class AudioRows:
         except (soundfile.SoundFileError, OSError) as error:
             raise UserError(f"data.paths: {path} cannot be read as a recording ({error}); mend or remove it.") from None
         mono: np.ndarray = channels.mean(axis=1, dtype=np.float32)
+        if not np.isfinite(mono).all():
+            raise UserError(f"data.paths: {path} has samples that are no finite numbers; mend or remove it.")
         return mono, rate
 
     def learn(self, payloads: Iterator[bytes], recipe: RowRecipe) -> RowRecipe:

@@ -8,13 +8,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 import zstandard
 from PIL import Image
+from transformers import BertTokenizerFast
 
 from sharding.ranks.errors import UserError
 from tests.trainer.data.rows_support import Columns, read_split, row_config, row_samples, write_csv, write_texts
 from trainer.config import parse_config
+from trainer.data.any_samples import prepared_samples
 from trainer.data.prepare import prepare_rows_by, prepare_samples
 from trainer.data.prepared_rows import PreparedRows
 from trainer.data.row_samples import RowSamples
@@ -167,6 +170,26 @@ def test_long_texts_are_cut_and_counted(tmp_path: Path) -> None:
     assert batch["input_ids"].shape[1] == 8
 
 
+def test_a_tokenizer_puts_its_own_tokens_around_a_text(tmp_path: Path) -> None:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "green", "blue", "[", "]", "cls"]
+    tokenizer = BertTokenizerFast(vocab={word: number for number, word in enumerate(words)}, eos_token="[SEP]")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    texts = [("red green", "a"), ("blue " * 9, "b"), ("[CLS] red", "a"), ("green", "b")]
+    path = write_texts(tmp_path / "a.jsonl", texts)
+    config = row_config(tmp_path, "sequence-classification", source="jsonl", paths=[str(path)], sequence_length=6,
+                        tokenizer=str(tmp_path / "tokenizer"), validation_fraction=0.0, vocab_size=8192)  # fmt: skip
+    samples = prepared_samples(prepare_samples(config, progress=False), config)
+    batch = read_split(samples, "train")
+    assert batch["input_ids"].tolist() == [
+        [2, 5, 6, 3, 0, 0],
+        [2, 7, 7, 7, 7, 3],
+        # A control token's name in a text is text.
+        [2, 8, 10, 9, 5, 3],
+        [2, 6, 3, 0, 0, 0],
+    ]
+    assert batch["num_tokens"].tolist() == [4, 6, 6, 3]
+
+
 def test_a_tag_belongs_to_its_words_first_token(tmp_path: Path) -> None:
     words = [["Ada", "lives", "in", "Antananarivo", "now"], ["Rome", "is", "old"]] * 8
     tags = [["PER", "O", "O", "LOC", "O"], ["LOC", "O", "O"]] * 8
@@ -217,8 +240,6 @@ def test_images_have_one_shape_and_are_normalised(tmp_path: Path) -> None:
 
 
 def test_recordings_are_filled_up_with_silence(tmp_path: Path) -> None:
-    import soundfile
-
     for number in range(16):
         folder = tmp_path / "sounds" / ("low" if number % 2 else "high")
         folder.mkdir(parents=True, exist_ok=True)
@@ -389,10 +410,17 @@ def test_an_image_that_cannot_be_read(tmp_path: Path) -> None:
         "image-classification",
         **named,
     )
+    # Brought to 8 bits, all of it would be white.
+    Image.fromarray(np.full((9, 9), 40_000, dtype=np.uint16)).save(tmp_path / "images" / "a" / "x.png")
+    _refused(
+        tmp_path, r"x.png cannot .* \(its mode is I;16, which has more than 8 bits", "image-classification", **named
+    )
     (tmp_path / "sounds" / "a").mkdir(parents=True)
     (tmp_path / "sounds" / "a" / "x.wav").write_bytes(b"RIFF")
     named = {"source": "audio", "paths": [str(tmp_path / "sounds")]}
     _refused(tmp_path, r"data.paths: .*x.wav cannot be read as a recording", "audio-classification", **named)
+    soundfile.write(tmp_path / "sounds" / "a" / "x.wav", np.array([0.1, np.nan]), 8000, subtype="FLOAT")
+    _refused(tmp_path, r"x.wav has samples that are no finite numbers", "audio-classification", **named)
 
 
 def test_a_budget_of_tokens_is_for_packed_ones() -> None:
