@@ -59,11 +59,11 @@ def data_corrupt(stage: Stage) -> Outcome:
     # Prepared by then.
     stage.undisturbed  # noqa: B018
     healthy, cache = corpus_folder(stage.config.data), stage.folder / "cache"
-    shutil.copytree(healthy, cache / "corpora" / healthy.name)
+    shutil.copytree(healthy, cache / healthy.parent.name / healthy.name)
     run = stage.disturbed("data-corrupt", f"data.cache_dir={cache}")
     half = run.run(extra=[f"steps={SAVE_EVERY}"])
     outcome.expect("a first part is trained", half.exit_code == EXIT_FINISHED, f"exit status {half.exit_code}")
-    shards = list(cache.rglob("train-*.bin"))
+    shards = [*cache.rglob("train-*.bin"), *cache.rglob("train.arrow")]
     contents = {file: file.read_bytes() for file in shards}
     for file, content in contents.items():
         # In many places, since a short run reads only some of them.

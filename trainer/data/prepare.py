@@ -55,7 +55,16 @@ if TYPE_CHECKING:
 
 
 def prepare_corpus(config: DataConfig, *, progress: bool = True, fingerprint: str | None = None) -> PreparedTokens:
-    """The prepared corpus or mixture of a configuration whose samples are packed tokens; see ``prepare_samples``."""
+    """The prepared corpus or mixture of a configuration whose samples are packed tokens; see ``prepare_samples``.
+
+    Raises:
+        UserError: its samples are rows, or see ``prepare_samples``.
+    """
+    if config.has_rows:
+        raise UserError(
+            "data.format=rows: this reads packed tokens, but the task of the configuration reads rows; name a "
+            "configuration of a language model."
+        )
     prepared = prepare_samples(config, progress=progress, fingerprint=fingerprint)
     assert isinstance(prepared, PreparedTokens), "its samples are packed tokens"
     return prepared

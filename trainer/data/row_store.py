@@ -91,17 +91,22 @@ class StoredRows:
             folder: where the files are.
             facts: what they are.
             verify: compare what is read with its hash, each block once.
+
+        Raises:
+            UserError: what is compared has changed.
         """
         import pyarrow as pa
 
         self._folder = folder
         self._facts = facts
         path = folder / facts.rows.file
-        self._reader = pa.ipc.open_file(pa.memory_map(str(path))) if facts.num_rows else None
         self._check: BlockCheck | None = None
         if verify and facts.num_rows:
             hashes = folder / facts.blocks.file
             self._check = BlockCheck(hashes.read_bytes, [np.memmap(path, dtype=np.uint8, mode="r")], self._refuse)
+            # The format keeps behind the last batch where each is.
+            self._check.compare(0, facts.batch_offsets[-1], facts.rows.num_bytes)
+        self._reader = pa.ipc.open_file(pa.memory_map(str(path))) if facts.num_rows else None
         self._columns = lru_cache(_OPEN_BATCHES)(self._read_columns)
 
     @property

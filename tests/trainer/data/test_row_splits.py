@@ -9,9 +9,11 @@ import torch
 
 from sharding.ranks.errors import UserError
 from tests.trainer.data.rows_support import Columns, read_split, row_config, row_samples, write_texts
+from trainer.config import RunConfig
 from trainer.config.data import DataConfig
+from trainer.data.documents import documents_in
 from trainer.data.loader import BatchLoader, evaluation_batches
-from trainer.data.prepare import describe_corpus, prepare_samples
+from trainer.data.prepare import describe_corpus, prepare_corpus, prepare_samples
 from trainer.data.prepared import find_prepared
 from trainer.data.prepared_rows import PreparedRows
 from trainer.data.row_samples import RowSamples
@@ -177,14 +179,32 @@ def test_prepared_again_elsewhere_it_is_the_same(texts: tuple[DataConfig, Prepar
     assert again.fingerprint == prepared.fingerprint
 
 
-def test_changed_bytes_are_found_where_they_are_read(tmp_path: Path) -> None:
+def test_the_rows_of_positions_are_named(texts: tuple[DataConfig, PreparedRows]) -> None:
+    config, prepared = texts
+    run = RunConfig.model_validate(
+        {"steps": 1, "seed": 7, "model": {"architecture": "bert"}, "data": config.model_dump()}
+    )
+    named = documents_in(run, prepared, [(0, 3), (70, 72)])
+    indices = prepared.order(7, config).indices(np.array([0, 1, 2, 70, 71])).tolist()
+    places = RowSamples(prepared).source_ids("train", indices)
+    assert named == [{"document": index, "id": place} for index, place in zip(indices, places, strict=True)]
+
+
+@pytest.mark.parametrize("place", ["batch", "footer"])
+def test_changed_bytes_are_found_where_they_are_read(tmp_path: Path, place: str) -> None:
     path = write_texts(tmp_path / "a.jsonl", [(f"text {i}", str(i % 2)) for i in range(50)])
     config = row_config(tmp_path, "sequence-classification", source="jsonl", paths=[str(path)])
     prepared = prepare_samples(config, progress=False)
     assert isinstance(prepared, PreparedRows)
+    facts = prepared.manifest.splits["train"]
     file = prepared.folder / "train.arrow"
     contents = bytearray(file.read_bytes())
-    contents[len(contents) // 2] ^= 1
+    contents[facts.batch_offsets[-1] // 2 if place == "batch" else facts.batch_offsets[-1] + 9] ^= 1
     file.write_bytes(contents)
     with pytest.raises(UserError, match=r"prepared rows .* are corrupt: bytes 0 to \d+ of train.arrow have changed"):
         RowSamples(prepared).read("train", [0])
+
+
+def test_what_reads_packed_tokens_refuses_rows(texts: tuple[DataConfig, PreparedRows]) -> None:
+    with pytest.raises(UserError, match=r"data.format=rows: this reads packed tokens"):
+        prepare_corpus(texts[0])
