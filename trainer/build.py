@@ -230,7 +230,7 @@ def _check_beginning(config: RunConfig, run_folder: RunFolder, corpus: Prepared)
 
 
 def _tokenizer_of(corpus: Prepared) -> TokenizerArchive | None:
-    if corpus.tokenizer_dir is None or corpus.vocab_size is None or corpus.eos_token_id is None:
+    if corpus.tokenizer_dir is None or corpus.vocab_size is None:
         return None
     return pack_tokenizer(corpus.tokenizer_dir, corpus.vocab_size, corpus.eos_token_id)
 

@@ -166,7 +166,7 @@ def _run(arguments: Sequence[str], progress: _Progress) -> int:
         keep_freed_memory(os.environ)
     progress.phases.enter(Phase.JOIN)
     with process_group(config.launch.init_timeout_s) as ranks:
-        _refuse_other_config(config, corpus.fingerprint, ranks)
+        _refuse_other_config(config, [one.fingerprint for one in (corpus, *sets.values())], ranks)
         attempt = _agree_on_attempt(attempt, run_folder, ranks)
         progress.run_folder, progress.attempt = run_folder, attempt
         redirect_output(run_folder.log_dir(attempt), ranks.rank)
@@ -259,22 +259,23 @@ def _begin_attempt(config: RunConfig, world: World, run_folder: RunFolder, progr
     return begin_attempt(run_folder, config, world, sys.argv)
 
 
-def _refuse_other_config(config: RunConfig, corpus_fingerprint: str, ranks: Ranks) -> None:
-    """Assert that every rank has read what rank 0 has: the settings of the attempt, and the tokens of the corpus."""
-    first, first_fingerprint = broadcast_object((config, corpus_fingerprint), ranks)
+def _refuse_other_config(config: RunConfig, fingerprints: list[str], ranks: Ranks) -> None:
+    """Assert that every rank has read what rank 0 has: the settings of the attempt, and the data."""
+    first, first_fingerprints = broadcast_object((config, fingerprints), ranks)
     differences = gather_objects(all_differences(first, config), ranks)
-    has_other_tokens = gather_objects(corpus_fingerprint != first_fingerprint, ranks)
+    has_other_data = gather_objects(fingerprints != first_fingerprints, ranks)
     if found := next(((rank, differing) for rank, differing in enumerate(differences) if differing), None):
         rank, differing = found
         raise UserError(
             f"rank 0 and rank {rank} have read different settings ({'; '.join(differing)}): the configuration was "
             "changed while ranks were starting, or nodes see different files of its name; run again."
         )
-    if True in has_other_tokens:
+    if True in has_other_data:
         raise UserError(
-            f"rank 0 and rank {has_other_tokens.index(True)} have prepared different corpora from data.source="
-            f"{config.data.source}: their nodes see other files, or have another Python or tokenizer; prepare it once "
-            "with shardline data prepare, and set data.cache_dir to a folder that all nodes share."
+            f"rank 0 and rank {has_other_data.index(True)} have prepared different corpora from data.source="
+            f"{config.data.source} or evaluation.sets: their nodes see other files, or have another Python or "
+            "tokenizer; prepare them once with shardline data prepare, and set data.cache_dir to a folder that all "
+            "nodes share."
         )
 
 

@@ -81,8 +81,8 @@ class TokenizerEntry(StrictRecord):
     vocab_size: int
     """Largest token id and one."""
 
-    eos_token_id: int
-    """Token that ends each document."""
+    eos_token_id: int | None
+    """Token that ends each document; None where the tokenizer has none, and rows are read."""
 
 
 class Manifest(StrictRecord):

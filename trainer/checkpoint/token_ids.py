@@ -20,21 +20,22 @@ def check_named_tokenizer(config: RunConfig, prepared: Path | None = None) -> No
     Raises:
         UserError: the pretrained model has no tokenizer of its own, or other ids than the one that is named.
     """
-    pretrained, named, masks = config.model.pretrained, config.data.tokenizer, config.data.mask_token
+    pretrained, named = config.model.pretrained, config.data.tokenizer
+    masks, packs = config.data.mask_token, not config.data.has_rows
     if pretrained is None or not config.data.has_tokens:
         return
     if named == pretrained:
         if prepared is None:
-            load_tokenizer(pretrained, "the tokenizer of model.pretrained", masks=masks)
+            load_tokenizer(pretrained, "the tokenizer of model.pretrained", masks=masks, packs=packs)
         return
     if named == TRAINED:
         raise UserError(
             f"data.tokenizer={TRAINED} makes new ids, which mean nothing to the weights of model.pretrained="
             f"{pretrained}; remove data.tokenizer to use the model's own, or name the one that it was trained with."
         )
-    tokens = load_tokenizer(named if prepared is None else str(prepared), masks=masks).get_vocab()
+    tokens = load_tokenizer(named if prepared is None else str(prepared), masks=masks, packs=packs).get_vocab()
     try:
-        own = load_tokenizer(pretrained, masks=masks).get_vocab()
+        own = load_tokenizer(pretrained, masks=masks, packs=packs).get_vocab()
     except UserError:
         # Whoever names a tokenizer for a model that comes without one must know what it was trained with.
         return
@@ -58,7 +59,8 @@ def check_tokenizer_of_checkpoint(reader: CheckpointReader, prepared: Path) -> N
     with tempfile.TemporaryDirectory(prefix="shardline-tokenizer-") as own:
         if not reader.unpack_tokenizer(Path(own)):
             return
-        difference = first_difference(load_tokenizer(str(prepared)).get_vocab(), load_tokenizer(own).get_vocab())
+        tokens, stored = (load_tokenizer(folder, packs=False).get_vocab() for folder in (str(prepared), own))
+    difference = first_difference(tokens, stored)
     if difference is not None:
         raise UserError(
             f"the tokenizer of this run's corpus does not have the token ids of checkpoint {reader.folder}, to whose "

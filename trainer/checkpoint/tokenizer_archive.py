@@ -20,13 +20,13 @@ class TokenizerArchive:
     entry: TokenizerEntry
 
 
-def pack_tokenizer(folder: Path, vocab_size: int, eos_token_id: int) -> TokenizerArchive:
+def pack_tokenizer(folder: Path, vocab_size: int, eos_token_id: int | None) -> TokenizerArchive:
     """Put a tokenizer's files together.
 
     Args:
         folder: where they are.
         vocab_size: largest id and one.
-        eos_token_id: token that ends a document.
+        eos_token_id: token that ends a document; None where there is none.
     """
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:

@@ -163,7 +163,7 @@ class DataConfig(RowSettings, SourceConfig):
     """Keep the documents of a sample apart: attention stays within each, positions count from its start, and its
     first token is not a target."""
 
-    shard_tokens: int = Field(default=64 * 1024 * 1024, ge=1024)
+    shard_tokens: Annotated[int, OnlyWith(format=("auto", "packed"))] = Field(default=64 * 1024 * 1024, ge=1024)
     """Tokens in one packed shard file."""
 
     num_workers: int = Field(default=0, ge=0)

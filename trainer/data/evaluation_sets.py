@@ -34,7 +34,9 @@ def prepare_sets(config: RunConfig, prepared: Prepared, *, progress: bool = True
         data = set_data(config.data, one)
         try:
             if isinstance(prepared, PreparedRows):
-                sets[one.name] = prepare_rows_by(prepared.recipe, data, prepared.tokenizer_dir, progress=progress)
+                sets[one.name] = prepare_rows_by(
+                    prepared.recipe, data, prepared.tokenizer_dir, trained=prepared, progress=progress
+                )
             else:
                 # The size that was asked for is of a tokenizer that is trained.
                 unused = {"vocab_size": DataConfig.model_fields["vocab_size"].default}

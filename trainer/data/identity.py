@@ -15,7 +15,7 @@ from trainer.data.rows_manifest import RowRecipe
 from trainer.data.tokenizer import tokenizer_identity
 
 PREPARATION_VERSION = 3
-ROWS_VERSION = 1
+ROWS_VERSION = 2
 
 # Settings that say nothing of the rows themselves; where their files lie is in the identity of their contents.
 _NOT_OF_ROWS = {
@@ -69,15 +69,20 @@ def corpus_folder(config: DataConfig) -> Path:
     return prepared_root(config) / f"{source_kind(config)}-{_digest(identity)}"
 
 
-def folder_by_recipe(config: DataConfig, recipe: RowRecipe) -> Path:
+def folder_by_recipe(config: DataConfig, recipe: RowRecipe, trained: str) -> Path:
     """Where rows belong that are read by a recipe that was learnt from others.
+
+    Args:
+        config: the section ``data``, with the source of these rows.
+        recipe: how they are read.
+        trained: fingerprint of the rows that they must not be among; empty where these are not known.
 
     Raises:
         UserError: a source file is missing.
     """
     # All that was learnt is in the recipe.
     settings = config.model_dump(mode="json", include=_OF_ROWS_BY_RECIPE)
-    identity = [ROWS_VERSION, settings, corpus_fingerprint(config), recipe.model_dump(mode="json")]
+    identity = [ROWS_VERSION, settings, corpus_fingerprint(config), recipe.model_dump(mode="json"), trained]
     return prepared_root(config) / f"by-recipe-{config.source}-{_digest(identity)}"
 
 

@@ -100,7 +100,12 @@ def prepare_samples(config: DataConfig, *, progress: bool = True, fingerprint: s
 
 
 def prepare_rows_by(
-    recipe: RowRecipe, config: DataConfig, tokenizer_dir: Path | None, *, progress: bool = True
+    recipe: RowRecipe,
+    config: DataConfig,
+    tokenizer_dir: Path | None,
+    *,
+    trained: PreparedRows | None = None,
+    progress: bool = True,
 ) -> PreparedRows:
     """Rows that are read as those were that a model was trained on, all of them in the split ``test``.
 
@@ -108,15 +113,17 @@ def prepare_rows_by(
         recipe: how rows are read, of a run's prepared rows or of a checkpoint.
         config: the section ``data`` of that run, with the source of these rows.
         tokenizer_dir: folder of the recipe's tokenizer, if it has one.
+        trained: the rows that the model is trained on, where they are there: those that are among them are dropped.
         progress: whether this process shows a person how it goes.
 
     Raises:
         UserError: the source cannot be read, a row is not what it should be, or there is no space.
     """
-    folder = folder_by_recipe(config, recipe)
+    folder = folder_by_recipe(config, recipe, "" if trained is None else trained.fingerprint)
 
     def make(work: Path, stages: StageProgress) -> None:
-        prepare_by_recipe(config, recipe, tokenizer_dir, work, stages)
+        keys = b"" if trained is None else trained.trained_keys()
+        prepare_by_recipe(config, recipe, tokenizer_dir, keys, work, stages)
 
     return _made_once(
         folder, lambda: PreparedRows(folder) if (folder / MANIFEST_NAME).exists() else None, make, progress

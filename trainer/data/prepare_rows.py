@@ -1,6 +1,7 @@
 """Preparation of rows: read, divided, counted and written, one Arrow file for each split."""
 
 import itertools
+import json
 import platform
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,7 +56,12 @@ def prepare_rows(config: DataConfig, folder: Path, stages: StageProgress) -> Non
 
 
 def prepare_by_recipe(
-    config: DataConfig, recipe: RowRecipe, tokenizer_dir: Path | None, folder: Path, stages: StageProgress
+    config: DataConfig,
+    recipe: RowRecipe,
+    tokenizer_dir: Path | None,
+    trained: bytes,
+    folder: Path,
+    stages: StageProgress,
 ) -> None:
     """Read rows by a recipe that was learnt from others, and write them as the split ``test``.
 
@@ -63,6 +69,7 @@ def prepare_by_recipe(
         config: the section ``data``, with the source of these rows; how it divides rows does not count.
         recipe: how they are read.
         tokenizer_dir: folder of the recipe's tokenizer, if it has one.
+        trained: keys of the rows that were trained on, which are dropped; empty where they are not known.
         folder: where to; empty.
         stages: shows progress.
 
@@ -74,12 +81,12 @@ def prepare_by_recipe(
     kind = row_kind(config, recipe)
     if isinstance(kind, TextRows):
         assert tokenizer_dir is not None, "a recipe of texts has one"
-        kind.use(load_tokenizer(str(tokenizer_dir)))
+        kind.use(load_tokenizer(str(tokenizer_dir), packs=False))
     others = {"validation_paths": (), "test_paths": (), "hub_validation_split": None, "hub_test_split": None}
     whole = config.model_copy(update={**others, "split": SplitConfig()})
     with RowSpool(folder) as spool:
         num_rows = _read_rows(whole, kind, spool, stages)
-        spool.put_all_into("test")
+        spool.put_all_into("test", trained)
         check_labels(spool, ("test",), config, recipe)
         _write_rows(kind, spool, recipe, folder, stages, num_rows)
 
@@ -132,8 +139,11 @@ def _write_split(
 ) -> RowSplitFacts:
     num_truncated = kind.counts.num_truncated
     rows_of_batch = batch_rows(spool.num_rows, spool.num_bytes)
-    with stages.stage(f"writing {split}", len(spool.rows_of(split))) as advance:
-        facts = write_rows(folder, split, _batches(kind, spool, split, recipe, rows_of_batch), rows_of_batch)
+    rows = spool.rows_of(split)
+    with stages.stage(f"writing {split}", len(rows)) as advance:
+        batches = _batches(kind, spool, rows, recipe, rows_of_batch)
+        labels = json.dumps([spool.labels[row] for row in rows]).encode()
+        facts = write_rows(folder, split, batches, rows_of_batch, spool.keys(rows), labels)
         advance(facts.num_rows)
     return facts.model_copy(
         update={
@@ -211,11 +221,10 @@ def _empty_recipe(config: DataConfig) -> RowRecipe:
 
 
 def _batches(
-    kind: RowKind, spool: RowSpool, split: str, recipe: RowRecipe, rows_of_batch: int
+    kind: RowKind, spool: RowSpool, rows: list[int], recipe: RowRecipe, rows_of_batch: int
 ) -> "Iterator[pa.RecordBatch]":
     import pyarrow as pa
 
-    rows = spool.rows_of(split)
     payloads = spool.payloads(rows)
     for start in range(0, len(rows), rows_of_batch):
         chosen = rows[start : start + rows_of_batch]

@@ -67,7 +67,7 @@ class PreparedRows:
     @property
     def fingerprint(self) -> str:
         """Identity of the rows and of how they are read, wherever and whenever they were prepared."""
-        splits = {name: split.rows.sha256 for name, split in self.manifest.splits.items()}
+        splits = {name: split.contents_sha256 for name, split in self.manifest.splits.items()}
         identity = json.dumps([self.recipe.model_dump(mode="json"), splits], sort_keys=True)
         return hashlib.sha256(identity.encode()).hexdigest()
 
@@ -81,6 +81,12 @@ class PreparedRows:
     def order(self, seed: int, data: DataConfig) -> SampleOrder:
         """The order in which training visits the rows."""
         return SampleOrder(seed, self.manifest.splits["train"].num_rows, data.shuffle)
+
+    def trained_keys(self) -> bytes:
+        """Keys of the training rows, by which they are known elsewhere."""
+        keys = self.manifest.splits["train"].keys
+        hash_files(self.folder, [keys])
+        return (self.folder / keys.file).read_bytes()
 
     def verify(self) -> None:
         """Compare the contents of every file with the manifest.

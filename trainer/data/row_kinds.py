@@ -168,8 +168,7 @@ class TableRows:
     def _value(self, row: RawRow, name: str) -> str:
         if name not in row.values:
             raise no_column("data.categories", name, row)
-        value = row.values[name]
-        return "" if value is None else str(value)
+        return name_of(row.values[name])
 
 
 def fixed_lists(rows: np.ndarray) -> "pa.Array":
@@ -202,6 +201,13 @@ def _is_number(value: Any) -> bool:
         return math.isfinite(float(value))
     except (TypeError, ValueError):
         return False
+
+
+def name_of(value: Any) -> str:
+    """A value as the name of a category or class, the same from every kind of file: 1 and 1.0 are one."""
+    if value is None:
+        return ""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def sort_names(values: Iterable[str]) -> list[str]:

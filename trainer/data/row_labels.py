@@ -9,7 +9,7 @@ import numpy as np
 
 from sharding.ranks.errors import UserError
 from trainer.config.data import DataConfig
-from trainer.data.row_kinds import sort_names
+from trainer.data.row_kinds import name_of, sort_names
 from trainer.data.row_sources import RawRow, no_column
 from trainer.data.row_splits import RowSpool
 from trainer.data.row_statistics import RunningStatistics
@@ -40,10 +40,10 @@ def label_of(row: RawRow, config: DataConfig) -> Any:
             raise UserError(
                 f"data.label={column}: {row.place} has {len(value)} tags for {len(words)} words; mend the row."
             )
-        return [str(tag) for tag in value]
+        return [name_of(tag) for tag in value]
     if value is None or value == "":
         raise UserError(f"data.label={column}: {row.place} has no label; mend or remove the row.")
-    return str(value) if config.label_kind == "class" else _number(value, column, row)
+    return name_of(value) if config.label_kind == "class" else _number(value, column, row)
 
 
 def learn_labels(spool: RowSpool, config: DataConfig, recipe: RowRecipe) -> RowRecipe:

@@ -131,7 +131,14 @@ def _bundled(name: str) -> Any:
 def _hub(config: DataConfig) -> Iterator[RawRow]:
     name = str(config.hub_name)
     with reading(config, name):
-        for number, row in enumerate(hub_rows(config)):
+        rows = hub_rows(config)
+        # What a number stands for, where the data set says so.
+        classes = getattr((rows.features or {}).get(config.label), "names", None)
+        for number, row in enumerate(rows):
+            label = row.get(config.label)
+            if classes is not None and isinstance(label, int):
+                # -1 stands for a label that is kept secret.
+                row = row | {config.label: classes[label] if label >= 0 else None}
             yield RawRow(row, f"row {number} of {name}", f"{name}#{number}", name)
 
 

@@ -11,7 +11,7 @@ from sharding.ranks.errors import UserError
 from trainer.config.data import DataConfig
 from trainer.config.rows_rules import held_out_fraction
 from trainer.data.clean import hash_position
-from trainer.data.rows_manifest import SPLITS
+from trainer.data.rows_manifest import KEY_BYTES, SPLITS
 
 _SPOOL_NAME = "rows.spool"
 
@@ -48,7 +48,7 @@ class RowSpool:
         key = hashlib.sha256(payload + str(label).encode() if with_label else payload).digest()
         self._file.write(payload)
         self._lengths.append(len(payload))
-        self._keys.append(key[:16])
+        self._keys.append(key[:KEY_BYTES])
         self._positions.append(hash_position(key if group is None else hashlib.sha256(group.encode()).digest()))
         self._splits.append(split)
         self.labels.append(label)
@@ -95,16 +95,27 @@ class RowSpool:
         self._drop_leaks()
         self._check_splits(config)
 
-    def put_all_into(self, split: str) -> None:
-        """Give every row the same split.
+    def put_all_into(self, split: str, trained: bytes) -> None:
+        """Give every row the same split, but for those that are among the rows that were trained on.
+
+        Args:
+            split: the split.
+            trained: keys of these rows, one behind the other; empty where they are not known.
 
         Raises:
             UserError: there is no row.
         """
         self._file.close()
-        if not self._splits:
-            raise UserError(f"the {split} split is empty (0 rows read); name other files.")
-        self._splits = [split] * len(self._splits)
+        known = {trained[start : start + KEY_BYTES] for start in range(0, len(trained), KEY_BYTES)}
+        self._splits = [None if key in known else split for key in self._keys]
+        self.num_leaked[split] = num_leaked = self._splits.count(None)
+        if num_leaked == len(self._splits):
+            leaked = f", {num_leaked} of which are among those that are trained on" if num_leaked else ""
+            raise UserError(f"data.paths: there is no row ({self.num_rows} rows read{leaked}); name other files.")
+
+    def keys(self, rows: Sequence[int]) -> bytes:
+        """Keys of some rows, one behind the other."""
+        return b"".join(self._keys[row] for row in rows)
 
     def rows_of(self, split: str) -> list[int]:
         """The rows of a split by number, in the order of the source."""
@@ -167,7 +178,7 @@ def _by_position(positions: list[float], validation: float, test: float) -> list
     if validation > 0 and len(distinct) > 1:
         low = min(max(low, math.nextafter(distinct[0], 1.0)), distinct[-1])
     if test > 0 and len(distinct) > 2:
-        high = max(min(high, distinct[-1]), distinct[1] if validation > 0 else distinct[0])
+        high = max(min(high, distinct[-1]), distinct[2 if validation > 0 else 1])
         low = min(low, distinct[-2])
     return ["validation" if p < low else "test" if test > 0 and p >= high else "train" for p in positions]
 

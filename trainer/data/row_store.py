@@ -1,5 +1,6 @@
 """Files of rows: an Arrow file that is mapped, written batch by batch and compared where it is read."""
 
+import hashlib
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -47,7 +48,9 @@ def batch_rows(num_rows: int, num_bytes: int) -> int:
     return max(1, min(_MAX_BATCH_ROWS, _BATCH_BYTES * num_rows // max(num_bytes, 1)))
 
 
-def write_rows(folder: Path, name: str, batches: "Iterator[pa.RecordBatch]", rows_of_batch: int) -> RowSplitFacts:
+def write_rows(
+    folder: Path, name: str, batches: "Iterator[pa.RecordBatch]", rows_of_batch: int, keys: bytes, labels: bytes
+) -> RowSplitFacts:
     """Write one split; every batch but the last has as many rows.
 
     Args:
@@ -55,6 +58,8 @@ def write_rows(folder: Path, name: str, batches: "Iterator[pa.RecordBatch]", row
         name: the split.
         batches: its rows.
         rows_of_batch: rows of a whole batch.
+        keys: of its rows, one behind the other.
+        labels: of its rows, in any form.
     """
     import pyarrow as pa
 
@@ -78,6 +83,8 @@ def write_rows(folder: Path, name: str, batches: "Iterator[pa.RecordBatch]", row
         batch_offsets=offsets,
         rows=describe_file(path, folder),
         blocks=write_file(folder / f"{name}-blocks.sha256", blocks),
+        keys=write_file(folder / f"{name}-keys.bin", keys),
+        contents_sha256=hashlib.sha256(keys + labels).hexdigest(),
     )
 
 

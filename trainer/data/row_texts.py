@@ -21,6 +21,7 @@ from trainer.data.tokenizer import (
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 
@@ -38,8 +39,9 @@ class TextRows:
         self._has_tags = config.label_kind == "tags"
         self.tokenizer: PreTrainedTokenizerFast | None = None
         if config.tokenizer != TRAINED:
-            self.tokenizer = load_tokenizer(config.tokenizer, masks=config.mask_token)
+            self.tokenizer = load_tokenizer(config.tokenizer, masks=config.mask_token, packs=False)
         self._encoder: Any = None
+        self._has_spaces = False
 
     def payload(self, row: RawRow) -> bytes | None:
         """See RowKind: UTF-8, of words a JSON list.
@@ -57,7 +59,8 @@ class TextRows:
                     f"data.text_field={column}: {row.place} has no list of words, which data.label_kind=tags needs; "
                     "name another column."
                 )
-            return json.dumps(value).encode() if value else None
+            words = [encode_text(word, self._config.normalize).decode() for word in value]
+            return json.dumps(words).encode() if words else None
         if value is not None and not isinstance(value, str):
             raise UserError(f"data.text_field={column}: {row.place} is not text; name another column.")
         text = encode_text(value or "", self._config.normalize)
@@ -66,10 +69,10 @@ class TextRows:
     def learn(self, payloads: Iterator[bytes], recipe: RowRecipe) -> RowRecipe:
         """See RowKind."""
         if self.tokenizer is None:
-            texts = ("".join(self._words(p)) if self._has_tags else p.decode() for p in payloads)
+            texts = (" ".join(json.loads(p)) if self._has_tags else p.decode() for p in payloads)
             self.tokenizer = train_byte_level_bpe(texts, self._config.vocab_size, masks=self._config.mask_token)
         tokenizer = self.tokenizer
-        self._encoder = text_encoder(tokenizer)
+        self.use(tokenizer)
         return recipe.model_copy(
             update={
                 "sequence_length": self._config.sequence_length,
@@ -84,6 +87,7 @@ class TextRows:
     def use(self, tokenizer: "PreTrainedTokenizerFast") -> None:
         """Encode by a tokenizer that was learnt before."""
         self.tokenizer, self._encoder = tokenizer, text_encoder(tokenizer)
+        self._has_spaces = _has_spaces(self._encoder)
 
     def columns(self, payloads: list[bytes], recipe: RowRecipe) -> "dict[str, pa.Array]":
         """See RowKind; ``input_ids`` int32, and of words ``word_starts``: the first token of each, -1 if it has none.
@@ -95,6 +99,12 @@ class TextRows:
         self._encoder.enable_truncation(recipe.sequence_length)
         texts = [self._words(payload) if self._has_tags else payload.decode() for payload in payloads]
         encodings = self._encoder.encode_batch(texts, is_pretokenized=self._has_tags, add_special_tokens=True)
+        empty = next((text for text, encoding in zip(texts, encodings, strict=True) if not encoding.ids), None)
+        if empty is not None:
+            raise UserError(
+                f"data.text_field={self._config.text_field}: {str(empty)[:40]!r} is a text without a token for "
+                f"data.tokenizer={self._config.tokenizer}; remove the row."
+            )
         self.counts.num_truncated += sum(bool(encoding.overflowing) for encoding in encodings)
         integers = pa.large_list(pa.int32())
         columns = {"input_ids": pa.array([encoding.ids for encoding in encodings], type=integers)}
@@ -105,8 +115,12 @@ class TextRows:
 
     def _words(self, payload: bytes) -> list[str]:
         words: list[str] = json.loads(payload)
-        # A byte-level tokenizer has a word and the space before it as one token.
-        return [f" {word}" if number else word for number, word in enumerate(words)]
+        return [f" {word}" if number and self._has_spaces else word for number, word in enumerate(words)]
+
+
+def _has_spaces(encoder: "Tokenizer") -> bool:
+    """Whether a word and the space before it are one to a tokenizer, as to one of bytes."""
+    return '"type":"ByteLevel"' in json.dumps(json.loads(encoder.to_str())["pre_tokenizer"], separators=(",", ":"))
 
 
 def _word_starts(word_ids: list[int | None], num_words: int) -> list[int]:

@@ -9,6 +9,7 @@ from trainer.data.blocks import BLOCK_BYTES, HASH_BYTES
 from trainer.data.shards import FileFacts
 
 SPLITS = ("train", "validation", "test")
+KEY_BYTES = 16
 RECIPE_NAME = "rows.json"
 """File of a checkpoint or an export that says how rows are read."""
 
@@ -105,6 +106,12 @@ class RowSplitFacts(StrictRecord):
     blocks: FileFacts
     """SHA-256 of each block of it, see ``trainer.data.blocks``."""
 
+    keys: FileFacts
+    """The beginning of the SHA-256 of each row's contents, by which the same row is known in another split."""
+
+    contents_sha256: str
+    """SHA-256 of the keys and labels of all rows in order; where they came from does not count."""
+
     num_leaked: int = 0
     """Rows that were dropped, since another split has the same."""
 
@@ -114,7 +121,7 @@ class RowSplitFacts(StrictRecord):
     @property
     def files(self) -> list[FileFacts]:
         """All files."""
-        return [self.rows, self.blocks]
+        return [self.rows, self.blocks, self.keys]
 
     @model_validator(mode="after")
     def _sizes_agree(self) -> Self:
@@ -122,6 +129,8 @@ class RowSplitFacts(StrictRecord):
             raise ValueError(f"{self.blocks.file} does not have a hash for each block of {self.rows.file}")
         if len(self.batch_offsets) != -(-self.num_rows // self.batch_rows) + 1:
             raise ValueError(f"{self.rows.file} does not have record batches for {self.num_rows} rows")
+        if self.keys.num_bytes != self.num_rows * KEY_BYTES:
+            raise ValueError(f"{self.keys.file} does not have a key for each of {self.num_rows} rows")
         return self
 
 

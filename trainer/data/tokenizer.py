@@ -51,7 +51,9 @@ def train_byte_level_bpe(texts: Iterable[str], vocab_size: int, *, masks: bool =
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, **roles)
 
 
-def load_tokenizer(name: str, setting: str = "data.tokenizer", *, masks: bool = False) -> "PreTrainedTokenizerFast":
+def load_tokenizer(
+    name: str, setting: str = "data.tokenizer", *, masks: bool = False, packs: bool = True
+) -> "PreTrainedTokenizerFast":
     """Load a tokenizer by `transformers` name or folder.
 
     Args:
@@ -59,6 +61,7 @@ def load_tokenizer(name: str, setting: str = "data.tokenizer", *, masks: bool = 
         setting: what names it, to speak of.
         masks: whether it must have a token that hides others; tokenizers that have one end a document by what
             separates two sentences where they know no end of text.
+        packs: whether it must have a token that ends a document, which packed ones need.
 
     Raises:
         UserError: there is none, or it has no fast implementation, no token that ends a document, or no mask token.
@@ -86,7 +89,7 @@ def load_tokenizer(name: str, setting: str = "data.tokenizer", *, masks: bool = 
         )
     if masks and tokenizer.eos_token_id is None:
         tokenizer.eos_token = tokenizer.sep_token
-    if tokenizer.eos_token_id is None:
+    if packs and tokenizer.eos_token_id is None:
         raise UserError(f"{setting}={name} has no end-of-text token to put between documents; {remedy}.")
     return tokenizer
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import soundfile
 import torch
@@ -16,6 +18,7 @@ from transformers import BertTokenizerFast
 
 from sharding.ranks.errors import UserError
 from tests.trainer.data.rows_support import Columns, read_split, row_config, row_samples, write_csv, write_texts
+from trainer.build import _tokenizer_of
 from trainer.config import parse_config
 from trainer.data.any_samples import prepared_samples
 from trainer.data.prepare import prepare_rows_by, prepare_samples
@@ -100,9 +103,6 @@ def test_texts_of_every_kind_of_file(tmp_path: Path) -> None:
     (tmp_path / "c.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(lines.encode()))
     write_csv(tmp_path / "d.csv", {name: [row[name] for row in rows] for name in ("body", "kind")})
     (tmp_path / "e.csv.gz").write_bytes(gzip.compress((tmp_path / "d.csv").read_bytes()))
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "f.parquet")
     found = set()
     for name, source in (
@@ -118,6 +118,20 @@ def test_texts_of_every_kind_of_file(tmp_path: Path) -> None:
             assert bool((ids[count:] == pad).all())
     assert len(found) == 1
     assert next(iter(found))[0] == ("even", "odd")
+
+
+def test_a_name_is_the_same_from_every_kind_of_file(tmp_path: Path) -> None:
+    columns: Columns = {"x": [1, 2, 3, 4], "kind": [1, 2, 1, 2], "label": [0, 1, 0, 1]}
+    floats = {name: [float(value) for value in values] for name, values in columns.items()}
+    pq.write_table(pa.table(floats), tmp_path / "a.parquet")
+    settings: dict[str, Any] = {"source": "table", "categories": "kind", "validation_fraction": 0.0}
+    batches = []
+    for path in (write_csv(tmp_path / "a.csv", columns), tmp_path / "a.parquet"):
+        samples = row_samples(tmp_path, paths=[str(path)], **settings)
+        assert samples.facts.classes == ("0", "1")
+        batches.append(read_split(samples, "train"))
+    assert batches[0]["categories"].tolist() == [[1], [2], [1], [2]]
+    assert all(batches[0][name].equal(batches[1][name]) for name in batches[0])
 
 
 def test_a_folder_of_texts_is_named_after_their_class(tmp_path: Path) -> None:
@@ -149,6 +163,19 @@ def test_a_data_set_as_the_library_of_the_hub_reads_it(tmp_path: Path) -> None:
     assert [samples.num_samples(split) for split in ("train", "validation", "test")] == [20, 0, 10]
 
 
+def test_labels_of_the_hub_have_the_names_that_it_gives_them(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    rows = [{"text": f"text {i}", "label": i % 2} for i in range(20)]
+    (tmp_path / "set" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    names = "{names: {'0': negative, '1': positive}}"
+    features = f"features:\n  - {{name: text, dtype: string}}\n  - {{name: label, dtype: {{class_label: {names}}}}}"
+    (tmp_path / "set" / "README.md").write_text(f"---\ndataset_info:\n  {features}\n---\n")
+    named: dict[str, Any] = {"source": "hub", "hub_name": str(tmp_path / "set"), "validation_fraction": 0.0}
+    samples = row_samples(tmp_path, "sequence-classification", **named)
+    assert samples.facts.classes == ("negative", "positive")
+    assert read_split(samples, "train")["labels"].tolist() == [0, 1] * 10
+
+
 def test_passages_of_the_standard_library_know_their_package(tmp_path: Path) -> None:
     named: dict[str, Any] = {"source": "python-stdlib", "split": {"group": "file"}, "max_documents": 600}
     samples = row_samples(tmp_path, "sequence-classification", **named)
@@ -172,13 +199,18 @@ def test_long_texts_are_cut_and_counted(tmp_path: Path) -> None:
 
 def test_a_tokenizer_puts_its_own_tokens_around_a_text(tmp_path: Path) -> None:
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "green", "blue", "[", "]", "cls"]
-    tokenizer = BertTokenizerFast(vocab={word: number for number, word in enumerate(words)}, eos_token="[SEP]")
+    tokenizer = BertTokenizerFast(vocab={word: number for number, word in enumerate(words)})
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     texts = [("red green", "a"), ("blue " * 9, "b"), ("[CLS] red", "a"), ("green", "b")]
     path = write_texts(tmp_path / "a.jsonl", texts)
     config = row_config(tmp_path, "sequence-classification", source="jsonl", paths=[str(path)], sequence_length=6,
                         tokenizer=str(tmp_path / "tokenizer"), validation_fraction=0.0, vocab_size=8192)  # fmt: skip
-    samples = prepared_samples(prepare_samples(config, progress=False), config)
+    prepared = prepare_samples(config, progress=False)
+    archive = _tokenizer_of(prepared)
+    # It has no token that ends a document, and needs none.
+    assert archive is not None
+    assert archive.entry.eos_token_id is None
+    samples = prepared_samples(prepared, config)
     batch = read_split(samples, "train")
     assert batch["input_ids"].tolist() == [
         [2, 5, 6, 3, 0, 0],
@@ -218,6 +250,21 @@ def test_a_tag_belongs_to_its_words_first_token(tmp_path: Path) -> None:
         starts = [i for i, label in enumerate(labels.tolist()) if label != -100]
         pieces = [tokenizer.decode(ids[a:b]).strip() for a, b in zip(starts, [*starts[1:], int(count)], strict=True)]
         assert pieces == row["words"]
+
+
+def test_tags_with_a_tokenizer_of_words(tmp_path: Path) -> None:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "ada", "lives", "ro", "##me"]
+    BertTokenizerFast(vocab={word: number for number, word in enumerate(words)}).save_pretrained(tmp_path / "tokenizer")
+    rows = [{"text": ["Ada", "lives", "Rome"], "label": ["P", "O", "L"]}, {"text": ["Rome"] * 3, "label": ["L"] * 3}]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    named: dict[str, Any] = {"source": "jsonl", "paths": [str(tmp_path / "x.jsonl")], "validation_fraction": 0.0}
+    named |= {"tokenizer": str(tmp_path / "tokenizer"), "vocab_size": 8192, "sequence_length": 6}
+    samples = row_samples(tmp_path, "token-classification", **named)
+    assert samples.facts.classes == ("L", "O", "P")
+    batch = read_split(samples, "train")
+    assert batch["input_ids"].tolist() == [[2, 5, 6, 7, 8, 3], [2, 7, 8, 7, 8, 3]]
+    # The third word of the second row was cut off, with its tag.
+    assert batch["labels"].tolist() == [[-100, 2, 1, 0, -100, -100], [-100, 0, -100, 0, -100, -100]]
 
 
 def test_images_have_one_shape_and_are_normalised(tmp_path: Path) -> None:
@@ -440,6 +487,11 @@ def test_a_budget_of_tokens_is_for_packed_ones() -> None:
         ("causal-lm", {"source": "digits"}, "data.source=digits has rows, but task.name=causal-lm reads"),
         ("causal-lm", {"format": "rows"}, "data.format=rows, but task.name=causal-lm reads packed samples"),
         ("classification", {"source": "digits", "streaming": True}, "streaming=true goes with data.format=auto or"),
+        (
+            "classification",
+            {"mixture": [{"name": "a", "weight": 1.0, "source": "digits"}]},
+            "goes with data.format=auto or packed only, but it is rows: a row is a sample of its own",
+        ),
         ("classification", {"source": "table"}, "reads either data.table, which is None, or data.paths"),
         ("image-classification", {"source": "images", "paths": ["x"]}, "data.source=images needs data.image_size"),
         ("regression", {"source": "digits", "label_kind": "class"}, "regression learns labels of kind number"),

@@ -13,7 +13,7 @@ from trainer.config import RunConfig
 from trainer.config.data import DataConfig
 from trainer.data.documents import documents_in
 from trainer.data.loader import BatchLoader, evaluation_batches
-from trainer.data.prepare import describe_corpus, prepare_corpus, prepare_samples
+from trainer.data.prepare import describe_corpus, prepare_corpus, prepare_rows_by, prepare_samples
 from trainer.data.prepared import find_prepared
 from trainer.data.prepared_rows import PreparedRows
 from trainer.data.row_samples import RowSamples
@@ -100,6 +100,27 @@ def test_what_another_split_has_as_well_is_dropped_and_counted(tmp_path: Path) -
     assert "validation  7 rows, 8 dropped that another split has as well" in describe_corpus(prepared)
 
 
+def test_a_further_set_has_no_row_that_is_trained_on(tmp_path: Path) -> None:
+    texts = [(f"text {i}", str(i % 2)) for i in range(30)]
+    path = str(write_texts(tmp_path / "a.jsonl", texts))
+    config = row_config(tmp_path, "sequence-classification", source="jsonl", paths=[path], validation_fraction=0.0)
+    prepared = prepare_samples(config, progress=False)
+    assert isinstance(prepared, PreparedRows)
+    # Another label does not make it another text.
+    others = write_texts(tmp_path / "b.jsonl", [("text 3", "0"), ("new", "1"), ("text 4", "0"), ("newer", "0")])
+    other = config.model_copy(update={"paths": (str(others),)})
+    found = prepare_rows_by(prepared.recipe, other, prepared.tokenizer_dir, trained=prepared, progress=False)
+    assert (found.manifest.splits["test"].num_rows, found.manifest.splits["test"].num_leaked) == (2, 2)
+    assert RowSamples(found).source_ids("test", [0, 1]) == [f"{others}#1", f"{others}#3"]
+    alone = prepare_rows_by(prepared.recipe, other, prepared.tokenizer_dir, progress=False)
+    assert alone.manifest.splits["test"].num_rows == 4
+    same = config.model_copy(update={"max_documents": 5})
+    with pytest.raises(
+        UserError, match=r"there is no row \(5 rows read, 5 of which are among those that are trained on"
+    ):
+        prepare_rows_by(prepared.recipe, same, prepared.tokenizer_dir, trained=prepared, progress=False)
+
+
 # How they are visited.
 
 
@@ -177,6 +198,13 @@ def test_prepared_again_elsewhere_it_is_the_same(texts: tuple[DataConfig, Prepar
     again = prepare_samples(config.model_copy(update={"cache_dir": str(tmp_path)}), progress=False)
     assert again.folder != prepared.folder
     assert again.fingerprint == prepared.fingerprint
+    # Where the file lies does not count, but a label does.
+    lines = Path(config.paths[0]).read_text()
+    for name, text, is_same in (("a", lines, True), ("b", lines.replace('"label": "1"', '"label": "2"'), False)):
+        (tmp_path / f"{name}.jsonl").write_text(text)
+        moved = {"cache_dir": str(tmp_path), "paths": (str(tmp_path / f"{name}.jsonl"),)}
+        other = prepare_samples(config.model_copy(update=moved), progress=False)
+        assert (other.fingerprint == prepared.fingerprint) == is_same
 
 
 def test_the_rows_of_positions_are_named(texts: tuple[DataConfig, PreparedRows]) -> None:
