@@ -239,6 +239,11 @@ def _train(ranks: Ranks, root: Path, corpus: Path) -> None:
         runs.train(f"{backend}-{strategy}", steps=6, **_settings(strategy, backend))
     runs.train("halves", steps=6, stop_at=4, **_settings("zero2"))
     runs.train("halves", steps=6, **_settings("zero2"))
+    # Of a stream positions are counted too.
+    streamed = _settings("ddp") | {"data": {"streaming": True, "shuffle_window": 8, "sample_documents": 24}}
+    runs.train("streamed", steps=4, **streamed)
+    runs.train("streamed-halves", steps=4, stop_at=3, **streamed)
+    runs.train("streamed-halves", steps=4, **streamed)
 
 
 def test_any_layout_trains_what_one_process_does(tmp_path: Path) -> None:
@@ -255,6 +260,7 @@ def test_any_layout_trains_what_one_process_does(tmp_path: Path) -> None:
         for line, wanted in zip(computed_lines(RunFolder(folder)), expected, strict=True):
             assert line == pytest.approx(wanted, rel=2e-5), folder
     assert computed_lines(RunFolder(runs / "halves")) == computed_lines(RunFolder(runs / "torch-zero2"))
+    assert computed_lines(RunFolder(runs / "streamed-halves")) == computed_lines(RunFolder(runs / "streamed"))
     continued = shardline("generate", runs / "torch-zero2", "--prompt", "import")
     assert f"{runs / 'torch-zero2'} holds a BertForMaskedLM, which does not continue text" in continued.stderr
     # The masks are those of the run.
