@@ -42,7 +42,7 @@ def _short(name: str, root: Path, *overrides: str) -> Any:
             *(f"steps={steps}", "schedule.name=constant", "schedule.warmup_steps=0", "schedule.warmup_fraction=0"),
             "schedule.total_steps=0",
             *("metrics.every_steps=1", "evaluation.max_sequences=32", f"evaluation.every_steps={steps}"),
-            *("evaluation.patience=0", "checkpoint.every_steps=0", "checkpoint.keep_best=0"),
+            *("evaluation.patience=0", "evaluation.monitor=loss", "checkpoint.every_steps=0", "checkpoint.keep_best=0"),
             *(f"output_dir={root / 'runs'}", f"data.cache_dir={root / 'cache'}", "tracking.wandb.mode=disabled"),
             *(*smaller, *overrides),
         ],
