@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from sharding.blocks import find_blocks
 from sharding.config import ActivationCheckpointingConfig
@@ -151,10 +152,15 @@ def refuse_batch_norm(model: nn.Module, checkpointing: ActivationCheckpointingCo
         checkpointing: what is recomputed.
 
     Raises:
-        UserError: a layer in a block that is recomputed, which would count each micro-batch twice, or one without
-            running statistics.
+        UserError: a layer in a block that is recomputed, which would count each micro-batch twice, one without running
+            statistics, or one that keeps them of each sample by itself, and so of this rank's alone.
     """
     for name, module in model.named_modules():
+        if isinstance(module, _InstanceNorm) and module.running_mean is not None:
+            raise UserError(
+                f"{name} keeps running statistics of this rank's samples (InstanceNorm with track_running_stats=True), "
+                "which would differ from rank to rank; leave them out."
+            )
         if isinstance(module, _BatchNorm) and module.running_mean is None:
             raise UserError(
                 f"{name} normalises by each batch in evaluation as well (track_running_stats=False), so that a "

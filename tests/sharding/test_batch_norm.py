@@ -140,6 +140,20 @@ def _on_2(ranks: Ranks, folder: Path) -> None:
     _check_average(ranks)
 
 
+def _check_compiled(ranks: Ranks) -> None:
+    losses = [
+        _train(_engine(ranks, "mlp", "torch", "zero2", compile={"enabled": enabled}), ranks, TABLE, _EVEN)
+        for enabled in (False, True)
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_compiled_blocks_normalise_the_same() -> None:
+    run_on_ranks(_check_compiled, 2, timeout_s=380)
+
+
 def _on_4(ranks: Ranks, folder: Path) -> None:
     sizes = ((2, 2, 2, 2), (2, 2, 2, 2))
     for strategy in ("hsdp", "ddp"):
@@ -200,6 +214,11 @@ def test_what_would_train_another_model_is_refused() -> None:
     refuse_batch_norm(nn.Sequential(nn.BatchNorm1d(3)), ActivationCheckpointingConfig(mode="full"))
     model.head.norm = nn.BatchNorm1d(3, track_running_stats=False)
     with pytest.raises(UserError, match=r"head\.norm normalises by each batch in evaluation as well"):
+        refuse_batch_norm(model, ActivationCheckpointingConfig())
+    model.head.norm = nn.InstanceNorm1d(3)
+    refuse_batch_norm(model, ActivationCheckpointingConfig())
+    model.head.norm = nn.InstanceNorm1d(3, track_running_stats=True)
+    with pytest.raises(UserError, match=r"head\.norm keeps running statistics of this rank's samples"):
         refuse_batch_norm(model, ActivationCheckpointingConfig())
 
 

@@ -24,9 +24,11 @@ def build_model_config(model: ModelConfig, facts: SampleFacts) -> "PretrainedCon
     """
     from transformers import AutoConfig
 
+    if model.architecture is None and model.pretrained is None:
+        raise UserError(f"{model.name} is no model of transformers, which this is for; name a model.architecture.")
     if facts.vocab_size is None and facts.image_shape is None and facts.num_audio_samples is None:
         raise UserError(
-            f"{model.architecture or model.pretrained} is a model of transformers, but the samples are neither texts "
+            f"{model.name} is a model of transformers, but the samples are neither texts "
             "nor images nor recordings; choose model.builtin=mlp, say, or a task whose samples it takes."
         )
     if model.pretrained is not None:

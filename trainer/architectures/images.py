@@ -26,7 +26,7 @@ def check_images(model: ModelConfig, config: "PretrainedConfig", shape: ImageSha
         UserError: it does.
     """
     channels, height, width = shape
-    name = model.architecture or model.pretrained
+    name = model.name
     images = f"{channels} x {height} x {width} images"
     their_channels, their_sizes = getattr(config, "num_channels", channels), _pair(getattr(config, "image_size", None))
     if (their_channels, their_sizes or (height, width)) != (channels, (height, width)):

@@ -17,6 +17,7 @@ from trainer.config import RunConfig
 from trainer.config.optimizer import OptimizerConfig
 from trainer.config.rules import accumulation_steps
 from trainer.data.facts import SampleFacts
+from trainer.model.models import output_embeddings
 from trainer.model.tried_activations import tried_activation_bytes
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def estimate_memory(
     device: torch.device,
     facts: SampleFacts | None = None,
 ) -> MemoryEstimate:
-    """A rank's peak by the formulas; activations of what is no transformer of text by a trial on the meta device.
+    """A rank's peak by the formulas; activations of what is no language model by a trial on the meta device.
 
     Args:
         config: the run.
@@ -94,7 +95,9 @@ def estimate_memory(
         moment_bytes=moment_bytes(config.optimizer, model) / sizes.num_parameters,
         bucket_elements=BUCKET_ELEMENTS[device.type],
     )
-    if model_config is None or (facts is not None and facts.vocab_size is None):
+    # The formula is of transformers that give logits for each token.
+    is_language_model = facts is None or (facts.vocab_size is not None and output_embeddings(model) is not None)
+    if model_config is None or not is_language_model:
         tried = 0.0
         if facts is not None and config.activation_checkpointing.mode == "none":
             tried = tried_activation_bytes(model, facts, config.batch.micro_size)

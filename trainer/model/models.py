@@ -130,7 +130,7 @@ def model_facts(model: nn.Module, model_config: "PretrainedConfig | None", *, re
         reads_tokens: whether samples are texts.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    output = _output_embeddings(model)
+    output = output_embeddings(model)
     if output is not None:
         embeddings.discard(id(output.weight))
     parameters = list(model.parameters())
@@ -150,7 +150,7 @@ def model_facts(model: nn.Module, model_config: "PretrainedConfig | None", *, re
     )
 
 
-def _output_embeddings(model: nn.Module) -> Any:
+def output_embeddings(model: nn.Module) -> Any:
     """The output projection of a model that says which it is; some of transformers raise where they have none."""
     try:
         return getattr(model, "get_output_embeddings", lambda: None)()

@@ -23,6 +23,9 @@ def tried_activation_bytes(model: nn.Module, facts: SampleFacts, num_rows: int) 
     with torch.device("meta"):
         columns = _columns(facts, num_rows)
     taken = inspect.signature(model.forward).parameters
+    if "attention_mask" in taken and taken["attention_mask"].default is not inspect.Parameter.empty:
+        # Models of transformers look into it, where there is nothing to be seen.
+        columns.pop("attention_mask", None)
     kept: dict[int, torch.Tensor] = {}
     known = {_storage(tensor) for tensor in (*model.parameters(), *model.buffers(), *columns.values())}
 

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from sharding.batch_norm import has_batch_norm
+from sharding.blocks import hidden_matrices
 from sharding.config import Backend, Strategy
 from trainer.config import RunConfig
 from trainer.config.optimizer import OptimizerName, refused_optimizer
@@ -144,7 +145,7 @@ def run_parity(config: RunConfig, cases: Sequence[ParityCase], folder: Path) -> 
         folder: an empty folder for parameters and trajectories.
 
     Returns:
-        A row for each case, also for one that failed.
+        A row for each case, also for one that failed; none for Muon where the model has nothing that it is for.
 
     Raises:
         UserError: the corpus cannot be prepared, or the model is not accepted.
@@ -154,7 +155,10 @@ def run_parity(config: RunConfig, cases: Sequence[ParityCase], folder: Path) -> 
     facts = prepared_facts(prepared, config.data)
     task = compared_task(config, facts)
     write_ragged_batch(config, prepared, task, folder)
-    normalizes_batches = has_batch_norm(build_model_on_meta(task, config.model, facts))
+    model = build_model_on_meta(task, config.model, facts)
+    normalizes_batches = has_batch_norm(model)
+    if not hidden_matrices(model):
+        cases = [case for case in cases if case.optimizer != "muon"]
     failures: dict[str, str] = {}
     for num_ranks in sorted({case.num_ranks for case in cases}):
         group = [case for case in cases if case.num_ranks == num_ranks]

@@ -12,8 +12,10 @@ from sharding.ranks.process_group import Ranks
 from tests.sharding.engine_cases import FACTS, random_batch, tiny_config
 from tests.sharding.network_cases import TABLE, TEXTS, RowClassification, network_config
 from tests.support import run_on_ranks
+from trainer.architectures.auto_model import auto_model
 from trainer.architectures.config import build_model_config
 from trainer.config.optimizer import OptimizerConfig
+from trainer.data.facts import SampleFacts
 from trainer.model.memory_estimate import (
     BlockWidths,
     activation_bytes,
@@ -122,6 +124,17 @@ def _estimate_holds(ranks: Ranks) -> None:
 
 def test_estimate_of_a_run() -> None:
     run_on_ranks(_estimate_holds, 1)
+
+
+def test_a_classifier_of_texts_has_no_logits_for_each_token() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = tiny_config({"strategy": "ddp"}, model={"architecture": "bert", "config": sizes})
+    facts = SampleFacts(sequence_length=16, vocab_size=20_000)
+    with torch.device("meta"):
+        model = auto_model("sequence-classification", config.model, facts, 2)
+    estimate = estimate_memory(config, model, model.config, ParallelDims(), torch.device("cpu"), facts)
+    # Logits of one row of 16 tokens would take 4 x 16 x 20,000 bytes.
+    assert 4 * 16 * 32 < estimate.activations < 16 * 20_000
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,8 @@ def test_a_model_of_ones_own_does_so_too(tmp_path: Path) -> None:
     model = {"factory": "tests.trainer.parity.test_network_parity:own_model", "arguments": {"width": 9}}
     cases = [ParityCase("ddp", 2, 3, "sgd"), ParityCase("zero3", 2, 1, "sgd", "bucketed")]
     assert _failed(_config(tmp_path, model), cases, tmp_path / "out") == []
+    # It has no blocks, whose matrices muon is for.
+    assert run_parity(_config(tmp_path, model), [ParityCase("ddp", 2, 3, "muon")], tmp_path / "out") == []
 
 
 @pytest.mark.timeout(400)
