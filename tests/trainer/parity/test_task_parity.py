@@ -81,8 +81,19 @@ _SLOW = ("texts by a decoder", "a table")
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in _SLOW else n for n in _CASES])
+@pytest.mark.parametrize("name", [name for name in _CASES if name not in _SLOW])
 def test_each_task_trains_as_one_process(name: str, tmp_path: Path) -> None:
+    _check_case(name, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", _SLOW)
+def test_further_models_do_so_too(name: str, tmp_path: Path) -> None:
+    _check_case(name, tmp_path)
+
+
+def _check_case(name: str, tmp_path: Path) -> None:
     task, model, data = _CASES[name]
     cases = [ParityCase(strategy, 2, 3, "sgd") for strategy in ("ddp", "zero3")]
     cases += [ParityCase("zero3", 2, 3, "sgd", "bucketed"), ParityCase("zero2", 2, 1, "sgd", "deepspeed")]
