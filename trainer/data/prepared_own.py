@@ -1,11 +1,13 @@
 """Samples that a function of the user's own makes: what is written down of them, and they themselves. No torch."""
 
 import inspect
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import TypeAdapter, ValidationError
+
 from sharding.ranks.errors import UserError
-from sharding.strict_model import StrictRecord
 from trainer.config.data import DataConfig
 from trainer.data.facts import SampleFacts
 from trainer.data.order import SampleOrder
@@ -18,17 +20,22 @@ if TYPE_CHECKING:
     from trainer.data.samples import Samples
 
 
-class OwnRecord(StrictRecord):
-    """What is known of the samples without running the code that makes them."""
+@dataclass(frozen=True)
+class OwnRecord:
+    """What is known of the samples without running the code that makes them.
+
+    Attributes:
+        fingerprint: identity of their contents.
+        num_samples: samples of each split.
+        facts: what is known of all of them.
+    """
 
     fingerprint: str
-    """Identity of their contents."""
-
     num_samples: dict[str, int]
-    """Samples of each split."""
-
     facts: SampleFacts
-    """What is known of all of them."""
+
+
+_RECORD = TypeAdapter(OwnRecord)
 
 
 class PreparedOwn:
@@ -131,10 +138,10 @@ def prepare_own(config: DataConfig, folder: Path) -> PreparedOwn:
     """
     samples = make_own(config)
     record = _record_of(samples, config)
-    if OwnRecord.read(folder / MANIFEST_NAME) != record:
+    if _read(folder) != record:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(folder / MANIFEST_NAME, record.model_dump_json(indent=2))
+            write_atomically(folder / MANIFEST_NAME, _RECORD.dump_json(record, indent=2))
         except OSError as error:
             raise UserError(
                 f"{folder} cannot be written to: {error.strerror}; free some space (or quota) there, or set "
@@ -145,7 +152,7 @@ def prepare_own(config: DataConfig, folder: Path) -> PreparedOwn:
 
 def open_own(folder: Path, config: DataConfig) -> PreparedOwn | None:
     """What was written down of samples, if anything; runs no code of the user's."""
-    record = OwnRecord.read(folder / MANIFEST_NAME)
+    record = _read(folder)
     return None if record is None else PreparedOwn(folder, config, record)
 
 
@@ -173,6 +180,13 @@ def make_own(config: DataConfig) -> "Samples":
             "trainer/data/samples.py calls Samples."
         )
     return samples
+
+
+def _read(folder: Path) -> OwnRecord | None:
+    try:
+        return _RECORD.validate_json((folder / MANIFEST_NAME).read_bytes())
+    except (OSError, ValidationError):
+        return None
 
 
 def _record_of(samples: "Samples", config: DataConfig) -> OwnRecord:

@@ -50,7 +50,7 @@ def _train(ranks: Ranks, root: Path) -> None:
     runs = RunsInProcess(ranks, root, root)
     runs.train_as(_counted(_values(root, "whole")))
     runs.train_as(_counted(_values(root, "halves")), stop_at=5)
-    changed = _values(root, "changed", version=2)
+    changed = _values(root, "changed", version=2) | {"epochs": 3.0}
     changed["checkpoint"] |= {"from": str(root / "runs" / "whole")}
     with pytest.raises(UserError, match="was trained on another corpus"):
         runs.train_as(_counted(changed))
