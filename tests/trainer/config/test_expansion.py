@@ -36,7 +36,7 @@ def test_every_path_is_expanded(tmp_path: Path, values: dict[str, Any]) -> None:
 
     values["model"] = {"factory": "own:make"}
     for key in PATH_SETTINGS:
-        if key not in ("model.pretrained", "data.mixture.paths", "evaluation.sets.paths"):
+        if key not in ("model.pretrained", "data.mixture.paths", "evaluation.sets.paths", "data.folder"):
             put(key, ["$SCRATCH/x", "~/y"] if key == "data.paths" else "$SCRATCH/x")
     values["task"]["name"] = "own:Task"
     values["data"] = {key: value for key, value in values["data"].items() if key != "validation_fraction"}
@@ -48,6 +48,8 @@ def test_every_path_is_expanded(tmp_path: Path, values: dict[str, Any]) -> None:
     assert "~" not in written
     assert config.data.paths == (f"{tmp_path}/scratch/x", f"{tmp_path}/home/y")
     assert config.model.folder == config.task.folder == f"{tmp_path}/scratch/x"
+    values["data"] = {"source": "factory", "factory": "own:samples", "folder": "$SCRATCH/x"}
+    assert load_config(write_config(tmp_path / "own.yaml", values)).data.folder == f"{tmp_path}/scratch/x"
     assert config.checkpoint.from_ == config.parallel.nvme_path == config.checkpoint.storage == f"{tmp_path}/scratch/x"
 
 
