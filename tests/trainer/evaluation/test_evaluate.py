@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import random
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ from trainer.checkpoint.reader import open_checkpoint
 from trainer.config import parse_config
 from trainer.data.any_samples import prepared_samples
 from trainer.data.prepared import open_prepared
-from trainer.evaluation.on_ranks import evaluate_here
+from trainer.deploy.allowed_code import AllowedCode
+from trainer.evaluation.on_ranks import evaluate_here, evaluate_subject
 from trainer.evaluation.subject import Asked, find_subject
 from trainer.model.models import build_model_on_meta
 from trainer.tasks.registry import configured_task
@@ -160,6 +163,18 @@ def test_it_equals_scikit_learn_over_one_two_and_three_ranks(runs: Path) -> None
     assert _contents(runs / "runs") == before
 
 
+def _found(run: Path, **asked: Any) -> dict[str, Any]:
+    """What the command finds, on one rank, without a process for it."""
+    before = dict(os.environ)
+    try:
+        with tempfile.TemporaryDirectory() as work:
+            subject = find_subject(Asked(str(run), **asked), 1, Path(work))
+            return evaluate_subject(subject, 1, Path(work)) | {"step": subject.step}
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
 def _samples(subject: Any) -> Any:
     prepared = open_prepared(subject.prepared_dir, subject.config.data)
     assert prepared is not None
@@ -223,26 +238,23 @@ def test_text_of_a_run_and_of_its_export(tmp_path: Path, shared_corpus: tuple[Pa
     run = tmp_path / "runs" / "tiny"
     lines = (run / "metrics.jsonl").read_text().splitlines()
     logged = json.loads(lines[-1])
-    held_out = json.loads(shardline("evaluate", run, "--json").stdout)
+    held_out = _found(run)
     assert held_out["metrics"] == pytest.approx(
         {name: logged[f"eval/{name}"] for name in ("loss", "perplexity", "bits_per_byte")}, rel=1e-6
     )
-    of_set = json.loads(shardline("evaluate", run, "--json", "--split", "new").stdout)
+    of_set = _found(run, split="new")
     assert of_set["metrics"]["loss"] == pytest.approx(logged["eval/new/loss"], rel=1e-6)
-    given = json.loads(shardline("evaluate", run, "--json", "--data", text).stdout)
-    assert {**given, "data": ""} == {**of_set, "data": ""}
+    given = _found(run, files=(str(text),))
+    assert given == of_set
     exported = shardline("export", run, "--to", tmp_path / "model")
     assert exported.returncode == 0, exported.stderr
-    of_export = shardline("evaluate", tmp_path / "model", "--json", "--data", text)
-    assert of_export.returncode == 0, of_export.stderr
-    again = json.loads(of_export.stdout)
-    assert "step" not in again
+    again = _found(tmp_path / "model", files=(str(text),))
+    assert (given["step"], again["step"]) == (2, None)
     # Sequences are as long as the model has positions, so that only bytes are the same.
     assert given["metrics"].keys() == again["metrics"].keys()
     assert again["samples"] < given["samples"]
-    refused = shardline("evaluate", tmp_path / "model", "--json")
-    assert refused.returncode == 2
-    assert "has no split of its own; name files by --data" in refused.stderr
+    with pytest.raises(UserError, match="has no split of its own; name files by --data"):
+        _found(tmp_path / "model")
 
 
 _OWN_MODEL = """
@@ -283,14 +295,13 @@ def test_a_model_of_ones_own_is_made_where_that_is_allowed(tmp_path: Path) -> No
     }
     trained(run_module("trainer", write_config(tmp_path / "run.yaml", values)))
     run = tmp_path / "runs" / "own"
-    refused = shardline("evaluate", run)
-    assert refused.returncode == 2
-    assert "asks for Python code by model.factory=own_model:make" in refused.stderr
-    found = shardline("evaluate", run, "--factory", "own_model:make", "--json")
-    assert found.returncode == 0, found.stderr
+    with pytest.raises(UserError, match=r"asks for Python code by model.factory=own_model:make"):
+        _found(run)
+    found = _found(run, allowed=AllowedCode(factories=("own_model:make",)))
     logged = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
-    metrics = json.loads(found.stdout)["metrics"]
-    assert metrics == pytest.approx({name: logged[f"eval/{name}"] for name in ("loss", "mse", "mae", "r2")}, rel=1e-6)
+    assert found["metrics"] == pytest.approx(
+        {name: logged[f"eval/{name}"] for name in ("loss", "mse", "mae", "r2")}, rel=1e-6
+    )
 
 
 def test_an_export_of_a_classifier_reads_rows_as_its_run_does(tmp_path: Path) -> None:
@@ -328,12 +339,10 @@ def test_an_export_of_a_classifier_reads_rows_as_its_run_does(tmp_path: Path) ->
     run, exported, new = tmp_path / "runs" / "texts", tmp_path / "model", write("new.jsonl", 13)
     finished = shardline("export", run, "--to", exported)
     assert finished.returncode == 0, finished.stderr
-    of_run, of_export = (
-        json.loads(shardline("evaluate", folder, "--data", new, "--json").stdout) for folder in (run, exported)
-    )
+    of_run, of_export = (_found(folder, files=(str(new),)) for folder in (run, exported))
     assert of_run["samples"] == of_export["samples"] == 13
     assert of_run["metrics"] == pytest.approx(of_export["metrics"], rel=1e-6)
     assert of_run["confusion"] == of_export["confusion"]
     (exported / "rows.json").unlink()
-    refused = shardline("evaluate", exported, "--data", new)
-    assert (refused.returncode, "has a ForSequenceClassification and no rows.json" in refused.stderr) == (2, True)
+    with pytest.raises(UserError, match=r"has a ForSequenceClassification and no rows.json"):
+        _found(exported, files=(str(new),))
