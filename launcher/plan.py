@@ -72,6 +72,8 @@ class Plan:
         tokens, length = config.tokens_per_step, "how many steps the epochs are is known once the corpus is prepared"
         if config.is_length_known:
             length = f"{tokens * config.num_steps:,} in {config.num_steps:,} steps"
+        # A text may be shorter.
+        at_most = "at most " if config.data.has_rows and config.data.has_tokens else ""
         free_port = "; port 0 becomes a free one" if config.launch.master_port == 0 else ""
         device = "GPU, NCCL" if self.world.has_gpu else "CPU, gloo"
         return "\n".join(
@@ -81,7 +83,7 @@ class Plan:
                 f"data-parallel degree {dims.data_degree}",
                 f"batch         {config.batch.global_size} samples = {config.batch.micro_size} x {steps} "
                 f"accumulation steps x {dims.data_degree} ranks",
-                f"tokens        {tokens:,} a step, {length}",
+                f"{config.data.unit:<14}{at_most}{tokens:,} a step, {length}",
                 *preview.splitlines(),
                 "environment",
                 *(f"  {shlex.quote(f'{v.name}={v.value}')}    # {v.why}" for v in self.variables),

@@ -184,9 +184,7 @@ def build_trainer(
         facts=facts,
         description=description,
         busy=busy,
-        peak_flops=peak_flops(
-            ranks.device, compute_format(config.precision.compute, compute_dtype(config.precision, ranks.device))
-        ),
+        peak_flops=_peak_flops(config, ranks),
         weight_average=average,
     )
     trainer = Trainer(config, parts)
@@ -256,6 +254,15 @@ def check_held_out(config: RunConfig, samples: Samples) -> None:
             f"evaluation.every_steps={every_steps} evaluates held-out samples, but {which} holds out none of these; "
             f"{remedy}, or set evaluation.every_steps=0."
         )
+
+
+def _peak_flops(config: RunConfig, ranks: Ranks) -> float | None:
+    """What the device could do, FLOP/s; None where it is not known, or the arithmetic of a sample is not."""
+    if config.data.unit != "tokens":
+        return None
+    return peak_flops(
+        ranks.device, compute_format(config.precision.compute, compute_dtype(config.precision, ranks.device))
+    )
 
 
 def _replica_check(

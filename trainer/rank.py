@@ -288,7 +288,7 @@ def _agree_on_attempt(attempt: int, run_folder: RunFolder, ranks: Ranks) -> int:
 def _build_observers(config: RunConfig, run_folder: RunFolder, ranks: Ranks, progress: _Progress) -> Observers:
     if ranks.rank != 0:
         return Observers(run_folder.metrics_file, attempt=progress.attempt)
-    console = Console(total_steps=config.num_steps)
+    console = Console(total_steps=config.num_steps, unit=config.data.unit)
     trackers = build_trackers(config, run_folder.path, run_folder.metrics_file, console.warning)
     stragglers = StragglerWatch(config.faults.straggler_ratio)
     return Observers(run_folder.metrics_file, console, trackers, progress.attempt, stragglers, progress.ledger)

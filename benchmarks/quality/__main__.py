@@ -12,6 +12,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -109,10 +110,12 @@ class _Measured:
         print(f"transfer, seed {seed}: " + ", ".join(f"{which} {v:.4f}" for which, v in values.items()), flush=True)
 
     def _run(self, case: Case, name: str, seed: int) -> None:
+        began_at = time.monotonic()
         run = self._train(case.config, seed, [])
+        wall_s = time.monotonic() - began_at
         value = _evaluate(run, case.split, case.metric)
-        append_row(self._raw, {"kind": "run", "case": name, "seed": seed, "value": value})
-        print(f"{name}, seed {seed}: {case.metric} {value:.4f}", flush=True)
+        append_row(self._raw, {"kind": "run", "case": name, "seed": seed, "value": value, "wall_s": wall_s})
+        print(f"{name}, seed {seed}: {case.metric} {value:.4f} in {wall_s:.0f} s", flush=True)
 
     def _train(self, config: str, seed: int, overrides: Sequence[str]) -> Path:
         fixed = [f"output_dir={self._folder}", f"seed={seed}", "tracking.wandb.mode=disabled", f"name={config}-{seed}"]

@@ -1,7 +1,7 @@
 """Seeds' scores as a table and as a plot."""
 
 from collections.abc import Sequence
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from benchmarks.presentation.facts import facts
@@ -24,7 +24,7 @@ def markdown(rows: Rows, file: str, changes: Sequence[str] = ()) -> str:
     lines = [*facts(rows[0], _TITLE), ""]
     found = _cases(rows)
     if found:
-        lines += ["| | metric | seeds | mean, 95 % interval | least | beside | bar |", "| --- " * 7 + "|"]
+        lines += ["| | metric | seeds | mean, 95 % interval | least | beside | bar | a run, s |", "| --- " * 8 + "|"]
         lines += [_line(rows, name, values) for name, values in found.items()]
     if pairs := _pairs(rows):
         lines += ["", *_transfer(pairs)]
@@ -80,8 +80,15 @@ def _line(rows: Rows, name: str, values: list[float]) -> str:
         f"{min(values):.4f}",
         beside,
         _bar(name) + outcome,
+        _seconds(rows, name),
     )
     return f"| {' | '.join(map(str, columns))} |"
+
+
+def _seconds(rows: Rows, name: str) -> str:
+    """Median time of a run from its command to its end; empty where a result does not have it."""
+    times_s = [row["wall_s"] for row in rows if row["kind"] == "run" and row["case"] == name and "wall_s" in row]
+    return f"{median(times_s):.0f}" if times_s else ""
 
 
 def _bar(name: str) -> str:

@@ -30,7 +30,9 @@ HEADER: dict[str, Any] = {
 
 
 def scores(case: str, *values: float) -> list[dict[str, Any]]:
-    return [{"kind": "run", "case": case, "seed": seed, "value": value} for seed, value in enumerate(values)]
+    return [
+        {"kind": "run", "case": case, "seed": seed, "value": value, "wall_s": 30.0} for seed, value in enumerate(values)
+    ]
 
 
 @pytest.mark.parametrize("num_values", [2, 5, 15, 16, 40])
@@ -53,9 +55,9 @@ def test_the_table_says_what_is_met_and_what_is_missed() -> None:
         *({"kind": "transfer", "case": "transfer", "seed": s, "scratch": 0.5, "transferred": 0.6} for s in range(3)),
     ]
     table = markdown(rows, "quality.jsonl")
-    assert "| digits-mlp | accuracy, test | 5 | 0.9740 ± 0.0119 | 0.9600 |  | at least 0.97 (met) |" in table
-    assert "| at least 0.985 (missed) |" in table
-    assert "| TF-IDF: 0.9000 | within 5 points (met) |" in table
+    assert "| digits-mlp | accuracy, test | 5 | 0.9740 ± 0.0119 | 0.9600 |  | at least 0.97 (met) | 30 |" in table
+    assert "| at least 0.985 (missed) | 30 |" in table
+    assert "| TF-IDF: 0.9000 | within 5 points (met) | 30 |" in table
     assert "3 pairs" in table
     assert "the difference is +0.1000 ± 0.0000" in table
     assert plot(rows).startswith("<?xml")

@@ -183,6 +183,11 @@ class DataConfig(RowSettings, SourceConfig):
         """Whether samples are of tokens, packed or each a row."""
         return self.source in TEXT_SOURCES
 
+    @property
+    def unit(self) -> str:
+        """What training counts in its rates: tokens, or samples where there are none."""
+        return "samples" if self.has_rows and not self.has_tokens else "tokens"
+
 
 def validate_data(data: DataConfig) -> None:
     """Every rule among the settings under ``data``.

@@ -106,8 +106,11 @@ class RunConfig(StrictModel):
 
     @property
     def tokens_per_step(self) -> int:
-        """Token positions in one optimizer step, padding and other positions without a target included."""
-        return self.batch.global_size * self.data.sequence_length
+        """Token positions in one optimizer step, padding and other positions without a target included.
+
+        Of rows that are texts at most so many; of other rows the samples.
+        """
+        return self.batch.global_size * (self.data.sequence_length if self.data.unit == "tokens" else 1)
 
     @property
     def is_length_known(self) -> bool:

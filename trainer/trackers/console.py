@@ -27,14 +27,16 @@ class _Screen(RichConsole):
 class Console:
     """Progress of one run, on rank 0. Everything it says also goes to the log."""
 
-    def __init__(self, total_steps: int, stream: TextIO | None = None) -> None:
+    def __init__(self, total_steps: int, stream: TextIO | None = None, *, unit: str = "tokens") -> None:
         """Show nothing yet; messages work at once.
 
         Args:
             total_steps: step at which the run is finished.
             stream: where to show it; standard output if not given.
+            unit: what the rate counts.
         """
         self._total_steps = total_steps
+        self._unit = unit
         self._rich = _Screen(file=stream, highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
         self._task = TaskID(0)
@@ -120,7 +122,7 @@ class Console:
             f"loss {_number(metrics.get('train/loss'), '.4f')}",
             f"lr {_number(metrics.get('train/learning_rate'), '.2e')}",
             f"grad {_number(metrics.get('train/grad_norm'), '.2f')}",
-            f"{_number(metrics.get('throughput/tokens_per_s'), ',.0f')} tokens/s",
+            f"{_number(metrics.get('throughput/tokens_per_s'), ',.0f')} {self._unit}/s",
         ]
         if metrics.get("throughput/mfu") is not None:
             parts.append(f"MFU {_number(metrics['throughput/mfu'], '.1%')}")

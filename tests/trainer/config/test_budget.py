@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from sharding.ranks.errors import UserError
-from tests.support import tiny_values
+from tests.support import ROOT, tiny_values
 from trainer.config import RunConfig, config_to_yaml, load_config, parse_config
 from trainer.config.budget import budget, budget_of
 
@@ -67,3 +67,11 @@ def test_rules_of_the_length_wait_for_it() -> None:
     config = _config(epochs=2.0, schedule={"warmup_steps": 40})
     with pytest.raises(UserError, match=r"schedule.warmup_steps=40 is more than the 20 steps"):
         parse_config(config.model_dump(mode="json") | {"epoch_samples": 120}, "test")
+
+
+@pytest.mark.parametrize(
+    ("name", "unit", "of_a_step"), [("digits_mlp", "samples", 64), ("stdlib_lstm", "tokens", 32 * 256)]
+)
+def test_what_a_step_is_made_of(name: str, unit: str, of_a_step: int) -> None:
+    config = load_config(ROOT / "configs" / f"{name}.yaml")
+    assert (config.data.unit, config.tokens_per_step) == (unit, of_a_step)

@@ -84,6 +84,12 @@ def test_plain_lines_where_there_is_no_terminal(records: pytest.LogCaptureFixtur
     assert records.messages == [line]
 
 
+def test_where_samples_are_no_tokens_their_rate_is_said() -> None:
+    stream = io.StringIO()
+    Console(600, stream, unit="samples").log_metrics(120, METRICS)
+    assert "  12,346 samples/s  left " in stream.getvalue()
+
+
 def test_what_is_unknown_or_rare_is_shown_only_where_it_matters() -> None:
     stream = io.StringIO()
     console = Console(600, stream)
