@@ -38,8 +38,8 @@ check: $(TESTS_STAMP)
 	$(BIN)/mypy
 	$(BIN)/python -m trainer.config.reference --check
 
-# Three at a time, because tests wait for processes much of their time; the longest first, so that all cores are busy to
-# the end. Where there are more cores, each group is spread over half of them; jobs of Slurm stay together, on one cluster.
+# Two at a time, the longest first, so that both cores are busy to the end: with three, tests of signals and of exits come
+# to look at a process too late. Where there are more cores, each group is spread over half of them; jobs of Slurm stay together, on one cluster.
 TEST_GROUPS := test-parts test-trainer test-runs test-slurm
 CORES := $(shell nproc)
 SPREAD := $(shell [ $(CORES) -lt 4 ] || echo --numprocesses=$$(($(CORES) / 2 < 8 ? $(CORES) / 2 : 8)) --dist=loadfile)
@@ -48,7 +48,7 @@ PARTS := $(filter-out tests/trainer tests/e2e tests/slurm tests/__pycache__,$(pa
 
 test:
 	@$(MAKE) --no-print-directory -j 2 $(TESTS_STAMP) test-packages
-	@$(MAKE) --no-print-directory -j 3 --keep-going $(TEST_GROUPS) check
+	@$(MAKE) --no-print-directory -j 2 --keep-going $(TEST_GROUPS) check
 
 test-trainer: $(TESTS_STAMP)
 	$(PYTEST) $(SPREAD) tests/trainer

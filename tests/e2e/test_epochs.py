@@ -17,7 +17,8 @@ def test_epochs_from_the_dry_run_to_more_of_them(make_config: MakeConfig) -> Non
     evaluation = {"every_steps": 3}
     config = make_config("epochs", steps=None, epochs=0.5, schedule=schedule, evaluation=evaluation)
     folder = RunFolder(config.parent / "runs" / "epochs")
-    planned = shardline("run", config, "--dry-run", "--nproc-per-node", 2)
+    elsewhere = f"data.cache_dir={config.parent / 'empty'}"
+    planned = shardline("run", config, elsewhere, "--dry-run", "--nproc-per-node", 2)
     assert planned.returncode == 0, planned.stderr
     assert "how many steps the epochs are is known once the corpus is prepared" in planned.stdout
 

@@ -75,7 +75,10 @@ def test_a_rank_then_the_launcher_are_killed_and_losses_stay_equal(make_config: 
     failure = read_failure(runs / "killed")
     assert failure is not None
     assert (failure.kind, failure.signature, failure.rank) == (FailureKind.KILLED, "killed", 1)
-    assert [state.exit for state in failure.ranks] == ["status 1", "SIGKILL"]
+    first, second = (state.exit for state in failure.ranks)
+    assert second == "SIGKILL"
+    # On a busy machine the agent may have taken the other's status before the launcher came to look at it.
+    assert first in ("status 1", None)
     # Rank 0 may have been waiting in the next step for a peer that was still logging this one.
     assert failure.ranks[0].step - failure.step in (0, 1)
 

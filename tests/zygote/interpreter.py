@@ -85,9 +85,10 @@ def run(program: Program) -> NoReturn:
             sys.argv = ["-c", *program.rest]
             exec(program.code, sys.modules["__main__"].__dict__)
         else:
-            # A package stays; a module would be found to be there before it begins.
-            if not hasattr(sys.modules.get(program.module), "__path__"):
-                sys.modules.pop(program.module, None)
+            # A package stays; a module would be found to be there before it begins, as would one that it runs in turn.
+            for name in [name for name in sys.modules if name in (program.module, *program.rest[:2])]:
+                if not hasattr(sys.modules[name], "__path__"):
+                    del sys.modules[name]
             sys.argv = ["-m", *program.rest]
             runpy._run_module_as_main(program.module)
         status = 0
