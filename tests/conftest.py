@@ -14,6 +14,9 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # Groups of tests share the cores: a thread that waits for another by spinning takes one from it.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "passive"
+# scikit-learn sets them where it is imported, after which no clone of the zygote would be like this process.
+os.environ["KMP_DUPLICATE_LIB_OK"] = "True"
+os.environ["KMP_INIT_AT_FORK"] = "FALSE"
 
 from tests.support import tiny_values, write_config, write_corpus
 

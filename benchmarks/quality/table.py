@@ -1,5 +1,6 @@
 """Seeds' scores as a table and as a plot."""
 
+import math
 from collections.abc import Sequence
 from statistics import fmean, median
 from typing import Any
@@ -41,6 +42,8 @@ def plot(rows: Rows) -> str:
     for name, values in _cases(rows).items():
         if CASES[name].metric in ("accuracy", "r2"):
             mean, half = mean_and_half_width(values)
+            # One run has no interval.
+            half = half if math.isfinite(half) else 0.0
             drawn.append(Bar(f"{name}, {CASES[name].metric}", mean, mean - half, mean + half))
     return bars(drawn, "mean over seeds with its 95 % interval", 3)
 
