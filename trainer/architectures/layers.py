@@ -75,6 +75,17 @@ class CategoryEmbedding(nn.Embedding):
             self.weight[0] = 0.0
 
 
+class TokenEmbedding(nn.Embedding):
+    """An embedding of tokens, [n, length] to [n, length, width], that begins small.
+
+    At torch's standard deviation of 1, what a rare token began with outweighs what a few thousand texts teach of it.
+    """
+
+    def reset_parameters(self) -> None:
+        """Small values."""
+        nn.init.normal_(self.weight, std=0.1)
+
+
 class RecurrentLayer(nn.Module):
     """An LSTM over texts, [n, length, inputs] to [n, length, outputs], that reads each one from its own end as well.
 

@@ -13,6 +13,7 @@ from trainer.architectures.layers import (
     Convolution,
     DenseLayer,
     RecurrentLayer,
+    TokenEmbedding,
     reversed_within_text,
 )
 from trainer.config.networks import (
@@ -187,7 +188,7 @@ class Lstm(nn.Module):
             raise _cannot_read("lstm", "samples that are no texts", "mlp")
         width = arguments.hidden_size * (2 if arguments.bidirectional else 1)
         embedded = arguments.embedding_size
-        self.embedding = nn.Embedding(facts.vocab_size, embedded)
+        self.embedding = TokenEmbedding(facts.vocab_size, embedded)
         self.dropout = nn.Dropout(arguments.dropout)
         self.layers = nn.ModuleList(
             [
