@@ -79,7 +79,7 @@ def _line(rows: Rows, name: str, values: list[float]) -> str:
         name,
         f"{case.metric}, {case.split}",
         len(values),
-        f"{mean:.4f} ± {half:.4f}",
+        f"{mean:.4f} +- {half:.4f}",
         f"{min(values):.4f}",
         beside,
         _bar(name) + outcome,
@@ -114,5 +114,5 @@ def _transfer(pairs: list[dict[str, Any]]) -> list[str]:
     return [
         f"Transfer, {len(pairs)} pairs of equal seeds and steps: the classifier that begins with a masked language "
         f"model's weights reaches an accuracy of {transferred:.4f}, from scratch {scratch:.4f}; the difference is "
-        f"{mean:+.4f} ± {half:.4f} (95 %).",
+        f"{mean:+.4f} +- {half:.4f} (95 %).",
     ]

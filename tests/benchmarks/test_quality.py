@@ -55,11 +55,11 @@ def test_the_table_says_what_is_met_and_what_is_missed() -> None:
         *({"kind": "transfer", "case": "transfer", "seed": s, "scratch": 0.5, "transferred": 0.6} for s in range(3)),
     ]
     table = markdown(rows, "quality.jsonl")
-    assert "| digits-mlp | accuracy, test | 5 | 0.9740 ± 0.0119 | 0.9600 |  | at least 0.97 (met) | 30 |" in table
+    assert "| digits-mlp | accuracy, test | 5 | 0.9740 +- 0.0119 | 0.9600 |  | at least 0.97 (met) | 30 |" in table
     assert "| at least 0.985 (missed) | 30 |" in table
     assert "| TF-IDF: 0.9000 | within 5 points (met) | 30 |" in table
     assert "3 pairs" in table
-    assert "the difference is +0.1000 ± 0.0000" in table
+    assert "the difference is +0.1000 +- 0.0000" in table
     assert plot(rows).startswith("<?xml")
     assert "Interrupted before anything can be said" in markdown([HEADER], "quality.jsonl")
     assert met_bar("masked-lm", [5.0], 6.0) is True
