@@ -14,6 +14,21 @@ from trainer.data.facts import SampleFacts
 from trainer.model.engine import build_model_engine
 from trainer.tasks.registry import build_task
 
+ON_2_RANKS = (
+    ("torch", "ddp"),
+    ("torch", "zero1"),
+    ("torch", "zero2"),
+    ("torch", "zero3"),
+    ("bucketed", "zero1"),
+    ("bucketed", "zero2"),
+    ("bucketed", "zero3"),
+    ("deepspeed", "zero1"),
+    ("deepspeed", "zero2"),
+    ("deepspeed", "zero3"),
+    ("accelerate", "ddp"),
+)
+"""Every backend with every strategy that two ranks on a CPU carry out."""
+
 NUM_TOKENS = 301
 FACTS = SampleFacts(16, NUM_TOKENS, 0)
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")

@@ -15,6 +15,7 @@ from sharding.engine import Batch, Engine
 from sharding.ranks.errors import UserError
 from sharding.ranks.object_exchange import gather_objects, sum_over_ranks
 from sharding.ranks.process_group import Ranks
+from tests.sharding.engine_cases import ON_2_RANKS
 from tests.sharding.network_cases import (
     IMAGES,
     TABLE,
@@ -33,19 +34,6 @@ _CNN = {"channels": [4, 5], "hidden_sizes": [7], "batch_norm": True, "activation
 _MLP = {"hidden_sizes": [8, 7], "batch_norm": True}
 _NUM_STEPS = 3
 _LR = 0.1
-_ON_2 = (
-    ("torch", "ddp"),
-    ("torch", "zero1"),
-    ("torch", "zero2"),
-    ("torch", "zero3"),
-    ("bucketed", "zero1"),
-    ("bucketed", "zero2"),
-    ("bucketed", "zero3"),
-    ("deepspeed", "zero1"),
-    ("deepspeed", "zero2"),
-    ("deepspeed", "zero3"),
-    ("accelerate", "ddp"),
-)
 # Rows of each rank, of one micro-batch after the other.
 _EVEN = ((4, 4), (4, 4))
 _RAGGED = ((40, 25), (64, 0))
@@ -132,7 +120,7 @@ def _check_average(ranks: Ranks) -> None:
 
 
 def _on_2(ranks: Ranks, folder: Path) -> None:
-    for backend, strategy in _ON_2:
+    for backend, strategy in ON_2_RANKS:
         _run(ranks, folder, "cnn", backend, strategy, "even", _EVEN)
         _check_skipped_step(ranks, backend, strategy)
     for backend, strategy in (("torch", "ddp"), ("torch", "zero3"), ("bucketed", "zero3"), ("deepspeed", "zero3")):
@@ -191,7 +179,7 @@ def test_every_engine_normalises_as_one_process(tmp_path: Path) -> None:
     run_on_ranks(_on_4, 4, tmp_path)
     plain = {name: _plain(tmp_path, *name) for name in (("cnn", _EVEN), ("mlp", _RAGGED))}
     results = sorted(tmp_path.glob("*.pt"))
-    assert len(results) == 1 + len(_ON_2) + 4 + 2
+    assert len(results) == 1 + len(ON_2_RANKS) + 4 + 2
     for path in results:
         losses, evaluated, tensors = plain["cnn", _EVEN] if path.name.startswith("cnn") else plain["mlp", _RAGGED]
         found = torch.load(path)

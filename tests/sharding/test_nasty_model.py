@@ -11,25 +11,11 @@ from sharding.ranks.process_group import Ranks
 from sharding.zero import refuse_scalars
 from tests.saved_state import save_state
 from tests.sharding import nasty_model
+from tests.sharding.engine_cases import ON_2_RANKS
 from tests.support import run_on_ranks
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.numerics.replica_check import ReplicaCheck
 from trainer.optimizers.weight_average import WeightAverage
-
-_ON_2 = (
-    ("torch", "ddp"),
-    ("torch", "zero1"),
-    ("torch", "zero2"),
-    ("torch", "zero3"),
-    ("bucketed", "zero1"),
-    ("bucketed", "zero2"),
-    ("bucketed", "zero3"),
-    ("deepspeed", "zero1"),
-    ("deepspeed", "zero2"),
-    ("deepspeed", "zero3"),
-    ("accelerate", "ddp"),
-)
-
 
 _ON_4 = (("torch", "ddp"), ("torch", "hsdp"), ("torch", "zero3"), ("bucketed", "zero2"))
 
@@ -61,7 +47,7 @@ def _check(ranks: Ranks, root: Path, cases: tuple[tuple[str, str], ...]) -> None
 
 
 def _check_on_2(ranks: Ranks, root: Path) -> None:
-    _check(ranks, root, _ON_2)
+    _check(ranks, root, ON_2_RANKS)
     # Before it would find that there is no GPU.
     with pytest.raises(UserError, match="blocks of NastyModel share parameters; use"):
         nasty_model.nasty_engine(ranks, "accelerate", "zero3")
@@ -104,7 +90,7 @@ def test_every_engine_trains_saves_and_resumes_it(tmp_path: Path) -> None:
     for name in ("layers.1.never_used.weight", "never_used"):
         assert torch.equal(plain[name], initial[f"model/{name}"])
     folders = sorted(path for path in tmp_path.iterdir() if path.name != "little")
-    assert len(folders) == 1 + len(_ON_2) + len(_ON_4)
+    assert len(folders) == 1 + len(ON_2_RANKS) + len(_ON_4)
     for folder in folders:
         CheckpointReader(folder / "final").verify()
         _assert_equal(nasty_model.whole_state(folder / "initial"), initial, folder.name)

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from sharding.ranks.object_exchange import sum_over_ranks
 from sharding.ranks.process_group import Ranks
+from tests.sharding.engine_cases import ON_2_RANKS
 from tests.sharding.network_cases import NUM_CLASSES, TEXTS, network_config, network_engine, random_rows, split_rows
 from tests.support import run_on_ranks
 from trainer.architectures.networks import build_network
@@ -25,19 +26,6 @@ _ARGUMENTS = {"embedding_size": 6, "hidden_size": 5, "num_layers": 2}
 _NUM_STEPS = 3
 _NUM_ROWS = 12
 _LR = 0.5
-_ON_2 = (
-    ("torch", "ddp"),
-    ("torch", "zero1"),
-    ("torch", "zero2"),
-    ("torch", "zero3"),
-    ("bucketed", "zero1"),
-    ("bucketed", "zero2"),
-    ("bucketed", "zero3"),
-    ("deepspeed", "zero1"),
-    ("deepspeed", "zero2"),
-    ("deepspeed", "zero3"),
-    ("accelerate", "ddp"),
-)
 _COMPUTE = ("fp32", "bf16")
 
 
@@ -115,12 +103,12 @@ def _plain(initial: Path, compute: str) -> tuple[list[float], float, dict[str, t
 @pytest.mark.timeout(300)
 def test_every_engine_trains_an_lstm_as_one_process(tmp_path: Path) -> None:
     run_on_ranks(_run_all, 1, tmp_path, (("torch", "none"),))
-    run_on_ranks(_run_all, 2, tmp_path, _ON_2, timeout_s=200)
+    run_on_ranks(_run_all, 2, tmp_path, ON_2_RANKS, timeout_s=200)
     initial = load_file(tmp_path / "initial.safetensors")
     for compute in _COMPUTE:
         losses, evaluated, plain = _plain(tmp_path / "initial.safetensors", compute)
         results = sorted(tmp_path.glob(f"*-{compute}.pt"))
-        assert len(results) == 1 + len(_ON_2)
+        assert len(results) == 1 + len(ON_2_RANKS)
         rel, atol = (1e-5, 1e-5) if compute == "fp32" else (5e-3, 5e-3)
         for path in results:
             found = torch.load(path)

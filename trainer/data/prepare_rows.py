@@ -12,7 +12,8 @@ from trainer.config.data import DataConfig
 from trainer.config.rows import SplitConfig
 from trainer.data.identity import ROWS_VERSION
 from trainer.data.pack import describe_file
-from trainer.data.prepared_rows import MANIFEST_NAME, TOKENIZER_FOLDER, PreparedRows
+from trainer.data.prepared_folder import MANIFEST_NAME, TOKENIZER_FOLDER
+from trainer.data.prepared_rows import PreparedRows
 from trainer.data.progress import StageProgress
 from trainer.data.row_kinds import RowKind, TableRows
 from trainer.data.row_labels import check_labels, label_column, label_of, learn_labels

@@ -5,8 +5,6 @@ import hashlib
 import json
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from sharding.ranks.errors import UserError
 from trainer.config import RunConfig
 from trainer.config.data import DataConfig
@@ -15,10 +13,10 @@ from trainer.data.corpus_manifest import CorpusManifest
 from trainer.data.identity import corpus_folder, prepared_root, source_kind
 from trainer.data.mixture import MixtureOrder, WeightedInterleaving, integer_shares
 from trainer.data.order import SampleOrder
+from trainer.data.prepared_folder import MANIFEST_NAME, TOKENIZER_FOLDER, open_manifest
 from trainer.data.prepared_own import PreparedOwn, open_own
-from trainer.data.prepared_rows import MANIFEST_NAME, TOKENIZER_FOLDER, PreparedRows
-from trainer.data.shards import StreamUnion, TokenStream, check_files, hash_files
-from trainer.files.checked_json import load_checked
+from trainer.data.prepared_rows import PreparedRows
+from trainer.data.shards import StreamUnion, TokenStream, hash_files
 
 
 class PreparedCorpus:
@@ -36,18 +34,7 @@ class PreparedCorpus:
         """
         self.folder = folder
         self.name = name
-        try:
-            self.manifest = CorpusManifest.model_validate(load_checked((folder / MANIFEST_NAME).read_bytes()))
-        except (OSError, ValueError, ValidationError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(
-                f"{folder / MANIFEST_NAME} is corrupt ({reason}); delete the folder {folder} to prepare again."
-            ) from None
-        for split in self.manifest.splits.values():
-            check_files(folder, split.files)
-        check_files(folder, self.manifest.tokenizer_files)
-        # Small, and read by libraries that would not say so.
-        hash_files(folder, self.manifest.tokenizer_files)
+        self.manifest = open_manifest(folder, CorpusManifest)
 
     @property
     def vocab_size(self) -> int:

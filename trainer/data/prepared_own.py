@@ -11,7 +11,7 @@ from sharding.ranks.errors import UserError
 from trainer.config.data import DataConfig
 from trainer.data.facts import SampleFacts
 from trainer.data.order import SampleOrder
-from trainer.data.prepared_rows import MANIFEST_NAME
+from trainer.data.prepared_folder import MANIFEST_NAME
 from trainer.data.rows_manifest import SPLITS
 from trainer.files.atomic_files import write_atomically
 from trainer.runtime.own_modules import import_own

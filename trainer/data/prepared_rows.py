@@ -4,18 +4,12 @@ import hashlib
 import json
 from pathlib import Path
 
-from pydantic import ValidationError
-
-from sharding.ranks.errors import UserError
 from trainer.config.data import DataConfig
 from trainer.data.facts import SampleFacts
 from trainer.data.order import SampleOrder
+from trainer.data.prepared_folder import TOKENIZER_FOLDER, open_manifest
 from trainer.data.rows_manifest import RowRecipe, RowsManifest
-from trainer.data.shards import check_files, hash_files
-from trainer.files.checked_json import load_checked
-
-MANIFEST_NAME = "manifest.json"
-TOKENIZER_FOLDER = "tokenizer"
+from trainer.data.shards import hash_files
 
 
 class PreparedRows:
@@ -31,18 +25,7 @@ class PreparedRows:
             UserError: the manifest or the tokenizer is corrupt, or a file has another size than the manifest says.
         """
         self.folder = folder
-        try:
-            self.manifest = RowsManifest.model_validate(load_checked((folder / MANIFEST_NAME).read_bytes()))
-        except (OSError, ValueError, ValidationError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(
-                f"{folder / MANIFEST_NAME} is corrupt ({reason}); delete the folder {folder} to prepare again."
-            ) from None
-        for split in self.manifest.splits.values():
-            check_files(folder, split.files)
-        check_files(folder, self.manifest.tokenizer_files)
-        # Small, and read by libraries that would not say so.
-        hash_files(folder, self.manifest.tokenizer_files)
+        self.manifest = open_manifest(folder, RowsManifest)
 
     @property
     def recipe(self) -> RowRecipe:

@@ -16,7 +16,7 @@ import torch
 from sharding.mesh import build_mesh
 from sharding.part import Part
 from sharding.ranks.errors import RunFailure, UserError
-from sharding.ranks.forked_ranks import rank_context
+from sharding.ranks.forked_ranks import become_rank, rank_context
 from sharding.ranks.process_group import Ranks, process_group
 from sharding.ranks.process_lifetime import die_with_parent
 from sharding.state import AVERAGE_PREFIX, MODEL_PREFIX
@@ -114,14 +114,7 @@ def _rank_main(rank: int, num_ranks: int, port: int, subject: Subject, work: Pat
 
 def _take_place(rank: int, num_ranks: int, port: int, subject: Subject) -> None:
     """Make this process a rank."""
-    os.environ |= {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(num_ranks),
-        "LOCAL_RANK": str(rank),
-        "LOCAL_WORLD_SIZE": str(num_ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+    become_rank(rank, num_ranks, port)
     torch.set_num_threads(threads_per_rank(subject.config, num_ranks, os.environ))
 
 

@@ -16,6 +16,7 @@ from sharding.config import Backend, Strategy
 from sharding.engine import Batch, Engine
 from sharding.mesh import build_mesh
 from sharding.ranks.errors import EXIT_FAILED
+from sharding.ranks.forked_ranks import become_rank
 from sharding.ranks.object_exchange import sum_over_ranks
 from sharding.ranks.process_group import Ranks, process_group
 from sharding.ranks.process_lifetime import die_with_parent
@@ -120,14 +121,7 @@ def run_rank(
     The first rank that fails in a case says why in the case's error file, and the process ends.
     """
     die_with_parent()
-    os.environ |= {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(num_ranks),
-        "LOCAL_RANK": str(rank),
-        "LOCAL_WORLD_SIZE": str(num_ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+    become_rank(rank, num_ranks, port)
     config = RunConfig.model_validate(json.loads(config_json))
     torch.set_num_threads(threads_per_rank(config, num_ranks, os.environ))
     with process_group(config.launch.init_timeout_s) as ranks:

@@ -5,12 +5,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from trainer.config import parse_config
 from trainer.config.data import TEXT_SOURCES, DataConfig
 from trainer.data.any_samples import prepared_samples
 from trainer.data.prepare import prepare_samples
+from trainer.data.prepared_rows import PreparedRows
 from trainer.data.row_samples import RowSamples
 
 Columns = dict[str, list[Any]]
@@ -51,3 +53,19 @@ def write_csv(path: Path, columns: Columns) -> Path:
         writer.writerow(columns)
         writer.writerows(zip(*columns.values(), strict=True))
     return path
+
+
+def manifest_of(root: Path, task: str = "classification", **data: Any) -> Any:
+    prepared = prepare_samples(row_config(root, task, **data), progress=False)
+    assert isinstance(prepared, PreparedRows)
+    return prepared.manifest
+
+
+def ratings(num_rows: int = 60) -> Columns:
+    numbers = np.random.default_rng(0).normal(3.0, 2.0, num_rows)
+    return {
+        "age": [f"{number:.4f}" for number in numbers],
+        "city": [("Oslo", "Rome", "Lima")[i % 3] for i in range(num_rows)],
+        "constant": ["7"] * num_rows,
+        "label": [f"{number * 2 + i % 3:.3f}" for i, number in enumerate(numbers)],
+    }

@@ -17,7 +17,16 @@ from PIL import Image
 from transformers import BertTokenizerFast
 
 from sharding.ranks.errors import UserError
-from tests.trainer.data.rows_support import Columns, read_split, row_config, row_samples, write_csv, write_texts
+from tests.trainer.data.rows_support import (
+    Columns,
+    manifest_of,
+    ratings,
+    read_split,
+    row_config,
+    row_samples,
+    write_csv,
+    write_texts,
+)
 from trainer.build import _tokenizer_of
 from trainer.config import parse_config
 from trainer.data.any_samples import prepared_samples
@@ -25,28 +34,11 @@ from trainer.data.prepare import prepare_rows_by, prepare_samples
 from trainer.data.prepared_rows import PreparedRows
 from trainer.data.row_samples import RowSamples
 
-
-def _manifest(root: Path, task: str = "classification", **data: Any) -> Any:
-    prepared = prepare_samples(row_config(root, task, **data), progress=False)
-    assert isinstance(prepared, PreparedRows)
-    return prepared.manifest
-
-
-def _ratings(num_rows: int = 60) -> Columns:
-    numbers = np.random.default_rng(0).normal(3.0, 2.0, num_rows)
-    return {
-        "age": [f"{number:.4f}" for number in numbers],
-        "city": [("Oslo", "Rome", "Lima")[i % 3] for i in range(num_rows)],
-        "constant": ["7"] * num_rows,
-        "label": [f"{number * 2 + i % 3:.3f}" for i, number in enumerate(numbers)],
-    }
-
-
 # What rows hold.
 
 
 def test_a_table_is_normalised_by_its_training_rows(tmp_path: Path) -> None:
-    columns = _ratings()
+    columns = ratings()
     path = write_csv(tmp_path / "ratings.csv", columns)
     samples = row_samples(tmp_path, "regression", source="table", paths=[str(path)])
     assert samples.facts.num_features == 2
@@ -85,7 +77,7 @@ def test_a_value_that_training_has_not_seen_has_index_0(tmp_path: Path) -> None:
 def test_missing_numbers(tmp_path: Path, missing: str, num_rows: int, num_filled: int) -> None:
     columns: Columns = {"x": [1, 2, "", 4, 5, 6, 7, 8], "label": list("abababab")}
     settings = {"source": "table", "paths": [str(write_csv(tmp_path / "x.csv", columns))], "validation_fraction": 0.0}
-    manifest = _manifest(tmp_path, missing=missing, standardize=False, **settings)
+    manifest = manifest_of(tmp_path, missing=missing, standardize=False, **settings)
     assert (manifest.splits["train"].num_rows, manifest.num_filled) == (num_rows, num_filled)
     samples = row_samples(tmp_path, missing=missing, standardize=False, **settings)
     numbers = read_split(samples, "train")["features"][:, 0].tolist()
@@ -191,7 +183,7 @@ def test_long_texts_are_cut_and_counted(tmp_path: Path) -> None:
     rows = [{"text": "word " * (3 + 20 * (i % 2)) + str(i), "label": str(i % 2)} for i in range(20)]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {"source": "jsonl", "paths": [str(tmp_path / "x.jsonl")], "sequence_length": 8}
-    splits = _manifest(tmp_path, "sequence-classification", **settings).splits
+    splits = manifest_of(tmp_path, "sequence-classification", **settings).splits
     assert sum(split.num_truncated for split in splits.values()) == 10
     batch = read_split(row_samples(tmp_path, "sequence-classification", **settings), "train")
     assert batch["input_ids"].shape[1] == 8
@@ -329,7 +321,7 @@ def test_what_scikit_learn_bundles(tmp_path: Path) -> None:
 
 
 def test_other_rows_are_read_as_those_that_a_model_was_trained_on(tmp_path: Path) -> None:
-    columns = _ratings()
+    columns = ratings()
     columns["missing"] = [*"123456789", *"0" * 51]
     settings: dict[str, Any] = {"source": "table", "missing": "mean", "validation_fraction": 0.0}
     config = row_config(tmp_path, "regression", paths=[str(write_csv(tmp_path / "a.csv", columns))], **settings)

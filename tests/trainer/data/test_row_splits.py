@@ -1,14 +1,18 @@
 """How rows are divided into splits, and in which order they are visited."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from sharding.ranks.errors import UserError
-from tests.trainer.data.rows_support import Columns, read_split, row_config, row_samples, write_texts
+from tests.trainer.data.rows_support import (
+    read_split,
+    row_config,
+    row_samples,
+    write_texts,
+)
 from trainer.config import RunConfig
 from trainer.config.data import DataConfig
 from trainer.data.documents import documents_in
@@ -18,23 +22,6 @@ from trainer.data.prepared import find_prepared
 from trainer.data.prepared_rows import PreparedRows
 from trainer.data.row_samples import RowSamples
 from trainer.data.samples import FILLER
-
-
-def _manifest(root: Path, task: str = "classification", **data: Any) -> Any:
-    prepared = prepare_samples(row_config(root, task, **data), progress=False)
-    assert isinstance(prepared, PreparedRows)
-    return prepared.manifest
-
-
-def _ratings(num_rows: int = 60) -> Columns:
-    numbers = np.random.default_rng(0).normal(3.0, 2.0, num_rows)
-    return {
-        "age": [f"{number:.4f}" for number in numbers],
-        "city": [("Oslo", "Rome", "Lima")[i % 3] for i in range(num_rows)],
-        "constant": ["7"] * num_rows,
-        "label": [f"{number * 2 + i % 3:.3f}" for i, number in enumerate(numbers)],
-    }
-
 
 # How they are divided.
 
