@@ -169,7 +169,7 @@ def refuse_batch_norm(model: nn.Module, checkpointing: ActivationCheckpointingCo
     if checkpointing.mode == "none":
         return
     for name, block in find_blocks(model):
-        if any(isinstance(module, _BatchNorm) for module in block.modules()):
+        if has_batch_norm(block):
             raise UserError(
                 f"activation_checkpointing.mode={checkpointing.mode} runs the forward pass of {name} twice, whose "
                 "batch normalisation would count each micro-batch twice; set activation_checkpointing.mode=none."
@@ -194,9 +194,33 @@ def synchronize_batch_norm(module: nn.Module, group: dist.ProcessGroup | None, *
                 norm.forward = torch.compiler.disable(norm.forward)  # type: ignore[method-assign]
 
 
+class HeldBatchNorm(SynchronizedBatchNorm):
+    """Batch normalisation that is in evaluation all the time: by its running statistics, which stay as they are."""
+
+    _group = None
+
+    def train(self, mode: bool = True) -> "HeldBatchNorm":
+        """Stay in evaluation."""
+        super().train(False)
+        return self
+
+
+def hold_statistics(model: nn.Module) -> None:
+    """Make every batch normalisation all of whose parameters are frozen a held one, in place; one without any stays."""
+    for norm in model.modules():
+        own = list(norm.parameters(recurse=False))
+        if isinstance(norm, _BatchNorm) and own and not any(parameter.requires_grad for parameter in own):
+            norm.__class__ = HeldBatchNorm
+            norm.eval()
+
+
 def has_batch_norm(model: nn.Module) -> bool:
     """Whether a model's result for a sample depends on which others are beside it in training."""
-    return any(isinstance(module, _BatchNorm) for module in model.modules())
+    return any(_depends_on_batch(module) for module in model.modules())
+
+
+def _depends_on_batch(module: nn.Module) -> bool:
+    return isinstance(module, _BatchNorm) and not isinstance(module, HeldBatchNorm)
 
 
 def batch_norm_group(model: nn.Module, mesh: ParallelMesh) -> dist.ProcessGroup | None:

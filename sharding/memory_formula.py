@@ -20,15 +20,18 @@ MAX_BUCKETS_IN_FLIGHT = 4
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """Numbers of trainable elements.
+    """Numbers of elements: of what is trained, unless an attribute says that it is of what is frozen too.
 
     Attributes:
         num_parameters: all, shared ones once.
-        num_matrix_parameters: those used in matrix products, of which autocast makes copies.
+        num_matrix_parameters: those used in matrix products, frozen or not, of which autocast makes copies.
         num_outside_blocks: those in no block: embeddings, last norm, head.
-        largest_block: those of the largest block.
+        largest_block: those of the block that has most.
         largest_parameter: those of the largest single parameter.
         largest_shared: those of the largest parameter that several modules use, as an embedding tied to the head.
+        num_frozen: frozen ones, which have neither gradients nor optimizer state.
+        num_frozen_outside_blocks: frozen ones in no block.
+        largest_gathered_block: all of the largest block, frozen or not; 0 where it is ``largest_block``.
     """
 
     num_parameters: int
@@ -37,6 +40,20 @@ class ModelSizes:
     largest_block: int
     largest_parameter: int
     largest_shared: int = 0
+    num_frozen: int = 0
+    num_frozen_outside_blocks: int = 0
+    largest_gathered_block: int = 0
+
+    @property
+    def num_held(self) -> int:
+        """All parameters, trained or not."""
+        return self.num_parameters + self.num_frozen
+
+    @property
+    def num_gathered_by_block(self) -> int:
+        """What is in no block, a block, and the next one to come."""
+        outside = self.num_outside_blocks + self.num_frozen_outside_blocks
+        return outside + 2 * max(self.largest_block, self.largest_gathered_block)
 
 
 @dataclass(frozen=True)
@@ -67,7 +84,7 @@ class StateBytes:
     """Bytes of one rank at the moment of a step at which their sum is largest.
 
     Attributes:
-        masters: this rank's fp32 parameters.
+        masters: this rank's fp32 parameters, frozen ones among them.
         gathered: whole parameters as they are used in computing, where they are not the masters themselves.
         gradients: fp32 gradients that are kept for the step.
         moments: optimizer state.
@@ -103,15 +120,19 @@ def _whole(sizes: ModelSizes, layout: Layout) -> StateBytes:
     moments = layout.moment_bytes * sizes.num_parameters
     # Autograd adds the gradients of a shared parameter's uses into a third tensor.
     in_flight = _FP32_BYTES * (_new_gradients(sizes) + sizes.largest_shared)
-    return StateBytes(fp32, _casts(sizes, layout), fp32, moments, in_flight)
+    return StateBytes(_FP32_BYTES * sizes.num_held, _casts(sizes, layout), fp32, moments, in_flight)
 
 
 def _bucketed(sizes: ModelSizes, layout: Layout) -> StateBytes:
     """Buckets of parameters, of which the own slices are the masters."""
     own = _FP32_BYTES * sizes.num_parameters / layout.num_shards
+    # In stage 3 blocks are divided as a whole; else what is frozen is in no bucket.
+    frozen = float(_FP32_BYTES * sizes.num_frozen)
     if layout.strategy == "zero3":
-        # What is in no block, a block, and the next one to come; the own slices are copied into them.
-        gathered = float(layout.compute_bytes * (sizes.num_outside_blocks + 2 * sizes.largest_block))
+        outside = sizes.num_frozen_outside_blocks
+        frozen = _FP32_BYTES * (outside + (sizes.num_frozen - outside) / layout.num_shards)
+        # The own slices are copied into what is gathered; what is frozen outside of blocks is whole by itself.
+        gathered = float(layout.compute_bytes * (sizes.num_gathered_by_block - outside))
         new_gradients = layout.compute_bytes * _new_gradients(sizes)
     else:
         gathered = _FP32_BYTES * sizes.num_parameters - own + _casts(sizes, layout)
@@ -129,7 +150,7 @@ def _bucketed(sizes: ModelSizes, layout: Layout) -> StateBytes:
         in_flight += (-(-sizes.largest_block // bucket) + num_shared) * bucket
     in_flight = min(in_flight, 2 * copies * sizes.num_parameters)
     return StateBytes(
-        masters=own,
+        masters=own + frozen,
         gathered=gathered,
         gradients=_FP32_BYTES * sizes.num_parameters if layout.strategy == "zero1" else own,
         moments=layout.moment_bytes * sizes.num_parameters / layout.num_shards,
@@ -140,8 +161,8 @@ def _bucketed(sizes: ModelSizes, layout: Layout) -> StateBytes:
 def _gathered_once(sizes: ModelSizes, layout: Layout) -> StateBytes:
     """``fully_shard`` as stages 1 and 2: all is gathered from the first forward pass to the last backward pass."""
     shards, width = layout.num_shards, layout.compute_bytes
-    own = _FP32_BYTES * sizes.num_parameters / shards
-    gathered = width * sizes.num_parameters
+    own, masters = _FP32_BYTES * sizes.num_parameters / shards, _FP32_BYTES * sizes.num_held / shards
+    gathered = width * sizes.num_held
     if layout.accumulation_steps == 1:
         # Backward frees parameters as gradients arrive: most is held when it begins.
         gradients, in_flight = 0.0, _in_block(sizes, layout)
@@ -149,16 +170,19 @@ def _gathered_once(sizes: ModelSizes, layout: Layout) -> StateBytes:
         gradients, in_flight = _FP32_BYTES * sizes.num_parameters, width * _new_gradients(sizes)
     else:
         gradients, in_flight = own, max(_in_block(sizes, layout), _outside_blocks(sizes, layout))
-    return StateBytes(own, gathered, gradients, layout.moment_bytes * sizes.num_parameters / shards, in_flight)
+    return StateBytes(masters, gathered, gradients, layout.moment_bytes * sizes.num_parameters / shards, in_flight)
 
 
 def _gathered_by_block(sizes: ModelSizes, layout: Layout) -> StateBytes:
     """``fully_shard`` as stage 3 and hsdp: gathered are what is in no block, a block, and the next one to come."""
-    own = _FP32_BYTES * sizes.num_parameters / layout.num_shards
+    own, masters = (
+        _FP32_BYTES * sizes.num_parameters / layout.num_shards,
+        _FP32_BYTES * sizes.num_held / layout.num_shards,
+    )
     moments = layout.moment_bytes * sizes.num_parameters / layout.num_shards
-    width, outside = layout.compute_bytes, sizes.num_outside_blocks
-    in_block = StateBytes(own, width * (outside + 2 * sizes.largest_block), own, moments, _in_block(sizes, layout))
-    at_end = StateBytes(own, 0.0, own, moments, _outside_blocks(sizes, layout))
+    gathered = layout.compute_bytes * sizes.num_gathered_by_block
+    in_block = StateBytes(masters, gathered, own, moments, _in_block(sizes, layout))
+    at_end = StateBytes(masters, 0.0, own, moments, _outside_blocks(sizes, layout))
     return max(in_block, at_end, key=lambda state: state.total)
 
 

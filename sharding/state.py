@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from sharding.engine import Engine
 from sharding.part import Box, Part
 
 MODEL_PREFIX = "model/"
@@ -13,6 +14,11 @@ MODEL_PREFIX = "model/"
 AVERAGE_PREFIX = "ema/"
 
 _HASH_CHUNK = 1 << 22
+
+
+def frozen_names(engine: Engine) -> set[str]:
+    """Names in the canonical state of the parameters that are not trained; every rank must call it."""
+    return {f"{MODEL_PREFIX}{name}" for name, parameter in engine.named_parameters() if not parameter.requires_grad}
 
 
 def layout_independent_hash(parts: Sequence[Part]) -> int:

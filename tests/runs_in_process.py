@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sharding.part import part_of
 from sharding.ranks.process_group import Ranks
+from tests.saved_state import stored_state
 from tests.support import read_metrics, tiny_values
 from trainer.attempt import begin_attempt
 from trainer.build import build_trainer
@@ -124,12 +124,8 @@ class RunsInProcess:
 
 def saved_state(folder: RunFolder, step: int) -> tuple[TrainingState, dict[str, torch.Tensor]]:
     """Counters and every tensor, optimizer included, of a checkpoint."""
-    reader = CheckpointReader(folder.checkpoint_path(step))
-    tensors = {}
-    for name, entry in reader.manifest.tensors.items():
-        tensors[name] = torch.empty(entry.shape, dtype=getattr(torch, entry.dtype))
-        reader.read_into(part_of(name, tensors[name]))
-    return reader.manifest.training, tensors
+    path = folder.checkpoint_path(step)
+    return CheckpointReader(path).manifest.training, stored_state(path)
 
 
 def computed_lines(folder: RunFolder) -> list[dict[str, Any]]:

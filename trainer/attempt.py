@@ -125,7 +125,7 @@ def finished(folder: RunFolder, config: RunConfig) -> tuple[TrainingState, Check
         manifest = read_manifest(newest[1])
         reason = finish_reason(manifest.training, config)
         if reason is not None:
-            check_sizes(newest[1], manifest)
+            check_sizes(newest[1], manifest.files)
     except UserError:
         # The ranks know what to do about it.
         return None

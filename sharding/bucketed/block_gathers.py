@@ -7,6 +7,7 @@ since the next forward pass begins with it, and what is in no block stays all th
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,15 @@ from sharding.blocks import modules_outside
 from sharding.bucketed.flat_buckets import FlatBucket, flatten_parameters
 from sharding.bucketed.flat_collectives import start_gather
 from sharding.mesh import ParallelMesh
+
+
+@dataclass(frozen=True)
+class BucketedBlock:
+    """A block and the buckets that hold its parameters, those that are trained and those that are frozen."""
+
+    block: nn.Module
+    trained: list[FlatBucket]
+    frozen: list[FlatBucket]
 
 
 class BlockBuckets:
@@ -38,21 +48,32 @@ class BlockBuckets:
         every = list(model.named_parameters(remove_duplicate=False))
         num_uses = Counter(id(parameter) for _, parameter in every)
         self._shared = {name for name, parameter in every if num_uses[id(parameter)] > 1}
-        self.blocks: list[tuple[nn.Module, list[FlatBucket]]] = []
+        self.blocks: list[BucketedBlock] = []
 
     def add(self, name: str, block: nn.Module) -> None:
         """Flatten the next block of the model, whose parameters have their initial values."""
         parameters = [(f"{name}.{inner}", parameter) for inner, parameter in block.named_parameters()]
-        own = [(name, p) for name, p in parameters if p.requires_grad and name not in self._shared]
-        self.blocks.append((block, self._flatten(own)))
+        own = [(name, p) for name, p in parameters if name not in self._shared]
+        frozen: dict[torch.dtype, list[tuple[str, nn.Parameter]]] = {}
+        for name, parameter in own:
+            if not parameter.requires_grad:
+                frozen.setdefault(parameter.dtype, []).append((name, parameter))
+        self.blocks.append(
+            BucketedBlock(
+                block,
+                self._flatten([(name, p) for name, p in own if p.requires_grad]),
+                [bucket for members in frozen.values() for bucket in self._flatten(members)],
+            )
+        )
 
     def finish(self) -> tuple[list[FlatBucket], list[FlatBucket]]:
-        """Flatten all that is in no block.
+        """Flatten all that is in no block; what is frozen of it stays whole on every rank.
 
         Returns:
             The buckets of what comes after the first block, and of what comes before it.
         """
-        done = {id(m.parameter) for _, buckets in self.blocks for bucket in buckets for m in bucket.members}
+        buckets = [bucket for one in self.blocks for bucket in (*one.trained, *one.frozen)]
+        done = {id(member.parameter) for bucket in buckets for member in bucket.members}
         before: list[tuple[str, nn.Parameter]] = []
         after: list[tuple[str, nn.Parameter]] = []
         place = before
@@ -77,7 +98,7 @@ class BlockGathers:
     def __init__(
         self,
         model: nn.Module,
-        blocks: Sequence[tuple[nn.Module, Sequence[FlatBucket]]],
+        blocks: Sequence[BucketedBlock],
         outside: Sequence[FlatBucket],
         group: dist.ProcessGroup | None,
     ) -> None:
@@ -90,20 +111,20 @@ class BlockGathers:
             group: the ranks that divide each bucket; during a pass nothing else may travel in it.
         """
         self._outside = _Gathered(outside, group)
-        self._blocks = [_Gathered(buckets, group) for _, buckets in blocks]
+        self._blocks = [_Gathered(block.trained, group, block.frozen) for block in blocks]
         # By id: those that are freed after each pass.
-        self._freed = {id(bucket) for _, buckets in blocks[1:] for bucket in buckets}
-        self._block_of = {id(bucket): index for index, (_, buckets) in enumerate(blocks) for bucket in buckets}
+        self._freed = {id(bucket) for block in blocks[1:] for bucket in block.trained}
+        self._block_of = {id(bucket): index for index, block in enumerate(blocks) for bucket in block.trained}
         # Blocks that had their turn in this forward pass, and those whose turn in this backward pass is to come.
         self._num_forwards = 0
         self._num_to_go = 0
         self._has_gradients = True
-        for index, (block, _) in enumerate(blocks):
+        for index, block in enumerate(one.block for one in blocks):
             block.register_forward_pre_hook(_outside_graphs(lambda *_, index=index: self._before(index)))
             block.register_forward_hook(
                 _outside_graphs(lambda _block, _inputs, output, index=index: self._after(index, output))
             )
-        for module in modules_outside(model, [block for block, _ in blocks]):
+        for module in modules_outside(model, [one.block for one in blocks]):
             module.register_forward_pre_hook(_outside_graphs(lambda *_: self._outside.wait()))
 
     def start(self) -> None:
@@ -182,6 +203,9 @@ class BlockGathers:
         self._pass_over_backward(index + 1)
         self._blocks[index].wait()
         self._num_to_go = min(self._num_to_go, index)
+        if index + 1 < len(self._blocks):
+            # No gradient says when backward is done with what is frozen, but that of the block's input does.
+            self._blocks[index + 1].free_frozen()
         if index:
             self._blocks[index - 1].start()
 
@@ -210,8 +234,11 @@ class BlockGathers:
 class _Gathered:
     """Buckets that are gathered and freed together."""
 
-    def __init__(self, buckets: Sequence[FlatBucket], group: dist.ProcessGroup | None) -> None:
-        self._buckets = buckets
+    def __init__(
+        self, buckets: Sequence[FlatBucket], group: dist.ProcessGroup | None, frozen: Sequence[FlatBucket] = ()
+    ) -> None:
+        self._buckets = [*buckets, *frozen]
+        self._frozen = frozen
         self._group = group
         self._works: list[dist.Work] = []
 
@@ -234,9 +261,16 @@ class _Gathered:
             self._works.pop().wait()
 
     def free(self) -> None:
+        self._free(self._buckets)
+
+    def free_frozen(self) -> None:
+        if self._frozen:
+            self._free(self._frozen)
+
+    def _free(self, buckets: Sequence[FlatBucket]) -> None:
         # Memory that others still write to is not given back.
         self.wait_if_started()
-        for bucket in self._buckets:
+        for bucket in buckets:
             if bucket.is_whole:
                 bucket.free()
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from sharding.bucketed.block_gathers import BlockBuckets, BlockGathers
-from sharding.bucketed.flat_buckets import flatten_parameters
+from sharding.bucketed.flat_buckets import FlatBucket, flatten_parameters
 from sharding.bucketed.gradient_buckets import GradientBuckets
 from sharding.bucketed.parameter_gathers import ParameterGathers
 from sharding.config import Strategy
@@ -66,7 +66,7 @@ class BucketedEngine(TorchEngine):
         """
         limit = BUCKET_ELEMENTS[device.type]
         model, group = definition.model, mesh.shard_group
-        reductions = group
+        reductions, frozen = group, list[FlatBucket]()
         self._gathers: ParameterGathers | BlockGathers
         if block_buckets is None:
             trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -75,7 +75,8 @@ class BucketedEngine(TorchEngine):
         else:
             after, before = block_buckets.finish()
             blocks = block_buckets.blocks
-            self._buckets = [*after, *(bucket for _, buckets in reversed(blocks) for bucket in buckets), *before]
+            self._buckets = [*after, *(bucket for block in reversed(blocks) for bucket in block.trained), *before]
+            frozen = [bucket for block in blocks for bucket in block.frozen]
             self._gathers = BlockGathers(model, blocks, [*after, *before], group)
             # Gradients that not every rank has leave at other moments between the gathers on each rank: each of both
             # kinds is in order, but not the two together.
@@ -96,6 +97,11 @@ class BucketedEngine(TorchEngine):
                 offset, size, start = bucket.run(member)
                 run = nn.Parameter(bucket.masters[offset : offset + size])
                 run.grad = gradient[offset : offset + size]
+                self._runs[id(member.parameter)] = run, start
+        for bucket in frozen:
+            for member in bucket.members:
+                offset, size, start = bucket.run(member)
+                run = nn.Parameter(bucket.masters[offset : offset + size], requires_grad=False)
                 self._runs[id(member.parameter)] = run, start
         self._has_gradients = False
         super().__init__(definition, mesh, device, autocast_dtype, build_optimizer, loss_scaler)
@@ -130,7 +136,7 @@ class BucketedEngine(TorchEngine):
         self._gathers.start()
 
     def named_local_shards(self) -> dict[str, torch.Tensor]:
-        """See Engine; a flat run of the parameter's elements, or all of a frozen parameter."""
+        """See Engine; a flat run of the parameter's elements, or all of a frozen one that is not divided."""
         return {name: self._runs[id(p)][0].detach() if id(p) in self._runs else p.detach() for name, p in self._named()}
 
     def replicas(self) -> list[Part]:
@@ -183,15 +189,15 @@ class BucketedEngine(TorchEngine):
         persistent = set(self._model.state_dict().keys())
         whole: list[tuple[str, torch.Tensor]] = [(name, p) for name, p in self._named() if id(p) not in self._runs]
         whole += [(name, buffer) for name, buffer in self._model.named_buffers() if name in persistent]
-        runs = [self._run_part(entry, f"{MODEL_PREFIX}{entry.name}") for entry in self._trainable]
+        runs = [self._run_part(p, f"{MODEL_PREFIX}{name}") for name, p in self._named() if id(p) in self._runs]
         return runs + [self._part(f"{MODEL_PREFIX}{name}", tensor, index) for index, (name, tensor) in enumerate(whole)]
 
     def _optimized_parts(self) -> list[Part]:
-        return [replace(self._run_part(entry, entry.name), tensor=entry.local) for entry in self._trainable]
+        return [replace(self._run_part(entry.parameter, entry.name), tensor=entry.local) for entry in self._trainable]
 
-    def _run_part(self, entry: Any, name: str) -> Part:
-        shape, start = tuple(entry.parameter.shape), self._runs[id(entry.parameter)][1]
-        return part_of_run(name, entry.local.detach(), shape, start, self._mesh.shard_group)
+    def _run_part(self, parameter: nn.Parameter, name: str) -> Part:
+        run, start = self._runs[id(parameter)]
+        return part_of_run(name, run.detach(), tuple(parameter.shape), start, self._mesh.shard_group)
 
 
 def _rows(run: torch.Tensor | None) -> Sequence[torch.Tensor]:

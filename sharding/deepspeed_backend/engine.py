@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sharding.deepspeed_backend.files import in_memory
+from sharding.deepspeed_backend.files import in_memory, refuse_frozen_files
 from sharding.deepspeed_backend.library import import_deepspeed
 from sharding.deepspeed_backend.untouched_runs import UntouchedRuns
 from sharding.engine import Batch, ModelDefinition, OptimizerFactory
@@ -49,8 +49,12 @@ class DeepSpeedEngine:
             build_optimizer: called once, before DeepSpeed cuts the parameters: with an elementwise optimizer.
             settings: DeepSpeed's configuration.
             loss_scaler: for fp16; None elsewhere.
+
+        Raises:
+            UserError: the model has frozen parameters, and parameters are kept in files.
         """
         deepspeed = import_deepspeed(settings)
+        refuse_frozen_files(settings, definition.model)
         self._definition = definition
         self._mesh = mesh
         self._device = device

@@ -30,6 +30,20 @@ def check_file_access() -> None:
         )
 
 
+def refuse_frozen_files(settings: dict[str, Any], model: nn.Module) -> None:
+    """Refuse parameters in files where some are frozen: the state reads these from memory, where they would not be.
+
+    Raises:
+        UserError: it is so.
+    """
+    frozen = next((name for name, parameter in model.named_parameters() if not parameter.requires_grad), None)
+    if frozen is not None and settings["zero_optimization"].get("offload_param", {}).get("device") == "nvme":
+        raise UserError(
+            f"parallel.offload_parameters=nvme keeps parameters in files, but {frozen} of {type(model).__name__} is "
+            "frozen, which a checkpoint could not read from there; set parallel.offload_parameters to cpu or none."
+        )
+
+
 def size_buffers(settings: dict[str, Any], model: nn.Module, num_ranks: int) -> None:
     """Set the size of the buffers that parameters in files pass through, in elements, to the largest partition.
 

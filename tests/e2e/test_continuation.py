@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.saved_state import whole_tensor
+from tests.saved_state import stored_state
 from tests.support import (
     free_port,
     read_metrics,
@@ -33,15 +33,7 @@ def _run(config: Path, *overrides: str, ranks: int = 2) -> None:
 
 def _final_state(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, model and optimizer, put together from its slices."""
-    reader = CheckpointReader(RunFolder(run_dir).checkpoint_path(step))
-    state = {}
-    for name, entry in reader.manifest.tensors.items():
-        whole = torch.empty(entry.shape, dtype=getattr(torch, entry.dtype))
-        for part in entry.slices:
-            tensor = whole_tensor(reader._file(part.file), part.key)
-            whole[tuple(slice(o, o + n) for o, n in zip(part.offsets, part.shape, strict=True))] = tensor
-        state[name] = whole
-    return state
+    return stored_state(RunFolder(run_dir).checkpoint_path(step))
 
 
 def _cut_short(file: Path) -> None:

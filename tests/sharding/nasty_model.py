@@ -15,7 +15,7 @@ from sharding.mesh import build_mesh
 from sharding.ranks.object_exchange import sum_integers_over_ranks
 from sharding.ranks.process_group import Ranks
 from sharding.state import layout_independent_hash
-from tests.saved_state import whole_tensor
+from tests.saved_state import stored_state
 from tests.sharding.engine_cases import tiny_config
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.config.deepspeed_settings import deepspeed_settings
@@ -192,15 +192,7 @@ def load(engine: Engine, folder: Path) -> None:
 
 def whole_state(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, put together from its slices."""
-    reader = CheckpointReader(folder)
-    state = {}
-    for name, entry in reader.manifest.tensors.items():
-        whole = torch.empty(entry.shape, dtype=getattr(torch, entry.dtype))
-        for part in entry.slices:
-            tensor = whole_tensor(reader._file(part.file), part.key)
-            whole[tuple(slice(o, o + n) for o, n in zip(part.offsets, part.shape, strict=True))] = tensor
-        state[name] = whole
-    return state
+    return stored_state(folder)
 
 
 def state_hash(engine: Engine, ranks: Ranks) -> int:

@@ -1,5 +1,6 @@
 """The memory formula, against sums written out by hand."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -61,6 +62,26 @@ def test_buckets_in_flight_are_counted() -> None:
     # Never more than sent and received copies of everything.
     small = _state("zero2", is_bucketed=True, bucket_elements=1 << 20)
     assert small.in_flight == 4 * (4 * 1000 + 160)
+
+
+def test_frozen_parameters_are_held_and_no_more() -> None:
+    # Of another 2000, 1800 in ten blocks, and 200 outside of them.
+    frozen = replace(SIZES, num_frozen=2000, num_frozen_outside_blocks=200, largest_gathered_block=270)
+
+    def state(strategy: Strategy, **options: Any) -> StateBytes:
+        return state_bytes(frozen, Layout(strategy, 4, **options))
+
+    def grown(before: StateBytes, masters: float, gathered: float) -> StateBytes:
+        return replace(before, masters=before.masters + masters, gathered=before.gathered + gathered)
+
+    assert state("ddp") == grown(_state("ddp"), 8000, 0)
+    for strategy in ("zero1", "zero2"):
+        assert state(strategy) == grown(_state(strategy), 2000, 8000)
+        assert state(strategy, is_bucketed=True) == grown(_state(strategy, is_bucketed=True), 8000, 0)
+    # The gathered blocks have 180 more each.
+    assert state("zero3") == grown(_state("zero3"), 2000, 4 * (200 + 2 * 180))
+    bucketed = _state("zero3", is_bucketed=True)
+    assert state("zero3", is_bucketed=True) == grown(bucketed, 4 * (200 + 1800 / 4), 4 * 2 * 180)
 
 
 def test_more_ranks_never_hold_more() -> None:

@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from sharding.engine import Engine
 from sharding.ranks.process_group import Ranks
-from tests.saved_state import save_state, whole_tensor
+from tests.saved_state import save_state, stored_state
 from tests.sharding.engine_cases import num_targets, random_batch, tiny_engine, train_steps
 from tests.support import TINY_MODEL, run_on_ranks
 from trainer.checkpoint.reader import CheckpointReader
@@ -84,22 +84,6 @@ def test_a_step_makes_two_collectives_however_many_parameters() -> None:
     run_on_ranks(_count_collectives, 2)
 
 
-def _whole_state(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, put together from its slices."""
-    reader = CheckpointReader(folder)
-    state = {}
-    for name, entry in reader.manifest.tensors.items():
-        whole = torch.empty(entry.shape, dtype=getattr(torch, entry.dtype))
-        num_elements = 0
-        for part in entry.slices:
-            tensor = whole_tensor(reader._file(part.file), part.key)
-            whole[tuple(slice(o, o + n) for o, n in zip(part.offsets, part.shape, strict=True))] = tensor
-            num_elements += tensor.numel()
-        assert num_elements == whole.numel(), name
-        state[name] = whole
-    return state
-
-
 def _assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], case: Any) -> None:
     assert found.keys() == expected.keys(), case
     for key, tensor in expected.items():
@@ -128,7 +112,7 @@ def _continue_elsewhere(ranks: Ranks, root: Path, strategy: str, saved_by: str) 
         engine.load_state(CheckpointReader(root / f"{name}{saved_by}").read_into, with_optimizer=True)
         folder = root / f"{name}-{strategy}-{ranks.world_size}"
         save_state(engine, folder, ranks)
-        _assert_equal(_whole_state(folder), _whole_state(root / name), (name, strategy))
+        _assert_equal(stored_state(folder), stored_state(root / name), (name, strategy))
         losses = train_steps(engine, ranks)
         assert losses == pytest.approx(torch.load(root / f"{name}.losses"), rel=2e-5), (name, strategy)
 
@@ -139,13 +123,13 @@ def test_state_continues_bit_for_bit_and_on_other_ranks(tmp_path: Path) -> None:
     run_on_ranks(_continue_elsewhere, 3, tmp_path, "zero3", "", timeout_s=180)
     run_on_ranks(_continue_elsewhere, 1, tmp_path, "none", "-zero3-3", timeout_s=180)
     run_on_ranks(_continue_elsewhere, 2, tmp_path, "ddp", "-none-1", timeout_s=180)
-    state = _whole_state(tmp_path / "muon")
+    state = stored_state(tmp_path / "muon")
     assert "optimizer/model.layers.0.mlp.up_proj.weight/momentum_buffer" in state
     assert "optimizer/model.embed_tokens.weight/exp_avg_sq" in state
-    state = _whole_state(tmp_path / "adafactor")
+    state = stored_state(tmp_path / "adafactor")
     assert state["optimizer/model.layers.0.mlp.up_proj.weight/row_var"].shape == (70, 1)
     assert state["optimizer/model.layers.0.mlp.up_proj.weight/col_var"].shape == (1, 96)
-    state = _whole_state(tmp_path / "adamw8bit")
+    state = stored_state(tmp_path / "adamw8bit")
     assert state["optimizer/model.layers.0.mlp.up_proj.weight/exp_avg_codes"].dtype is torch.uint8
     assert state["optimizer/model.layers.0.mlp.up_proj.weight/exp_avg_scales"].shape == (70, 1)
     assert state["optimizer/model.layers.0.self_attn.k_proj.weight/exp_avg"].dtype is torch.float32

@@ -1,14 +1,15 @@
 """When a run saves, what it keeps, and what it starts from."""
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sharding.engine import Engine
 from sharding.part import Part
 from sharding.ranks.errors import UserError
 from sharding.ranks.process_group import Ranks
-from sharding.state import MODEL_PREFIX
+from sharding.state import MODEL_PREFIX, frozen_names
 from trainer.checkpoint.background import BackgroundWrite
+from trainer.checkpoint.base import BaseKeeper
 from trainer.checkpoint.rank_file import RankReport, write_rank_file
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.reference import check_fork
@@ -31,6 +32,7 @@ class _PendingSave:
 
     folder: CheckpointPath
     training: TrainingState
+    identity: CheckpointIdentity
     write: BackgroundWrite
 
 
@@ -95,6 +97,7 @@ class Checkpointer:
                 self._attachments[RECIPE_NAME] = recipe.model_dump_json(indent=1).encode()
         self._snapshot = Snapshot()
         self._pruning = BackgroundPruning(warn, before_commit)
+        self._base = BaseKeeper(run_folder.checkpoints_dir, ranks, before_commit)
         self._pending: _PendingSave | None = None
         self._saved_step: int | None = None
         self.last_write_s: float | None = None
@@ -180,7 +183,8 @@ class Checkpointer:
     def start_saving(self, engine: Engine, training: TrainingState) -> None:
         """Copy all state, and write the copy in the background; every rank must call it.
 
-        One before it that is still being written is waited for. Without ``checkpoint.asynchronous`` this is ``save``.
+        One before it that is still being written is waited for. Frozen parameters are written before training goes
+        on, where they are not there yet: once in a run. Without ``checkpoint.asynchronous`` this is ``save``.
 
         Raises:
             UserError: a rank could not write.
@@ -193,13 +197,13 @@ class Checkpointer:
         if self._saved_step == training.step:
             return
         folder, rank = self._run_folder.checkpoint_path(training.step), self._ranks.rank
-        parts = self._state(engine)
+        parts = self._changing_state(engine, training.step)
         prepare_checkpoint(folder, parts, training.step, self._ranks, self._before_commit)
         copies = self._snapshot.take(parts)
         write = BackgroundWrite(
             lambda: write_rank_file(folder, copies, rank, lambda: self._before_write(training.step), self._attachments)
         )
-        self._pending = _PendingSave(folder, training, write)
+        self._pending = _PendingSave(folder, training, self._present_identity, write)
 
     def save(self, engine: Engine, training: TrainingState) -> None:
         """Save all state and wait for it, unless this step is saved already; every rank must call it.
@@ -211,12 +215,12 @@ class Checkpointer:
         if self._saved_step == training.step:
             return
         folder = self._run_folder.checkpoint_path(training.step)
-        parts = self._state(engine)
+        parts = self._changing_state(engine, training.step)
         prepare_checkpoint(folder, parts, training.step, self._ranks, self._before_commit)
         report = write_rank_file(
             folder, parts, self._ranks.rank, lambda: self._before_write(training.step), self._attachments
         )
-        self._commit(folder, report, training)
+        self._commit(folder, report, training, self._present_identity)
         self._pruning.wait()
 
     def finish(self) -> None:
@@ -227,24 +231,36 @@ class Checkpointer:
         """
         pending, self._pending = self._pending, None
         if pending is not None:
-            self._commit(pending.folder, pending.write.wait(), pending.training)
+            self._commit(pending.folder, pending.write.wait(), pending.training, pending.identity)
 
     def close(self) -> None:
         """Wait until what is not to be kept is deleted."""
         self._pruning.wait()
 
-    def _state(self, engine: Engine) -> list[Part]:
-        average = self._weight_average
-        return engine.state(with_optimizer=True) + ([] if average is None else average.state())
+    @property
+    def _present_identity(self) -> CheckpointIdentity:
+        return replace(self._identity, base=self._base.name)
 
-    def _commit(self, folder: CheckpointPath, report: RankReport, training: TrainingState) -> None:
+    def _changing_state(self, engine: Engine, step: int) -> list[Part]:
+        """What a checkpoint holds itself, once the rest, which is frozen, lies beside it."""
+        average, frozen = self._weight_average, frozen_names(engine)
+        parts = engine.state(with_optimizer=True)
+        base = [part for part in parts if part.name in frozen]
+        self._base.keep(base, step, lambda: self._before_write(step), self._pruning.wait)
+        changing = [part for part in parts if part.name not in frozen]
+        return changing + ([] if average is None else average.state())
+
+    def _commit(
+        self, folder: CheckpointPath, report: RankReport, training: TrainingState, identity: CheckpointIdentity
+    ) -> None:
         """Make a checkpoint valid, and begin to delete what is not to be kept."""
-        self.last_write_s = commit_checkpoint(
-            folder, report, training, self._identity, self._ranks, self._before_commit
-        )
+        self.last_write_s = commit_checkpoint(folder, report, training, identity, self._ranks, self._before_commit)
         self._saved_step = training.step
         if self._ranks.rank == 0:
             self._pruning.start(
-                self._run_folder.checkpoints_dir, self._config.checkpoint, self._config.evaluation.monitor
+                self._run_folder.checkpoints_dir,
+                self._config.checkpoint,
+                self._config.evaluation.monitor,
+                {name for name in (identity.base, self._base.name) if name is not None},
             )
             self._notify(f"saved {folder}")

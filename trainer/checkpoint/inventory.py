@@ -1,18 +1,21 @@
 """What a run has saved, and whether it is complete, as lines for a person."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from sharding.ranks.errors import EXIT_BAD_INPUT, EXIT_FINISHED, UserError
+from trainer.checkpoint.base_manifest import base_folder, list_bases
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.reference import checkpoints_of
+from trainer.checkpoint.stored_files import open_base, verify_base
 from trainer.config import parse_config
 from trainer.data.prepared import find_prepared
 from trainer.files.storage import CheckpointPath, is_url, list_folders
 from trainer.run_folder.folder import RunFolder
-from trainer.run_folder.listing import MANIFEST_NAME, list_checkpoints
+from trainer.run_folder.listing import CORRUPT_FOLDER, MANIFEST_NAME, list_checkpoints
 
 
 def show_checkpoints(checkpoints: CheckpointPath, console: Console) -> int:
@@ -42,6 +45,15 @@ def show_checkpoints(checkpoints: CheckpointPath, console: Console) -> int:
             folder.name,
         )
     console.print(table)
+    for folder in list_bases(checkpoints):
+        num = sum(manifest.base == folder.name for manifest in manifests.values())
+        try:
+            num_bytes = sum(entry.num_bytes for entry in open_base(folder).files.values())
+            what = f"{num_bytes / 2**20:,.1f} MiB of frozen parameters, to which {num} of the checkpoints refer"
+            console.print(f"{folder.name}: {what}", highlight=False)
+        except UserError as error:
+            if num:
+                corrupt.append(f"{folder.name}: {error}")
     for sentence in corrupt:
         console.print(sentence, highlight=False)
     return EXIT_BAD_INPUT if corrupt else EXIT_FINISHED
@@ -50,23 +62,44 @@ def show_checkpoints(checkpoints: CheckpointPath, console: Console) -> int:
 def verify_checkpoints(checkpoints: CheckpointPath, console: Console) -> int:
     """Compare all of all checkpoints with their manifests, and those with the corpus; returns the exit status."""
     exit_code = EXIT_FINISHED
+    faults: dict[str, UserError | None] = {}
     for _, folder in list_checkpoints(checkpoints):
         try:
             reader = CheckpointReader(folder)
-            reader.verify()
-            note = _compare_corpus(reader)
-            extra = sorted(
-                {path.name for path in list_folders(folder)} - reader.manifest.files.keys() - {MANIFEST_NAME}
-            )
-            if extra:
-                note += f"; not part of it: {', '.join(extra)}"
+            reader.verify(with_base=False)
+            base = reader.manifest.base
+            if base is not None and base not in faults:
+                # Once, however many checkpoints refer to it.
+                faults[base] = _fault_of_base(base_folder(folder, base), console)
+            if base is not None and (fault := faults[base]) is not None:
+                raise fault
+            note = _compare_corpus(reader) + _extra_files(folder, reader.manifest.files)
             console.print(f"{folder.name}: complete{note}", highlight=False)
         except UserError as error:
             console.print(f"{folder.name}: {error}", highlight=False)
             exit_code = EXIT_BAD_INPUT
-    for folder in list_folders(checkpoints / "damaged"):
+    for folder in list_bases(checkpoints):
+        if folder.name not in faults:
+            console.print(f"{folder.name}: no checkpoint that can be read refers to it", highlight=False)
+    for folder in list_folders(checkpoints / CORRUPT_FOLDER):
         console.print(f"damaged/{folder.name}: was found corrupt and moved there", highlight=False)
     return exit_code
+
+
+def _fault_of_base(folder: CheckpointPath, console: Console) -> UserError | None:
+    """What is wrong with frozen parameters that checkpoints refer to; says so where they are complete."""
+    try:
+        base = open_base(folder)
+        verify_base(base)
+    except UserError as error:
+        return error
+    console.print(f"{folder.name}: complete{_extra_files(folder, base.files)}", highlight=False)
+    return None
+
+
+def _extra_files(folder: CheckpointPath, files: Collection[str]) -> str:
+    extra = sorted({path.name for path in list_folders(folder)} - {*files, MANIFEST_NAME})
+    return f"; not part of it: {', '.join(extra)}" if extra else ""
 
 
 def _compare_corpus(reader: CheckpointReader) -> str:

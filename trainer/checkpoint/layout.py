@@ -4,9 +4,9 @@ Imports no torch, so that the launcher may look before it starts ranks.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from trainer.checkpoint.manifest import CorruptCheckpoint, Manifest, SliceEntry, TensorEntry, unreadable
+from trainer.checkpoint.manifest import CorruptCheckpoint, FileEntry, SliceEntry, TensorEntry, unreadable
 from trainer.files.storage import CheckpointPath, file_sizes
 
 # torch's names of the element types that a checkpoint may hold, as a safetensors header has them.
@@ -24,7 +24,7 @@ HEADER_DTYPES = {
 }
 
 
-def check_sizes(folder: CheckpointPath, manifest: Manifest) -> None:
+def check_sizes(folder: CheckpointPath, files: Mapping[str, FileEntry]) -> None:
     """Compare the sizes of all files with the manifest.
 
     Raises:
@@ -35,7 +35,7 @@ def check_sizes(folder: CheckpointPath, manifest: Manifest) -> None:
         sizes = file_sizes(folder)
     except OSError as error:
         raise unreadable(folder, "its folder", error) from None
-    for name, entry in manifest.files.items():
+    for name, entry in files.items():
         if name in ("", ".", "..") or "/" in name or "\0" in name:
             raise CorruptCheckpoint(folder, f"the manifest lists {name!r}, which is not a name of a file in it")
         num_bytes = sizes.get(name)
@@ -45,29 +45,31 @@ def check_sizes(folder: CheckpointPath, manifest: Manifest) -> None:
             raise CorruptCheckpoint(folder, f"{name} has {num_bytes} bytes instead of {entry.num_bytes}")
 
 
-def check_parts(folder: CheckpointPath, manifest: Manifest) -> None:
-    """Check that no stored part is in a file of which the manifest does not speak.
+def check_parts(
+    folder: CheckpointPath, tensors: Mapping[str, TensorEntry], files: Mapping[str, FileEntry], tokenizer: str | None
+) -> None:
+    """Check that no stored part, nor the tokenizer, is in a file of which the manifest does not speak.
 
     Raises:
         CorruptCheckpoint: a file is not listed.
     """
-    named = {part.file for entry in manifest.tensors.values() for part in entry.slices}
-    if manifest.tokenizer is not None:
-        named.add(manifest.tokenizer.file)
-    if unlisted := sorted(named - manifest.files.keys()):
+    named = {part.file for entry in tensors.values() for part in entry.slices}
+    if tokenizer is not None:
+        named.add(tokenizer)
+    if unlisted := sorted(named - files.keys()):
         raise CorruptCheckpoint(
             folder, f"the manifest does not list {unlisted[0]}, in which it says that tensors or the tokenizer are"
         )
 
 
-def check_tensors(folder: CheckpointPath, manifest: Manifest, names: Sequence[str]) -> None:
+def check_tensors(folder: CheckpointPath, tensors: Mapping[str, TensorEntry], names: Sequence[str]) -> None:
     """Check that the stored parts of tensors cover each of them exactly once.
 
     Raises:
         CorruptCheckpoint: there is a gap or an overlap, or the type of elements is unknown.
     """
     for name in names:
-        entry = manifest.tensors[name]
+        entry = tensors[name]
         if entry.dtype not in HEADER_DTYPES:
             raise CorruptCheckpoint(folder, f"{name} has elements of an unknown type {entry.dtype!r}")
         fault = _tiling_fault(entry.shape, entry.slices)
@@ -75,10 +77,12 @@ def check_tensors(folder: CheckpointPath, manifest: Manifest, names: Sequence[st
             raise CorruptCheckpoint(folder, f"{name}: {fault}")
 
 
-def parts_by_file(manifest: Manifest) -> dict[str, list[tuple[TensorEntry, SliceEntry]]]:
+def parts_by_file(
+    tensors: Mapping[str, TensorEntry], files: Iterable[str]
+) -> dict[str, list[tuple[TensorEntry, SliceEntry]]]:
     """The stored parts of tensors, with the tensor that each is of, by file."""
-    parts: dict[str, list[tuple[TensorEntry, SliceEntry]]] = {name: [] for name in manifest.files}
-    for entry in manifest.tensors.values():
+    parts: dict[str, list[tuple[TensorEntry, SliceEntry]]] = {name: [] for name in files}
+    for entry in tensors.values():
         for part in entry.slices:
             parts[part.file].append((entry, part))
     return parts

@@ -15,8 +15,9 @@ from trainer.files.storage import CheckpointPath, reaching, write_whole
 from trainer.run_folder.listing import MANIFEST_NAME
 
 FORMAT_VERSION = 4
-# Checkpoints of the version before have no tokenizer.
-_READ_VERSIONS = (3, FORMAT_VERSION)
+FORMAT_VERSION_WITH_BASE = 5
+# Checkpoints of the first of them have no tokenizer.
+_READ_VERSIONS = (3, FORMAT_VERSION, FORMAT_VERSION_WITH_BASE)
 _CHUNK_BYTES = 8 * 2**20
 
 
@@ -121,6 +122,10 @@ class Manifest(StrictRecord):
     files: dict[str, FileEntry]
     """Every other file of the checkpoint."""
 
+    base: str | None = None
+    """Name of the folder beside the checkpoint's in which the frozen parameters are; None in format versions before 5,
+    and where nothing is frozen."""
+
 
 def fingerprint(values: Any) -> str:
     """SHA-256 of plain values in a canonical JSON form."""
@@ -134,7 +139,11 @@ def write_manifest(folder: CheckpointPath, manifest: Manifest) -> None:
 
 def render_manifest(manifest: Manifest) -> bytes:
     """The contents of a manifest's file, with a checksum of their own."""
-    return dump_checked(manifest.model_dump(mode="json"))
+    values = manifest.model_dump(mode="json")
+    if manifest.base is None:
+        # Byte for byte what it was before there were bases.
+        del values["base"]
+    return dump_checked(values)
 
 
 def read_manifest(folder: CheckpointPath) -> Manifest:
@@ -181,7 +190,7 @@ def parse_manifest(raw: bytes, folder: object) -> Manifest:
         raise CorruptCheckpoint(folder, f"{MANIFEST_NAME}: {str(error).splitlines()[0]}") from None
     raise UserError(
         f"{folder} has {MANIFEST_NAME} of format version {values.get('format_version', 'below 3')}, but this Shardline "
-        f"reads {' and '.join(map(str, _READ_VERSIONS))}; use the release that wrote it."
+        f"reads {_READ_VERSIONS[0]} to {_READ_VERSIONS[-1]}; use the release that wrote it."
     )
 
 

@@ -2,34 +2,32 @@
 
 import hashlib
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from sharding.part import Box, Part, part_of
+from sharding.part import Part, part_of
 from sharding.ranks.errors import UserError
 from sharding.state import AVERAGE_PREFIX, MODEL_PREFIX
-from trainer.checkpoint.layout import check_header, check_parts, check_sizes, check_tensors, parts_by_file
+from trainer.checkpoint.base_manifest import base_folder, blaming_base
+from trainer.checkpoint.layout import check_parts
 from trainer.checkpoint.manifest import (
     CorruptCheckpoint,
+    FileEntry,
     Manifest,
-    SliceEntry,
     TensorEntry,
     fingerprint,
-    hash_file,
     read_manifest,
     unreadable,
 )
 from trainer.checkpoint.reference import checkpoints_of
-from trainer.checkpoint.tensor_file import TensorFile
+from trainer.checkpoint.stored_files import StoredFiles, open_base, verify_base
 from trainer.checkpoint.tokenizer_archive import unpack_tokenizer
 from trainer.data.rows_manifest import RowRecipe
 from trainer.files.storage import CheckpointPath, is_url
 from trainer.run_folder.folder import RunFolder
 from trainer.run_folder.listing import checkpoint_folder, list_checkpoints
-
-# Each has a buffer of its own, where it lies in an object store.
-_MAX_OPEN_FILES = 8
 
 
 class CheckpointReader:
@@ -41,37 +39,45 @@ class CheckpointReader:
         Raises:
             UserError: there is none, or it is of another version.
             CorruptCheckpoint: the manifest is corrupt, or a file is missing or has another size than it says.
+            CorruptBase: the same of the frozen parameters that it refers to.
         """
         self.folder = folder
         self.manifest: Manifest = read_manifest(folder)
-        # The one that was used last is the last.
-        self._open_files: dict[str, TensorFile] = {}
-        check_sizes(folder, self.manifest)
+        self._own = StoredFiles(folder, self.manifest.tensors, self.manifest.files)
+        self._base = None if self.manifest.base is None else open_base(base_folder(folder, self.manifest.base))
+        self.tensors: Mapping[str, TensorEntry] = self.manifest.tensors
+        """All of the canonical state, wherever it lies: its own tensors, and those of its base."""
+        if self._base is not None:
+            self.tensors = {**self._base.tensors, **self.manifest.tensors}
 
-    def verify(self, index: int = 0, num_shares: int = 1) -> None:
+    @property
+    def files(self) -> dict[str, FileEntry]:
+        """Every file of the checkpoint but its manifest, by name; those of its base too, by folder and name."""
+        if self._base is None:
+            return self.manifest.files
+        return self.manifest.files | {f"{self.manifest.base}/{name}": entry for name, entry in self._base.files.items()}
+
+    def verify(self, index: int = 0, num_shares: int = 1, *, with_base: bool = True) -> None:
         """Compare everything with the manifest, or one share of several of it: layout, headers and SHA-256.
 
         Args:
             index: which share, from 0.
             num_shares: how many there are; all of them together are the whole.
+            with_base: whether the frozen parameters that lie beside it are compared too.
 
         Raises:
             CorruptCheckpoint: something is not as the manifest says, or the manifest contradicts itself.
+            CorruptBase: the same of the frozen parameters.
         """
         manifest = self.manifest
         if fingerprint(manifest.config) != manifest.config_fingerprint:
             raise CorruptCheckpoint(self.folder, "the configuration does not have its fingerprint")
-        check_parts(self.folder, manifest)
-        check_tensors(self.folder, manifest, sorted(manifest.tensors)[index::num_shares])
-        parts = parts_by_file(manifest)
-        for name in sorted(manifest.files)[index::num_shares]:
-            if self._hash(name) != manifest.files[name].sha256:
-                raise CorruptCheckpoint(
-                    self.folder, f"the contents of {name} do not have the SHA-256 that the manifest says"
-                )
-            if name in (manifest.recipe_file, manifest.tokenizer and manifest.tokenizer.file):
-                continue
-            check_header(self.folder, name, parts[name], self._file(name).header)
+        tokenizer = None if manifest.tokenizer is None else manifest.tokenizer.file
+        check_parts(self.folder, manifest.tensors, manifest.files, tokenizer)
+        others = [name for name in (manifest.recipe_file, tokenizer) if name is not None]
+        self._own.verify(index, num_shares, others)
+        if self._base is not None and with_base:
+            verify_base(self._base, index, num_shares)
 
     def unpack_tokenizer(self, folder: Path) -> bool:
         """Write the files of the run's tokenizer into a folder; false where the checkpoint, an old one, has none.
@@ -108,12 +114,12 @@ class CheckpointReader:
     @property
     def has_average(self) -> bool:
         """Whether a moving average of the weights was saved."""
-        return any(name.startswith(AVERAGE_PREFIX) for name in self.manifest.tensors)
+        return any(name.startswith(AVERAGE_PREFIX) for name in self.tensors)
 
     def parameter_names(self) -> list[str]:
         """Names of the model's tensors, as the model names them."""
         prefix = MODEL_PREFIX
-        return [name.removeprefix(prefix) for name in self.manifest.tensors if name.startswith(prefix)]
+        return [name.removeprefix(prefix) for name in self.tensors if name.startswith(prefix)]
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of each of the model's tensors by its name."""
@@ -127,7 +133,7 @@ class CheckpointReader:
     def read_parameter(self, name: str, *, averaged: bool = False) -> torch.Tensor:
         """A whole tensor of the model, fp32, on the CPU; ``averaged`` takes its moving average, if it has one."""
         full_name = f"{AVERAGE_PREFIX}{name}"
-        if not averaged or full_name not in self.manifest.tensors:
+        if not averaged or full_name not in self.tensors:
             full_name = f"{MODEL_PREFIX}{name}"
         entry = self._entry(full_name)
         tensor = torch.empty(entry.shape, dtype=getattr(torch, entry.dtype))
@@ -146,66 +152,20 @@ class CheckpointReader:
                 f"checkpoint {self.folder} is of another model: {part.name} has shape {entry.shape} there and "
                 f"{list(part.global_shape)} here; continue with the model it was saved from."
             )
-        num_filled = 0
-        for box, piece in part.pieces():
-            for stored in entry.slices:
-                num_filled += self._copy_overlap(box, piece, stored)
-        if num_filled != part.tensor.numel():
-            raise CorruptCheckpoint(
-                self.folder, f"{part.name} has {num_filled} of {part.tensor.numel()} elements of a part"
-            )
+        if self._base is not None and part.name not in self.manifest.tensors:
+            with blaming_base(self._base.folder):
+                self._base.read_into(part, entry)
+        else:
+            self._own.read_into(part, entry)
 
     def _entry(self, name: str) -> TensorEntry:
         try:
-            return self.manifest.tensors[name]
+            return self.tensors[name]
         except KeyError:
             raise UserError(
                 f"checkpoint {self.folder} is of another model or optimizer: it has no {name}; "
                 "continue with the settings it was saved under, or set checkpoint.load=weights."
             ) from None
-
-    def _copy_overlap(self, box: Box, piece: torch.Tensor, stored: SliceEntry) -> int:
-        """Copy what a stored slice and a wanted box share; returns the number of elements."""
-        source_index, target_index = [], []
-        wanted = zip(box.offsets, box.shape, strict=True)
-        for (want, want_size), have, have_size in zip(wanted, stored.offsets, stored.shape, strict=True):
-            begin, end = max(want, have), min(want + want_size, have + have_size)
-            if begin >= end:
-                return 0
-            source_index.append(slice(begin - have, end - have))
-            target_index.append(slice(begin - want, end - want))
-        file = self._file(stored.file)
-        if file.header.get(stored.key, (None, None))[1] != stored.shape:
-            raise CorruptCheckpoint(self.folder, f"{stored.file} has no {stored.key} of shape {stored.shape}")
-        # Without dims there is nothing to index, and indexing a tensor by nothing makes no view of it.
-        target = piece[tuple(target_index)] if target_index else piece
-        try:
-            file.read_into(stored.key, tuple(source_index), target)
-        except ValueError as error:
-            raise CorruptCheckpoint(self.folder, f"{stored.key} in {stored.file}: {error}") from None
-        except OSError as error:
-            raise unreadable(self.folder, stored.file, error) from None
-        return target.numel()
-
-    def _hash(self, name: str) -> str:
-        try:
-            return hash_file(self.folder / name)
-        except OSError as error:
-            raise unreadable(self.folder, name, error) from None
-
-    def _file(self, name: str) -> TensorFile:
-        file = self._open_files.pop(name, None)
-        if file is None:
-            while len(self._open_files) >= _MAX_OPEN_FILES:
-                self._open_files.pop(next(iter(self._open_files))).close()
-            try:
-                file = TensorFile(self.folder / name)
-            except ValueError as error:
-                raise CorruptCheckpoint(self.folder, f"{name}: {error}") from None
-            except OSError as error:
-                raise unreadable(self.folder, name, error) from None
-        self._open_files[name] = file
-        return file
 
 
 def open_checkpoint(run: str, step: int | None) -> CheckpointReader:

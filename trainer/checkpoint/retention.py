@@ -1,13 +1,14 @@
 """Which checkpoints a run keeps."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from sharding.ranks.errors import RunFailure, UserError
+from trainer.checkpoint.base_manifest import list_bases
 from trainer.checkpoint.manifest import read_manifest
 from trainer.config.checkpoint import CheckpointConfig
 from trainer.files.storage import CheckpointPath
-from trainer.run_folder.listing import list_checkpoints, list_step_folders, remove_checkpoint
+from trainer.run_folder.listing import CORRUPT_FOLDER, list_checkpoints, list_step_folders, remove_checkpoint
 
 
 class BackgroundPruning:
@@ -26,11 +27,13 @@ class BackgroundPruning:
         self._thread: threading.Thread | None = None
         self._error: UserError | RunFailure | OSError | None = None
 
-    def start(self, checkpoints_dir: CheckpointPath, settings: CheckpointConfig, monitor: str) -> None:
-        """Begin, once the one before is over."""
+    def start(
+        self, checkpoints_dir: CheckpointPath, settings: CheckpointConfig, monitor: str, bases: Collection[str] = ()
+    ) -> None:
+        """Begin, once the one before is over; see ``prune_checkpoints`` and ``prune_bases``."""
         self.wait()
         self._thread = threading.Thread(
-            target=self._run, args=(checkpoints_dir, settings, monitor), name="checkpoint-pruning", daemon=True
+            target=self._run, args=(checkpoints_dir, settings, monitor, bases), name="checkpoint-pruning", daemon=True
         )
         self._thread.start()
 
@@ -43,9 +46,12 @@ class BackgroundPruning:
             self._warn(f"older checkpoints were not deleted: {self._error}")
         self._error = None
 
-    def _run(self, checkpoints_dir: CheckpointPath, settings: CheckpointConfig, monitor: str) -> None:
+    def _run(
+        self, checkpoints_dir: CheckpointPath, settings: CheckpointConfig, monitor: str, bases: Collection[str]
+    ) -> None:
         try:
             prune_checkpoints(checkpoints_dir, settings, monitor, self._before_remove)
+            prune_bases(checkpoints_dir, bases, self._before_remove)
         except (UserError, RunFailure, OSError) as error:
             self._error = error
 
@@ -76,6 +82,28 @@ def prune_checkpoints(
     for step in folders.keys() - kept:
         before_remove()
         remove_checkpoint(folders[step])
+
+
+def prune_bases(checkpoints_dir: CheckpointPath, used: Collection[str], before_remove: Callable[[], None]) -> None:
+    """Delete the bases that no checkpoint refers to, also none that was set aside as corrupt.
+
+    Args:
+        checkpoints_dir: where they lie.
+        used: names of those that a checkpoint will refer to; they are not asked for.
+        before_remove: called before each that is deleted; raises if the folder was lost.
+    """
+    unused = {folder.name: folder for folder in list_bases(checkpoints_dir) if folder.name not in used}
+    if not unused:
+        return
+    try:
+        folders = [*list_checkpoints(checkpoints_dir), *list_checkpoints(checkpoints_dir / CORRUPT_FOLDER)]
+        referred = {read_manifest(folder).base for _, folder in folders}
+    except UserError:
+        # What one that cannot be read refers to is not known.
+        return
+    for name in unused.keys() - referred:
+        before_remove()
+        remove_checkpoint(unused[name])
 
 
 def remove_checkpoints_after(checkpoints_dir: CheckpointPath, step: int, before_remove: Callable[[], None]) -> None:

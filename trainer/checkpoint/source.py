@@ -133,7 +133,7 @@ def _open_and_verify(folder: CheckpointPath, ranks: Ranks) -> tuple[CheckpointRe
         RunFailure: the storage is away, or a rank does not see what rank 0 does.
     """
     reader, fault = _open(folder) if ranks.rank == 0 else (None, None)
-    seen = reader.manifest.files if reader is not None else {}
+    seen = reader.files if reader is not None else {}
     seen, fault = broadcast_object((seen, fault), ranks)
     if fault is None and reader is None:
         reader, fault = _open_once_seen(folder, seen)
@@ -162,7 +162,7 @@ def _open_once_seen(
     until = time.monotonic() + SEEN_WITHIN_S
     while True:
         reader, fault = _open(folder)
-        if reader is not None and reader.manifest.files == wanted:
+        if reader is not None and reader.files == wanted:
             return reader, None
         if time.monotonic() > until:
             sees = fault or f"{folder} has a manifest of other files"

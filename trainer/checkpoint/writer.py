@@ -13,6 +13,8 @@ from sharding.ranks.object_exchange import broadcast_object, gather_objects
 from sharding.ranks.process_group import Ranks
 from trainer.checkpoint.manifest import (
     FORMAT_VERSION,
+    FORMAT_VERSION_WITH_BASE,
+    FileEntry,
     Manifest,
     TensorEntry,
     TokenizerEntry,
@@ -35,6 +37,7 @@ class CheckpointIdentity:
     strategy: str
     tokenizer: TokenizerEntry | None = None
     recipe_file: str | None = None
+    base: str | None = None
 
 
 def prepare_checkpoint(
@@ -70,15 +73,58 @@ def commit_checkpoint(
         UserError: a rank could not write; no rank has a checkpoint then.
         RunFailure: the folder was lost; the same holds.
     """
+
+    def write(reports: list[RankReport]) -> None:
+        write_manifest(folder, _manifest(reports, training, identity, ranks))
+
+    return commit(folder, report, training.step, write, ranks, before_commit)
+
+
+def commit(
+    folder: CheckpointPath,
+    report: RankReport,
+    step: int,
+    write: Callable[[list[RankReport]], None],
+    ranks: Ranks,
+    before_commit: Callable[[], None],
+) -> float:
+    """As ``commit_checkpoint``, of any folder that a manifest makes valid.
+
+    Args:
+        folder: the folder.
+        report: of what this rank has written there.
+        step: to speak of.
+        write: called on rank 0 with the reports of all ranks; writes the manifest.
+        ranks: this rank's place.
+        before_commit: called on rank 0 before anything is changed; raises if the folder was lost.
+    """
     reports = gather_objects(report, ranks)
-    _give_up_if_any_failed(folder, reports, training.step, ranks, before_commit)
+    _give_up_if_any_failed(folder, reports, step, ranks, before_commit)
     error = None
     if ranks.rank == 0:
-        error = _commit(folder, reports, training, identity, ranks, before_commit)
+        error = _commit(folder, lambda: write(reports), step, before_commit)
     error = gather_objects(error, ranks)[0]
     if error is not None:
         raise error
     return max(report.write_s for report in reports)
+
+
+def tensors_of(reports: list[RankReport]) -> dict[str, TensorEntry]:
+    """The tensors that ranks have written parts of, by name."""
+    tensors: dict[str, TensorEntry] = {}
+    for report in reports:
+        for name, dtype, shape, entry in report.slices:
+            if name not in tensors:
+                tensors[name] = TensorEntry(dtype=dtype, shape=shape, slices=[])
+            tensors[name].slices.append(entry)
+    return tensors
+
+
+def files_of(reports: list[RankReport]) -> dict[str, FileEntry]:
+    """The files that ranks have written, by name."""
+    return {report.file: report.file_entry for report in reports if report.file and report.file_entry} | {
+        name: entry for report in reports for name, entry in report.attachments.items()
+    }
 
 
 def _prepare_folder(
@@ -122,23 +168,11 @@ def _give_up_if_any_failed(
     raise _not_saved(step, f"rank {rank}: {reason}", is_outage=reports[rank].is_outage)
 
 
-def _commit(
-    folder: CheckpointPath,
-    reports: list[RankReport],
-    training: TrainingState,
-    identity: CheckpointIdentity,
-    ranks: Ranks,
-    before_commit: Callable[[], None],
-) -> UserError | RunFailure | None:
-    """Write the manifest on rank 0; returns why the checkpoint could not be made, if so."""
-    tensors: dict[str, TensorEntry] = {}
-    for report in reports:
-        for name, dtype, shape, entry in report.slices:
-            if name not in tensors:
-                tensors[name] = TensorEntry(dtype=dtype, shape=shape, slices=[])
-            tensors[name].slices.append(entry)
-    manifest = Manifest(
-        format_version=FORMAT_VERSION,
+def _manifest(
+    reports: list[RankReport], training: TrainingState, identity: CheckpointIdentity, ranks: Ranks
+) -> Manifest:
+    return Manifest(
+        format_version=FORMAT_VERSION if identity.base is None else FORMAT_VERSION_WITH_BASE,
         training=training,
         config=identity.config,
         config_fingerprint=fingerprint(identity.config),
@@ -147,22 +181,28 @@ def _commit(
         strategy=identity.strategy,
         tokenizer=identity.tokenizer,
         recipe_file=identity.recipe_file,
-        tensors=tensors,
-        files={report.file: report.file_entry for report in reports if report.file and report.file_entry}
-        | {name: entry for report in reports for name, entry in report.attachments.items()},
+        tensors=tensors_of(reports),
+        files=files_of(reports),
+        base=identity.base,
     )
+
+
+def _commit(
+    folder: CheckpointPath, write: Callable[[], None], step: int, before_commit: Callable[[], None]
+) -> UserError | RunFailure | None:
+    """Write the manifest on rank 0; returns why the checkpoint could not be made, if so."""
     try:
         before_commit()
         sync_names(folder)
-        write_manifest(folder, manifest)
+        write()
     except RunFailure as error:
         return error
     except UserError as error:
         # It says itself what to do.
-        return UserError(f"the checkpoint of step {training.step} could not be saved: {error}")
+        return UserError(f"the checkpoint of step {step} could not be saved: {error}")
     except OSError as error:
         _discard(folder, before_commit)
-        return _not_saved(training.step, str(error), is_outage=blames_storage(error))
+        return _not_saved(step, str(error), is_outage=blames_storage(error))
     return None
 
 

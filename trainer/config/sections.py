@@ -100,6 +100,17 @@ class ModelConfig(StrictModel):
     """Initialise what stored weights lack of the model or have in another shape, if it is no part of its body: for
     another task, or other classes, on the weights of `pretrained`, or of `checkpoint.from` with `load: weights`."""
 
+    freeze: Annotated[
+        tuple[str, ...],
+        Field(strict=False),
+        OnlyWith(
+            {"parallel.offload_parameters": ("none", "cpu")},
+            because="checkpoints read frozen parameters from memory, and nvme keeps them in files",
+        ),
+    ] = ()
+    """Shell patterns (`*`, `?`, `[...]`) for whole names of parameters that keep their first values: they have neither
+    gradients nor optimizer state. A pattern that matches no parameter is an error."""
+
     trust_remote_code: Annotated[bool, OnlyWith(pretrained=SET)] = False
     """Run Python code that a `pretrained` model brings along with its weights; false refuses such a model."""
 

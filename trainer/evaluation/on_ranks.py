@@ -159,7 +159,7 @@ def evaluate_here(subject: Subject, ranks: Ranks) -> Result:
 
 
 def _load(load_state: Any, reader: CheckpointReader, *, averaged: bool) -> None:
-    stored: Mapping[str, Any] = reader.manifest.tensors
+    stored: Mapping[str, Any] = reader.tensors
 
     def read(part: Part) -> None:
         name = part.name.replace(MODEL_PREFIX, AVERAGE_PREFIX, 1)

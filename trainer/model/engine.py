@@ -122,7 +122,8 @@ def describe_model(config: RunConfig, facts: ModelFacts, ranks: Ranks) -> str:
     flops = ""
     if facts.is_per_token:
         flops = f", {facts.flops_per_token(config.data.sequence_length, causal=False) / 1e6:,.1f} MFLOP per token"
+    trained = f", {facts.num_parameters - facts.num_frozen:,} of them trained" if facts.num_frozen else ""
     return (
-        f"{config.model.name}: {facts.num_parameters:,} parameters{flops}; {backend}{config.parallel.strategy} on "
-        f"{ranks.world_size} x {device}, {dtype}{chosen}"
+        f"{config.model.name}: {facts.num_parameters:,} parameters{trained}{flops}; "
+        f"{backend}{config.parallel.strategy} on {ranks.world_size} x {device}, {dtype}{chosen}"
     )

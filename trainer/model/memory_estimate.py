@@ -17,6 +17,7 @@ from trainer.config import RunConfig
 from trainer.config.optimizer import OptimizerConfig
 from trainer.config.rules import accumulation_steps
 from trainer.data.facts import SampleFacts
+from trainer.model.backward_reach import backward_reach
 from trainer.model.models import output_embeddings
 from trainer.model.tried_activations import tried_activation_bytes
 
@@ -106,31 +107,38 @@ def estimate_memory(
     num_tokens = config.batch.micro_size * config.data.sequence_length
     activations = activation_bytes(
         block_widths(model, model_config),
-        num_blocks=len(find_blocks(model)),
+        num_blocks=backward_reach(model).num_reached,
         vocabulary=text_config.vocab_size,
         num_tokens=num_tokens,
         num_logit_tokens=min(config.task.loss_chunk_tokens or num_tokens, num_tokens),
         checkpointing=config.activation_checkpointing,
         compute_bytes=width,
+        has_frozen_matrices=any(p.ndim >= 2 and not p.requires_grad for p in model.parameters()),
     )
     return MemoryEstimate(state_bytes(sizes, layout), activations)
 
 
 def model_sizes(model: nn.Module) -> ModelSizes:
-    """Count the trainable elements of a model that is not sharded; it may be on the meta device."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    in_blocks = [sum(p.numel() for p in block.parameters() if p.requires_grad) for _, block in find_blocks(model)]
+    """Count the elements of a model that is not sharded, trained and frozen; it may be on the meta device."""
+    every = list(model.parameters())
+    trainable = [p for p in every if p.requires_grad]
+    blocks = [list(block.parameters()) for _, block in find_blocks(model)]
+    in_blocks = [sum(p.numel() for p in block if p.requires_grad) for block in blocks]
+    held = [sum(p.numel() for p in block) for block in blocks]
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     embeddings -= {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     uses = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
-    num_parameters = sum(p.numel() for p in trainable)
+    num_parameters, num_held = sum(p.numel() for p in trainable), sum(p.numel() for p in every)
     return ModelSizes(
         num_parameters=num_parameters,
-        num_matrix_parameters=sum(p.numel() for p in trainable if p.ndim >= 2 and id(p) not in embeddings),
+        num_matrix_parameters=sum(p.numel() for p in every if p.ndim >= 2 and id(p) not in embeddings),
         num_outside_blocks=num_parameters - sum(in_blocks),
         largest_block=max(in_blocks, default=0),
         largest_parameter=max((p.numel() for p in trainable), default=0),
         largest_shared=max((p.numel() for p in trainable if uses[id(p)] > 1), default=0),
+        num_frozen=num_held - num_parameters,
+        num_frozen_outside_blocks=(num_held - sum(held)) - (num_parameters - sum(in_blocks)),
+        largest_gathered_block=max(held, default=0),
     )
 
 
@@ -188,6 +196,7 @@ def activation_bytes(
     num_logit_tokens: int,
     checkpointing: ActivationCheckpointingConfig,
     compute_bytes: int,
+    has_frozen_matrices: bool = False,
 ) -> float:
     """The least that a micro-batch adds to a rank's memory: operands that backward needs, and the logits.
 
@@ -198,16 +207,22 @@ def activation_bytes(
 
     Args:
         widths: of a block.
-        num_blocks: how many.
+        num_blocks: how many backward goes through: what is before all that is trained keeps nothing.
         vocabulary: logits per token.
         num_tokens: tokens in a micro-batch.
         num_logit_tokens: those whose logits exist at once.
         checkpointing: what is recomputed.
         compute_bytes: bytes of an element of an activation.
+        has_frozen_matrices: whether some matrices are frozen, for which the inputs of products need not be kept.
     """
     attention = 2 * widths.hidden + 2 * widths.attention + 2 * widths.key_value
     feed_forward = 2 * widths.hidden + (4 if widths.is_gated else 2) * widths.feed_forward
     whole = attention + feed_forward
+    if has_frozen_matrices:
+        # Of norms their results, and of the feed-forward layer what its last matrix multiplies.
+        whole -= 2 * widths.hidden + widths.feed_forward
+    if num_blocks == 0:
+        whole = 0
     if checkpointing.mode == "full":
         kept = num_blocks * widths.hidden + whole
     elif checkpointing.mode == "every_n":

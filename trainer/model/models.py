@@ -14,6 +14,8 @@ from trainer.architectures.config import build_model_config, field
 from trainer.architectures.faults import faults_of_a_configuration, is_raised_by_transformers, reason
 from trainer.config.sections import ModelConfig
 from trainer.data.facts import SampleFacts
+from trainer.model.backward_reach import backward_reach
+from trainer.model.freezing import check_trained, freeze_parameters
 from trainer.model.new_head import body_of
 from trainer.tasks.task import Task
 
@@ -36,6 +38,10 @@ class ModelFacts:
         is_per_token: whether arithmetic per token is known: every matrix is used once for each token of a text.
         body: names of the tensors that belong to no head.
         new_head: what of the head has no pretrained weights, in one line; empty where nothing is lacking.
+        num_frozen: parameters that are not trained.
+        num_frozen_matrix_parameters: those of ``num_matrix_parameters`` that are not.
+        num_matrix_parameters_before: those of ``num_matrix_parameters`` that lie before all that is trained.
+        num_layers_before: blocks that do.
     """
 
     num_parameters: int
@@ -47,31 +53,45 @@ class ModelFacts:
     is_per_token: bool = True
     body: frozenset[str] = frozenset()
     new_head: str = ""
+    num_frozen: int = 0
+    num_frozen_matrix_parameters: int = 0
+    num_matrix_parameters_before: int = 0
+    num_layers_before: int = 0
 
     def flops_per_token(self, sequence_length: int, *, causal: bool) -> int:
         """Forward and backward floating-point operations per token: 6N + 12Lds, or 6N + 6Lds discounting the mask.
 
+        A matrix of n parameters takes 2n forward, 2n for the gradient of its input, and 2n for its own; attention takes
+        4ds forward and 8ds backward in each of L layers. Not computed, and so not counted: the gradients of frozen
+        matrices, and of any input before all that is trained. With N_trained and, behind its first block, N_back and
+        L_back this is 2N + 2 N_back + 2 N_trained + 4Lds + 8 L_back ds.
+
         It says nothing unless ``is_per_token``. Source: Chowdhery et al., "PaLM" (2022), appendix B; the causal
-        convention halves the attention term.
+        convention halves the attention term. What backward leaves out: Hu et al., "LoRA" (2021), section 4.2.
         """
-        attention = (6 if causal else 12) * self.num_layers * self.attention_width * sequence_length
-        return 6 * self.num_matrix_parameters + attention
+        num = self.num_matrix_parameters
+        products = 6 * num - 2 * (self.num_frozen_matrix_parameters + self.num_matrix_parameters_before)
+        passes = (12 * self.num_layers - 8 * self.num_layers_before) // (2 if causal else 1)
+        return products + passes * self.attention_width * sequence_length
 
 
 def build_model_on_meta(task: Task, settings: ModelConfig, facts: SampleFacts) -> nn.Module:
-    """The task's model with parameters and buffers that have no memory yet.
+    """The task's model with parameters and buffers that have no memory yet, those that are frozen without gradients.
 
     Raises:
-        UserError: the model does not accept the configuration.
+        UserError: the model does not accept the configuration, ``model.freeze`` does not fit it, or nothing is trained.
     """
     try:
         with torch.device("meta"):
-            return _wholly_on_meta(task.build_model(settings, facts))
+            model = _wholly_on_meta(task.build_model(settings, facts))
     except faults_of_a_configuration() as error:
         is_blamed = isinstance(error, ImportError | ValueError) or is_raised_by_transformers(error)
         if not is_blamed or (settings.architecture or settings.pretrained) is None:
             raise
         raise _not_built(settings, error) from None
+    freeze_parameters(model, settings.freeze)
+    check_trained(model, settings.freeze)
+    return model
 
 
 def _wholly_on_meta(model: nn.Module) -> nn.Module:
@@ -134,19 +154,28 @@ def model_facts(model: nn.Module, model_config: "PretrainedConfig | None", *, re
     if output is not None:
         embeddings.discard(id(output.weight))
     parameters = list(model.parameters())
-    blocks = find_blocks(model)
+    matrices = [p for p in parameters if p.ndim >= 2 and id(p) not in embeddings]
+    blocks, reach = find_blocks(model), backward_reach(model)
+    before = {id(p) for _, block in blocks[: reach.first] for p in block.parameters()}
+    if blocks and reach.first == len(blocks):
+        # Of what comes after the blocks backward needs its own gradients alone.
+        before = {id(p) for p in parameters}
     text_config = None if model_config is None else model_config.get_text_config()
     named_layers = None if text_config is None else field(text_config, "num_hidden_layers")
     in_blocks = [module for _, block in blocks for module in block.modules()]
     return ModelFacts(
         num_parameters=sum(p.numel() for p in parameters),
-        num_matrix_parameters=sum(p.numel() for p in parameters if p.ndim >= 2 and id(p) not in embeddings),
+        num_matrix_parameters=sum(p.numel() for p in matrices),
         num_layers=named_layers or len(blocks),
         attention_width=0 if text_config is None else _attention_width(text_config),
         num_block_linears=sum(isinstance(module, nn.Linear) for module in in_blocks),
         num_float8_linears=sum(map(is_fit, in_blocks)),
         is_per_token=text_config is not None and reads_tokens,
         body=body_of(model),
+        num_frozen=sum(p.numel() for p in parameters if not p.requires_grad),
+        num_frozen_matrix_parameters=sum(p.numel() for p in matrices if not p.requires_grad),
+        num_matrix_parameters_before=sum(p.numel() for p in matrices if id(p) in before),
+        num_layers_before=(named_layers or len(blocks)) * reach.first // max(len(blocks), 1),
     )
 
 

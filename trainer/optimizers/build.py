@@ -1,8 +1,6 @@
 """From settings to an optimizer: which parameters share which settings, and who updates them."""
 
-import difflib
 from collections.abc import Collection, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -10,6 +8,7 @@ import torch
 from sharding.engine import OptimizerFactory
 from sharding.part import Part
 from sharding.ranks.errors import UserError
+from trainer.config.name_patterns import matching_names, without_match
 from trainer.config.optimizer import OptimizerConfig, OptimizerGroupConfig
 from trainer.optimizers.adafactor import Adafactor
 from trainer.optimizers.momentum_sgd import MomentumSGD
@@ -97,7 +96,7 @@ class _Groups:
 
     def _apply(self, index: int, group: OptimizerGroupConfig, free: list[str]) -> set[str]:
         """Give a group's settings to those of the free parameters that match; returns their names."""
-        matched = {name for name in free if fnmatchcase(name, group.pattern)}
+        matched = set(matching_names(group.pattern, free))
         if not matched:
             raise UserError(_without_parameters(index, group.pattern, list(self._settings), free))
         for name in matched:
@@ -117,14 +116,10 @@ class _Groups:
 
 
 def _without_parameters(index: int, pattern: str, names: list[str], free: list[str]) -> str:
-    taken = [name for name in names if fnmatchcase(name, pattern)]
-    if taken:
+    setting = f"optimizer.groups.{index}.pattern"
+    if taken := matching_names(pattern, names):
         return (
-            f"optimizer.groups.{index}.pattern={pattern} matches only parameters that an earlier group has, such as "
-            f"{taken[0]}; put the narrower pattern first."
+            f"{setting}={pattern} matches only parameters that an earlier group has, such as {taken[0]}; put the "
+            "narrower pattern first."
         )
-    nearest = difflib.get_close_matches(pattern, free, n=3, cutoff=0.0)
-    return (
-        f"optimizer.groups.{index}.pattern={pattern} matches no parameter; the nearest names are "
-        f"{', '.join(nearest)}, and * stands for any characters."
-    )
+    return without_match(setting, pattern, free)

@@ -30,7 +30,8 @@ class WeightAverage:
         """
         self._engine = engine
         self._decay = decay
-        trained = engine.named_local_shards().keys()
+        # What is frozen is its own average.
+        trained = {name for name, parameter in engine.named_parameters() if parameter.requires_grad}
         masters = engine.state(with_optimizer=False)
         masters = [
             part

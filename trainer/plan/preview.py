@@ -126,10 +126,12 @@ def preview(config: RunConfig, world: World) -> list[str]:
         corpus.check_sequence_length(config.data.sequence_length)
     device = torch.device("cuda" if world.has_gpu else "cpu")
     memory = estimate_memory(_with_format(config, world), model, model_config, dims, device, facts)
-    num_parameters = model_facts(model, model_config).num_parameters
+    counted = model_facts(model, model_config)
+    trained = f", {counted.num_parameters - counted.num_frozen:,} of them trained" if counted.num_frozen else ""
+    kind = config.model.name if model_config is None else model_config.model_type
     activations = f", at least {_size(memory.activations)} for activations" if memory.activations else ""
     return [
-        f"parameters    {num_parameters:,} of {config.model.name if model_config is None else model_config.model_type}",
+        f"parameters    {counted.num_parameters:,} of {kind}{trained}",
         f"memory        {_size(memory.state.total)} a rank for parameters, gradients and optimizer state{activations}",
         f"corpus        {_describe_corpus(config, corpus)}",
         f"continues     {_describe_start(config, run_folder)}",

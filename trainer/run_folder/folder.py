@@ -12,7 +12,7 @@ from trainer.config.frozen_config import all_differences
 from trainer.files.atomic_files import create_once, write_atomically
 from trainer.files.storage import CheckpointPath, locate
 from trainer.run_folder.lease import is_taken_over
-from trainer.run_folder.listing import checkpoint_folder, list_checkpoints
+from trainer.run_folder.listing import CORRUPT_FOLDER, checkpoint_folder, list_checkpoints
 from trainer.runtime.processes import LEASE_VARIABLE
 
 _CHECKPOINTS = "checkpoints"
@@ -64,7 +64,7 @@ class RunFolder:
     @property
     def corrupt_dir(self) -> CheckpointPath:
         """Where corrupt checkpoints are moved to."""
-        return self.checkpoints_dir / "damaged"
+        return self.checkpoints_dir / CORRUPT_FOLDER
 
     @property
     def is_taken_over(self) -> bool:

@@ -9,6 +9,9 @@ from trainer.files.storage import CheckpointPath, UrlPath, list_folders, remove_
 
 MANIFEST_NAME = "manifest.json"
 
+CORRUPT_FOLDER = "damaged"
+"""Folder beside a run's checkpoints, to which those are moved that were found corrupt."""
+
 _PREFIX = "step-"
 
 

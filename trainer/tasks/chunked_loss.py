@@ -65,7 +65,8 @@ class _ChunkedLoss(torch.autograd.Function):
 
     Hidden states are [micro, length, hidden], the weight [vocabulary, hidden], labels int64 [micro, length]; the sum is
     an fp32 scalar in nats. The arithmetic is that of projection and ``cross_entropy`` one after the other; backward
-    only scales. As in Hsu et al., "Liger Kernel: Efficient Triton Kernels for LLM Training" (2024), section 3.2.
+    only scales. What is frozen has none. As in Hsu et al., "Liger Kernel: Efficient Triton Kernels for LLM Training"
+    (2024), section 3.2.
     """
 
     @staticmethod
@@ -86,9 +87,10 @@ class _ChunkedLoss(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             matrix, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
             # Sums over chunks, in fp32 whatever the products are computed in.
-            d_weight = torch.zeros_like(weight, dtype=torch.float32) if has_gradient else None
-            d_bias = torch.zeros_like(bias, dtype=torch.float32) if has_gradient and bias is not None else None
-            d_rows = torch.empty_like(rows) if has_gradient else None
+            of_hidden, of_weight, of_bias, *_ = (needed and has_gradient for needed in ctx.needs_input_grad)
+            d_weight = torch.zeros_like(weight, dtype=torch.float32) if of_weight else None
+            d_bias = torch.zeros_like(bias, dtype=torch.float32) if of_bias and bias is not None else None
+            d_rows = torch.empty_like(rows) if of_hidden else None
             for start in range(0, len(rows), chunk_tokens):
                 part = rows[start : start + chunk_tokens].to(dtype)
                 target = targets[start : start + chunk_tokens]
@@ -100,7 +102,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 if log_z is not None:
                     losses = losses + z_loss * log_z[:, 0].square()
                 total += torch.where(is_target, losses, 0.0).sum()
-                if d_rows is None or d_weight is None:
+                if d_rows is None and d_weight is None and d_bias is None:
                     continue
                 d_logits = log_p.exp_()
                 if log_z is not None:
@@ -109,19 +111,19 @@ class _ChunkedLoss(torch.autograd.Function):
                 d_logits = d_logits.to(dtype)
                 # Positions without a target are left out of the products, whose other side is the narrow one.
                 counted = is_target[:, None].to(dtype)
-                d_rows[start : start + chunk_tokens] = (d_logits @ matrix) * counted
-                if dtype is torch.float32:
+                if d_rows is not None:
+                    d_rows[start : start + chunk_tokens] = (d_logits @ matrix) * counted
+                if d_weight is not None and dtype is torch.float32:
                     d_weight.addmm_(d_logits.T, part * counted)
-                else:
+                elif d_weight is not None:
                     d_weight += d_logits.T @ (part * counted)
                 if d_bias is not None:
                     d_bias += (d_logits * counted).sum(dim=0)
-        if d_rows is not None and d_weight is not None:
-            ctx.gradients = (
-                d_rows.view_as(hidden),
-                d_weight.to(weight.dtype),
-                None if d_bias is None or bias is None else d_bias.to(bias.dtype),
-            )
+        ctx.gradients = (
+            None if d_rows is None else d_rows.view_as(hidden),
+            None if d_weight is None else d_weight.to(weight.dtype),
+            None if d_bias is None or bias is None else d_bias.to(bias.dtype),
+        )
         return total
 
     @staticmethod

@@ -424,9 +424,9 @@ def test_few_files_stay_open(tmp_path: Path) -> None:
     source = Path(str(reader.folder)) / "rank-00000.safetensors"
     for index in range(20):
         shutil.copy(source, source.with_name(f"{index}"))
-        reader._file(f"{index}")
-    assert len(reader._open_files) == 8
-    (name, entry), *_ = reader.manifest.tensors.items()
+        reader._own.file(f"{index}")
+    assert len(reader._own._open_files) == 8
+    (name, entry), *_ = reader.tensors.items()
     tensor = torch.empty(entry.shape)
     reader.read_into(part_of(name, tensor))
     assert torch.equal(tensor, _tensors(run)[name])

@@ -1,5 +1,6 @@
 """Models: size, arithmetic, blocks by structure."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -17,8 +18,8 @@ from trainer.tasks.registry import build_task
 _SAMPLES = SampleFacts(16, 100, 0)
 
 
-def _facts(architecture: str, **config: Any) -> ModelFacts:
-    settings = ModelConfig(architecture=architecture, config=config)
+def _facts(architecture: str, freeze: Sequence[str] = (), **config: Any) -> ModelFacts:
+    settings = ModelConfig(architecture=architecture, config=config, freeze=tuple(freeze))
     model_config = build_model_config(settings, _SAMPLES)
     return model_facts(build_model_on_meta(build_task("causal-lm"), settings, _SAMPLES), model_config)
 
@@ -57,6 +58,33 @@ def test_the_vocabulary_is_padded_to_a_multiple(multiple: int, asked: int | None
     facts = model_facts(build_model_on_meta(build_task("causal-lm"), model, _SAMPLES), model_config)
     # The padded rows are multiplied like all others, and count as such.
     assert facts.num_matrix_parameters == 2 * _BLOCK_MATRICES + expected * 8
+
+
+@pytest.mark.parametrize(
+    ("frozen", "trained", "back", "num_layers_back"),
+    [
+        # All lies behind the embedding, which is no matrix.
+        (["model.layers.*"], 800, 2 * _BLOCK_MATRICES + 800, 2),
+        (["model.embed_tokens.*", "model.layers.0.*"], _BLOCK_MATRICES + 800, _BLOCK_MATRICES + 800, 1),
+        # Of the head alone: no gradient of its input.
+        (["model.*"], 800, 0, 0),
+        (
+            ["model.embed_tokens.*", "*.up_proj.*", "lm_head.*"],
+            2 * (_BLOCK_MATRICES - 192),
+            2 * _BLOCK_MATRICES + 800,
+            2,
+        ),
+    ],
+)
+def test_what_backward_leaves_out_is_not_counted(
+    frozen: list[str], trained: int, back: int, num_layers_back: int
+) -> None:
+    facts = _facts("llama", frozen, **_LLAMA, tie_word_embeddings=False)
+    num = 2 * _BLOCK_MATRICES + 800
+    assert facts.num_matrix_parameters == num
+    products = 2 * num + 2 * back + 2 * trained
+    assert facts.flops_per_token(16, causal=False) == products + (4 * 2 + 8 * num_layers_back) * 8 * 16
+    assert facts.flops_per_token(16, causal=True) == products + (2 * 2 + 4 * num_layers_back) * 8 * 16
 
 
 def test_position_embeddings_are_looked_up_and_not_multiplied() -> None:
