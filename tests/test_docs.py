@@ -116,11 +116,27 @@ def test_each_part_has_settings_a_command_and_a_test() -> None:
             validate(config, World(ranks, has_gpu="gpt2" in file))
 
 
-def test_the_first_page_leads_to_all_others() -> None:
-    others = {f"docs/{page.relative_to(ROOT / 'docs')}" for page in PAGES if page.parent != ROOT}
-    assert "docs/quickstart.md" in others
-    assert others - set(re.findall(r"\]\(([^)#]+)", (ROOT / "README.md").read_text())) == set()
+def test_every_page_is_reached_from_the_index() -> None:
+    index = ROOT / "docs" / "index.md"
+    linked = {(index.parent / target).resolve() for target in re.findall(r"\]\(([^)#]+)", index.read_text())}
+    pages = {*(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").glob("*.md"), *(ROOT / "slurm").rglob("*.md")}
+    assert len(pages) > 20
+    assert pages - {index} - linked == set()
+    assert "](docs/index.md)" in (ROOT / "README.md").read_text()
 
 
 def test_pages_are_ascii() -> None:
     assert [page.name for page in PAGES if not page.read_text().isascii()] == []
+
+
+def _paragraphs(page: Path) -> list[str]:
+    """Prose of a page, each item of a list by itself: without code, tables and what is drawn by indentation."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    parts = [item for part in re.split(r"\n\s*\n", text) for item in re.split(r"\n(?=\s*(?:-|\d+\.) )", part)]
+    return [" ".join(part.split()) for part in parts if not part.startswith(("|", "    "))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_no_paragraph_is_too_long_to_read(page: Path) -> None:
+    if page.name != "CHANGELOG.md" and page.stem != "configuration":
+        assert [part[:60] for part in _paragraphs(page) if len(part) > 560] == []

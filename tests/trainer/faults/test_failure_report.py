@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from sharding.ranks.errors import NonFiniteFailure, UserError
 from tests.support import ROOT, command_environment
@@ -164,6 +165,13 @@ def test_a_node_whose_ranks_are_all_silent_is_lost(run_dir: Path) -> None:
 def test_kinds_of_errors(run_dir: Path, error: BaseException, kind: FailureKind) -> None:
     leave(run_dir, {}, rank_0=error)
     assert build_failure(Sources(run_dir, 1, outcome())).kind is kind
+
+
+def test_a_gpu_without_memory_has_a_remedy(run_dir: Path) -> None:
+    leave(run_dir, {}, rank_0=torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."))
+    failure = build_failure(Sources(run_dir, 1, outcome()))
+    assert failure.kind is FailureKind.OUT_OF_MEMORY_GPU
+    assert "batch.micro_size" in (failure.remedy or "")
 
 
 def test_without_any_trace_nothing_is_made_up(run_dir: Path) -> None:

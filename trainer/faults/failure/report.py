@@ -29,6 +29,8 @@ _LOG_TAIL_BYTES = 20_000
 # Signals that a process raises by what it does itself.
 _CRASHES = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT, signal.SIGSYS})
 _REMEDIES = {
+    FailureKind.OUT_OF_MEMORY_GPU: "lower batch.micro_size, which changes no result; else divide more "
+    "(parallel.strategy=zero3) or recompute (activation_checkpointing.mode=full); --dry-run shows what a rank needs.",
     FailureKind.OUT_OF_MEMORY_HOST: "use fewer data workers, ranks or cached files on this machine, or give the job "
     "more memory.",
     FailureKind.HANG: "look at the line and the stacks of the late rank; the same command continues after the last "
