@@ -1,4 +1,4 @@
-"""What a reader of the pages types: each command is read as it would be, with the files of its page, and a test runs it."""
+"""What a reader of the pages types: each command is read as it stands, with the files of its page; a test runs it."""
 
 import ast
 import re

@@ -129,6 +129,17 @@ def test_pages_are_ascii() -> None:
     assert [page.name for page in PAGES if not page.read_text().isascii()] == []
 
 
+def test_each_trouble_has_a_test_and_is_said_as_it_is_quoted() -> None:
+    page = (ROOT / "docs" / "jobs" / "trouble.md").read_text()
+    troubles = page.split("\n### ")[1:]
+    assert len(troubles) > 20
+    assert [trouble.splitlines()[0] for trouble in troubles if not re.search(r"\nHeld by `tests/", trouble)] == []
+    sources = [path.read_text() for name in ("launcher", "trainer", "sharding") for path in (ROOT / name).rglob("*.py")]
+    said = " ".join(" ".join(re.sub(r'"\n\s*f?"', "", source).split()) for source in sources)
+    for quoted in re.findall(r'^### "([^"]+)"', page, re.MULTILINE):
+        assert quoted in said, quoted
+
+
 def _paragraphs(page: Path) -> list[str]:
     """Prose of a page, each item of a list by itself: without code, tables and what is drawn by indentation."""
     text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)

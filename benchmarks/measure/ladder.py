@@ -9,6 +9,7 @@ from sharding.ranks.errors import UserError
 from trainer.config import RunConfig, load_config
 from trainer.config.earlier_spellings import with_present_spelling
 from trainer.config.rules import World, validate
+from trainer.config.short_runs import UNJUDGED, beginning_of_schedule
 from trainer.config.yaml_files import read_yaml_mapping
 
 _ACCUMULATION_STEPS = 2
@@ -156,9 +157,9 @@ def rung_config(
         f"steps={num_steps}",
         "tokens=null",
         "epochs=null",
-        "schedule.total_steps=100000",
+        *beginning_of_schedule(load_config(size.config, size.overrides), num_steps, total_steps=100_000),
         f"metrics.every_steps={_LOG_EVERY_STEPS}",
-        "evaluation.every_steps=0",
+        *UNJUDGED,
         "checkpoint.every_steps=0",
         "checkpoint.keep_every=0",
         "tracking.wandb.mode=disabled",

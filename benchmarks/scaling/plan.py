@@ -11,6 +11,7 @@ from benchmarks.measure.sizes import Size
 from sharding.config import Strategy
 from trainer.config import RunConfig, load_config
 from trainer.config.rules import World, validate
+from trainer.config.short_runs import UNJUDGED, beginning_of_schedule
 
 MODES = ("weak", "strong")
 """Weak scaling: each rank has the same share of a batch that grows. Strong: ranks divide a batch that does not."""
@@ -110,7 +111,8 @@ def plan_races(
         UserError: an override is the benchmark's own to decide, or does not fit.
     """
     refuse(overrides, _DECIDED, "shardline bench scaling decides this for each race; remove it.")
-    base = load_config(size.config, [*size.overrides, *_FIXED, *overrides])
+    schedule = beginning_of_schedule(load_config(size.config, size.overrides), _NUM_STEPS, total_steps=100_000)
+    base = load_config(size.config, [*size.overrides, *_FIXED, *schedule, *overrides])
     check_same_work(base)
     races: list[RacePlan] = []
     for num_ranks in sorted(counts):
@@ -126,14 +128,14 @@ def plan_races(
     return races
 
 
+_NUM_STEPS = 1_000_000
 _FIXED = (
     "name=scaling",
-    "steps=1000000",
+    f"steps={_NUM_STEPS}",
     "tokens=null",
     "epochs=null",
-    "schedule.total_steps=100000",
     f"metrics.every_steps={LOG_EVERY_STEPS}",
-    "evaluation.every_steps=0",
+    *UNJUDGED,
     "checkpoint.every_steps=0",
     "checkpoint.keep_every=0",
     "tracking.wandb.mode=disabled",

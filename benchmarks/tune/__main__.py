@@ -42,6 +42,7 @@ from sharding.ranks.errors import UserError, ends_with_a_sentence
 from trainer.architectures.config import build_model_config
 from trainer.config import RunConfig, load_config
 from trainer.config.rules import World, validate
+from trainer.config.short_runs import UNJUDGED, beginning_of_schedule
 from trainer.data.packed import sample_facts
 from trainer.data.prepare import prepare_corpus
 from trainer.model.memory_estimate import estimate_memory
@@ -102,7 +103,7 @@ class _Search:
             raise UserError(f"--steps {options.steps} --warmup {options.warmup}: at least 1 and 0 are needed.")
         chosen = [override.partition("=")[0] for override in Candidate(1, "ddp").overrides]
         refuse(options.overrides, chosen, "shardline tune tries these itself; remove it, or see --strategies.")
-        given = load_config(options.config, options.overrides)
+        self._given = given = load_config(options.config, options.overrides)
         if given.parallel.backend not in ("torch", "bucketed"):
             raise UserError(
                 f"parallel.backend={given.parallel.backend}: tune chooses among the strategies of backends torch and "
@@ -221,9 +222,9 @@ class _Search:
             f"steps={num_steps}",
             "tokens=null",
             "epochs=null",
-            "schedule.total_steps=100000",
+            *beginning_of_schedule(self._given, num_steps, total_steps=100_000),
             f"metrics.every_steps={num_steps}",
-            "evaluation.every_steps=0",
+            *UNJUDGED,
             "checkpoint.every_steps=0",
             "checkpoint.keep_every=0",
             "tracking.wandb.mode=disabled",

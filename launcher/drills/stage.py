@@ -13,6 +13,7 @@ from launcher.drills.outcome import Outcome
 from launcher.plan import make_plan
 from sharding.ranks.errors import EXIT_FINISHED, RunFailure, UserError
 from trainer.config import RunConfig
+from trainer.config.short_runs import UNJUDGED, beginning_of_schedule
 from trainer.faults.injection.inject import INJECT_VARIABLE
 from trainer.files.atomic_files import write_atomically
 from trainer.run_folder.folder import RunFolder
@@ -173,14 +174,13 @@ class Stage:
             f"steps={STEPS}",
             f"checkpoint.every_steps={SAVE_EVERY}",
             "metrics.every_steps=1",
-            "evaluation.every_steps=0",
+            *UNJUDGED,
             "evaluation.max_sequences=4",
             "tracking.wandb.mode=disabled",
             "checkpoint.keep_last=0",
         ]
         settings += [f"{key}=null" for key in ("tokens", "epochs") if getattr(base, key) is not None]
-        if base.schedule.total_steps == 0 and base.is_length_known:
-            settings.append(f"schedule.total_steps={base.num_steps}")
+        settings += beginning_of_schedule(base, STEPS)
         return [*settings, *self.overrides, f"output_dir={self.folder}", f"name={name}"]
 
     def _plan(self, settings: Sequence[str]) -> Any:

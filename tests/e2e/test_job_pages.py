@@ -1,4 +1,4 @@
-"""The pages by job from top to bottom: each command as it is written, in a folder like a reader's, but on little data."""
+"""The pages by job from top to bottom: each command as it is written, in a folder like a reader's, on little data."""
 
 import random
 import shutil
@@ -17,8 +17,11 @@ _JOBS = ROOT / "docs" / "jobs"
 # Behind each command that trains with a configuration: fewer steps, smaller models.
 _SMALLER = {
     "mine.yaml": ("model.config.hidden_size=48", "model.config.intermediate_size=96", "data.sequence_length=64"),
-    "configs/stdlib_bert_mlm.yaml": ("steps=4", "schedule.total_steps=4", "data.max_documents=60"),
-    "configs/stdlib_classify_transfer.yaml": ("steps=4", "data.max_documents=400"),
+    "configs/stdlib_bert_mlm.yaml": (
+        *("steps=4", "schedule.total_steps=4", "data.max_documents=60"),
+        *("checkpoint.every_steps=2", "evaluation.every_steps=2"),
+    ),
+    "configs/stdlib_classify_transfer.yaml": ("steps=4", "data.max_documents=400", "schedule.warmup_fraction=0"),
     "configs/quickstart.yaml": ("steps=4", "data.max_documents=60", "data.vocab_size=512"),
 }
 _SMALL_SEARCH = ("--steps", "1", "--warmup", "0", "--strategies", "ddp", "--no-compile", "--no-recompute")
