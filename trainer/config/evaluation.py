@@ -40,7 +40,8 @@ def _validate_retention(config: "RunConfig") -> None:
         raise UserError(
             f"{keeps} chooses among steps that are saved and evaluated, but with checkpoint.every_steps="
             f"{checkpoint.every_steps} and evaluation.every_steps={evaluated_every} these are the multiples of {both}, "
-            f"of which none is before the last of {config.num_steps} steps; lower them, or make one a multiple of the other."
+            f"of which none is before the last of {config.num_steps} steps; lower them, or make one a multiple of the "
+            "other."
         )
 
 
