@@ -7,6 +7,7 @@ import shutil
 import time
 
 from sharding.ranks.errors import UserError
+from trainer.checkpoint.base_manifest import check_base_sizes
 from trainer.checkpoint.finish import finish_reason
 from trainer.checkpoint.layout import check_sizes
 from trainer.checkpoint.manifest import read_manifest
@@ -126,6 +127,8 @@ def finished(folder: RunFolder, config: RunConfig) -> tuple[TrainingState, Check
         reason = finish_reason(manifest.training, config)
         if reason is not None:
             check_sizes(newest[1], manifest.files)
+            if manifest.base is not None:
+                check_base_sizes(newest[1], manifest.base)
     except UserError:
         # The ranks know what to do about it.
         return None

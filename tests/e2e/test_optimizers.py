@@ -56,5 +56,8 @@ def test_a_pattern_without_parameters_ends_the_run_before_it_trains(make_config:
     config = make_config("groups", optimizer={"groups": [{"pattern": "*.mlpp.*", "lr_scale": 0.5}]})
     finished = shardline("run", config, "--nproc-per-node", 2)
     assert finished.returncode == 2, finished.stdout + finished.stderr
-    assert "optimizer.groups.0.pattern=*.mlpp.* matches no parameter; the nearest names are model" in finished.stderr
+    assert (
+        "optimizer.groups.0.pattern=*.mlpp.* matches no trained parameter; the nearest names are model"
+        in finished.stderr
+    )
     assert "Traceback" not in finished.stdout + finished.stderr

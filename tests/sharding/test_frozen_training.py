@@ -36,10 +36,13 @@ _FROZEN: dict[str, Sequence[str]] = {
     "here and there": ["*layernorm.weight", "model.layers.1.*", "model.layers.2.mlp.up_proj.weight", "lm_head.weight"],
 }
 _LAYOUTS = {
-    1: (("torch", "none"), ("torch", "zero1"), ("bucketed", "zero3"), ("deepspeed", "zero3")),
+    1: (("torch", "none"), ("bucketed", "zero3")),
     2: ON_2_RANKS,
-    3: (("torch", "ddp"), ("torch", "zero3"), ("bucketed", "zero2"), ("bucketed", "zero3"), ("deepspeed", "zero3")),
+    3: (("torch", "ddp"), ("torch", "zero3"), ("bucketed", "zero3")),
 }
+_ALL_LAYOUTS = {1: (("torch", "none"), *ON_2_RANKS), 2: ON_2_RANKS, 3: ON_2_RANKS, 4: (("torch", "hsdp"),)}
+# Those that gather and free parameters, each in its own way.
+_GATHERING = (("torch", "zero3"), ("bucketed", "zero3"), ("deepspeed", "zero3"))
 
 
 def _engine(ranks: Ranks, backend: str, strategy: str, frozen: Sequence[str], **sections: Any) -> Engine:
@@ -138,25 +141,40 @@ def _check_case(ranks: Ranks, root: Path, engine: Engine, case: str, layout: tup
         assert found_squares.tolist() == pytest.approx(shares, rel=1e-4), layout
 
 
-def _check(ranks: Ranks, root: Path) -> None:
+def _check(ranks: Ranks, root: Path, *, every_case: bool = False) -> None:
+    """Each engine with one of the cases, those that gather with all; or every engine with every case."""
     if ranks.world_size == 1:
         _write_expected(ranks, root)
-    for backend, strategy in _LAYOUTS[ranks.world_size]:
-        for case, frozen in _FROZEN.items():
-            engine = _engine(ranks, backend, strategy, frozen)
-            _check_case(ranks, root, engine, case, (backend, strategy, ranks.world_size, case))
-    for backend, strategy in (("torch", "zero3"), ("bucketed", "zero3"), ("deepspeed", "zero3")):
+    layouts = _ALL_LAYOUTS if every_case else _LAYOUTS
+    for index, layout in enumerate(layouts[ranks.world_size]):
+        in_all = every_case or (ranks.world_size == 2 and layout in _GATHERING)
+        for case in _FROZEN if in_all else [list(_FROZEN)[index % len(_FROZEN)]]:
+            sections = {"replicate": 2} if layout[1] == "hsdp" else {}
+            engine = _engine(ranks, *layout, _FROZEN[case], **sections)
+            _check_case(ranks, root, engine, case, (*layout, ranks.world_size, case))
+    for layout in _GATHERING if every_case or ranks.world_size == 2 else ():
         # The first blocks have nothing to recompute for; a frozen head makes no gradient of its own in chunks.
-        for case in ("all but the end", "here and there"):
+        for case in ("all but the end", "here and there")[0 if every_case else 1 :]:
             recomputed = {"activation_checkpointing": {"mode": "full"}, "task": {"loss_chunk_tokens": 5}}
-            engine = _engine(ranks, backend, strategy, _FROZEN[case], **recomputed)
-            _check_case(ranks, root, engine, case, (backend, strategy, ranks.world_size, case, "recomputed"))
+            engine = _engine(ranks, *layout, _FROZEN[case], **recomputed)
+            _check_case(ranks, root, engine, case, (*layout, ranks.world_size, case, "recomputed"))
 
 
 @pytest.mark.timeout(300)
 def test_every_engine_trains_what_is_not_frozen_as_one_process_does(tmp_path: Path) -> None:
     for num_ranks in _LAYOUTS:
         run_on_ranks(_check, num_ranks, tmp_path, timeout_s=200)
+
+
+def _check_every_case(ranks: Ranks, root: Path) -> None:
+    _check(ranks, root, every_case=True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_engine_does_so_in_every_case(tmp_path: Path) -> None:
+    for num_ranks in _ALL_LAYOUTS:
+        run_on_ranks(_check_every_case, num_ranks, tmp_path, timeout_s=400)
 
 
 def _check_compiled(ranks: Ranks, root: Path) -> None:
@@ -172,6 +190,35 @@ def _check_compiled(ranks: Ranks, root: Path) -> None:
 def test_compiled_blocks_do_so_too(tmp_path: Path) -> None:
     run_on_ranks(_write_expected, 1, tmp_path)
     run_on_ranks(_check_compiled, 2, tmp_path, timeout_s=500)
+
+
+# With rows that can be quantised.
+_WIDE = TINY_MODEL | {"config": TINY_MODEL["config"] | {"hidden_size": 96, "intermediate_size": 70}}
+
+
+def _check_optimizers(ranks: Ranks, root: Path) -> None:
+    for name in ("muon", "adafactor", "adamw8bit"):
+        for frozen in (["*.0.*", "*.up_proj.weight"], ["model.embed_tokens.*", "*norm.weight"]):
+            model = _WIDE | {"freeze": frozen}
+            engine = tiny_engine(
+                ranks, "none" if ranks.world_size == 1 else "zero2", model=model, optimizer={"name": name, "lr": _LR}
+            )
+            before = {part.name: part.tensor.clone() for part in engine.state(with_optimizer=False)}
+            losses, file = _train(engine, ranks), root / f"{name}-{frozen[0]}.losses"
+            if ranks.world_size == 1:
+                torch.save(losses, file)
+            assert losses == pytest.approx(torch.load(file), rel=2e-5), (name, frozen)
+            for part in engine.state(with_optimizer=True):
+                kind, parameter, *_ = part.name.split("/")
+                is_frozen = any(fnmatchcase(parameter, pattern) for pattern in frozen)
+                assert not (is_frozen and kind == "optimizer"), part.name
+                if kind == "model" and part.tensor.numel():
+                    assert torch.equal(part.tensor, before[part.name]) == is_frozen, part.name
+
+
+def test_optimizers_that_need_whole_rows_leave_it_out(tmp_path: Path) -> None:
+    run_on_ranks(_check_optimizers, 1, tmp_path)
+    run_on_ranks(_check_optimizers, 2, tmp_path)
 
 
 def test_frozen_batch_norm_keeps_its_statistics_and_uses_them() -> None:

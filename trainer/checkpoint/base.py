@@ -8,6 +8,7 @@ from sharding.part import Part
 from sharding.ranks.errors import RunFailure, UserError
 from sharding.ranks.object_exchange import broadcast_object, sum_integers_over_ranks
 from sharding.ranks.process_group import Ranks
+from sharding.replicas import content_hashes
 from sharding.state import layout_independent_hash
 from trainer.checkpoint.base_manifest import BaseManifest, CorruptBase, base_name, write_base_manifest
 from trainer.checkpoint.rank_file import RankReport, write_rank_file
@@ -35,14 +36,16 @@ class BaseKeeper:
         self._ranks = ranks
         self._before_change = before_change
         self.name: str | None = None
+        self._contents_hash = ""
+        self._seen: list[int] | None = None
 
     def keep(
         self, parts: Sequence[Part], step: int, before_write: Callable[[], None], settle: Callable[[], None]
     ) -> None:
         """See to it that frozen parameters are there, whole; every rank must call it.
 
-        They are written where they are not, and waited for. Their hash is made anew at every save: were they changed
-        by whoever thought them frozen, the next checkpoint would have a base of its own.
+        They are written where they are not, and waited for. At every save it is asked whether they are what they were:
+        had somebody changed them, who thought them frozen, the next checkpoint would have a base of its own.
 
         Args:
             parts: this rank's of them; none where nothing is frozen.
@@ -57,7 +60,9 @@ class BaseKeeper:
         if not parts:
             self.name = None
             return
-        contents_hash = self._contents_hash(parts)
+        if self._have_changed(parts):
+            self._contents_hash = self._hash(parts)
+        contents_hash = self._contents_hash
         folder = self._checkpoints / base_name(contents_hash)
         if folder.name != self.name:
             settle()
@@ -75,7 +80,12 @@ class BaseKeeper:
             commit(folder, report, step, write, self._ranks, self._before_change)
         self.name = folder.name
 
-    def _contents_hash(self, parts: Sequence[Part]) -> str:
+    def _have_changed(self, parts: Sequence[Part]) -> bool:
+        """Whether any rank's are others than at the last save; as cheap as reading them once."""
+        before, self._seen = self._seen, content_hashes([part.tensor for part in parts]).tolist()
+        return sum_integers_over_ranks(int(before != self._seen), self._ranks) > 0
+
+    def _hash(self, parts: Sequence[Part]) -> str:
         values = sum_integers_over_ranks(layout_independent_hash(parts), self._ranks) % (1 << 64)
         tensors = sorted((part.name, str(part.tensor.dtype), list(part.global_shape)) for part in parts)
         return hashlib.sha256(json.dumps([values, tensors]).encode()).hexdigest()

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from sharding.ranks.errors import UserError
 from sharding.strict_model import StrictRecord
+from trainer.checkpoint.layout import check_sizes
 from trainer.checkpoint.manifest import CorruptCheckpoint, FileEntry, TensorEntry, unreadable
 from trainer.files.checked_json import dump_checked, load_checked
 from trainer.files.storage import CheckpointPath, list_folders, write_whole
@@ -101,6 +102,19 @@ def read_base(folder: CheckpointPath) -> BaseManifest:
     if base_name(manifest.contents_hash) != folder.name:
         raise CorruptBase(folder, f"{MANIFEST_NAME} is of {base_name(manifest.contents_hash)}")
     return manifest
+
+
+def check_base_sizes(checkpoint: CheckpointPath, name: str) -> None:
+    """Compare the sizes of all files of the base that a checkpoint refers to with its manifest.
+
+    Raises:
+        CorruptBase: a file is missing or has another size, or there is no base.
+        StorageOutage: they cannot be looked at for now.
+    """
+    folder = base_folder(checkpoint, name)
+    manifest = read_base(folder)
+    with blaming_base(folder):
+        check_sizes(folder, manifest.files)
 
 
 def _read(folder: CheckpointPath) -> bytes:

@@ -122,4 +122,4 @@ def _without_parameters(index: int, pattern: str, names: list[str], free: list[s
             f"{setting}={pattern} matches only parameters that an earlier group has, such as {taken[0]}; put the "
             "narrower pattern first."
         )
-    return without_match(setting, pattern, free)
+    return without_match(setting, pattern, free, "trained parameter")

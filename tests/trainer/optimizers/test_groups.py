@@ -65,7 +65,7 @@ def test_the_first_pattern_that_matches_has_the_parameter(name: str) -> None:
     [
         (
             ["block.0.*"],
-            r"optimizer\.groups\.0\.pattern=block\.0\.\* matches no parameter; the nearest .* blocks\.0\.up",
+            r"optimizer\.groups\.0\.pattern=block\.0\.\* matches no trained parameter; the nearest .* blocks\.0\.up",
         ),
         (
             ["*", "norm.weight"],
