@@ -26,6 +26,7 @@ def main() -> NoReturn:
 def _run() -> NoReturn:
     from launcher.commands import app
     from sharding.ranks.errors import EXIT_BAD_INPUT, EXIT_FAILED, RunFailure, UserError
+    from sharding.ranks.sentences import print_error
 
     try:
         app(prog_name="shardline")
@@ -35,10 +36,10 @@ def _run() -> NoReturn:
             raise end.__context__.__cause__ from None
         raise
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(str(error))
         sys.exit(EXIT_BAD_INPUT)
     except RunFailure as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(str(error))
         sys.exit(EXIT_FAILED)
     sys.exit(0)
 

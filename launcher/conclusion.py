@@ -12,6 +12,7 @@ from typing import Any
 from launcher.oom_evidence import OomWatch
 from launcher.rank_exits import CRASHES, RankExits, RankFailure, root_cause
 from sharding.ranks.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, RunFailure, UserError
+from sharding.ranks.sentences import print_error, print_warning
 from trainer.checkpoint.finish import ALL_STEPS
 from trainer.faults.failure.rank_error import is_of_a_peer, read_rank_errors
 from trainer.faults.failure.record import FAILURE_TEXT_NAME, Evidence
@@ -103,7 +104,7 @@ def conclude_by_force(run_folder: RunFolder) -> int:
         step = saved_step(run_folder)
         run_folder.replace_outcome("failed", EXIT_INTERRUPTED, step, "ended at once by a second signal")
         then = f"the same command continues after step {step}" if step else "nothing was saved yet"
-        print(f"error: ended at once by a second signal; {then}", file=sys.stderr)
+        print_error(f"ended at once by a second signal; {then}")
     return EXIT_INTERRUPTED
 
 
@@ -201,7 +202,7 @@ def saved_step(run_folder: RunFolder) -> int:
         newest = run_folder.newest_checkpoint()
     except (UserError, RunFailure) as error:
         # What is to be said of the run's end does not depend on a storage that cannot be reached.
-        print(f"warning: {error}", file=sys.stderr)
+        print_warning(str(error))
         return 0
     return 0 if newest is None else newest[0]
 
@@ -211,7 +212,7 @@ def _write_report(sources: Sources) -> Path | None:
     try:
         write_failure(sources)
     except OSError as error:
-        print(f"warning: failure.json and failure.md were not written: {error.strerror}", file=sys.stderr)
+        print_warning(f"failure.json and failure.md were not written: {error.strerror}")
         return None
     return sources.run_dir / FAILURE_TEXT_NAME
 
@@ -219,7 +220,7 @@ def _write_report(sources: Sources) -> Path | None:
 def _print_failure(outcome: dict[str, Any], log: Path, report: Path | None) -> None:
     rank, reason = outcome["rank"], outcome["reason"]
     if outcome["exit_code"] == EXIT_BAD_INPUT:
-        print(f"error: {reason}", file=sys.stderr)
+        print_error(reason)
         return
     own_log = log if rank is None else _rank_log(log, rank)
     print(f"logs: {own_log if own_log.exists() else log}", file=sys.stderr)
@@ -227,7 +228,7 @@ def _print_failure(outcome: dict[str, Any], log: Path, report: Path | None) -> N
         print(f"report: {report}", file=sys.stderr)
     # A hang's reason names the rank itself.
     prefix = "" if rank is None or reason.startswith("rank ") else f"rank {rank}: "
-    print(f"error: {prefix}{reason}", file=sys.stderr)
+    print_error(f"{prefix}{reason}")
 
 
 def _attempt(log: Path) -> int:

@@ -4,7 +4,6 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from launcher.oom_evidence import OomWatch
 from launcher.rank_exits import RankExits
 from launcher.stop_signals import StopSignals
 from sharding.ranks.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED
+from sharding.ranks.sentences import print_error, print_warning
 from trainer.faults.hang.rank_progress import ProgressMemory, read_progress
 from trainer.run_folder.folder import RunFolder
 from trainer.runtime.processes import ATTEMPT_VARIABLE, LEASE_VARIABLE
@@ -95,7 +95,7 @@ def run_ranks(
         kill_marked(lease_token)
     if run_folder.is_taken_over:
         # The outcome is the new owner's to write.
-        print(f"error: run folder {run_folder.path} was taken over by another process; see {log}", file=sys.stderr)
+        print_error(f"run folder {run_folder.path} was taken over by another process; see {log}")
         return EXIT_FAILED
     if ended_by_force:
         return conclude_by_force(run_folder)
@@ -115,7 +115,7 @@ def kill_marked(token: str, *, spared_pid: int | None = None) -> None:
         for pid in pids:
             _send(pid, signal.SIGKILL)
         if time.monotonic() > deadline:
-            print(f"warning: processes {pids} do not end; they may hang in a driver", file=sys.stderr)
+            print_warning(f"processes {pids} do not end; they may hang in a driver")
             return
         time.sleep(0.02)
 

@@ -6,6 +6,7 @@ import time
 from launcher.conclusion import saved_step
 from launcher.stop_signals import StopSignals
 from sharding.ranks.errors import EXIT_FAILED, EXIT_STOPPED
+from sharding.ranks.sentences import print_error
 from trainer.config.faults import FaultsConfig
 from trainer.faults.failure.record import Failure, read_failure
 from trainer.faults.failure.restart_policy import backoff_s, is_for_good, num_restarts_that_count, repeated_failure
@@ -68,7 +69,7 @@ class Restarts:
         if reason is None:
             return False
         self._run_folder.replace_outcome("failed", EXIT_FAILED, failure.step or 0, reason, failure.rank)
-        print(f"error: {reason}", file=sys.stderr)
+        print_error(reason)
         return True
 
     def _wait(self, wait_s: float, signals: StopSignals) -> int | None:

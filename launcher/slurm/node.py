@@ -22,6 +22,7 @@ from launcher.rank_exits import RankExits
 from launcher.slurm.allocation import RANKS_VARIABLE
 from launcher.topology import local_topology
 from sharding.ranks.errors import EXIT_BAD_INPUT, EXIT_FINISHED, EXIT_STOPPED, UserError
+from sharding.ranks.sentences import print_error
 from sharding.ranks.slurm_step import first_host
 from trainer.config import load_config
 from trainer.run_folder.folder import RunFolder
@@ -151,5 +152,5 @@ if __name__ == "__main__":
     try:
         sys.exit(run_node(sys.argv[1], sys.argv[2:], os.environ))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(str(error))
         sys.exit(EXIT_BAD_INPUT)

@@ -1,11 +1,11 @@
 """Exceptions that end a run with one sentence instead of a traceback."""
 
 import functools
-import sys
 from collections.abc import Callable
 from typing import ParamSpec
 
 from sharding.ranks.quiet_end import ends_quietly
+from sharding.ranks.sentences import print_error
 
 EXIT_FINISHED = 0
 EXIT_FAILED = 1
@@ -43,7 +43,7 @@ def ends_with_a_sentence(main: Callable[_Parameters, int]) -> Callable[_Paramete
             with ends_quietly():
                 return main(*args, **kwargs)
         except (UserError, RunFailure) as error:
-            print(f"error: {error}", file=sys.stderr)
+            print_error(str(error))
             return EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_FAILED
 
     return run

@@ -11,6 +11,8 @@ import select
 import sys
 from collections.abc import Iterator
 
+from sharding.ranks.sentences import print_error
+
 EXIT_INTERRUPTED = 130
 """Exit status after Ctrl-C, as a shell says it."""
 
@@ -32,7 +34,7 @@ def ends_quietly() -> Iterator[None]:
             # Here, since what is left for the interpreter's own end is a warning there.
             sys.stdout.flush()
     except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
+        print_error("interrupted")
         raise SystemExit(EXIT_INTERRUPTED) from None
     except BrokenPipeError:
         if not _has_lost_reader():

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from sharding.ranks.sentences import print_error
 from trainer.doctor.verdicts import Check, Verdict
 
 _COLOURS = {Verdict.PASS: "green", Verdict.WARN: "yellow", Verdict.FAIL: "bold red"}
@@ -26,4 +27,4 @@ def print_checks(checks: Sequence[Check]) -> None:
             console.print(f"{check.verdict:<4}  {check.name}: {check.value}{remedy}", markup=False)
     for check in checks:
         if check.verdict is Verdict.FAIL:
-            print(f"error: {check.name}: {check.value}; {check.remedy}", file=sys.stderr)
+            print_error(f"{check.name}: {check.value}; {check.remedy}")

@@ -2,11 +2,11 @@
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 from sharding.ranks.errors import UserError
+from sharding.ranks.sentences import print_warning
 from trainer.config import RunConfig, load_config, load_frozen_config
 from trainer.config.frozen_config import all_differences
 from trainer.files.atomic_files import create_once, write_atomically
@@ -154,7 +154,7 @@ class RunFolder:
             try:
                 return create_once(self.outcome_file, json.dumps(outcome) + "\n")
             except OSError:
-                print(f"warning: {self.outcome_file} cannot be written: {error.strerror}", file=sys.stderr)
+                print_warning(f"{self.outcome_file} cannot be written: {error.strerror}")
                 return False
 
     def replace_outcome(self, status: str, exit_code: int, step: int, reason: str, rank: int | None = None) -> None:
