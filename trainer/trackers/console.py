@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping
 from typing import TextIO
 
 from rich.console import Console as RichConsole
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.live import Live
 
 from trainer.runtime.durations import duration_text
+from trainer.trackers.progress_line import Part, ProgressLine
 
 _log = logging.getLogger("shardline")
 
@@ -38,8 +39,8 @@ class Console:
         self._total_steps = total_steps
         self._unit = unit
         self._rich = _Screen(file=stream, highlight=False, soft_wrap=True)
-        self._bar: Progress | None = None
-        self._task = TaskID(0)
+        self._live: Live | None = None
+        self._line = ProgressLine(total_steps, 0)
         self._first_step = 0
         self._started_at = time.monotonic()
         self._refreshed_at = 0.0
@@ -47,29 +48,29 @@ class Console:
 
     def start(self, step: int) -> None:
         """Begin to show progress after ``step`` finished steps."""
-        self._first_step = step
+        self._first_step = self._line.step = step
         self._started_at = time.monotonic()
         if self._rich.is_terminal and step < self._total_steps:
-            columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(), TextColumn("{task.description}"))
             # Drawn by us at the end of a step: a thread of its own would compete with the step for the interpreter.
-            self._bar = bar = Progress(*columns, console=self._rich, auto_refresh=False)
-            self._task = bar.add_task("", total=self._total_steps, completed=step)
-            self._show(bar.start)
+            self._live = live = Live(self._line, console=self._rich, auto_refresh=False)
+            self._show(lambda: live.start(refresh=True))
 
     def advance(self, step: int) -> None:
         """A step is done."""
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step)
-            if time.monotonic() - self._refreshed_at >= _REFRESH_EVERY_S or step >= self._total_steps:
-                self._show(self._bar.refresh)
-                self._refreshed_at = time.monotonic()
+        self._line.step = step
+        if self._live is not None and (
+            time.monotonic() - self._refreshed_at >= _REFRESH_EVERY_S or step >= self._total_steps
+        ):
+            self._show(self._live.refresh)
+            self._refreshed_at = time.monotonic()
 
     def log_metrics(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """Show a step's metrics."""
-        line = self._training_line(step, metrics)
-        if self._bar is not None:
-            # The bar shows the step itself.
-            self._bar.update(self._task, description=line.partition("  ")[2])
+        parts = self._parts(step, metrics)
+        line = "  ".join([f"step {step}/{self._total_steps}", *(part.text for part in parts)])
+        if self._live is not None:
+            # It shows the step itself.
+            self._line.parts = parts
             self.advance(step)
             _log.info(line)
         else:
@@ -95,9 +96,9 @@ class Console:
 
     def close(self) -> None:
         """Stop showing progress."""
-        if self._bar is not None:
-            self._show(self._bar.stop)
-            self._bar = None
+        if self._live is not None:
+            self._show(self._live.stop)
+            self._live = None
 
     def _print(self, text: str) -> None:
         self._show(lambda: self._rich.print(text, markup=False, emoji=False))
@@ -114,22 +115,20 @@ class Console:
             if self._rich.file is sys.stdout:
                 _discard_output()
 
-    def _training_line(self, step: int, metrics: Mapping[str, float | None]) -> str:
+    def _parts(self, step: int, metrics: Mapping[str, float | None]) -> list[Part]:
         elapsed_s = time.monotonic() - self._started_at
         left_s = elapsed_s / max(step - self._first_step, 1) * (self._total_steps - step)
         parts = [
-            f"step {step}/{self._total_steps}",
-            f"loss {_number(metrics.get('train/loss'), '.4f')}",
-            f"lr {_number(metrics.get('train/learning_rate'), '.2e')}",
-            f"grad {_number(metrics.get('train/grad_norm'), '.2f')}",
-            f"{_number(metrics.get('throughput/tokens_per_s'), ',.0f')} {self._unit}/s",
+            Part(f"loss {_number(metrics.get('train/loss'), '.4f')}", 0),
+            Part(f"lr {_number(metrics.get('train/learning_rate'), '.2e')}", 3),
+            Part(f"grad {_number(metrics.get('train/grad_norm'), '.2f')}", 4),
+            Part(f"{_number(metrics.get('throughput/tokens_per_s'), ',.0f')} {self._unit}/s", 2),
         ]
         if metrics.get("throughput/mfu") is not None:
-            parts.append(f"MFU {_number(metrics['throughput/mfu'], '.1%')}")
+            parts.append(Part(f"MFU {_number(metrics['throughput/mfu'], '.1%')}", 5))
         if metrics.get("train/skipped_steps"):
-            parts.append(f"skipped {_number(metrics['train/skipped_steps'], '.0f')}")
-        parts.append(f"left {duration_text(left_s)}")
-        return "  ".join(parts)
+            parts.append(Part(f"skipped {_number(metrics['train/skipped_steps'], '.0f')}", 1))
+        return [*parts, Part(f"left {duration_text(left_s)}", 0)]
 
 
 def _discard_output() -> None:

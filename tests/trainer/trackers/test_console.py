@@ -138,6 +138,41 @@ def test_one_live_line_on_a_terminal(records: pytest.LogCaptureFixture, terminal
     assert terminal.read().endswith("\n")
 
 
+@pytest.mark.parametrize(
+    ("columns", "shown", "left_out", "has_bar"),
+    [
+        ("160", ["loss 4.1235", "lr 1.90e-03", "grad 1.02", "12,346 tokens/s", "MFU 43.2%", "left "], [], True),
+        ("80", ["loss 4.1235", "12,346 tokens/s", "left "], ["lr ", "grad", "MFU"], True),
+        ("60", ["loss 4.1235", "left "], ["tokens/s"], True),
+        ("42", ["loss 4.1235", "left "], ["tokens/s"], False),
+        ("24", ["loss"], ["tokens/s"], False),
+    ],
+)
+def test_the_line_keeps_what_matters_in_few_columns(
+    monkeypatch: pytest.MonkeyPatch,
+    terminal: Terminal,
+    columns: str,
+    shown: list[str],
+    left_out: list[str],
+    has_bar: bool,
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    console = Console(30000, terminal.stream)
+    console.start(1200)
+    terminal.read()
+    console.log_metrics(1234, METRICS | {"throughput/mfu": 0.4321})
+    seen = terminal.read()
+    lines = [line for line in seen.replace("\r", "\n").splitlines() if line.strip()]
+    line = lines[-1]
+    assert line.startswith("step 1234/30000")
+    # One that is wrapped cannot be drawn over.
+    assert all(len(one) <= int(columns) for one in lines)
+    assert [text for text in shown if text not in line] == []
+    assert [text for text in left_out if text in line] == []
+    assert ("\u2501" in line) == has_bar
+    console.close()
+
+
 def test_a_finished_run_shows_no_bar(terminal: Terminal) -> None:
     console = Console(600, terminal.stream)
     console.start(600)
