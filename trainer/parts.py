@@ -11,6 +11,7 @@ from trainer.checkpoint.training_state import TrainingState
 from trainer.data.loader import BatchLoader
 from trainer.data.samples import MicroBatch
 from trainer.data.streaming import StreamingLoader
+from trainer.metrics.best import record_directions
 from trainer.metrics.profiling import StepProfiler
 from trainer.metrics.stragglers import BusyMeter
 from trainer.metrics.system_metrics import SystemMeter
@@ -81,4 +82,8 @@ class TrainerParts:
         metrics = {} if of_split is None else dict(of_split.metrics)
         for name, batches in self.evaluation_sets.items():
             metrics |= {f"{name}/{key}": metric for key, metric in self.evaluation.metrics(batches()).items()}
+        if self.observers.is_watched:
+            record_directions(
+                self.observers.metrics_path.parent, {name: metric.better for name, metric in metrics.items()}
+            )
         return metrics, None if of_split is None else of_split.class_table

@@ -103,7 +103,6 @@ def test_the_best_checkpoints_are_those_of_the_monitored_metric(tmp_path: Path, 
 @pytest.mark.parametrize(
     ("sections", "sentence"),
     [
-        ({"evaluation": {"every_steps": 2, "monitor": "f1"}}, "evaluation.monitor=f1 has an effect with"),
         (
             {"evaluation": {"every_steps": 2, "min_delta": 0.1}},
             "evaluation.min_delta=0.1 goes with evaluation.patience only",

@@ -65,7 +65,7 @@ def after_evaluation(
     settings = config.evaluation
     name = settings.monitor
     if name not in evaluated:
-        if evaluated and (settings.patience or config.checkpoint.keep_best):
+        if evaluated and (settings.is_monitored or config.checkpoint.keep_best):
             raise unknown_monitor(name, evaluated)
         return training
     if not settings.every_steps or training.step % settings.every_steps:

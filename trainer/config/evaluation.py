@@ -21,7 +21,6 @@ def validate_evaluation(config: "RunConfig") -> None:
             "data.validation_fraction=0 holds none out; raise it, or set evaluation.every_steps=0."
         )
     _validate_retention(config)
-    _validate_early_stop(config)
 
 
 def _validate_retention(config: "RunConfig") -> None:
@@ -42,14 +41,4 @@ def _validate_retention(config: "RunConfig") -> None:
             f"{checkpoint.every_steps} and evaluation.every_steps={evaluated_every} these are the multiples of {both}, "
             f"of which none is before the last of {config.num_steps} steps; lower them, or make one a multiple of the "
             "other."
-        )
-
-
-def _validate_early_stop(config: "RunConfig") -> None:
-    evaluation, defaults = config.evaluation, type(config.evaluation).model_fields
-    is_monitored = evaluation.patience or config.checkpoint.keep_best
-    if evaluation.monitor != defaults["monitor"].default and not is_monitored:
-        raise UserError(
-            f"evaluation.monitor={evaluation.monitor} has an effect with evaluation.patience or checkpoint.keep_best "
-            "only, which are 0; set one of them, or remove it."
         )

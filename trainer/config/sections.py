@@ -166,8 +166,13 @@ class EvaluationConfig(StrictModel):
     """Evaluate also on what is held out of each source of a mixture alone: `eval/SOURCE/loss`; takes as long again."""
 
     monitor: str = "loss"
-    """Metric of the evaluation, without `eval/`, that patience and `checkpoint.keep_best` judge by; the task says which
-    direction of it is better."""
+    """Metric of the evaluation, without `eval/`, that patience, `checkpoint.keep_best`, reports and `shardline list`
+    judge by; the task says which direction of it is better."""
+
+    @property
+    def is_monitored(self) -> bool:
+        """Whether a metric was named that there must be."""
+        return bool(self.patience) or self.monitor != type(self).model_fields["monitor"].default
 
     patience: Annotated[int, OnlyWith(every_steps=SET, because="0 evaluates at the end alone")] = Field(default=0, ge=0)
     """Finish the run after this many evaluations in a row without an improvement of the monitored metric; 0 means

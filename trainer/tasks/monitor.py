@@ -8,7 +8,7 @@ from trainer.tasks.task import Better, Task
 
 
 def check_monitor(config: RunConfig, task: Task) -> None:
-    """Assert that the metric that patience and the best checkpoints are judged by is one of the task.
+    """Assert that the metric that a run is judged by, where anything is or it was named, is one of the task.
 
     A task that does not say which it has, or is derived from one that does and has others, is asked at its first
     evaluation.
@@ -17,7 +17,7 @@ def check_monitor(config: RunConfig, task: Task) -> None:
         UserError: the task has no such metric.
     """
     known, monitor = _directions(task), config.evaluation.monitor
-    if known is None or not (config.evaluation.patience or config.checkpoint.keep_best):
+    if known is None or not (config.evaluation.is_monitored or config.checkpoint.keep_best):
         return
     sets = [one.name for one in config.evaluation.sets]
     sets += [source.name for source in config.data.mixture] if config.evaluation.by_source else []

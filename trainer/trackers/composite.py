@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from trainer.config import RunConfig
+from trainer.metrics.best import better_direction
 from trainer.metrics.goodput import read_goodput
 from trainer.trackers.summary import RunSummary
 from trainer.trackers.tensorboard_tracker import TensorBoardTracker
@@ -29,13 +30,13 @@ class Follower:
     when a process was killed gets them here again, and none has to be kept in memory for a slow tracker.
     """
 
-    def __init__(self, tracker: Tracker, metrics_path: Path, warn: Callable[[str], None]) -> None:
+    def __init__(self, tracker: Tracker, metrics_path: Path, warn: Callable[[str], None], monitor: str) -> None:
         """Plan the work; nothing happens yet."""
         self.tracker = tracker
         self.has_failed = False
         self._path = metrics_path
         self._warn = warn
-        self._summary = RunSummary()
+        self._summary = RunSummary(monitor)
         self._has_news = threading.Event()
         self._exit_code: int | None = None
         self._thread: threading.Thread | None = None
@@ -73,7 +74,10 @@ class Follower:
                 self.tracker.log(line_step, metrics)
             assert self._exit_code is not None
             goodput = read_goodput(self._path.parent)
-            summary = self._summary.values(self._exit_code) | (goodput.fractions() if goodput is not None else {})
+            better = better_direction(self._path.parent, self._summary.monitor)
+            summary = self._summary.values(self._exit_code, better) | (
+                goodput.fractions() if goodput is not None else {}
+            )
             self.tracker.finish(self._exit_code, summary)
         except BaseException as error:  # noqa: BLE001 - no failure of a tracker may reach training
             self.has_failed = True
@@ -111,15 +115,22 @@ class Follower:
 class Trackers:
     """The trackers of a run."""
 
-    def __init__(self, trackers: list[Tracker], metrics_path: Path, warn: Callable[[str], None] = _log.warning) -> None:
+    def __init__(
+        self,
+        trackers: list[Tracker],
+        metrics_path: Path,
+        warn: Callable[[str], None] = _log.warning,
+        monitor: str = "loss",
+    ) -> None:
         """Plan the work; nothing happens before ``start``.
 
         Args:
             trackers: what is fed; one that fails is left out from there on.
             metrics_path: metrics.jsonl.
             warn: tells a person something that should not be overlooked.
+            monitor: the metric of the evaluation that the summary is by, without ``eval/``.
         """
-        self._followers = [Follower(tracker, metrics_path, warn) for tracker in trackers]
+        self._followers = [Follower(tracker, metrics_path, warn, monitor) for tracker in trackers]
         self._warn = warn
         self._is_started = False
 
@@ -170,4 +181,4 @@ def build_trackers(
         trackers.append(TensorBoardTracker(config, run_dir))
     if config.tracking.trackio.enabled:
         trackers.append(TrackioTracker(config, run_dir))
-    return Trackers(trackers, metrics_path, warn)
+    return Trackers(trackers, metrics_path, warn, config.evaluation.monitor)

@@ -20,6 +20,7 @@ from tests.support import ROOT, command_environment, wait_until
 from tests.wandb_history import history_values
 from trainer.config import RunConfig, config_to_yaml, parse_config, tracking
 from trainer.config.rules import World, validate
+from trainer.metrics.best import record_directions
 from trainer.metrics.class_table import write_class_table
 from trainer.metrics.file import MetricsFile
 from trainer.tasks.scores import ClassScores
@@ -123,6 +124,23 @@ def test_everything_arrives_in_order(tmp_path: Path, write: Write) -> None:
         "summary/outcome": "stopped",
     }
     assert trackers.state() == {"one": {"run_id": "one"}}
+
+
+def test_the_summary_is_by_what_the_run_is_judged_by(tmp_path: Path, write: Write) -> None:
+    tracker = RecordingTracker("one")
+    trackers = Trackers([tracker], tmp_path / "metrics.jsonl", monitor="accuracy")
+    record_directions(tmp_path, {"loss": "lower", "accuracy": "higher"})
+    for step, (loss, accuracy) in enumerate([(1.0, 0.5), (2.0, 0.75), (3.0, 0.25)], 1):
+        write(trackers, step, eval_loss=loss, eval_accuracy=accuracy)
+    trackers.start(3)
+    trackers.finish(0)
+    _, summary = tracker.told[-1]
+    assert _drop_time(summary) == {
+        "summary/final_eval_accuracy": 0.25,
+        "summary/best_eval_accuracy": 0.75,
+        "summary/best_eval_step": 2,
+        "summary/outcome": "finished",
+    }
 
 
 def test_a_tracker_that_fails_is_left_out_with_one_warning(
