@@ -7,6 +7,9 @@ import typer
 
 from trainer.config.expansion import expand_argument
 
+HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
+"""Settings of a command of typer's by which either names what asks for help; those below it have them too."""
+
 
 def expanded(value: Any) -> Any:
     """A path, several, or none, as typer read them, with ``~`` and ``$VARIABLE`` replaced.
@@ -30,6 +33,7 @@ Overrides = Annotated[
 NprocPerNode = Annotated[int | None, typer.Option(min=1, help="Ranks on this machine.")]
 Run = Annotated[str, typer.Argument(help="Folder of a run, output_dir/name.", metavar="RUN", callback=expanded)]
 Step = Annotated[int | None, typer.Option(help="Step of the checkpoint; the newest if not given.")]
+AsJson = Annotated[bool, typer.Option("--json", help="For programs: one JSON document.")]
 Average = Annotated[bool, typer.Option("--ema", help="Take the moving average of the weights.")]
 OwnTask = Annotated[
     str | None, typer.Option("--task", metavar="module:Class", help="Import the run's own task: Python code.")

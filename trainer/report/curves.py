@@ -48,14 +48,11 @@ class Curves:
         pairs = zip(reversed(column.rows), reversed(column.values), strict=True)
         return next(((self.steps[row], value) for row, value in pairs if not math.isnan(value)), None)
 
-    def least(self, metric: str) -> tuple[int, float] | None:
-        """Step and value of a metric's smallest number; None where there is none."""
+    def points(self, metric: str) -> list[tuple[int, float]]:
+        """Step and value of each of a metric's numbers."""
         column = self.columns.get(metric, Column())
-        pairs = [(v, r) for r, v in zip(column.rows, column.values, strict=True) if not math.isnan(v)]
-        if not pairs:
-            return None
-        value, row = min(pairs)
-        return self.steps[row], value
+        pairs = zip(column.rows, column.values, strict=True)
+        return [(self.steps[row], value) for row, value in pairs if not math.isnan(value)]
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from trainer.report.attempts import Attempt
 from trainer.report.curves import MAX_POINTS, Curves, thin, training_hours
 from trainer.report.goodput_rows import goodput_bar, goodput_rows
 from trainer.report.panels import PanelView, section_views
+from trainer.report.ranking import rank_runs, value_text
 from trainer.report.run_data import RunData, read_runs
 from trainer.runtime.durations import duration_text
 
@@ -44,15 +45,20 @@ class AttemptRow:
     changes: list[str]
 
 
-def write_report(run_dirs: Sequence[Path], target: Path) -> None:
+def write_report(run_dirs: Sequence[Path], target: Path) -> list[RunData]:
     """Write the report of one run, or of several compared.
+
+    Returns:
+        What it shows.
 
     Raises:
         UserError: a folder is no run folder, or is given twice.
         OSError: the file cannot be written.
     """
+    runs = read_runs(list(run_dirs))
     # As bytes: a metric's or a document's name may hold what no encoding has.
-    write_atomically(target, render(read_runs(list(run_dirs))).encode(errors="replace"))
+    write_atomically(target, render(runs).encode(errors="replace"))
+    return runs
 
 
 def render(runs: list[RunData]) -> str:
@@ -72,6 +78,7 @@ def render(runs: list[RunData]) -> str:
     ).get_template("page.html")
     return page.render(
         runs=runs,
+        ranking=rank_runs(runs) if len(runs) > 1 else None,
         title=runs[0].label if len(runs) == 1 else f"{len(runs)} runs compared",
         sections=sections,
         axes=_axes([run.curves for run in runs]),
@@ -98,7 +105,7 @@ def table_rows(columns: list[dict[str, Any]]) -> list[TableRow]:
     keys = list(dict.fromkeys(key for column in columns for key in column))
     rows = []
     for key in keys:
-        values = [_text(column[key]) if key in column else "not set" for column in columns]
+        values = [value_text(column[key]) if key in column else "not set" for column in columns]
         rows.append(TableRow(key, values, differs=len(set(values)) > 1))
     return rows
 
@@ -109,7 +116,7 @@ def attempt_rows(attempts: list[Attempt]) -> list[AttemptRow]:
     before: dict[str, Any] = {}
     for attempt in attempts:
         changed = [
-            f"{key}: {_text(before.get(key))} to {_text(attempt.config.get(key))}"
+            f"{key}: {value_text(before.get(key))} to {value_text(attempt.config.get(key))}"
             for key in sorted(before.keys() | attempt.config.keys())
             if before and attempt.config and before.get(key) != attempt.config.get(key)
         ]
@@ -147,14 +154,6 @@ def _facts(run: RunData) -> dict[str, Any]:
     if facts.get("code.git_untracked") == "":
         facts["code.git_untracked"] = "nothing"
     return facts
-
-
-def _text(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, str):
-        return value
-    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _axes(curves: list[Curves]) -> list[tuple[str, str]]:

@@ -12,6 +12,7 @@ from trainer.metrics.goodput import Goodput, read_goodput
 from trainer.report.attempts import Attempt, read_attempts, read_json, read_yaml
 from trainer.report.class_rows import ClassRows, read_class_rows
 from trainer.report.curves import Curves, read_curves
+from trainer.report.evaluations import Judged, judge, monitored
 from trainer.report.event_rows import EventRow, event_rows
 from trainer.report.excerpts import Excerpt, read_excerpts
 from trainer.runtime.durations import duration_text
@@ -79,12 +80,35 @@ class RunData:
         curves = self.curves
         return [
             _at_step("Final loss", curves.last("train/loss"), "{:.4f}"),
-            _at_step("Best evaluation loss", curves.least("eval/loss"), "{:.4f}"),
+            self._best(),
             self._tokens(),
             self._tokens_per_s(),
             self._wall_time(),
             self._peak_memory(),
         ]
+
+    @property
+    def newest_config(self) -> dict[str, Any]:
+        """The configuration of its last attempt that left one, flat."""
+        return next((attempt.config for attempt in reversed(self.attempts) if attempt.config), self.config)
+
+    @property
+    def judged(self) -> Judged:
+        """What its evaluations came to."""
+        metric = monitored(self.newest_config)
+        return judge(self.path, metric, self.curves.points(f"eval/{metric}"))
+
+    def finite(self, metric: str) -> list[float]:
+        """The values of a metric that are numbers."""
+        column = self.curves.columns.get(metric)
+        return column.finite() if column is not None else []
+
+    def _best(self) -> Headline:
+        judged = self.judged
+        title = f"Best evaluation {judged.metric}"
+        if judged.best is None or judged.best_step is None:
+            return _missing(title)
+        return Headline(title, f"{judged.best:.4f}", f"step {judged.best_step:,}, {judged.better} is better")
 
     def _tokens(self) -> Headline:
         point = self.curves.last("train/tokens")
@@ -93,8 +117,8 @@ class RunData:
         return Headline("Tokens", f"{point[1] / _BILLION:,.2f} billion", f"step {point[0]:,}")
 
     def _tokens_per_s(self) -> Headline:
-        values = self._finite("throughput/tokens_per_s")
-        mfu = self._finite("throughput/mfu")
+        values = self.finite("throughput/tokens_per_s")
+        mfu = self.finite("throughput/mfu")
         note = f"median, {median(mfu):.1%} MFU" if mfu else "median"
         return Headline("Tokens/s", f"{median(values):,.0f}", note) if values else _missing("Tokens/s")
 
@@ -108,12 +132,8 @@ class RunData:
         return Headline("Wall time", duration_text(sum(known)), count or whole)
 
     def _peak_memory(self) -> Headline:
-        values = self._finite("memory/peak_gib")
+        values = self.finite("memory/peak_gib")
         return Headline("Peak memory", f"{max(values):.2f} GiB", "one rank") if values else _missing("Peak memory")
-
-    def _finite(self, metric: str) -> list[float]:
-        column = self.curves.columns.get(metric)
-        return column.finite() if column is not None else []
 
 
 def read_runs(paths: list[Path]) -> list[RunData]:

@@ -164,6 +164,15 @@ class Lease:
                     write_atomically(self._path, json.dumps(next_beat(holder)))
 
 
+def read_holder(folder: Path) -> dict[str, Any] | None:
+    """Who holds a run's folder, as ``lease_holder.judge`` takes it; None where nobody does.
+
+    Raises:
+        OSError: that cannot be read.
+    """
+    return _read(folder / "lease.json")
+
+
 def is_taken_over(folder: Path, token: str | None) -> bool:
     """Whether the folder's writer is now another than the one with this token; never where no token was handed over.
 

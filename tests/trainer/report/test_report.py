@@ -69,7 +69,7 @@ def test_lines_become_columns_and_corrupt_ones_are_counted(tmp_path: Path) -> No
     assert math.isnan(curves.columns["b"].values[0])
     assert curves.num_unreadable == 4
     assert curves.last("a") == (3, 2.0)
-    assert curves.least("a") == (1, 1.5)
+    assert curves.points("a") == [(1, 1.5), (3, 2.0)]
     assert curves.last("b") is None
     assert read_curves(tmp_path / "nothing").last("a") is None
 
@@ -204,7 +204,7 @@ def test_headline_numbers(tmp_path: Path) -> None:
     (data,) = read_runs([make_run(tmp_path / "run", lines)])
     assert [(headline.value, headline.note) for headline in data.headlines()] == [
         ("4.0000", "step 2"),
-        ("4.5000", "step 1"),
+        ("4.5000", "step 1, lower is better"),
         ("3.50 billion", "step 2"),
         ("20", "median"),
         ("-", "not measured"),
