@@ -2,17 +2,23 @@
 
 import sys
 
-from trainer.commands.arguments import Run
+from trainer.commands.arguments import AsJson, Run
 from trainer.commands.entry import entry
 
 
-def checkpoint_list(run_folder: Run) -> int:
-    """Show a run's checkpoints."""
-    from rich.console import Console
+def checkpoint_list(run_folder: Run, as_json: AsJson = False) -> int:
+    """Show a run's checkpoints; exit status 2 if one is corrupt."""
+    from sharding.ranks.errors import EXIT_BAD_INPUT, EXIT_FINISHED
+    from trainer.checkpoint.inventory import checkpoints_of_run, take_inventory
+    from trainer.runtime.json_output import output_aside, print_json
 
-    from trainer.checkpoint.inventory import checkpoints_of_run, show_checkpoints
-
-    return show_checkpoints(checkpoints_of_run(run_folder), Console(soft_wrap=True))
+    with output_aside(as_json):
+        inventory = take_inventory(checkpoints_of_run(run_folder))
+    if as_json:
+        print_json(inventory.values())
+    else:
+        print(inventory.text())
+    return EXIT_BAD_INPUT if inventory.corrupt else EXIT_FINISHED
 
 
 main = entry(checkpoint_list)

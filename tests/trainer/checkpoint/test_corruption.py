@@ -4,7 +4,6 @@ Never another exception, and never other values. With ``SHARDLINE_CORRUPTION_REP
 became of the cases.
 """
 
-import io
 import json
 import os
 from collections.abc import Callable
@@ -16,7 +15,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
-from rich.console import Console
 from safetensors.torch import save_file
 
 from benchmarks.measure.facts import collect_facts
@@ -298,9 +296,7 @@ def test_verify_names_each_corrupt_checkpoint_and_moves_none(
     monkeypatch.setenv("SHARDLINE_CACHE", str(tmp_path))
     folder = RunFolder(fresh_copy(checkpoints.original, checkpoints.copy))
     (folder.checkpoint_path(1) / "notes.txt").touch()
-    shown = io.StringIO()
-    assert verify_checkpoints(folder.checkpoints_dir, Console(file=shown, soft_wrap=True)) == 0
-    first, second = shown.getvalue().splitlines()
+    first, second = [one.line() for one in verify_checkpoints(folder.checkpoints_dir)]
     assert first.startswith("step-00000001: complete; its corpus is not prepared here")
     assert first.endswith("not part of it: notes.txt")
     assert second.startswith("step-00000002: complete")
@@ -309,8 +305,8 @@ def test_verify_names_each_corrupt_checkpoint_and_moves_none(
     contents = manifest.read_bytes()
     manifest.write_bytes(contents.replace(b'"num_samples": 2', b'"num_samples": 3'))
     before = sorted(folder.path.rglob("*"))
-    shown = io.StringIO()
-    assert verify_checkpoints(folder.checkpoints_dir, Console(file=shown, soft_wrap=True)) == 2
+    first_one, second_one = verify_checkpoints(folder.checkpoints_dir)
+    assert (first_one.status, second_one.status) == ("complete", "corrupt")
     sentence = "is corrupt: manifest.json: its contents do not have the SHA-256 that it says"
-    assert sentence in shown.getvalue().splitlines()[1]
+    assert sentence in second_one.line()
     assert sorted(folder.path.rglob("*")) == before

@@ -1,16 +1,14 @@
 """Which checkpoints are kept."""
 
-import io
 import os
 import shutil
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from sharding.ranks.errors import RunFailure
 from tests.support import write_empty_checkpoint
-from trainer.checkpoint.inventory import show_checkpoints
+from trainer.checkpoint.inventory import take_inventory
 from trainer.checkpoint.retention import BackgroundPruning, prune_checkpoints, remove_checkpoints_after
 from trainer.config.checkpoint import CheckpointConfig
 from trainer.run_folder.folder import RunFolder
@@ -110,11 +108,11 @@ def test_the_list_shows_losses(tmp_path: Path) -> None:
     for step, loss in ((1, None), (2, 3.25)):
         write_empty_checkpoint(tmp_path / "checkpoints" / f"step-{step:08d}", step, loss)
     corrupt = tmp_path / "checkpoints" / "step-00000001" / "manifest.json"
-    for exit_code in (0, 2):
-        text = io.StringIO()
-        assert show_checkpoints(RunFolder(tmp_path).checkpoints_dir, Console(file=text, width=200)) == exit_code
-        rows = [line.split() for line in text.getvalue().splitlines() if "step-" in line]
+    for num_corrupt in (0, 1):
+        inventory = take_inventory(RunFolder(tmp_path).checkpoints_dir)
+        assert len(inventory.corrupt) == num_corrupt
+        rows = [line.split() for line in inventory.text().splitlines() if "step-" in line]
         # A corrupt one is told of below the others.
-        assert ["3.2500" in row for row in rows] == ([False, True] if exit_code == 0 else [True, False])
+        assert ["3.2500" in row for row in rows] == ([True, False] if num_corrupt else [False, True])
         corrupt.write_text("{")
     assert rows[1][0] == "step-00000001:"
