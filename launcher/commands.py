@@ -9,7 +9,7 @@ import typer
 from launcher.forwarding import Doctor, Forwarded, become
 from launcher.slurm.commands import app as slurm_app
 from sharding.ranks.errors import UserError
-from trainer.commands.arguments import Config, NprocPerNode, Overrides, expanded
+from trainer.commands.arguments import HELP_OPTIONS, Config, NprocPerNode, Overrides, expanded
 from trainer.commands.checkpoint_list import checkpoint_list
 from trainer.commands.checkpoint_verify import checkpoint_verify
 from trainer.commands.dashboard import dashboard
@@ -17,6 +17,7 @@ from trainer.commands.doctor import doctor
 from trainer.commands.evaluate import evaluate
 from trainer.commands.export import export
 from trainer.commands.generate import generate
+from trainer.commands.list_runs import list_runs
 from trainer.commands.parity import parity
 from trainer.commands.prepare_data import prepare_data
 from trainer.commands.report import report
@@ -26,8 +27,8 @@ from trainer.commands.sync import sync
 app = typer.Typer(
     help="Pretrain transformers on one machine or many: every rank in step, every claim checkable on a laptop.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings=HELP_OPTIONS,
 )
 data_app = typer.Typer(help="Prepare a corpus, or look at what a step trains on.", no_args_is_help=True)
 checkpoint_app = typer.Typer(help="List and verify a run's checkpoints.", no_args_is_help=True)
@@ -52,6 +53,23 @@ _BENCHMARKS = {
 }
 _EXAMPLES = ("configs", "slurm")
 _EXAMPLE_SUFFIXES = (".yaml", ".sbatch", ".sh", ".md")
+
+
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        from trainer.run_folder.provenance import describe_version
+
+        typer.echo(describe_version())
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Options that come before a command."""
 
 
 @app.command()
@@ -83,15 +101,23 @@ def run(
     overrides: Overrides = None,
     nproc_per_node: NprocPerNode = None,
     launcher: Annotated[str, typer.Option(help="torchrun, deepspeed or accelerate.")] = "torchrun",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be started, and start nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check and show what would be started, and start nothing.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: one JSON document, for programs.")] = False,
 ) -> None:
-    """Train, or continue, a run: all GPUs of this machine, or two processes on a CPU.
+    """Train, or continue, a run: all GPUs of this machine, or two processes on a CPU. `train` is another name of it.
 
     Ctrl-C once saves and stops with exit status 75; the same command continues.
     """
     from launcher.run import run as run_config
 
-    raise typer.Exit(run_config(config, overrides or [], nproc_per_node, launcher, dry_run))
+    if as_json and not dry_run:
+        raise UserError("--json is for what --dry-run shows; add --dry-run, or leave --json out.")
+    raise typer.Exit(run_config(config, overrides or [], nproc_per_node, launcher, dry_run, as_json))
+
+
+app.command("train", hidden=True)(run)
 
 
 @app.command()
@@ -110,6 +136,7 @@ def drill(
     raise typer.Exit(run_drills(name, config, overrides or [], nproc_per_node, folder))
 
 
+app.command("list", cls=Forwarded)(list_runs)
 app.command(cls=Doctor)(doctor)
 app.command(cls=Forwarded)(parity)
 app.command(cls=Forwarded)(evaluate)

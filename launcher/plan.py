@@ -5,6 +5,7 @@ import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from launcher.command import find_launcher, rank_devices
 from launcher.environment import Variable, applied, launcher_variables, rank_variables
@@ -17,6 +18,7 @@ from trainer.config.deepspeed_settings import deepspeed_settings
 from trainer.config.rules import World, accumulation_steps, validate
 from trainer.data.epochs import with_counted_epochs
 from trainer.data.prepared import Prepared
+from trainer.plan.record import Preview
 
 
 @dataclass(frozen=True)
@@ -61,11 +63,36 @@ class Plan:
         """
         return find_launcher(self.launcher)(arguments, port, self.devices)
 
-    def describe(self, preview: str) -> str:
+    def values(self, preview: Preview | None) -> dict[str, Any]:
+        """The plan for programs.
+
+        Args:
+            preview: what is known of model, memory and corpus; None where nobody could look.
+        """
+        config, dims = self.config, self.dims
+        return {
+            "run_folder": str(config.run_dir),
+            "num_ranks": dims.world_size,
+            "has_gpu": self.world.has_gpu,
+            "backend": config.parallel.backend,
+            "strategy": config.parallel.strategy,
+            "data_parallel_degree": dims.data_degree,
+            "global_size": config.batch.global_size,
+            "micro_size": config.batch.micro_size,
+            "accumulation_steps": accumulation_steps(config, dims),
+            "unit": config.data.unit,
+            "tokens_per_step": config.tokens_per_step,
+            "num_steps": config.num_steps if config.is_length_known else None,
+            **({} if preview is None else preview.model_dump()),
+            "environment": {variable.name: variable.value for variable in self.variables},
+            "command": self.command(config.launch.master_port, [self.config_path, *self.overrides]),
+        }
+
+    def describe(self, preview: Preview | None) -> str:
         """The plan as ``--dry-run`` prints it.
 
         Args:
-            preview: lines about model, memory and corpus.
+            preview: what is known of model, memory and corpus; None where nobody could look.
         """
         config, dims = self.config, self.dims
         steps = accumulation_steps(config, dims)
@@ -84,7 +111,7 @@ class Plan:
                 f"batch         {config.batch.global_size} samples = {config.batch.micro_size} x {steps} "
                 f"accumulation steps x {dims.data_degree} ranks",
                 f"{config.data.unit:<14}{at_most}{tokens:,} a step, {length}",
-                *preview.splitlines(),
+                *(preview.lines() if preview is not None else []),
                 "environment",
                 *(f"  {shlex.quote(f'{v.name}={v.value}')}    # {v.why}" for v in self.variables),
                 *(f"  # {sentence}" for sentence in self.kept),

@@ -2,24 +2,28 @@
 
 import os
 import subprocess
-import sys
 
 from launcher.import_path import import_variables, module_command
 from sharding.ranks.errors import EXIT_BAD_INPUT, UserError
+from sharding.ranks.sentences import print_warning
 from trainer.attempt import check_continuation
 from trainer.config import RunConfig
 from trainer.config.rules import World
+from trainer.plan.record import Preview
 from trainer.run_folder.folder import RunFolder
 
 _ERROR = "error: "
 
 
-def preview(config: RunConfig, world: World) -> str:
+def preview(config: RunConfig, world: World) -> Preview | None:
     """Check all of a run that needs no rank, and describe it: parameters, memory, epochs, where it continues.
 
     Args:
         config: the run.
         world: the ranks that are to be started, here or elsewhere.
+
+    Returns:
+        What is known of it; None, after a warning, where this machine cannot tell.
 
     Raises:
         UserError: something that the user can mend is wrong.
@@ -44,6 +48,6 @@ def preview(config: RunConfig, world: World) -> str:
     if finished.returncode:
         # This machine may lack what the ranks have, memory say.
         reason = said[-1] if said else f"status {finished.returncode}"
-        print(f"warning: the model and the corpus could not be looked at here ({reason})", file=sys.stderr)
-        return ""
-    return finished.stdout.rstrip("\n")
+        print_warning(f"the model and the corpus could not be looked at here ({reason})")
+        return None
+    return Preview.model_validate_json(finished.stdout)

@@ -11,25 +11,44 @@ from launcher.conclusion import EXIT_INTERRUPTED
 from launcher.import_path import module_command
 from launcher.lasting_output import lasting_output
 from launcher.local import run_ranks
+from launcher.next_steps import next_steps
 from launcher.plan import Plan, make_plan
 from launcher.preview import preview
 from launcher.restarts import Restarts
 from launcher.stop_signals import StopSignals
 from sharding.ranks.errors import EXIT_FINISHED, EXIT_STOPPED, RunFailure, UserError
+from sharding.ranks.sentences import print_error, print_warning
 from trainer.attempt import begin_attempt, check_continuation, finished
 from trainer.checkpoint.finish import complete_at, remedy
 from trainer.checkpoint.reference import check_source
 from trainer.checkpoint.trained_corpus import trained_fingerprint
 from trainer.config import RunConfig, config_to_yaml
+from trainer.config.rules import World
 from trainer.data.prepared import Prepared, find_prepared
 from trainer.report.end_of_run import write_run_report
 from trainer.run_folder.folder import RunFolder
 from trainer.run_folder.lease import Lease
+from trainer.runtime.json_output import print_json
 
 
 @lasting_output()
-def run(config_path: str, overrides: Sequence[str], nproc_per_node: int | None, launcher: str, dry_run: bool) -> int:
+def run(
+    config_path: str,
+    overrides: Sequence[str],
+    nproc_per_node: int | None,
+    launcher: str,
+    dry_run: bool,
+    as_json: bool = False,
+) -> int:
     """Check everything that can be known before ranks start, then start them and see them through.
+
+    Args:
+        config_path: the file.
+        overrides: ``key=value`` arguments.
+        nproc_per_node: ranks on this machine; None means one per GPU, or two.
+        launcher: what starts them: torchrun, deepspeed or accelerate.
+        dry_run: only show what would be started.
+        as_json: show that as one JSON document.
 
     Returns:
         The exit status of the run.
@@ -44,7 +63,11 @@ def run(config_path: str, overrides: Sequence[str], nproc_per_node: int | None, 
         found = find_prepared(plan.config.data, trained_fingerprint(plan.config, run_folder))
         plan = plan if found is None else plan.with_counted_epochs(found)
     if dry_run:
-        print(plan.describe(preview(plan.config, plan.world)))
+        found_out = preview(plan.config, plan.world)
+        if as_json:
+            print_json(plan.values(found_out))
+        else:
+            print(plan.describe(found_out))
         return EXIT_FINISHED
     config = plan.config
     check_continuation(run_folder, config)
@@ -55,7 +78,7 @@ def run(config_path: str, overrides: Sequence[str], nproc_per_node: int | None, 
     lease = Lease.acquire(run_folder.path)
     run_folder.lease_token = lease.token
     try:
-        corpus = _prepared_corpus(config, trained_fingerprint(config, run_folder))
+        corpus = _prepared_corpus(config, trained_fingerprint(config, run_folder), plan.world)
         corpus.check_sequence_length(config.data.sequence_length)
         _check_vocabulary(config, corpus)
         if not config.is_length_known:
@@ -72,10 +95,12 @@ def run(config_path: str, overrides: Sequence[str], nproc_per_node: int | None, 
             def warn(sentence: str) -> None:
                 # After a failure the last line is the failing rank's own error.
                 if exit_code in (EXIT_FINISHED, EXIT_STOPPED):
-                    print(f"warning: {sentence}", file=sys.stderr)
+                    print_warning(sentence)
 
             # Rank 0 writes it, unless it died.
             write_run_report(run_folder, warn)
+            for line in next_steps(plan.config, run_folder, exit_code):
+                print(line)
         return exit_code
     finally:
         lease.release()
@@ -114,12 +139,15 @@ def _is_finished(run_folder: RunFolder, config: RunConfig) -> bool:
     return ended is not None
 
 
-def _prepared_corpus(config: RunConfig, fingerprint: str | None) -> Prepared:
+def _prepared_corpus(config: RunConfig, fingerprint: str | None, world: World) -> Prepared:
     """The prepared corpus; prepared in a process of its own, since it needs libraries that this one must not load."""
     found = find_prepared(config.data, fingerprint)
     # Whether sets are prepared is not known without the libraries that prepare them.
     if found is not None and not config.evaluation.sets and config.data.source != "factory":
         return found
+    if found is None and config.data.source != "factory":
+        # A model that cannot be built is found before hours of reading.
+        preview(config, world)
     with tempfile.NamedTemporaryFile("w", prefix="shardline-", suffix=".yaml") as file:
         file.write(config_to_yaml(config))
         file.flush()
@@ -133,7 +161,7 @@ def _prepare(config: RunConfig, config_file: str) -> Prepared:
             status = child.wait()
         except KeyboardInterrupt:
             child.kill()
-            print("error: interrupted while preparing the corpus; the same command goes on", file=sys.stderr)
+            print_error("interrupted while preparing the corpus; the same command goes on")
             raise SystemExit(EXIT_INTERRUPTED) from None
     found = find_prepared(config.data)
     if found is not None and not (status and (config.evaluation.sets or config.data.source == "factory")):

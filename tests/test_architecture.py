@@ -32,7 +32,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "tasks": {"config", "runtime", "data", "architectures"},
         "optimizers": {"config"},
         "model": {"config", "data", "architectures", "tasks", "optimizers"},
-        "checkpoint": {"config", "files", "run_folder", "data", "optimizers"},
+        "checkpoint": {"config", "runtime", "files", "run_folder", "data", "optimizers"},
         "metrics": {"files", "runtime", "run_folder", "tasks", "model"},
         "faults.hang": {"files", "runtime"},
         "faults.failure": {"config", "files", "runtime", "run_folder", "metrics", "faults.hang"},
@@ -49,7 +49,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
             *("metrics", "faults.hang", "faults.failure", "faults.injection", "trackers", "numerics", "report"),
             "doctor",
         },
-        "plan": {"config", "run_folder", "data", "architectures", "tasks", "model", "checkpoint", "."},
+        "plan": {"config", "runtime", "run_folder", "data", "architectures", "tasks", "model", "checkpoint", "."},
         "commands": {
             *("config", "runtime", "run_folder", "data", "checkpoint", "trackers", "report", "doctor", "parity"),
             *("deploy", "evaluation"),

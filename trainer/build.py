@@ -249,7 +249,10 @@ def check_held_out(config: RunConfig, samples: Samples) -> None:
         if config.data.factory is not None:
             which, remedy = f"data.factory={config.data.factory}", "let it"
         else:
-            which, remedy = f"data.validation_fraction={config.data.validation_fraction:g}", "raise it"
+            which = f"data.validation_fraction={config.data.validation_fraction:g}"
+            # Of few, all may be on one side.
+            remedy = "raise it, or give more documents, of which each is held out whole or not at all"
+            remedy = "raise it" if config.data.has_rows else remedy
         raise UserError(
             f"evaluation.every_steps={every_steps} evaluates held-out samples, but {which} holds out none of these; "
             f"{remedy}, or set evaluation.every_steps=0."

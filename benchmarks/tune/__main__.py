@@ -1,7 +1,7 @@
 """``shardline tune CONFIG``: the fastest way to take a run's steps on this machine, and what each takes of memory.
 
 ``python -m benchmarks.tune CONFIG [--nproc N] [--strategies ddp,zero2] [--memory-gib G] [--steps 8] [--warmup 3]
-[--no-compile] [--no-recompute] [--output FOLDER] [key=value ...]``
+[--no-compile] [--no-recompute] [--output FOLDER] [--json] [key=value ...]``
 
 The training stays the same: model, data, optimizer and global batch are the run's own. See docs/benchmarks.md.
 """
@@ -12,7 +12,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from rich.console import Console
@@ -33,6 +33,7 @@ from benchmarks.tune.plan import (
     pareto,
     refinements,
     table_rows,
+    trial_values,
     verdict,
 )
 from benchmarks.tune.rank import LIMIT_VARIABLE
@@ -47,6 +48,7 @@ from trainer.data.packed import sample_facts
 from trainer.data.prepare import prepare_corpus
 from trainer.model.memory_estimate import estimate_memory
 from trainer.model.models import build_model_on_meta
+from trainer.runtime.json_output import output_aside, print_json
 from trainer.runtime.threads import threads_per_rank
 from trainer.tasks.registry import configured_task
 
@@ -82,8 +84,15 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--no-compile", action="store_true", help="do not try compiled blocks")
     parser.add_argument("--no-recompute", action="store_true", help="do not try activation checkpointing")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="folder for the results")
+    parser.add_argument("--json", action="store_true", help="for programs: one JSON document")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the run")
-    return _Search(parser.parse_intermixed_args(arguments)).run()
+    options = parser.parse_intermixed_args(arguments)
+    with output_aside(options.json):
+        search = _Search(options)
+        status = search.run()
+    if options.json:
+        print_json(search.values())
+    return status
 
 
 class _Search:
@@ -156,6 +165,16 @@ class _Search:
             status = INTERRUPTED
         self._report()
         return status
+
+    def values(self) -> dict[str, Any]:
+        """What came of it for programs."""
+        front = pareto(self._trials)
+        return {
+            "use": list(front[0].candidate.overrides) if front else None,
+            "trials": [trial_values(trial, front) for trial in self._trials],
+            "left": self._left,
+            "raw": str(self._raw),
+        }
 
     def _refinements(self) -> list[Candidate]:
         options = self._options

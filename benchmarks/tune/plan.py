@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import median
+from typing import Any
 
 from benchmarks.measure.comparison import Series, ratio_of_independent
 from benchmarks.measure.protocol import Ratio, ratio_of_medians
@@ -180,6 +181,20 @@ def verdict(trials: Sequence[Trial], left: Sequence[str]) -> str:
     if left:
         said += f"\ncut short, and any of it may be faster: not tried, or not to the end: {'; '.join(left)}"
     return said
+
+
+def trial_values(trial: Trial, front: Sequence[Trial]) -> dict[str, Any]:
+    """A trial for programs; ``front`` are those that no other beats."""
+    return {
+        "candidate": trial.candidate.label,
+        "overrides": list(trial.candidate.overrides),
+        "is_on_front": trial in front,
+        "tokens_per_s": trial.tokens_per_s,
+        "tokens_per_s_interval": None if trial.interval is None else [trial.interval.low, trial.interval.high],
+        "peak_bytes": trial.peak_bytes,
+        "estimated_bytes": trial.estimated_bytes,
+        "reason": trial.reason,
+    }
 
 
 def table_rows(trials: Sequence[Trial]) -> list[tuple[str, ...]]:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from trainer.commands.arguments import Config, expanded
+from trainer.commands.arguments import AsJson, Config, expanded
 
 app = typer.Typer(help="Submit runs to Slurm, and look after them.", no_args_is_help=True)
 
@@ -75,11 +75,12 @@ def status(
     ] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Show it again every few seconds.")] = False,
     every: Annotated[float, typer.Option(min=1.0, help="Seconds between two looks.")] = 30.0,
+    as_json: AsJson = False,
 ) -> None:
     """Show what submitted runs are doing."""
     from launcher.slurm.status import show_status
 
-    show_status(folders or [Path("runs")], every if watch else 0.0)
+    show_status(folders or [Path("runs")], every if watch else 0.0, as_json)
 
 
 @app.command()

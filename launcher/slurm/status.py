@@ -1,6 +1,5 @@
 """``shardline slurm status|logs|cancel``: what runs and jobs are doing, from run folders and squeue alone."""
 
-import json
 import os
 import sys
 import time
@@ -12,16 +11,28 @@ from launcher.slurm.queue import QueuedJob, call, queued_jobs
 from launcher.slurm.reasons import meaning_of
 from launcher.slurm.submit import jobs_of
 from sharding.ranks.errors import UserError
+from trainer.metrics.tail import last_metrics
 from trainer.run_folder.folder import RunFolder
 from trainer.runtime.durations import duration_text
+from trainer.runtime.json_output import print_json
+from trainer.runtime.text_table import text_table
 
 _HEADER = ("RUN", "JOB", "STATE", "NODES", "STEP", "LOSS", "TOKENS/S", "TIME LEFT", "LIMIT IN", "STARTS")
-_TAIL_BYTES = 64 * 2**10
 _LOOK_EVERY_S = 0.5
 
 
-def show_status(folders: Sequence[Path], watch_s: float) -> None:
-    """Print a table of runs: those given, or all that were submitted to the folders' runs; again and again if asked."""
+def show_status(folders: Sequence[Path], watch_s: float, as_json: bool) -> None:
+    """Print a table of runs: those given, or all that were submitted to the folders' runs; again and again if asked.
+
+    Raises:
+        UserError: one document is asked for, and many.
+    """
+    if as_json:
+        if watch_s:
+            raise UserError("--json is one document, which --watch would show again and again; leave one of them out.")
+        known = queued_jobs()
+        print_json({"runs": [_facts(run_dir, job, known) for run_dir, job in _submitted(folders, known)]})
+        return
     while True:
         table = _table(folders)
         if not watch_s:
@@ -90,14 +101,12 @@ def cancel(run_dir: Path, at_once: bool) -> None:
 
 def _table(folders: Sequence[Path]) -> str:
     known = queued_jobs()
-    rows = [_HEADER, *(_row(run_dir, job, known) for run_dir, job in _submitted(folders, known))]
+    rows = [_HEADER, *(_cells(_facts(run_dir, job, known)) for run_dir, job in _submitted(folders, known))]
     if len(rows) == 1:
         return f"no run in {', '.join(map(str, folders))} was submitted yet"
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     reasons = {job.reason for job in (known.get(row[1]) for row in rows) if job is not None and job.state == "PENDING"}
     meanings = [f"{reason}: {meaning}" for reason in sorted(reasons) if (meaning := meaning_of(reason))]
-    return "\n".join([*lines, *([""] if meanings else []), *meanings])
+    return "\n".join([text_table(rows), *([""] if meanings else []), *meanings])
 
 
 def _submitted(folders: Sequence[Path], known: Mapping[str, QueuedJob]) -> Iterator[tuple[Path, str]]:
@@ -123,56 +132,57 @@ def _run_of(run_dir: Path, number: str) -> Path:
     return run_dir.parent / name.replace("{task}", task)
 
 
-def _row(run_dir: Path, number: str, known: Mapping[str, QueuedJob]) -> tuple[str, ...]:
+def _facts(run_dir: Path, number: str, known: Mapping[str, QueuedJob]) -> dict[str, Any]:
+    """What a run and its job are doing, for programs."""
     run_folder = RunFolder(run_dir)
     job = known.get(number)
     outcome = run_folder.read_outcome()
-    line = _last_line(run_folder.metrics_file)
-    starts = run_folder.newest_attempt()
-    step, total = line.get("step", 0), ""
-    left = ""
-    if starts:
+    line = last_metrics(run_folder.metrics_file)
+    num_starts = run_folder.newest_attempt()
+    step, num_steps, left_s = line.get("step", 0), None, None
+    speed = line.get("throughput/tokens_per_s")
+    if num_starts:
         config = run_folder.newest_config()
-        total = f"/{config.num_steps}" if config.is_length_known else ""
-        speed = line.get("throughput/tokens_per_s")
-        if speed and total and job is not None and job.state == "RUNNING":
-            left = duration_text((config.num_steps - step) * config.tokens_per_step / speed)
+        num_steps = config.num_steps if config.is_length_known else None
+        if speed and num_steps and job is not None and job.state == "RUNNING":
+            left_s = (num_steps - step) * config.tokens_per_step / speed
     state = job.state if job is not None else "-"
     if job is None or not job.is_active:
         # Slurm calls a job that stopped and saved a failed one; the run knows better.
         state = str(outcome["status"]).upper() if outcome is not None else state
-    elif job.state == "PENDING":
-        state = f"PENDING ({job.reason})"
-    loss, speed = line.get("train/loss"), line.get("throughput/tokens_per_s")
+    return {
+        "run": run_dir.name,
+        "path": str(run_dir),
+        "job": number,
+        "state": state,
+        "reason": job.reason if job is not None and job.state == "PENDING" else None,
+        "nodes": (job.nodes or None) if job is not None else None,
+        "step": step if num_starts else None,
+        "num_steps": num_steps,
+        "train_loss": line.get("train/loss"),
+        "tokens_per_s": speed,
+        "time_left_s": left_s,
+        "limit_in": (job.time_left or None) if job is not None and job.state == "RUNNING" else None,
+        "num_starts": num_starts,
+    }
+
+
+def _cells(facts: Mapping[str, Any]) -> tuple[str, ...]:
+    """A line of the table."""
+    loss, speed, left_s = facts["train_loss"], facts["tokens_per_s"], facts["time_left_s"]
+    total = "" if facts["num_steps"] is None else f"/{facts['num_steps']}"
     return (
-        run_dir.name,
-        number,
-        state,
-        (job.nodes if job is not None else "") or "-",
-        f"{step}{total}" if starts else "-",
-        f"{loss:.4f}" if loss is not None else "-",
-        f"{speed:,.0f}" if speed is not None else "-",
-        left or "-",
-        (job.time_left if job is not None and job.state == "RUNNING" else "") or "-",
-        str(starts),
+        facts["run"],
+        facts["job"],
+        f"PENDING ({facts['reason']})" if facts["state"] == "PENDING" else facts["state"],
+        facts["nodes"] or "-",
+        "-" if facts["step"] is None else f"{facts['step']}{total}",
+        "-" if loss is None else f"{loss:.4f}",
+        "-" if speed is None else f"{speed:,.0f}",
+        "-" if left_s is None else duration_text(left_s),
+        facts["limit_in"] or "-",
+        str(facts["num_starts"]),
     )
-
-
-def _last_line(path: Path) -> dict[str, Any]:
-    """The newest complete line of metrics; empty where there is none."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
-            lines = file.read().splitlines(keepends=True)
-    except FileNotFoundError:
-        return {}
-    for line in reversed(lines):
-        if line.endswith(b"\n"):
-            try:
-                return json.loads(line)
-            except ValueError:
-                continue
-    return {}
 
 
 def _log(run_dir: Path, rank: int | None) -> Path | None:

@@ -50,7 +50,8 @@ def submit(config_path: str, overrides: Sequence[str], request: Request, dry_run
     name = next((override[5:] for override in later if override.startswith("name=")), config.name)
     run_dir = Path(config.output_dir) / name.replace(TASK, "array")
     # What is wrong with the run counts before what is wrong with the cluster.
-    print(preview(config.model_copy(update={"name": run_dir.name}), request.world), file=sys.stderr)
+    found = preview(config.model_copy(update={"name": run_dir.name}), request.world)
+    print("\n".join(found.lines() if found is not None else []), file=sys.stderr)
     scripts = _own_scripts(Path(config_path), request)
     request = _fitted(request, (scripts or SCRIPTS_FOLDER) / SCRIPTS[request.launcher], dry_run)
     if dry_run:

@@ -5,6 +5,7 @@ import stat
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,8 +39,15 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory, shared_corpus: tuple[Path,
         "checkpoint": {"every_steps": 3},
         "evaluation": {"every_steps": 4},
     }
-    trained(shardline("run", write_config(root / "tiny.yaml", values), "--nproc-per-node", 2))
-    return root / "runs" / "tiny"
+    finished = shardline("run", write_config(root / "tiny.yaml", values), "--nproc-per-node", 2)
+    trained(finished)
+    run = root / "runs" / "tiny"
+    assert finished.stdout.splitlines()[-3:] == [
+        f"report    {run / 'report.html'}",
+        f"next      shardline generate {run} --prompt TEXT",
+        f"          shardline export {run} --to DIR",
+    ]
+    return run
 
 
 def test_metrics_have_the_names_that_others_script_against(run_dir: Path) -> None:
@@ -137,6 +145,31 @@ def test_checkpoints_are_listed_and_verified(run_dir: Path) -> None:
     verified = shardline("checkpoint", "verify", run_dir)
     assert verified.returncode == 0
     assert verified.stdout.count("complete") == 2
+
+
+def test_programs_are_told_in_json(run_dir: Path) -> None:
+    def told(*arguments: object) -> Any:
+        finished = shardline(*arguments, "--json")
+        assert finished.returncode == 0, finished.stderr
+        return json.loads(finished.stdout)
+
+    saved = told("checkpoint", "list", run_dir)
+    assert [(one["step"], one["folder"]) for one in saved["checkpoints"]] == [
+        (3, "step-00000003"),
+        (6, "step-00000006"),
+    ]
+    assert saved["checkpoints"][1]["eval_metrics"]["loss"] == read_metrics(run_dir)[-1]["eval/loss"]
+    verified = told("checkpoint", "verify", run_dir)["checkpoints"]
+    assert [(one["folder"], one["status"]) for one in verified] == [
+        ("step-00000003", "complete"), ("step-00000006", "complete"),
+    ]  # fmt: skip
+    shown = told("data", "show", run_dir, "--step", 5, "--limit", 3)
+    assert [one["position"] for one in shown["samples"]] == [48, 49, 50]
+    assert all(one["text"] and len(one["token_ids"]) == 32 for one in shown["samples"])
+    (listed,) = told("list", run_dir.parent)["runs"]
+    assert (listed["run"], listed["state"], listed["step"], listed["num_steps"]) == ("tiny", "finished", 6, 6)
+    best = min(line["eval/loss"] for line in read_metrics(run_dir) if "eval/loss" in line)
+    assert (listed["evaluation"]["better"], listed["evaluation"]["best"]) == ("lower", best)
 
 
 def test_a_checkpoint_holds_no_pickle(run_dir: Path) -> None:

@@ -1,6 +1,9 @@
 """The command line: what it says, what it refuses, and what it does not load."""
 
+import json
 import os
+import pty
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -48,6 +51,62 @@ def test_dry_run_shows_the_plan_and_writes_nothing(config_file: Path) -> None:
     assert list(config_file.parent.iterdir()) == [config_file]
 
 
+def test_dry_run_is_one_json_document_for_programs(config_file: Path) -> None:
+    finished = shardline(
+        "train", config_file, "--dry-run", "--json", "--nproc-per-node", "3", "batch.micro_size=2",
+        CUDA_VISIBLE_DEVICES="",
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr
+    plan = json.loads(finished.stdout)
+    assert (plan["num_ranks"], plan["accumulation_steps"], plan["tokens_per_step"], plan["num_steps"]) == (3, 2, 384, 6)
+    assert plan["model"] == "llama"
+    assert plan["num_parameters"] > 0
+    assert (plan["continues_after"], plan["is_complete"]) == (None, False)
+    assert plan["command"][-2:] == [str(config_file), "batch.micro_size=2"]
+    finished = shardline("run", config_file, "--json")
+    assert (finished.returncode, finished.stdout) == (2, "")
+    assert finished.stderr == "error: --json is for what --dry-run shows; add --dry-run, or leave --json out.\n"
+
+
+def test_what_cannot_run_is_found_before_the_corpus_is_read(tmp_path: Path, make_config: Callable[..., Path]) -> None:
+    config = make_config()
+    cache = f"data.cache_dir={tmp_path / 'cache'}"
+    for override, sentence in [
+        ("model.architecture=nowhere", "model.architecture=nowhere"),
+        ("model.config.num_key_value_heads=2", "num_key_value_heads=2 does not divide its num_attention_heads=3"),
+        ("data.tokenizer=./nofolder", "data.tokenizer=./nofolder cannot be loaded"),
+    ]:
+        finished = shardline("run", config, cache, override)
+        assert finished.returncode == 2, finished.stdout + finished.stderr
+        assert sentence in finished.stderr
+        assert len(finished.stderr.splitlines()) == 1
+        assert not (tmp_path / "cache").exists()
+
+
+def test_the_version_is_a_line_for_a_report_of_a_fault() -> None:
+    finished = shardline("--version")
+    assert finished.returncode == 0, finished.stderr
+    assert re.fullmatch(r"shardline \S.*, torch \d\S*, transformers \d\S*, Python 3\.\d+\.\d+\S*\n", finished.stdout)
+
+
+def test_words_are_completed() -> None:
+    asked = {"_SHARDLINE_COMPLETE": "complete_bash", "COMP_WORDS": "shardline check", "COMP_CWORD": "1"}
+    assert shardline(**asked).stdout.split() == ["checkpoint"]
+    asked = {"_SHARDLINE_COMPLETE": "complete_bash", "COMP_WORDS": "shardline list --js", "COMP_CWORD": "2"}
+    assert shardline(**asked).stdout.split() == ["--json"]
+
+
+@pytest.mark.parametrize(("no_color", "expected"), [("", b"\x1b[1;31merror:\x1b[0m "), ("1", b"error: ")])
+def test_errors_have_colour_on_a_terminal_alone(no_color: str, expected: bytes) -> None:
+    reading, writing = pty.openpty()
+    program = "from sharding.ranks.sentences import print_error; print_error('mind this')"
+    environment = command_environment(NO_COLOR=no_color, TERM="xterm")
+    subprocess.run([sys.executable, "-c", program], stderr=writing, cwd=ROOT, env=environment, check=True)
+    assert os.read(reading, 4096) == expected + b"mind this\r\n"
+    os.close(writing)
+    os.close(reading)
+
+
 def test_who_stops_reading_changes_no_status(config_file: Path) -> None:
     command = [sys.executable, "-m", "launcher", "run", str(config_file), "--dry-run"]
     reading, writing = os.pipe()
@@ -69,7 +128,7 @@ def test_who_stops_reading_changes_no_status(config_file: Path) -> None:
     ],
 )
 def test_dry_run_shows_each_launcher(config_file: Path, launcher: str, agent: str, variable: str) -> None:
-    lines = make_plan(str(config_file), ["steps=9"], None, launcher).describe("").splitlines()
+    lines = make_plan(str(config_file), ["steps=9"], None, launcher).describe(None).splitlines()
     assert any(line.startswith(variable) for line in lines)
     assert agent in lines[-1]
     assert lines[-1].endswith(f"--module trainer {config_file} steps=9")

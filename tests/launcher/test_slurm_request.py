@@ -1,5 +1,6 @@
 """What a person asks Slurm for, held against what the nodes have; and what a job takes along of the user's own."""
 
+import json
 import os
 import subprocess
 import sys
@@ -288,7 +289,7 @@ def test_a_waiting_jobs_reason_is_told_with_its_meaning(
     stand_in("squeue", "echo '7|PENDING||10:00|PartitionConfig'")
     (tmp_path / "runs" / "tiny" / "slurm").mkdir(parents=True)
     (tmp_path / "runs" / "tiny" / "slurm" / "jobs").write_text("7\n")
-    show_status([tmp_path / "runs"], 0.0)
+    show_status([tmp_path / "runs"], 0.0, as_json=False)
     header, row, empty, meaning = capsys.readouterr().out.splitlines()
     assert row.split()[:4] == ["tiny", "7", "PENDING", "(PartitionConfig)"]
     assert (header.split()[0], empty) == ("RUN", "")
@@ -296,6 +297,11 @@ def test_a_waiting_jobs_reason_is_told_with_its_meaning(
         "PartitionConfig: the partition has no such nodes, or not as many; it waits for ever: cancel it and submit it "
         "with fewer nodes, GPUs or CPUs"
     )
+    show_status([tmp_path / "runs"], 0.0, as_json=True)
+    (run,) = json.loads(capsys.readouterr().out)["runs"]
+    assert (run["run"], run["job"], run["state"], run["reason"]) == ("tiny", "7", "PENDING", "PartitionConfig")
+    with pytest.raises(UserError, match="--json is one document"):
+        show_status([tmp_path / "runs"], 30.0, as_json=True)
     assert meaning_of("ReqNodeNotAvail, UnavailableNodes:n1") == "nodes that it asks for are down, drained or reserved"
     assert meaning_of("AssocGrpGRES").startswith("your account's share is in use")
     assert meaning_of("SomethingNew") == ""

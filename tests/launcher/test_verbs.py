@@ -46,6 +46,16 @@ def test_every_module_of_a_command_is_a_verb_and_declares_it() -> None:
     assert sorted(FORWARDED.values()) == sorted(modules - _SHARED)
 
 
+@pytest.mark.parametrize("name", VERBS)
+def test_both_names_of_help_are_known(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for option in ("-h", "--help"):
+        with pytest.raises(SystemExit) as ended:
+            app([*name.split()[1:], option], prog_name="shardline")
+        assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert shown[: len(shown) // 2] == shown[len(shown) // 2 :]
+
+
 @pytest.mark.parametrize("name", FORWARDED)
 def test_help_comes_from_the_one_declaration(name: str) -> None:
     module = importlib.import_module(FORWARDED[name])

@@ -1,6 +1,5 @@
 """``shardline doctor``, and ``python -m trainer.commands.doctor`` on each rank under any launcher."""
 
-import json
 import os
 import sys
 from datetime import timedelta
@@ -9,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from trainer.commands.arguments import NprocPerNode, Overrides, expanded
+from trainer.commands.arguments import AsJson, NprocPerNode, Overrides, expanded
 from trainer.commands.entry import entry
 
 _JOIN_TIMEOUT_S = 300.0
@@ -24,7 +23,7 @@ def doctor(
     ] = None,
     overrides: Overrides = None,
     nproc_per_node: NprocPerNode = None,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs: all that was measured.")] = False,
+    as_json: AsJson = False,
     quick: Annotated[bool, typer.Option("--quick", help="Measure with smaller products, messages and files.")] = False,
 ) -> int:
     """Examine this machine, or all of an allocation, before training on it; exit status 1 if something fails.
@@ -41,6 +40,7 @@ def doctor(
     from trainer.doctor.examination import examine_ranks
     from trainer.doctor.table import print_checks
     from trainer.doctor.verdicts import Verdict, bad_hosts
+    from trainer.runtime.json_output import output_aside, print_json
 
     folder, timeout_s, threads = Path(), _JOIN_TIMEOUT_S, 0
     if config is not None:
@@ -58,7 +58,7 @@ def doctor(
         )
     torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_world_size))
     try:
-        with process_group(timeout_s) as ranks:
+        with output_aside(as_json), process_group(timeout_s) as ranks:
             facts, links, checks = examine_ranks(ranks, folder, quick=quick)
     except (dist.DistError, RuntimeError) as error:
         # Of a store that waits, an address that leads nowhere, a peer that left.
@@ -77,7 +77,7 @@ def doctor(
                 "links": links.model_dump(mode="json"),
                 "ranks": [one.model_dump(mode="json") for one in facts],
             }
-            print(json.dumps(report, indent=2))
+            print_json(report)
         else:
             print_checks(checks)
     return EXIT_FAILED if failed else EXIT_FINISHED

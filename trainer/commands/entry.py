@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 import typer
 
 from sharding.ranks.errors import ends_with_a_sentence
+from trainer.commands.arguments import HELP_OPTIONS
 
 
 def entry(command: Callable[..., int]) -> Callable[[Sequence[str]], int]:
@@ -23,7 +24,7 @@ def entry(command: Callable[..., int]) -> Callable[[Sequence[str]], int]:
         raise typer.Exit(ends_with_a_sentence(command)(*args, **kwargs))
 
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(run)
+    app.command(context_settings=HELP_OPTIONS)(run)
 
     @ends_with_a_sentence
     def main(arguments: Sequence[str]) -> int:

@@ -1,6 +1,5 @@
 """``shardline evaluate``: the metrics of a run's checkpoint, or of an exported model, on a split or on files."""
 
-import json
 import sys
 import tempfile
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from trainer.commands.arguments import Average, NprocPerNode, OwnTask, RemoteCode, Step, expanded
+from trainer.commands.arguments import AsJson, Average, NprocPerNode, OwnTask, RemoteCode, Step, expanded
 from trainer.commands.entry import entry
 
 
@@ -29,7 +28,7 @@ def evaluate(
     step: Step = None,
     ema: Average = False,
     nproc_per_node: NprocPerNode = None,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs: all numbers at full precision.")] = False,
+    as_json: AsJson = False,
     task: OwnTask = None,
     factory: Annotated[
         list[str] | None,
@@ -48,6 +47,7 @@ def evaluate(
     from trainer.evaluation.on_ranks import default_num_ranks, evaluate_subject
     from trainer.evaluation.subject import Asked, find_subject
     from trainer.evaluation.table import print_result
+    from trainer.runtime.json_output import output_aside, print_json
 
     if split is not None and data:
         raise UserError(f"--split {split} and --data {' '.join(data)} name both what is evaluated on; leave one out.")
@@ -60,13 +60,13 @@ def evaluate(
         files=tuple(data or ()),
         allowed=AllowedCode(task, trust_remote_code, tuple(factory or ())),
     )
-    with tempfile.TemporaryDirectory(prefix="shardline-evaluate-") as folder:
+    with output_aside(as_json), tempfile.TemporaryDirectory(prefix="shardline-evaluate-") as folder:
         subject = find_subject(asked, num_ranks, Path(folder))
         result = evaluate_subject(subject, num_ranks, Path(folder))
     of_step = {} if subject.step is None else {"step": subject.step, "averaged": ema}
     if as_json:
         of_run = {"run": run_folder, **of_step, "data": subject.source, "ranks": num_ranks}
-        print(json.dumps(of_run | result, indent=2))
+        print_json(of_run | result)
         return EXIT_FINISHED
     place = run_folder if subject.step is None else f"step {subject.step} of {run_folder}"
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)

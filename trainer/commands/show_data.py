@@ -1,20 +1,22 @@
 """``shardline data show``: the very documents and text, or rows, that a step trains on."""
 
 import sys
-from itertools import islice
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trainer.commands.arguments import Run
+from trainer.commands.arguments import AsJson, Run
 from trainer.commands.entry import entry
 
 if TYPE_CHECKING:
     import numpy as np
 
     from trainer.config import RunConfig
-    from trainer.data.prepared import PreparedTokens
+    from trainer.data.prepared import Prepared, PreparedTokens
+    from trainer.data.prepared_own import PreparedOwn
     from trainer.data.prepared_rows import PreparedRows
 
 
@@ -22,6 +24,7 @@ def show_data(
     run_folder: Run,
     step: Annotated[int, typer.Option(min=1, help="Optimizer step, from 1.")],
     limit: Annotated[int, typer.Option(min=0, help="Samples to show; 0 means all of the step.")] = 0,
+    as_json: AsJson = False,
 ) -> int:
     """Show the documents and the text, or the rows, that a step trains on."""
     from sharding.ranks.errors import EXIT_FINISHED, UserError
@@ -31,6 +34,7 @@ def show_data(
     from trainer.data.prepared_own import PreparedOwn
     from trainer.data.prepared_rows import PreparedRows
     from trainer.run_folder.folder import RunFolder
+    from trainer.runtime.json_output import output_aside, print_json
 
     folder = RunFolder(Path(run_folder))
     config = folder.frozen_config()
@@ -39,20 +43,49 @@ def show_data(
             "data.streaming=true: what a stream gave at a step is known only by reading it again from its start; "
             "data show works with prepared corpora and mixtures."
         )
-    positions = positions_of_step(folder, config, step)
+    positions = positions_of_step(folder, config, step)[: limit or None]
     prepared = open_corpus(config, trained_fingerprint(config, folder))
-    if isinstance(prepared, PreparedRows):
-        _print_rows(config, prepared, step, positions[: limit or None])
+    if as_json:
+        with output_aside(as_json):
+            samples = list(_sample_values(config, prepared, positions))
+        print_json({"step": step, "samples": samples})
+    elif isinstance(prepared, PreparedRows):
+        _print_rows(config, prepared, step, positions)
     elif isinstance(prepared, PreparedOwn):
         # Not their contents: a run's folder is no permission to run the code that makes them.
-        order = prepared.order(config.seed, config.data)
-        positions = positions[: limit or None]
-        places = zip(positions, order.epochs(positions), order.indices(positions), strict=True)
-        for number, (position, epoch, index) in enumerate(places):
-            print(f"step {step}, sample {number}: position {position}, epoch {epoch}, index {index}")
+        for number, place in enumerate(_places(config, prepared, positions)):
+            print(f"step {step}, sample {number}: {', '.join(f'{key} {value}' for key, value in place.items())}")
     else:
-        _print_samples(config, prepared, step, positions, limit)
+        _print_samples(config, prepared, step, positions)
     return EXIT_FINISHED
+
+
+def _places(config: "RunConfig", prepared: "PreparedOwn", positions: "np.ndarray") -> Iterator[dict[str, int]]:
+    """Where samples of the user's own come from."""
+    order = prepared.order(config.seed, config.data)
+    for place in zip(
+        positions.tolist(), order.epochs(positions).tolist(), order.indices(positions).tolist(), strict=True
+    ):
+        yield dict(zip(("position", "epoch", "index"), place, strict=True))
+
+
+def _sample_values(config: "RunConfig", prepared: "Prepared", positions: "np.ndarray") -> Iterator[dict[str, Any]]:
+    """Samples for programs."""
+    from trainer.data.documents import samples_at
+    from trainer.data.prepared_own import PreparedOwn
+    from trainer.data.prepared_rows import PreparedRows
+    from trainer.data.shown_rows import rows_at
+
+    if isinstance(prepared, PreparedOwn):
+        yield from _places(config, prepared, positions)
+    elif isinstance(prepared, PreparedRows):
+        yield from map(asdict, rows_at(config, prepared, positions))
+    else:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(prepared.tokenizer_dir, trust_remote_code=False)
+        for shown in samples_at(config, prepared, positions):
+            yield asdict(shown) | {"text": tokenizer.decode(shown.token_ids)}
 
 
 def _print_rows(config: "RunConfig", rows: "PreparedRows", step: int, positions: "np.ndarray") -> None:
@@ -69,9 +102,7 @@ def _print_rows(config: "RunConfig", rows: "PreparedRows", step: int, positions:
         console.print(shown.contents, markup=False)
 
 
-def _print_samples(
-    config: "RunConfig", corpus: "PreparedTokens", step: int, positions: "np.ndarray", limit: int
-) -> None:
+def _print_samples(config: "RunConfig", corpus: "PreparedTokens", step: int, positions: "np.ndarray") -> None:
     from rich.console import Console
     from rich.rule import Rule
     from transformers import AutoTokenizer
@@ -80,7 +111,7 @@ def _print_samples(
 
     tokenizer = AutoTokenizer.from_pretrained(corpus.tokenizer_dir, trust_remote_code=False)
     console = Console(highlight=False, soft_wrap=True)
-    for number, shown in enumerate(islice(samples_at(config, corpus, positions), limit or None)):
+    for number, shown in enumerate(samples_at(config, corpus, positions)):
         source = f"source {shown.source}, " if shown.source else ""
         place = f"{source}epoch {shown.epoch}, index {shown.index}"
         title = f"step {step}, sample {number}: position {shown.position}, {place}"

@@ -1,7 +1,8 @@
 """The table of parity: one line per case, and what has no line."""
 
 from collections.abc import Sequence
-from typing import get_args
+from dataclasses import asdict
+from typing import Any, get_args
 
 import torch
 from rich.console import Console
@@ -59,6 +60,18 @@ def print_table(rows: Sequence[ParityRow], console: Console) -> None:
         for problem in _problems(row):
             # gloo's own messages begin with a path in brackets, which would be taken for a style.
             console.print(f"{row.case.label}: {problem}", markup=False)
+
+
+def row_values(row: ParityRow) -> dict[str, Any]:
+    """One case for programs."""
+    return {
+        **asdict(row.case),
+        "loss_difference": row.loss_difference,
+        "grad_norm_difference": row.grad_norm_difference,
+        "parameter_difference": row.parameter_difference,
+        "passed": row.passed,
+        "problems": _problems(row),
+    }
 
 
 def print_refusals(console: Console) -> None:

@@ -1,7 +1,7 @@
 """What a run will be, and what is wrong with it, as far as no rank is needed to tell.
 
 ``python -m trainer.plan.preview --num-ranks N [--gpus]`` reads a configuration as JSON from standard input and
-prints a few lines: the model's size, the memory of a rank, how often training goes through the corpus, where it
+prints a ``Preview``: the model's size, the memory of a rank, how often training goes through the corpus, where it
 continues.
 """
 
@@ -15,7 +15,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -46,7 +46,9 @@ from trainer.model.document_mask import check_architecture
 from trainer.model.memory_estimate import estimate_memory
 from trainer.model.models import build_model_on_meta, model_facts, transformers_config
 from trainer.model.refusals import refuse_encoder, refuse_positions_by_padding, refuse_settings
+from trainer.plan.record import Preview
 from trainer.run_folder.folder import RunFolder
+from trainer.runtime.json_output import output_aside, print_json
 from trainer.tasks.causal_lm import CausalLanguageModelling, predicts_next_tokens
 from trainer.tasks.masked_lm import MaskedLanguageModelling
 from trainer.tasks.monitor import check_monitor
@@ -56,7 +58,6 @@ from trainer.tasks.task import Task
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-_LARGE_BYTES = 2**28
 _FIELDS = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "hidden_act")
 _TRIAL_TOKENS = 8
 _MAX_DOCUMENTS = 10_000
@@ -67,7 +68,7 @@ _SIZES = re.compile(
 )
 
 
-def preview(config: RunConfig, world: World) -> list[str]:
+def preview(config: RunConfig, world: World) -> Preview:
     """Check all that ranks would find out after they have started, and describe the run.
 
     Args:
@@ -89,11 +90,7 @@ def preview(config: RunConfig, world: World) -> list[str]:
         check_named_tokenizer(config, None if corpus is None else corpus.tokenizer_dir)
     if corpus is None and config.data.has_rows:
         check_first_row(config.data)
-        return [
-            "parameters    not known before the rows are prepared: shardline data prepare does it",
-            f"corpus        {_describe_corpus(config, corpus)}",
-            f"continues     {_describe_start(config, run_folder)}",
-        ]
+        return Preview(**_corpus_facts(config, corpus), **_start_facts(config, run_folder))
     config = config if corpus is None else with_counted_epochs(config, corpus)
     facts = _sample_facts(config, corpus)
     task = configured_task(config.task, facts)
@@ -127,15 +124,15 @@ def preview(config: RunConfig, world: World) -> list[str]:
     device = torch.device("cuda" if world.has_gpu else "cpu")
     memory = estimate_memory(_with_format(config, world), model, model_config, dims, device, facts)
     counted = model_facts(model, model_config)
-    trained = f", {counted.num_parameters - counted.num_frozen:,} of them trained" if counted.num_frozen else ""
-    kind = config.model.name if model_config is None else model_config.model_type
-    activations = f", at least {_size(memory.activations)} for activations" if memory.activations else ""
-    return [
-        f"parameters    {counted.num_parameters:,} of {kind}{trained}",
-        f"memory        {_size(memory.state.total)} a rank for parameters, gradients and optimizer state{activations}",
-        f"corpus        {_describe_corpus(config, corpus)}",
-        f"continues     {_describe_start(config, run_folder)}",
-    ]
+    return Preview(
+        model=config.model.name if model_config is None else model_config.model_type,
+        num_parameters=counted.num_parameters,
+        num_frozen=counted.num_frozen,
+        state_bytes=memory.state.total,
+        activation_bytes=memory.activations,
+        **_corpus_facts(config, corpus),
+        **_start_facts(config, run_folder),
+    )
 
 
 def _sample_facts(config: RunConfig, corpus: Prepared | None) -> SampleFacts:
@@ -194,10 +191,6 @@ def _refusal(config: RunConfig, model_config: "PretrainedConfig | None", error: 
     )
 
 
-def _size(num_bytes: float) -> str:
-    return f"{num_bytes / 2**30:,.2f} GiB" if num_bytes > _LARGE_BYTES else f"{num_bytes / 2**20:,.2f} MiB"
-
-
 def _read_first_documents(config: RunConfig) -> None:
     for name, source in named_sources(config.data):
         # A source on the hub is another machine's.
@@ -215,48 +208,60 @@ def _with_format(config: RunConfig, world: World) -> RunConfig:
     return config.model_copy(update={"precision": config.precision.model_copy(update={"compute": "bf16"})})
 
 
-def _describe_corpus(config: RunConfig, corpus: Prepared | None) -> str:
+def _corpus_facts(config: RunConfig, corpus: Prepared | None) -> dict[str, Any]:
+    """Fields of a ``Preview``."""
     if corpus is None:
-        return "not prepared yet: how many epochs there are is known once it is"
+        return {"corpus": "not prepared yet: how many epochs there are is known once it is"}
     if isinstance(corpus, PreparedStream):
-        return "a stream: how many epochs there are is not known"
+        return {"corpus": "a stream: how many epochs there are is not known"}
+    num_read = config.num_steps * config.batch.global_size
     if isinstance(corpus, PreparedRows | PreparedOwn):
         if isinstance(corpus, PreparedOwn):
-            num_rows = corpus.num_samples("train")
+            num_samples = corpus.num_samples("train")
         else:
-            num_rows = corpus.manifest.splits["train"].num_rows
-        return f"{num_rows:,} rows; the run reads {config.num_steps * config.batch.global_size / num_rows:,.3g} epochs"
+            num_samples = corpus.manifest.splits["train"].num_rows
+        return _corpus_of(f"{num_samples:,} rows", num_samples, num_read)
     sources = corpus.corpora if isinstance(corpus, PreparedMixture) else [corpus]
     length = config.data.sequence_length
     num_samples = sum(source.stream("train").num_samples(length) for source in sources)
-    num_read = config.num_steps * config.batch.global_size
     mixed = f" in {len(sources)} sources" if len(sources) > 1 else ""
-    return f"{num_samples:,} samples of {length} tokens{mixed}; the run reads {num_read / num_samples:,.3g} epochs"
+    return _corpus_of(f"{num_samples:,} samples of {length} tokens{mixed}", num_samples, num_read)
 
 
-def _describe_start(config: RunConfig, folder: RunFolder) -> str:
+def _corpus_of(described: str, num_samples: int, num_read: int) -> dict[str, Any]:
+    num_epochs = num_read / num_samples
+    text = f"{described}; the run reads {num_epochs:,.3g} epochs"
+    return {"corpus": text, "num_samples": num_samples, "num_epochs": num_epochs}
+
+
+def _start_facts(config: RunConfig, folder: RunFolder) -> dict[str, Any]:
+    """Fields of a ``Preview``."""
     check_continuation(folder, config)
     check_source(config, folder)
     newest = folder.newest_checkpoint()
     if newest is None:
         if config.checkpoint.from_ is None:
-            return "nothing: begins at step 1"
-        return f"{config.checkpoint.load} of {resolve_checkpoint(config.checkpoint.from_)}"
+            return {"continues": "nothing: begins at step 1"}
+        return {"continues": f"{config.checkpoint.load} of {resolve_checkpoint(config.checkpoint.from_)}"}
     if ended := finished(folder, config):
-        return f"nothing: {complete_at(ended[0].step, ended[2])}"
-    return f"after step {newest[0]:,}"
+        text = f"nothing: {complete_at(ended[0].step, ended[2])}"
+        return {"continues": text, "continues_after": newest[0], "is_complete": True}
+    return {"continues": f"after step {newest[0]:,}", "continues_after": newest[0]}
 
 
 @ends_with_a_sentence
 def main(arguments: Sequence[str]) -> int:
-    """Print the lines; returns the exit status."""
+    """Print the record; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m trainer.plan.preview")
     parser.add_argument("--num-ranks", type=int, required=True)
     parser.add_argument("--gpus", action="store_true")
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     values = json.loads(sys.stdin.read())
-    print("\n".join(preview(parse_config(values, "the configuration"), World(options.num_ranks, options.gpus))))
+    # Modules of the user's own may print.
+    with output_aside(enabled=True):
+        found = preview(parse_config(values, "the configuration"), World(options.num_ranks, options.gpus))
+    print_json(found.model_dump())
     return EXIT_FINISHED
 
 

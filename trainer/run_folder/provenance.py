@@ -55,6 +55,18 @@ def code_revision() -> dict[str, Any]:
     return {"distribution_version": package_version("shardline")}
 
 
+def describe_version() -> str:
+    """What runs here, in a line that a report of a fault can begin with; imports nothing of what it names."""
+    root = Path(__file__).resolve().parents[2]
+    revision = None
+    if (root / ".git").exists():
+        revision = _output(["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"])
+    version = package_version("shardline") or "of a folder that is not installed"
+    named = f"shardline {version} (revision {revision})" if revision else f"shardline {version}"
+    packages = [f"{name} {package_version(name) or 'missing'}" for name in ("torch", "transformers")]
+    return ", ".join([named, *packages, f"Python {platform.python_version()}"])
+
+
 def hardware_facts() -> dict[str, Any]:
     """Processor, cores, memory and GPUs of this machine."""
     gpus = _output(["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"])

@@ -109,7 +109,7 @@ def test_a_run_is_evaluated_and_shown_without_code_that_nobody_allowed(root: Pat
 
 def test_it_is_known_before_ranks_start(root: Path) -> None:
     config = parse_config(_values(root, "new"), "test")
-    described = "\n".join(preview(config, World(2, has_gpu=False)))
+    described = "\n".join(preview(config, World(2, has_gpu=False)).lines())
     assert "97 rows; the run reads 1.61 epochs" in described
     assert describe_corpus(prepare_samples(config.data)).startswith("train       97 samples\nvalidation  11 samples\n")
 

@@ -72,7 +72,7 @@ def test_a_missing_column_is_found_before_anything_is_prepared(
     config = make_config(data={"source": "jsonl", "paths": [str(file)], "cache_dir": str(tmp_path / "cache")})
     with pytest.raises(UserError, match=r"data.text_field=text is not a column of .*, which has body"):
         preview(load_config(config), WORLD)
-    lines = preview(load_config(config, ["data.text_field=body"]), WORLD)
+    lines = preview(load_config(config, ["data.text_field=body"]), WORLD).lines()
     assert "corpus        not prepared yet: how many epochs there are is known once it is" in lines
     assert not (tmp_path / "cache").exists()
 
@@ -80,7 +80,7 @@ def test_a_missing_column_is_found_before_anything_is_prepared(
 def test_the_run_is_described(config_file: Path) -> None:
     config = load_config(config_file)
     prepare_corpus(config.data, progress=False)
-    lines = {line[:14].strip(): line[14:] for line in preview(config, WORLD)}
+    lines = {line[:14].strip(): line[14:] for line in preview(config, WORLD).lines()}
     vocabulary, width = 301, 30
     # Embeddings, tied; of each block four square matrices, three of the feed-forward layer and two norms; a norm.
     num_parameters = vocabulary * width + 3 * (4 * width * width + 3 * width * 53 + 2 * width) + width
@@ -96,9 +96,9 @@ def test_where_it_continues_and_what_is_frozen(config_file: Path) -> None:
     folder = RunFolder(config.run_dir)
     begin_attempt(folder, config, WORLD, [])
     write_empty_checkpoint(folder.checkpoint_path(4), 4)
-    assert preview(config, WORLD)[-1] == "continues     after step 4"
+    assert preview(config, WORLD).lines()[-1] == "continues     after step 4"
     write_empty_checkpoint(folder.checkpoint_path(6), 6)
-    assert preview(config, WORLD)[-1] == "continues     nothing: complete at step 6"
+    assert preview(config, WORLD).lines()[-1] == "continues     nothing: complete at step 6"
     with pytest.raises(UserError, match=r"holds a run with other settings \(seed: frozen 7, now 8\)"):
         preview(load_config(config_file, ["seed=8"]), WORLD)
 
@@ -111,11 +111,11 @@ def test_a_task_of_ones_own_is_built_and_not_asked_to_compute(tmp_path: Path, va
         "        return CausalLanguageModelling().build_model(model_settings, facts)\n"
     )
     file = write_config(tmp_path / "own.yaml", values)
-    assert preview(load_config(file, ["task.name=preview_task:Own"]), WORLD)[0].endswith(" of llama")
+    assert preview(load_config(file, ["task.name=preview_task:Own"]), WORLD).model == "llama"
 
 
 def test_gpus_of_another_machine_are_not_asked(config_file: Path) -> None:
-    assert preview(load_config(config_file), World(4, has_gpu=True))[1].startswith("memory        ")
+    assert preview(load_config(config_file), World(4, has_gpu=True)).lines()[1].startswith("memory        ")
 
 
 def test_a_model_of_ones_own_is_built_and_described(tmp_path: Path, values: dict[str, Any]) -> None:
@@ -125,6 +125,6 @@ def test_a_model_of_ones_own_is_built_and_described(tmp_path: Path, values: dict
         "    return nn.Sequential(nn.Embedding(facts.vocab_size, width), nn.Linear(width, num_outputs))\n"
     )
     model = {"factory": "preview_model:make", "arguments": {"width": 5}}
-    lines = preview(load_config(write_config(tmp_path / "own.yaml", values | {"model": model})), WORLD)
+    lines = preview(load_config(write_config(tmp_path / "own.yaml", values | {"model": model})), WORLD).lines()
     assert lines[0] == "parameters    3,311 of preview_model:make"
     assert lines[1].startswith("memory        ")

@@ -1,0 +1,63 @@
+"""What ``trainer.plan.preview`` tells the launcher of a run before it is started. Imports no torch."""
+
+from sharding.strict_model import StrictRecord
+
+_LARGE_BYTES = 2**28
+
+
+class Preview(StrictRecord):
+    """A run before it is started; None is what nobody knows yet."""
+
+    model: str | None = None
+    """Architecture, or what makes a model of the user's own."""
+
+    num_parameters: int | None = None
+    """All of its parameters."""
+
+    num_frozen: int = 0
+    """Those of them that are not trained."""
+
+    state_bytes: float | None = None
+    """Of a rank: parameters, gradients and optimizer state."""
+
+    activation_bytes: float | None = None
+    """Of a rank at least, for activations."""
+
+    corpus: str
+    """What is trained on, for people."""
+
+    num_samples: int | None = None
+    """Samples of an epoch."""
+
+    num_epochs: float | None = None
+    """How often the run reads them."""
+
+    continues: str
+    """Where it continues, for people."""
+
+    continues_after: int | None = None
+    """Step of its own checkpoint that it continues from."""
+
+    is_complete: bool = False
+    """Whether nothing is left to train."""
+
+    def lines(self) -> list[str]:
+        """A few lines for people."""
+        if self.num_parameters is None:
+            model = ["parameters    not known before the rows are prepared: shardline data prepare does it"]
+        else:
+            trained = f", {self.num_parameters - self.num_frozen:,} of them trained" if self.num_frozen else ""
+            model = [
+                f"parameters    {self.num_parameters:,} of {self.model}{trained}",
+                f"memory        {self._memory()}",
+            ]
+        return [*model, f"corpus        {self.corpus}", f"continues     {self.continues}"]
+
+    def _memory(self) -> str:
+        state, activations = self.state_bytes or 0.0, self.activation_bytes
+        more = f", at least {_size(activations)} for activations" if activations else ""
+        return f"{_size(state)} a rank for parameters, gradients and optimizer state{more}"
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:,.2f} GiB" if num_bytes > _LARGE_BYTES else f"{num_bytes / 2**20:,.2f} MiB"
