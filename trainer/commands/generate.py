@@ -13,7 +13,10 @@ def generate(
     run_folder: Annotated[
         str, typer.Argument(help="Folder of a run or of an exported model.", metavar="RUN", callback=expanded)
     ],
-    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue, or with --chat what a user says.")],
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Have the prompt answered, as the tokenizer's chat template puts it.")
+    ] = False,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens to add at most; 120, or what the model's positions leave.")
     ] = None,
@@ -25,13 +28,13 @@ def generate(
     task: OwnTask = None,
     trust_remote_code: RemoteCode = False,
 ) -> int:
-    """Continue a text with a run's model."""
+    """Continue a text, or answer a question, with a run's model."""
     from sharding.ranks.errors import EXIT_FINISHED
     from trainer.deploy.allowed_code import AllowedCode
-    from trainer.deploy.generation import generate_text, load_model
+    from trainer.deploy.generation import answer, generate_text, load_model
 
     model, tokenizer = load_model(run_folder, step, averaged=ema, allowed=AllowedCode(task, trust_remote_code))
-    text = generate_text(
+    text = (answer if chat else generate_text)(
         model, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed
     )
     print(text)

@@ -3,6 +3,8 @@
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +15,7 @@ from trainer.commands.entry import entry
 
 if TYPE_CHECKING:
     import numpy as np
+    from rich.console import Console
 
     from trainer.config import RunConfig
     from trainer.data.prepared import Prepared, PreparedTokens
@@ -26,7 +29,7 @@ def show_data(
     limit: Annotated[int, typer.Option(min=0, help="Samples to show; 0 means all of the step.")] = 0,
     as_json: AsJson = False,
 ) -> int:
-    """Show the documents and the text, or the rows, that a step trains on."""
+    """Show the documents and the text, or the rows, that a step trains on; of conversations {+the targets+}."""
     from sharding.ranks.errors import EXIT_FINISHED, UserError
     from trainer.checkpoint.step_positions import positions_of_step
     from trainer.checkpoint.trained_corpus import trained_fingerprint
@@ -118,7 +121,25 @@ def _print_samples(config: "RunConfig", corpus: "PreparedTokens", step: int, pos
         console.print(Rule(title) if console.is_terminal else title)
         for span in shown.documents:
             console.print(f"  {span.source_id}  tokens {span.start}-{span.stop}", markup=False, style="dim")
-        console.print(tokenizer.decode(shown.token_ids), markup=False)
+        if shown.is_target is None:
+            console.print(tokenizer.decode(shown.token_ids), markup=False)
+        else:
+            _print_targets(console, tokenizer, shown.token_ids, shown.is_target)
+
+
+def _print_targets(console: "Console", tokenizer: Any, token_ids: list[int], is_target: list[bool]) -> None:
+    """Print a conversation so that its targets can be told from the rest, also where there are no colours."""
+    from rich.text import Text
+
+    has_colours = console.is_terminal and not console.no_color
+    text = Text()
+    for of_target, pairs in groupby(zip(is_target, token_ids, strict=True), key=itemgetter(0)):
+        piece = tokenizer.decode([token_id for _, token_id in pairs])
+        if not of_target:
+            text.append(piece)
+        else:
+            text.append(piece if has_colours else f"{{+{piece}+}}", style="bold green")
+    console.print(text)
 
 
 main = entry(show_data)

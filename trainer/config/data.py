@@ -8,6 +8,9 @@ from sharding.ranks.errors import UserError
 from sharding.strict_model import UNSET, OnlyWith, StrictModel
 from trainer.config.rows import RowSettings
 
+CONVERSATIONS = "stdlib-conversations"
+"""The embedded source of conversations."""
+
 # First global sample position, and the one after the last.
 SampleRange = tuple[int, int]
 """First global sample position, and the one after the last."""
@@ -37,11 +40,18 @@ class SourceConfig(StrictModel):
         "audio",
         "tones",
         "factory",
+        "stdlib-conversations",
     ] = "python-stdlib"
     """Kind of source: the embedded `python-stdlib`, local `text` (a file is a document), `jsonl`, `parquet` or `csv`
     files, a data set of the `hub`, or `tokens` that a tokenizer has made before; for rows also scikit-learn's `digits`,
     a `table`, folders of `images` or `audio`, each named after a class, and `tones` of four instruments, which are
-    computed; or the `factory` of your own that makes samples."""
+    computed; the `factory` of your own that makes samples; or `stdlib-conversations`, questions about the functions of
+    the standard library that its docstrings and signatures answer."""
+
+    format: Literal["auto", "packed", "messages", "rows"] = "auto"
+    """Whether samples are `packed` tokens of texts or of conversations (`messages`), or `rows`; `auto` is what the task
+    by its name reads, packed for a task of your own, conversations of `stdlib-conversations`, and in `evaluation.sets`
+    what the run is trained on. A source of a mixture has texts or conversations."""
 
     paths: Annotated[
         Paths, OnlyWith(source=("text", "jsonl", "parquet", "csv", "tokens", "table", "images", "audio"))
@@ -62,6 +72,10 @@ class SourceConfig(StrictModel):
     text_field: Annotated[str, OnlyWith(source=("jsonl", "parquet", "csv", "hub"))] = "text"
     """Column that holds a document's text in `jsonl`, `parquet`, `csv` and `hub` sources."""
 
+    messages_field: Annotated[str, OnlyWith(source=("jsonl", "parquet", "hub"))] = "messages"
+    """Column that holds a conversation under format `messages`: a list of messages with `role` and `content`; functions
+    that may be called are in the column `tools`, if there is one."""
+
     tokens_field: Annotated[str, OnlyWith(source="tokens")] = "input_ids"
     """Column that holds a document's token ids in Parquet files."""
 
@@ -69,6 +83,11 @@ class SourceConfig(StrictModel):
         default=0, ge=0
     )
     """Use only this many documents, taken in source order; 0 means all."""
+
+    @property
+    def reads_messages(self) -> bool:
+        """Whether its documents are conversations."""
+        return self.format == "messages" or self.source == CONVERSATIONS
 
 
 class MixtureSource(SourceConfig):
@@ -81,11 +100,14 @@ class MixtureSource(SourceConfig):
     """Share of the training samples that come from this source, relative to the weights of the others."""
 
 
-TEXT_SOURCES = ("python-stdlib", "text", "jsonl", "parquet", "csv", "hub", "tokens")
+TEXT_SOURCES = ("python-stdlib", "text", "jsonl", "parquet", "csv", "hub", CONVERSATIONS, "tokens")
 """Sources that become tokens."""
+MESSAGES_SOURCES = ("jsonl", "parquet", "hub", CONVERSATIONS)
+"""Sources that may have conversations."""
 
 _TOKENS = OnlyWith(source=TEXT_SOURCES, because="there are no tokens elsewhere")
-_PACKED = OnlyWith(format=("auto", "packed"), because="a row is a sample of its own, prepared before training")
+_TEXTS = OnlyWith(format=("auto", "packed"), because="conversations and rows are prepared before training")
+_PACKED = OnlyWith(format=("auto", "packed", "messages"), because="a row is a sample of its own")
 
 
 class DataConfig(RowSettings, SourceConfig):
@@ -109,11 +131,11 @@ class DataConfig(RowSettings, SourceConfig):
             streaming=False,
             because="a source's place is computed from its number of samples, which a stream does not have",
         ),
-        _PACKED,
+        OnlyWith(format=("auto", "packed"), because="each source says itself whether it has conversations"),
     ] = ()
     """Several sources with weights, each with the settings of a source, instead of the one that the keys above name."""
 
-    streaming: Annotated[bool, _PACKED] = False
+    streaming: Annotated[bool, _TEXTS] = False
     """Read, tokenise and pack the source while training instead of preparing it, for corpora too large for that."""
 
     sample_documents: Annotated[int, OnlyWith(streaming=True)] = Field(default=10_000, ge=1)
@@ -141,6 +163,10 @@ class DataConfig(RowSettings, SourceConfig):
     """Have a token that hides others: a trained BPE gets `[MASK]` and, to fill up rows, `[PAD]`; any other tokenizer
     must have one. If not set, true under task `masked-lm`."""
 
+    chat_template: str | None = None
+    """How conversations become text: `chatml`, `plain` (roles in words, for any tokenizer), or a file with a Jinja
+    template; if not set, the tokenizer's own."""
+
     sequence_length: Annotated[
         int, OnlyWith(source=(*TEXT_SOURCES, "factory"), because="there are no tokens elsewhere")
     ] = Field(default=256, ge=1)
@@ -161,9 +187,13 @@ class DataConfig(RowSettings, SourceConfig):
 
     document_mask: Annotated[bool, _PACKED] = False
     """Keep the documents of a sample apart: attention stays within each, positions count from its start, and its
-    first token is not a target."""
+    first token is not a target. If not set, true for conversations."""
 
-    shard_tokens: Annotated[int, OnlyWith(format=("auto", "packed"))] = Field(default=64 * 1024 * 1024, ge=1024)
+    packing: Literal["auto", "stream", "whole"] = "auto"
+    """Whether documents are packed one behind the other and cut where a sample ends (`stream`), or conversations
+    `whole`, as many into a sample as fit; `auto` is whole for conversations and stream for texts."""
+
+    shard_tokens: Annotated[int, _PACKED] = Field(default=64 * 1024 * 1024, ge=1024)
     """Tokens in one packed shard file."""
 
     num_workers: int = Field(default=0, ge=0)
@@ -177,6 +207,16 @@ class DataConfig(RowSettings, SourceConfig):
     def has_rows(self) -> bool:
         """Whether samples are rows, and not packed tokens."""
         return self.format == "rows"
+
+    @property
+    def has_messages(self) -> bool:
+        """Whether there are conversations, in a mixture perhaps beside texts."""
+        return not self.has_rows and any(source.reads_messages for source in self.mixture or (self,))
+
+    @property
+    def packs_whole(self) -> bool:
+        """Whether a conversation is never cut to fill a sample up."""
+        return self.has_messages and self.packing != "stream"
 
     @property
     def has_tokens(self) -> bool:
@@ -238,6 +278,9 @@ def _validate_factory(data: DataConfig) -> None:
 def _validate_mixture(data: DataConfig) -> None:
     defaults = SourceConfig()
     changed = [name for name in SourceConfig.model_fields if getattr(data, name) != getattr(defaults, name)]
+    # Of a mixture as of one source it says that samples are no rows.
+    if data.format == "packed":
+        changed.remove("format")
     if changed:
         raise UserError(
             f"data.{changed[0]} has no effect beside data.mixture, whose sources have settings of their own; "

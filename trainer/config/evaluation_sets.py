@@ -34,6 +34,8 @@ def validate_sets(config: "RunConfig") -> None:
 def set_data(data: DataConfig, one: "EvaluationSet") -> DataConfig:
     """The section ``data`` of a run with a set in place of its source, all of which is one split."""
     source = {name: getattr(one, name) for name in SourceConfig.model_fields}
+    if one.format == "auto":
+        source["format"] = data.format
     whole = {"validation_fraction": 0.0, "validation_paths": (), "test_paths": (), "split": SplitConfig()}
     whole |= {"hub_validation_split": None, "hub_test_split": None}
     return data.model_copy(update=source | whole | {"mixture": (), "table": None})

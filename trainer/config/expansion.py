@@ -12,7 +12,7 @@ PATH_SETTINGS = (
     *("output_dir", "task.folder", "model.pretrained", "model.folder", "data.folder"),
     *("data.paths", "data.validation_paths", "data.test_paths", "data.mixture.paths"),
     "evaluation.sets.paths",
-    *("data.tokenizer", "data.cache_dir"),
+    *("data.tokenizer", "data.chat_template", "data.cache_dir"),
     *("checkpoint.storage", "checkpoint.from", "parallel.nvme_path"),
 )
 """Settings in which they are replaced; each holds a text or several."""

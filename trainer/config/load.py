@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from sharding.ranks.errors import UserError
 from trainer.config.earlier_spellings import forget_replaced, note_earlier_spelling, with_present_spelling
 from trainer.config.expansion import escape_settings, expand_argument, expand_settings
+from trainer.config.messages import with_messages
 from trainer.config.rows_rules import with_kind_of_samples
 from trainer.config.rules import validate
 from trainer.config.schema import OWN_MODULES, RunConfig
@@ -70,7 +71,7 @@ def parse_config(values: dict[str, Any], source: str, *, has_rules: bool = True)
         problems = [_describe(problem) for problem in error.errors()]
         raise UserError(f"{source}: " + "\n".join(problems)) from None
     config = _with_mask_token(_with_own_tokenizer(config))
-    data = with_kind_of_samples(config.data, config.task.name)
+    data = with_messages(with_kind_of_samples(config.data, config.task.name))
     if data is not config.data:
         config = config.model_copy(update={"data": data})
     if has_rules:

@@ -59,10 +59,6 @@ class SplitConfig(StrictModel):
 class RowSettings(StrictModel):
     """What a row is made of."""
 
-    format: Literal["auto", "packed", "rows"] = "auto"
-    """Whether samples are `packed` tokens or `rows`; `auto` is what the task by its name reads, and packed for a task
-    of your own."""
-
     label: Annotated[str, _ROWS] = "label"
     """Column that is to be predicted; of folders of files the label is the folder's name."""
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from sharding.ranks.errors import UserError
-from trainer.config.data import DataConfig
+from trainer.config.data import CONVERSATIONS, DataConfig
 from trainer.config.rows import TASK_SAMPLES
 
 
@@ -19,6 +19,8 @@ def with_kind_of_samples(data: DataConfig, task_name: str) -> DataConfig:
     changes: dict[str, Any] = {}
     if data.format == "auto" and kind == "rows":
         changes["format"] = "rows"
+    elif data.format == "auto" and data.source == CONVERSATIONS:
+        changes["format"] = "messages"
     if data.label_kind == "auto" and changes.get("format", data.format) == "rows":
         changes["label_kind"] = label_kind
     return data.model_copy(update=changes) if changes else data
@@ -73,9 +75,9 @@ def _validate_labels(data: DataConfig, task_name: str, label_kind: str) -> None:
 
 
 def _validate_source(data: DataConfig) -> None:
-    if data.source == "tokens":
+    if data.source in ("tokens", CONVERSATIONS):
         raise UserError(
-            "data.source=tokens has documents that are packed, and the task reads rows; name a source of texts."
+            f"data.source={data.source} has documents that are packed, and the task reads rows; name a source of texts."
         )
     if data.source == "table" and (data.table is None) == (not data.paths):
         raise UserError(

@@ -12,6 +12,7 @@ from trainer.config.budget import validate_budget, validate_schedule
 from trainer.config.data import validate_data
 from trainer.config.evaluation import validate_evaluation
 from trainer.config.evaluation_sets import validate_sets
+from trainer.config.messages import validate_messages
 from trainer.config.networks import validate_model
 from trainer.config.optimizer import validate_optimizer
 from trainer.config.rows import TASK_SAMPLES
@@ -92,6 +93,7 @@ def validate(config: "RunConfig", world: World | None = None) -> None:
 def _validate_model_and_data(config: "RunConfig") -> None:
     _validate_loss(config)
     validate_model(config.model, config.task.name)
+    validate_messages(config)
     _validate_masks(config)
     loads_weights = config.checkpoint.from_ is not None and config.checkpoint.load == "weights"
     if config.model.new_head and config.model.pretrained is None and not loads_weights:

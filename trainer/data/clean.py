@@ -1,6 +1,7 @@
 """Cleaning: normalised documents without empty ones and exact duplicates, divided into splits."""
 
 import hashlib
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -8,6 +9,7 @@ from pathlib import Path
 
 from sharding.ranks.errors import UserError
 from trainer.config.data import DataConfig, SourceConfig
+from trainer.data.conversations import in_all_texts, said
 from trainer.data.corpus import clean_text, read_documents
 from trainer.data.progress import StageProgress
 
@@ -30,6 +32,7 @@ class CleanedCorpus:
         num_duplicates: of these, dropped for being equal to an earlier one.
         empty_files: files of the source without a single row.
         has_tokens: whether documents are tokens already.
+        has_messages: whether documents are conversations in JSON.
     """
 
     spool: Path
@@ -43,6 +46,7 @@ class CleanedCorpus:
     num_duplicates: int = 0
     empty_files: list[Path] = field(default_factory=list)
     has_tokens: bool = False
+    has_messages: bool = False
 
     def num_documents(self, split: str) -> int:
         """Documents of one split."""
@@ -62,8 +66,9 @@ class CleanedCorpus:
                     yield contents, source_id
 
     def texts(self, split: str) -> Iterator[str]:
-        """The texts alone."""
-        return (text for text, _ in self.documents(split))
+        """The texts alone, of conversations what is said in them."""
+        texts = (text for text, _ in self.documents(split))
+        return map(said, texts) if self.has_messages else texts
 
     def remove_spool(self) -> None:
         """Delete the file of texts."""
@@ -79,7 +84,9 @@ def clean_corpus(source: SourceConfig, config: DataConfig, work: Path, stages: S
     Raises:
         UserError: the source cannot be read, or nothing is left to train on.
     """
-    cleaned = CleanedCorpus(work / _SPOOL_NAME, has_tokens=source.source == "tokens")
+    cleaned = CleanedCorpus(
+        work / _SPOOL_NAME, has_tokens=source.source == "tokens", has_messages=source.reads_messages
+    )
     seen: set[bytes] = set()
     hash_positions: list[float] = []
     digest = hashlib.sha256()
@@ -87,7 +94,11 @@ def clean_corpus(source: SourceConfig, config: DataConfig, work: Path, stages: S
         for document in read_documents(source, cleaned.empty_files.append):
             cleaned.num_read += 1
             advance(1)
-            if document.tokens is None:
+            identity = None
+            if source.reads_messages:
+                is_empty = False
+                text, identity = encode_conversation(document.text, config.normalize)
+            elif document.tokens is None:
                 text = encode_text(document.text, config.normalize)
                 is_empty = not text.strip()
             else:
@@ -95,7 +106,7 @@ def clean_corpus(source: SourceConfig, config: DataConfig, work: Path, stages: S
             if is_empty:
                 cleaned.num_empty += 1
                 continue
-            key = hashlib.sha256(text).digest()
+            key = hashlib.sha256(identity or text).digest()
             if key in seen:
                 cleaned.num_duplicates += 1
                 continue
@@ -104,7 +115,8 @@ def clean_corpus(source: SourceConfig, config: DataConfig, work: Path, stages: S
             digest.update(len(text).to_bytes(8, "little") + key)
             cleaned.lengths.append(len(text))
             cleaned.source_ids.append(document.source_id)
-            hash_positions.append(hash_position(key))
+            group = document.group.encode()
+            hash_positions.append(hash_position(hashlib.sha256(group).digest() if group else key))
     cleaned.sha256 = digest.hexdigest()
     if not cleaned.lengths:
         raise UserError(
@@ -120,6 +132,14 @@ def encode_text(text: str, normalize: str) -> bytes:
     """A document's cleaned text in UTF-8."""
     # A lone surrogate cannot be stored as UTF-8; JSON can bring one in.
     return clean_text(text, normalize).encode("utf-8", errors="replace")
+
+
+def encode_conversation(conversation: str, normalize: str) -> tuple[bytes, bytes]:
+    """A conversation in JSON with all its texts cleaned, in UTF-8; and the same in any order of its fields."""
+    cleaned = in_all_texts(json.loads(conversation), lambda text: clean_text(text, normalize))
+    forms = (json.dumps(cleaned, ensure_ascii=False, sort_keys=is_sorted) for is_sorted in (False, True))
+    text, identity = (form.encode("utf-8", errors="replace") for form in forms)
+    return text, identity
 
 
 def hash_position(sha256: bytes) -> float:

@@ -11,11 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from sharding.ranks.errors import UserError
-from trainer.config.data import SourceConfig
+from trainer.config.data import CONVERSATIONS, SourceConfig
+from trainer.data.conversations import hub_conversation
 from trainer.data.files import Document, find_files, read_file
 from trainer.data.generated import GENERATOR_VERSION
 from trainer.data.python_stdlib import stdlib_files, stdlib_folder
+from trainer.data.stdlib_questions import QUESTIONS_VERSION, stdlib_questions
 from trainer.data.token_files import INDEX_SUFFIX
+
+_EMBEDDED = ("python-stdlib", CONVERSATIONS)
 
 
 def corpus_fingerprint(config: SourceConfig) -> str:
@@ -40,8 +44,10 @@ def corpus_fingerprint(config: SourceConfig) -> str:
         identity = [
             (str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns) for path in files if path.exists()
         ]
-        if config.source == "python-stdlib":
+        if config.source in _EMBEDDED:
             identity.append(sys.version)
+        if config.source == CONVERSATIONS:
+            identity.append(QUESTIONS_VERSION)
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
 
@@ -78,7 +84,7 @@ def all_files(config: SourceConfig) -> list[Path]:
     Raises:
         UserError: a path names nothing.
     """
-    return stdlib_files() if config.source == "python-stdlib" else find_files(config).files
+    return stdlib_files() if config.source in _EMBEDDED else find_files(config).files
 
 
 def hub_rows(config: SourceConfig) -> Any:
@@ -128,7 +134,7 @@ def reading(config: SourceConfig, name: str) -> Iterator[None]:
     except Exception as error:  # noqa: BLE001 - each format's library has errors of its own
         cause = error.__cause__ or error
         reason = " ".join(str(cause).split())[:300]
-        setting = {"hub": "data.hub_name", "python-stdlib": "data.source"}.get(config.source, "data.paths")
+        setting = {"hub": "data.hub_name", **dict.fromkeys(_EMBEDDED, "data.source")}.get(config.source, "data.paths")
         raise UserError(
             f"{setting}: {name} cannot be read ({type(cause).__name__}: {reason}); check the source."
         ) from None
@@ -148,8 +154,16 @@ def _read_source(config: SourceConfig, pass_over: Callable[[Path], None]) -> Ite
     if config.source == "hub":
         with reading(config, f"{config.hub_name}"):
             for number, row in enumerate(hub_rows(config)):
-                name = f"{config.hub_name}#{number}"
-                yield Document(text_of(row, config, f"row {number} of {config.hub_name}"), name)
+                name, place = f"{config.hub_name}#{number}", f"row {number} of {config.hub_name}"
+                if config.reads_messages:
+                    yield Document(hub_conversation(row, config, place), name)
+                else:
+                    yield Document(text_of(row, config, place), name)
+        return
+    if config.source == CONVERSATIONS:
+        with reading(config, config.source):
+            for question in stdlib_questions():
+                yield Document(question.conversation, question.source_id, group=question.module)
         return
     for path in all_files(config):
         is_empty = True

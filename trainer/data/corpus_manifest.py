@@ -8,6 +8,25 @@ from sharding.strict_model import StrictRecord
 from trainer.data.shards import FileFacts, SplitFacts
 
 
+class ConversationFacts(StrictRecord):
+    """What became of conversations."""
+
+    row_tokens: int | None
+    """Tokens of the samples that conversations were packed into whole; None where they are one stream."""
+
+    num_targets: dict[str, int]
+    """Tokens of each split that are targets."""
+
+    num_cut: int
+    """Conversations of more than a sample's tokens, of which the beginning was kept."""
+
+    num_without_target: int
+    """Conversations that were dropped, since no token of them is a target."""
+
+    num_divided: int
+    """Conversations that became several documents, for the template writes earlier turns otherwise later."""
+
+
 class CorpusManifest(StrictRecord):
     """What a prepared corpus says of itself."""
 
@@ -49,6 +68,9 @@ class CorpusManifest(StrictRecord):
 
     validation_limit: float | None = None
     """Documents are held out whose text's hash, as a share of all hashes, is below this; unknown in old corpora."""
+
+    conversations: ConversationFacts | None = None
+    """What became of conversations; None of texts."""
 
     tokenizer_files: list[FileFacts]
     """The tokenizer, its files named from the corpus folder."""

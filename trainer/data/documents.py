@@ -11,7 +11,7 @@ from trainer.data.prepared import Prepared, PreparedTokens
 from trainer.data.prepared_own import PreparedOwn
 from trainer.data.prepared_rows import PreparedRows
 from trainer.data.row_store import StoredRows
-from trainer.data.shards import DocumentSpan
+from trainer.data.shards import DocumentSpan, split_targets
 
 MOST_POSITIONS = 4096
 """Sample positions whose documents are named in an event."""
@@ -28,6 +28,7 @@ class ShownSample:
         index: which sample of the source's stream it is.
         documents: the documents that it covers; positions are tokens of the stream.
         token_ids: the tokens that the model reads.
+        is_target: whether each is one that is predicted from those before it; None where all are.
         num_targets: how many of them have a target.
     """
 
@@ -37,6 +38,7 @@ class ShownSample:
     index: int
     documents: list[DocumentSpan]
     token_ids: list[int]
+    is_target: list[bool] | None
     num_targets: int
 
 
@@ -50,10 +52,14 @@ def samples_at(config: RunConfig, corpus: PreparedTokens, positions: np.ndarray)
         begin = index * length
         tokens = source.read(begin, min(begin + length + 1, source.num_tokens))
         # Its last token is only there to be predicted.
-        num_targets = len(tokens) - 1
-        token_ids = tokens[:num_targets].tolist()
-        documents = source.documents_between(begin, begin + num_targets)
-        yield ShownSample(position, source.name, epoch, index, documents, token_ids, num_targets)
+        num_inputs = num_targets = len(tokens) - 1
+        is_target = None
+        if source.has_targets:
+            tokens, of_all = split_targets(tokens)
+            is_target, num_targets = of_all[:num_inputs].tolist(), int(of_all[1:].sum())
+        token_ids = tokens[:num_inputs].tolist()
+        documents = source.documents_between(begin, begin + num_inputs)
+        yield ShownSample(position, source.name, epoch, index, documents, token_ids, is_target, num_targets)
 
 
 def documents_in(config: RunConfig, corpus: Prepared, ranges: Iterable[Sequence[int]]) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from typing import Any
 
 from sharding.parallel_dims import Role
 from sharding.ranks.errors import UserError
@@ -39,7 +40,9 @@ def prepare_sets(config: RunConfig, prepared: Prepared, *, progress: bool = True
                 )
             else:
                 # The size that was asked for is of a tokenizer that is trained.
-                unused = {"vocab_size": DataConfig.model_fields["vocab_size"].default}
+                unused: dict[str, Any] = {"vocab_size": DataConfig.model_fields["vocab_size"].default}
+                # The tokenizer has the chat template that is trained on.
+                unused["chat_template"] = None
                 data = data.model_copy(update={"tokenizer": str(prepared.tokenizer_dir)} | unused)
                 sets[one.name] = prepare_samples(data, progress=progress)
         except UserError as error:

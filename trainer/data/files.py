@@ -15,6 +15,7 @@ import numpy as np
 
 from sharding.ranks.errors import UserError
 from trainer.config.data import SourceConfig
+from trainer.data.conversations import read_conversations
 from trainer.data.row_files import csv_rows, decode, json_rows, open_decompressed, open_parquet, parquet_rows
 from trainer.data.token_files import read_tokens
 
@@ -35,11 +36,19 @@ _MAX_ROWS_WITHOUT_COLUMN = 10_000
 
 @dataclass(frozen=True)
 class Document:
-    """A text, or the tokens of one, and where it came from: a path, with ``#row`` where a file holds several."""
+    """A text, or the tokens of one, and where it came from: a path, with ``#row`` where a file holds several.
+
+    Attributes:
+        text: the text; of a conversation JSON, see ``trainer.data.conversations``.
+        source_id: where it came from.
+        tokens: those of a text that is not there.
+        group: documents of the same group are on the same side of a split; empty where each decides for itself.
+    """
 
     text: str
     source_id: str
     tokens: np.ndarray | None = None
+    group: str = ""
 
 
 @dataclass
@@ -120,6 +129,8 @@ def read_file(path: Path, config: SourceConfig) -> Iterator[Document]:
     """
     if config.source == "tokens":
         return (Document("", source_id, ids) for ids, source_id in read_tokens(path, config.tokens_field))
+    if config.reads_messages:
+        return (Document(text, f"{path}#{number}") for text, number in read_conversations(path, config))
     readers: dict[str, Callable[[Path, str], Iterator[Document]]] = {
         "text": _read_text,
         "jsonl": _read_json,

@@ -10,18 +10,21 @@ from typing import Any
 
 from sharding.ranks.errors import UserError
 from trainer.config.data import DataConfig, SourceConfig
+from trainer.data.chat_template import template_text
 from trainer.data.corpus import corpus_fingerprint
 from trainer.data.rows_manifest import RowRecipe
 from trainer.data.tokenizer import tokenizer_identity
 
 PREPARATION_VERSION = 3
 ROWS_VERSION = 2
+CONVERSATIONS_VERSION = 1
 
 # Settings that say nothing of the rows themselves; where their files lie is in the identity of their contents.
 _NOT_OF_ROWS = {
     *("format", "shuffle", "skip_samples", "bucket_by_length", "cache_dir", "num_workers", "shard_tokens"),
     *("mixture", "streaming", "sample_documents", "shuffle_window", "document_mask", "paths"),
     *("validation_paths", "test_paths", "factory", "arguments", "folder"),
+    *("messages_field", "chat_template", "packing"),
 }
 
 
@@ -66,6 +69,8 @@ def corpus_folder(config: DataConfig) -> Path:
         include=_own_settings(config) | {"normalize", "validation_fraction", "shard_tokens"},
     )
     identity = [PREPARATION_VERSION, settings, _sources_identity(config), tokenizer_identity(config)]
+    if config.has_messages:
+        identity.append(_conversations_identity(config))
     return prepared_root(config) / f"{source_kind(config)}-{_digest(identity)}"
 
 
@@ -115,7 +120,21 @@ def source_kind(config: DataConfig) -> str:
 
 def _own_settings(source: SourceConfig) -> set[str]:
     """Those that decide what is read of a source's files; one that came later only where it counts, for old corpora."""
-    return {"source", "text_field", "max_documents"} | ({"tokens_field"} if source.source == "tokens" else set())
+    of_kind = {"tokens_field"} if source.source == "tokens" else set()
+    if source.reads_messages:
+        of_kind = {"format", "messages_field"}
+    return {"source", "text_field", "max_documents"} | of_kind
+
+
+def _conversations_identity(config: DataConfig) -> list[Any]:
+    """What decides the tokens of conversations beside their source and the tokenizer."""
+    folder = Path(config.tokenizer).expanduser()
+    if config.chat_template is not None:
+        template = template_text(config.chat_template)
+    else:
+        # A template that is no file of its own is in those that tell tokenizers apart.
+        template = "".join(path.read_text() for path in sorted(folder.rglob("*.jinja"))) if folder.is_dir() else ""
+    return [CONVERSATIONS_VERSION, template, config.sequence_length if config.packs_whole else None]
 
 
 def _sources_identity(config: DataConfig) -> str:

@@ -12,7 +12,7 @@ from sharding.ranks.errors import UserError
 from trainer.data.blocks import hash_blocks
 from trainer.data.clean import CleanedCorpus
 from trainer.data.progress import StageProgress
-from trainer.data.shards import FileFacts, SplitFacts
+from trainer.data.shards import FileFacts, SplitFacts, split_targets
 from trainer.data.tokenizer import text_encoder, vocabulary_size
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def pack_split(
         folder: where the files go.
         stages: shows progress.
     """
-    writer = _ShardWriter(folder, name, dtype, shard_tokens)
+    writer = ShardWriter(folder, name, dtype, shard_tokens)
     encode = _token_reader(tokenizer) if cleaned.has_tokens else _batch_encoder(tokenizer)
     starts, sources = [0], []
     with stages.stage(f"tokenising {name}", cleaned.num_documents(name)) as advance:
@@ -52,18 +52,7 @@ def pack_split(
                 starts.append(writer.num_tokens)
             sources += [source_id.encode() for _, source_id in batch]
             advance(len(batch))
-    shards = writer.close()
-    source_offsets = np.cumsum([0, *(len(source) for source in sources)])
-    return SplitFacts(
-        num_tokens=writer.num_tokens,
-        num_documents=len(sources),
-        shards=shards,
-        documents=write_file(folder / f"{name}-documents.i64", np.array(starts, dtype="<i8").tobytes()),
-        source_offsets=write_file(folder / f"{name}-source-offsets.i64", source_offsets.astype("<i8").tobytes()),
-        sources=write_file(folder / f"{name}-sources.txt", b"".join(sources)),
-        blocks=write_file(folder / f"{name}-blocks.sha256", writer.block_hashes),
-        unigram_entropy=_entropy(writer.counts),
-    )
+    return writer.close(starts, sources)
 
 
 _Encode = Callable[[list[tuple[bytes, str]]], Iterator[np.ndarray]]
@@ -99,13 +88,27 @@ def _token_reader(tokenizer: "PreTrainedTokenizerFast") -> _Encode:
     return read
 
 
-class _ShardWriter:
-    """Cuts a stream of tokens into files of equal size, hashing as it goes."""
+class ShardWriter:
+    """Cuts a stream of tokens into files of equal size, hashing as it goes.
 
-    def __init__(self, folder: Path, name: str, dtype: str, shard_tokens: int) -> None:
+    Attributes:
+        num_tokens: written so far.
+    """
+
+    def __init__(self, folder: Path, name: str, dtype: str, shard_tokens: int, *, has_targets: bool = False) -> None:
+        """Begin a split.
+
+        Args:
+            folder: where the files go.
+            name: `train` or `validation`.
+            dtype: NumPy type of a stored token.
+            shard_tokens: tokens of a full shard.
+            has_targets: whether tokens say if they are targets, see ``TARGET_BIT``; then these alone are counted.
+        """
         self.num_tokens = 0
-        self.block_hashes = b""
-        self.counts = np.zeros(0, dtype=np.int64)
+        self._block_hashes = b""
+        self._counts = np.zeros(0, dtype=np.int64)
+        self._has_targets = has_targets
         self._folder = folder
         self._name = name
         self._dtype = dtype
@@ -114,24 +117,46 @@ class _ShardWriter:
         self._pending = bytearray()
 
     def write(self, tokens: np.ndarray) -> None:
+        """Add tokens, of the stored type."""
         self.num_tokens += len(tokens)
         self._pending += tokens.tobytes()
         while len(self._pending) >= self._shard_bytes:
             self._flush(self._shard_bytes)
 
-    def close(self) -> list[FileFacts]:
+    def close(self, starts: list[int], sources: list[bytes]) -> SplitFacts:
+        """Write what is left, and the documents.
+
+        Args:
+            starts: where each document starts, and the end.
+            sources: where each came from.
+        """
         if self._pending:
             self._flush(len(self._pending))
-        return self._shards
+        folder, name = self._folder, self._name
+        source_offsets = np.cumsum([0, *(len(source) for source in sources)])
+        return SplitFacts(
+            num_tokens=self.num_tokens,
+            num_documents=len(sources),
+            shards=self._shards,
+            documents=write_file(folder / f"{name}-documents.i64", np.array(starts, dtype="<i8").tobytes()),
+            source_offsets=write_file(folder / f"{name}-source-offsets.i64", source_offsets.astype("<i8").tobytes()),
+            sources=write_file(folder / f"{name}-sources.txt", b"".join(sources)),
+            blocks=write_file(folder / f"{name}-blocks.sha256", self._block_hashes),
+            unigram_entropy=_entropy(self._counts),
+        )
 
     def _flush(self, num_bytes: int) -> None:
         path = self._folder / f"{self._name}-{len(self._shards):05d}.bin"
         contents = bytes(self._pending[:num_bytes])
         self._shards.append(write_file(path, contents))
-        self.block_hashes += hash_blocks(contents)
-        counts = np.bincount(np.frombuffer(contents, dtype=self._dtype), minlength=len(self.counts))
-        counts[: len(self.counts)] += self.counts
-        self.counts = counts
+        self._block_hashes += hash_blocks(contents)
+        tokens = np.frombuffer(contents, dtype=self._dtype)
+        if self._has_targets:
+            ids, is_target = split_targets(tokens)
+            tokens = ids[is_target]
+        counts = np.bincount(tokens, minlength=len(self._counts))
+        counts[: len(self._counts)] += self._counts
+        self._counts = counts
         del self._pending[:num_bytes]
 
 

@@ -9,7 +9,7 @@ from sharding.engine import Batch
 from trainer.config.data import DataConfig
 from trainer.data.facts import SampleFacts
 from trainer.data.prepared import PreparedTokens
-from trainer.data.shards import Stream
+from trainer.data.shards import Stream, split_targets
 
 
 class PackedSamples:
@@ -60,6 +60,7 @@ class PackedSamples:
         tokens = np.zeros((len(indices), length + 1), dtype=np.int64)
         num_tokens = np.full(len(indices), length + 1)
         is_start = np.zeros(tokens.shape, dtype=bool) if self._document_mask else None
+        is_target = np.ones(tokens.shape, dtype=bool) if stream.has_targets else None
         for row, index in enumerate(indices):
             source, local_index = stream.locate(index, length)
             start = local_index * length
@@ -68,7 +69,9 @@ class PackedSamples:
             source.read_into(start, stop, tokens[row, : stop - start])
             if is_start is not None:
                 is_start[row, source.document_starts(start, start + length + 1) - start] = True
-        return packed_rows(tokens, num_tokens, is_start)
+            if is_target is not None and source.has_targets:
+                tokens[row], is_target[row] = split_targets(tokens[row])
+        return packed_rows(tokens, num_tokens, is_start, is_target)
 
     def _stream(self, split: str) -> Stream:
         if split not in self._streams:
@@ -99,17 +102,27 @@ def sample_facts(corpus: PreparedTokens, data: DataConfig) -> SampleFacts:
     )
 
 
-def packed_rows(tokens: np.ndarray, num_tokens: np.ndarray | None = None, is_start: np.ndarray | None = None) -> Batch:
+def packed_rows(
+    tokens: np.ndarray,
+    num_tokens: np.ndarray | None = None,
+    is_start: np.ndarray | None = None,
+    is_target: np.ndarray | None = None,
+) -> Batch:
     """Rows of packed tokens as samples.
 
     Args:
         tokens: int64 [rows, length + 1]; a row's last token is only there to be predicted.
         num_tokens: int64 [rows], tokens of each row that the stream has; all by default.
         is_start: bool [rows, length + 1], where documents start; given where they are kept apart.
+        is_target: bool [rows, length + 1], which tokens are to be predicted; given where not all are.
 
     Returns:
-        ``tokens`` and ``num_tokens``, and with ``is_start`` also ``document_starts``.
+        ``tokens`` and ``num_tokens``, with ``is_start`` also ``document_starts``, and with ``is_target`` that.
     """
     counts = np.full(len(tokens), tokens.shape[1]) if num_tokens is None else num_tokens
     rows = {"tokens": torch.from_numpy(tokens), "num_tokens": torch.from_numpy(counts)}
-    return rows if is_start is None else rows | {"document_starts": torch.from_numpy(is_start)}
+    if is_start is not None:
+        rows["document_starts"] = torch.from_numpy(is_start)
+    if is_target is not None:
+        rows["is_target"] = torch.from_numpy(is_target)
+    return rows

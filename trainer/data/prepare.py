@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from sharding.ranks.errors import UserError
 from trainer.config.data import DataConfig, SourceConfig
+from trainer.data.chat_template import CHATML_TOKENS, ChatTemplate, load_chat_template
 from trainer.data.clean import CleanedCorpus, clean_corpus
 from trainer.data.corpus import read_documents
 from trainer.data.files import check_readable, find_files, name_endings, name_some
@@ -22,6 +23,7 @@ from trainer.data.identity import (
     prepared_part,
 )
 from trainer.data.pack import describe_file, pack_split
+from trainer.data.pack_conversations import CONVERSATION_DTYPE, pack_conversations
 from trainer.data.prepare_rows import describe_rows, prepare_by_recipe, prepare_rows
 from trainer.data.prepared import (
     MANIFEST_NAME,
@@ -181,6 +183,7 @@ def _prepare_corpora(config: DataConfig, work: Path, stages: StageProgress) -> N
     # What is cheap to check comes before hours of reading.
     is_trained = config.tokenizer == TRAINED
     named = None if is_trained else load_tokenizer(config.tokenizer, masks=config.mask_token)
+    template = None if named is None else _chat_template(config, named)
     if named is not None and config.vocab_size != DataConfig.model_fields["vocab_size"].default:
         stages.note(
             f"data.vocab_size={config.vocab_size} has no effect: data.tokenizer={config.tokenizer} has "
@@ -197,8 +200,15 @@ def _prepare_corpora(config: DataConfig, work: Path, stages: StageProgress) -> N
         if empty := cleaned[name].empty_files:
             stages.note(f"data.paths: {len(empty):,} files have nothing in them: {name_some(empty)}")
     tokenizer = named or _train_tokenizer(config, list(cleaned.values()), stages)
+    template = template or _chat_template(config, tokenizer)
     for name, corpus in cleaned.items():
-        _write_corpus(config, corpus, tokenizer, work / name, stages)
+        with errors_of(name):
+            _write_corpus(config, corpus, tokenizer, template, work / name, stages)
+
+
+def _chat_template(config: DataConfig, tokenizer: "PreTrainedTokenizerFast") -> ChatTemplate | None:
+    """What writes the conversations of a configuration, if it has any; the tokenizer keeps it."""
+    return load_chat_template(tokenizer, config.chat_template, config.tokenizer) if config.has_messages else None
 
 
 def _check_source(source: SourceConfig, stages: StageProgress) -> None:
@@ -215,16 +225,27 @@ def _check_source(source: SourceConfig, stages: StageProgress) -> None:
 
 
 def _write_corpus(
-    config: DataConfig, cleaned: CleanedCorpus, tokenizer: "PreTrainedTokenizerFast", work: Path, stages: StageProgress
+    config: DataConfig,
+    cleaned: CleanedCorpus,
+    tokenizer: "PreTrainedTokenizerFast",
+    template: ChatTemplate | None,
+    work: Path,
+    stages: StageProgress,
 ) -> None:
     """Pack one source, with a copy of the tokenizer and with the manifest last."""
     save_tokenizer(tokenizer, work / TOKENIZER_FOLDER)
     vocab_size = vocabulary_size(tokenizer)
     dtype = "<u2" if vocab_size <= 1 << 16 else "<u4"
-    splits = {
-        name: pack_split(name, cleaned, tokenizer, dtype, config.shard_tokens, work, stages)
-        for name in ("train", "validation")
-    }
+    conversations = None
+    if cleaned.has_messages:
+        assert template is not None, "a configuration with conversations has a template"
+        dtype = CONVERSATION_DTYPE
+        splits, conversations = pack_conversations(config, cleaned, tokenizer, template, work, stages)
+    else:
+        splits = {
+            name: pack_split(name, cleaned, tokenizer, dtype, config.shard_tokens, work, stages)
+            for name in ("train", "validation")
+        }
     cleaned.remove_spool()
     manifest = CorpusManifest(
         preparation_version=PREPARATION_VERSION,
@@ -240,12 +261,15 @@ def _write_corpus(
         num_empty=cleaned.num_empty,
         num_duplicates=cleaned.num_duplicates,
         validation_limit=cleaned.validation_limit,
+        conversations=conversations,
         tokenizer_files=[
             describe_file(path, work) for path in sorted((work / TOKENIZER_FOLDER).rglob("*")) if path.is_file()
         ],
         splits=splits,
     )
-    write_atomically(work / MANIFEST_NAME, dump_checked(manifest.model_dump(mode="json")))
+    # Of texts it is what it was before there were conversations.
+    without = set() if cleaned.has_messages else {"conversations"}
+    write_atomically(work / MANIFEST_NAME, dump_checked(manifest.model_dump(mode="json", exclude=without)))
 
 
 def _train_tokenizer(
@@ -254,7 +278,10 @@ def _train_tokenizer(
     num_documents = sum(corpus.num_documents("train") for corpus in cleaned)
     with stages.stage("training the tokenizer", num_documents) as advance:
         texts = itertools.chain.from_iterable(corpus.texts("train") for corpus in cleaned)
-        return train_byte_level_bpe(_counted(texts, advance), config.vocab_size, masks=config.mask_token)
+        controls = CHATML_TOKENS if config.has_messages and config.chat_template == "chatml" else ()
+        return train_byte_level_bpe(
+            _counted(texts, advance), config.vocab_size, masks=config.mask_token, controls=controls
+        )
 
 
 def _counted(texts: Iterator[str], advance: Callable[[int], None]) -> Iterator[str]:
@@ -286,8 +313,15 @@ def describe_corpus(corpus: Prepared) -> str:
         )
         for name, split in manifest.splits.items():
             lines.append(f"{name:<11} {split.num_documents:,} documents, {split.num_tokens:,} tokens")
+            if manifest.conversations is not None:
+                lines[-1] += f", {manifest.conversations.num_targets[name]:,} targets"
             if split.unigram_entropy is not None:
                 lines[-1] += f", {split.unigram_entropy:.4f} nats of unigram entropy"
+        if (talk := manifest.conversations) is not None:
+            lines.append(
+                f"of these     {talk.num_cut:,} conversations cut, {talk.num_divided:,} divided; "
+                f"{talk.num_without_target:,} without a target dropped"
+            )
         lines.append(f"corpus      SHA-256 {manifest.corpus_sha256[:16]}, Python {manifest.python_version}")
     lines.append(f"tokenizer   {corpus.vocab_size:,} tokens, {corpus.tokenizer_dir}")
     lines.append(f"folder      {corpus.folder}")

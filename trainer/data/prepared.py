@@ -70,6 +70,10 @@ class PreparedCorpus:
             UserError: the training split is shorter.
         """
         num_tokens = self.manifest.splits["train"].num_tokens
+        conversations = self.manifest.conversations
+        if conversations is not None and conversations.row_tokens is not None:
+            # They were packed into samples of this length, filled up.
+            return
         if num_tokens <= sequence_length:
             which = f"that of {self.name}" if self.name else "this one"
             raise UserError(
@@ -79,7 +83,10 @@ class PreparedCorpus:
 
     def stream(self, split: str, *, verify: bool = True) -> TokenStream:
         """The tokens of ``train`` or ``validation``; ``verify`` is TokenStream's."""
-        return TokenStream(self.folder, self.manifest.splits[split], self.manifest.dtype, self.name, verify=verify)
+        manifest, has_targets = self.manifest, self.manifest.conversations is not None
+        return TokenStream(
+            self.folder, manifest.splits[split], manifest.dtype, self.name, verify=verify, has_targets=has_targets
+        )
 
     def order(self, seed: int, data: DataConfig) -> SampleOrder:
         """The order in which training visits the samples."""

@@ -15,6 +15,9 @@ from sharding.ranks.errors import UserError
 from sharding.strict_model import StrictRecord
 from trainer.data.blocks import BLOCK_BYTES, HASH_BYTES, BlockCheck
 
+TARGET_BIT = np.uint32(1 << 31)
+"""Set in a stored token of a conversation that is a target."""
+
 
 class FileFacts(StrictRecord):
     """A file of a prepared corpus."""
@@ -85,7 +88,16 @@ class DocumentSpan:
 class TokenStream:
     """One split's tokens as one long array over memory-mapped shards."""
 
-    def __init__(self, folder: Path, split: SplitFacts, dtype: str, name: str = "", *, verify: bool = True) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        split: SplitFacts,
+        dtype: str,
+        name: str = "",
+        *,
+        verify: bool = True,
+        has_targets: bool = False,
+    ) -> None:
         """Map the shards of one split.
 
         Args:
@@ -94,12 +106,14 @@ class TokenStream:
             dtype: NumPy type of a token.
             name: what a mixture calls the source.
             verify: compare what is read with the hashes that were taken when the corpus was prepared.
+            has_targets: whether tokens say if they are targets, see ``split_targets``; elsewhere all are.
 
         Raises:
             UserError: a file is missing or has another size than the manifest says.
         """
         self.num_tokens = split.num_tokens
         self.name = name
+        self.has_targets = has_targets
         self._folder = folder
         self._split = split
         check_files(folder, split.files)
@@ -217,6 +231,7 @@ class StreamUnion:
     def __init__(self, streams: Sequence[TokenStream]) -> None:
         """Put streams side by side, in this order."""
         self._streams = tuple(streams)
+        self.has_targets = any(stream.has_targets for stream in streams)
 
     def num_samples(self, sequence_length: int) -> int:
         """Training samples in all streams."""
@@ -233,6 +248,11 @@ class StreamUnion:
 
 
 Stream = TokenStream | StreamUnion
+
+
+def split_targets(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Stored tokens of conversations as token ids, of the same integer type, and whether each is a target, bool."""
+    return tokens & ~tokens.dtype.type(TARGET_BIT), (tokens & tokens.dtype.type(TARGET_BIT)) != 0
 
 
 def num_samples(num_tokens: int, sequence_length: int) -> int:

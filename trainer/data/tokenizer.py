@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,19 +20,22 @@ END_OF_TEXT = "<|endoftext|>"
 PADDING, MASK = "[PAD]", "[MASK]"
 PADDING_ID, MASK_ID = 1, 2
 """Ids of a trained tokenizer that masks, behind that of the end of text."""
-# A noncharacter: no text has it.
-_HIDDEN = "\U0010ffff"
+HIDDEN = "\U0010ffff"
+"""A noncharacter, which no text has, before the name of a token that is not to be made of characters."""
 # A tokenizer of fewer tokens for text is none.
 _MIN_TOKENS = 2
 
 
-def train_byte_level_bpe(texts: Iterable[str], vocab_size: int, *, masks: bool = False) -> "PreTrainedTokenizerFast":
+def train_byte_level_bpe(
+    texts: Iterable[str], vocab_size: int, *, masks: bool = False, controls: Sequence[str] = ()
+) -> "PreTrainedTokenizerFast":
     """Train a byte-level BPE as GPT-2 uses it (Radford et al., 2019): any text can be encoded, none is unknown.
 
     Args:
         texts: training documents.
         vocab_size: largest number of tokens; a small corpus may give fewer.
         masks: whether there are also a token that hides others and one that fills up rows.
+        controls: further control tokens.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -42,7 +45,7 @@ def train_byte_level_bpe(texts: Iterable[str], vocab_size: int, *, masks: bool =
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT, PADDING, MASK] if masks else [END_OF_TEXT],
+        special_tokens=[END_OF_TEXT, *((PADDING, MASK) if masks else ()), *controls],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -124,9 +127,7 @@ def text_encoder(tokenizer: "PreTrainedTokenizerFast") -> "Tokenizer":
     """
     from tokenizers import Tokenizer
 
-    description: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
-    # What a tokenizer brings along for the inputs of some model.
-    description["truncation"] = description["padding"] = None
+    description = _description(tokenizer)
     special = special_tokens(tokenizer)
     for token in description["added_tokens"]:
         token["special"] = token["special"] or token["content"] in special
@@ -137,6 +138,36 @@ def text_encoder(tokenizer: "PreTrainedTokenizerFast") -> "Tokenizer":
     description["added_tokens"] = [token for token in description["added_tokens"] if token["content"] not in hidden]
     encoder = Tokenizer.from_str(json.dumps(description))
     encoder.encode_special_tokens = True
+    return encoder
+
+
+def control_encoder(tokenizer: "PreTrainedTokenizerFast", names: Iterable[str]) -> "Tokenizer":
+    """What encodes texts in which control tokens are written with ``HIDDEN`` before their names; a name alone is text.
+
+    Args:
+        tokenizer: the tokenizer, which otherwise stays as it is.
+        names: of the control tokens, each of more than one character.
+
+    Raises:
+        UserError: the tokenizer cannot tell a control token from its name.
+    """
+    from tokenizers import Tokenizer
+
+    description = _description(tokenizer)
+    control = set(names)
+    _hide(description["model"], control)
+    for token in description["added_tokens"]:
+        if token["content"] in control:
+            token["content"], token["normalized"] = HIDDEN + token["content"], False
+    encoder = Tokenizer.from_str(json.dumps(description))
+    for name in sorted(control):
+        token_id = tokenizer.convert_tokens_to_ids(name)
+        as_text = encoder.encode(name, add_special_tokens=False).ids
+        if encoder.encode(HIDDEN + name, add_special_tokens=False).ids != [token_id] or token_id in as_text:
+            raise UserError(
+                f"data.tokenizer: its control token {name} cannot be told from a text that has this name in it; name "
+                "another tokenizer for conversations."
+            )
     return encoder
 
 
@@ -155,6 +186,13 @@ def special_tokens(tokenizer: "PreTrainedTokenizerFast") -> set[str]:
     return {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
 
 
+def _description(tokenizer: "PreTrainedTokenizerFast") -> dict[str, Any]:
+    """A tokenizer in its library's own form, without what it brings along for the inputs of some model."""
+    description: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    description["truncation"] = description["padding"] = None
+    return description
+
+
 def _hide(model: dict[str, Any], names: set[str]) -> set[str]:
     """Rename tokens of a tokenizer's model to what no text has, so that it cannot put them together from characters.
 
@@ -163,13 +201,13 @@ def _hide(model: dict[str, Any], names: set[str]) -> set[str]:
     """
     vocabulary = model["vocab"]
     if isinstance(vocabulary, dict):
-        model["vocab"] = {(_HIDDEN + name if name in names else name): i for name, i in vocabulary.items()}
+        model["vocab"] = {(HIDDEN + name if name in names else name): i for name, i in vocabulary.items()}
         hidden = names & vocabulary.keys()
     else:
         # Of (token, score), the id being the place.
         unknown = model.get("unk_id")
         hidden = {name for i, (name, _) in enumerate(vocabulary) if name in names and i != unknown}
-        model["vocab"] = [[_HIDDEN + name if name in hidden else name, score] for name, score in vocabulary]
+        model["vocab"] = [[HIDDEN + name if name in hidden else name, score] for name, score in vocabulary]
     if "merges" in model:
         pairs = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
         model["merges"] = [pair for pair in pairs if not hidden & {*pair, "".join(pair)}]

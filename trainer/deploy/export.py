@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from sharding.ranks.errors import UserError
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.config import RunConfig, parse_config
+from trainer.data.chat_template import end_of_turn_ids
 from trainer.data.facts import SampleFacts
 from trainer.data.prepared import Prepared, open_corpus
 from trainer.data.prepared_own import PreparedOwn
@@ -86,7 +87,8 @@ def export_model(
                 tokenizer = load_tokenizer(str(work), masks=True)
                 facts = replace(facts, pad_token_id=tokenizer.pad_token_id, mask_token_id=tokenizer.mask_token_id)
         model = _build_model(config, facts)
-        _write_configuration(model, facts.vocab_size, work)
+        ends = end_of_turn_ids(work) if config.data.has_messages else set()
+        _write_configuration(model, facts.vocab_size, ends, work)
         check_reloads(model, reader, work, trust_remote_code=config.model.trust_remote_code)
         _write_weights(reader, work, averaged=averaged)
         # mkdtemp made the folder private, and safetensors its files.
@@ -133,7 +135,8 @@ def _build_model(config: RunConfig, facts: SampleFacts) -> Any:
     return model
 
 
-def _write_configuration(model: Any, vocab_size: int | None, work: Path) -> None:
+def _write_configuration(model: Any, vocab_size: int | None, ends: set[int], work: Path) -> None:
+    """Write the model's configuration, and how to generate with it: also up to one of the ends of an answer."""
     from transformers.dynamic_module_utils import custom_object_save
 
     model.config.architectures = [type(model).__name__]
@@ -147,6 +150,8 @@ def _write_configuration(model: Any, vocab_size: int | None, work: Path) -> None
         padding = range(vocab_size, model.config.get_text_config().vocab_size)
         suppressed = {*(model.generation_config.suppress_tokens or ()), *padding}
         model.generation_config.suppress_tokens = sorted(suppressed) or None
+        if ends:
+            model.generation_config.eos_token_id = sorted(ends)
         model.generation_config.save_pretrained(work)
 
 

@@ -1,6 +1,7 @@
 """Text that a run's model, or an exported one, continues."""
 
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from safetensors import SafetensorError
 from sharding.ranks.errors import UserError
 from trainer.architectures.config import max_positions
 from trainer.checkpoint.reader import open_checkpoint
+from trainer.data.chat_template import ChatTemplate
 from trainer.data.tokenizer import text_encoder
 from trainer.deploy.allowed_code import AllowedCode
 from trainer.deploy.export import export_model
@@ -90,16 +92,69 @@ def generate_text(
     Raises:
         UserError: prompt and continuation are longer than the model has positions.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = model.to(device)
     # As in training: a control token's name in a text is text.
     encoded = text_encoder(tokenizer).encode(prompt, add_special_tokens=False).ids
-    ids = torch.tensor([encoded or [tokenizer.eos_token_id]])
-    max_new_tokens = _num_new_tokens(ids.shape[1], max_new_tokens, max_positions(model.config))
-    torch.manual_seed(seed)
+    options = _Sampling(max_new_tokens, temperature, top_k, seed)
+    ids, _ = _continued(model, tokenizer, encoded or [tokenizer.eos_token_id], options, set())
+    text: str = tokenizer.decode(ids, skip_special_tokens=True)
+    return text
+
+
+def answer(
+    model: Any, tokenizer: Any, prompt: str, *, max_new_tokens: int | None, temperature: float, top_k: int, seed: int
+) -> str:
+    """What the assistant says to one turn of a user, as the tokenizer's chat template puts it, up to the turn's end.
+
+    Args:
+        model: a causal model of `transformers`.
+        tokenizer: its tokenizer, with a chat template.
+        prompt: what the user says.
+        max_new_tokens: see ``generate_text``.
+        temperature: see ``generate_text``.
+        top_k: see ``generate_text``.
+        seed: see ``generate_text``.
+
+    Raises:
+        UserError: the tokenizer has no chat template, or see ``generate_text``.
+    """
+    if not tokenizer.chat_template:
+        raise UserError(
+            "--chat: the tokenizer has no chat template, for the model was trained on texts; leave it out, or train on "
+            "conversations with data.format=messages."
+        )
+    template = ChatTemplate(tokenizer, "--chat: the chat template")
+    encoded = template.prompt_ids([{"role": "user", "content": prompt}])
+    ends = {token for token in (tokenizer.eos_token_id, template.end_of_turn_id) if token is not None}
+    options = _Sampling(max_new_tokens, temperature, top_k, seed)
+    ids, num_prompt_tokens = _continued(model, tokenizer, encoded, options, ends)
+    text: str = tokenizer.decode(ids[num_prompt_tokens:], skip_special_tokens=True)
+    return text.strip()
+
+
+@dataclass(frozen=True)
+class _Sampling:
+    """How tokens are chosen; see ``generate_text``."""
+
+    max_new_tokens: int | None
+    temperature: float
+    top_k: int
+    seed: int
+
+
+def _continued(
+    model: Any, tokenizer: Any, encoded: list[int], options: _Sampling, ends: set[int]
+) -> tuple[list[int], int]:
+    """Token ids with their continuation up to an end, and how many were there before."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = model.to(device)
+    ids = torch.tensor([encoded])
+    max_new_tokens = _num_new_tokens(ids.shape[1], options.max_new_tokens, max_positions(model.config))
+    torch.manual_seed(options.seed)
     sampling: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k}
+    if options.temperature > 0:
+        sampling = {"do_sample": True, "temperature": options.temperature, "top_k": options.top_k}
+    if ends:
+        sampling["eos_token_id"] = sorted(ends)
     ids = ids.to(device)
     output = model.generate(
         ids,
@@ -108,7 +163,7 @@ def generate_text(
         pad_token_id=tokenizer.pad_token_id,
         **sampling,
     )
-    return tokenizer.decode(output[0], skip_special_tokens=True)
+    return output[0].tolist(), ids.shape[1]
 
 
 def _num_new_tokens(prompt_tokens: int, asked: int | None, positions: int | None) -> int:

@@ -9,7 +9,7 @@ from sharding.config import ActivationCheckpointingConfig, CompileConfig, Parall
 from sharding.ranks.errors import UserError
 from trainer.checkpoint.reader import CheckpointReader, open_checkpoint
 from trainer.config import RunConfig, parse_config
-from trainer.config.data import DataConfig
+from trainer.config.data import MESSAGES_SOURCES, DataConfig
 from trainer.config.evaluation_sets import set_data
 from trainer.config.sections import EvaluationSet
 from trainer.data.any_samples import prepared_samples
@@ -218,13 +218,18 @@ def _prepare_files(
     else:
         kinds = {"table": "table", "image": "images", "audio": "audio"}
         source = kinds.get(recipe.kind) or source_of_files(asked.files)
-    given = EvaluationSet(name="data", source=source, paths=asked.files, text_field=data.text_field)
+    if data.has_messages and not data.mixture and source not in MESSAGES_SOURCES:
+        raise UserError(f"--data: the run is trained on conversations, which no files of {source} hold; give jsonl.")
+    columns = {"text_field": data.text_field, "messages_field": data.messages_field}
+    given = EvaluationSet(name="data", source=source, paths=asked.files, **columns)
     data = set_data(data, given).model_copy(
         update={
             "streaming": False,
             # A recipe's is used, since that of this name may be gone.
             "tokenizer": TRAINED if recipe is not None else str(tokenizer_dir),
             "vocab_size": DataConfig.model_fields["vocab_size"].default,
+            # The tokenizer has the one that was trained on.
+            "chat_template": None,
         }
     )
     if recipe is None:

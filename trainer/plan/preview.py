@@ -33,6 +33,7 @@ from trainer.config import RunConfig, parse_config
 from trainer.config.rules import World, validate
 from trainer.config.sections import ModelConfig
 from trainer.data.any_samples import prepared_facts
+from trainer.data.chat_template import load_chat_template
 from trainer.data.corpus import read_documents
 from trainer.data.epochs import with_counted_epochs
 from trainer.data.facts import SampleFacts
@@ -192,13 +193,19 @@ def _refusal(config: RunConfig, model_config: "PretrainedConfig | None", error: 
 
 
 def _read_first_documents(config: RunConfig) -> None:
+    template = None
+    if config.data.has_messages and config.data.tokenizer != TRAINED:
+        tokenizer = load_tokenizer(config.data.tokenizer, masks=config.data.mask_token)
+        template = load_chat_template(tokenizer, config.data.chat_template, config.data.tokenizer)
     for name, source in named_sources(config.data):
         # A source on the hub is another machine's.
         if source.source != "hub":
             with errors_of(name):
                 # Rows without the column are empty ones until it is clear that there is none.
                 documents = itertools.islice(read_documents(source), _MAX_DOCUMENTS)
-                next((one for one in documents if one.text or one.tokens is not None), None)
+                first = next((one for one in documents if one.text or one.tokens is not None), None)
+                if template is not None and first is not None and source.reads_messages:
+                    template.render(json.loads(first.text), first.source_id)
 
 
 def _with_format(config: RunConfig, world: World) -> RunConfig:

@@ -20,7 +20,8 @@ def next_token_batch(samples: Batch, positions: torch.Tensor | None = None) -> B
         ``input_ids`` and ``labels``, int64 [micro, length]; a label is the token that follows, or -100 beyond the end
         of the stream. Where the samples say where documents start, these are kept apart: ``position_ids`` of the same
         form count from each document's start, which is also how a model tells documents apart in attention, and the
-        first token of a document is nobody's target, as it would be were the document trained alone.
+        first token of a document is nobody's target, as it would be were the document trained alone. Where they say
+        which tokens are targets, of conversations what the assistant says, no other token is one.
     """
     tokens, num_tokens = samples["tokens"], samples["num_tokens"]
     columns = torch.arange(tokens.shape[1] - 1)
@@ -31,6 +32,8 @@ def next_token_batch(samples: Batch, positions: torch.Tensor | None = None) -> B
         starts = torch.where(is_start[:, :-1], columns, 0).cummax(dim=1).values
         batch["position_ids"] = columns - starts
         batch["labels"][is_start[:, 1:]] = IGNORED_LABEL
+    if "is_target" in samples:
+        batch["labels"][~samples["is_target"][:, 1:]] = IGNORED_LABEL
     has_target = columns + 1 < num_tokens[:, None]
     if positions is not None:
         has_target &= (positions != FILLER)[:, None]
