@@ -47,7 +47,7 @@ class ChatTemplate:
 
     What is said is text, a control token's name in it too: only the template writes control tokens. Targets are what
     ``{% generation %}`` encloses where the template has that, else all that it writes of an assistant's turn behind
-    its generation prompt, up to the control token that ends the turn.
+    its generation prompt, the end of the turn included.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast", name: str) -> None:
@@ -157,17 +157,12 @@ class ChatTemplate:
                     f"writes message {index} of {place} otherwise than its generation prompt begins it, and has no "
                     "{% generation %}"
                 )
-            span = (len(prompt), self._end_of_turn(whole, len(prompt)))
+            span = (len(prompt), len(whole))
             if parts and prompt.startswith(parts[-1][0]):
                 parts[-1] = (whole, [*parts[-1][1], span])
             else:
                 parts.append((whole, [span]))
         return parts
-
-    def _end_of_turn(self, text: str, start: int) -> int:
-        """Where a turn ends that is the end of a text: behind its last control token, or with the text."""
-        end = max((found.end() for found in self._control.finditer(text, start)), default=start)
-        return len(text) if end == start or text[end:].strip() else end
 
     def _render(self, messages: list[Message], tools: Any, place: str, *, asks: bool = False) -> tuple[str, list[Span]]:
         from transformers.utils.chat_template_utils import render_jinja_template

@@ -38,7 +38,7 @@ def test_targets_are_what_the_assistant_says_and_the_end_of_its_turn(source: str
     tokenizer = chat_tokenizer()
     ((ids, targets),) = _encoded(_template(source, tokenizer), conversation)
     said = [message["content"] for message in conversation["messages"] if message["role"] == "assistant"]
-    assert _shown(tokenizer, ids, targets) == [f"{content}<|im_end|>" for content in said]
+    assert _shown(tokenizer, ids, targets) == [f"{content}<|im_end|>\n" for content in said]
     whole = conversation["messages"]
     if source == CHATML and whole[-1]["role"] == "user":
         # What follows the last answer has no target.
@@ -72,7 +72,7 @@ def test_a_user_may_not_say_what_an_assistant_may() -> None:
 def test_what_a_template_forgets_later_was_there_when_it_was_said() -> None:
     tokenizer = chat_tokenizer()
     parts = _encoded(_template(FORGETS, tokenizer), CONVERSATIONS[3])
-    said = [message["content"] + "<|im_end|>" for message in CONVERSATIONS[3]["messages"][1::2]]
+    said = [message["content"] + "<|im_end|>\n" for message in CONVERSATIONS[3]["messages"][1::2]]
     assert [_shown(tokenizer, *part) for part in parts] == [[said[0]], [said[1]]]
     # The second answer follows what the model will see: the first one without what was thought.
     assert "Hm." in tokenizer.decode(parts[0][0])
@@ -106,8 +106,8 @@ def test_calls_and_results_are_the_templates() -> None:
     conversation = {"messages": messages, "tools": [{"name": "f"}]}
     ((ids, targets),) = _encoded(_template(CHATML, tokenizer), conversation)
     assert _shown(tokenizer, ids, targets) == [
-        '<tool_call>{"name": "f", "arguments": {"x": "<|im_end|>"}}</tool_call><|im_end|>',
-        "It is 3.<|im_end|>",
+        '<tool_call>{"name": "f", "arguments": {"x": "<|im_end|>"}}</tool_call><|im_end|>\n',
+        "It is 3.<|im_end|>\n",
     ]
     # The tools' own turn of the system, and four that end.
     assert ids.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 5
@@ -135,8 +135,9 @@ _GENERATED = template_text("chatml")
 _SILENT = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
 _BEGIN, _END = "{%- generation %}", "{%- endgeneration %}"
 _ELSEWHERE = _GENERATED.replace(_BEGIN, "").replace(_END, _BEGIN + _END)
-_WITHOUT_END = _GENERATED.replace("message.content + '<|im_end|>' }}", "message.content }}").replace(
-    "{{- '\\n' }}", "{{- '<|im_end|>\\n' }}"
+_WITHOUT_END = _GENERATED.replace(
+    "message.content + '<|im_end|>\\n' }}\n        {%- endgeneration %}",
+    "message.content }}{%- endgeneration %}{{- '<|im_end|>\\n' }}",
 )
 _OTHERWISE = CHATML.replace("'<|im_start|>assistant\n' }}{%- endif %}", "'Answer:' }}{%- endif %}")
 

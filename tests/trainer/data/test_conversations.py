@@ -111,7 +111,7 @@ def test_a_row_holds_whole_conversations_and_their_targets(tmp_path: Path, token
     assert sorted(found) == sorted(encoded)
     # Nearly full, and the same wherever and in whichever order of reading it was prepared.
     num_tokens = sum(map(len, encoded))
-    assert num_tokens > 0.93 * sum(split.num_tokens for split in corpus.manifest.splits.values())
+    assert num_tokens > 0.9 * sum(split.num_tokens for split in corpus.manifest.splits.values())
     again = _config(tmp_path / "again", tokenizer_folder, tmp_path / "a.jsonl")
     assert _prepared(again).fingerprint == corpus.fingerprint
 
