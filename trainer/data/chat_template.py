@@ -1,5 +1,6 @@
 """Conversations as tokens: a chat template writes them, and what the assistant says in them is the target."""
 
+import bisect
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -200,11 +201,12 @@ class ChatTemplate:
             places.append(found.start())
             shifts.append(shifts[-1] + (-1 if is_mark else 1))
             end = found.end()
-        moved = [
-            tuple(bound + shifts[int(np.searchsorted(places, bound))] for bound in span) if places else span
-            for span in spans
-        ]
-        return RenderedConversation("".join([*pieces, text[end:]]), moved)
+
+        def moved(bound: int) -> int:
+            return bound + shifts[bisect.bisect_left(places, bound)]
+
+        spans = [(moved(start), moved(stop)) for start, stop in spans]
+        return RenderedConversation("".join([*pieces, text[end:]]), spans)
 
     def _refusal(self, reason: str) -> UserError:
         return UserError(

@@ -167,7 +167,7 @@ def _encode(
                     continue
                 num_targets += int(is_target.sum())
                 outcome.targets_by_file[_file_of(source_id)] += int(is_target.sum())
-                spool.write((ids.astype(CONVERSATION_DTYPE) | is_target * TARGET_BIT).astype(CONVERSATION_DTYPE))
+                spool.write((ids.astype(CONVERSATION_DTYPE) | is_target * TARGET_BIT).tobytes())
                 encoded.lengths.append(len(ids))
                 encoded.source_ids.append(source_id)
             advance(len(batch))
@@ -187,7 +187,8 @@ def _write(
         rows = best_fit_decreasing(encoded.lengths, row_tokens)
     bounds = np.cumsum([0, *encoded.lengths])
     tokens = np.memmap(encoded.spool, dtype=CONVERSATION_DTYPE, mode="r") if number else np.zeros(0, CONVERSATION_DTYPE)
-    starts, sources = [0], []
+    starts: list[int] = [0]
+    sources: list[bytes] = []
     for row in rows:
         for index in row:
             if sources:

@@ -220,8 +220,13 @@ def _prepare_files(
         source = kinds.get(recipe.kind) or source_of_files(asked.files)
     if data.has_messages and not data.mixture and source not in MESSAGES_SOURCES:
         raise UserError(f"--data: the run is trained on conversations, which no files of {source} hold; give jsonl.")
-    columns = {"text_field": data.text_field, "messages_field": data.messages_field}
-    given = EvaluationSet(name="data", source=source, paths=asked.files, **columns)
+    given = EvaluationSet(
+        name="data",
+        source=source,
+        paths=asked.files,
+        text_field=data.text_field,
+        messages_field=data.messages_field,
+    )
     data = set_data(data, given).model_copy(
         update={
             "streaming": False,
