@@ -55,6 +55,10 @@ BUILDERS: dict[Backend, dict[Strategy, Callable[[EngineParts], EngineBuilder]]] 
 }
 """Who lays the model on ranks, for every pair that there is."""
 
+_PRECISION = PrecisionConfig()
+_ACTIVATION_CHECKPOINTING = ActivationCheckpointingConfig()
+_COMPILATION = CompileConfig()
+
 
 def build_engine(
     definition: ModelDefinition,
@@ -63,10 +67,10 @@ def build_engine(
     build_optimizer: OptimizerFactory,
     *,
     parallel: ParallelConfig,
-    precision: PrecisionConfig,
-    activation_checkpointing: ActivationCheckpointingConfig,
-    compilation: CompileConfig,
-    deepspeed_settings: dict[str, Any],
+    precision: PrecisionConfig = _PRECISION,
+    activation_checkpointing: ActivationCheckpointingConfig = _ACTIVATION_CHECKPOINTING,
+    compilation: CompileConfig = _COMPILATION,
+    deepspeed_settings: dict[str, Any] | None = None,
 ) -> Engine:
     """Bring a model to life under a strategy.
 
@@ -105,7 +109,7 @@ def build_engine(
         build_optimizer=build_optimizer,
         parallel=parallel,
         loss_scaler=LossScaler(precision, device) if dtype is torch.float16 else None,
-        deepspeed_settings=deepspeed_settings,
+        deepspeed_settings=deepspeed_settings or {},
     )
     builder = BUILDERS[parallel.backend][parallel.strategy](parts)
     if precision.compute == "fp8":

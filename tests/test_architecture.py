@@ -18,6 +18,7 @@ ALLOWED = {
     "trainer": {"trainer", "sharding"},
     "launcher": {"launcher", "trainer", "sharding"},
     "benchmarks": {"benchmarks", "trainer", "sharding"},
+    "shardline": {"shardline", "trainer", "sharding"},
 }
 OURS = {*ALLOWED, "tests"}
 # The rooms of a package, each with those that it may import: only ones above it here. "." is the package's own folder.
@@ -73,7 +74,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "tune": {"presentation", "measure", "throughput"},
     },
 }
-SPINE = {"__init__", "__main__", "rank", "build", "loop", "parts", "accumulation", "attempt"}
+SPINE = {"__init__", "__main__", "rank", "ending", "build", "loop", "parts", "accumulation", "attempt"}
 HEAVY = {"torch", "transformers", "datasets", "wandb", "deepspeed", "accelerate", "tokenizers", "safetensors"}
 # Accelerate is not among them, since transformers loads it wherever it is installed; nor is plotly, for the report.
 UNUSED_BY_A_RANK = {

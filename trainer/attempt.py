@@ -27,7 +27,7 @@ from trainer.metrics.goodput_ledger import begin_ledger, begins_by_hand
 from trainer.run_folder.folder import RESERVE_BYTES, RunFolder
 from trainer.run_folder.lease import record_attempt
 from trainer.run_folder.listing import list_checkpoints
-from trainer.run_folder.provenance import collect_provenance
+from trainer.run_folder.provenance import collect_provenance, provenance_file
 
 _MIN_FREE_BYTES = 16 * 2**20
 
@@ -79,12 +79,11 @@ def begin_attempt(folder: RunFolder, config: RunConfig, world: World, argv: list
         folder.log_dir(attempt).mkdir(parents=True)
         by_hand = begins_by_hand(folder.path, attempt, os.environ)
         begin_ledger(folder.log_dir(attempt), attempt, began_at, by_hand=by_hand)
-        suffix = "" if attempt == 1 else f".attempt-{attempt}"
         freeze_config(folder, config, attempt)
         provenance = redact_values(collect_provenance(config, world, argv), os.environ)
         # It holds uncommitted changes of the code, in which there may be what no rule finds.
         text = json.dumps(provenance, indent=2) + "\n"
-        write_atomically(folder.path / f"provenance{suffix}.json", text, owner_only=True)
+        write_atomically(provenance_file(folder.path, attempt), text, owner_only=True)
         folder.stop_file.unlink(missing_ok=True)
         folder.outcome_file.unlink(missing_ok=True)
         set_failure_aside(folder.path)

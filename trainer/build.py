@@ -162,7 +162,7 @@ def build_trainer(
             corpus.recipe if isinstance(corpus, PreparedRows) else None,
             fit_weights=lambda reader: _fit_weights(config, reader, corpus, engine, facts, ranks, observers),
             warn=observers.warn,
-            notify=observers.info,
+            notify=observers.saved,
             before_write=before_write,
         ),
         observers=observers,

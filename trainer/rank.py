@@ -1,20 +1,20 @@
 """One rank from start to exit status: configuration, run folder, corpus, process group, Trainer, outcome."""
 
+import atexit
 import contextlib
-import logging
+import functools
 import os
 import sys
-import traceback
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 
-from sharding.ranks.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, RunFailure, UserError
+from sharding.ranks.errors import EXIT_FINISHED, EXIT_STOPPED, UserError
 from sharding.ranks.object_exchange import broadcast_object, gather_objects
 from sharding.ranks.process_group import Ranks, process_group
+from sharding.ranks.process_lifetime import die_with_parent, is_started_by_launcher, stop_with_deepspeed
 from sharding.ranks.rank_place import note_on_place, place_variables, read_ranks
 from trainer.attempt import begin_attempt, check_continuation, freeze_config
 from trainer.build import build_trainer
@@ -28,81 +28,114 @@ from trainer.data.evaluation_sets import prepare_sets
 from trainer.data.prepare import prepare_samples
 from trainer.data.prepared import is_of_present_source
 from trainer.doctor.examination import check_before_training
-from trainer.faults.failure.rank_error import describe_error, write_rank_error
-from trainer.faults.failure.report import Sources, write_failure
+from trainer.ending import Progress, TrainingResult, end_hanging, report_error, stop_watchdog
+from trainer.faults.failure.agent_restarts import await_restart_of
 from trainer.faults.hang.deadlines import Deadlines
-from trainer.faults.hang.flight_recorder import dump_flight_recorder
-from trainer.faults.hang.heartbeat import read_heartbeats
-from trainer.faults.hang.rank_process import kill
-from trainer.faults.hang.verdict import Hang
 from trainer.faults.hang.watchdog import Watchdog
 from trainer.faults.injection.inject import faults_of, inject_faults, read_faults
 from trainer.loop import ExitReason, Trainer
+from trainer.metrics.file import last_metrics
 from trainer.metrics.goodput_ledger import GoodputLedger
 from trainer.metrics.stragglers import StragglerWatch
 from trainer.report.end_of_run import write_run_goodput, write_run_report
 from trainer.run_folder.attempt_record import AttemptRecord, write_attempt_record
-from trainer.run_folder.events import record_event
 from trainer.run_folder.folder import RunFolder
 from trainer.run_folder.lease import Lease
+from trainer.run_folder.provenance import changed_code
 from trainer.runtime.drain import Drain
 from trainer.runtime.foreign_settings import refuse_foreign_settings
+from trainer.runtime.guest import as_guest
 from trainer.runtime.host_memory import keep_freed_memory
+from trainer.runtime.own_modules import refuse_within_import
 from trainer.runtime.phases import Phase, Phases
-from trainer.runtime.processes import end_process, process_age_s
+from trainer.runtime.processes import ATTEMPT_VARIABLE, end_process, process_age_s
 from trainer.runtime.randomness import use_deterministic_kernels
 from trainer.runtime.rank_logs import redirect_output
 from trainer.runtime.stopping import StopRequest
 from trainer.runtime.threads import threads_per_rank
 from trainer.trackers.composite import build_trackers
 from trainer.trackers.console import Console
+from trainer.trackers.observer import Observer, OwnObservers, check_observers
 from trainer.trackers.observers import Observers
-
-_log = logging.getLogger("shardline")
-
-
-@dataclass
-class _Progress:
-    """What is known when something goes wrong."""
-
-    rank: int = 0
-    run_folder: RunFolder | None = None
-    trainer: Trainer | None = None
-    observers: Observers | None = None
-    lease: Lease | None = field(default=None)
-    phases: Phases = field(default_factory=Phases)
-    attempt: int = 0
-    watchdog: Watchdog | None = None
-    ledger: GoodputLedger | None = None
-    drain: Drain | None = None
-
-    @property
-    def step(self) -> int:
-        return self.trainer.step if self.trainer is not None else 0
-
-    def warn(self, sentence: str) -> None:
-        """Tell a person, on the console where there is one."""
-        console = self.observers.console if self.observers is not None else None
-        (console.warning if console is not None else _log.warning)(sentence)
 
 
 def main(arguments: Sequence[str]) -> NoReturn:
     """Run one rank and exit with its status: 0 finished, 75 stopped and saved, 2 bad input, 1 failed."""
-    progress = _Progress()
+    end_process(_run_to_the_end(lambda: _read_config(arguments), Progress()))
+
+
+def train(config: RunConfig, observers: Sequence[Observer] = ()) -> TrainingResult:
+    """Train as one of the ranks that a launcher has started, or alone; every rank must call it.
+
+    All is as under ``python -m trainer``, but that the process goes on, and that an error is raised. Where one of
+    several ranks has failed, its process ends without the interpreter's shutdown and with that failure's status, for
+    the others may be inside a collective.
+
+    Args:
+        config: the run.
+        observers: who is told of the run on rank 0.
+
+    Raises:
+        UserError: something that the user can mend is wrong.
+        RunFailure: the run cannot go on.
+    """
+    refuse_within_import("train")
+    check_observers(observers)
+    _begin_under_launcher(config)
+    progress = Progress(own_observers=observers, is_guest=True)
+    with as_guest():
+        exit_code = _run_to_the_end(lambda: config, progress)
+    if progress.error is not None:
+        if dist.is_initialized():
+            atexit.register(end_process, exit_code)
+        elif progress.trainer is not None:
+            # Nothing may be written beside what the process does next; it is the first error that counts.
+            with contextlib.suppress(Exception):
+                progress.trainer.close()
+        raise progress.error
+    return TrainingResult(
+        status="finished" if progress.has_finished else "stopped",
+        exit_code=exit_code,
+        step=progress.step,
+        metrics=progress.last_metrics,
+        run_folder=config.run_dir,
+    )
+
+
+def _begin_under_launcher(config: RunConfig) -> None:
+    """Do what ``python -m trainer`` does under a launcher before anything else.
+
+    Raises:
+        SystemExit: torchrun has started this rank again, where another attempt is in vain.
+    """
+    if is_started_by_launcher(os.environ):
+        _end_with_launcher()
+    num_restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    run_folder = RunFolder(config.run_dir)
+    outcome = run_folder.read_outcome() or {}
+    # Another run of the same process may be the one that failed.
+    if not num_restarts or not run_folder.newest_attempt() or outcome.get("exit_code") == EXIT_FINISHED:
+        return
+    status = await_restart_of(config, num_restarts) if ATTEMPT_VARIABLE not in os.environ else None
+    if status is not None:
+        raise SystemExit(status)
+
+
+@functools.cache
+def _end_with_launcher() -> None:
+    die_with_parent()
+    stop_with_deepspeed()
+
+
+def _run_to_the_end(read_config: Callable[[], RunConfig], progress: Progress) -> int:
+    """Train, say how that ended wherever somebody may look, and clear away; returns the exit status."""
     try:
         # Before all else, so that whatever looks at the environment from here on finds torch's names.
         os.environ.update(place_variables(os.environ))
         progress.rank = read_ranks(os.environ)[0]
-        exit_code = _run(arguments, progress)
-    except UserError as error:
-        exit_code = _report(progress, error, "bad_input", EXIT_BAD_INPUT, str(error))
-    except (RunFailure, torch.OutOfMemoryError) as error:
-        exit_code = _report(progress, error, "failed", EXIT_FAILED, _one_sentence(error))
+        exit_code = _run(read_config(), progress)
     except BaseException as error:  # noqa: BLE001 - whatever ends a rank must reach outcome.json
-        traceback.print_exc()
-        if _log.handlers:
-            _log.error("%s", traceback.format_exc())
-        exit_code = _report(progress, error, "failed", EXIT_FAILED, f"{type(error).__name__}: {error}")
+        exit_code = report_error(progress, error)
     if progress.ledger is not None:
         progress.ledger.finish()
         progress.ledger.write()
@@ -118,7 +151,7 @@ def main(arguments: Sequence[str]) -> NoReturn:
         progress.lease.release()
     if progress.drain is not None:
         progress.drain.finish()
-    end_process(EXIT_FINISHED if exit_code == EXIT_STOPPED and _is_restarted_by_agent() else exit_code)
+    return EXIT_FINISHED if exit_code == EXIT_STOPPED and _is_restarted_by_agent() else exit_code
 
 
 def _is_restarted_by_agent() -> bool:
@@ -126,12 +159,15 @@ def _is_restarted_by_agent() -> bool:
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
 
 
-def _run(arguments: Sequence[str], progress: _Progress) -> int:
+def _read_config(arguments: Sequence[str]) -> RunConfig:
     # The deepspeed launcher puts the local rank first; it is in the environment as well.
     arguments = [a for a in arguments if not a.startswith(("--local_rank", "--local-rank"))]
     if not arguments:
         raise UserError("no configuration given; write python -m trainer CONFIG [key=value ...].")
-    config = load_config(arguments[0], arguments[1:])
+    return load_config(arguments[0], arguments[1:])
+
+
+def _run(config: RunConfig, progress: Progress) -> int:
     rank, world_size, _, local_world_size = read_ranks(os.environ)
     world = World(world_size, has_gpu=torch.cuda.is_available(), num_local_ranks=local_world_size)
     validate(config, world)
@@ -150,7 +186,9 @@ def _run(arguments: Sequence[str], progress: _Progress) -> int:
         # Not before: until the folder is ours, outcome.json is for its holder to write.
         progress.run_folder, progress.attempt = run_folder, attempt
     if rank == 0:
-        progress.ledger = GoodputLedger(run_folder.path, attempt, progress.phases, process_age_s=process_age_s())
+        # What a guest's process did before is none of the run's time.
+        age_s = 0.0 if progress.is_guest else process_age_s()
+        progress.ledger = GoodputLedger(run_folder.path, attempt, progress.phases, process_age_s=age_s)
     # Every rank asks; a file lock lets one of them work while the others wait. No collective has begun, so however
     # long it takes, nothing times out.
     corpus = prepare_samples(config.data, progress=rank == 0, fingerprint=trained_fingerprint(config, run_folder))
@@ -206,10 +244,13 @@ def _run(arguments: Sequence[str], progress: _Progress) -> int:
             with contextlib.suppress(OSError):
                 write_attempt_record(run_folder.log_dir(attempt), record)
         exit_reason = _train(trainer, config, run_folder, observers, ranks, progress.phases, stop_request)
+        newest = last_metrics(run_folder.metrics_file) if ranks.rank == 0 else {}
+        progress.last_metrics = broadcast_object(newest, ranks)
         # What comes now is rank 0's alone, and may take its time: trackers that send what they have.
-        _stop_watchdog(progress)
+        stop_watchdog(progress)
         progress.drain = Drain(ranks)
-    return EXIT_FINISHED if exit_reason is ExitReason.FINISHED else EXIT_STOPPED
+    progress.has_finished = exit_reason is ExitReason.FINISHED
+    return EXIT_FINISHED if progress.has_finished else EXIT_STOPPED
 
 
 def _train(
@@ -226,6 +267,8 @@ def _train(
         observers.info(f"run {config.name} is {complete_at(trainer.step, trainer.finish_reason)}; nothing to do")
     elif trainer.step:
         observers.info(f"continuing after step {trainer.step}")
+        for sentence in changed_code(run_folder.path, observers.attempt) if ranks.rank == 0 else ():
+            observers.warn(sentence)
     exit_reason = trainer.fit()
     phases.enter(Phase.FINISH)
     trainer.close()
@@ -244,7 +287,7 @@ def _train(
     return exit_reason
 
 
-def _begin_attempt(config: RunConfig, world: World, run_folder: RunFolder, progress: _Progress) -> int:
+def _begin_attempt(config: RunConfig, world: World, run_folder: RunFolder, progress: Progress) -> int:
     """The attempt's number; 0 on ranks that must hear it from rank 0."""
     if "SHARDLINE_ATTEMPT" in os.environ:
         attempt = int(os.environ["SHARDLINE_ATTEMPT"])
@@ -285,27 +328,17 @@ def _agree_on_attempt(attempt: int, run_folder: RunFolder, ranks: Ranks) -> int:
     return attempt
 
 
-def _build_observers(config: RunConfig, run_folder: RunFolder, ranks: Ranks, progress: _Progress) -> Observers:
+def _build_observers(config: RunConfig, run_folder: RunFolder, ranks: Ranks, progress: Progress) -> Observers:
     if ranks.rank != 0:
         return Observers(run_folder.metrics_file, attempt=progress.attempt)
     console = Console(total_steps=config.num_steps, unit=config.data.unit)
     trackers = build_trackers(config, run_folder.path, run_folder.metrics_file, console.warning)
     stragglers = StragglerWatch(config.faults.straggler_ratio)
-    return Observers(run_folder.metrics_file, console, trackers, progress.attempt, stragglers, progress.ledger)
+    own = OwnObservers(progress.own_observers, console.warning)
+    return Observers(run_folder.metrics_file, console, trackers, progress.attempt, stragglers, progress.ledger, own)
 
 
-def _one_sentence(error: BaseException) -> str:
-    if isinstance(error, torch.OutOfMemoryError):
-        peak_gib = torch.cuda.max_memory_allocated() / 2**30
-        total_gib = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2**30
-        return (
-            f"out of GPU memory: the peak was {peak_gib:.1f} of {total_gib:.1f} GiB; lower batch.micro_size "
-            "(accumulation makes up for it), set activation_checkpointing.mode=full, or parallel.strategy=zero3."
-        )
-    return str(error)
-
-
-def _start_watchdog(config: RunConfig, ranks: Ranks, progress: _Progress) -> None:
+def _start_watchdog(config: RunConfig, ranks: Ranks, progress: Progress) -> None:
     faults = config.faults
     if not faults.watchdog or progress.run_folder is None:
         return
@@ -316,66 +349,6 @@ def _start_watchdog(config: RunConfig, ranks: Ranks, progress: _Progress) -> Non
         rank=ranks.rank,
         world_size=ranks.world_size,
         min_s=faults.watchdog_min_s,
-        on_hang=lambda hang: _end_hanging(progress, hang),
+        on_hang=lambda hang: end_hanging(progress, hang),
     )
     progress.watchdog.start()
-
-
-def _stop_watchdog(progress: _Progress) -> None:
-    if progress.watchdog is not None:
-        progress.watchdog.stop()
-
-
-def _end_hanging(progress: _Progress, hang: Hang) -> NoReturn:
-    """End this rank, whose main thread may be stuck; called in the watchdog's thread."""
-    run_folder = progress.run_folder
-    assert run_folder is not None
-    if progress.ledger is not None:
-        progress.ledger.write()
-    with contextlib.suppress(OSError):
-        late = hang.late[0] if hang.late else None
-        if run_folder.write_outcome("failed", EXIT_FAILED, progress.step, hang.reason, late):
-            attempt, step = progress.attempt, progress.phases.now.step
-            record_event(run_folder.path, "hang", attempt=attempt, step=step, rank=late, reason=hang.reason)
-            _write_failure(progress)
-    _log.error("hang: %s", hang.reason)
-    print(f"error: {hang.reason}", file=sys.stderr)
-    for heartbeat in read_heartbeats(run_folder.log_dir(progress.attempt)).values():
-        # It would not answer an agent's SIGTERM either, and the agent would wait for half a minute.
-        if heartbeat.state == "running":
-            kill(heartbeat)
-    end_process(EXIT_FAILED)
-
-
-def _write_failure(progress: _Progress) -> None:
-    """Say what this rank can see; under our launcher, which sees more, the launcher will do it again."""
-    run_folder = progress.run_folder
-    outcome = run_folder.read_outcome() if run_folder is not None else None
-    if run_folder is not None and outcome is not None and progress.attempt:
-        with contextlib.suppress(OSError):
-            write_failure(Sources(run_folder.path, progress.attempt, outcome))
-
-
-def _report(progress: _Progress, error: BaseException, status: str, exit_code: int, reason: str) -> int:
-    run_folder = progress.run_folder
-    log_dir = run_folder.log_dir(progress.attempt) if run_folder is not None and progress.attempt else None
-    write_rank_error(log_dir, describe_error(error, progress.rank, progress.phases.now))
-    if log_dir is not None and progress.watchdog is not None:
-        # What this rank waited in, if it was another that failed.
-        with contextlib.suppress(Exception):
-            dump_flight_recorder(log_dir, progress.rank)
-    is_first = (
-        run_folder is not None
-        and run_folder.path.exists()
-        and run_folder.write_outcome(status, exit_code, progress.step, reason, rank=progress.rank)
-    )
-    if is_first:
-        _write_failure(progress)
-    _stop_watchdog(progress)
-    # Every rank finds the same mistake in a configuration; one of them saying so is enough.
-    if status != "bad_input" or progress.rank == 0 or progress.trainer is not None:
-        print(f"error: rank {progress.rank}: {reason}" if progress.rank else f"error: {reason}", file=sys.stderr)
-    if _log.handlers:
-        # Without the rank's log file, logging would print the sentence a second time.
-        _log.error("%s", reason)
-    return exit_code

@@ -13,7 +13,7 @@ from trainer.config.schema import OWN_MODULES
 from trainer.run_folder.provenance import FROZEN_REVISION_NAME, code_revision
 
 _ROOT = Path(__file__).resolve().parent.parent.parent
-_FOLDERS = ("benchmarks", "launcher", "sharding", "slurm", "trainer")
+_FOLDERS = ("benchmarks", "launcher", "sharding", "shardline", "slurm", "trainer")
 SCRIPTS_FOLDER = _ROOT / "slurm"
 
 

@@ -9,10 +9,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
 
 from sharding.ranks.errors import UserError
 from sharding.ranks.loopback import HOSTS, loopback_store
 from sharding.ranks.rank_place import has_one_gpu_per_task, place_variables, read_ranks
+
+# By address and port, where this process has met other ranks before. It is kept, for rank 0 may be the server, and a
+# group that follows must not find the addresses of those before it: each has a prefix more.
+_met_in: dict[tuple[str | None, str | None], dist.Store] = {}
 
 
 @dataclass(frozen=True)
@@ -38,12 +43,19 @@ class Ranks:
 def process_group(init_timeout_s: float) -> Iterator[Ranks]:
     """Join the process group: NCCL (with gloo for host tensors) where there are GPUs, gloo where there are none.
 
+    A process may do so several times, one group after another, if all ranks do.
+
     Args:
         init_timeout_s: time limit of every collective until ``set_step_timeout`` lowers it.
 
     Raises:
-        UserError: the launcher's variables make no sense, or there is no GPU for this rank.
+        UserError: the launcher's variables make no sense, there is no GPU for this rank, or it is in a group already.
     """
+    if dist.is_initialized():
+        raise UserError(
+            "this process is in a process group already, and it can be in one at a time: leave that by "
+            "torch.distributed.destroy_process_group(), or, where a run has failed in it, start the process anew."
+        )
     rank, world_size, local_rank, local_world_size = read_ranks(os.environ)
     # The rendezvous, and libraries that look for themselves, know torch's names alone.
     os.environ.update(place_variables(os.environ))
@@ -53,16 +65,31 @@ def process_group(init_timeout_s: float) -> Iterator[Ranks]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
+    ranks = Ranks(rank, world_size, local_rank, local_world_size, device)
     if world_size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    else:
-        device_id = device if device.type == "cuda" else None
-        store = _store(rank, world_size, timeout, os.environ)
-        dist.init_process_group(backend, timeout=timeout, device_id=device_id, **store)
-    yield Ranks(rank, world_size, local_rank, local_world_size, device)
+        try:
+            yield ranks
+        finally:
+            dist.destroy_process_group()
+        return
+    _meet(ranks, backend, timeout)
+    yield ranks
     # Only on the way out of a clean run: after an error on this rank the others may be inside a collective that will
     # never complete, and tearing NCCL down can wait for them.
     dist.destroy_process_group()
+
+
+def _meet(ranks: Ranks, backend: str, timeout: timedelta) -> None:
+    place = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if place in _met_in:
+        again = dist.PrefixStore("again", _met_in[place])
+        store: dict[str, Any] = {"store": again, "rank": ranks.rank, "world_size": ranks.world_size}
+    else:
+        store = _store(ranks.rank, ranks.world_size, timeout, os.environ)
+    device_id = ranks.device if ranks.device.type == "cuda" else None
+    dist.init_process_group(backend, timeout=timeout, device_id=device_id, **store)
+    _met_in[place] = _get_default_store()
 
 
 def _store(rank: int, world_size: int, timeout: timedelta, environment: Mapping[str, str]) -> dict[str, Any]:

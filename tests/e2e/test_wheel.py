@@ -29,7 +29,7 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tmp_path = tmp_path_factory.mktemp("wheel")
     # From a copy, for setuptools builds in the folder itself.
     source = tmp_path / "source"
-    for name in ("benchmarks", "configs", "launcher", "sharding", "slurm", "tests", "trainer"):
+    for name in ("benchmarks", "configs", "launcher", "sharding", "shardline", "slurm", "tests", "trainer"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("LICENSE", "README.md", "pyproject.toml"):
         shutil.copy(ROOT / name, source)

@@ -51,7 +51,7 @@ class Checkpointer:
         recipe: RowRecipe | None = None,
         fit_weights: Callable[[CheckpointReader], Collection[str]] = lambda _: (),
         warn: Callable[[str], None] = print,
-        notify: Callable[[str], None] = print,
+        notify: Callable[[int, CheckpointPath], None] = lambda _step, _folder: None,
         before_write: Callable[[int], None] = lambda _: None,
     ) -> None:
         """Bind to a run.
@@ -69,7 +69,7 @@ class Checkpointer:
             fit_weights: called on every rank with another run's checkpoint whose weights alone are to be loaded; raises
                 if they do not fit, and names the tensors that keep their initial values.
             warn: tells a person that a checkpoint is corrupt; called on rank 0.
-            notify: informs a person that a checkpoint is there; called on rank 0.
+            notify: called with step and folder of a checkpoint once it is complete, on rank 0.
             before_write: called with the step where this rank begins to write, in the thread that writes.
         """
         self._config = config
@@ -234,7 +234,9 @@ class Checkpointer:
             self._commit(pending.folder, pending.write.wait(), pending.training, pending.identity)
 
     def close(self) -> None:
-        """Wait until what is not to be kept is deleted."""
+        """Wait until nothing is written, which after a failure becomes no checkpoint, and what is not kept is deleted."""
+        if self._pending is not None:
+            self._pending.write.wait()
         self._pruning.wait()
 
     @property
@@ -263,4 +265,4 @@ class Checkpointer:
                 self._config.evaluation.monitor,
                 {name for name in (identity.base, self._base.name) if name is not None},
             )
-            self._notify(f"saved {folder}")
+            self._notify(training.step, folder)

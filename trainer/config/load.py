@@ -2,8 +2,9 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import ValidationError
@@ -19,23 +20,39 @@ from trainer.config.secrets import refuse_secrets
 from trainer.config.setting_hints import list_hint, setting_hint, value_hint
 from trainer.config.yaml_files import YamlError, dump_yaml, parse_yaml, read_yaml_mapping
 
+OwnNames = Mapping[str, tuple[str, str | None]]
+"""By section ``module:object`` of what is a caller's own, and the folder of its module; None where it is installed."""
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a YAML file, apply ``key.sub=value`` overrides and check the result.
+
+def load_config(
+    source: str | Path | Mapping[str, Any] | RunConfig,
+    overrides: Sequence[str] = (),
+    own: OwnNames = MappingProxyType({}),
+) -> RunConfig:
+    """Read settings, apply ``key.sub=value`` overrides and check the result.
+
+    Args:
+        source: a YAML file, nested settings as one has them, or a configuration that is to be changed.
+        overrides: settings in place of those.
+        own: what is to be named in sections that may name something of the user's own.
 
     Raises:
         UserError: the file cannot be read or parsed, a key is unknown, or a value is wrong or a secret, or a path names
-            a variable that is not set.
+            a variable that is not set; or a section names something else than is given for it.
     """
-    path = expand_argument(str(path))
-    values = read_yaml_mapping(Path(path))
+    if isinstance(source, RunConfig) and not (overrides or own):
+        return source
+    origin = "the configuration" if isinstance(source, Mapping | RunConfig) else expand_argument(str(source))
+    values = _read_values(source, origin)
     forget_replaced(values, overrides)
     for override in overrides:
         _apply_override(values, override)
     expand_settings(values)
-    _find_modules(values, Path(path))
-    config = parse_config(values, source=path)
-    note_earlier_spelling(values, path)
+    _put_own(values, own)
+    if isinstance(source, str | Path):
+        _find_modules(values, Path(origin))
+    config = parse_config(values, source=origin)
+    note_earlier_spelling(values, origin)
     refuse_secrets(config.model_dump(mode="json"), os.environ)
     return config
 
@@ -101,6 +118,64 @@ def config_to_yaml(config: RunConfig) -> str:
     values = config.model_dump(mode="json")
     escape_settings(values)
     return dump_yaml(values)
+
+
+def _read_values(source: str | Path | Mapping[str, Any] | RunConfig, origin: str) -> dict[str, Any]:
+    """Nested settings as YAML has them, for the caller to change."""
+    if isinstance(source, RunConfig):
+        values = source.model_dump(mode="json", exclude_unset=True)
+        escape_settings(values)
+        return values
+    if isinstance(source, Mapping):
+        return {str(key): _plain(value, str(key)) for key, value in source.items()}
+    return read_yaml_mapping(Path(origin))
+
+
+def _plain(value: Any, key: str) -> Any:
+    """A value as YAML has it.
+
+    Raises:
+        UserError: YAML has no such values.
+    """
+    if isinstance(value, Mapping):
+        return {str(name): _plain(inner, f"{key}.{name}") for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner, f"{key}.{index}") for index, inner in enumerate(value)]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if value is None or isinstance(value, bool):
+        return value
+    # Of a class of its own, such as one of NumPy's, it would not be written.
+    for kind in (int, float, str):
+        if isinstance(value, kind):
+            return kind(value)
+    raise UserError(
+        f"{key}={value!r} is a {type(value).__name__}, which no configuration file can hold; write a number, a text, a "
+        "list or a mapping."
+    )
+
+
+def _put_own(values: dict[str, Any], own: OwnNames) -> None:
+    """Name in each section what is the caller's own.
+
+    Raises:
+        UserError: the section names something else.
+    """
+    for key, setting in OWN_MODULES:
+        if key not in own:
+            continue
+        name, folder = own[key]
+        section = values.get(key) or {}
+        named = {setting: name, **({"source": "factory"} if key == "data" else {})}
+        if not isinstance(section, dict):
+            # For validation to name.
+            continue
+        for leaf, value in named.items():
+            if section.get(leaf, value) != value:
+                raise UserError(
+                    f"{key}.{leaf}={section[leaf]}, but {name} was given in its place; leave one of them out."
+                )
+        values[key] = {**section, **named, **({} if folder is None else {"folder": folder})}
 
 
 def _find_modules(values: dict[str, Any], path: Path) -> None:

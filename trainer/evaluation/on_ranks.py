@@ -5,6 +5,7 @@ import math
 import multiprocessing.connection
 import os
 import socket
+import tempfile
 import traceback
 from collections.abc import Mapping
 from dataclasses import replace
@@ -19,12 +20,13 @@ from sharding.ranks.errors import RunFailure, UserError
 from sharding.ranks.forked_ranks import become_rank, rank_context
 from sharding.ranks.process_group import Ranks, process_group
 from sharding.ranks.process_lifetime import die_with_parent
+from sharding.ranks.rank_place import read_ranks
 from sharding.state import AVERAGE_PREFIX, MODEL_PREFIX
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.data.any_samples import prepared_samples
 from trainer.data.loader import evaluation_batches
 from trainer.data.prepared import open_prepared
-from trainer.evaluation.subject import Subject
+from trainer.evaluation.subject import Asked, Subject, find_subject
 from trainer.metrics.class_table import class_table_values
 from trainer.model.engine import build_model_engine
 from trainer.runtime.threads import threads_per_rank
@@ -87,6 +89,24 @@ def evaluate_subject(subject: Subject, num_ranks: int, work: Path) -> Result:
         raise RunFailure(f"the evaluation has ended without a result (exit statuses: {statuses}); see the lines above.")
     result: Result = json.loads((work / _RESULT).read_text())
     return result
+
+
+def evaluate_on_started_ranks(asked: Asked) -> Result:
+    """Evaluate on the ranks that a launcher has started this process as one of, or alone; every one must call it.
+
+    Raises:
+        UserError: see ``find_subject`` and ``evaluate_here``.
+    """
+    _, world_size, _, local_world_size = read_ranks(os.environ)
+    num_threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory(prefix="shardline-evaluate-") as work:
+        subject = find_subject(asked, world_size, Path(work))
+        torch.set_num_threads(threads_per_rank(subject.config, local_world_size, os.environ))
+        try:
+            with process_group(subject.config.launch.init_timeout_s) as ranks:
+                return evaluate_here(subject, ranks)
+        finally:
+            torch.set_num_threads(num_threads)
 
 
 def _rank_main(rank: int, num_ranks: int, port: int, subject: Subject, work: Path) -> None:

@@ -1,5 +1,6 @@
 """metrics.jsonl: each logged step once, whatever was rolled back."""
 
+import contextlib
 import errno
 import json
 import math
@@ -10,6 +11,9 @@ from typing import Any
 from sharding.ranks.errors import UserError
 
 Metrics = dict[str, float | int | None]
+
+# Of a classification of a thousand classes, with scores of each.
+_LONGEST_LINE_BYTES = 2**20
 
 
 class MetricsFile:
@@ -46,6 +50,35 @@ class MetricsFile:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def read_metrics(path: Path) -> list[Metrics]:
+    """All lines of a metrics.jsonl, which may still be growing; none where it is not there."""
+    try:
+        return _whole_lines(path.read_bytes())
+    except FileNotFoundError:
+        return []
+
+
+def last_metrics(path: Path) -> Metrics:
+    """The newest line of a metrics.jsonl; empty where there is none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _LONGEST_LINE_BYTES))
+            return (_whole_lines(file.read()) or [{}])[-1]
+    except OSError:
+        return {}
+
+
+def _whole_lines(text: bytes) -> list[Metrics]:
+    lines: list[Metrics] = []
+    for line in text.splitlines():
+        # The first may be the end of one, the last half written.
+        with contextlib.suppress(ValueError):
+            values = json.loads(line)
+            if isinstance(values, dict):
+                lines.append(values)
+    return lines
 
 
 def finite_or_none(metrics: Metrics) -> Metrics:

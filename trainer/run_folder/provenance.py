@@ -1,5 +1,6 @@
 """Where a run comes from: code, packages, hardware, command."""
 
+import hashlib
 import json
 import os
 import platform
@@ -12,6 +13,7 @@ from typing import Any
 
 from trainer.config import RunConfig
 from trainer.config.rules import World
+from trainer.config.schema import OWN_MODULES
 from trainer.config.secrets import redact, redact_arguments
 from trainer.runtime.threads import threads_per_rank
 
@@ -27,6 +29,7 @@ def collect_provenance(config: RunConfig, world: World, argv: list[str]) -> dict
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "argv": redact_arguments(argv, os.environ),
         "code": code_revision(),
+        "own_code": own_code(config),
         "python": platform.python_version(),
         "packages": {name: package_version(name) for name in _PACKAGES},
         "hardware": hardware_facts(),
@@ -65,6 +68,51 @@ def describe_version() -> str:
     named = f"shardline {version} (revision {revision})" if revision else f"shardline {version}"
     packages = [f"{name} {package_version(name) or 'missing'}" for name in ("torch", "transformers")]
     return ", ".join([named, *packages, f"Python {platform.python_version()}"])
+
+
+def own_code(config: RunConfig) -> dict[str, Any]:
+    """By setting, what a run has of its owner's own: name, file, and SHA-256 of the file; imports none of it.
+
+    Of what is installed there is the name alone, and of a package's modules the one that is named.
+    """
+    found: dict[str, Any] = {}
+    for key, setting in OWN_MODULES:
+        section = getattr(config, key)
+        name, folder = getattr(section, setting), section.folder
+        if name is None or ":" not in name:
+            continue
+        module = Path(*name.partition(":")[0].split("."))
+        places = (Path(folder or "", module).with_suffix(".py"), Path(folder or "", module, "__init__.py"))
+        file = None if folder is None else next((place for place in places if place.is_file()), None)
+        digest = None if file is None else hashlib.sha256(file.read_bytes()).hexdigest()
+        found[f"{key}.{setting}"] = {"name": name, "file": file and str(file), "sha256": digest}
+    return found
+
+
+def changed_code(run_dir: Path, attempt: int) -> list[str]:
+    """A sentence for each file of the owner's own code that is another than at the attempt before."""
+    earlier = next((n for n in range(attempt - 1, 0, -1) if provenance_file(run_dir, n).exists()), None)
+    if earlier is None:
+        return []
+    before, now = _own_code_of(run_dir, earlier), _own_code_of(run_dir, attempt)
+    return [
+        f"{setting}={now[setting]['name']} is in {now[setting]['file']}, which has changed since attempt {earlier}"
+        for setting in now.keys() & before.keys()
+        if before[setting].get("sha256") != now[setting].get("sha256")
+    ]
+
+
+def provenance_file(run_dir: Path, attempt: int) -> Path:
+    """Where the facts about an attempt are written."""
+    return run_dir / f"provenance{'' if attempt == 1 else f'.attempt-{attempt}'}.json"
+
+
+def _own_code_of(run_dir: Path, attempt: int) -> dict[str, Any]:
+    try:
+        # Earlier releases wrote nothing of it.
+        return json.loads(provenance_file(run_dir, attempt).read_text()).get("own_code", {})
+    except (OSError, ValueError):
+        return {}
 
 
 def hardware_facts() -> dict[str, Any]:

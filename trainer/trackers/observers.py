@@ -1,16 +1,18 @@
-"""Those who watch a run on rank 0: the console and the trackers. On other ranks nobody watches."""
+"""Those who watch a run on rank 0: the console, the trackers and the user's own. On other ranks nobody watches."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trainer.faults.hang.heartbeat import read_heartbeats
-from trainer.metrics.file import Metrics
+from trainer.files.storage import CheckpointPath
+from trainer.metrics.file import Metrics, finite_or_none
 from trainer.metrics.goodput_ledger import GoodputLedger
 from trainer.metrics.stragglers import StragglerWatch
 from trainer.run_folder.events import record_event
 from trainer.trackers.composite import Trackers
 from trainer.trackers.console import Console
+from trainer.trackers.observer import OwnObservers
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Observers:
         attempt: number of the run's attempt.
         stragglers: tells of slow ranks; None on all ranks but the first.
         ledger: what the run's time is spent on; None on all ranks but the first.
+        own: observers of the user's own; None on all ranks but the first.
     """
 
     metrics_path: Path
@@ -32,6 +35,7 @@ class Observers:
     attempt: int = 0
     stragglers: StragglerWatch | None = None
     ledger: GoodputLedger | None = None
+    own: OwnObservers | None = None
 
     @property
     def is_watched(self) -> bool:
@@ -59,6 +63,17 @@ class Observers:
         rank, ratio = metrics["throughput/slowest_rank"], metrics["throughput/slowest_rank_ratio"]
         if self.stragglers is not None and self.stragglers.see(int(rank or 0), float(ratio or 1.0)):
             self.name_straggler(step, int(rank or 0), float(ratio or 1.0))
+        if self.own is not None:
+            metrics = finite_or_none(metrics)
+            self.own.tell("on_step", step, metrics)
+            if evaluated := {name: value for name, value in metrics.items() if name.startswith("eval/")}:
+                self.own.tell("on_evaluate", step, evaluated)
+
+    def saved(self, step: int, folder: CheckpointPath) -> None:
+        """The checkpoint after a step is complete."""
+        self.info(f"saved {folder}")
+        if self.own is not None:
+            self.own.tell("on_save", step, folder)
 
     def name_straggler(self, step: int, rank: int, ratio: float) -> None:
         """A rank is slow, but alive."""

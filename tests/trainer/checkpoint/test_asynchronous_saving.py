@@ -64,7 +64,7 @@ class _Training:
         values = {"steps": 9, "model": TINY_MODEL, "parallel": {"strategy": "none"}, "checkpoint": checkpoint}
         config = parse_config(values, "test")
         self.checkpointer = Checkpointer(
-            config, self.folder, "data", _ALONE, before_commit, notify=lambda _: None, before_write=before_write
+            config, self.folder, "data", _ALONE, before_commit, notify=lambda *_: None, before_write=before_write
         )
         self.step = 0
 

@@ -15,7 +15,7 @@ from trainer.config import RunConfig, load_config
 from trainer.config.reference import PAGE, main, render_page, section_of, sections
 from trainer.plan.preview import preview
 
-PACKAGES = ("launcher", "trainer", "sharding", "benchmarks")
+PACKAGES = ("launcher", "trainer", "sharding", "shardline", "benchmarks")
 # Refused by name unless they have their one value, so a rule is all that reads them.
 ONE_VALUE_ONLY = {("ParallelConfig", "expert")}
 EXAMPLES = sorted((ROOT / "configs").rglob("*.yaml"))

@@ -13,7 +13,8 @@ from trainer.config import config_to_yaml, load_config
 from trainer.config.frozen_config import all_differences, frozen_differences
 from trainer.config.rules import World
 from trainer.config.yaml_files import dump_yaml
-from trainer.rank import _begin_attempt, _Progress, _refuse_other_config
+from trainer.ending import Progress
+from trainer.rank import _begin_attempt, _refuse_other_config
 from trainer.run_folder.folder import RunFolder
 
 pytestmark = pytest.mark.timeout(120)
@@ -42,9 +43,9 @@ def test_a_rank_that_was_given_other_settings_than_its_attempt_is_refused(
     monkeypatch.setenv("SHARDLINE_ATTEMPT", "2")
     monkeypatch.setenv("SHARDLINE_LEASE", "of the launcher")
     frozen = load_config(folder.attempt_config_file(2))
-    assert _begin_attempt(frozen, World(1, has_gpu=False), folder, _Progress()) == 2
+    assert _begin_attempt(frozen, World(1, has_gpu=False), folder, Progress()) == 2
     with pytest.raises(UserError, match=r"attempt 2 of .* other settings .*\(steps: 7 and 6\)"):
-        _begin_attempt(config, World(1, has_gpu=False), folder, _Progress())
+        _begin_attempt(config, World(1, has_gpu=False), folder, Progress())
 
 
 def _read_and_agree(ranks: Ranks, file: Path) -> None:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 
 from sharding.ranks.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, UserError
-from trainer.config import load_config
+from trainer.config import RunConfig, load_config
 from trainer.faults.failure.record import read_failure
 from trainer.faults.failure.restart_policy import backoff_s, is_for_good, num_restarts_that_count, repeated_failure
 from trainer.run_folder.events import record_event
@@ -17,23 +17,28 @@ from trainer.run_folder.folder import RunFolder
 
 
 def await_restart(arguments: Sequence[str], num_restarts: int) -> int | None:
+    """``await_restart_of`` the run that ``python -m trainer`` was given, configuration file and ``key=value``."""
+    try:
+        config = load_config(arguments[0], arguments[1:])
+    except (UserError, IndexError):
+        # The rank itself will say so.
+        return None
+    return await_restart_of(config, num_restarts)
+
+
+def await_restart_of(config: RunConfig, num_restarts: int) -> int | None:
     """Wait out the back-off.
 
     Every rank decides by itself from what the attempt before has left, which is there until rank 0 begins another.
 
     Args:
-        arguments: the configuration file and ``key=value`` arguments.
+        config: the run.
         num_restarts: how often the agent has started this rank again.
 
     Returns:
         The exit status for a rank that is to end at once, else None. The agent starts a rank again whatever it ends
         with but 0, which costs a moment each.
     """
-    try:
-        config = load_config(arguments[0], arguments[1:])
-    except (UserError, IndexError):
-        # The rank itself will say so.
-        return None
     run_folder, is_first = RunFolder(config.run_dir), os.environ.get("RANK") == "0"
     outcome, failure = run_folder.read_outcome() or {}, read_failure(run_folder.path)
     if outcome.get("exit_code") in (EXIT_FINISHED, EXIT_STOPPED):

@@ -1,0 +1,203 @@
+"""A run that there is, by its folder."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from trainer.config import RunConfig
+from trainer.config.expansion import expand_argument
+from trainer.files.storage import CheckpointPath
+from trainer.metrics.file import Metrics, read_metrics
+from trainer.run_folder.folder import RunFolder
+from trainer.run_folder.listing import list_checkpoints
+from trainer.runtime.own_modules import name_own
+
+OwnPart = Callable[..., Any] | str
+
+
+class Run:
+    """A run's folder, ``output_dir/name``, whether it trains, has stopped or has finished.
+
+    Nothing is kept here: each time it is asked, it looks. Where the run has a task, a model or samples of its owner's,
+    what reads its weights is given these classes or functions, or their names, as a command is: code runs that the
+    caller names, never what a run's folder asks for.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Open it.
+
+        Raises:
+            UserError: there is no run in this folder.
+        """
+        self.path = Path(expand_argument(str(path)))
+        self._folder = RunFolder(self.path)
+        self._folder.frozen_config()
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r})"
+
+    @property
+    def config(self) -> RunConfig:
+        """The configuration of its latest attempt."""
+        return self._folder.newest_config()
+
+    @property
+    def outcome(self) -> dict[str, Any] | None:
+        """How its latest attempt ended: ``status``, ``exit_code``, ``step``, ``reason`` and ``rank``; else None."""
+        return self._folder.read_outcome()
+
+    @property
+    def metrics(self) -> list[Metrics]:
+        """The lines of metrics.jsonl, one for each logged step; ``pandas.DataFrame`` makes a table of them."""
+        return read_metrics(self._folder.metrics_file)
+
+    @property
+    def checkpoints(self) -> dict[int, CheckpointPath]:
+        """Step and folder of its checkpoints, oldest first; a ``Path`` unless ``checkpoint.storage`` is a URL."""
+        return dict(list_checkpoints(self._folder.checkpoints_dir))
+
+    def stop(self, reason: str = "by Run.stop") -> None:
+        """Ask it to save and stop at the next step's edge; a run that does not train begins anew all the same."""
+        self._folder.request_stop(reason)
+
+    def report(self, to: str | Path | None = None) -> Path:
+        """Write its page of plots for a browser; returns its file, ``report.html`` in the run's folder if not given."""
+        from trainer.report.page import write_report
+
+        file = self._folder.report_file if to is None else Path(to)
+        write_report([self.path], file)
+        return file
+
+    def evaluate(
+        self,
+        split: str = "validation",
+        *,
+        data: Sequence[str | Path] = (),
+        step: int | None = None,
+        ema: bool = False,
+        task: OwnPart | None = None,
+        model: OwnPart | None = None,
+        samples: OwnPart | None = None,
+        trust_remote_code: bool = False,
+    ) -> dict[str, Any]:
+        """Evaluate a checkpoint on the ranks that the script was started on; every one of them must call it.
+
+        Args:
+            split: train, validation or test of the run's data, or one of its ``evaluation.sets``.
+            data: files to evaluate on in place of a split.
+            step: of the checkpoint; the newest if not given.
+            ema: take the moving average of the weights.
+            task: the run's own, where it has one.
+            model: what makes the run's own model, where it has one.
+            samples: what makes the run's own samples, where it has any.
+            trust_remote_code: run the model's own Python code.
+
+        Returns:
+            ``samples``, their number, ``metrics`` by name, and of a classification ``classes`` and ``confusion``.
+
+        Raises:
+            UserError: there is no such checkpoint or split, or code is not allowed.
+        """
+        from trainer.deploy.allowed_code import AllowedCode
+        from trainer.evaluation.on_ranks import evaluate_on_started_ranks
+        from trainer.evaluation.subject import Asked
+
+        factories = [name_own(part, name)[0] for name, part in (("model", model), ("samples", samples)) if part]
+        allowed = AllowedCode(_name(task), trust_remote_code, tuple(factories))
+        files = tuple(map(str, data))
+        return evaluate_on_started_ranks(Asked(str(self.path), step, ema, split, files, allowed))
+
+    def load(
+        self,
+        step: int | None = None,
+        *,
+        ema: bool = False,
+        task: OwnPart | None = None,
+        trust_remote_code: bool = False,
+    ) -> tuple[Any, Any]:
+        """Model and tokenizer of a checkpoint as `transformers` has them, in evaluation mode on the host.
+
+        Args:
+            step: of the checkpoint; the newest if not given.
+            ema: take the moving average of the weights.
+            task: the run's own, where it has one.
+            trust_remote_code: run the model's own Python code.
+
+        Raises:
+            UserError: there is no such checkpoint, the model does not continue text, or code is not allowed.
+        """
+        from trainer.deploy.allowed_code import AllowedCode
+        from trainer.deploy.generation import load_model
+
+        allowed = AllowedCode(_name(task), trust_remote_code)
+        return load_model(str(self.path), step, averaged=ema, allowed=allowed)
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float = 0.8,
+        top_k: int = 50,
+        seed: int = 0,
+        step: int | None = None,
+        ema: bool = False,
+        task: OwnPart | None = None,
+        trust_remote_code: bool = False,
+    ) -> str:
+        """A text and its continuation by the run's model, which is loaded for it; ``load`` is for several.
+
+        Args:
+            prompt: text to continue.
+            max_new_tokens: tokens to add at most; 120, or what the model's positions leave.
+            temperature: 0 takes the likeliest token each time.
+            top_k: choose among this many likeliest tokens; 0 means all.
+            seed: of the choice.
+            step: see ``load``, as for what follows.
+            ema: see ``load``.
+            task: see ``load``.
+            trust_remote_code: see ``load``.
+
+        Raises:
+            UserError: see ``load``; also where prompt and continuation are longer than the model has positions.
+        """
+        from trainer.deploy.generation import generate_text
+
+        loaded, tokenizer = self.load(step, ema=ema, task=task, trust_remote_code=trust_remote_code)
+        return generate_text(
+            loaded, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed
+        )
+
+    def export(
+        self,
+        to: str | Path,
+        *,
+        step: int | None = None,
+        ema: bool = False,
+        task: OwnPart | None = None,
+        trust_remote_code: bool = False,
+    ) -> Path:
+        """Write a checkpoint as a folder that `transformers` loads, with the tokenizer; returns the folder.
+
+        Args:
+            to: a new folder.
+            step: see ``load``, as for what follows.
+            ema: see ``load``.
+            task: see ``load``.
+            trust_remote_code: see ``load``.
+
+        Raises:
+            UserError: see ``load``; also where the folder is not empty or cannot be written.
+        """
+        from trainer.checkpoint.reader import open_checkpoint
+        from trainer.deploy.allowed_code import AllowedCode
+        from trainer.deploy.export import export_model
+
+        folder = Path(to)
+        allowed = AllowedCode(_name(task), trust_remote_code)
+        export_model(open_checkpoint(str(self.path), step), folder, averaged=ema, allowed=allowed)
+        return folder
+
+
+def _name(task: OwnPart | None) -> str | None:
+    return None if task is None else name_own(task, "task")[0]
