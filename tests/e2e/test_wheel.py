@@ -11,7 +11,8 @@ from zipfile import ZipFile
 
 import pytest
 
-from tests.support import ROOT, read_metrics, tiny_values, write_config
+from tests.shardline.test_docs_python import scripts
+from tests.support import ROOT, free_port, read_metrics, tiny_values, write_config
 
 
 def _run(*command: object, cwd: Path, **extra: str) -> str:
@@ -81,3 +82,17 @@ def test_the_example_of_an_own_task_runs_as_it_is_written(python: Path, tmp_path
     assert printed["metrics"]["accuracy"] > 0.9
     # Half an hour's reading is 40 lines, of code that says something.
     assert len([line for line in code.splitlines() if line and not line.startswith(("import", "from", "#"))]) <= 45
+
+
+@pytest.mark.timeout(600)
+def test_a_script_trains_though_modules_beside_it_are_called_like_ours(python: Path, tmp_path: Path) -> None:
+    script = tmp_path / "spirals.py"
+    script.write_text(scripts()["spirals.py"])
+    for name in ("launcher", "sharding", "trainer"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('the one beside the script')")
+    options = ("--nproc-per-node", 2, f"--master-port={free_port()}")
+    settings = ("steps=100", f"data.cache_dir={tmp_path}", "tracking.wandb.mode=disabled")
+    # As torchrun does it, whose own script the environment lacks.
+    printed = _run(python, "-P", "-m", "torch.distributed.run", *options, script, *settings, cwd=tmp_path)
+    assert "after step 100: " in printed
+    assert [line["step"] for line in read_metrics(tmp_path / "runs" / "spirals")][-1] == 100

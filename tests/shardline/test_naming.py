@@ -4,6 +4,7 @@ import functools
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -83,20 +84,49 @@ def test_values_of_python_are_taken_as_a_file_would_have_them(tmp_path: Path) ->
         load_config(settings(tmp_path, "x", optimizer={"rate": 1}), model=Network, samples=Points)
 
 
-_SCRIPT = """
-import sys
-import shardline
-from tests.shardline.own_parts import Network, Points, settings
+def _script(file: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A script as this process's."""
+    file.write_text("class Mine: pass\n")
+    module = ModuleType("__main__")
+    module.__file__ = str(file)
+    exec(file.read_text(), module.__dict__)
+    monkeypatch.setitem(sys.modules, "__main__", module)
+    return module
 
-class Mine(Points):
-    pass
 
-def begin():
-    given = settings(sys.argv[1], "script", checkpoint={"every_steps": 2})
-    given |= {"steps": 2, "output_dir": sys.argv[1]}
-    return shardline.train(given, model=Network, samples=Mine)
+def test_a_class_of_the_script_is_named_by_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = _script(tmp_path / "a_script_of_tests.py", monkeypatch)
+    name, folder = name_own(script.Mine, "task")
+    assert (name, folder) == ("a_script_of_tests:Mine", str(tmp_path))
+    # The same class, not one of a second import.
+    assert import_own(name, "task.name", folder) is script.Mine
+    monkeypatch.delitem(sys.modules, "a_script_of_tests")
+    assert import_own(name, "task.name", folder).__module__ == "a_script_of_tests"
 
-if __name__ == "__main__":
-    import script
-    assert script.Mine is not Mine
-"""
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("json.py", "a module json is there already, from .*json/__init__.py; call the file otherwise"),
+        ("a.b.py", "cannot be imported; call the file NAME.py"),
+        ("script", "cannot be imported; call the file NAME.py"),
+    ],
+)
+def test_a_script_that_others_could_not_import_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, reason: str
+) -> None:
+    script = _script(tmp_path / name, monkeypatch)
+    with pytest.raises(UserError, match=reason):
+        name_own(script.Mine, "task")
+
+
+def test_a_script_that_is_imported_for_its_parts_does_not_train(tmp_path: Path) -> None:
+    (tmp_path / "without_a_guard.py").write_text(
+        "import pathlib, shardline\n"
+        "from tests.shardline.own_parts import Network, Points, settings\n"
+        f"shardline.train(settings(pathlib.Path({str(tmp_path)!r}), 'x'), model=Network, "
+        "samples=Points)\n"
+    )
+    with pytest.raises(UserError, match=r"^train was called while its module was imported for model.factory=without_a"):
+        import_own("without_a_guard:Network", "model.factory", str(tmp_path))
+    assert not (tmp_path / "runs").exists()
