@@ -87,6 +87,7 @@ UNUSED_BY_A_RANK = {
     "pyarrow",
     "launcher",
     "benchmarks",
+    "shardline",
 }
 
 
