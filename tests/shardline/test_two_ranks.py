@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from shardline import Run
 from tests.shardline.own_parts import settings
 from tests.shardline.two_ranks import _LAYOUTS
 from tests.support import free_port, read_metrics, run_module, trained, training_curve
@@ -15,8 +16,8 @@ from trainer.config import config_to_yaml, load_config
 pytestmark = pytest.mark.timeout(200)
 
 
-def _torchrun(case: str, root: Path) -> subprocess.CompletedProcess[str]:
-    options = ("--nproc-per-node=2", f"--master-port={free_port()}", "-m", "tests.shardline.two_ranks")
+def _torchrun(case: str, root: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    options = (*options, "--nproc-per-node=2", f"--master-port={free_port()}", "-m", "tests.shardline.two_ranks")
     return run_module("torch.distributed.run", *options, case, root, timeout_s=180)
 
 
@@ -59,3 +60,14 @@ def test_a_rank_that_fails_alone_ends_though_its_script_goes_on(tmp_path: Path) 
     assert time.monotonic() - begun < 120
     outcome = json.loads((tmp_path / "runs" / "fails" / "outcome.json").read_text())
     assert (outcome["status"], outcome["exit_code"], outcome["rank"]) == ("failed", 1, 1)
+
+
+def test_ranks_that_torchrun_starts_again_go_on_with_the_run_that_was_killed(tmp_path: Path) -> None:
+    trained(_torchrun("restarted", tmp_path, "--max-restarts=1"))
+    first, second = (Run(tmp_path / "runs" / name) for name in ("first", "second"))
+    assert training_curve(first.path) == training_curve(second.path)
+    assert [len(list(run.path.glob("logs/attempt-*"))) for run in (first, second)] == [2, 2]
+    (restart,) = [
+        json.loads(line) for line in (second.path / "events.jsonl").read_text().splitlines() if "restart" in line
+    ]
+    assert restart["num_left"] == 0

@@ -43,8 +43,16 @@ def _fails(root: Path, rank: int) -> list[Any]:
     return []
 
 
+def _restarted(root: Path, rank: int) -> list[Any]:
+    for name in ("first", "second"):
+        train(settings(root, name, faults={"restart_backoff_s": 0.1}), **_OWN)
+        # In the run that comes then.
+        os.environ["SHARDLINE_INJECT"] = '[{"fault": "kill", "rank": 1, "step": 5, "attempt": 1}]'
+    return []
+
+
 if __name__ == "__main__":
     case, root = sys.argv[1:]
     rank = int(os.environ["RANK"])
-    told = {"several": _several, "fails": _fails}[case](Path(root), rank)
+    told = {"several": _several, "fails": _fails, "restarted": _restarted}[case](Path(root), rank)
     Path(root, f"{case}-{rank}.json").write_text(json.dumps(told))

@@ -234,7 +234,7 @@ class Checkpointer:
             self._commit(pending.folder, pending.write.wait(), pending.training, pending.identity)
 
     def close(self) -> None:
-        """Wait until nothing is written, which after a failure becomes no checkpoint, and what is not kept is deleted."""
+        """Wait until nothing is written, which after a failure is no checkpoint, and what is not kept is deleted."""
         if self._pending is not None:
             self._pending.write.wait()
         self._pruning.wait()
