@@ -18,10 +18,14 @@ from trainer.deploy.export import export_model
 # A download, or a GPU.
 _LARGE = {"gpt2_124m", "llama_1b"}
 _TRANSFER = "stdlib_classify_transfer"
+_CHAT = "chat_lora"
+# What each of these begins with.
+_BEGIN_ELSEWHERE = {_TRANSFER: "stdlib_bert_mlm", _CHAT: "quickstart"}
 EXAMPLES = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml") if path.stem not in _LARGE)
 
 # As many steps as show that it learns; what makes texts fewer and models smaller where that is no matter of learning.
 _SHORT: dict[str, tuple[int, tuple[str, ...]]] = {
+    "chat_lora": (12, ("data.max_documents=400",)),
     "digits_cnn": (20, ()),
     "digits_mlp": (30, ()),
     "quickstart": (8, ("data.max_documents=60", "data.vocab_size=512", "data.sequence_length=32")),
@@ -53,12 +57,13 @@ def _short(name: str, root: Path, *overrides: str) -> Any:
 def _train(ranks: Ranks, root: Path) -> None:
     runs = RunsInProcess(ranks, root, root)
     for name in EXAMPLES:
-        if name != _TRANSFER:
+        if name not in _BEGIN_ELSEWHERE:
             runs.train_as(_short(name, root))
-    if ranks.rank == 0:
-        export_model(open_checkpoint(str(root / "runs" / "stdlib_bert_mlm"), None), root / "exported")
-    dist.barrier()
-    runs.train_as(_short(_TRANSFER, root, f"model.pretrained={root / 'exported'}"))
+    for name, begins_with in _BEGIN_ELSEWHERE.items():
+        if ranks.rank == 0:
+            export_model(open_checkpoint(str(root / "runs" / begins_with), None), root / begins_with)
+        dist.barrier()
+        runs.train_as(_short(name, root, f"model.pretrained={root / begins_with}"))
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +89,7 @@ def _falls(losses: list[float]) -> bool:
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("name", [name for name in EXAMPLES if name != _TRANSFER])
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if name not in _BEGIN_ELSEWHERE])
 def test_every_example_trains(root: Path, name: str) -> None:
     lines = read_metrics(root / "runs" / name)
     losses = [line["train/loss"] for line in lines if "train/loss" in line]
@@ -98,3 +103,9 @@ def test_a_classifier_begins_with_what_a_masked_model_has_learnt(root: Path) -> 
     losses = [line["train/loss"] for line in read_metrics(root / "runs" / _TRANSFER)]
     assert _falls(losses), losses
     assert "new head: " in (root / f"{_TRANSFER}.log").read_text()
+
+
+def test_a_language_model_learns_to_answer(root: Path) -> None:
+    lines = read_metrics(root / "runs" / _CHAT)
+    assert _falls([line["train/loss"] for line in lines if "train/loss" in line])
+    assert math.isfinite(lines[-1]["eval/loss"])

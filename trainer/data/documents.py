@@ -11,7 +11,7 @@ from trainer.data.prepared import Prepared, PreparedTokens
 from trainer.data.prepared_own import PreparedOwn
 from trainer.data.prepared_rows import PreparedRows
 from trainer.data.row_store import StoredRows
-from trainer.data.shards import DocumentSpan, split_targets
+from trainer.data.shards import DocumentSpan
 
 MOST_POSITIONS = 4096
 """Sample positions whose documents are named in an event."""
@@ -50,16 +50,13 @@ def samples_at(config: RunConfig, corpus: PreparedTokens, positions: np.ndarray)
     for position, epoch, global_index in places:
         source, index = stream.locate(global_index, length)
         begin = index * length
-        tokens = source.read(begin, min(begin + length + 1, source.num_tokens))
-        # Its last token is only there to be predicted.
-        num_inputs = num_targets = len(tokens) - 1
-        is_target = None
-        if source.has_targets:
-            tokens, of_all = split_targets(tokens)
-            is_target, num_targets = of_all[:num_inputs].tolist(), int(of_all[1:].sum())
-        token_ids = tokens[:num_inputs].tolist()
+        tokens, targets = source.read_targets(begin, min(begin + length + 1, source.num_tokens))
+        # Its last token is only there to be predicted, and its first one is not.
+        num_inputs, num_targets = len(tokens) - 1, int(targets[1:].sum())
+        is_target = targets[:num_inputs].tolist() if source.has_targets else None
         documents = source.documents_between(begin, begin + num_inputs)
-        yield ShownSample(position, source.name, epoch, index, documents, token_ids, is_target, num_targets)
+        shown = tokens[:num_inputs].tolist()
+        yield ShownSample(position, source.name, epoch, index, documents, shown, is_target, num_targets)
 
 
 def documents_in(config: RunConfig, corpus: Prepared, ranges: Iterable[Sequence[int]]) -> list[dict[str, Any]]:

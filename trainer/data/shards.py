@@ -137,7 +137,7 @@ class TokenStream:
         return self, index
 
     def read_into(self, start: int, stop: int, target: np.ndarray) -> None:
-        """Copy tokens [start, stop) into an integer array of that length.
+        """Copy tokens [start, stop) as they are stored into an integer array of that length; see ``split_targets``.
 
         Raises:
             UserError: they are not what was prepared.
@@ -153,11 +153,15 @@ class TokenStream:
             self.read_into(here, stop, target[here - start :])
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) as int64."""
+        """Token ids [start, stop) as int64."""
+        return self.read_targets(start, stop)[0]
+
+    def read_targets(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids [start, stop) as int64, and whether each is a target, bool."""
         tokens = np.empty(stop - start, dtype=np.int64)
         if len(tokens):
             self.read_into(start, stop, tokens)
-        return tokens
+        return split_targets(tokens) if self.has_targets else (tokens, np.ones(len(tokens), dtype=bool))
 
     def document_starts(self, start: int, stop: int) -> np.ndarray:
         """Positions in [start, stop) at which a document starts, int64.

@@ -25,6 +25,7 @@ from trainer.data.packed import packed_samples
 from trainer.data.prepare import describe_corpus, prepare_corpus
 from trainer.data.prepared import PreparedCorpus
 from trainer.data.stdlib_questions import stdlib_questions
+from trainer.report.excerpts import _first_document
 from trainer.tasks.next_tokens import IGNORED_LABEL, next_token_batch
 
 LENGTH = 96
@@ -319,3 +320,11 @@ def test_modules_stay_on_one_side(tmp_path: Path) -> None:
     assert modules["train"]
     assert modules["validation"]
     assert not modules["train"] & modules["validation"]
+
+
+def test_the_report_shows_a_conversation(tmp_path: Path, tokenizer_folder: Path) -> None:
+    path = _write(tmp_path / "a.jsonl", [turns("What is it?", "This.")])
+    corpus = _prepared(_config(tmp_path, tokenizer_folder, path, validation_fraction=0.0))
+    excerpt = _first_document(corpus, "train")
+    assert excerpt is not None
+    assert excerpt.text.startswith("user\nWhat is it?\nassistant\nThis.\n")
