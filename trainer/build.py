@@ -47,7 +47,7 @@ from trainer.parts import TrainerParts
 from trainer.run_folder.events import record_event
 from trainer.run_folder.folder import RunFolder
 from trainer.runtime.phases import Phase, Phases
-from trainer.tasks.causal_lm import predicts_next_tokens
+from trainer.tasks.causal_lm import check_targets, predicts_next_tokens
 from trainer.tasks.evaluation import Evaluation
 from trainer.tasks.monitor import check_monitor
 from trainer.tasks.named_sums import NamedSums
@@ -123,6 +123,8 @@ def build_trainer(
         observers.info(f"initial parameters {parameter_hash(engine, ranks)}")
     corpus.check_sequence_length(config.data.sequence_length)
     check_held_out(config, samples)
+    if config.data.has_messages and not predicts_next_tokens(task):
+        check_targets(config.task.name, task, samples)
     if config.data.document_mask:
         check_engine(engine, fetched, task, samples.facts)
     for line in describe_mixture(corpus, config.data.sequence_length, config.num_steps * config.batch.global_size):

@@ -76,6 +76,11 @@ class ChatTemplate:
         self._written = re.compile(f"{_MARK}|{self._control.pattern}")
         self.end_of_turn_id = self._try()
 
+    @property
+    def writes_dates(self) -> bool:
+        """Whether what it writes depends on the day."""
+        return "strftime_now" in self._source
+
     def render(self, conversation: Conversation, place: str) -> list[RenderedConversation]:
         """A conversation as the template writes it; none where nothing of it is a target.
 

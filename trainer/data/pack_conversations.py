@@ -76,6 +76,8 @@ def pack_conversations(
         for split in ("train", "validation")
     }
     _check_targets(outcome, row_tokens)
+    if template.writes_dates:
+        stages.note("the chat template writes the date of this day: prepared on another one, tokens are others")
     _say(outcome, row_tokens, stages)
     filler = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     splits = {}

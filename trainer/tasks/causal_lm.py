@@ -17,6 +17,7 @@ from trainer.architectures.faults import cannot_compute, faults_of_a_configurati
 from trainer.architectures.networks import build_network
 from trainer.config.sections import ModelConfig
 from trainer.data.facts import SampleFacts
+from trainer.data.samples import Samples
 from trainer.data.token_bytes import token_bytes
 from trainer.tasks.chunked_loss import ChunkedLossHead
 from trainer.tasks.next_tokens import IGNORED_LABEL, next_token_batch
@@ -204,6 +205,27 @@ def predicts_next_tokens(task: Task) -> bool:
     ours = CausalLanguageModelling
     names = ("make_batch", "inputs", "forward", "loss", "evaluate")
     return isinstance(task, ours) and all(getattr(type(task), name) is getattr(ours, name) for name in names)
+
+
+def check_targets(name: str, task: Task, samples: Samples) -> None:
+    """Assert of a task of the user's own that what users say in a conversation is not among its targets.
+
+    Args:
+        name: what to call it.
+        task: the task.
+        samples: of conversations.
+
+    Raises:
+        UserError: it has more targets in the first sample than there are.
+    """
+    first = samples.read("train", [0])
+    most = int(first["is_target"][:, 1:].sum())
+    found = task.num_targets(task.make_batch(first, torch.zeros(1, dtype=torch.long), training=True))
+    if found > most:
+        raise UserError(
+            f"task.name={name} has {found} targets in the first sample, in which {most} tokens are the assistant's; "
+            "make its batches with trainer.tasks.next_tokens.next_token_batch, or read is_target of the samples."
+        )
 
 
 def _logits_and_labels(outputs: Outputs, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -110,7 +110,8 @@ class Task(Protocol):
 
         Args:
             samples: as they were read. Packed tokens are as ``trainer.data.packed.packed_rows`` gives them, and
-                ``trainer.tasks.next_tokens.next_token_batch`` shifts them.
+                ``trainer.tasks.next_tokens.next_token_batch`` shifts them; of conversations ``is_target`` says which
+                are to be predicted.
             positions: global position of each sample, int64 [micro]. One at ``trainer.data.samples.FILLER`` only fills
                 up a batch of an evaluation, and must have no target.
             training: whether the batch is for training; else for evaluation.

@@ -11,9 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sharding.engine import Batch
 from sharding.ranks.errors import UserError
 from tests.support import TINY_MODEL
 from tests.trainer.data.chat_support import CHATML, FORGETS, chat_tokenizer, turns
@@ -26,6 +28,7 @@ from trainer.data.prepare import describe_corpus, prepare_corpus
 from trainer.data.prepared import PreparedCorpus
 from trainer.data.stdlib_questions import stdlib_questions
 from trainer.report.excerpts import _first_document
+from trainer.tasks.causal_lm import CausalLanguageModelling, check_targets
 from trainer.tasks.next_tokens import IGNORED_LABEL, next_token_batch
 
 LENGTH = 96
@@ -328,3 +331,18 @@ def test_the_report_shows_a_conversation(tmp_path: Path, tokenizer_folder: Path)
     excerpt = _first_document(corpus, "train")
     assert excerpt is not None
     assert excerpt.text.startswith("user\nWhat is it?\nassistant\nThis.\n")
+
+
+class _TrainsOnAll(CausalLanguageModelling):
+    """Forgets that only what the assistant says is a target."""
+
+    def make_batch(self, samples: Batch, positions: torch.Tensor, training: bool) -> Batch:
+        return {"input_ids": samples["tokens"][:, :-1], "labels": samples["tokens"][:, 1:]}
+
+
+def test_a_task_of_ones_own_that_trains_on_users_is_refused(tmp_path: Path, tokenizer_folder: Path) -> None:
+    config = _config(tmp_path, tokenizer_folder, _write(tmp_path / "a.jsonl", _rows(6)))
+    samples = packed_samples(_prepared(config), config.data)
+    check_targets("own", CausalLanguageModelling(), samples)
+    with pytest.raises(UserError, match=r"task.name=own has \d+ targets in the first sample, in which"):
+        check_targets("own", _TrainsOnAll(), samples)
