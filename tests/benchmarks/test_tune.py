@@ -162,9 +162,15 @@ def test_a_search_on_two_ranks_goes_on_after_running_out_of_memory(
         "--memory-gib",
         "0.72",
     ]
-    status = main([str(config), *options, "--output", str(tmp_path)])
-    printed = capfd.readouterr().out
+    status = main([str(config), *options, "--output", str(tmp_path), "--json"])
+    captured = capfd.readouterr()
+    # What is said meanwhile goes aside.
+    printed = captured.err
     assert status == 0, printed
+    document = json.loads(captured.out)
+    assert document["use"] == ["batch.micro_size=1", "parallel.strategy=ddp"]
+    assert document["trials"][0]["tokens_per_s"] > 0
+    assert "out of memory" in {trial["reason"] for trial in document["trials"]}
     (raw,) = tmp_path.glob("tune_2xcpu_*.jsonl")
     rows = [json.loads(line) for line in raw.read_text().splitlines()]
     assert {row["config"]["batch"]["global_size"] for row in rows if row["kind"] == "rung"} == {4}

@@ -16,7 +16,7 @@ from trainer.config.rules import BACKEND_STRATEGIES
 from trainer.parity import cases as parity_cases_module
 from trainer.parity.cases import ParityCase
 from trainer.parity.comparison import ParityRow, _relative, parity_cases, run_parity
-from trainer.parity.table import print_table
+from trainer.parity.table import print_table, row_values
 
 
 @pytest.mark.timeout(800)
@@ -171,6 +171,13 @@ def test_a_row_passes_only_inside_every_tolerance() -> None:
 def test_what_is_not_a_number_is_no_small_difference() -> None:
     assert math.isnan(_relative([1.0, math.nan], [1.0, 1.0]))
     assert _relative([1.0, 3.0], [1.0, 2.0]) == 0.5
+
+
+def test_a_row_is_told_to_programs() -> None:
+    values = row_values(replace(_GOOD, failure="it broke", loss_difference=math.nan))
+    assert (values["backend"], values["num_ranks"]) == (_GOOD.case.backend, _GOOD.case.num_ranks)
+    assert (values["passed"], values["problems"]) == (False, ["it broke"])
+    assert row_values(_GOOD)["passed"]
 
 
 def test_what_a_library_says_of_a_failure_is_shown_as_it_is() -> None:
