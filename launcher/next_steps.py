@@ -30,5 +30,6 @@ def _commands(config: RunConfig, run_folder: RunFolder) -> list[str]:
     is_of_transformers = (config.model.architecture or config.model.pretrained) is not None
     export = [f"shardline export {run} --to DIR{trust}"] if is_of_transformers and not own else []
     if export and config.task.name in _LANGUAGE_MODELS:
-        return [f"shardline generate {run} --prompt TEXT{trust}", *export]
+        chat = " --chat" if config.data.format == "messages" else ""
+        return [f"shardline generate {run}{chat} --prompt TEXT{trust}", *export]
     return [f"shardline evaluate {run}{code}{trust}", *export]

@@ -92,6 +92,12 @@ def test_the_version_is_a_line_for_a_report_of_a_fault() -> None:
 def test_words_are_completed() -> None:
     asked = {"_SHARDLINE_COMPLETE": "complete_bash", "COMP_WORDS": "shardline check", "COMP_CWORD": "1"}
     assert shardline(**asked).stdout.split() == ["checkpoint"]
+    asked = {
+        "_SHARDLINE_COMPLETE": "complete_bash",
+        "COMP_WORDS": "shardline run x.yaml optimizer.l",
+        "COMP_CWORD": "3",
+    }
+    assert "optimizer.lr=" in shardline(**asked).stdout.split()
     asked = {"_SHARDLINE_COMPLETE": "complete_bash", "COMP_WORDS": "shardline list --js", "COMP_CWORD": "2"}
     assert shardline(**asked).stdout.split() == ["--json"]
 

@@ -24,6 +24,10 @@ _LLAMA = {"architecture": "llama"}
             {"model": {"architecture": "bert"}, "task": {"name": "masked-lm"}},
             ["evaluate {run}", "export {run} --to DIR"],
         ),
+        (
+            {"model": _LLAMA, "data": {"source": "jsonl", "paths": ["chats.jsonl"], "format": "messages"}},
+            ["generate {run} --chat --prompt TEXT", "export {run} --to DIR"],
+        ),
         ({"model": _LLAMA, "task": {"name": "own:Task"}}, ["evaluate {run} --task own:Task"]),
         (
             {"model": {"factory": "own:make"}, "task": {"name": "own:Task"}},

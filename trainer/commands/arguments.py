@@ -26,9 +26,25 @@ def expanded(value: Any) -> Any:
     return value if value is None else expand_argument(value)
 
 
+def complete_setting(incomplete: str) -> list[str]:
+    """The settings whose names begin so, for a shell."""
+    from trainer.config.reference import section_of, sections
+    from trainer.config.schema import RunConfig
+
+    keys = [
+        f"{key}.{field.alias or name}" if key else name
+        for key, model in sections(RunConfig)
+        for name, field in model.model_fields.items()
+        # Of a section its settings, and of a list no element's.
+        if section_of(field) is None and "[]" not in key
+    ]
+    return [f"{key}=" for key in keys if key.startswith(incomplete)]
+
+
 Config = Annotated[str, typer.Argument(help="YAML file of the run.", metavar="CONFIG", callback=expanded)]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Settings, such as optimizer.lr=1e-3.", metavar="key=value")
+    list[str] | None,
+    typer.Argument(help="Settings, such as optimizer.lr=1e-3.", metavar="key=value", autocompletion=complete_setting),
 ]
 NprocPerNode = Annotated[int | None, typer.Option(min=1, help="Ranks on this machine.")]
 Run = Annotated[str, typer.Argument(help="Folder of a run, output_dir/name.", metavar="RUN", callback=expanded)]
