@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from sharding.ranks.local_group import free_port, rank_variables
 from tests.zygote.start import Zygote
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -268,13 +268,6 @@ def kill(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
-def free_port() -> int:
-    """A TCP port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def run_on_ranks(function: Callable[..., None], num_ranks: int, *arguments: Any, timeout_s: float = 120) -> None:
     """Call a module-level function on several ranks: ``function(ranks, *arguments)`` within a process group."""
     from sharding.ranks.forked_ranks import rank_context
@@ -282,16 +275,11 @@ def run_on_ranks(function: Callable[..., None], num_ranks: int, *arguments: Any,
     context = rank_context()
     errors = context.SimpleQueue()
     # Their own may be older.
-    environment = dict(os.environ) | {
-        "WORLD_SIZE": str(num_ranks),
-        "LOCAL_WORLD_SIZE": str(num_ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-    }
+    environment, port = dict(os.environ), free_port()
     processes = [
         context.Process(
             target=_rank_main,
-            args=(function, environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, errors, arguments),
+            args=(function, environment | rank_variables(rank, num_ranks, port), errors, arguments),
             daemon=True,
         )
         for rank in range(num_ranks)

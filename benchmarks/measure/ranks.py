@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from sharding.ranks.errors import EXIT_FAILED
+from sharding.ranks.local_group import free_port, rank_variables
 from trainer.runtime.host_memory import MMAP_THRESHOLD_BYTES
 
 INTERRUPTED = 130
@@ -70,9 +70,9 @@ def run_ranks(
         path.write_text(json.dumps(asdict(assignment)))  # type: ignore[call-overload] # a Protocol is no dataclass
         command = [sys.executable, "-m", module, str(path)]
         shared = {"OMP_NUM_THREADS": str(assignment.threads), "TOKENIZERS_PARALLELISM": "false", **variables}
-        port = _free_port()
+        port = free_port()
         ranks = [
-            subprocess.Popen(command, env=os.environ | shared | _variables(rank, num_ranks, port), stderr=stderr)
+            subprocess.Popen(command, env=os.environ | shared | rank_variables(rank, num_ranks, port), stderr=stderr)
             for rank in range(num_ranks)
         ]
         try:
@@ -100,21 +100,3 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
         if failed or None not in statuses:
             return failed[0] if failed else 0
         time.sleep(_POLL_EVERY_S)
-
-
-def _variables(rank: int, num_ranks: int, port: int) -> dict[str, str]:
-    """What torchrun sets for a rank of one machine."""
-    return {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(num_ranks),
-        "LOCAL_WORLD_SIZE": str(num_ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -1,7 +1,6 @@
 """How Python itself starts ranks on one machine, for checks that need many short-lived groups of them."""
 
 import multiprocessing
-import os
 from collections.abc import Sequence
 from multiprocessing.context import ForkServerContext, SpawnContext
 
@@ -25,21 +24,3 @@ def rank_context(preloaded: Sequence[str] = _PRELOADED) -> ForkServerContext | S
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(preloaded))
     return context
-
-
-def become_rank(rank: int, num_ranks: int, port: int) -> None:
-    """Make this process one of the ranks of a group on this machine, in its environment.
-
-    Args:
-        rank: its number.
-        num_ranks: of the group.
-        port: of the group's rendezvous.
-    """
-    os.environ |= {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(num_ranks),
-        "LOCAL_RANK": str(rank),
-        "LOCAL_WORLD_SIZE": str(num_ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }

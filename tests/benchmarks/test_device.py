@@ -18,17 +18,10 @@ from benchmarks.device.run import DeviceRun
 from benchmarks.device.rungs import RUNGS
 from benchmarks.device.table import markdown
 from tests.benchmarks import device_parts
+from tests.benchmarks.header import result_header
 from tests.support import ROOT, command_environment
 
-_HEADER = {
-    "time": "2026-01-05T12:00:00+0000",
-    "code": {"git_revision": "abc"},
-    "hardware": {"cpu": "A", "usable_cores": 2, "memory_gib": 8, "gpus": []},
-    "python": "3.11.7",
-    "packages": {"torch": "2.13"},
-    "command": ["python", "-m", "benchmarks.device"],
-    "is_full": False,
-}
+_HEADER = result_header("device", is_full=False)
 _LEFT_OUT = ("deepspeed", "wandb", "datasets", "plotly", "matplotlib")
 
 

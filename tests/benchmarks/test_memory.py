@@ -13,6 +13,7 @@ from benchmarks.memory.__main__ import case_config, main
 from benchmarks.memory.rank import split_masters
 from benchmarks.memory.table import markdown, plot
 from sharding.memory_formula import BUCKET_ELEMENTS
+from tests.benchmarks.header import result_header
 from tests.support import shardline, tiny_values
 from trainer.config import parse_config
 from trainer.config.yaml_files import dump_yaml
@@ -103,11 +104,7 @@ def _header() -> dict[str, Any]:
         "precision": {"compute": "auto"},
         "data": {"sequence_length": 256},
     }
-    hardware = {"cpu": "a CPU", "usable_cores": 2, "memory_gib": 8, "gpus": []}
-    facts = {"time": "now", "code": {"git_revision": "abc"}, "hardware": hardware, "load_average": [0, 0, 0]}
-    return {
-        "kind": "header", "python": "3", "packages": {}, "command": ["x"], "num_ranks": 2, "config": config, **facts
-    }  # fmt: skip
+    return result_header("memory", num_ranks=2, config=config)
 
 
 def test_table_says_who_is_within_the_target() -> None:

@@ -12,21 +12,11 @@ from benchmarks.quality.__main__ import main
 from benchmarks.quality.baselines import measure_baseline
 from benchmarks.quality.interval import mean_and_half_width
 from benchmarks.quality.table import markdown, met_bar, plot
+from tests.benchmarks.header import result_header
 from tests.support import ROOT
 from trainer.config import load_config
-from trainer.run_folder.provenance import code_revision, hardware_facts
 
-HEADER: dict[str, Any] = {
-    "kind": "header",
-    "num_ranks": 2,
-    "time": "now",
-    "load_average": [0.0, 0.0, 0.0],
-    "code": code_revision(),
-    "hardware": hardware_facts(),
-    "python": "3.11",
-    "packages": {"torch": "2.13"},
-    "command": ["shardline", "bench", "quality"],
-}
+HEADER = result_header("quality", num_ranks=2)
 
 
 def scores(case: str, *values: float) -> list[dict[str, Any]]:

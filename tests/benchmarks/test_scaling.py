@@ -13,6 +13,7 @@ from benchmarks.scaling.__main__ import main
 from benchmarks.scaling.plan import plan_races, rank_counts
 from benchmarks.scaling.table import efficiency, markdown, plot, read_races, series
 from sharding.ranks.errors import UserError
+from tests.benchmarks.header import result_header
 from tests.support import shardline
 
 
@@ -69,15 +70,7 @@ def _race(strategy: str, num_ranks: int, modes: list[str], times: dict[str, list
 
 
 def _header(**values: Any) -> dict[str, Any]:
-    return {
-        "kind": "header",
-        "time": "2026-01-05T12:00:00+0000",
-        "code": {"git_revision": "abc"},
-        "hardware": {"cpu": "A", "usable_cores": 2, "memory_gib": 8, "gpus": []},
-        "load_average": [0.0, 0.0, 0.0],
-        "python": "3.11.7",
-        "packages": {"torch": "2.13"},
-        "command": ["shardline", "bench", "scaling"],
+    own: dict[str, Any] = {
         "size": "tiny",
         "counts": [1, 4],
         "ranks_per_node": 4,
@@ -92,7 +85,8 @@ def _header(**values: Any) -> dict[str, Any]:
             "data": {"sequence_length": 8},
             "precision": {"compute": "auto"},
         },
-    } | values
+    }
+    return result_header("scaling", **own | values)
 
 
 _PROFILE = {"compute": [0.6, 0.5], "memory": [0.1, 0.1], "communication": [0.2, 0.3], "input": [0.0, 0.0]}

@@ -10,8 +10,8 @@ from benchmarks.measure.sizes import SIZES
 from benchmarks.presentation.result_files import read_rows
 from benchmarks.startup.__main__ import BARE, SHARDLINE, main, markdown, plot, time_to_first_step
 from sharding.ranks.errors import RunFailure
+from tests.benchmarks.header import result_header
 from tests.support import ROOT
-from trainer.run_folder.provenance import code_revision, hardware_facts
 
 PROGRAM = (
     "import time; print('step 0', flush=True); time.sleep(0.3); print('step 1/2  loss 4', flush=True); time.sleep(0.5)"
@@ -38,17 +38,7 @@ def test_a_command_that_takes_no_step_fails_with_its_last_words() -> None:
 
 
 def test_the_table_has_medians_and_the_median_of_the_differences() -> None:
-    header = {
-        "kind": "header",
-        "num_ranks": 2,
-        "time": "now",
-        "load_average": [0.0, 0.0, 0.0],
-        "code": code_revision(),
-        "hardware": hardware_facts(),
-        "python": "3.11",
-        "packages": {"torch": "2.13"},
-        "command": ["shardline", "bench", "startup"],
-    }
+    header = result_header("startup", num_ranks=2)
     warmup = {"kind": "warmup", "wall_s": {SHARDLINE: 90.0, BARE: 1.0}}
     times_s = ((7.0, 5.0), (9.0, 6.0), (7.5, 7.0))
     rounds = [{"kind": "round", "wall_s": {SHARDLINE: ours, BARE: bare}} for ours, bare in times_s]

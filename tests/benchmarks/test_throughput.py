@@ -13,6 +13,7 @@ from benchmarks.measure.sizes import SIZES, Size
 from benchmarks.throughput.__main__ import _chosen, main
 from benchmarks.throughput.table import gains, markdown, plot, read_rungs
 from sharding.ranks.errors import UserError
+from tests.benchmarks.header import result_header
 from tests.support import shardline
 from trainer.config import load_config
 from trainer.config.yaml_files import dump_yaml, parse_yaml
@@ -104,29 +105,22 @@ def _rung(name: str, *, is_kept: bool, wall_s: list[float], data_wait_s: float =
     return [*rows, {"kind": "memory", "row": name, "peak_bytes": 2**30}]
 
 
-_HEADER = {
-    "kind": "header",
-    "time": "2026-01-05T12:00:00+0000",
-    "code": {"git_revision": "abc"},
-    "hardware": {"cpu": "A", "usable_cores": 2, "memory_gib": 8, "gpus": []},
-    "load_average": [0.0, 0.0, 0.0],
-    "python": "3.11.7",
-    "packages": {"torch": "2.13"},
-    "command": ["shardline", "bench", "throughput"],
-    "size": "tiny",
-    "num_ranks": 2,
-    "threads": 1,
-    "num_windows": 3,
-    "window_steps": 2,
-    "num_warmup": 5,
-    "num_passes": 1,
-    "config": {
+_HEADER = result_header(
+    "throughput",
+    size="tiny",
+    num_ranks=2,
+    threads=1,
+    num_windows=3,
+    window_steps=2,
+    num_warmup=5,
+    num_passes=1,
+    config={
         "model": {"architecture": "llama"},
         "batch": {"micro_size": 2, "global_size": 4},
         "data": {"sequence_length": 100},
         "parallel": {"strategy": "zero2"},
     },
-}
+)
 _ROWS = [
     _HEADER,
     *_rung("eager", is_kept=True, wall_s=[8.0, 8.0, 8.0], data_wait_s=0.08),

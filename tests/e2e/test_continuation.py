@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from sharding.ranks.local_group import free_port
 from tests.saved_state import stored_state
 from tests.support import (
-    free_port,
     read_metrics,
     run_module,
     shardline,

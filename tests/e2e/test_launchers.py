@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from launcher.topology import _installed_gpus
+from sharding.ranks.local_group import free_port
 from tests.support import (
     ROOT,
     command_environment,
-    free_port,
     processes_of,
     rank_processes,
     read_metrics,

@@ -14,7 +14,8 @@ import pytest
 
 from launcher import local, stop_signals
 from launcher.stop_signals import StopSignals
-from tests.support import ROOT, command_environment, free_port, from_zygote, start_module, wait_until
+from sharding.ranks.local_group import free_port
+from tests.support import ROOT, command_environment, from_zygote, start_module, wait_until
 from trainer.run_folder.folder import RunFolder
 
 pytestmark = pytest.mark.timeout(60)

@@ -4,7 +4,6 @@ import json
 import math
 import multiprocessing.connection
 import os
-import socket
 import tempfile
 import traceback
 from collections.abc import Mapping
@@ -17,7 +16,8 @@ import torch
 from sharding.mesh import build_mesh
 from sharding.part import Part
 from sharding.ranks.errors import RunFailure, UserError
-from sharding.ranks.forked_ranks import become_rank, rank_context
+from sharding.ranks.forked_ranks import rank_context
+from sharding.ranks.local_group import become_rank, free_port
 from sharding.ranks.process_group import Ranks, process_group
 from sharding.ranks.process_lifetime import die_with_parent
 from sharding.ranks.rank_place import read_ranks
@@ -62,9 +62,7 @@ def evaluate_subject(subject: Subject, num_ranks: int, work: Path) -> Result:
         _take_place(0, 1, 0, subject)
         with process_group(subject.config.launch.init_timeout_s) as ranks:
             return evaluate_here(subject, ranks)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     context = rank_context((__name__,))
     processes = [
         context.Process(target=_rank_main, args=(rank, num_ranks, port, subject, work), daemon=True)

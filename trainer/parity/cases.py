@@ -16,7 +16,7 @@ from sharding.config import Backend, Strategy
 from sharding.engine import Batch, Engine
 from sharding.mesh import build_mesh
 from sharding.ranks.errors import EXIT_FAILED
-from sharding.ranks.forked_ranks import become_rank
+from sharding.ranks.local_group import become_rank
 from sharding.ranks.object_exchange import sum_over_ranks
 from sharding.ranks.process_group import Ranks, process_group
 from sharding.ranks.process_lifetime import die_with_parent

@@ -3,7 +3,6 @@
 import json
 import multiprocessing.connection
 import signal
-import socket
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -11,6 +10,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from sharding.ranks.forked_ranks import rank_context
+from sharding.ranks.local_group import free_port
 from trainer.config import RunConfig
 from trainer.data.facts import SampleFacts
 from trainer.parity.cases import ParityCase, error_file, run_rank
@@ -56,9 +56,7 @@ def _run_processes(
 ) -> str:
     """Start ranks for cases and see them end, or stand still; returns how, as far as it is known from outside."""
     context = rank_context()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     cases_json = json.dumps([asdict(case) for case in cases])
     config_json = config.model_dump_json(by_alias=True)
     processes = [

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -13,13 +13,13 @@ from torch.nn import functional
 from sharding.engine import Batch
 from sharding.ranks.errors import UserError
 from trainer.architectures.auto_model import auto_model
-from trainer.architectures.faults import cannot_compute, faults_of_a_configuration
 from trainer.architectures.networks import build_network
 from trainer.config.sections import ModelConfig
 from trainer.data.facts import SampleFacts
 from trainer.data.samples import Samples
 from trainer.data.token_bytes import token_bytes
 from trainer.tasks.chunked_loss import ChunkedLossHead
+from trainer.tasks.first_batch import ForwardPass
 from trainer.tasks.next_tokens import IGNORED_LABEL, next_token_batch
 from trainer.tasks.scores import bits_per_byte, perplexity
 from trainer.tasks.task import Better, Metric, Outputs, Sums, Task
@@ -45,7 +45,7 @@ class CausalLanguageModelling(Task):
         self._chunk_tokens = chunk_tokens
         # Which a model of transformers would fill; one that a factory makes is not asked.
         self._without_cache = {"use_cache": False}
-        self._has_computed: WeakSet[nn.Module] = WeakSet()
+        self._forward_pass = ForwardPass()
         self._heads: WeakKeyDictionary[nn.Module, ChunkedLossHead] = WeakKeyDictionary()
 
     def build_model(self, model_settings: ModelConfig, facts: SampleFacts) -> nn.Module:
@@ -169,17 +169,8 @@ class CausalLanguageModelling(Task):
         Raises:
             UserError: it cannot compute on its first batch, for sizes that do not fit together.
         """
-        try:
-            returned = model(**self.inputs(batch), **self._without_cache)
-        except faults_of_a_configuration() as error:
-            inputs = f"sequences of {batch['input_ids'].shape[1]} tokens"
-            refusal = None if model in self._has_computed else cannot_compute(error, inputs)
-            if refusal is None:
-                raise
-            raise refusal from None
-        self._has_computed.add(model)
-        logits: torch.Tensor = getattr(returned, "logits", returned)
-        return logits
+        described = f"sequences of {batch['input_ids'].shape[1]} tokens"
+        return self._forward_pass.logits(model, self.inputs(batch) | self._without_cache, described)
 
     def _chunked_loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """The summed loss, computed where the model would compute logits."""

@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Mapping
 from typing import Any
-from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -13,13 +12,13 @@ from torch.nn import functional
 from sharding.engine import Batch
 from sharding.ranks.errors import UserError
 from trainer.architectures.auto_model import auto_model
-from trainer.architectures.faults import cannot_compute, faults_of_a_configuration
 from trainer.architectures.networks import build_network
 from trainer.config.sections import ModelConfig
 from trainer.data.facts import SampleFacts
 from trainer.data.samples import FILLER
 from trainer.data.tokenizer import load_tokenizer
 from trainer.data.words import WordTable, word_table
+from trainer.tasks.first_batch import ForwardPass
 from trainer.tasks.next_tokens import IGNORED_LABEL
 from trainer.tasks.scores import perplexity
 from trainer.tasks.task import Better, Metric, Outputs, Sums, Task
@@ -49,7 +48,7 @@ class MaskedLanguageModelling(Task):
         self._mask_probability = mask_probability
         self._whole_word = whole_word
         self._table: WordTable | None = None
-        self._has_computed: WeakSet[nn.Module] = WeakSet()
+        self._forward_pass = ForwardPass()
 
     def build_model(self, model_settings: ModelConfig, facts: SampleFacts) -> nn.Module:
         """See Task.
@@ -102,16 +101,8 @@ class MaskedLanguageModelling(Task):
         Raises:
             UserError: the model cannot compute on its first batch, for sizes that do not fit together.
         """
-        try:
-            made = model(**self.inputs(batch))
-        except faults_of_a_configuration() as error:
-            inputs = f"sequences of {batch['input_ids'].shape[1]} tokens"
-            refusal = None if model in self._has_computed else cannot_compute(error, inputs)
-            if refusal is None:
-                raise
-            raise refusal from None
-        self._has_computed.add(model)
-        return Outputs(logits=getattr(made, "logits", made).float())
+        described = f"sequences of {batch['input_ids'].shape[1]} tokens"
+        return Outputs(logits=self._forward_pass.logits(model, self.inputs(batch), described).float())
 
     def loss(self, outputs: Outputs, batch: Batch) -> torch.Tensor:
         """See Task; cross-entropy in nats."""

@@ -22,10 +22,11 @@ from safetensors.torch import save
 
 from sharding.part import part_of
 from sharding.ranks.errors import RunFailure, UserError
+from sharding.ranks.local_group import free_port
 from sharding.ranks.process_group import Ranks
 from tests.saved_state import whole_tensor
 from tests.sharding.engine_cases import random_batch, tiny_engine
-from tests.support import command_environment, free_port, shardline, trained, wait_until, write_empty_checkpoint
+from tests.support import command_environment, shardline, trained, wait_until, write_empty_checkpoint
 from trainer.attempt import begin_attempt, check_continuation
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.inventory import verify_checkpoints
