@@ -24,7 +24,7 @@ from trainer.config import RunConfig, load_config
 from trainer.config.frozen_config import all_differences
 from trainer.config.rules import World, validate
 from trainer.data.epochs import with_counted_epochs
-from trainer.data.evaluation_sets import prepare_sets
+from trainer.data.evaluation_sets import describe_trained, prepare_sets
 from trainer.data.prepare import prepare_samples
 from trainer.data.prepared import is_of_present_source
 from trainer.doctor.examination import check_before_training
@@ -221,6 +221,8 @@ def _run(config: RunConfig, progress: Progress) -> int:
                 f"the run goes on with its prepared corpus {corpus.folder}, though its sources have moved or changed "
                 "since, or this release would prepare them otherwise"
             )
+        for sentence in describe_trained(sets, corpus) if rank == 0 else ():
+            observers.warn(sentence)
         if config.launch.preflight:
             for check in check_before_training(ranks, run_folder.path):
                 observers.warn(f"{check.name}: {check.value}; {check.remedy}")

@@ -6,6 +6,7 @@ import torch
 
 from sharding.ranks.errors import UserError
 from trainer.architectures.config import build_model_config
+from trainer.architectures.padding import tell_padding
 from trainer.config.sections import ModelConfig
 from trainer.data.facts import SampleFacts
 
@@ -39,7 +40,7 @@ def auto_model(kind: HeadKind, settings: ModelConfig, facts: SampleFacts, num_ou
         num_outputs: predictions of a sample or a token; None for the vocabulary, where the head predicts tokens.
 
     Raises:
-        UserError: see ``build_model_config``; also where the architecture has no such head.
+        UserError: see ``build_model_config`` and ``tell_padding``; also where the architecture has no such head.
     """
     import transformers
 
@@ -54,18 +55,12 @@ def auto_model(kind: HeadKind, settings: ModelConfig, facts: SampleFacts, num_ou
         names = facts.classes if has_names else tuple(f"LABEL_{index}" for index in range(num_outputs))
         config.id2label = dict(enumerate(names))
         config.label2id = {label: index for index, label in enumerate(names)}
-        _tell_padding(config, facts)
+        if facts.vocab_size is not None:
+            tell_padding(settings, config, facts)
     words = "CausalLM" if kind == "causal-lm" else "MaskedLM" if kind == "masked-lm" else None
     words = words or "".join(word.title() for word in kind.split("-"))
     made = getattr(transformers, f"AutoModelFor{words}")
     return made.from_config(config, dtype=torch.float32, trust_remote_code=trusted)
-
-
-def _tell_padding(config: Any, facts: SampleFacts) -> None:
-    """Say what fills up shorter texts, behind which decoders look for the last token of each."""
-    text_config = config.get_text_config()
-    if facts.vocab_size is not None and getattr(text_config, "pad_token_id", None) is None:
-        text_config.pad_token_id = facts.pad_token_id or 0
 
 
 def _without_head(kind: HeadKind, settings: ModelConfig, config: Any) -> UserError:

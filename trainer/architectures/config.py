@@ -7,6 +7,7 @@ from sharding.ranks.errors import UserError
 from trainer.architectures.faults import faults_of_a_configuration, reason
 from trainer.architectures.images import check_images, fields_for_images
 from trainer.architectures.padding import needs_padding, refuse_padding
+from trainer.architectures.recordings import check_sampling_rate
 from trainer.config.sections import ModelConfig
 from trainer.data.facts import SampleFacts
 
@@ -19,8 +20,8 @@ def build_model_config(model: ModelConfig, facts: SampleFacts) -> "PretrainedCon
 
     Raises:
         UserError: the architecture or one of its fields is unknown, the vocabulary is smaller than the tokenizer's,
-            the model has fewer positions than a sequence has tokens, it takes other images, or samples are none of
-            these.
+            the model has fewer positions than a sequence has tokens, it takes other images or sounds, or samples are
+            none of these.
     """
     from transformers import AutoConfig
 
@@ -49,6 +50,8 @@ def build_model_config(model: ModelConfig, facts: SampleFacts) -> "PretrainedCon
         _check_sizes(config, facts.vocab_size, facts.sequence_length or 0)
     if facts.image_shape is not None:
         check_images(model, config, facts.image_shape)
+    if facts.sampling_rate is not None:
+        check_sampling_rate(model, facts.sampling_rate)
     refuse_padding(model, config)
     return config
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from sharding.ranks.errors import UserError
 from trainer.config.sections import ModelConfig
+from trainer.data.facts import SampleFacts
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -24,6 +25,31 @@ def refuse_padding(model: ModelConfig, model_config: "PretrainedConfig") -> None
                 f"{where} pad_token_id={padding}, which is none of its vocab_size={size} tokens; set it to null or to "
                 "a token that no text contains."
             )
+
+
+def tell_padding(model: ModelConfig, model_config: "PretrainedConfig", facts: SampleFacts) -> None:
+    """Let a model that reads texts of several lengths know what fills up the shorter ones.
+
+    Decoders look for the last token before it, whatever the attention mask says. Where neither model nor tokenizer has
+    such a token, that is the end of text, which no text contains.
+
+    Raises:
+        UserError: the tokenizer fills up with another token.
+    """
+    config = model_config.get_text_config()
+    padding = getattr(config, "pad_token_id", None)
+    if padding is None or padding < 0:
+        config.pad_token_id = next(i for i in (facts.pad_token_id, facts.eos_token_id, 0) if i is not None)
+    elif facts.pad_token_id not in (None, padding):
+        where, remedy = (
+            (f"model.pretrained={model.pretrained} has", "let its config.json and its tokenizer name the same one")
+            if model.pretrained
+            else ("model.config has", "remove it")
+        )
+        raise UserError(
+            f"{where} pad_token_id={padding}, but the tokenizer fills up shorter texts with {facts.pad_token_id}, "
+            f"which the model would read as text; {remedy}."
+        )
 
 
 def needs_padding(name: str) -> UserError:

@@ -11,7 +11,7 @@ def prepare_data(config: Config, overrides: Overrides = None) -> int:
     from sharding.ranks.errors import EXIT_FINISHED
     from trainer.checkpoint.trained_corpus import trained_fingerprint
     from trainer.config import load_config
-    from trainer.data.evaluation_sets import prepare_sets
+    from trainer.data.evaluation_sets import describe_trained, prepare_sets
     from trainer.data.prepare import describe_corpus, prepare_samples
     from trainer.run_folder.folder import RunFolder
 
@@ -23,9 +23,12 @@ def prepare_data(config: Config, overrides: Overrides = None) -> int:
         check_named_tokenizer(run_config)
     corpus = prepare_samples(run_config.data, fingerprint=fingerprint)
     print(describe_corpus(corpus))
-    for name, of_set in prepare_sets(run_config, corpus).items():
+    sets = prepare_sets(run_config, corpus)
+    for name, of_set in sets.items():
         print(f"evaluation.sets {name}")
         print(describe_corpus(of_set))
+    for sentence in describe_trained(sets, corpus):
+        print(f"note: {sentence}")
     return EXIT_FINISHED
 
 

@@ -1,6 +1,7 @@
 """Cleaning: normalised documents without empty ones and exact duplicates, divided into splits."""
 
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from sharding.ranks.errors import UserError
 from trainer.config.data import DataConfig, SourceConfig
+from trainer.data.contents_keys import KEY_BYTES
 from trainer.data.conversations import in_all_texts, said
 from trainer.data.corpus import clean_text, read_documents
 from trainer.data.progress import StageProgress
@@ -24,6 +26,7 @@ class CleanedCorpus:
         spool: UTF-8 texts, or tokens as ``<u4``, one behind the other.
         lengths: bytes of each.
         source_ids: where each came from.
+        keys: by which each is known elsewhere, see ``trainer.data.contents_keys``.
         is_validation: which of them are held out.
         validation_limit: those whose ``hash_position`` is below it.
         sha256: of all texts and their lengths.
@@ -38,6 +41,7 @@ class CleanedCorpus:
     spool: Path
     lengths: list[int] = field(default_factory=list)
     source_ids: list[str] = field(default_factory=list)
+    keys: list[bytes] = field(default_factory=list)
     is_validation: list[bool] = field(default_factory=list)
     validation_limit: float = 0.0
     sha256: str = ""
@@ -64,6 +68,11 @@ class CleanedCorpus:
                 contents = file.read(length)
                 if held_out == (split == "validation"):
                     yield contents, source_id
+
+    def keys_of(self, split: str) -> bytes:
+        """Keys of the documents of one split, in source order, one behind the other."""
+        is_here = [held_out == (split == "validation") for held_out in self.is_validation]
+        return b"".join(itertools.compress(self.keys, is_here))
 
     def texts(self, split: str) -> Iterator[str]:
         """The texts alone, of conversations what is said in them."""
@@ -115,6 +124,7 @@ def clean_corpus(source: SourceConfig, config: DataConfig, work: Path, stages: S
             digest.update(len(text).to_bytes(8, "little") + key)
             cleaned.lengths.append(len(text))
             cleaned.source_ids.append(document.source_id)
+            cleaned.keys.append(key[:KEY_BYTES])
             group = document.group.encode()
             hash_positions.append(hash_position(hashlib.sha256(group).digest() if group else key))
     cleaned.sha256 = digest.hexdigest()

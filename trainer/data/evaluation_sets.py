@@ -10,9 +10,10 @@ from trainer.config import RunConfig
 from trainer.config.data import DataConfig
 from trainer.config.evaluation_sets import set_data
 from trainer.data.any_samples import prepared_samples
+from trainer.data.contents_keys import KEY_BYTES, shared_keys
 from trainer.data.loader import evaluation_batches
 from trainer.data.prepare import prepare_rows_by, prepare_samples
-from trainer.data.prepared import Prepared, PreparedMixture
+from trainer.data.prepared import Prepared, PreparedCorpus, PreparedMixture, PreparedTokens
 from trainer.data.prepared_rows import PreparedRows
 from trainer.data.samples import MicroBatch, Samples
 
@@ -48,6 +49,31 @@ def prepare_sets(config: RunConfig, prepared: Prepared, *, progress: bool = True
         except UserError as error:
             raise UserError(f"evaluation.sets {one.name}: {error}") from None
     return sets
+
+
+def describe_trained(sets: Mapping[str, Prepared], prepared: Prepared) -> list[str]:
+    """For each set of packed tokens a sentence, if documents of it are trained on as well; of rows these are dropped.
+
+    Args:
+        sets: see ``prepare_sets``.
+        prepared: what is trained on.
+
+    Raises:
+        UserError: what is known of the documents has changed.
+    """
+    if not isinstance(prepared, PreparedTokens):
+        return []
+    # Corpora of an earlier release say nothing of them.
+    trained = b"".join(keys for part in prepared.corpora if (keys := part.trained_keys()) is not None)
+    sentences = []
+    for name, of_set in sets.items():
+        keys = of_set.trained_keys() if isinstance(of_set, PreparedCorpus) else None
+        if keys and (num_shared := len(shared_keys(keys, trained))):
+            sentences.append(
+                f"evaluation.sets {name}: {num_shared:,} of its {len(keys) // KEY_BYTES:,} documents are among those "
+                "that are trained on, so that its metrics are better than those of new documents; remove them from it"
+            )
+    return sentences
 
 
 def set_batches(

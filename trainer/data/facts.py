@@ -16,7 +16,8 @@ class SampleFacts:
         vocab_size: largest token id and one; None where samples are no tokens.
         eos_token_id: token that ends each document; None where there is none.
         tokenizer_dir: folder that ``AutoTokenizer.from_pretrained`` loads; None where there is none.
-        pad_token_id: token that fills up shorter rows; None where the tokenizer has none, and rows are filled with 0.
+        pad_token_id: token that fills up shorter rows; None where the tokenizer has none, and rows are filled with
+            0 unless the model says otherwise.
         mask_token_id: token that hides another one; None where the tokenizer has none.
         classes: names of the labels in the order of their indices.
         class_counts: training rows of each class; of tags, tokens.

@@ -16,7 +16,7 @@ from trainer.data.rows_manifest import RowRecipe
 from trainer.data.tokenizer import tokenizer_identity
 
 PREPARATION_VERSION = 3
-ROWS_VERSION = 2
+ROWS_VERSION = 3
 CONVERSATIONS_VERSION = 1
 
 # Settings that say nothing of the rows themselves; where their files lie is in the identity of their contents.

@@ -22,7 +22,7 @@ from trainer.data.identity import (
     named_sources,
     prepared_part,
 )
-from trainer.data.pack import describe_file, pack_split
+from trainer.data.pack import describe_file, pack_split, write_file
 from trainer.data.pack_conversations import CONVERSATION_DTYPE, pack_conversations
 from trainer.data.prepare_rows import describe_rows, prepare_by_recipe, prepare_rows
 from trainer.data.prepared import (
@@ -247,6 +247,9 @@ def _write_corpus(
             for name in ("train", "validation")
         }
     cleaned.remove_spool()
+    for name, facts in splits.items():
+        keys = write_file(work / f"{name}-keys.bin", cleaned.keys_of(name))
+        splits[name] = facts.model_copy(update={"keys": keys})
     manifest = CorpusManifest(
         preparation_version=PREPARATION_VERSION,
         dtype=dtype,

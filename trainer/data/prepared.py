@@ -92,6 +92,18 @@ class PreparedCorpus:
         """The order in which training visits the samples."""
         return SampleOrder(seed, self.stream("train").num_samples(data.sequence_length), data.shuffle)
 
+    def trained_keys(self) -> bytes | None:
+        """Keys of the training documents, by which they are known elsewhere; None in an old corpus.
+
+        Raises:
+            UserError: they have changed.
+        """
+        keys = self.manifest.splits["train"].keys
+        if keys is None:
+            return None
+        hash_files(self.folder, [keys])
+        return (self.folder / keys.file).read_bytes()
+
     def verify(self) -> None:
         """Compare the contents of every file with the manifest.
 

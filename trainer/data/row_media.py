@@ -9,9 +9,9 @@ import numpy as np
 from sharding.ranks.errors import UserError
 from trainer.config.data import DataConfig
 from trainer.data.row_kinds import RowCounts, fixed_lists
-from trainer.data.row_sources import PATH, PIXELS, SOUND, RawRow
+from trainer.data.row_sources import DIGITS_MAX_PIXEL, PATH, PIXELS, SOUND, RawRow
 from trainer.data.row_statistics import RunningStatistics
-from trainer.data.rows_manifest import RowRecipe
+from trainer.data.rows_manifest import FILE_MAX_PIXEL, RowRecipe
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -26,7 +26,9 @@ class ImageRows:
         """Fix the size."""
         self.counts = RowCounts()
         size = config.image_size
-        self._shape = _DIGITS_SHAPE if config.source == "digits" else (config.image_channels, size, size)
+        is_digits = config.source == "digits"
+        self._shape = _DIGITS_SHAPE if is_digits else (config.image_channels, size, size)
+        self._max_pixel = DIGITS_MAX_PIXEL if is_digits else FILE_MAX_PIXEL
         self._standardize = config.standardize
 
     def payload(self, row: RawRow) -> bytes | None:
@@ -71,7 +73,8 @@ class ImageRows:
         means = statistics.means if self._standardize else [0.0] * channels
         # Without it pixels go from 0 to 1, as models that were trained elsewhere expect.
         scales = statistics.scales if self._standardize else [255.0] * channels
-        return recipe.model_copy(update={"image_shape": self._shape, "means": means, "scales": scales})
+        learnt = {"image_shape": self._shape, "max_pixel": self._max_pixel, "means": means, "scales": scales}
+        return recipe.model_copy(update=learnt)
 
     def columns(self, payloads: list[bytes], recipe: RowRecipe) -> "dict[str, pa.Array]":
         """See RowKind; ``pixels`` uint8 [rows, channels x height x width]."""

@@ -26,7 +26,8 @@ PATH = "path"
 FILE_GROUP = "file"
 """What ``data.split.group`` calls the file that a row came from."""
 
-_MAX_PIXEL = 16
+DIGITS_MAX_PIXEL = 16
+"""Value of a white pixel of scikit-learn's digits."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def _digits(config: DataConfig) -> Iterator[RawRow]:
 
     bunch = _bundled("digits")
     for number, (image, target) in enumerate(zip(bunch["data"], bunch["target"], strict=True)):
-        values = {PIXELS: np.minimum(image, _MAX_PIXEL).astype(np.uint8), config.label: int(target)}
+        values = {PIXELS: np.minimum(image, DIGITS_MAX_PIXEL).astype(np.uint8), config.label: int(target)}
         yield RawRow(values, f"row {number} of digits", f"digits#{number}", "digits")
 
 

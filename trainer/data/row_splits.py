@@ -11,7 +11,8 @@ from sharding.ranks.errors import UserError
 from trainer.config.data import DataConfig
 from trainer.config.rows_rules import held_out_fraction
 from trainer.data.clean import hash_position
-from trainer.data.rows_manifest import KEY_BYTES, SPLITS
+from trainer.data.contents_keys import KEY_BYTES, shared_keys
+from trainer.data.rows_manifest import SPLITS
 
 _SPOOL_NAME = "rows.spool"
 
@@ -106,7 +107,7 @@ class RowSpool:
             UserError: there is no row.
         """
         self._file.close()
-        known = {trained[start : start + KEY_BYTES] for start in range(0, len(trained), KEY_BYTES)}
+        known = shared_keys(b"".join(self._keys), trained)
         self._splits = [None if key in known else split for key in self._keys]
         self.num_leaked[split] = num_leaked = self._splits.count(None)
         if num_leaked == len(self._splits):

@@ -6,12 +6,14 @@ from pydantic import Field, model_validator
 
 from sharding.strict_model import StrictRecord
 from trainer.data.blocks import BLOCK_BYTES, HASH_BYTES
+from trainer.data.contents_keys import KEY_BYTES
 from trainer.data.shards import FileFacts
 
 SPLITS = ("train", "validation", "test")
-KEY_BYTES = 16
 RECIPE_NAME = "rows.json"
 """File of a checkpoint or an export that says how rows are read."""
+FILE_MAX_PIXEL = 255
+"""Value of a white pixel of an image file, whose channels have 8 bits."""
 
 
 class CategoryColumn(StrictRecord):
@@ -62,6 +64,9 @@ class RowRecipe(StrictRecord):
 
     image_shape: tuple[int, int, int] | None = Field(default=None, strict=False)
     """Channels, height and width of an image."""
+
+    max_pixel: int = FILE_MAX_PIXEL
+    """Value of a white pixel before ``means`` and ``scales``: 255 where images were read from files, 16 of digits."""
 
     num_audio_samples: int | None = None
     """Samples of a recording as a model gets it."""

@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from sharding.ranks.errors import UserError
 from sharding.strict_model import StrictRecord
 from trainer.data.blocks import BLOCK_BYTES, HASH_BYTES, BlockCheck
+from trainer.data.contents_keys import KEY_BYTES
 
 TARGET_BIT = np.uint32(1 << 31)
 """Set in a stored token of a conversation that is a target."""
@@ -56,13 +57,17 @@ class SplitFacts(StrictRecord):
     blocks: FileFacts
     """SHA-256 of each block of the token files, see ``trainer.data.blocks``."""
 
+    keys: FileFacts | None = None
+    """Key of each document before it was tokenised, see ``trainer.data.contents_keys``; None in old corpora."""
+
     unigram_entropy: float | None = None
     """Entropy of a token in nats, by the frequencies of tokens alone; unknown in old corpora, and of no tokens."""
 
     @property
     def files(self) -> list[FileFacts]:
         """All files."""
-        return [*self.shards, self.documents, self.source_offsets, self.sources, self.blocks]
+        keys = [] if self.keys is None else [self.keys]
+        return [*self.shards, self.documents, self.source_offsets, self.sources, self.blocks, *keys]
 
     @model_validator(mode="after")
     def _sizes_agree(self) -> Self:
@@ -72,6 +77,8 @@ class SplitFacts(StrictRecord):
         for facts in (self.documents, self.source_offsets):
             if facts.num_bytes != 8 * (self.num_documents + 1):
                 raise ValueError(f"{facts.file} does not speak of {self.num_documents} documents")
+        if self.keys is not None and self.keys.num_bytes % KEY_BYTES:
+            raise ValueError(f"{self.keys.file} does not have whole keys")
         return self
 
 

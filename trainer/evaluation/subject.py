@@ -19,7 +19,7 @@ from trainer.data.prepare import prepare_rows_by, prepare_samples
 from trainer.data.prepared import Prepared, open_corpus
 from trainer.data.prepared_own import PreparedOwn
 from trainer.data.prepared_rows import PreparedRows
-from trainer.data.rows_manifest import RECIPE_NAME, SPLITS, RowRecipe
+from trainer.data.rows_manifest import FILE_MAX_PIXEL, RECIPE_NAME, SPLITS, RowRecipe
 from trainer.data.tokenizer import TRAINED
 from trainer.deploy.allowed_code import AllowedCode
 from trainer.files.storage import CheckpointPath
@@ -170,7 +170,7 @@ def _exported(asked: Asked, num_ranks: int) -> Subject:
     length = min(description.get("max_position_embeddings") or _LONGEST, _LONGEST)
     values: dict[str, Any] = {
         "steps": 1,
-        "task": {"name": "regression" if recipe is not None and recipe.label_kind == "number" else task},
+        "task": {"name": task} if recipe is None else _task_of_rows(task, recipe, len(description.get("id2label", ()))),
         "model": {"pretrained": str(folder), "trust_remote_code": asked.allowed.trust_remote_code},
         "data": {"source": "python-stdlib", "sequence_length": (recipe and recipe.sequence_length) or length},
     }
@@ -205,6 +205,14 @@ def _task_of(architectures: list[str], folder: Path) -> tuple[str, str]:
     raise UserError(f"{folder} holds a {architectures[0]}, none of {', '.join(_HEADS)}; evaluate the run in its place.")
 
 
+def _task_of_rows(task: str, recipe: RowRecipe, num_outputs: int) -> dict[str, str]:
+    """The task of a head for rows, which goes by the name of another one where transformers has none of its own."""
+    if recipe.label_kind == "number":
+        return {"name": "regression"}
+    name = "audio-classification" if recipe.kind == "audio" else task
+    return {"name": name, "loss": "binary-cross-entropy" if num_outputs == 1 else "auto"}
+
+
 def _prepare_files(
     asked: Asked, data: DataConfig, recipe: RowRecipe | None, tokenizer_dir: Path | None
 ) -> tuple[Prepared, DataConfig]:
@@ -213,8 +221,11 @@ def _prepare_files(
         raise UserError(f"--data: the run's samples are made by data.factory={data.factory}, not read; name a --split.")
     if recipe is None:
         source: Any = source_of_files(asked.files)
-    elif data.source == "digits":
-        raise UserError("--data: the run's images are scikit-learn's digits, of 16 shades, which no file has.")
+    elif recipe.max_pixel != FILE_MAX_PIXEL:
+        raise UserError(
+            f"--data: the model has learnt scikit-learn's digits, whose pixels go up to {recipe.max_pixel}, and those "
+            f"of image files to {FILE_MAX_PIXEL}; evaluate its run on one of the run's splits by --split."
+        )
     else:
         kinds = {"table": "table", "image": "images", "audio": "audio"}
         source = kinds.get(recipe.kind) or source_of_files(asked.files)

@@ -9,11 +9,11 @@ from torch import nn
 from sharding.engine import Batch
 from sharding.ranks.errors import UserError
 from trainer.architectures.auto_model import HeadKind, auto_model
-from trainer.architectures.faults import cannot_compute, faults_of_a_configuration
 from trainer.architectures.networks import build_network
 from trainer.config.sections import ModelConfig, TaskConfig
 from trainer.data.facts import SampleFacts
 from trainer.data.samples import FILLER
+from trainer.tasks.first_batch import ForwardPass
 from trainer.tasks.next_tokens import IGNORED_LABEL
 from trainer.tasks.task import Outputs, Task
 
@@ -44,7 +44,8 @@ class SupervisedTask(Task):
         self._settings = settings
         self._facts = facts
         self._accepted: frozenset[str] | None = None
-        self._has_computed = False
+        self._padding_id: int | None = None
+        self._forward_pass = ForwardPass()
 
     @property
     @abstractmethod
@@ -63,6 +64,7 @@ class SupervisedTask(Task):
             )
         else:
             model = auto_model(self.head, model_settings, facts, self.num_outputs)
+            self._padding_id = getattr(model.config.get_text_config(), "pad_token_id", None)
         self._accepted = _arguments_of(model)
         return model
 
@@ -70,8 +72,11 @@ class SupervisedTask(Task):
         """See Task; columns without anything in them are left out."""
         batch = {name: column for name, column in samples.items() if name != "num_tokens" and column[:1].numel()}
         if "num_tokens" in samples:
-            columns = torch.arange(samples["input_ids"].shape[1])
-            batch["attention_mask"] = (columns < samples["num_tokens"][:, None]).long()
+            is_token = torch.arange(samples["input_ids"].shape[1]) < samples["num_tokens"][:, None]
+            batch["attention_mask"] = is_token.long()
+            if self._padding_id is not None:
+                # By which a decoder finds the last token of a text, and which is the model's own to say.
+                batch["input_ids"] = torch.where(is_token, batch["input_ids"], self._padding_id)
         batch["labels"] = samples["labels"].clone()
         batch["labels"][positions == FILLER] = 0.0 if batch["labels"].is_floating_point() else IGNORED_LABEL
         return batch
@@ -84,16 +89,8 @@ class SupervisedTask(Task):
     def forward(self, model: nn.Module, batch: Batch) -> Outputs:
         """See Task; logits are [micro, outputs], or [micro, length, outputs] where each token has a label."""
         inputs = self.inputs(batch)
-        try:
-            output = model(**inputs)
-        except faults_of_a_configuration() as error:
-            refusal = None if self._has_computed else cannot_compute(error, _in_words(inputs))
-            if refusal is None:
-                raise
-            raise refusal from None
-        logits: torch.Tensor = getattr(output, "logits", output)
+        logits = self._forward_pass.logits(model, inputs, _in_words(inputs))
         self._check_shape(logits, batch)
-        self._has_computed = True
         return Outputs(logits=logits.float())
 
     def num_tokens(self, batch: Batch) -> int:

@@ -1,14 +1,18 @@
 """Heads of `transformers` for each task: their labels, padding, sizes of images, and what has no such head."""
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
+from transformers import Wav2Vec2FeatureExtractor
 
 from sharding.ranks.errors import UserError
 from trainer.architectures.auto_model import HeadKind, auto_model
 from trainer.config.sections import ModelConfig
 from trainer.data.facts import SampleFacts
+from trainer.data.rows_manifest import RECIPE_NAME, RowRecipe
 
 TEXTS = SampleFacts(sequence_length=16, vocab_size=50, eos_token_id=1, pad_token_id=2, classes=("a", "b", "c"))
 IMAGES = SampleFacts(image_shape=(1, 8, 8), classes=("a", "b"))
@@ -72,7 +76,8 @@ def test_a_decoder_that_classifies_looks_for_the_last_token_before_the_padding()
     mask = (padded != 2).long()
     alone = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
     assert torch.allclose(model(input_ids=padded, attention_mask=mask).logits[:1], alone, atol=1e-6)
-    assert _model("sequence-classification", "llama", SampleFacts(16, 50, 1), {}, 3).config.pad_token_id == 0
+    # A tokenizer without one has no other token that is in no text.
+    assert _model("sequence-classification", "llama", SampleFacts(16, 50, 1), {}, 3).config.pad_token_id == 1
     # In language models nothing is padded.
     assert _model("causal-lm", "llama", TEXTS, {}, None).config.pad_token_id is None
 
@@ -109,6 +114,13 @@ def test_images_that_are_not_square() -> None:
         ),
         (
             "sequence-classification",
+            "llama",
+            TEXTS,
+            {"pad_token_id": 5},
+            "model.config has pad_token_id=5, but the tokenizer fills up shorter texts with 2, .*; remove it",
+        ),
+        (
+            "sequence-classification",
             "bert",
             TEXTS,
             {"vocab_size": 9},
@@ -121,3 +133,22 @@ def test_what_does_not_go_together_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=sentence):
         _model(kind, name, facts, fields, 2)
+
+
+@pytest.mark.parametrize("stored", ["rows.json", "preprocessor_config.json", ""])
+def test_a_stored_model_hears_its_own_sampling_rate(tmp_path: Path, stored: str) -> None:
+    _model("audio-classification", "wav2vec2", RECORDINGS, _WAV2VEC2, 2).config.save_pretrained(tmp_path)
+    if stored == "rows.json":
+        recipe = RowRecipe(kind="audio", label_kind="class", sampling_rate=16_000)
+        (tmp_path / RECIPE_NAME).write_text(recipe.model_dump_json())
+    elif stored:
+        Wav2Vec2FeatureExtractor(sampling_rate=16_000).save_pretrained(tmp_path)
+    settings = ModelConfig(pretrained=str(tmp_path))
+    facts = {rate: replace(RECORDINGS, sampling_rate=rate) for rate in (8_000, 16_000)}
+    with torch.device("meta"):
+        auto_model("audio-classification", settings, facts[16_000], 2)
+        if not stored:
+            auto_model("audio-classification", settings, facts[8_000], 2)
+            return
+        with pytest.raises(UserError, match=r"has learnt recordings of 16000 samples a second, but those .* have 8000"):
+            auto_model("audio-classification", settings, facts[8_000], 2)

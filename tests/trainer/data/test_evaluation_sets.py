@@ -9,9 +9,11 @@ import pytest
 from sharding.ranks.errors import UserError
 from sharding.ranks.process_group import Ranks
 from tests.runs_in_process import RunsInProcess, computed_lines
-from tests.support import run_on_ranks, shardline, tiny_values, write_config, write_corpus
+from tests.support import run_module, run_on_ranks, shardline, tiny_values, write_config, write_corpus
 from tests.trainer.tasks.own_row_task import MODEL
+from trainer.commands.prepare_data import main as prepare_data
 from trainer.config import parse_config
+from trainer.data.evaluation_sets import describe_trained, prepare_sets
 from trainer.data.facts import SampleFacts
 from trainer.data.prepare import prepare_corpus
 from trainer.run_folder.folder import RunFolder
@@ -97,6 +99,33 @@ def test_a_set_that_cannot_be_read_is_said_before_ranks_start(trained_root: Path
     assert "evaluation.sets same: data.label=label: " in said
     assert "is of the class 7, which no training row has" in said
     assert not (trained_root / "runs" / "refused" / "logs").exists()
+
+
+def test_documents_of_a_set_that_are_trained_on_are_counted_and_said(
+    trained_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = _mixture(trained_root)
+    clean = parse_config(values, "test")
+    corpus = prepare_corpus(clean.data, progress=False)
+    assert describe_trained(prepare_sets(clean, corpus, progress=False), corpus) == []
+    trained = {span.source_id for part in corpus.corpora for span in part.stream("train").documents_between(0, 10**9)}
+    held_out = sorted({str(path) for name in ("notes", "code") for path in (trained_root / name).iterdir()} - trained)
+    assert held_out
+    leaking = tmp_path / "leaking"
+    leaking.mkdir()
+    for number, path in enumerate([*sorted(trained)[:1], *sorted(trained)[-2:], held_out[0]]):
+        (leaking / f"{number}.txt").write_text(Path(path).read_text() + "\n" * (number == 2))
+    values["evaluation"]["sets"][0]["paths"] = [str(leaking)]
+    config = write_config(tmp_path / "leaking.yaml", values | {"name": "leaking", "steps": 1})
+    assert prepare_data([str(config)]) == 0
+    # One of them ends in another way.
+    sentence = (
+        "evaluation.sets other: 2 of its 4 documents are among those that are trained on, so that its metrics are "
+    )
+    assert f"note: {sentence}" in capsys.readouterr().out
+    finished = run_module("trainer", config, "batch.micro_size=12", "parallel.strategy=none")
+    assert finished.returncode == 0, finished.stderr
+    assert sentence in finished.stdout + finished.stderr
 
 
 def test_a_set_can_be_what_is_best(tmp_path: Path) -> None:

@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-import os
 import random
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +14,13 @@ from sklearn import metrics as referee
 from sharding.ranks.errors import UserError
 from sharding.ranks.process_group import Ranks
 from tests.support import run_module, run_on_ranks, shardline, tiny_values, trained, write_config
+from tests.trainer.evaluation.in_process import found
 from trainer.checkpoint.reader import open_checkpoint
 from trainer.config import parse_config
 from trainer.data.any_samples import prepared_samples
 from trainer.data.prepared import open_prepared
 from trainer.deploy.allowed_code import AllowedCode
-from trainer.evaluation.on_ranks import evaluate_here, evaluate_subject
+from trainer.evaluation.on_ranks import evaluate_here
 from trainer.evaluation.subject import Asked, find_subject
 from trainer.model.models import build_model_on_meta
 from trainer.tasks.registry import configured_task
@@ -163,18 +162,6 @@ def test_it_equals_scikit_learn_over_one_two_and_three_ranks(runs: Path) -> None
     assert _contents(runs / "runs") == before
 
 
-def _found(run: Path, **asked: Any) -> dict[str, Any]:
-    """What the command finds, on one rank, without a process for it."""
-    before = dict(os.environ)
-    try:
-        with tempfile.TemporaryDirectory() as work:
-            subject = find_subject(Asked(str(run), **asked), 1, Path(work))
-            return evaluate_subject(subject, 1, Path(work)) | {"step": subject.step}
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-
-
 def _samples(subject: Any) -> Any:
     prepared = open_prepared(subject.prepared_dir, subject.config.data)
     assert prepared is not None
@@ -238,23 +225,23 @@ def test_text_of_a_run_and_of_its_export(tmp_path: Path, shared_corpus: tuple[Pa
     run = tmp_path / "runs" / "tiny"
     lines = (run / "metrics.jsonl").read_text().splitlines()
     logged = json.loads(lines[-1])
-    held_out = _found(run)
+    held_out = found(run)
     assert held_out["metrics"] == pytest.approx(
         {name: logged[f"eval/{name}"] for name in ("loss", "perplexity", "bits_per_byte")}, rel=1e-6
     )
-    of_set = _found(run, split="new")
+    of_set = found(run, split="new")
     assert of_set["metrics"]["loss"] == pytest.approx(logged["eval/new/loss"], rel=1e-6)
-    given = _found(run, files=(str(text),))
+    given = found(run, files=(str(text),))
     assert given == of_set
     exported = shardline("export", run, "--to", tmp_path / "model")
     assert exported.returncode == 0, exported.stderr
-    again = _found(tmp_path / "model", files=(str(text),))
+    again = found(tmp_path / "model", files=(str(text),))
     assert (given["step"], again["step"]) == (2, None)
     # Sequences are as long as the model has positions, so that only bytes are the same.
     assert given["metrics"].keys() == again["metrics"].keys()
     assert again["samples"] < given["samples"]
     with pytest.raises(UserError, match="has no split of its own; name files by --data"):
-        _found(tmp_path / "model")
+        found(tmp_path / "model")
 
 
 _OWN_MODEL = """
@@ -296,53 +283,9 @@ def test_a_model_of_ones_own_is_made_where_that_is_allowed(tmp_path: Path) -> No
     trained(run_module("trainer", write_config(tmp_path / "run.yaml", values)))
     run = tmp_path / "runs" / "own"
     with pytest.raises(UserError, match=r"asks for Python code by model.factory=own_model:make"):
-        _found(run)
-    found = _found(run, allowed=AllowedCode(factories=("own_model:make",)))
+        found(run)
+    evaluated = found(run, allowed=AllowedCode(factories=("own_model:make",)))
     logged = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
-    assert found["metrics"] == pytest.approx(
+    assert evaluated["metrics"] == pytest.approx(
         {name: logged[f"eval/{name}"] for name in ("loss", "mse", "mae", "r2")}, rel=1e-6
     )
-
-
-def test_an_export_of_a_classifier_reads_rows_as_its_run_does(tmp_path: Path) -> None:
-    draw = random.Random(3)
-    words = {"animal": ["cat", "dog", "owl"], "plant": ["oak", "fern", "moss"]}
-
-    def write(name: str, num_rows: int) -> Path:
-        rows = [
-            (label, " ".join(draw.choices(words[label], k=draw.randint(1, 9))))
-            for label in draw.choices(list(words), k=num_rows)
-        ]
-        return _write_lines(tmp_path / name, *(json.dumps({"text": text, "label": label}) for label, text in rows))
-
-    values = {
-        "name": "texts",
-        "steps": 3,
-        "output_dir": str(tmp_path / "runs"),
-        "task": {"name": "sequence-classification"},
-        "model": {
-            "architecture": "llama",
-            "config": {"hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 3},
-        },
-        "data": {
-            "source": "jsonl",
-            "paths": [str(write("train.jsonl", 80))],
-            "vocab_size": 280,
-            "sequence_length": 24,
-            "cache_dir": str(tmp_path / "cache"),
-        },
-        "batch": {"global_size": 8, "micro_size": 8},
-        "optimizer": {"lr": 0.01},
-        "tracking": {"wandb": {"mode": "disabled"}},
-    }
-    trained(run_module("trainer", write_config(tmp_path / "run.yaml", values)))
-    run, exported, new = tmp_path / "runs" / "texts", tmp_path / "model", write("new.jsonl", 13)
-    finished = shardline("export", run, "--to", exported)
-    assert finished.returncode == 0, finished.stderr
-    of_run, of_export = (_found(folder, files=(str(new),)) for folder in (run, exported))
-    assert of_run["samples"] == of_export["samples"] == 13
-    assert of_run["metrics"] == pytest.approx(of_export["metrics"], rel=1e-6)
-    assert of_run["confusion"] == of_export["confusion"]
-    (exported / "rows.json").unlink()
-    with pytest.raises(UserError, match=r"has a ForSequenceClassification and no rows.json"):
-        _found(exported, files=(str(new),))

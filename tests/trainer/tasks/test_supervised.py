@@ -230,3 +230,20 @@ def test_scores_do_not_lose_what_cannot_be_scored() -> None:
     metrics = task.metrics(task.evaluate(Outputs(logits=logits), {"labels": torch.tensor([0, 1, 0, 1])}))
     assert math.isnan(metrics["loss"].value)
     assert math.isnan(metrics["auroc"].value)
+
+
+def test_texts_are_filled_up_with_what_the_model_takes_for_padding() -> None:
+    facts = SampleFacts(sequence_length=7, vocab_size=11, classes=("a", "b", "c"))
+    task: Any = build_task("sequence-classification", facts)
+    sizes = {"hidden_size": 12, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    settings = ModelConfig(architecture="llama", config=sizes | {"num_key_value_heads": 2, "pad_token_id": 9})
+    model = task.build_model(settings, facts).eval()
+    # As rows are filled up where their tokenizer has no such token.
+    ids = torch.tensor([[3, 0, 0, 0, 0], [4, 5, 6, 0, 0], [1, 2, 3, 4, 5]])
+    samples = {"input_ids": ids, "num_tokens": torch.tensor([1, 4, 5]), "labels": torch.tensor([0, 1, 2])}
+    batch = task.make_batch(samples, torch.arange(3), training=True)
+    assert batch["input_ids"].tolist() == [[3, 9, 9, 9, 9], [4, 5, 6, 0, 9], [1, 2, 3, 4, 5]]
+    with torch.no_grad():
+        together = task.forward(model, batch).logits
+        for row, count in enumerate((1, 4, 5)):
+            assert torch.allclose(model(input_ids=ids[row : row + 1, :count]).logits[0], together[row], atol=1e-6)
