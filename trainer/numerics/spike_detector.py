@@ -26,7 +26,8 @@ class Spike:
         value: the value.
         median: median of the latest values.
         scale: robust standard deviation of the recent ones; of a gradient norm, that of its natural logarithm.
-        deviations: how many of these the value is above the median.
+        deviations: how many of these the value is above the median; of a loss fewer where its logarithm is less far
+            out.
     """
 
     quantity: Literal["loss", "grad_norm"]
@@ -43,7 +44,9 @@ class SpikeDetector:
     Hampel's identifier, with 1.4826 times the median absolute deviation in place of the standard deviation (Davies and
     Gather, "The Identification of Multiple Outliers" (1993)), which a spike inside the window does not inflate. The
     deviations are those of the whole window, each from the median of its own 32 steps, so that a loss that falls fast
-    is not taken for one that scatters. Norms are compared by logarithm, since they vary in proportion. Threshold,
+    is not taken for one that scatters. Norms are compared by logarithm, since they vary in proportion. So does a loss
+    near zero, as of a classification whose steps have few rows, one of them wrong now and then: a loss above zero must
+    be as far out by its logarithm, too, which where losses scatter little beside their level is the same. Threshold,
     window and warm-up have the values that OLMo-core's ``SkipStepOptimizer`` uses with mean and standard deviation.
     """
 
@@ -91,11 +94,12 @@ class SpikeDetector:
             return None
         middle, scale = _level_and_scale(self._losses)
         scale = max(scale, _LEAST_SPREAD * abs(middle), _LEAST_NORM)
-        spikes = [Spike("loss", loss, middle, scale, (loss - middle) / scale)]
+        deviations = (loss - middle) / scale
+        if min(loss, *self._losses) > 0:
+            deviations = min(deviations, _by_logarithm(loss, self._losses)[2])
+        spikes = [Spike("loss", loss, middle, scale, deviations)]
         if math.isfinite(grad_norm):
-            middle, scale = _level_and_scale([_logarithm(norm) for norm in self._grad_norms])
-            scale = max(scale, _LEAST_SPREAD)
-            deviations = (_logarithm(grad_norm) - middle) / scale
+            middle, scale, deviations = _by_logarithm(grad_norm, self._grad_norms)
             spikes.append(Spike("grad_norm", grad_norm, math.exp(middle), scale, deviations))
         worst = max(spikes, key=lambda spike: spike.deviations)
         return worst if worst.deviations > self._threshold else None
@@ -117,5 +121,12 @@ def _level_and_scale(values: Iterable[float]) -> tuple[float, float]:
     return level, _DEVIATION_OF_MAD * median(deviations)
 
 
-def _logarithm(norm: float) -> float:
-    return math.log(max(norm, _LEAST_NORM))
+def _by_logarithm(value: float, values: Iterable[float]) -> tuple[float, float, float]:
+    """Level and spread of the logarithms of values, and how many spreads that of another is above the level."""
+    middle, scale = _level_and_scale(map(_logarithm, values))
+    scale = max(scale, _LEAST_SPREAD)
+    return middle, scale, (_logarithm(value) - middle) / scale
+
+
+def _logarithm(value: float) -> float:
+    return math.log(max(value, _LEAST_NORM))

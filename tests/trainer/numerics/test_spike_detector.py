@@ -69,6 +69,19 @@ def test_a_run_that_was_measured_has_no_spike() -> None:
     assert list(_spikes(_detector(), values, take_all=True)) == [200, 250]
 
 
+def test_a_loss_near_zero_has_a_spike_where_it_leaves_its_own_scatter() -> None:
+    draw = random.Random(5)
+    # As of a classification whose steps have few rows: most are right, and the loss varies in proportion.
+    values = [(math.exp(draw.gauss(-3.0, 1.2)), 1.0) for _ in range(2000)]
+    assert _spikes(_detector(), values, take_all=True) == {}
+    values[1500] = (1e4, 1.0)
+    assert list(_spikes(_detector(), values, take_all=True)) == [1500]
+    # What is below zero has no logarithm.
+    below = [(loss - 5.0, norm) for loss, norm in _curve(500, 2)]
+    below[400] = (6.0, 1.0)
+    assert list(_spikes(_detector(), below, take_all=True)) == [400]
+
+
 def test_nothing_is_judged_during_the_warm_up() -> None:
     detector = _detector()
     for _ in range(63):
