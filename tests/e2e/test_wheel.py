@@ -11,8 +11,9 @@ from zipfile import ZipFile
 
 import pytest
 
+from sharding.ranks.local_group import free_port
 from tests.shardline.test_docs_python import scripts
-from tests.support import ROOT, free_port, read_metrics, tiny_values, write_config
+from tests.support import ROOT, read_metrics, tiny_values, write_config
 
 
 def _run(*command: object, cwd: Path, **extra: str) -> str:

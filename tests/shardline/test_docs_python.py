@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from sharding.ranks.local_group import free_port
 from shardline import Run
-from tests.support import ROOT, free_port, run_module, shardline, tiny_values, trained, write_config
+from tests.support import ROOT, run_module, shardline, tiny_values, trained, write_config
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from sharding.ranks.local_group import free_port
 from shardline import Run
 from tests.shardline.own_parts import settings
 from tests.shardline.two_ranks import _LAYOUTS
-from tests.support import free_port, read_metrics, run_module, trained, training_curve
+from tests.support import read_metrics, run_module, trained, training_curve
 from trainer.config import config_to_yaml, load_config
 
 pytestmark = pytest.mark.timeout(200)
