@@ -1,5 +1,6 @@
 """The pages by job from top to bottom: each command as it is written, in a folder like a reader's, on little data."""
 
+import json
 import random
 import shutil
 import subprocess
@@ -22,6 +23,8 @@ _SMALLER = {
         *("checkpoint.every_steps=2", "evaluation.every_steps=2"),
     ),
     "configs/stdlib_classify_transfer.yaml": ("steps=4", "data.max_documents=400", "schedule.warmup_fraction=0"),
+    "configs/chat_lora.yaml": ("steps=4", "data.max_documents=200"),
+    "chat.yaml": ("epochs=1", "evaluation.every_steps=0"),
     "configs/quickstart.yaml": ("steps=4", "data.max_documents=60", "data.vocab_size=512"),
 }
 _SMALL_SEARCH = ("--steps", "1", "--warmup", "0", "--strategies", "ddp", "--no-compile", "--no-recompute")
@@ -47,6 +50,13 @@ def _reader_has(folder: Path) -> None:
         pressure = "" if patient % 50 == 7 else f"{draw.gauss(120, 15):.1f}"
         lines.append(f"{patient},{age},{pressure},{ward},{'ill' if age + draw.gauss(0, 5) > 60 else 'well'}")
     (folder / "patients.csv").write_text("patient,age,pressure,ward,outcome\n" + "\n".join(lines) + "\n")
+    with (folder / "chats.jsonl").open("w") as file:
+        for number in range(120):
+            messages = [
+                {"role": "user", "content": f"What is {number} plus one?"},
+                {"role": "assistant", "content": f"It is {number + 1}."},
+            ]
+            file.write(json.dumps({"messages": messages}) + "\n")
     pixels = np.random.default_rng(0)
     for name, channel in (("cat", 0), ("dog", 2)):
         (folder / "photos" / name).mkdir(parents=True)
@@ -65,7 +75,7 @@ def _arguments(words: list[str]) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", ["pretrain", "classify", "own-model"])
+@pytest.mark.parametrize("name", ["pretrain", "fine-tune", "classify", "own-model"])
 def test_each_command_works_in_its_place(name: str, tmp_path: Path) -> None:
     page = Page.read(_JOBS / f"{name}.md")
     _reader_has(tmp_path)
