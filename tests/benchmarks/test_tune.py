@@ -168,7 +168,7 @@ def test_a_search_on_two_ranks_goes_on_after_running_out_of_memory(
     printed = captured.err
     assert status == 0, printed
     document = json.loads(captured.out)
-    assert document["use"] == ["batch.micro_size=1", "parallel.strategy=ddp"]
+    assert document["use"][:2] == ["batch.micro_size=1", "parallel.strategy=ddp"]
     assert document["trials"][0]["tokens_per_s"] > 0
     assert "out of memory" in {trial["reason"] for trial in document["trials"]}
     (raw,) = tmp_path.glob("tune_2xcpu_*.jsonl")
