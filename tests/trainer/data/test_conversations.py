@@ -20,7 +20,9 @@ from sharding.ranks.errors import UserError
 from tests.support import TINY_MODEL
 from tests.trainer.data.chat_support import CHATML, FORGETS, chat_tokenizer, turns
 from trainer.config import RunConfig, parse_config
+from trainer.config.data import SourceConfig
 from trainer.data.chat_template import ChatTemplate
+from trainer.data.conversations import hub_conversation
 from trainer.data.documents import samples_at
 from trainer.data.pack_conversations import best_fit_decreasing
 from trainer.data.packed import packed_samples
@@ -235,6 +237,17 @@ def test_a_row_that_is_no_conversation_is_named(
         _prepared(_config(tmp_path, tokenizer_folder, path))
     assert words.format(path=path) in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+def test_a_row_of_the_hub_has_no_null_in_it() -> None:
+    source = SourceConfig(source="hub", hub_name="talk", format="messages")
+    row = turns("a", "b")
+    row["messages"][1]["tool_calls"] = [{"function": {"name": "f", "arguments": {"x": None}}}]
+    kept = json.loads(hub_conversation(row | {"tools": None}, source, "row 3 of talk"))
+    assert kept["messages"][1]["tool_calls"] == [{"function": {"name": "f", "arguments": {}}}]
+    assert kept.keys() == {"messages"}
+    with pytest.raises(UserError, match=r"is not a column of row 3 of talk, which has text; name the one"):
+        hub_conversation({"text": "a"}, source, "row 3 of talk")
 
 
 def test_a_file_without_a_target_is_an_error(tmp_path: Path, tokenizer_folder: Path) -> None:

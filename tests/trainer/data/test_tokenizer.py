@@ -14,7 +14,15 @@ from trainer.config.data import DataConfig
 from trainer.data.prepare import prepare_corpus
 from trainer.data.prepared import PreparedCorpus, PreparedStream
 from trainer.data.streaming import DocumentStream, PackedStream
-from trainer.data.tokenizer import first_difference, load_tokenizer, text_encoder, train_byte_level_bpe
+from trainer.data.tokenizer import (
+    HIDDEN,
+    control_encoder,
+    first_difference,
+    load_tokenizer,
+    special_tokens,
+    text_encoder,
+    train_byte_level_bpe,
+)
 
 TEXT = "a </s> b <|endoftext|> c [SEP] d <e> e <pad>"
 
@@ -77,6 +85,24 @@ def test_control_tokens_in_a_text_are_text(make: Any) -> None:
     for plain in ("a b c d e", "<pad>"):
         before = tokenizer.backend_tokenizer.encode(plain, add_special_tokens=False)
         assert encoder.encode(plain, add_special_tokens=False).ids == before.ids
+
+
+@pytest.mark.parametrize(
+    "make", [_byte_level, _unigram, _merges_to_a_control_token, _word_pieces, _behind_those_of_the_model]
+)
+def test_control_tokens_that_are_written_are_told_from_those_that_are_said(make: Any) -> None:
+    tokenizer = make()
+    names = {name for name in special_tokens(tokenizer) if len(name) > 1} - {tokenizer.unk_token}
+    encoder = control_encoder(tokenizer, names)
+    for name in names:
+        ids = encoder.encode(f"a {HIDDEN}{name} b {name} c", add_special_tokens=False).ids
+        assert ids.count(tokenizer.convert_tokens_to_ids(name)) == 1
+    # Nothing else has another id.
+    written = TEXT
+    for name in names:
+        written = written.replace(name, HIDDEN + name)
+    before = tokenizer.backend_tokenizer.encode(TEXT, add_special_tokens=False).ids
+    assert encoder.encode(written, add_special_tokens=False).ids == before
 
 
 def _config(tmp_path: Path, texts: list[str], **settings: Any) -> DataConfig:
