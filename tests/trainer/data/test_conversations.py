@@ -202,6 +202,10 @@ def test_texts_of_a_mixture_are_targets_and_what_users_say_is_not(tmp_path: Path
     assert 0 < int(batch["is_target"][0].sum()) < LENGTH
     assert batch["is_target"][1].all()
     assert int(batch["tokens"].max()) < corpus.vocab_size
+    # Texts are prepared as they were before there were conversations.
+    said, written = (json.loads((one.folder / "manifest.json").read_text()) for one in corpus.corpora)
+    assert said.keys() - written.keys() == {"conversations"}
+    assert (said["dtype"], written["dtype"]) == ("<u4", "<u2")
     shown = {one.source: one for one in samples_at(config, corpus, np.arange(8))}
     assert shown["texts"].is_target is None
     assert shown["texts"].num_targets == LENGTH
