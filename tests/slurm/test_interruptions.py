@@ -98,7 +98,7 @@ def _equal(cluster: Cluster, job: Job, undisturbed: Job, attempts: int, restarts
 @pytest.fixture(scope="module")
 def undisturbed(cluster: Cluster, slurm_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> Job:
     """The run that nobody interrupts; it may still be on its way."""
-    return _submit(cluster, slurm_config, tmp_path_factory.mktemp("undisturbed"), "undisturbed", SRUN)
+    return _submit(cluster, slurm_config, tmp_path_factory.mktemp("undisturbed"), "undisturbed", TORCHRUN)
 
 
 def test_a_requeued_job_and_one_whose_ranks_are_warned_go_on(

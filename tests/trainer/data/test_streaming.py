@@ -10,17 +10,9 @@ import pytest
 import torch
 
 from sharding.ranks.errors import UserError
-from tests.support import (
-    read_metrics,
-    shardline,
-    slow_from,
-    start_shardline,
-    tiny_values,
-    trained,
-    training_curve,
-    wait_until,
-    write_config,
-)
+from sharding.ranks.process_group import Ranks
+from tests.runs_in_process import RunsInProcess, computed_lines
+from tests.support import run_on_ranks, tiny_values
 from trainer.commands.show_data import main as show
 from trainer.config import parse_config
 from trainer.config.data import DataConfig
@@ -29,6 +21,7 @@ from trainer.data.prepared import PreparedStream
 from trainer.data.samples import MicroBatch
 from trainer.data.streaming import DocumentStream, StreamingLoader, state_of_rank
 from trainer.run_folder.folder import RunFolder
+from trainer.run_folder.listing import list_checkpoints
 from trainer.tasks.next_tokens import next_token_batch
 
 LENGTH = 16
@@ -256,26 +249,28 @@ def test_settings_that_do_not_fit_are_refused(tmp_path: Path, change: dict[str, 
         parse_config(values, "test")
 
 
-@pytest.mark.timeout(600)
+def _train_in_parts(ranks: Ranks, root: Path, values: dict[str, Any]) -> None:
+    runs = RunsInProcess(ranks, root, root)
+    whole, parts = (parse_config(values | {"name": name}, name) for name in ("whole", "parts"))
+    runs.train_as(whole)
+    # A stop gives up a step whose batches were taken already: they must come again.
+    for step in (5, 6, 17):
+        runs.train_as(parts, stop_at=step)
+    runs.train_as(parts)
+
+
+def _refuse_another_rank(ranks: Ranks, root: Path, values: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="2 data-parallel ranks in the stream, and there are 3 now"):
+        RunsInProcess(ranks, root, root).train_as(parse_config(values | {"name": "parts", "steps": 25}, "parts"))
+
+
 def test_a_streamed_run_continues_bit_for_bit_and_refuses_other_ranks(tmp_path: Path) -> None:
     values = tiny_values(tmp_path / "runs", tmp_path / "cache", _write_source(tmp_path, "jsonl"))
     values["data"] |= {"source": "jsonl", "streaming": True, "sample_documents": 40, "shuffle_window": 5}
-    values |= {"steps": 60, "checkpoint": {"keep_last": 0}, "schedule": {"total_steps": 60}}
-    config = write_config(tmp_path / "stream.yaml", values)
-    trained(shardline("run", config, "name=whole", "--nproc-per-node", 2))
-    runs = tmp_path / "runs"
-    # A stop gives up a step whose batches were taken already: they must come again.
-    arguments = ("run", config, "name=parts", "--nproc-per-node", 2)
-    stopped = start_shardline(*arguments, log=tmp_path / "log", **slow_from(5, 1))
-    wait_until(lambda: len(read_metrics(runs / "parts")) > 3, what="some steps")
-    (runs / "parts" / "stop").touch()
-    assert stopped.wait(120) == 75, (tmp_path / "log").read_text()
-    newest = RunFolder(runs / "parts").newest_checkpoint()
-    assert newest is not None
-    assert 4 <= newest[0] < 60
-    refused = shardline("run", config, "name=parts", "--nproc-per-node", 3, "batch.micro_size=2")
-    assert refused.returncode == 2
-    assert "2 data-parallel ranks in the stream, and there are 3 now" in refused.stderr
-    trained(shardline(*arguments))
-    assert [row[:5] for row in training_curve(runs / "parts")] == [row[:5] for row in training_curve(runs / "whole")]
-    assert show([str(runs / "parts"), "--step", "2"]) == 2
+    values |= {"steps": 24, "checkpoint": {"keep_last": 0}, "schedule": {"total_steps": 60}}
+    run_on_ranks(_train_in_parts, 2, tmp_path, values)
+    whole, parts = (RunFolder(tmp_path / "runs" / name) for name in ("whole", "parts"))
+    assert [step for step, _ in list_checkpoints(parts.checkpoints_dir)] == [4, 5, 16, 24]
+    assert computed_lines(parts) == computed_lines(whole)
+    run_on_ranks(_refuse_another_rank, 3, tmp_path, values | {"batch": {"global_size": 12, "micro_size": 2}})
+    assert show([str(parts.path), "--step", "2"]) == 2
