@@ -34,12 +34,20 @@ def checkpoint_activations(block: nn.Module, index: int, config: ActivationCheck
     if config.mode == "selective":
         options["context_fn"] = _selective_contexts
 
+    is_frozen = not any(parameter.requires_grad for parameter in block.parameters())
+
     def checkpointed_forward(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
+        # A frozen block before all that is trained keeps nothing, and compiled it would have nothing to recompute for.
+        has_gradient = not is_frozen or any(_has_gradient(value) for value in (*args, *kwargs.values()))
+        if not (torch.is_grad_enabled() and has_gradient):
             return forward(*args, **kwargs)
         return checkpoint(forward, *args, **options, **kwargs)
 
     block.forward = checkpointed_forward
+
+
+def _has_gradient(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.requires_grad
 
 
 def _selective_contexts() -> tuple[Any, Any]:

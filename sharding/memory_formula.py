@@ -181,7 +181,10 @@ def _gathered_by_block(sizes: ModelSizes, layout: Layout) -> StateBytes:
     )
     moments = layout.moment_bytes * sizes.num_parameters / layout.num_shards
     gathered = layout.compute_bytes * sizes.num_gathered_by_block
-    in_block = StateBytes(masters, gathered, own, moments, _in_block(sizes, layout))
+    # Where a block is mostly frozen, less is held of gradients than while one more block arrives.
+    arriving = layout.compute_bytes * (_head(sizes) + max(sizes.largest_block, sizes.largest_gathered_block))
+    in_flight = max(_in_block(sizes, layout), float(arriving))
+    in_block = StateBytes(masters, gathered, own, moments, in_flight)
     at_end = StateBytes(masters, 0.0, own, moments, _outside_blocks(sizes, layout))
     return max(in_block, at_end, key=lambda state: state.total)
 
@@ -198,8 +201,11 @@ def _new_gradients(sizes: ModelSizes) -> int:
 
 def _in_block(sizes: ModelSizes, layout: Layout) -> float:
     """Inside a block's backward pass: its gradients, those of the block before on their way, and the head's."""
-    head = min(sizes.num_outside_blocks, sizes.largest_parameter)
-    return layout.compute_bytes * (head + sizes.largest_block) + _FP32_BYTES * sizes.largest_block
+    return layout.compute_bytes * (_head(sizes) + sizes.largest_block) + _FP32_BYTES * sizes.largest_block
+
+
+def _head(sizes: ModelSizes) -> int:
+    return min(sizes.num_outside_blocks, sizes.largest_parameter)
 
 
 def _outside_blocks(sizes: ModelSizes, layout: Layout) -> float:

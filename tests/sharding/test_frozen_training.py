@@ -82,7 +82,7 @@ def _train_plainly(
         logits = model(batches[index]["input_ids"]).logits.flatten(0, 1)
         loss = functional.cross_entropy(logits, batches[index]["labels"].flatten(), reduction="sum")
         (loss / num_targets(batches, 1)).backward()
-        return float(loss)
+        return loss.item()
 
     losses, squares = [], []
     for step in range(_NUM_STEPS):
