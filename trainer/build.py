@@ -1,7 +1,7 @@
 """From a RunConfig to a Trainer: the one place that puts a rank's parts together, in order."""
 
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 from sharding.engine import Engine
@@ -38,6 +38,7 @@ from trainer.model.causality import check_causality
 from trainer.model.document_mask import check_architecture, check_engine
 from trainer.model.engine import build_model_engine, describe_model, parameter_hash
 from trainer.model.fetch import fetch_pretrained
+from trainer.model.lora import check_stored_adapters, is_adapter, stored_names
 from trainer.model.models import ModelFacts
 from trainer.model.new_head import describe_new_head, weights_to_initialize
 from trainer.numerics.replica_check import ReplicaCheck
@@ -115,8 +116,8 @@ def build_trainer(
     engine, facts = build_model_engine(fetched, task, mesh, ranks, samples.facts, busy.timed, named_sums)
     description = describe_model(config, facts, ranks)
     observers.info(description)
-    if facts.new_head:
-        observers.info(facts.new_head)
+    for line in facts.notes:
+        observers.info(line)
     if predicts_next_tokens(task):
         check_causality(engine, config, samples.facts, ranks)
     if config.metrics.parameter_hash:
@@ -203,16 +204,21 @@ def _fit_weights(
     facts: ModelFacts,
     ranks: Ranks,
     observers: Observers,
-) -> Collection[str]:
-    """Check that another run's weights fit, and say which of the model's tensors they leave as they are."""
+) -> dict[str, str | None]:
+    """Check that another run's weights fit, and say where tensors lie there; None for those that keep their values."""
     on_rank_0(lambda: _check_tokenizer(reader, corpus), ranks)
     parts = engine.state(with_optimizer=False)
     wanted = {part.name.removeprefix(MODEL_PREFIX): part.global_shape for part in parts}
-    stored, source = reader.parameter_shapes(), f"checkpoint {reader.folder}"
-    names = weights_to_initialize(wanted, stored, facts.body, source, has_new_head=config.model.new_head)
-    if names:
-        observers.info(describe_new_head(names, wanted, stored, source))
-    return names
+    shapes, source = reader.parameter_shapes(), f"checkpoint {reader.folder}"
+    check_stored_adapters(wanted, shapes, config.model.lora, reader.manifest.config["model"], source)
+    found = stored_names(wanted, shapes)
+    stored = {name: shapes[there] for name, there in found.items()}
+    # Adapters of the run's own begin as they are.
+    needed = {name: shape for name, shape in wanted.items() if name in stored or not is_adapter(name)}
+    new = weights_to_initialize(needed, stored, facts.body, source, has_new_head=config.model.new_head)
+    if new:
+        observers.info(describe_new_head(new, wanted, stored, source))
+    return found | dict.fromkeys([*new, *(name for name in wanted if name not in needed)])
 
 
 def _fetched(config: RunConfig, ranks: Ranks) -> RunConfig:

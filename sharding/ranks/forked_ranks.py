@@ -6,10 +6,11 @@ from multiprocessing.context import ForkServerContext, SpawnContext
 
 import torch
 
-_PRELOADED = ("trainer.build", "transformers.models.llama.modeling_llama", "deepspeed", "accelerate")
+PRELOADED = ("trainer.build", "transformers.models.llama.modeling_llama", "deepspeed", "accelerate")
+"""What most ranks import."""
 
 
-def rank_context(preloaded: Sequence[str] = _PRELOADED) -> ForkServerContext | SpawnContext:
+def rank_context(preloaded: Sequence[str] = PRELOADED) -> ForkServerContext | SpawnContext:
     """What makes rank processes; one that has imported everything is forked for each, where there is no GPU.
 
     Importing it all takes longer than most checks. That process runs nothing else, so that no lock of another thread is

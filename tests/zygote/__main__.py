@@ -21,6 +21,7 @@ _PRELOADED = (
     "deepspeed",
     "deepspeed.launcher.launch",
     "accelerate.commands.launch",
+    "peft",
     "torch.distributed.run",
     "torch.distributed.elastic.rendezvous.static_tcp_rendezvous",
     "sharding.ranks.forked_ranks",

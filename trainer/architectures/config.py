@@ -47,7 +47,10 @@ def build_model_config(model: ModelConfig, facts: SampleFacts) -> "PretrainedCon
         config = _config_from_scratch(model, facts)
     config._attn_implementation = model.attention
     if facts.vocab_size is not None:
-        _check_sizes(config, facts.vocab_size, facts.sequence_length or 0)
+        text_config = config.get_text_config()
+        if model.resize_vocabulary and (field(text_config, "vocab_size") or facts.vocab_size) < facts.vocab_size:
+            text_config.vocab_size = facts.vocab_size
+        _check_sizes(model, config, facts.vocab_size, facts.sequence_length or 0)
     if facts.image_shape is not None:
         check_images(model, config, facts.image_shape)
     if facts.sampling_rate is not None:
@@ -186,13 +189,16 @@ def field(config: "PretrainedConfig", name: str) -> Any:
         return None
 
 
-def _check_sizes(config: "PretrainedConfig", num_tokens: int, sequence_length: int) -> None:
+def _check_sizes(model: ModelConfig, config: "PretrainedConfig", num_tokens: int, sequence_length: int) -> None:
     text_config = config.get_text_config()
     vocab_size = field(text_config, "vocab_size")
     if vocab_size is None or vocab_size < num_tokens:
+        remedy = "set model.config.vocab_size to at least that, remove it"
+        if model.pretrained is not None:
+            remedy = "set model.resize_vocabulary=true to add those that it lacks"
         raise UserError(
             f"the model's vocab_size={vocab_size} is smaller than the tokenizer's {num_tokens} "
-            f"tokens; set model.config.vocab_size to at least that, remove it, or choose another tokenizer."
+            f"tokens; {remedy}, or choose another tokenizer."
         )
     num_heads, num_pairs = field(text_config, "num_attention_heads"), field(text_config, "num_key_value_heads")
     if isinstance(num_heads, int) and isinstance(num_pairs, int) and num_pairs > 0 and num_heads % num_pairs:

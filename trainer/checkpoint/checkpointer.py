@@ -1,6 +1,6 @@
 """When a run saves, what it keeps, and what it starts from."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from sharding.engine import Engine
@@ -49,7 +49,7 @@ class Checkpointer:
         weight_average: WeightAverage | None = None,
         tokenizer: TokenizerArchive | None = None,
         recipe: RowRecipe | None = None,
-        fit_weights: Callable[[CheckpointReader], Collection[str]] = lambda _: (),
+        fit_weights: Callable[[CheckpointReader], Mapping[str, str | None]] = lambda _: {},
         warn: Callable[[str], None] = print,
         notify: Callable[[int, CheckpointPath], None] = lambda _step, _folder: None,
         before_write: Callable[[int], None] = lambda _: None,
@@ -67,7 +67,8 @@ class Checkpointer:
             tokenizer: is saved beside it, by rank 0.
             recipe: how rows are read; is saved beside it, by rank 0.
             fit_weights: called on every rank with another run's checkpoint whose weights alone are to be loaded; raises
-                if they do not fit, and names the tensors that keep their initial values.
+                if they do not fit, and names the tensors that have another name there, with that, and those that keep
+                their initial values, with None.
             warn: tells a person that a checkpoint is corrupt; called on rank 0.
             notify: called with step and folder of a checkpoint once it is complete, on rank 0.
             before_write: called with the step where this rank begins to write, in the thread that writes.
@@ -167,11 +168,13 @@ class Checkpointer:
                 "data has no meaning here; restore the corpus, or start another run with checkpoint.from and "
                 "checkpoint.load=weights."
             )
-        kept = {f"{MODEL_PREFIX}{name}" for name in self._fit_weights(reader)} if weights_only else set()
+        names = self._fit_weights(reader) if weights_only else {}
 
         def read(part: Part) -> None:
-            if part.name not in kept:
-                reader.read_into(part)
+            own = part.name.removeprefix(MODEL_PREFIX)
+            stored = names.get(own, own)
+            if stored is not None:
+                reader.read_into(part if stored == own else replace(part, name=f"{MODEL_PREFIX}{stored}"))
 
         engine.load_state(read, with_optimizer=not weights_only)
         if self._weight_average is not None:

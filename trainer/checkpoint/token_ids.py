@@ -39,10 +39,15 @@ def check_named_tokenizer(config: RunConfig, prepared: Path | None = None) -> No
     except UserError:
         # Whoever names a tokenizer for a model that comes without one must know what it was trained with.
         return
+    # Whose ids all mean what they did; what is beside them is new.
+    only_adds = first_difference(own, tokens) is None and len(set(tokens.values())) == len(tokens)
+    if only_adds and config.model.resize_vocabulary:
+        return
     if difference := first_difference(tokens, own):
+        remedy = ", or set model.resize_vocabulary=true, since it only adds tokens" if only_adds else ""
         raise UserError(
             f"data.tokenizer={named} does not have the token ids of model.pretrained={pretrained}, to whose weights "
-            f"they would mean something else ({difference}); remove data.tokenizer to use the model's own."
+            f"they would mean something else ({difference}); remove data.tokenizer to use the model's own{remedy}."
         )
 
 

@@ -94,6 +94,10 @@ class OptimizerConfig(StrictModel):
     groups: Annotated[tuple[OptimizerGroupConfig, ...], Field(strict=False)] = ()
     """Parameters with settings of their own, by name; a pattern that no parameter is left for is an error."""
 
+    layer_decay: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Factor to the learning rate from each block to the one before it, on top of those of groups: embeddings have the
+    lowest rate, and what is behind the last block all of it; 1 means one rate for all."""
+
     clip_norm: float = Field(default=1.0, ge=0.0)
     """Largest global gradient norm; longer gradients are scaled down to it; 0 means no clipping."""
 

@@ -101,6 +101,12 @@ def _validate_model_and_data(config: "RunConfig") -> None:
             "model.new_head=true is for weights that are stored, but neither model.pretrained nor checkpoint.from with "
             "checkpoint.load=weights names any; remove it."
         )
+    rank = config.model.lora.rank
+    if rank and config.model.pretrained is None and config.checkpoint.from_ is None:
+        raise UserError(
+            f"model.lora.rank={rank} trains adapters beside weights that stay as they are, but neither "
+            "model.pretrained nor checkpoint.from names any; set one of them, or remove model.lora."
+        )
     validate_data(config.data)
     validate_rows(config.data, config.task.name)
     validate_sets(config)
@@ -231,14 +237,16 @@ def _validate_world(config: "RunConfig", world: World) -> None:
             "parallel.backend=accelerate does parallel.strategy=zero3 on GPUs alone: without one it would train plain "
             "DDP and say nothing; use parallel.backend=torch or deepspeed, or parallel.strategy=ddp."
         )
-    for setting, is_eight_bit, other in (
-        ("optimizer.name=adamw8bit", config.optimizer.name == "adamw8bit", "optimizer.name to adamw"),
-        ("precision.compute=fp8", config.precision.compute == "fp8", "precision.compute to bf16"),
+    optimizer, compute, rank = config.optimizer.name, config.precision.compute, config.model.lora.rank
+    for setting, is_set, package, extra, other in (
+        ("optimizer.name=adamw8bit", optimizer == "adamw8bit", "torchao", "eight-bit", "set optimizer.name to adamw"),
+        ("precision.compute=fp8", compute == "fp8", "torchao", "eight-bit", "set precision.compute to bf16"),
+        (f"model.lora.rank={rank}", rank > 0, "peft", "lora", "remove model.lora"),
     ):
-        if is_eight_bit and find_spec("torchao") is None:
+        if is_set and find_spec(package) is None:
             raise UserError(
-                f"{setting} needs torchao, which is not installed; install it with pip install 'shardline[eight-bit]', "
-                f"or set {other}."
+                f"{setting} needs {package}, which is not installed; install it with pip install "
+                f"'shardline[{extra}]', or {other}."
             )
     if parallel.strategy == "none" and num_ranks > 1:
         raise UserError(

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from sharding.strict_model import SET, UNSET, Like, OnlyWith, StrictModel
 from trainer.config.data import SourceConfig
@@ -15,6 +15,12 @@ _CLASSIFICATION = OnlyWith(name=tuple(task for task in TASK_SAMPLES if task.ends
 _OF_ROWS = OnlyWith(name=tuple(task for task, (samples, _) in TASK_SAMPLES.items() if samples == "rows"))
 
 Weight = Annotated[float, Field(gt=0.0)]
+# One may stand without a list.
+Targets = Annotated[
+    tuple[str, ...],
+    BeforeValidator(lambda targets: (targets,) if isinstance(targets, str) else targets),
+    Field(strict=False, min_length=1),
+]
 
 
 class TaskConfig(StrictModel):
@@ -70,6 +76,48 @@ class TaskConfig(StrictModel):
     labels."""
 
 
+ALL_LINEAR = "all-linear"
+"""As a target of LoRA: every linear layer of the body."""
+
+
+class LoraConfig(StrictModel):
+    """Low-rank adapters (LoRA) beside frozen linear layers, W + alpha / rank x B A: A, B and a new head are trained."""
+
+    rank: Annotated[
+        int,
+        OnlyWith(
+            {"precision.compute": ("auto", "fp32", "bf16", "fp16")},
+            because="adapters are too narrow to be rounded to 8 bits",
+        ),
+        OnlyWith(
+            {"parallel.offload_parameters": ("none", "cpu")},
+            because="checkpoints read frozen parameters from memory, and nvme keeps them in files",
+        ),
+    ] = Field(default=0, ge=0)
+    """Rows of A and columns of B; 8 to 64 are usual, 0 means no adapters."""
+
+    alpha: Annotated[float | None, OnlyWith(rank=SET)] = Field(default=None, gt=0.0)
+    """The adapters' output is multiplied by alpha / rank; null means twice the rank."""
+
+    dropout: Annotated[float, OnlyWith(rank=SET)] = Field(default=0.0, ge=0.0, lt=1.0)
+    """Probability that an element of an adapter's input is set to 0 in training."""
+
+    targets: Annotated[Targets, OnlyWith(rank=SET)] = (ALL_LINEAR,)
+    """Linear layers that get adapters, by their name, whole or from a dot on (`q_proj`), or by a shell pattern for the
+    whole name (`*.layers.0.*`); `all-linear` are all but those of the head."""
+
+    @property
+    def alpha_or_default(self) -> float:
+        """Alpha, as a whole number where it is one, as other programs expect it."""
+        alpha = 2 * self.rank if self.alpha is None else self.alpha
+        return int(alpha) if alpha == int(alpha) else alpha
+
+    @property
+    def scale(self) -> float:
+        """What the adapters' output is multiplied by."""
+        return self.alpha_or_default / self.rank
+
+
 class ModelConfig(StrictModel):
     """Which model is trained: exactly one of architecture, pretrained, builtin and factory says it."""
 
@@ -107,9 +155,21 @@ class ModelConfig(StrictModel):
             {"parallel.offload_parameters": ("none", "cpu")},
             because="checkpoints read frozen parameters from memory, and nvme keeps them in files",
         ),
+        OnlyWith({"model.lora.rank": UNSET}, because="adapters leave all else frozen"),
     ] = ()
     """Shell patterns (`*`, `?`, `[...]`) for whole names of parameters that keep their first values: they have neither
     gradients nor optimizer state. A pattern that matches no parameter is an error."""
+
+    lora: Annotated[LoraConfig, _HF] = LoraConfig()
+    """Low-rank adapters, trained in place of the weights of `pretrained`, or of `checkpoint.from`."""
+
+    resize_vocabulary: Annotated[
+        bool,
+        OnlyWith(pretrained=SET),
+        OnlyWith({"model.lora.rank": UNSET}, because="adapters leave the new rows as they are, which must be trained"),
+    ] = False
+    """Let the tokenizer have more tokens than the pretrained model: a new token's embedding, and its row of the output
+    projection, begin as the mean of those that are there."""
 
     trust_remote_code: Annotated[bool, OnlyWith(pretrained=SET)] = False
     """Run Python code that a `pretrained` model brings along with its weights; false refuses such a model."""

@@ -5,7 +5,7 @@ import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -21,6 +21,7 @@ from trainer.data.prepared_own import PreparedOwn
 from trainer.data.prepared_rows import recipe_facts
 from trainer.data.rows_manifest import RECIPE_NAME
 from trainer.data.tokenizer import load_tokenizer
+from trainer.deploy.adapters import ModelWeights, merged_weights, refuse_form, write_adapters
 from trainer.deploy.allowed_code import AllowedCode
 from trainer.files.atomic_files import umask
 from trainer.model.models import build_model_on_meta
@@ -32,8 +33,17 @@ _MAX_FILE_BYTES = 4 * 2**30
 _NO_CODE = AllowedCode()
 
 
+Form = Literal["adapter", "merged"]
+"""Of a run with adapters: these alone, or the model that they make of the weights beside them."""
+
+
 def export_model(
-    reader: CheckpointReader, folder: Path, *, averaged: bool = False, allowed: AllowedCode = _NO_CODE
+    reader: CheckpointReader,
+    folder: Path,
+    *,
+    averaged: bool = False,
+    allowed: AllowedCode = _NO_CODE,
+    form: Form | None = None,
 ) -> None:
     """Write the model of a checkpoint, its configuration and tokenizer, so that `from_pretrained` loads them.
 
@@ -45,11 +55,12 @@ def export_model(
         folder: where to; must be new or empty.
         averaged: whether to take the moving average of the weights instead of the weights.
         allowed: the Python code that may run for it.
+        form: of a run with adapters, which of both; None elsewhere.
 
     Raises:
         UserError: the folder has contents or cannot be written, the checkpoint has no average or is corrupt, it is an
-            old one without a tokenizer and the run's corpus is gone, it asks for code that is not allowed, or
-            `transformers` would make another model of it.
+            old one without a tokenizer and the run's corpus is gone, it asks for code that is not allowed, the form is
+            not one that it has, or `transformers` would make another model of it.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--to {folder} is {'not empty' if folder.is_dir() else 'a file'}; name a new folder.")
@@ -60,6 +71,7 @@ def export_model(
         )
     reader.verify()
     config = parse_config(reader.manifest.config, source=f"{reader.folder}", has_rules=False)
+    refuse_form(reader, config, form)
     allowed.check(config, f"checkpoint {reader.folder}")
     recipe = reader.read_recipe()
     is_own = config.data.source == "factory"
@@ -87,10 +99,14 @@ def export_model(
                 tokenizer = load_tokenizer(str(work), masks=True)
                 facts = replace(facts, pad_token_id=tokenizer.pad_token_id, mask_token_id=tokenizer.mask_token_id)
         model = _build_model(config, facts)
-        ends = end_of_turn_ids(work) if config.data.has_messages else set()
-        _write_configuration(model, facts.vocab_size, ends, work)
-        check_reloads(model, reader, work, trust_remote_code=config.model.trust_remote_code)
-        _write_weights(reader, work, averaged=averaged)
+        if form == "adapter":
+            write_adapters(reader, model, config, work, averaged=averaged)
+        else:
+            weights = merged_weights(reader, model, config)
+            ends = end_of_turn_ids(work) if config.data.has_messages else set()
+            _write_configuration(model, facts.vocab_size, ends, work)
+            check_reloads(model, weights, work, trust_remote_code=config.model.trust_remote_code)
+            _write_weights(weights, work, averaged=averaged)
         # mkdtemp made the folder private, and safetensors its files.
         for path in work.rglob("*"):
             path.chmod((0o777 if path.is_dir() else 0o666) & ~umask())
@@ -155,12 +171,12 @@ def _write_configuration(model: Any, vocab_size: int | None, ends: set[int], wor
         model.generation_config.save_pretrained(work)
 
 
-def check_reloads(model: Any, reader: CheckpointReader, folder: Path, *, trust_remote_code: bool) -> None:
+def check_reloads(model: Any, reader: ModelWeights, folder: Path, *, trust_remote_code: bool) -> None:
     """Refuse an export that `from_pretrained` would make another model of; reads no weights.
 
     Args:
         model: the model that was trained, without memory.
-        reader: its checkpoint, whose names the export will have.
+        reader: its weights, whose names the export will have.
         folder: where its configuration was written to.
         trust_remote_code: whether a model's own code may run.
 
@@ -205,7 +221,7 @@ def _class_of(model: Any) -> str:
     return f"{type(model).__module__}.{type(model).__name__}"
 
 
-def _write_weights(reader: CheckpointReader, work: Path, *, averaged: bool) -> None:
+def _write_weights(reader: ModelWeights, work: Path, *, averaged: bool) -> None:
     """Shared tensors are in the checkpoint once, under the name that `transformers` ties the others to."""
 
     def read(names: list[str]) -> dict[str, torch.Tensor]:

@@ -14,7 +14,8 @@ from trainer.checkpoint.reader import open_checkpoint
 from trainer.data.chat_template import ChatTemplate
 from trainer.data.tokenizer import text_encoder
 from trainer.deploy.allowed_code import AllowedCode
-from trainer.deploy.export import export_model
+from trainer.deploy.export import Form, export_model
+from trainer.model.lora import adapted_layers
 
 _NO_CODE = AllowedCode()
 _DEFAULT_NEW_TOKENS = 120
@@ -40,9 +41,10 @@ def load_model(
             raise UserError(f"--ema: {run} is an exported model, which has one set of weights; name the run's folder.")
         return _load_exported(run, run, trust_remote_code=allowed.trust_remote_code)
     reader = open_checkpoint(run, step)
+    form: Form | None = "merged" if adapted_layers(reader.parameter_names()) else None
     # By way of the exported form, so that what is shown here is what is served elsewhere.
     with tempfile.TemporaryDirectory(prefix="shardline-generate-") as folder:
-        export_model(reader, Path(folder) / "model", averaged=averaged, allowed=allowed)
+        export_model(reader, Path(folder) / "model", averaged=averaged, allowed=allowed, form=form)
         return _load_exported(str(Path(folder) / "model"), run, trust_remote_code=allowed.trust_remote_code)
 
 

@@ -17,10 +17,12 @@ from sharding.state import layout_independent_hash
 from trainer.config import RunConfig
 from trainer.config.deepspeed_settings import deepspeed_settings
 from trainer.data.facts import SampleFacts
+from trainer.model.lora import add_adapters, initializing_adapters, plain_name
 from trainer.model.models import ModelFacts, build_model_on_meta, model_facts, transformers_config
 from trainer.model.pretrained import PretrainedWeights
 from trainer.model.refusals import refuse_positions_by_padding, refuse_settings
 from trainer.optimizers.build import optimizer_factory
+from trainer.optimizers.layer_decay import depth_scales, describe_depth_scales
 from trainer.tasks.named_sums import NamedSums
 from trainer.tasks.task import Task
 
@@ -56,8 +58,7 @@ def build_model_engine(
     if model_config is not None:
         refuse_settings(config, task, model_config, mesh.dims)
         refuse_positions_by_padding(config, model, model_config)
-    counted = model_facts(model, model_config, reads_tokens=facts.vocab_size is not None)
-    # Before it is sharded, which changes its classes, and before there is memory for weights that may not be there.
+    # Before adapters rename tensors and sharding changes classes, and there is memory for what may not be there.
     pretrained = (
         None
         if config.model.pretrained is None or not loads_pretrained
@@ -66,13 +67,17 @@ def build_model_engine(
             model,
             task.pretrained_name,
             has_new_head=config.model.new_head,
+            resizes_vocabulary=config.model.resize_vocabulary,
             # Where another run's weights come on top, it may be these that lack a head.
             may_have_none=config.checkpoint.from_ is not None,
         )
     )
+    adapters = add_adapters(model, config.model)
+    counted = model_facts(model, model_config, reads_tokens=facts.vocab_size is not None)
+    scales = depth_scales(model, config.optimizer.layer_decay)
     definition = ModelDefinition(
         model=model,
-        initialize=lambda module: task.initialize(model, module),
+        initialize=initializing_adapters(model, lambda module: task.initialize(model, module)),
         loss=timed(_training_loss(task)),
         evaluate=evaluate or NamedSums(task),
         seed=config.seed,
@@ -81,17 +86,18 @@ def build_model_engine(
         definition,
         mesh,
         ranks.device,
-        optimizer_factory(config.optimizer, hidden_matrices(model)),
+        optimizer_factory(config.optimizer, hidden_matrices(model), scales),
         parallel=config.parallel,
         precision=config.precision,
         activation_checkpointing=config.activation_checkpointing,
         compilation=config.compile,
         deepspeed_settings=deepspeed_settings(config, mesh.dims) if config.parallel.backend == "deepspeed" else {},
     )
+    notes = [describe_depth_scales(scales, config.optimizer.layer_decay)] if scales else []
     if pretrained is not None:
-        pretrained.load_into(engine)
-        counted = replace(counted, new_head=pretrained.new_head)
-    return engine, counted
+        pretrained.load_into(engine, own_name=plain_name if config.model.lora.rank else str)
+        notes += [pretrained.new_head, pretrained.new_rows]
+    return engine, replace(counted, notes=tuple(filter(None, [adapters, *notes])))
 
 
 def _training_loss(task: Task) -> LossFunction:

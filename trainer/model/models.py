@@ -37,7 +37,8 @@ class ModelFacts:
         num_float8_linears: those of them that ``precision.compute=fp8`` multiplies in 8 bits.
         is_per_token: whether arithmetic per token is known: every matrix is used once for each token of a text.
         body: names of the tensors that belong to no head.
-        new_head: what of the head has no pretrained weights, in one line; empty where nothing is lacking.
+        notes: what the weights are that the model begins with, and which of them are trained, a line each; none
+            where there is nothing to say.
         num_frozen: parameters that are not trained.
         num_frozen_matrix_parameters: those of ``num_matrix_parameters`` that are not.
         num_matrix_parameters_before: those of ``num_matrix_parameters`` that lie before all that is trained.
@@ -52,7 +53,7 @@ class ModelFacts:
     num_float8_linears: int
     is_per_token: bool = True
     body: frozenset[str] = frozenset()
-    new_head: str = ""
+    notes: tuple[str, ...] = ()
     num_frozen: int = 0
     num_frozen_matrix_parameters: int = 0
     num_matrix_parameters_before: int = 0

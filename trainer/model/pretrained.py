@@ -16,6 +16,7 @@ from sharding.part import Box, Part
 from sharding.ranks.errors import UserError
 from sharding.state import MODEL_PREFIX
 from trainer.model.new_head import body_of, describe_new_head, new_head, shapes_of
+from trainer.model.new_rows import with_new_rows
 from trainer.model.stored_tensor import StoredTensor
 
 _FILE = "model.safetensors"
@@ -38,6 +39,7 @@ class PretrainedWeights:
         *,
         has_new_head: bool = False,
         may_have_none: bool = False,
+        resizes_vocabulary: bool = False,
     ) -> None:
         """Find out where each tensor of a model lies.
 
@@ -47,17 +49,22 @@ class PretrainedWeights:
             pretrained_name: the name there of one of the model's tensors.
             has_new_head: whether a head may be lacking, or have another shape: it keeps its initial values.
             may_have_none: whether it is right all the same if nothing is lacking.
+            resizes_vocabulary: whether rows of new tokens are added.
 
         Raises:
             UserError: there are no safetensors files, they lack a tensor or have it in another shape, or they are
                 quantized.
         """
         self._name = name
-        self.stored = _stored_tensors(_find_folder(name), name)
+        self.stored = _stored_tensors(find_folder(name), name)
         try:
             self.tensors = _renamed(stored_by_name(model, self.stored), self.stored, model, pretrained_name)
         except ValueError as error:
             raise UserError(f"model.pretrained={name} {error}; the folder is not of one model.") from None
+        self.new_rows = ""
+        """What tokens were added, in one line; empty where none was."""
+        if resizes_vocabulary:
+            self.tensors, self.new_rows = with_new_rows(model, self.tensors)
         quantization = getattr(getattr(model, "config", None), "quantization_config", None)
         if quantization is not None:
             raise UserError(
@@ -89,13 +96,18 @@ class PretrainedWeights:
                 f"or not all of it is there{remedy}."
             )
 
-    def load_into(self, engine: Engine) -> None:
+    def load_into(self, engine: Engine, own_name: Callable[[str], str] = str) -> None:
         """Fill an engine's parameters; only this rank's slices are read.
+
+        Args:
+            engine: holds the model, or one that was made of it.
+            own_name: what the model that was looked at calls a tensor of the engine's. One that it does not have keeps
+                its values.
 
         Raises:
             UserError: weights that the model shares differ in the files.
         """
-        engine.load_state(self._read_into, with_optimizer=False)
+        engine.load_state(lambda part: self._read_into(part, own_name), with_optimizer=False)
 
     def _leave_out_head(self, model: nn.Module, expected: Mapping[str, Any], *, may_be_none: bool) -> None:
         """Forget tensors of a head in another shape, and note what is to be initialised.
@@ -135,8 +147,8 @@ class PretrainedWeights:
                 "quantized; name a folder of the same model in bf16 or fp32."
             )
 
-    def _read_into(self, part: Part) -> None:
-        wanted = part.name.removeprefix(MODEL_PREFIX)
+    def _read_into(self, part: Part, own_name: Callable[[str], str]) -> None:
+        wanted = own_name(part.name.removeprefix(MODEL_PREFIX))
         names = [name for name in self._tied.get(wanted, [wanted]) if name in self.tensors]
         for box, piece in part.pieces():
             if names and piece.numel():
@@ -266,7 +278,12 @@ def _stored_tensor(opened: Any, key: str) -> StoredTensor:
     return StoredTensor(shape, dtype, read)
 
 
-def _find_folder(name: str) -> Path:
+def find_folder(name: str) -> Path:
+    """The folder of a pretrained model that is named by it, or by its name on the hub.
+
+    Raises:
+        UserError: there is none.
+    """
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download

@@ -1,6 +1,7 @@
 """From settings to an optimizer: which parameters share which settings, and who updates them."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,7 +16,9 @@ from trainer.optimizers.momentum_sgd import MomentumSGD
 from trainer.optimizers.muon import Muon
 
 
-def optimizer_factory(config: OptimizerConfig, hidden_matrices: Collection[str]) -> OptimizerFactory:
+def optimizer_factory(
+    config: OptimizerConfig, hidden_matrices: Collection[str], scales: Mapping[str, float] = MappingProxyType({})
+) -> OptimizerFactory:
     """What builds the configured optimizer once parameters lie where they stay.
 
     All of them skip a step on the device when told that a gradient was not finite; torch's do so in their fused
@@ -25,10 +28,11 @@ def optimizer_factory(config: OptimizerConfig, hidden_matrices: Collection[str])
     Args:
         config: the optimizer.
         hidden_matrices: names of the matrices inside blocks, no embeddings: what Muon is for.
+        scales: factor to the learning rate of parameters, by their names; 1 where there is none.
     """
 
     def build(parameters: Sequence[Part]) -> torch.optim.Optimizer:
-        groups = _Groups(config, parameters)
+        groups = _Groups(config, parameters, scales)
         if config.name == "sgd":
             return MomentumSGD(
                 groups.of(parameters), lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True
@@ -80,7 +84,7 @@ def _adamw_8bit(config: OptimizerConfig, parameters: Sequence[Part], groups: "_G
 class _Groups:
     """Which learning-rate factor and decay each parameter has."""
 
-    def __init__(self, config: OptimizerConfig, parameters: Sequence[Part]) -> None:
+    def __init__(self, config: OptimizerConfig, parameters: Sequence[Part], scales: Mapping[str, float]) -> None:
         """Match patterns with names.
 
         Raises:
@@ -93,6 +97,9 @@ class _Groups:
         for index, group in enumerate(config.groups):
             matched = self._apply(index, group, free)
             free = [name for name in free if name not in matched]
+        self._settings = {
+            name: (lr_scale * scales.get(name, 1.0), decay) for name, (lr_scale, decay) in self._settings.items()
+        }
 
     def _apply(self, index: int, group: OptimizerGroupConfig, free: list[str]) -> set[str]:
         """Give a group's settings to those of the free parameters that match; returns their names."""

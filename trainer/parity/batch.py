@@ -1,5 +1,6 @@
 """What is compared: one batch of the run's samples with ragged targets, and a run without dropout."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from trainer.data.any_samples import prepared_samples
 from trainer.data.loader import BatchLoader
 from trainer.data.prepared import Prepared
 from trainer.data.samples import FILLER
+from trainer.model.pretrained import find_folder
 from trainer.parity.cases import is_plain_language_modelling
 from trainer.tasks.next_tokens import next_token_batch
 from trainer.tasks.task import Task
@@ -79,10 +81,15 @@ def _batch(task: Task, samples: Batch, positions: torch.Tensor) -> Batch:
     return task.make_batch(samples, positions, training=True)
 
 
-def without_dropout(config: RunConfig) -> RunConfig:
-    """The run with dropout 0, since masks differ between layouts: whatever argument of its model is called so."""
+def without_dropout(config: RunConfig, folder: Path) -> RunConfig:
+    """The run with dropout 0, since masks differ between layouts: whatever argument of its model is called so.
+
+    Args:
+        config: the run.
+        folder: where a pretrained model's configuration is written to, beside links to its weights.
+    """
     model = config.model
-    changes: dict[str, Any] = {}
+    changes: dict[str, Any] = {"lora": model.lora.model_copy(update={"dropout": 0.0})}
     if model.builtin is not None or model.factory is not None:
         changes["arguments"] = model.arguments | _zeros(model.arguments)
     elif model.architecture is not None:
@@ -90,7 +97,25 @@ def without_dropout(config: RunConfig) -> RunConfig:
 
         if model.architecture in CONFIG_MAPPING:
             changes["config"] = model.config | _zeros(vars(CONFIG_MAPPING[model.architecture]()))
+    elif model.pretrained is not None:
+        changes["pretrained"] = str(_pretrained_without_dropout(config, folder / "pretrained"))
     return config.model_copy(update={"model": model.model_copy(update=changes)})
+
+
+def _pretrained_without_dropout(config: RunConfig, folder: Path) -> Path:
+    from transformers import CONFIG_MAPPING
+
+    source = find_folder(str(config.model.pretrained))
+    values = json.loads((source / "config.json").read_text())
+    # What the file leaves out has the class's default; of a class of its own that is not known.
+    known = values.get("model_type") in CONFIG_MAPPING
+    defaults = vars(CONFIG_MAPPING[values["model_type"]]()) if known else {}
+    folder.mkdir()
+    for path in source.iterdir():
+        (folder / path.name).symlink_to(path.resolve())
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text(json.dumps(values | _zeros(defaults | values)))
+    return folder
 
 
 def _zeros(values: dict[str, Any]) -> dict[str, float]:

@@ -22,6 +22,7 @@ from sharding.ranks.process_group import Ranks, process_group
 from sharding.ranks.process_lifetime import die_with_parent
 from sharding.state import MODEL_PREFIX
 from trainer.config import RunConfig
+from trainer.config.sections import LoraConfig, ModelConfig
 from trainer.data.facts import SampleFacts
 from trainer.model.engine import build_model_engine, parameter_hash
 from trainer.runtime.threads import threads_per_rank
@@ -30,10 +31,17 @@ from trainer.tasks.task import Task
 
 NUM_STEPS = 3
 
+Trained = Literal["all", "adapters", "some"]
+"""What a case trains: what the run does, adapters (LoRA) alone, or only some of the parameters."""
+
+_LORA_RANK = 4
+# Their gradients are small, and a step must be seen in the loss.
+_LORA_ALPHA = 64.0
+
 
 @dataclass(frozen=True)
 class ParityCase:
-    """One way to train: strategy, ranks, micro-batches a step, optimizer, backend, number format."""
+    """One way to train: strategy, ranks, micro-batches a step, optimizer, backend, number format, what is trained."""
 
     strategy: Strategy
     num_ranks: int
@@ -41,19 +49,24 @@ class ParityCase:
     optimizer: str
     backend: Backend = "torch"
     compute: Literal["fp32", "bf16"] = "fp32"
+    trained: Trained = "all"
 
     @property
     def label(self) -> str:
         """A name for files."""
-        parts = (self.backend, self.strategy, self.num_ranks, self.accumulation_steps, self.optimizer, self.compute)
-        return "-".join(map(str, parts))
+        parts = [self.backend, self.strategy, self.num_ranks, self.accumulation_steps, self.optimizer, self.compute]
+        return "-".join(map(str, parts if self.trained == "all" else [*parts, self.trained]))
 
     @property
     def missing_package(self) -> str | None:
         """A package that the case needs and that is not installed."""
-        needed = {"deepspeed": "deepspeed", "accelerate": "accelerate"}.get(self.backend)
-        needed = "torchao" if self.optimizer == "adamw8bit" else needed
-        return needed if needed is not None and find_spec(needed) is None else None
+        needed = {
+            "deepspeed": self.backend == "deepspeed",
+            "accelerate": self.backend == "accelerate",
+            "torchao": self.optimizer == "adamw8bit",
+            "peft": self.trained == "adapters",
+        }
+        return next((name for name, is_needed in needed.items() if is_needed and find_spec(name) is None), None)
 
 
 @dataclass(frozen=True)
@@ -78,12 +91,28 @@ def case_config(config: RunConfig, case: ParityCase, num_samples: int) -> RunCon
     optimizer = config.optimizer.model_copy(update={"name": case.optimizer, "lr": case_lr(config, case.optimizer)})
     return config.model_copy(
         update={
+            "model": case_model(config.model, case.trained),
             "parallel": parallel,
             "optimizer": optimizer,
             "batch": config.batch.model_copy(update={"global_size": num_samples, "micro_size": micro_size}),
             "precision": config.precision.model_copy(update={"compute": case.compute}),
         }
     )
+
+
+def case_model(model: ModelConfig, trained: Trained) -> ModelConfig:
+    """The section ``model`` of a case."""
+    if trained == "adapters":
+        return model.model_copy(update={"lora": LoraConfig(rank=_LORA_RANK, alpha=_LORA_ALPHA)})
+    return model
+
+
+def parts_to_train(config: RunConfig) -> tuple[Trained, ...]:
+    """What cases of a run train: all that it does, and where that is all of a model also less."""
+    if config.model.lora.rank:
+        return ("all",)
+    is_named = (config.model.architecture or config.model.pretrained) is not None
+    return ("all", "adapters") if is_named else ("all",)
 
 
 def case_lr(config: RunConfig, optimizer: str) -> float:

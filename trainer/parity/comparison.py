@@ -24,7 +24,7 @@ from trainer.data.any_samples import prepared_facts
 from trainer.data.prepare import prepare_samples
 from trainer.model.models import build_model_on_meta
 from trainer.parity.batch import NUM_SAMPLES, without_dropout, write_ragged_batch
-from trainer.parity.cases import ParityCase, Trajectory, compared_task
+from trainer.parity.cases import ParityCase, Trained, Trajectory, compared_task
 from trainer.parity.plain import run_plain
 from trainer.parity.processes import result_file, run_group
 
@@ -42,7 +42,8 @@ _BF16_PARAMETER_TOLERANCE = {"sgd": 2e-3, "adamw": 6e-2, "muon": 6e-2, "adafacto
 class ParityRow:
     """One case against the plain process: relative differences of loss and norm, absolute of parameters.
 
-    ``failure`` says why there are none, where a rank failed; ``factor`` how much wider the tolerances are.
+    ``unmoved`` names what should have changed and did not, ``strayed`` what was frozen and did. ``failure`` says why
+    there are none, where a rank failed; ``factor`` how much wider the tolerances are.
     """
 
     case: ParityCase
@@ -54,6 +55,7 @@ class ParityRow:
     same_initial_parameters: bool
     failure: str = ""
     factor: float = 1.0
+    strayed: Sequence[str] = ()
 
     @property
     def passed(self) -> bool:
@@ -64,6 +66,7 @@ class ParityRow:
             and self.grad_norm_difference <= self.factor * GRAD_NORM_TOLERANCE[self.case.compute]
             and self.parameter_difference <= self.factor * parameter_tolerance(self.case)
             and not self.unmoved
+            and not self.strayed
             and self.forward_saw_update
             and self.same_initial_parameters
         )
@@ -96,11 +99,12 @@ def parity_cases(
     group_sizes: Sequence[int],
     optimizers: Sequence[OptimizerName] = ALWAYS_COMPARED,
     computes: Sequence[Literal["fp32", "bf16"]] = ("fp32",),
+    trained: Sequence[Trained] = ("all",),
 ) -> list[ParityCase]:
     """Every strategy on every group size that it can run on: SGD without and with accumulation, the others with it.
 
-    Where one rank is all there is, the strategies that communicate run on it too. Formats beside fp32 are tried with
-    SGD and accumulation.
+    Where one rank is all there is, the strategies that communicate run on it too. Formats beside fp32, and what else is
+    trained than all, are tried with SGD and accumulation.
     """
     cases: list[ParityCase] = []
     for num_ranks in group_sizes:
@@ -118,6 +122,11 @@ def parity_cases(
                     ParityCase(strategy, num_ranks, accumulation_steps, "sgd", backend, compute)
                     for compute in computes
                     if compute != "fp32"
+                ),
+                *(
+                    ParityCase(strategy, num_ranks, accumulation_steps, "sgd", backend, trained=part)
+                    for part in trained
+                    if part != "all"
                 ),
             ]
     return cases
@@ -150,7 +159,7 @@ def run_parity(config: RunConfig, cases: Sequence[ParityCase], folder: Path) -> 
     Raises:
         UserError: the corpus cannot be prepared, or the model is not accepted.
     """
-    config = without_dropout(config)
+    config = without_dropout(config, folder)
     prepared = prepare_samples(config.data)
     facts = prepared_facts(prepared, config.data)
     task = compared_task(config, facts)
@@ -169,17 +178,15 @@ def run_parity(config: RunConfig, cases: Sequence[ParityCase], folder: Path) -> 
     for case in cases:
         # Statistics of a batch are of the rows that all ranks have in a micro-batch.
         layout = (case.num_ranks, case.accumulation_steps) if normalizes_batches else ()
-        groups.setdefault((case.optimizer, case.compute, *layout), []).append(case)
+        groups.setdefault((case.optimizer, case.compute, case.trained, *layout), []).append(case)
     for _, matching in sorted(groups.items()):
         rows += [_failed_row(case, failures[case.label]) for case in matching if case.label in failures]
         trained = [case for case in matching if case.label not in failures]
         if trained:
             initial = folder / f"{trained[0].label}.initial.safetensors"
-            plain, parameters = run_plain(
-                config, facts, folder, initial, trained[0], normalizes_batches=normalizes_batches
-            )
+            plain = run_plain(config, facts, folder, initial, trained[0], normalizes_batches=normalizes_batches)
             kind = {"has_rows": config.data.has_rows, "normalizes_batches": normalizes_batches}
-            compared = [_compare(case, plain, parameters, initial, folder) for case in trained]
+            compared = [_compare(case, *plain, initial, folder) for case in trained]
             rows += [replace(row, factor=_factor(row.case, **kind)) for row in compared]
     return rows
 
@@ -189,7 +196,12 @@ def _failed_row(case: ParityCase, reason: str) -> ParityRow:
 
 
 def _compare(
-    case: ParityCase, plain: Trajectory, plain_tensors: dict[str, torch.Tensor], initial: Path, folder: Path
+    case: ParityCase,
+    plain: Trajectory,
+    plain_tensors: dict[str, torch.Tensor],
+    frozen: set[str],
+    initial: Path,
+    folder: Path,
 ) -> ParityRow:
     ours = Trajectory(**json.loads(result_file(folder, case).read_text()))
     before, after = (
@@ -216,6 +228,7 @@ def _compare(
             for earlier, later in zip(ours.losses, ours.losses[1:], strict=False)
         ),
         same_initial_parameters=all(torch.equal(reference[name], tensor) for name, tensor in before.items()),
+        strayed=[name for name in sorted(frozen) if not torch.equal(after[name], before[name])],
     )
 
 

@@ -12,7 +12,11 @@ from trainer.config.optimizer import OptimizerConfig
 
 def plain_optimizer(model: nn.Module, settings: OptimizerConfig, name: str, lr: float) -> Any:
     """An object with ``step`` and ``zero_grad`` that does to a plain model what the named optimizer should."""
-    groups = [_plain_group(parameter_name, p, settings, lr) for parameter_name, p in model.named_parameters()]
+    by_depth = _factors_by_depth(model, settings.layer_decay)
+    groups = [
+        _plain_group(parameter_name, p, settings, lr * by_depth[parameter_name])
+        for parameter_name, p in model.named_parameters()
+    ]
     if name == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=settings.momentum, nesterov=settings.nesterov)
     if name == "adafactor":
@@ -40,6 +44,23 @@ def _plain_group(name: str, parameter: nn.Parameter, settings: OptimizerConfig, 
             decay = settings.weight_decay if parameter.ndim >= 2 else 0.0
             group["weight_decay"] = decay if override.weight_decay is None else override.weight_decay
     return group
+
+
+def _factors_by_depth(model: nn.Module, decay: float) -> dict[str, float]:
+    """Factor to the rate of each parameter: one step of decay for each layer between it and the end."""
+    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    # A list within a layer, of experts say, is part of the layer.
+    names = [f"{name}.{i}." for name, m in lists for i in range(len(m)) if next(m[i].parameters(), None) is not None]
+    layers = [name for name in names if not any(name != other and name.startswith(other) for other in names)]
+    tables = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    factors, num_passed = {}, 0
+    for name, _ in model.named_parameters():
+        layer = next((index for index, prefix in enumerate(layers) if name.startswith(prefix)), None)
+        num_passed = num_passed if layer is None else layer + 1
+        steps_to_go = len(layers) - (num_passed if layer is None else layer)
+        is_first = num_passed == 0 or name in tables
+        factors[name] = decay ** (len(layers) + 1 if layer is None and is_first else steps_to_go)
+    return factors
 
 
 class _PlainMuon:

@@ -19,19 +19,21 @@ from trainer.parity.cases import (
     ParityCase,
     Trajectory,
     case_lr,
+    case_model,
     compared_task,
     is_plain_language_modelling,
     num_rows_of,
     rows_of_micro_batches,
 )
 from trainer.parity.optimizers import plain_optimizer
+from trainer.parity.restriction import restrict
 
 _LossOf = Callable[[Batch], torch.Tensor]
 
 
 def run_plain(
     config: RunConfig, facts: SampleFacts, folder: Path, initial: Path, case: ParityCase, *, normalizes_batches: bool
-) -> tuple[Trajectory, dict[str, torch.Tensor]]:
+) -> tuple[Trajectory, dict[str, torch.Tensor], set[str]]:
     """The reference, on the device that ranks have.
 
     Args:
@@ -44,10 +46,12 @@ def run_plain(
             have in one; else the whole batch is.
 
     Returns:
-        What training left behind, and the parameters and persistent buffers after it by name.
+        What training left behind, the parameters and persistent buffers after it by name, and the names of the
+        parameters that were not to change.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batch = {name: tensor.to(device) for name, tensor in load_file(folder / "batch.safetensors").items()}
+    config = config.model_copy(update={"model": case_model(config.model, case.trained)})
     is_language_model = is_plain_language_modelling(config)
     build = _language_model if is_language_model else _model_of_task
     model, loss_sum, num_targets = build(config, facts, batch, initial, device)
@@ -70,7 +74,8 @@ def run_plain(
         norms.append(norm.item())
     saved = model.state_dict().keys()
     tensors = [*model.named_parameters(), *(item for item in model.named_buffers() if item[0] in saved)]
-    return Trajectory(losses, norms), {name: tensor.detach().cpu() for name, tensor in tensors}
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    return Trajectory(losses, norms), {name: tensor.detach().cpu() for name, tensor in tensors}, frozen
 
 
 def _language_model(
@@ -83,6 +88,7 @@ def _language_model(
     model = AutoModelForCausalLM.from_config(
         model_config, dtype=torch.float32, trust_remote_code=config.model.trust_remote_code
     )
+    restrict(model, config.model)
     model.load_state_dict(load_file(initial), strict=False)
     model.tie_weights()
     model.to(device)
@@ -101,6 +107,7 @@ def _model_of_task(
     """The task's own model and loss, without an engine around them, and torch's own layers."""
     task = compared_task(config, facts)
     model: Any = task.build_model(config.model, facts)
+    restrict(model, config.model)
     model.load_state_dict(load_file(initial), strict=False)
     if hasattr(model, "tie_weights"):
         model.tie_weights()

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from sharding.ranks.forked_ranks import rank_context
+from sharding.ranks.forked_ranks import PRELOADED, rank_context
 from sharding.ranks.local_group import free_port
 from trainer.config import RunConfig
 from trainer.data.facts import SampleFacts
@@ -55,7 +55,8 @@ def _run_processes(
     config: RunConfig, facts: SampleFacts, cases: Sequence[ParityCase], num_ranks: int, folder: Path
 ) -> str:
     """Start ranks for cases and see them end, or stand still; returns how, as far as it is known from outside."""
-    context = rank_context()
+    has_adapters = config.model.lora.rank or any(case.trained == "adapters" for case in cases)
+    context = rank_context((*PRELOADED, "peft") if has_adapters else PRELOADED)
     port = free_port()
     cases_json = json.dumps([asdict(case) for case in cases])
     config_json = config.model_dump_json(by_alias=True)

@@ -13,6 +13,8 @@ from trainer.config.rules import BACKEND_STRATEGIES
 from trainer.parity.cases import NUM_STEPS
 from trainer.parity.comparison import GRAD_NORM_TOLERANCE, LOSS_TOLERANCE, PARAMETER_TOLERANCE, ParityRow
 
+_WORDS = ("backend", "strategy", "optimizer", "format", "trained", "result")
+
 
 def print_table(rows: Sequence[ParityRow], console: Console) -> None:
     """Show one line per case."""
@@ -24,6 +26,7 @@ def print_table(rows: Sequence[ParityRow], console: Console) -> None:
         "accumulation",
         "optimizer",
         "format",
+        "trained",
         "loss",
         "grad norm",
         "parameters",
@@ -32,7 +35,7 @@ def print_table(rows: Sequence[ParityRow], console: Console) -> None:
     ):
         table.add_column(
             header,
-            justify="right" if header not in ("backend", "strategy", "optimizer", "format", "result") else "left",
+            justify="left" if header in _WORDS else "right",
         )
     for row in rows:
         case = row.case
@@ -43,6 +46,7 @@ def print_table(rows: Sequence[ParityRow], console: Console) -> None:
             str(case.accumulation_steps),
             case.optimizer,
             case.compute,
+            case.trained,
             f"{row.loss_difference:.1e}",
             f"{row.grad_norm_difference:.1e}",
             f"{row.parameter_difference:.1e}",
@@ -94,6 +98,8 @@ def _problems(row: ParityRow) -> list[str]:
     problems = []
     if row.unmoved:
         problems.append(f"parameters that did not move: {', '.join(row.unmoved)}")
+    if row.strayed:
+        problems.append(f"frozen parameters that moved: {', '.join(row.strayed)}")
     if not row.forward_saw_update:
         problems.append("a forward pass did not see the update before it")
     if not row.same_initial_parameters:

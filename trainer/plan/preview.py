@@ -44,9 +44,11 @@ from trainer.data.prepared_own import PreparedOwn, prepare_own
 from trainer.data.prepared_rows import PreparedRows
 from trainer.data.tokenizer import MASK_ID, PADDING_ID, TRAINED, load_tokenizer, vocabulary_size
 from trainer.model.document_mask import check_architecture
+from trainer.model.lora import add_adapters
 from trainer.model.memory_estimate import estimate_memory
 from trainer.model.models import build_model_on_meta, model_facts, transformers_config
 from trainer.model.refusals import refuse_encoder, refuse_positions_by_padding, refuse_settings
+from trainer.optimizers.layer_decay import depth_scales, describe_depth_scales
 from trainer.plan.record import Preview
 from trainer.run_folder.folder import RunFolder
 from trainer.runtime.json_output import output_aside, print_json
@@ -108,6 +110,8 @@ def preview(config: RunConfig, world: World) -> Preview:
             refuse_positions_by_padding(config, model, model_config)
             if predicts_next_tokens(task):
                 refuse_encoder(config, model_config)
+        adapters = add_adapters(model, config.model)
+        scales = depth_scales(model, config.optimizer.layer_decay)
         refuse_batch_norm(model, config.activation_checkpointing)
         if dims.reduction_degree > 1:
             refuse_scattered_layers(model, config.parallel.strategy)
@@ -129,6 +133,8 @@ def preview(config: RunConfig, world: World) -> Preview:
         model=config.model.name if model_config is None else model_config.model_type,
         num_parameters=counted.num_parameters,
         num_frozen=counted.num_frozen,
+        adapters=adapters,
+        rates=describe_depth_scales(scales, config.optimizer.layer_decay) if scales else "",
         state_bytes=memory.state.total,
         activation_bytes=memory.activations,
         **_corpus_facts(config, corpus),

@@ -17,6 +17,12 @@ class Preview(StrictRecord):
     num_frozen: int = 0
     """Those of them that are not trained."""
 
+    adapters: str = ""
+    """Which layers have adapters, for people."""
+
+    rates: str = ""
+    """Lowest and highest learning rate by depth, for people."""
+
     state_bytes: float | None = None
     """Of a rank: parameters, gradients and optimizer state."""
 
@@ -49,6 +55,8 @@ class Preview(StrictRecord):
             trained = f", {self.num_parameters - self.num_frozen:,} of them trained" if self.num_frozen else ""
             model = [
                 f"parameters    {self.num_parameters:,} of {self.model}{trained}",
+                *([f"adapters      {self.adapters}"] if self.adapters else []),
+                *([f"rates         {self.rates}"] if self.rates else []),
                 f"memory        {self._memory()}",
             ]
         return [*model, f"corpus        {self.corpus}", f"continues     {self.continues}"]

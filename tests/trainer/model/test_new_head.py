@@ -29,7 +29,9 @@ def _weights(folder: Path, num_classes: int, **model: Any) -> tuple[dict[str, to
     task = ParityOfFirst({"classes": num_classes})
     engine, facts = build_model_engine(config, task, build_mesh(config.parallel, _ALONE), _ALONE, FACTS)
     parts = engine.state(with_optimizer=False)
-    return {part.name.removeprefix(MODEL_PREFIX): part.tensor.clone() for part in parts}, facts.new_head
+    return {part.name.removeprefix(MODEL_PREFIX): part.tensor.clone() for part in parts}, facts.notes[
+        0
+    ] if facts.notes else ""
 
 
 def test_a_classifier_begins_with_the_body_of_a_language_model(tmp_path: Path) -> None:

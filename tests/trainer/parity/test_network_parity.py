@@ -99,12 +99,16 @@ def test_recurrent_layers_and_embeddings_do_so_too(tmp_path: Path) -> None:
 
 
 def test_dropout_is_zero_whatever_it_is_called(tmp_path: Path) -> None:
-    config = without_dropout(_config(tmp_path, {"builtin": "cnn", "arguments": _CNN}))
+    config = without_dropout(_config(tmp_path, {"builtin": "cnn", "arguments": _CNN}), tmp_path)
     assert config.model.arguments == {**_CNN, "dropout": 0.0}
     own = {"factory": "module:make", "arguments": {"drop_rate": 0.1, "width": 3, "scale": 0.5}}
-    assert without_dropout(_config(tmp_path, own)).model.arguments == {"drop_rate": 0.0, "width": 3, "scale": 0.5}
+    assert without_dropout(_config(tmp_path, own), tmp_path).model.arguments == {
+        "drop_rate": 0.0,
+        "width": 3,
+        "scale": 0.5,
+    }
     vit = {"architecture": "vit", "config": {"attention_probs_dropout_prob": 0.1}}
-    fields = without_dropout(_config(tmp_path, vit)).model.config
+    fields = without_dropout(_config(tmp_path, vit), tmp_path).model.config
     assert fields["attention_probs_dropout_prob"] == fields["hidden_dropout_prob"] == 0.0
-    recordings = without_dropout(_config(tmp_path, {"architecture": "wav2vec2"})).model.config
+    recordings = without_dropout(_config(tmp_path, {"architecture": "wav2vec2"}), tmp_path).model.config
     assert recordings["mask_time_prob"] == recordings["layerdrop"] == 0.0

@@ -1,0 +1,52 @@
+"""The plain side's adapters and frozen parameters: found and marked here, not as ``trainer.model`` does."""
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from trainer.config.sections import ALL_LINEAR, ModelConfig
+
+
+def restrict(model: Any, settings: ModelConfig) -> None:
+    """Put adapters into a plain model, and let only what the run trains have gradients.
+
+    Args:
+        model: a model of `transformers` where there are adapters.
+        settings: the section ``model``.
+    """
+    if settings.lora.rank:
+        _add_adapters(model, settings)
+
+
+def _add_adapters(model: Any, settings: ModelConfig) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    backbone = {name: module for name, module in model.base_model.named_modules() if "pooler" not in name.split(".")}
+    inside = {id(module) for module in backbone.values()}
+    lora = LoraConfig(
+        r=settings.lora.rank,
+        lora_alpha=settings.lora.alpha_or_default,
+        target_modules=_targets(model, inside, settings.lora.targets),
+    )
+    # It freezes what is no adapter.
+    inject_adapter_in_model(lora, model)
+    if settings.new_head:
+        kept = {id(parameter) for module in backbone.values() for parameter in module.parameters(recurse=False)}
+        for parameter in model.parameters():
+            if id(parameter) not in kept:
+                parameter.requires_grad_(True)
+
+
+def _targets(model: nn.Module, inside: set[int], targets: Sequence[str]) -> list[str]:
+    from transformers.pytorch_utils import Conv1D
+
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    found: list[str] = []
+    for target in targets:
+        if target == ALL_LINEAR:
+            found += [name for name, module in linear.items() if id(module) in inside]
+        else:
+            found += [name for name in linear if fnmatchcase(name, target) or name.split(".")[-1] == target]
+    return found
