@@ -113,7 +113,7 @@ def write_adapters(
         averaged: whether to take the moving average of the weights.
 
     Raises:
-        UserError: peft is not installed, or the model has trained what no adapter holds.
+        UserError: peft is not installed, or would lose something of the head.
     """
     try:
         from peft import LoraConfig
@@ -122,15 +122,15 @@ def write_adapters(
             "--adapter writes what peft loads, and needs it, but it is not installed; install it with pip install "
             "'shardline[lora]', or give --merge."
         ) from None
-    if has_batch_norm(model):
-        raise UserError(
-            f"--adapter: {type(model).__name__} has batch normalisation, whose statistics training has changed and no "
-            "adapter holds; give --merge."
-        )
     settings, layers = config.model.lora, adapted_layers(reader.parameter_names())
     body = body_of(model)
     of_head = [name for name in reader.parameter_names() if not is_adapter(name) and plain_name(name) not in body]
     heads = _trained_modules(model, of_head) if config.model.new_head else []
+    if any(has_batch_norm(model.get_submodule(name)) for name in heads):
+        raise UserError(
+            f"--adapter: the head of {type(model).__name__} has batch normalisation, whose statistics peft does not "
+            "keep; give --merge."
+        )
     adapters = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha_or_default,

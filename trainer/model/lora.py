@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sharding.batch_norm import hold_statistics
 from sharding.initialization import InitializeModule
 from sharding.ranks.errors import UserError
 from trainer.config.sections import ALL_LINEAR, LoraConfig, ModelConfig
@@ -47,6 +48,7 @@ def add_adapters(model: nn.Module, settings: ModelConfig) -> str:
     for name, parameter in model.named_parameters():
         is_of_new_head = settings.new_head and plain_name(name) not in body
         parameter.requires_grad_(is_adapter(name) or is_of_new_head)
+    hold_statistics(model)
     kinds = Counter(name.rpartition(".")[2] for name in names)
     shown = ", ".join(f"{kind} x {count}" for kind, count in kinds.items())
     trained = "adapters and the head" if settings.new_head else "adapters"

@@ -3,6 +3,7 @@
 import json
 import os
 import traceback
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -50,6 +51,8 @@ class ParityCase:
     backend: Backend = "torch"
     compute: Literal["fp32", "bf16"] = "fp32"
     trained: Trained = "all"
+    frozen: Sequence[str] = ()
+    """Names of the parameters that are not trained where only some are; ``run_parity`` chooses them."""
 
     @property
     def label(self) -> str:
@@ -91,7 +94,7 @@ def case_config(config: RunConfig, case: ParityCase, num_samples: int) -> RunCon
     optimizer = config.optimizer.model_copy(update={"name": case.optimizer, "lr": case_lr(config, case.optimizer)})
     return config.model_copy(
         update={
-            "model": case_model(config.model, case.trained),
+            "model": case_model(config.model, case),
             "parallel": parallel,
             "optimizer": optimizer,
             "batch": config.batch.model_copy(update={"global_size": num_samples, "micro_size": micro_size}),
@@ -100,19 +103,19 @@ def case_config(config: RunConfig, case: ParityCase, num_samples: int) -> RunCon
     )
 
 
-def case_model(model: ModelConfig, trained: Trained) -> ModelConfig:
+def case_model(model: ModelConfig, case: ParityCase) -> ModelConfig:
     """The section ``model`` of a case."""
-    if trained == "adapters":
-        return model.model_copy(update={"lora": LoraConfig(rank=_LORA_RANK, alpha=_LORA_ALPHA)})
-    return model
+    if case.trained == "adapters":
+        return model.model_copy(update={"freeze": (), "lora": LoraConfig(rank=_LORA_RANK, alpha=_LORA_ALPHA)})
+    return model.model_copy(update={"freeze": (*model.freeze, *case.frozen)})
 
 
 def parts_to_train(config: RunConfig) -> tuple[Trained, ...]:
     """What cases of a run train: all that it does, and where that is all of a model also less."""
-    if config.model.lora.rank:
+    if config.model.lora.rank or config.model.freeze:
         return ("all",)
     is_named = (config.model.architecture or config.model.pretrained) is not None
-    return ("all", "adapters") if is_named else ("all",)
+    return ("all", "some", "adapters") if is_named else ("all", "some")
 
 
 def case_lr(config: RunConfig, optimizer: str) -> float:

@@ -27,6 +27,7 @@ from trainer.parity.batch import NUM_SAMPLES, without_dropout, write_ragged_batc
 from trainer.parity.cases import ParityCase, Trained, Trajectory, compared_task
 from trainer.parity.plain import run_plain
 from trainer.parity.processes import result_file, run_group
+from trainer.parity.restriction import some_to_freeze
 
 LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3}
 GRAD_NORM_TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}
@@ -168,6 +169,8 @@ def run_parity(config: RunConfig, cases: Sequence[ParityCase], folder: Path) -> 
     normalizes_batches = has_batch_norm(model)
     if not hidden_matrices(model):
         cases = [case for case in cases if case.optimizer != "muon"]
+    frozen = some_to_freeze(model)
+    cases = [replace(case, frozen=frozen) if case.trained == "some" else case for case in cases]
     failures: dict[str, str] = {}
     for num_ranks in sorted({case.num_ranks for case in cases}):
         group = [case for case in cases if case.num_ranks == num_ranks]

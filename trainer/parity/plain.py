@@ -51,7 +51,7 @@ def run_plain(
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batch = {name: tensor.to(device) for name, tensor in load_file(folder / "batch.safetensors").items()}
-    config = config.model_copy(update={"model": case_model(config.model, case.trained)})
+    config = config.model_copy(update={"model": case_model(config.model, case)})
     is_language_model = is_plain_language_modelling(config)
     build = _language_model if is_language_model else _model_of_task
     model, loss_sum, num_targets = build(config, facts, batch, initial, device)

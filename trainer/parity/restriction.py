@@ -18,6 +18,26 @@ def restrict(model: Any, settings: ModelConfig) -> None:
     """
     if settings.lora.rank:
         _add_adapters(model, settings)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if any(fnmatchcase(name, pattern) for pattern in settings.freeze):
+            parameter.requires_grad_(False)
+
+
+def some_to_freeze(model: nn.Module) -> list[str]:
+    """Names of a first part of a model's parameters and of single ones behind it; none of batch normalisation's.
+
+    Where all of its parameters are frozen, that computes something else.
+    """
+    names = [
+        f"{name}.{own}" if name else own
+        for name, module in model.named_modules()
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm)
+        for own, _ in module.named_parameters(recurse=False)
+    ]
+    # Shared ones have one name.
+    names = [name for name, _ in model.named_parameters() if name in names]
+    third = len(names) // 3
+    return names[:third] + names[third + 1 :: 5]
 
 
 def _add_adapters(model: Any, settings: ModelConfig) -> None:
