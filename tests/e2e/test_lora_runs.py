@@ -29,7 +29,7 @@ def base(tmp_path_factory: pytest.TempPathFactory, shared_corpus: tuple[Path, Pa
     return folder
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_killed_run_moves_between_engines(make_config: MakeConfig, base: Path) -> None:
     model = {"pretrained": str(base), "lora": {"rank": 4, "alpha": 32.0, "targets": ["*_proj"]}}
     optimizer = {"layer_decay": 0.9}
