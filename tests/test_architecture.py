@@ -50,7 +50,10 @@ ROOMS: dict[str, dict[str, set[str]]] = {
             *("metrics", "faults.hang", "faults.failure", "faults.injection", "trackers", "numerics", "report"),
             "doctor",
         },
-        "plan": {"config", "runtime", "run_folder", "data", "architectures", "tasks", "optimizers", "model", "checkpoint", "."},
+        "plan": {
+            *("config", "runtime", "run_folder", "data", "architectures", "tasks", "optimizers", "model", "checkpoint"),
+            ".",
+        },
         "commands": {
             *("config", "runtime", "run_folder", "data", "checkpoint", "trackers", "report", "doctor", "parity"),
             *("deploy", "evaluation"),
