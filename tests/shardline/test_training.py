@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 import shardline
 from shardline import Run, UserError, train
-from tests.shardline.own_parts import Clumsy, Listener, Network, Points, settings
+from tests.shardline.own_parts import Clumsy, Halved, Listener, Network, Points, settings
 from tests.support import run_module, trained, training_curve, write_config
 from trainer.config import config_to_yaml, load_config
 from trainer.run_folder.lease import Lease
@@ -182,10 +182,21 @@ def test_a_run_that_continues_says_that_its_code_has_changed(
     assert f"model.factory=of_a_test:Network is in {file}, which has changed since attempt 2" in said
 
 
-def test_a_file_names_parts_as_well(tmp_path: Path) -> None:
+def test_a_file_and_a_task_of_ones_own(tmp_path: Path) -> None:
     given = settings(tmp_path, "file") | {"output_dir": str(tmp_path / "runs"), "data": {"cache_dir": str(tmp_path)}}
     file = write_config(tmp_path / "run.yaml", given)
     config = shardline.load_config(file, ["steps=2"], **_OWN)
     assert (config.model.factory, config.data.source) == ("tests.shardline.own_parts:Network", "factory")
-    assert train(config).step == 2
+    whole = train(config)
     assert config == load_config(tmp_path / "runs" / "file" / "config.yaml")
+    del given["task"]
+    halved = train(given, ["name=halved", "steps=2"], **_OWN, task=Halved)
+    assert halved.metrics["train/loss"] == pytest.approx(whole.metrics["train/loss"] / 2, rel=1e-2)
+    run = Run(halved.run_folder)
+    assert run.config.task.name == "tests.shardline.own_parts:Halved"
+    # Code runs that the caller names, and no other.
+    with pytest.raises(UserError, match=r"asks for Python code by task.name=tests.shardline.own_parts:Halved"):
+        run.evaluate("test", model=Network, samples=Points)
+    before = _process()
+    tested = run.evaluate("test", task=Halved, model=Network, samples=Points)
+    assert (tested["samples"], _process()) == (13, before)
