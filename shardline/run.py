@@ -54,7 +54,7 @@ class Run:
     @property
     def checkpoints(self) -> dict[int, CheckpointPath]:
         """Step and folder of its checkpoints, oldest first; a ``Path`` unless ``checkpoint.storage`` is a URL."""
-        return dict(list_checkpoints(self._folder.checkpoints_dir))
+        return dict(list_checkpoints(self._folder.frozen_checkpoints_dir()))
 
     def stop(self, reason: str = "by Run.stop") -> None:
         """Ask it to save and stop at the next step's edge; a run that does not train begins anew all the same."""
@@ -102,8 +102,8 @@ class Run:
         from trainer.evaluation.on_ranks import evaluate_on_started_ranks
         from trainer.evaluation.subject import Asked
 
-        factories = [name_own(part, name)[0] for name, part in (("model", model), ("samples", samples)) if part]
-        allowed = AllowedCode(_name(task), trust_remote_code, tuple(factories))
+        factories = [_name(model, "model"), _name(samples, "samples")]
+        allowed = AllowedCode(_name(task, "task"), trust_remote_code, tuple(filter(None, factories)))
         files = tuple(map(str, data))
         return evaluate_on_started_ranks(Asked(str(self.path), step, ema, split, files, allowed))
 
@@ -129,7 +129,7 @@ class Run:
         from trainer.deploy.allowed_code import AllowedCode
         from trainer.deploy.generation import load_model
 
-        allowed = AllowedCode(_name(task), trust_remote_code)
+        allowed = AllowedCode(_name(task, "task"), trust_remote_code)
         return load_model(str(self.path), step, averaged=ema, allowed=allowed)
 
     def generate(
@@ -194,10 +194,10 @@ class Run:
         from trainer.deploy.export import export_model
 
         folder = Path(to)
-        allowed = AllowedCode(_name(task), trust_remote_code)
+        allowed = AllowedCode(_name(task, "task"), trust_remote_code)
         export_model(open_checkpoint(str(self.path), step), folder, averaged=ema, allowed=allowed)
         return folder
 
 
-def _name(task: OwnPart | None) -> str | None:
-    return None if task is None else name_own(task, "task")[0]
+def _name(part: OwnPart | None, argument: str) -> str | None:
+    return part if part is None or isinstance(part, str) else name_own(part, argument)[0]

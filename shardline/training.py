@@ -23,9 +23,9 @@ def load_config(
     source: ConfigSource,
     overrides: Sequence[str] = (),
     *,
-    task: "Callable[..., Task] | str | None" = None,
-    model: "Callable[..., nn.Module] | str | None" = None,
-    samples: "Callable[..., Samples] | str | None" = None,
+    task: "Callable[..., Task] | None" = None,
+    model: "Callable[..., nn.Module] | None" = None,
+    samples: "Callable[..., Samples] | None" = None,
 ) -> RunConfig:
     """A run's whole configuration, checked.
 
@@ -53,9 +53,9 @@ def train(
     config: ConfigSource,
     overrides: Sequence[str] = (),
     *,
-    task: "Callable[..., Task] | str | None" = None,
-    model: "Callable[..., nn.Module] | str | None" = None,
-    samples: "Callable[..., Samples] | str | None" = None,
+    task: "Callable[..., Task] | None" = None,
+    model: "Callable[..., nn.Module] | None" = None,
+    samples: "Callable[..., Samples] | None" = None,
     observers: "Sequence[Observer]" = (),
 ) -> "TrainingResult":
     """Train, or continue, a run on the ranks that the script was started on: by torchrun, say, or one by itself.

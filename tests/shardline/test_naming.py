@@ -30,7 +30,6 @@ def test_a_class_is_named_by_its_module_and_found_again() -> None:
     assert name_own(shardline.Task, "task") == ("trainer.tasks.task:Task", None)
     assert name_own(subprocess.Popen, "samples") == ("subprocess:Popen", None)
     assert name_own(pytest.Item, "samples")[1] is None
-    assert name_own("mine:Task", "task") == ("mine:Task", None)
 
 
 @pytest.mark.parametrize(

@@ -198,5 +198,5 @@ def test_a_file_and_a_task_of_ones_own(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"asks for Python code by task.name=tests.shardline.own_parts:Halved"):
         run.evaluate("test", model=Network, samples=Points)
     before = _process()
-    tested = run.evaluate("test", task=Halved, model=Network, samples=Points)
+    tested = run.evaluate("test", task=Halved, model=run.config.model.factory, samples=Points)
     assert (tested["samples"], _process()) == (13, before)

@@ -175,7 +175,8 @@ def _put_own(values: dict[str, Any], own: OwnNames) -> None:
                 raise UserError(
                     f"{key}.{leaf}={section[leaf]}, but {name} was given in its place; leave one of them out."
                 )
-        values[key] = {**section, **named, **({} if folder is None else {"folder": folder})}
+        # Also where it has none: then it is installed, and what lies beside a file is another.
+        values[key] = {**section, **named, "folder": folder}
 
 
 def _find_modules(values: dict[str, Any], path: Path) -> None:

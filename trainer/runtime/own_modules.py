@@ -60,17 +60,15 @@ def name_own(thing: object, argument: str) -> tuple[str, str | None]:
     """Under which name a class or function of the user's own is found again, by this process and by others.
 
     Args:
-        thing: the class or function, or such a name already.
+        thing: the class or function.
         argument: what it was given as, to speak of.
 
     Returns:
-        ``module:object``, and the folder in which the module lies; None where it is installed, or a name was given.
+        ``module:object``, and the folder in which the module lies; None where it is installed.
 
     Raises:
         UserError: nothing could find it again.
     """
-    if isinstance(thing, str):
-        return thing, None
     kind = f"{argument}={thing!r}"
     name, module_name = getattr(thing, "__qualname__", None), getattr(thing, "__module__", None)
     if not callable(thing) or name is None or module_name is None:
