@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from trainer.config import RunConfig
 from trainer.config.expansion import expand_argument
@@ -136,6 +136,7 @@ class Run:
         self,
         prompt: str,
         *,
+        chat: bool = False,
         max_new_tokens: int | None = None,
         temperature: float = 0.8,
         top_k: int = 50,
@@ -145,10 +146,11 @@ class Run:
         task: OwnPart | None = None,
         trust_remote_code: bool = False,
     ) -> str:
-        """A text and its continuation by the run's model, which is loaded for it; ``load`` is for several.
+        """A text and its continuation by the run's model, or an answer; the model is loaded for it.
 
         Args:
-            prompt: text to continue.
+            prompt: text to continue, or what a user says.
+            chat: answer the prompt as the tokenizer's chat template puts it; the answer alone is returned.
             max_new_tokens: tokens to add at most; 120, or what the model's positions leave.
             temperature: 0 takes the likeliest token each time.
             top_k: choose among this many likeliest tokens; 0 means all.
@@ -161,10 +163,10 @@ class Run:
         Raises:
             UserError: see ``load``; also where prompt and continuation are longer than the model has positions.
         """
-        from trainer.deploy.generation import generate_text
+        from trainer.deploy.generation import answer, generate_text
 
         loaded, tokenizer = self.load(step, ema=ema, task=task, trust_remote_code=trust_remote_code)
-        return generate_text(
+        return (answer if chat else generate_text)(
             loaded, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed
         )
 
@@ -172,6 +174,7 @@ class Run:
         self,
         to: str | Path,
         *,
+        form: Literal["adapter", "merged"] | None = None,
         step: int | None = None,
         ema: bool = False,
         task: OwnPart | None = None,
@@ -181,6 +184,7 @@ class Run:
 
         Args:
             to: a new folder.
+            form: of a run with LoRA: its adapters alone, which `peft` loads, or the whole model with them added.
             step: see ``load``, as for what follows.
             ema: see ``load``.
             task: see ``load``.
@@ -195,7 +199,7 @@ class Run:
 
         folder = Path(to)
         allowed = AllowedCode(_name(task, "task"), trust_remote_code)
-        export_model(open_checkpoint(str(self.path), step), folder, averaged=ema, allowed=allowed)
+        export_model(open_checkpoint(str(self.path), step), folder, averaged=ema, allowed=allowed, form=form)
         return folder
 
 

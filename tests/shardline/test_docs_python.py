@@ -94,3 +94,14 @@ def test_a_language_model_writes_and_is_exported(folder: Path, shared_corpus: tu
     assert finished.stdout.startswith("import ")
     assert re.search(r"^[\d,]+ parameters, 30\d tokens$", finished.stdout, re.MULTILINE)
     assert (folder / "exported" / "model.safetensors").exists()
+    # What it has not learnt, and what it has none of.
+    asks = folder / "asks.py"
+    for call, said in (
+        ("generate('x', chat=True)", "--chat: the tokenizer has no chat template"),
+        ("export('adapters', form='adapter')", "adapter"),
+        ("evaluate('test')", "--split test: runs/quickstart has no samples in such a split"),
+    ):
+        asks.write_text(f"from shardline import Run\nRun('runs/quickstart').{call}\n")
+        refused = _alone(asks)
+        assert refused.returncode == 1
+        assert said in refused.stderr.splitlines()[-1], refused.stderr
