@@ -179,6 +179,7 @@ class Run:
         ema: bool = False,
         task: OwnPart | None = None,
         trust_remote_code: bool = False,
+        form: Literal["adapter", "merged"] | None = None,
     ) -> Path:
         """Write a checkpoint as a folder that `transformers` loads, with the tokenizer; returns the folder.
 
@@ -189,9 +190,11 @@ class Run:
             ema: see ``load``.
             task: see ``load``.
             trust_remote_code: see ``load``.
+            form: of a run with adapters (LoRA) these alone, as peft loads them, or the whole model; None of others.
 
         Raises:
-            UserError: see ``load``; also where the folder is not empty or cannot be written.
+            UserError: see ``load``; also where the folder is not empty or cannot be written, or the form is not one
+                that the run has.
         """
         from trainer.checkpoint.reader import open_checkpoint
         from trainer.deploy.allowed_code import AllowedCode
