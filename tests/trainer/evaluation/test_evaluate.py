@@ -13,6 +13,7 @@ from sklearn import metrics as referee
 
 from sharding.ranks.errors import UserError
 from sharding.ranks.process_group import Ranks
+from tests.runs_in_process import RunsInProcess
 from tests.support import run_module, run_on_ranks, shardline, tiny_values, trained, write_config
 from tests.trainer.evaluation.in_process import found
 from trainer.checkpoint.reader import open_checkpoint
@@ -48,10 +49,7 @@ def _write_table(path: Path, task: str, num_rows: int, seed: int) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trained run of each task on a table, and one on text, under ``runs``."""
-    root = tmp_path_factory.mktemp("evaluate")
+def _train(ranks: Ranks, root: Path) -> None:
     for task in _TASKS:
         values = {
             "name": task,
@@ -70,8 +68,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "optimizer": {"lr": 0.1},
             "tracking": {"wandb": {"mode": "disabled"}},
         }
-        trained(run_module("trainer", write_config(root / f"{task}.yaml", values)))
+        RunsInProcess(ranks, root, root).train_as(parse_config(values, task))
         _write_table(root / f"{task}-new.csv", task, 23, seed=2)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained run of each task on a table, under ``runs``, and a table of other rows for each."""
+    root = tmp_path_factory.mktemp("evaluate")
+    run_on_ranks(_train, 1, root)
     return root
 
 
