@@ -16,6 +16,7 @@ from sharding.ranks.slurm_step import num_step_tasks
 from trainer.config import RunConfig, load_config
 from trainer.config.deepspeed_settings import deepspeed_settings
 from trainer.config.rules import World, accumulation_steps, validate
+from trainer.config.stages import describe_stage, stages_of, widest_config
 from trainer.data.epochs import with_counted_epochs
 from trainer.data.prepared import Prepared
 from trainer.plan.record import Preview
@@ -95,12 +96,6 @@ class Plan:
             preview: what is known of model, memory and corpus; None where nobody could look.
         """
         config, dims = self.config, self.dims
-        steps = accumulation_steps(config, dims)
-        tokens, length = config.tokens_per_step, "how many steps the epochs are is known once the corpus is prepared"
-        if config.is_length_known:
-            length = f"{tokens * config.num_steps:,} in {config.num_steps:,} steps"
-        # A text may be shorter.
-        at_most = "at most " if config.data.has_rows and config.data.has_tokens else ""
         free_port = "; port 0 becomes a free one" if config.launch.master_port == 0 else ""
         device = "GPU, NCCL" if self.world.has_gpu else "CPU, gloo"
         return "\n".join(
@@ -108,9 +103,7 @@ class Plan:
                 f"run folder    {config.run_dir}",
                 f"ranks         {dims.world_size} ({device}), {config.parallel.backend} {config.parallel.strategy}, "
                 f"data-parallel degree {dims.data_degree}",
-                f"batch         {config.batch.global_size} samples = {config.batch.micro_size} x {steps} "
-                f"accumulation steps x {dims.data_degree} ranks",
-                f"{config.data.unit:<14}{at_most}{tokens:,} a step, {length}",
+                *self._lengths(),
                 *(preview.lines() if preview is not None else []),
                 "environment",
                 *(f"  {shlex.quote(f'{v.name}={v.value}')}    # {v.why}" for v in self.variables),
@@ -121,10 +114,33 @@ class Plan:
             ]
         )
 
+    def _lengths(self) -> list[str]:
+        """What a step is made of, and how many there are: of the run, or of each stage."""
+        lines = []
+        for stage in stages_of(self.config):
+            config = stage.config
+            steps = accumulation_steps(config, self.dims)
+            batch = (
+                f"{config.batch.global_size} samples = {config.batch.micro_size} x {steps} accumulation steps x "
+                f"{self.dims.data_degree} ranks"
+            )
+            if stage.name:
+                line = f"{describe_stage(stage, len(self.config.stages))}; {batch}"
+                lines.append(f"{'stages' if stage.index == 0 else '':<14}{line}")
+                continue
+            tokens = config.tokens_per_step
+            length = "how many steps the epochs are is known once the corpus is prepared"
+            if config.is_length_known:
+                length = f"{tokens * config.num_steps:,} in {config.num_steps:,} steps"
+            # A text may be shorter.
+            at_most = "at most " if config.data.has_rows and config.data.has_tokens else ""
+            lines += [f"batch         {batch}", f"{config.data.unit:<14}{at_most}{tokens:,} a step, {length}"]
+        return lines
+
     def _deepspeed_lines(self) -> list[str]:
         if self.config.parallel.backend != "deepspeed":
             return []
-        settings = json.dumps(deepspeed_settings(self.config, self.dims), indent=2)
+        settings = json.dumps(deepspeed_settings(widest_config(self.config), self.dims), indent=2)
         return ["deepspeed configuration", *(f"  {line}" for line in settings.splitlines())]
 
 

@@ -3,7 +3,7 @@
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from launcher.child import start_child
 from launcher.command import rendezvous_port
@@ -21,10 +21,12 @@ from sharding.ranks.sentences import print_error, print_warning
 from trainer.attempt import begin_attempt, check_continuation, finished
 from trainer.checkpoint.finish import complete_at, remedy
 from trainer.checkpoint.reference import check_source
-from trainer.checkpoint.trained_corpus import trained_fingerprint
+from trainer.checkpoint.trained_corpus import trained_fingerprints
 from trainer.config import RunConfig, config_to_yaml
 from trainer.config.rules import World
-from trainer.data.prepared import Prepared, find_prepared
+from trainer.config.stages import errors_of_stage, stages_of
+from trainer.data.prepared import Prepared
+from trainer.data.prepared_stages import find_stages
 from trainer.report.end_of_run import write_run_report
 from trainer.run_folder.folder import RunFolder
 from trainer.run_folder.lease import Lease
@@ -60,8 +62,8 @@ def run(
     run_folder = RunFolder.of(plan.config)
     # What a function of the user's own made another time says nothing of how many samples it makes now.
     if plan.config.epochs is not None and plan.config.data.source != "factory":
-        found = find_prepared(plan.config.data, trained_fingerprint(plan.config, run_folder))
-        plan = plan if found is None else plan.with_counted_epochs(found)
+        found = find_stages(plan.config, trained_fingerprints(plan.config, run_folder))
+        plan = plan if found is None else plan.with_counted_epochs(found[0])
     if dry_run:
         found_out = preview(plan.config, plan.world)
         if as_json:
@@ -78,11 +80,13 @@ def run(
     lease = Lease.acquire(run_folder.path)
     run_folder.lease_token = lease.token
     try:
-        corpus = _prepared_corpus(config, trained_fingerprint(config, run_folder), plan.world)
-        corpus.check_sequence_length(config.data.sequence_length)
-        _check_vocabulary(config, corpus)
+        corpora = _prepared_corpora(config, trained_fingerprints(config, run_folder), plan.world)
+        for stage, corpus in zip(stages_of(config), corpora, strict=True):
+            with errors_of_stage(stage.name):
+                corpus.check_sequence_length(stage.config.data.sequence_length)
+                _check_vocabulary(config, corpus)
         if not config.is_length_known:
-            plan = plan.with_counted_epochs(corpus)
+            plan = plan.with_counted_epochs(corpora[0])
             check_continuation(run_folder, plan.config)
             check_source(plan.config, run_folder)
             if _is_finished(run_folder, plan.config):
@@ -139,9 +143,9 @@ def _is_finished(run_folder: RunFolder, config: RunConfig) -> bool:
     return ended is not None
 
 
-def _prepared_corpus(config: RunConfig, fingerprint: str | None, world: World) -> Prepared:
-    """The prepared corpus; prepared in a process of its own, since it needs libraries that this one must not load."""
-    found = find_prepared(config.data, fingerprint)
+def _prepared_corpora(config: RunConfig, fingerprints: Mapping[str, str], world: World) -> list[Prepared]:
+    """What is prepared of each stage; made in a process of its own, whose libraries this one must not load."""
+    found = find_stages(config, fingerprints)
     # Whether sets are prepared is not known without the libraries that prepare them.
     if found is not None and not config.evaluation.sets and config.data.source != "factory":
         return found
@@ -154,7 +158,7 @@ def _prepared_corpus(config: RunConfig, fingerprint: str | None, world: World) -
         return _prepare(config, file.name)
 
 
-def _prepare(config: RunConfig, config_file: str) -> Prepared:
+def _prepare(config: RunConfig, config_file: str) -> list[Prepared]:
     command = module_command("trainer.commands.prepare_data", config_file)
     with start_child(command, os.environ, shielded=False) as child:
         try:
@@ -163,7 +167,7 @@ def _prepare(config: RunConfig, config_file: str) -> Prepared:
             child.kill()
             print_error("interrupted while preparing the corpus; the same command goes on")
             raise SystemExit(EXIT_INTERRUPTED) from None
-    found = find_prepared(config.data)
+    found = find_stages(config, {})
     if found is not None and not (status and (config.evaluation.sets or config.data.source == "factory")):
         # Also where the child could not say so, to a reader that is gone.
         return found

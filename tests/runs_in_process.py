@@ -18,8 +18,7 @@ from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.training_state import TrainingState
 from trainer.config import RunConfig, parse_config
 from trainer.config.rules import World
-from trainer.data.evaluation_sets import prepare_sets
-from trainer.data.prepare import prepare_samples
+from trainer.data.prepare_stages import prepare_run
 from trainer.faults.injection.inject import Fault, inject_faults
 from trainer.loop import ExitReason
 from trainer.metrics.stragglers import StragglerWatch
@@ -91,15 +90,14 @@ class RunsInProcess:
 
         inject_faults(list(injected), phases, folder.path, self.ranks.rank, attempt=1)
         # A file lock lets one rank work.
-        prepared = prepare_samples(config.data)
+        corpora = prepare_run(config)
         trainer = build_trainer(
             config,
             self.ranks,
-            prepared,
+            corpora,
             folder,
             observers,
             phases,
-            sets=prepare_sets(config, prepared),
             faults=[fault for fault in injected if fault.rank == self.ranks.rank],
             is_stop_requested=is_stop_requested,
             before_commit=lambda: None,

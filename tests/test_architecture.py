@@ -77,7 +77,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "tune": {"presentation", "measure", "throughput"},
     },
 }
-SPINE = {"__init__", "__main__", "rank", "ending", "build", "loop", "parts", "accumulation", "attempt"}
+SPINE = {"__init__", "__main__", "rank", "ending", "build", "loop", "parts", "stages", "accumulation", "attempt"}
 HEAVY = {"torch", "transformers", "datasets", "wandb", "deepspeed", "accelerate", "tokenizers", "safetensors"}
 # Accelerate is not among them, since transformers loads it wherever it is installed; nor is plotly, for the report.
 UNUSED_BY_A_RANK = {

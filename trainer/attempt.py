@@ -52,6 +52,11 @@ def check_continuation(folder: RunFolder, config: RunConfig) -> None:
             f"checkpoint.resume=never, but {folder.path} has a checkpoint of step {newest[0]}; choose another name "
             "or checkpoint.resume=auto."
         )
+    if config.stages and config.num_steps < newest[0]:
+        raise UserError(
+            f"the stages come to {config.num_steps} steps, less than the {newest[0]} that {folder.path} has done; "
+            "lengthen the last one."
+        )
     if config.is_length_known and config.num_steps < newest[0]:
         key, value = budget(config)
         raise UserError(
@@ -149,12 +154,12 @@ def _check_same_storage(folder: RunFolder, newest: tuple[int, CheckpointPath] | 
 
 
 def _config_of_checkpoints(folder: RunFolder) -> RunConfig:
-    """The frozen configuration; what checkpoints in a storage say where this folder is new, on another machine."""
+    """That of the latest attempt; what checkpoints in a storage say where this folder is new, on another machine."""
     if not folder.config_file.exists():
         for _, checkpoint in reversed(list_checkpoints(folder.checkpoints_dir)):
             with contextlib.suppress(UserError):
                 return parse_config(read_manifest(checkpoint).config, source=str(checkpoint), has_rules=False)
-    return folder.frozen_config()
+    return folder.newest_config()
 
 
 def _check_space(folder: RunFolder) -> None:
@@ -181,7 +186,12 @@ def _check_space(folder: RunFolder) -> None:
 def _check_frozen(folder: RunFolder, config: RunConfig) -> None:
     differences = frozen_differences(_config_of_checkpoints(folder), config)
     if differences:
+        described = "; ".join(f"{change.key}: frozen {change.old}, now {change.new}" for change in differences)
+        settings = [*config.checkpoint.allow_changes, *(change.setting for change in differences)]
+        keys = ", ".join(dict.fromkeys(settings))
+        allow = f", or allow the change with checkpoint.allow_changes='[{keys}]'"
         raise UserError(
-            f"{folder.path} holds a run with other settings ({'; '.join(differences)}); "
-            f"choose another name, or start one from it with checkpoint.from={folder.path}."
+            f"{folder.path} holds a run with other settings ({described}); "
+            f"choose another name, or start one from it with checkpoint.from={folder.path}"
+            f"{allow if all(change.can_be_allowed for change in differences) else ''}."
         )

@@ -1,32 +1,26 @@
 """From a RunConfig to a Trainer: the one place that puts a rank's parts together, in order."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Callable, Sequence
 
 from sharding.engine import Engine
-from sharding.mesh import ParallelMesh, build_mesh
+from sharding.mesh import build_mesh
 from sharding.precision import compute_dtype
-from sharding.ranks.errors import UserError
 from sharding.ranks.process_group import Ranks, set_step_timeout
 from sharding.state import MODEL_PREFIX
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.source import on_rank_0
+from trainer.checkpoint.stage_state import on_another_corpus
 from trainer.checkpoint.token_ids import check_named_tokenizer, check_tokenizer_of_checkpoint
 from trainer.checkpoint.tokenizer_archive import TokenizerArchive, pack_tokenizer
 from trainer.checkpoint.training_state import TrainingState
 from trainer.config import RunConfig
+from trainer.config.stages import Stage, stage_of_step
 from trainer.data.any_samples import prepared_samples
-from trainer.data.documents import documents_in
-from trainer.data.evaluation_sets import set_batches
-from trainer.data.loader import BatchLoader, evaluation_batches
-from trainer.data.prepared import Prepared, PreparedStream, PreparedTokens, describe_entropy, describe_mixture
+from trainer.data.prepared import Prepared, PreparedTokens, describe_entropy, describe_mixture
 from trainer.data.prepared_rows import PreparedRows
-from trainer.data.row_samples import RowSamples
-from trainer.data.samples import Samples
-from trainer.data.skipped_samples import SkippedSamples
-from trainer.data.streaming import StreamingLoader, state_of_rank
+from trainer.data.prepared_stages import StageCorpus
 from trainer.faults.injection.corrupted_samples import CorruptedTask
 from trainer.faults.injection.inject import Fault
 from trainer.loop import Trainer
@@ -42,12 +36,12 @@ from trainer.model.lora import check_stored_adapters, is_adapter, stored_names
 from trainer.model.models import ModelFacts
 from trainer.model.new_head import describe_new_head, weights_to_initialize
 from trainer.numerics.replica_check import ReplicaCheck
-from trainer.numerics.spike_policy import SpikePolicy
 from trainer.optimizers.weight_average import WeightAverage
 from trainer.parts import TrainerParts
 from trainer.run_folder.events import record_event
 from trainer.run_folder.folder import RunFolder
 from trainer.runtime.phases import Phase, Phases
+from trainer.stages import StageParts, build_stage
 from trainer.tasks.causal_lm import check_targets, predicts_next_tokens
 from trainer.tasks.evaluation import Evaluation
 from trainer.tasks.monitor import check_monitor
@@ -59,12 +53,11 @@ from trainer.trackers.observers import Observers
 def build_trainer(
     config: RunConfig,
     ranks: Ranks,
-    corpus: Prepared,
+    corpora: Sequence[StageCorpus],
     run_folder: RunFolder,
     observers: Observers,
     phases: Phases,
     *,
-    sets: Mapping[str, Prepared] = MappingProxyType({}),
     faults: Sequence[Fault] = (),
     is_stop_requested: Callable[[], bool],
     before_commit: Callable[[], None],
@@ -75,11 +68,10 @@ def build_trainer(
     Args:
         config: a configuration that is valid for this world.
         ranks: this rank's place.
-        corpus: what is prepared.
+        corpora: what is prepared of each stage, see ``trainer.data.prepare_stages``.
         run_folder: where the run lives.
         observers: who watches.
         phases: what this rank is doing.
-        sets: what is prepared of ``evaluation.sets``, by name.
         faults: what is triggered on this rank on purpose.
         is_stop_requested: whether this rank was asked to stop.
         before_commit: see Checkpointer.
@@ -88,14 +80,18 @@ def build_trainer(
     Raises:
         UserError: model, task, tokenizer and data do not fit together.
     """
-    samples = prepared_samples(corpus, config.data, verify=config.faults.verify_data)
+    verify = config.faults.verify_data
+    all_samples = [prepared_samples(one.corpus, one.stage.config.data, verify=verify) for one in corpora]
+    # The model has positions for the longest sequences.
+    longest = max(range(len(corpora)), key=lambda index: corpora[index].stage.config.data.sequence_length)
+    corpus, samples, widest = corpora[longest].corpus, all_samples[longest], corpora[longest].stage.config
     task = configured_task(config.task, samples.facts, config.seed)
-    check_monitor(config, task)
+    check_monitor(widest, task)
     if faults:
         task = CorruptedTask(
             task,
             faults,
-            config.batch.global_size,
+            widest.batch.global_size,
             lambda fault: record_event(
                 run_folder.path,
                 "injected",
@@ -106,31 +102,36 @@ def build_trainer(
             ),
         )
     mesh = build_mesh(config.parallel, ranks)
-    fetched = _fetched(config, ranks)
-    if config.data.document_mask:
-        check_architecture(fetched, task, samples.facts)
+    fetched = _fetched(widest, ranks)
+    masked = [_with_stage(fetched, one.stage) for one in corpora if one.stage.config.data.document_mask]
+    for stage_config in masked:
+        check_architecture(stage_config, task, samples.facts)
     if config.model.pretrained is not None and config.checkpoint.from_ is None:
         on_rank_0(lambda: _check_beginning(config, run_folder, corpus), ranks)
     busy = BusyMeter(phases, config.parallel.strategy)
     named_sums = NamedSums(task)
     engine, facts = build_model_engine(fetched, task, mesh, ranks, samples.facts, busy.timed, named_sums)
-    description = describe_model(config, facts, ranks)
+    description = describe_model(widest, facts, ranks)
     observers.info(description)
     for line in facts.notes:
         observers.info(line)
     if predicts_next_tokens(task):
-        check_causality(engine, config, samples.facts, ranks)
+        check_causality(engine, widest, samples.facts, ranks)
     if config.metrics.parameter_hash:
         observers.info(f"initial parameters {parameter_hash(engine, ranks)}")
-    corpus.check_sequence_length(config.data.sequence_length)
-    check_held_out(config, samples)
-    if config.data.has_messages and not predicts_next_tokens(task):
-        check_targets(config.task.name, task, samples)
-    if config.data.document_mask:
-        check_engine(engine, fetched, task, samples.facts)
-    for line in describe_mixture(corpus, config.data.sequence_length, config.num_steps * config.batch.global_size):
-        observers.info(line)
-
+    stages = [
+        build_stage(one, of_stage, mesh.data, ranks, observers, scales_loss=engine.loss_scale is not None)
+        for one, of_stage in zip(corpora, all_samples, strict=True)
+    ]
+    for one, of_stage in zip(corpora, all_samples, strict=True):
+        if one.stage.config.data.has_messages and not predicts_next_tokens(task):
+            check_targets(config.task.name, task, of_stage)
+    for stage_config in masked:
+        check_engine(engine, stage_config, task, samples.facts)
+    for one in corpora:
+        data, num_positions = one.stage.config.data, one.stage.config.num_steps * one.stage.config.batch.global_size
+        for line in describe_mixture(one.corpus, data.sequence_length, num_positions):
+            observers.info(f"{one.stage.label}: {line}" if one.stage.name else line)
     if config.task.name == "masked-lm" and isinstance(corpus, PreparedTokens):
         for line in describe_entropy(corpus):
             observers.info(line)
@@ -141,41 +142,26 @@ def build_trainer(
         task=task,
         ranks=ranks,
         mesh=mesh,
-        build_loader=lambda training: _build_loader(config, corpus, mesh, training),
+        stages=stages,
         evaluation=Evaluation(engine, task, named_sums, ranks, mesh.data, config.seed),
-        evaluation_batches=lambda: evaluation_batches(
-            samples,
-            "validation",
-            micro_size=config.batch.micro_size,
-            dp_rank=mesh.data.rank,
-            dp_degree=mesh.data.degree,
-            max_samples=config.evaluation.max_sequences,
-            spread=bool(config.data.mixture) or config.data.has_rows,
-        ),
-        evaluation_sets=set_batches(config, corpus, sets, mesh.data),
         checkpointer=Checkpointer(
             config,
             run_folder,
-            samples.fingerprint,
+            lambda step: stages[stage_of_step([one.stage for one in corpora], step).index].fingerprint,
             ranks,
             before_commit,
             average,
             # Rank 0 writes it.
-            _tokenizer_of(corpus) if ranks.rank == 0 else None,
+            _tokenizer_of(_with_chat_template(corpora, corpus)) if ranks.rank == 0 else None,
             corpus.recipe if isinstance(corpus, PreparedRows) else None,
+            begin_corpus=lambda reader: _begin_corpus(config, reader, stages, corpus, ranks, observers),
             fit_weights=lambda reader: _fit_weights(config, reader, corpus, engine, facts, ranks, observers),
+            inform=observers.info,
             warn=observers.warn,
             notify=observers.saved,
             before_write=before_write,
         ),
         observers=observers,
-        spike_policy=SpikePolicy(
-            config,
-            ranks,
-            observers,
-            lambda ranges: [] if config.data.streaming else documents_in(config, corpus, ranges),
-            scales_loss=engine.loss_scale is not None,
-        ),
         phases=phases,
         is_stop_requested=is_stop_requested,
         compare_replicas=_replica_check(config, engine, ranks, observers, phases),
@@ -221,6 +207,36 @@ def _fit_weights(
     return found | dict.fromkeys([*new, *(name for name in wanted if name not in needed)])
 
 
+def _begin_corpus(
+    config: RunConfig,
+    reader: CheckpointReader,
+    stages: Sequence[StageParts],
+    corpus: Prepared,
+    ranks: Ranks,
+    observers: Observers,
+) -> TrainingState:
+    """The state of another run's checkpoint at the beginning of this run's corpus, which must have its token ids."""
+    on_rank_0(lambda: _check_tokenizer(reader, corpus), ranks)
+    training = reader.manifest.training
+    stage = stage_of_step([parts.stage for parts in stages], training.step)
+    named = f" of {stage.label}" if stage.name else ""
+    observers.info(
+        f"{config.checkpoint.from_} was trained on another corpus: step {training.step + 1} reads the beginning of "
+        f"this run's{named}; counters, optimizer and schedule go on"
+    )
+    return on_another_corpus(training, stage, {parts.stage.name: parts.fingerprint for parts in stages})
+
+
+def _with_chat_template(corpora: Sequence[StageCorpus], corpus: Prepared) -> Prepared:
+    """Of corpora with one tokenizer the latest that has conversations, whose template an export is to have."""
+    return next((one.corpus for one in reversed(corpora) if one.stage.config.data.has_messages), corpus)
+
+
+def _with_stage(config: RunConfig, stage: Stage) -> RunConfig:
+    """The configuration of a stage whose pretrained model, if it has one, was fetched."""
+    return stage.config.model_copy(update={"model": config.model})
+
+
 def _fetched(config: RunConfig, ranks: Ranks) -> RunConfig:
     """The configuration with the folder of the pretrained model in place of its name; every rank must call it."""
     if config.model.pretrained is None:
@@ -246,27 +262,6 @@ def _check_tokenizer(reader: CheckpointReader, corpus: Prepared) -> None:
         check_tokenizer_of_checkpoint(reader, corpus.tokenizer_dir)
 
 
-def check_held_out(config: RunConfig, samples: Samples) -> None:
-    """Assert that there is something to evaluate where that was asked for.
-
-    Raises:
-        UserError: there is not.
-    """
-    every_steps = config.evaluation.every_steps
-    if every_steps and samples.num_samples("validation") == 0:
-        if config.data.factory is not None:
-            which, remedy = f"data.factory={config.data.factory}", "let it"
-        else:
-            which = f"data.validation_fraction={config.data.validation_fraction:g}"
-            # Of few, all may be on one side.
-            remedy = "raise it, or give more documents, of which each is held out whole or not at all"
-            remedy = "raise it" if config.data.has_rows else remedy
-        raise UserError(
-            f"evaluation.every_steps={every_steps} evaluates held-out samples, but {which} holds out none of these; "
-            f"{remedy}, or set evaluation.every_steps=0."
-        )
-
-
 def _peak_flops(config: RunConfig, ranks: Ranks) -> float | None:
     """What the device could do, FLOP/s; None where it is not known, or the arithmetic of a sample is not."""
     if config.data.unit != "tokens":
@@ -288,38 +283,3 @@ def _replica_check(
         check.run(step)
 
     return compare
-
-
-def _build_loader(
-    config: RunConfig, corpus: Prepared, mesh: ParallelMesh, training: TrainingState
-) -> BatchLoader | StreamingLoader:
-    """A loader that starts where the training is.
-
-    Raises:
-        UserError: the place in a stream is of another number of ranks.
-    """
-    data, batch = config.data, config.batch
-    if isinstance(corpus, PreparedStream):
-        return StreamingLoader(
-            corpus,
-            data,
-            seed=config.seed,
-            global_size=batch.global_size,
-            micro_size=batch.micro_size,
-            dp_rank=mesh.data.rank,
-            dp_degree=mesh.data.degree,
-            start_sample=training.num_samples,
-            state=state_of_rank(training.loader_states, training.num_samples, mesh.data.rank, mesh.data.degree),
-        )
-    samples = prepared_samples(corpus, data, verify=config.faults.verify_data)
-    return BatchLoader(
-        samples,
-        corpus.order(config.seed, data),
-        global_size=batch.global_size,
-        micro_size=batch.micro_size,
-        dp_rank=mesh.data.rank,
-        dp_degree=mesh.data.degree,
-        start_sample=training.num_samples,
-        skipped=SkippedSamples(training.skipped_samples),
-        lengths=samples.lengths if data.bucket_by_length and isinstance(samples, RowSamples) else None,
-    )

@@ -10,6 +10,7 @@ from sharding.engine import Batch
 from sharding.ranks.errors import NonFiniteFailure, RunFailure, UserError
 from trainer.accumulation import agree_on_step
 from trainer.checkpoint.finish import after_evaluation, finish_reason
+from trainer.checkpoint.stage_state import in_stages, initial_state
 from trainer.checkpoint.training_state import Better, TrainingState
 from trainer.config import RunConfig
 from trainer.config.data import SampleRange
@@ -25,7 +26,6 @@ from trainer.metrics.goodput import Category
 from trainer.metrics.noise_scale import NoiseScale, train_and_measure
 from trainer.metrics.step import SkippedSteps, StepRecord, mfu_metrics, summarize_step
 from trainer.numerics.spike_policy import TakenStep
-from trainer.optimizers.schedules import learning_rate, sentence_after_curve
 from trainer.parts import TrainerParts
 from trainer.runtime.phases import Phase
 from trainer.runtime.randomness import seed_step
@@ -59,9 +59,9 @@ class Trainer:
         """Bind the loop to its parts."""
         self._config = config
         self._parts = parts
-        self._training = self._initial_state()
+        self._stage = parts.stages[0]
+        self._training = initial_state(config, self._stage.stage, parts.fingerprints)
         self._skipped = SkippedSteps(parts.ranks.device)
-        self._spike_policy = parts.spike_policy
         self._clock = ThroughputClock(parts.phases, parts.busy.take_s)
         self._noise_scale = NoiseScale() if config.metrics.gradient_noise_scale else None
         self._metrics_file: MetricsFile | None = None
@@ -85,9 +85,9 @@ class Trainer:
     @property
     def next_samples(self) -> list[SampleRange]:
         """Global positions of the samples of the step that is being taken."""
-        first = self._training.num_samples
+        first = self._training.num_corpus_samples
         skipped = SkippedSamples(self._training.skipped_samples)
-        return skipped.ranges_between(first, first + self._config.batch.global_size)
+        return skipped.ranges_between(first, first + self._stage.stage.config.batch.global_size)
 
     @property
     def finish_reason(self) -> str | None:
@@ -103,11 +103,10 @@ class Trainer:
         self._parts.phases.enter(Phase.LOAD)
         restored = self._parts.checkpointer.resume(self._parts.engine)
         if restored is not None:
-            self._restore(self._spike_policy.skip_configured(restored, self._config.data.skip_samples))
-        if sentence := sentence_after_curve(
-            self._config.schedule, self._training.schedule_total_steps, self.step, self._config.num_steps
-        ):
-            self._parts.observers.warn(sentence)
+            stage = self._parts.stage_of(restored.step)
+            skipped = stage.stage.config.data.skip_samples
+            self._restore(stage.spike_policy.skip_configured(restored, skipped))
+        self._warn_after_curve()
         self._open_metrics_file()
 
     def fit(self) -> ExitReason:
@@ -146,6 +145,7 @@ class Trainer:
         phases = self._parts.phases
         # The step after this one is not always the next: one may be taken again, and the run may roll back.
         while self.finish_reason is None:
+            self._cross_boundary()
             step = self.step + 1
             loader = self._open_loader()
             seed_step(self._config.seed, step, self._parts.mesh.data.rank)
@@ -192,33 +192,33 @@ class Trainer:
 
     def _train_step(self, step: int, micro_batches: list[Batch], num_targets: int) -> StepRecord | None:
         """Take one step; None where its samples were skipped instead, and nothing else has changed."""
-        engine, optimizer = self._parts.engine, self._config.optimizer
-        rate = learning_rate(step, optimizer.lr, self._config.schedule, self._training.schedule_total_steps)
+        engine, config = self._parts.engine, self._stage.stage.config
+        rate = self._stage.learning_rate(step, self._training)
         noise = None
         if self._noise_scale is not None and is_due(step, self._config.metrics.every_steps):
             counts = [self._parts.task.num_targets(batch) for batch in micro_batches]
             loss_sum, noise = train_and_measure(engine, micro_batches, counts, num_targets)
         else:
             loss_sum = engine.train_batch(micro_batches, num_targets)
-        grad_norm = engine.clip_grad_norm(optimizer.clip_norm)
-        taken = TakenStep(step, self._training.num_samples, loss_sum, grad_norm, num_targets)
-        if self._spike_policy.judges_at_once:
-            bad = self._spike_policy.judge_at_once(taken)
+        grad_norm = engine.clip_grad_norm(config.optimizer.clip_norm)
+        taken = TakenStep(step, self._training.num_corpus_samples, loss_sum, grad_norm, num_targets)
+        if self._stage.spike_policy.judges_at_once:
+            bad = self._stage.spike_policy.judge_at_once(taken)
             if bad is not None:
                 engine.drop_gradients()
                 # The step is taken again, as if these samples had never been there.
-                self._training = self._spike_policy.skip(bad, self._training)
+                self._training = self._stage.spike_policy.skip(bad, self._training)
                 self._close_loader()
                 return None
         stepped = engine.step(rate)
         self._skipped.add(stepped)
-        self._spike_policy.add(taken)
+        self._stage.spike_policy.add(taken)
         if self._parts.weight_average is not None:
             self._parts.weight_average.update(stepped)
         self._training = self._training.model_copy(
             update={
                 "step": step,
-                "num_samples": self._training.num_samples + self._config.batch.global_size,
+                "num_samples": self._training.num_samples + config.batch.global_size,
                 "num_tokens": self._training.num_tokens + num_targets,
                 "eval_metrics": {},
             }
@@ -227,14 +227,14 @@ class Trainer:
 
     def _after_step(self, record: StepRecord) -> None:
         step, config = self.step, self._config
-        is_last = step == config.num_steps
+        ends_stage = step == self._stage.stage.end_step
         if is_due(step, config.faults.replica_check_every_steps):
             self._wait_for_device()
             self._parts.compare_replicas(step)
-        evaluates = is_last or is_due(step, config.evaluation.every_steps)
+        evaluates = ends_stage or is_due(step, config.evaluation.every_steps)
         logs = evaluates or is_due(step, config.metrics.every_steps)
-        saves = is_due(step, config.checkpoint.every_steps)
-        if (logs or saves or self._spike_policy.is_overdue) and self._judge_steps():
+        saves = ends_stage or is_due(step, config.checkpoint.every_steps)
+        if (logs or saves or self._stage.spike_policy.is_overdue) and self._judge_steps():
             return
         if logs:
             self._log(record, evaluates=evaluates)
@@ -242,12 +242,13 @@ class Trainer:
             self._refuse_skips(self._skipped.look())
         if not logs and self._parts.ranks.rank == 0:
             self._parts.observers.advance(step)
-        if saves and not is_last:
+        # The last step is saved by the caller.
+        if saves and step != config.num_steps:
             self._save(waits=False)
 
     def _judge_steps(self) -> bool:
         """Judge the steps since the last time; whether the run has rolled back to a checkpoint."""
-        restored = self._spike_policy.judge(self._training, self._load_until)
+        restored = self._stage.spike_policy.judge(self._training, self._load_until)
         if restored is None:
             return False
         self._restore(restored)
@@ -265,13 +266,27 @@ class Trainer:
     def _restore(self, restored: TrainingState) -> None:
         """Go on from the counters of a checkpoint whose tensors were loaded."""
         total_steps = self._config.schedule.total_steps or restored.schedule_total_steps
-        self._training = restored.model_copy(update={"schedule_total_steps": total_steps})
+        restored = restored.model_copy(update={"schedule_total_steps": total_steps})
+        self._stage = self._parts.stage_of(restored.step)
+        self._training = in_stages(restored, self._stage.stage, self._parts.fingerprints)
         self._skipped = SkippedSteps(
             self._parts.ranks.device, restored.num_skipped_steps, restored.num_skipped_in_a_row
         )
-        self._spike_policy.restore(restored)
+        self._stage.spike_policy.restore(restored)
         if self._noise_scale is not None:
             self._noise_scale = NoiseScale(restored.noise_gradient_square, restored.noise_variance)
+
+    def _cross_boundary(self) -> None:
+        """Go on with the next stage where this one has ended, whose last step was judged and saved."""
+        if not self._stage.stage.name or self.step != self._stage.stage.end_step:
+            return
+        self._close_loader()
+        self._stage, self._training = self._parts.begin_next(self._stage, self._training)
+        self._warn_after_curve()
+
+    def _warn_after_curve(self) -> None:
+        if sentence := self._stage.sentence_after_curve(self._training):
+            self._parts.observers.warn(sentence)
 
     def _open_metrics_file(self) -> None:
         self.close()
@@ -280,7 +295,7 @@ class Trainer:
 
     def _open_loader(self) -> BatchLoader | StreamingLoader:
         if self._loader is None:
-            self._loader = self._parts.build_loader(self._training)
+            self._loader = self._stage.build_loader(self._training)
             self._loader_state = self._loader.state()
         return self._loader
 
@@ -297,7 +312,9 @@ class Trainer:
             record, self._skipped, self._clock, parts.meter, parts.ranks, self._noise_scale
         )
         metrics["train/tokens"] = self._training.num_tokens
-        metrics |= mfu_metrics(metrics, parts.facts, self._config.data.sequence_length, parts.peak_flops)
+        metrics |= mfu_metrics(metrics, parts.facts, self._stage.stage.config.data.sequence_length, parts.peak_flops)
+        if self._stage.stage.name:
+            metrics["train/stage"] = self._stage.stage.index + 1
         if evaluates:
             metrics |= self.evaluate()
             self._training = after_evaluation(self._training, self._config, self._evaluated)
@@ -334,10 +351,10 @@ class Trainer:
         """
         average = self._parts.weight_average
         with self._parts.phases.during(Phase.EVALUATE):
-            evaluated, class_table = self._parts.evaluate_weights()
+            evaluated, class_table = self._parts.evaluate_weights(self._stage)
             if average is not None and evaluated:
                 with average.in_place_of_weights():
-                    averaged, _ = self._parts.evaluate_weights()
+                    averaged, _ = self._parts.evaluate_weights(self._stage)
                 evaluated |= {f"ema_{name}": metric for name, metric in averaged.items()}
         if class_table is not None and self._metrics_file is not None:
             write_class_table(self._parts.observers.metrics_path.parent, self.step, class_table)
@@ -357,7 +374,7 @@ class Trainer:
                 "num_skipped_in_a_row": int(self._skipped.in_a_row.item()),
                 "noise_gradient_square": self._noise_scale.gradient_square if self._noise_scale else 0.0,
                 "noise_variance": self._noise_scale.variance if self._noise_scale else 0.0,
-                **self._spike_policy.state(),
+                **self._stage.spike_policy.state(),
                 "trackers": self._parts.observers.tracker_state(),
                 "loader_states": gather_states(self._loader_state, self._parts.mesh.dims, self._parts.ranks),
             }
@@ -373,18 +390,6 @@ class Trainer:
     def _wait_for_device(self) -> None:
         """Wait until all steps are computed, so that the phase that follows, which would wait, is not blamed for it."""
         self._skipped.total.item()
-
-    def _initial_state(self) -> TrainingState:
-        return TrainingState(
-            step=0,
-            num_samples=0,
-            num_tokens=0,
-            num_skipped_steps=0,
-            num_skipped_in_a_row=0,
-            schedule_total_steps=self._config.schedule.total_steps or self._config.num_steps,
-            seed=self._config.seed,
-            skipped_samples=list(SkippedSamples(self._config.data.skip_samples).ranges),
-        )
 
 
 def is_due(step: int, every_steps: int) -> bool:

@@ -1,24 +1,25 @@
 """What the Trainer's loop works with on one rank."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+import torch
 
 from sharding.engine import Engine
 from sharding.mesh import ParallelMesh
 from sharding.ranks.process_group import Ranks
 from trainer.checkpoint.checkpointer import Checkpointer
+from trainer.checkpoint.stage_state import after_boundary
 from trainer.checkpoint.training_state import TrainingState
-from trainer.data.loader import BatchLoader
-from trainer.data.samples import MicroBatch
-from trainer.data.streaming import StreamingLoader
+from trainer.config.stages import describe_stage, stage_of_step
 from trainer.metrics.best import record_directions
 from trainer.metrics.profiling import StepProfiler
 from trainer.metrics.stragglers import BusyMeter
 from trainer.metrics.system_metrics import SystemMeter
 from trainer.model.models import ModelFacts
-from trainer.numerics.spike_policy import SpikePolicy
 from trainer.optimizers.weight_average import WeightAverage
 from trainer.runtime.phases import Phases
+from trainer.stages import StageParts
 from trainer.tasks.evaluation import Evaluation
 from trainer.tasks.task import ClassTable, Metric, Task
 from trainer.trackers.observers import Observers
@@ -33,13 +34,10 @@ class TrainerParts:
         task: batches and metrics.
         ranks: this rank's place.
         mesh: the ranks, and the roles of this one.
-        build_loader: a loader that starts where the training is.
+        stages: what belongs to each stage, in order.
         evaluation: judges the weights by the held-out split.
-        evaluation_batches: this rank's share of the held-out samples, as micro-batches; equally many on every rank.
-        evaluation_sets: the same of what else is evaluated, by name.
         checkpointer: saving and resuming.
         observers: console, trackers; silent on all ranks but the first.
-        spike_policy: judges each step's loss and gradient norm.
         phases: what this rank is doing; the loop tells it.
         is_stop_requested: whether this rank was asked to stop.
         compare_replicas: called with a step; raises where ranks hold different parameters, if that is looked for.
@@ -57,13 +55,10 @@ class TrainerParts:
     task: Task
     ranks: Ranks
     mesh: ParallelMesh
-    build_loader: Callable[[TrainingState], BatchLoader | StreamingLoader]
+    stages: Sequence[StageParts]
     evaluation: Evaluation
-    evaluation_batches: Callable[[], Iterable[MicroBatch]]
-    evaluation_sets: Mapping[str, Callable[[], Iterable[MicroBatch]]]
     checkpointer: Checkpointer
     observers: Observers
-    spike_policy: SpikePolicy
     phases: Phases
     is_stop_requested: Callable[[], bool]
     compare_replicas: Callable[[int], None]
@@ -76,11 +71,33 @@ class TrainerParts:
     peak_flops: float | None
     weight_average: WeightAverage | None = None
 
-    def evaluate_weights(self) -> tuple[dict[str, Metric], ClassTable | None]:
-        """Metrics on the held-out split and on other sets, and scores of each class on the split."""
-        of_split = self.evaluation.evaluate(self.evaluation_batches())
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Identities of the corpora of all stages, by name."""
+        return {parts.stage.name: parts.fingerprint for parts in self.stages}
+
+    def stage_of(self, step: int) -> StageParts:
+        """What belongs to the stage of a step, counted from 1."""
+        return self.stages[stage_of_step([parts.stage for parts in self.stages], step).index]
+
+    def begin_next(self, ended: StageParts, training: TrainingState) -> tuple[StageParts, TrainingState]:
+        """What belongs to the stage after one that has ended, and the state in which it begins."""
+        parts = self.stages[ended.stage.index + 1]
+        stage = parts.stage
+        training = after_boundary(training, ended.stage, stage)
+        parts.spike_policy.restore(training)
+        self.observers.info(describe_stage(stage, len(self.stages)))
+        self.observers.event("stage", training.step, name=stage.name, steps=stage.config.num_steps)
+        if stage.config.compile.enabled:
+            # A run that is continued in the stage compiles for its shapes alone, and so must this one.
+            torch.compiler.reset()
+        return parts, training
+
+    def evaluate_weights(self, stage: StageParts) -> tuple[dict[str, Metric], ClassTable | None]:
+        """Metrics on a stage's held-out split and on other sets, and scores of each class on the split."""
+        of_split = self.evaluation.evaluate(stage.evaluation_batches())
         metrics = {} if of_split is None else dict(of_split.metrics)
-        for name, batches in self.evaluation_sets.items():
+        for name, batches in stage.evaluation_sets.items():
             metrics |= {f"{name}/{key}": metric for key, metric in self.evaluation.metrics(batches()).items()}
         if self.observers.is_watched:
             record_directions(

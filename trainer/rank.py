@@ -19,14 +19,16 @@ from sharding.ranks.rank_place import note_on_place, place_variables, read_ranks
 from trainer.attempt import begin_attempt, check_continuation, freeze_config
 from trainer.build import build_trainer
 from trainer.checkpoint.finish import complete_at
-from trainer.checkpoint.trained_corpus import trained_fingerprint
+from trainer.checkpoint.trained_corpus import trained_fingerprints
 from trainer.config import RunConfig, load_config
 from trainer.config.frozen_config import all_differences
 from trainer.config.rules import World, validate
+from trainer.config.stages import describe_stage
 from trainer.data.epochs import with_counted_epochs
-from trainer.data.evaluation_sets import describe_trained, prepare_sets
-from trainer.data.prepare import prepare_samples
+from trainer.data.evaluation_sets import describe_trained
+from trainer.data.prepare_stages import prepare_run
 from trainer.data.prepared import is_of_present_source
+from trainer.data.prepared_stages import whole_run, with_tokenizer_of_first
 from trainer.doctor.examination import check_before_training
 from trainer.ending import Progress, TrainingResult, end_hanging, report_error, stop_watchdog
 from trainer.faults.failure.agent_restarts import await_restart_of
@@ -191,20 +193,22 @@ def _run(config: RunConfig, progress: Progress) -> int:
         progress.ledger = GoodputLedger(run_folder.path, attempt, progress.phases, process_age_s=age_s)
     # Every rank asks; a file lock lets one of them work while the others wait. No collective has begun, so however
     # long it takes, nothing times out.
-    corpus = prepare_samples(config.data, progress=rank == 0, fingerprint=trained_fingerprint(config, run_folder))
-    counted = with_counted_epochs(config, corpus)
+    corpora = prepare_run(config, trained_fingerprints(config, run_folder), progress=rank == 0)
+    counted = with_counted_epochs(config, corpora[0].corpus)
     if rank == 0 and counted != config:
         # A launcher of ours has counted them before.
         check_continuation(run_folder, counted)
         freeze_config(run_folder, counted, attempt)
     config = counted
-    sets = prepare_sets(config, corpus, progress=rank == 0)
+    if config.epochs is not None:
+        corpora = whole_run(config, corpora[0].corpus, corpora[0].sets)
     # Not before: what preparing took is not needed again.
     if not world.has_gpu:
         keep_freed_memory(os.environ)
     progress.phases.enter(Phase.JOIN)
     with process_group(config.launch.init_timeout_s) as ranks:
-        _refuse_other_config(config, [one.fingerprint for one in (corpus, *sets.values())], ranks)
+        prepared = [of_stage for one in corpora for of_stage in (one.corpus, *one.sets.values())]
+        _refuse_other_config(config, [of_stage.fingerprint for of_stage in prepared], ranks)
         attempt = _agree_on_attempt(attempt, run_folder, ranks)
         progress.run_folder, progress.attempt = run_folder, attempt
         redirect_output(run_folder.log_dir(attempt), ranks.rank)
@@ -216,24 +220,25 @@ def _run(config: RunConfig, progress: Progress) -> int:
         progress.phases.enter(Phase.BUILD)
         _start_watchdog(config, ranks, progress)
         progress.observers = observers = _build_observers(config, run_folder, ranks, progress)
-        if rank == 0 and not is_of_present_source(corpus, config.data):
-            observers.info(
-                f"the run goes on with its prepared corpus {corpus.folder}, though its sources have moved or changed "
-                "since, or this release would prepare them otherwise"
-            )
-        for sentence in describe_trained(sets, corpus) if rank == 0 else ():
-            observers.warn(sentence)
+        for one in corpora if rank == 0 else []:
+            data = with_tokenizer_of_first(one.stage.config.data, corpora[0].corpus if one.stage.index else None)
+            if not is_of_present_source(one.corpus, data):
+                observers.info(
+                    f"the run goes on with its prepared corpus {one.corpus.folder}, though its sources have moved or "
+                    "changed since, or this release would prepare them otherwise"
+                )
+            for sentence in describe_trained(one.sets, one.corpus):
+                observers.warn(sentence)
         if config.launch.preflight:
             for check in check_before_training(ranks, run_folder.path):
                 observers.warn(f"{check.name}: {check.value}; {check.remedy}")
         progress.trainer = trainer = build_trainer(
             config,
             ranks,
-            corpus,
+            corpora,
             run_folder,
             observers,
             progress.phases,
-            sets=sets,
             faults=faults_of(faults, ranks.rank, attempt),
             is_stop_requested=lambda: stop_request.poll(run_folder.stop_file if ranks.rank == 0 else None),
             before_commit=lambda: progress.lease.check() if progress.lease is not None else None,
@@ -271,6 +276,9 @@ def _train(
         observers.info(f"continuing after step {trainer.step}")
         for sentence in changed_code(run_folder.path, observers.attempt) if ranks.rank == 0 else ():
             observers.warn(sentence)
+    stage = trainer.parts.stage_of(trainer.step).stage
+    if stage.name and trainer.step < stage.end_step:
+        observers.info(describe_stage(stage, len(trainer.parts.stages)))
     exit_reason = trainer.fit()
     phases.enter(Phase.FINISH)
     trainer.close()

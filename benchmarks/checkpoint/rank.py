@@ -21,7 +21,7 @@ from sharding.ranks.process_lifetime import die_with_parent
 from trainer.build import build_trainer
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.config import RunConfig, parse_config
-from trainer.data.prepare import prepare_corpus
+from trainer.data.prepare_stages import prepare_run
 from trainer.loop import Trainer
 from trainer.run_folder.folder import RunFolder
 from trainer.runtime.host_memory import keep_freed_memory
@@ -85,7 +85,7 @@ class _Measurement:
         return build_trainer(
             self._config,
             self._ranks,
-            prepare_corpus(self._config.data),
+            prepare_run(self._config),
             self._folder,
             observers,
             self._phases,

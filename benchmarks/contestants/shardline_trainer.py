@@ -10,6 +10,7 @@ from benchmarks.measure.step_profile import INPUT_SPAN
 from benchmarks.measure.turns import StepEdge
 from sharding.config import Backend
 from trainer.build import build_trainer
+from trainer.data.prepared_stages import whole_run
 from trainer.run_folder.folder import RunFolder
 from trainer.runtime.phases import Phase, Phases, PhaseState
 from trainer.runtime.stopping import StopRequest
@@ -49,7 +50,7 @@ class ShardlineTrainer(Contestant):
         self._trainer = build_trainer(
             config,
             contest.ranks,
-            contest.corpus,
+            whole_run(config, contest.corpus),
             self._run_folder,
             Observers(self._run_folder.metrics_file, console),
             phases,

@@ -17,6 +17,7 @@ from trainer.build import build_trainer
 from trainer.config import RunConfig
 from trainer.data.packed import packed_rows
 from trainer.data.prepare import prepare_corpus
+from trainer.data.prepared_stages import whole_run
 from trainer.data.samples import MicroBatch
 from trainer.loop import Trainer
 from trainer.run_folder.folder import RunFolder
@@ -154,7 +155,7 @@ class MeasuredRun:
         trainer = build_trainer(
             config,
             ranks,
-            corpus,
+            whole_run(config, corpus),
             run_folder,
             Observers(run_folder.metrics_file, console),
             self._phases,
@@ -164,7 +165,8 @@ class MeasuredRun:
         if not self._has_synthetic_tokens:
             return trainer
         loader = OneBatch(config, trainer.parts.mesh.data.degree, corpus.vocab_size)
-        parts = replace(trainer.parts, build_loader=lambda _: loader)  # type: ignore[arg-type, return-value]
+        stage = replace(trainer.parts.stages[0], build_loader=lambda _: loader)  # type: ignore[arg-type, return-value]
+        parts = replace(trainer.parts, stages=[stage])
         return Trainer(config, parts)
 
     def _at_edge(self) -> bool:

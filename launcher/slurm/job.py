@@ -20,10 +20,11 @@ from launcher.slurm.port import meeting_port
 from launcher.topology import local_topology
 from sharding.ranks.errors import UserError, ends_with_a_sentence
 from trainer.attempt import check_continuation
-from trainer.checkpoint.trained_corpus import trained_fingerprint
+from trainer.checkpoint.trained_corpus import trained_fingerprints
 from trainer.config import RunConfig, config_to_yaml, load_config
 from trainer.config.rules import World, validate
-from trainer.data.prepared import find_prepared
+from trainer.config.stages import errors_of_stage, stages_of
+from trainer.data.prepared_stages import find_stages
 from trainer.files.atomic_files import write_atomically
 from trainer.run_folder.folder import RunFolder
 
@@ -54,7 +55,7 @@ def prepare_job(arguments: Sequence[str], starter: str, environment: Mapping[str
     run_folder = RunFolder(config.run_dir)
     check_continuation(run_folder, config)
     config_file = _freeze(config, run_folder, allocation.job_id)
-    _check_vocabulary_and_corpus(config, config_file, trained_fingerprint(config, run_folder))
+    _check_vocabulary_and_corpus(config, config_file, trained_fingerprints(config, run_folder))
     _describe(config, allocation, ranks, world)
     # Threads are each rank's own matter: this step has not the cores that a rank will have.
     table = rank_variables(config, topology, ranks, environment, allocation.num_nodes)
@@ -73,8 +74,8 @@ def prepare_job(arguments: Sequence[str], starter: str, environment: Mapping[str
     }
 
 
-def _check_vocabulary_and_corpus(config: RunConfig, config_file: Path, fingerprint: str | None) -> None:
-    if find_prepared(config.data, fingerprint) is None:
+def _check_vocabulary_and_corpus(config: RunConfig, config_file: Path, fingerprints: Mapping[str, str]) -> None:
+    if find_stages(config, fingerprints) is None:
         # Standard output is the batch script's to read.
         command = module_command("trainer.commands.prepare_data", str(config_file))
         environment = {**os.environ, **import_variables(os.environ)}
@@ -82,10 +83,12 @@ def _check_vocabulary_and_corpus(config: RunConfig, config_file: Path, fingerpri
         if status:
             # It has said why.
             raise SystemExit(status if status > 0 else 1)
-    corpus = find_prepared(config.data, fingerprint)
-    if corpus is None:
+    corpora = find_stages(config, fingerprints)
+    if corpora is None:
         raise UserError("the corpus changed while it was being prepared; submit the job again.")
-    corpus.check_sequence_length(config.data.sequence_length)
+    for stage, corpus in zip(stages_of(config), corpora, strict=True):
+        with errors_of_stage(stage.name):
+            corpus.check_sequence_length(stage.config.data.sequence_length)
 
 
 def _freeze(config: RunConfig, run_folder: RunFolder, job_id: int) -> Path:

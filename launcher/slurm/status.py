@@ -11,6 +11,7 @@ from launcher.slurm.queue import QueuedJob, call, queued_jobs
 from launcher.slurm.reasons import meaning_of
 from launcher.slurm.submit import jobs_of
 from sharding.ranks.errors import UserError
+from trainer.config.stages import num_positions_after
 from trainer.metrics.tail import last_metrics
 from trainer.run_folder.folder import RunFolder
 from trainer.runtime.durations import duration_text
@@ -145,7 +146,7 @@ def _facts(run_dir: Path, number: str, known: Mapping[str, QueuedJob]) -> dict[s
         config = run_folder.newest_config()
         num_steps = config.num_steps if config.is_length_known else None
         if speed and num_steps and job is not None and job.state == "RUNNING":
-            left_s = (num_steps - step) * config.tokens_per_step / speed
+            left_s = num_positions_after(config, step) / speed
     state = job.state if job is not None else "-"
     if job is None or not job.is_active:
         # Slurm calls a job that stopped and saved a failed one; the run knows better.

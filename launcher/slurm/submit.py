@@ -14,10 +14,10 @@ from launcher.slurm.queue import QueuedJob, call, queued_jobs
 from launcher.slurm.request import Request
 from sharding.ranks.errors import RunFailure, UserError
 from trainer.attempt import check_continuation
-from trainer.checkpoint.trained_corpus import trained_fingerprint
+from trainer.checkpoint.trained_corpus import trained_fingerprints
 from trainer.config import RunConfig, load_config
 from trainer.config.rules import validate
-from trainer.data.prepared import find_prepared
+from trainer.data.prepared_stages import find_stages
 from trainer.run_folder.folder import RunFolder
 
 SCRIPTS = {"torchrun": "pretrain.sbatch", "deepspeed": "pretrain_deepspeed.sbatch", "srun": "pretrain_srun.sbatch"}
@@ -77,7 +77,7 @@ def submit(config_path: str, overrides: Sequence[str], request: Request, dry_run
         own, ours = scripts / "job.sh", SCRIPTS_FOLDER / "job.sh"
         if own.exists() and own.read_bytes() != ours.read_bytes():
             print(f"note: {own} is not the one of this version; where you have not changed it, copy {ours} over it")
-    if find_prepared(config.data, trained_fingerprint(config, RunFolder.of(config))) is None:
+    if find_stages(config, trained_fingerprints(config, RunFolder.of(config))) is None:
         print(
             "the corpus is not prepared yet: the job's first node does it, while the others wait; to have it done "
             f"before, cancel the job and run shardline data prepare {shlex.join([config_path, *overrides])}"

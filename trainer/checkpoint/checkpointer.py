@@ -10,6 +10,7 @@ from sharding.ranks.process_group import Ranks
 from sharding.state import MODEL_PREFIX, frozen_names
 from trainer.checkpoint.background import BackgroundWrite
 from trainer.checkpoint.base import BaseKeeper
+from trainer.checkpoint.changes import record_changes
 from trainer.checkpoint.rank_file import RankReport, write_rank_file
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.reference import check_fork
@@ -43,13 +44,15 @@ class Checkpointer:
         self,
         config: RunConfig,
         run_folder: RunFolder,
-        data_fingerprint: str,
+        data_fingerprint: Callable[[int], str],
         ranks: Ranks,
         before_commit: Callable[[], None],
         weight_average: WeightAverage | None = None,
         tokenizer: TokenizerArchive | None = None,
         recipe: RowRecipe | None = None,
+        begin_corpus: Callable[[CheckpointReader], TrainingState] | None = None,
         fit_weights: Callable[[CheckpointReader], Mapping[str, str | None]] = lambda _: {},
+        inform: Callable[[str], None] = print,
         warn: Callable[[str], None] = print,
         notify: Callable[[int, CheckpointPath], None] = lambda _step, _folder: None,
         before_write: Callable[[int], None] = lambda _: None,
@@ -59,16 +62,19 @@ class Checkpointer:
         Args:
             config: the run's configuration.
             run_folder: where checkpoints go.
-            data_fingerprint: identity of the prepared corpus.
+            data_fingerprint: identity of the prepared corpus that a step is trained on.
             ranks: this rank's place.
             before_commit: called on rank 0 before a checkpoint is made valid, removed or moved; raises if the folder
                 was lost.
             weight_average: is saved and loaded with the engine's state.
             tokenizer: is saved beside it, by rank 0.
             recipe: how rows are read; is saved beside it, by rank 0.
+            begin_corpus: called on every rank with another run's checkpoint that was trained on another corpus; raises
+                if this one does not fit, and gives the state at its beginning.
             fit_weights: called on every rank with another run's checkpoint whose weights alone are to be loaded; raises
                 if they do not fit, and names the tensors that have another name there, with that, and those that keep
                 their initial values, with None.
+            inform: tells a person what the run does otherwise than its checkpoint; called on rank 0.
             warn: tells a person that a checkpoint is corrupt; called on rank 0.
             notify: called with step and folder of a checkpoint once it is complete, on rank 0.
             before_write: called with the step where this rank begins to write, in the thread that writes.
@@ -79,13 +85,14 @@ class Checkpointer:
         self._ranks = ranks
         self._before_commit = before_commit
         self._weight_average = weight_average
-        self._warn = warn
+        self._warn, self._inform = warn, inform
         self._notify = notify
+        self._begin_corpus = begin_corpus
         self._fit_weights = fit_weights
         self._before_write = before_write
         self._identity = CheckpointIdentity(
             config=config.model_dump(mode="json"),
-            data_fingerprint=data_fingerprint,
+            data_fingerprint="",
             strategy=config.parallel.strategy,
             tokenizer=None if tokenizer is None else tokenizer.entry,
             recipe_file=None if recipe is None else RECIPE_NAME,
@@ -127,6 +134,8 @@ class Checkpointer:
             return None
         if source.is_own:
             self._saved_step = training.step
+            manifest, folder = source.reader.manifest, self._run_folder
+            on_rank_0(lambda: record_changes(manifest, self._config, folder, self._inform), self._ranks)
         return training
 
     def roll_back(self, engine: Engine, last_step: int) -> TrainingState | None:
@@ -161,13 +170,16 @@ class Checkpointer:
 
     def _load(self, engine: Engine, source: Source) -> TrainingState:
         reader, weights_only = source.reader, source.weights_only
-        if not weights_only and reader.manifest.data_fingerprint != self._data_fingerprint:
-            raise UserError(
-                f"checkpoint {reader.folder} was trained on another corpus (fingerprint "
-                f"{reader.manifest.data_fingerprint[:12]}, now {self._data_fingerprint[:12]}): its position in the "
-                "data has no meaning here; restore the corpus, or start another run with checkpoint.from and "
-                "checkpoint.load=weights."
-            )
+        training = reader.manifest.training
+        wanted, found = self._data_fingerprint(training.step), reader.manifest.data_fingerprint
+        if not weights_only and found != wanted:
+            if source.is_own or self._begin_corpus is None:
+                raise UserError(
+                    f"checkpoint {reader.folder} was trained on another corpus (fingerprint {found[:12]}, now "
+                    f"{wanted[:12]}): its position in the data has no meaning here; restore the corpus, or start "
+                    f"another run with checkpoint.from={self._run_folder.path}, which begins the corpus that it has."
+                )
+            training = self._begin_corpus(reader)
         names = self._fit_weights(reader) if weights_only else {}
 
         def read(part: Part) -> None:
@@ -181,7 +193,7 @@ class Checkpointer:
             # A run that turns averaging on begins with the weights it has.
             continues = reader.has_average and not weights_only
             self._weight_average.load(reader.read_into if continues else None)
-        return reader.manifest.training
+        return training
 
     def start_saving(self, engine: Engine, training: TrainingState) -> None:
         """Copy all state, and write the copy in the background; every rank must call it.
@@ -206,7 +218,7 @@ class Checkpointer:
         write = BackgroundWrite(
             lambda: write_rank_file(folder, copies, rank, lambda: self._before_write(training.step), self._attachments)
         )
-        self._pending = _PendingSave(folder, training, self._present_identity, write)
+        self._pending = _PendingSave(folder, training, self._identity_at(training.step), write)
 
     def save(self, engine: Engine, training: TrainingState) -> None:
         """Save all state and wait for it, unless this step is saved already; every rank must call it.
@@ -223,7 +235,7 @@ class Checkpointer:
         report = write_rank_file(
             folder, parts, self._ranks.rank, lambda: self._before_write(training.step), self._attachments
         )
-        self._commit(folder, report, training, self._present_identity)
+        self._commit(folder, report, training, self._identity_at(training.step))
         self._pruning.wait()
 
     def finish(self) -> None:
@@ -242,9 +254,9 @@ class Checkpointer:
             self._pending.write.wait()
         self._pruning.wait()
 
-    @property
-    def _present_identity(self) -> CheckpointIdentity:
-        return replace(self._identity, base=self._base.name)
+    def _identity_at(self, step: int) -> CheckpointIdentity:
+        """What a checkpoint of a step says about its run, now that the base is kept."""
+        return replace(self._identity, data_fingerprint=self._data_fingerprint(step), base=self._base.name)
 
     def _changing_state(self, engine: Engine, step: int) -> list[Part]:
         """What a checkpoint holds itself, once the rest, which is frozen, lies beside it."""

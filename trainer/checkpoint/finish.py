@@ -40,6 +40,9 @@ def remedy(training: TrainingState, config: RunConfig, reason: str) -> str:
     if reason != ALL_STEPS:
         # Of a run whose patience was lowered, twice that might still be too little.
         return f"evaluation.patience={2 * training.monitor.num_not_better}"
+    if config.stages:
+        last, key = config.stages[-1], f"stages.{len(config.stages) - 1}"
+        return f"{key}.steps={2 * last.steps}" if last.steps is not None else f"{key}.tokens={2 * (last.tokens or 0)}"
     if config.epochs is not None:
         return f"epochs={2 * config.epochs:g}"
     return f"tokens={2 * config.tokens}" if config.tokens is not None else f"steps={2 * config.num_steps}"

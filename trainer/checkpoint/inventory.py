@@ -12,6 +12,7 @@ from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.reference import checkpoints_of
 from trainer.checkpoint.stored_files import open_base, verify_base
 from trainer.config import parse_config
+from trainer.config.stages import config_of_step
 from trainer.data.prepared import find_prepared
 from trainer.files.storage import CheckpointPath, is_url, list_folders
 from trainer.run_folder.folder import RunFolder
@@ -172,6 +173,7 @@ def _compare_corpus(reader: CheckpointReader) -> str:
         UserError: it is another corpus.
     """
     config = parse_config(reader.manifest.config, source=f"{reader.folder}", has_rules=False)
+    config = config_of_step(config, reader.manifest.training.step)
     try:
         corpus = find_prepared(config.data, reader.manifest.data_fingerprint)
     except UserError as error:

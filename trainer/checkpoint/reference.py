@@ -58,6 +58,12 @@ def check_fork(config: RunConfig, step: int) -> None:
     """
     if not config.is_length_known or config.num_steps > step:
         return
+    if config.stages:
+        raise UserError(
+            f"checkpoint.from={config.checkpoint.from_} goes on after step {step}, but the stages come to "
+            f"{config.num_steps} steps, which leaves none to train; lengthen the last one, or set "
+            "checkpoint.load=weights to begin at step 0 with its parameters."
+        )
     key, value = budget(config)
     raise UserError(
         f"checkpoint.from={config.checkpoint.from_} goes on after step {step}, but {key}={value} leaves "

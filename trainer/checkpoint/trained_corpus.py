@@ -5,9 +5,10 @@ import contextlib
 from sharding.ranks.errors import UserError
 from trainer.checkpoint.manifest import Manifest, read_manifest
 from trainer.checkpoint.reference import resolve_checkpoint
-from trainer.config import RunConfig
+from trainer.config import RunConfig, parse_config
 from trainer.config.data import DataConfig
 from trainer.config.expansion import expand_settings
+from trainer.config.stages import stages_of
 from trainer.run_folder.folder import RunFolder
 from trainer.run_folder.listing import list_checkpoints
 
@@ -34,6 +35,26 @@ def trained_fingerprint(config: RunConfig, run_folder: RunFolder) -> str | None:
             if _corpus_settings(DataConfig.model_validate(values["data"])) == _corpus_settings(config.data):
                 return manifest.data_fingerprint
     return None
+
+
+def trained_fingerprints(config: RunConfig, run_folder: RunFolder) -> dict[str, str]:
+    """The same of each stage of a run, by name; of a run without stages by the empty name."""
+    if not config.stages:
+        fingerprint = trained_fingerprint(config, run_folder)
+        return {} if fingerprint is None else {"": fingerprint}
+    manifest = _manifest(config, run_folder)
+    if manifest is None or not manifest.training.stages:
+        return {}
+    try:
+        trained = stages_of(parse_config(manifest.config, source="the checkpoint", has_rules=False))
+    except UserError:
+        return {}
+    settings = {stage.name: _corpus_settings(stage.config.data) for stage in trained}
+    return {
+        stage.name: manifest.training.stages[stage.name].data_fingerprint
+        for stage in stages_of(config)
+        if stage.name in manifest.training.stages and settings.get(stage.name) == _corpus_settings(stage.config.data)
+    }
 
 
 def _manifest(config: RunConfig, run_folder: RunFolder) -> Manifest | None:

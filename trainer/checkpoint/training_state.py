@@ -30,6 +30,22 @@ class MonitorState(StrictRecord):
     """Evaluations since then."""
 
 
+SkippedRanges = Annotated[list[Annotated[SampleRange, Field(strict=False)]], Field(strict=False)]
+
+
+class StageRecord(StrictRecord):
+    """What is known of a stage of the run."""
+
+    data_fingerprint: str
+    """Identity of its prepared corpus."""
+
+    first_step: int | None = None
+    """Finished steps when its corpus was begun; None where it was not yet."""
+
+    skipped_samples: SkippedRanges = []
+    """Positions of its corpus that are skipped, while another stage is being trained."""
+
+
 class TrainingState(StrictRecord):
     """Everything that a run continues from besides tensors.
 
@@ -70,8 +86,19 @@ class TrainingState(StrictRecord):
     noise_variance: float = 0.0
     """Moving average of the variance of one token's gradient, summed over parameters, where it is measured."""
 
-    skipped_samples: Annotated[list[Annotated[SampleRange, Field(strict=False)]], Field(strict=False)] = []
-    """Global sample positions that are skipped, by configuration or after a spike, as ranges without their end."""
+    skipped_samples: SkippedRanges = []
+    """Global sample positions that are skipped, by configuration or after a spike, as ranges without their end; counted
+    from the beginning of the corpus."""
+
+    # What only some runs have is written down by these alone.
+    first_sample: int = Field(default=0, exclude_if=lambda value: not value)
+    """Samples consumed when the present corpus was begun, by a stage or by a fork onto another one: its position 0."""
+
+    stage_total_steps: int = Field(default=0, exclude_if=lambda value: not value)
+    """Horizon in steps of the schedule that the present stage has for itself; 0 where it has none."""
+
+    stages: dict[str, StageRecord] = Field(default={}, exclude_if=lambda value: not value)
+    """The stages of the run by name; empty in a run without."""
 
     num_rollbacks: int = 0
     """Times that the run returned to a checkpoint because of a spike."""
@@ -97,6 +124,11 @@ class TrainingState(StrictRecord):
         loss = values["eval_loss"]
         rest = {name: value for name, value in values.items() if name != "eval_loss"}
         return {"eval_metrics": {} if loss is None else {"loss": loss}} | rest
+
+    @property
+    def num_corpus_samples(self) -> int:
+        """Samples consumed of the present corpus."""
+        return self.num_samples - self.first_sample
 
     @property
     def eval_loss(self) -> float | None:

@@ -32,26 +32,29 @@ def show_data(
     """Show the documents and the text, or the rows, that a step trains on; of conversations {+the targets+}."""
     from sharding.ranks.errors import EXIT_FINISHED, UserError
     from trainer.checkpoint.step_positions import positions_of_step
-    from trainer.checkpoint.trained_corpus import trained_fingerprint
-    from trainer.data.prepared import open_corpus
+    from trainer.checkpoint.trained_corpus import trained_fingerprints
+    from trainer.config.stages import stage_of_step, stages_of
     from trainer.data.prepared_own import PreparedOwn
     from trainer.data.prepared_rows import PreparedRows
+    from trainer.data.prepared_stages import open_stage
     from trainer.run_folder.folder import RunFolder
     from trainer.runtime.json_output import output_aside, print_json
 
     folder = RunFolder(Path(run_folder))
-    config = folder.frozen_config()
+    run = folder.newest_config()
+    stage = stage_of_step(stages_of(run), step)
+    config = stage.config
     if config.data.streaming:
         raise UserError(
             "data.streaming=true: what a stream gave at a step is known only by reading it again from its start; "
             "data show works with prepared corpora and mixtures."
         )
-    positions = positions_of_step(folder, config, step)[: limit or None]
-    prepared = open_corpus(config, trained_fingerprint(config, folder))
+    positions = positions_of_step(folder, run, step)[: limit or None]
+    prepared = open_stage(run, trained_fingerprints(run, folder), step)
     if as_json:
         with output_aside(as_json):
             samples = list(_sample_values(config, prepared, positions))
-        print_json({"step": step, "samples": samples})
+        print_json({"step": step, **({"stage": stage.name} if stage.name else {}), "samples": samples})
     elif isinstance(prepared, PreparedRows):
         _print_rows(config, prepared, step, positions)
     elif isinstance(prepared, PreparedOwn):
@@ -59,6 +62,8 @@ def show_data(
         for number, place in enumerate(_places(config, prepared, positions)):
             print(f"step {step}, sample {number}: {', '.join(f'{key} {value}' for key, value in place.items())}")
     else:
+        if stage.name:
+            print(stage.label)
         _print_samples(config, prepared, step, positions)
     return EXIT_FINISHED
 

@@ -2,9 +2,21 @@
 
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 
+from sharding.ranks.errors import UserError
 from sharding.strict_model import SET, OnlyWith, StrictModel
+from trainer.config.schedule import ScheduleConfig
+
+CHANGEABLE = ("optimizer.lr", "optimizer.weight_decay", "schedule", "model.attention")
+"""Settings and sections that a run may change when it is continued, if ``checkpoint.allow_changes`` lists them."""
+
+# One key may stand without a list.
+Keys = Annotated[
+    tuple[str, ...],
+    BeforeValidator(lambda keys: (keys,) if isinstance(keys, str) else keys),
+    Field(strict=False),
+]
 
 
 class CheckpointConfig(StrictModel):
@@ -44,3 +56,22 @@ class CheckpointConfig(StrictModel):
 
     load: Annotated[Literal["all", "weights"], OnlyWith({"checkpoint.from": SET})] = "all"
     """With `from`: take everything (a fork) or the parameters alone (a warm start at step 0)."""
+
+    allow_changes: Keys = ()
+    """Settings that a continued run may change although they are frozen: `optimizer.lr`, `optimizer.weight_decay`,
+    `schedule` or settings in it, `model.attention`. What changes is in the log and in `events.jsonl`."""
+
+
+def validate_changes(checkpoint: CheckpointConfig) -> None:
+    """Check that only what may change is allowed to.
+
+    Raises:
+        UserError: a key is none of these.
+    """
+    known = {*CHANGEABLE, *(f"schedule.{name}" for name in ScheduleConfig.model_fields)}
+    for key in checkpoint.allow_changes:
+        if key not in known:
+            raise UserError(
+                f"checkpoint.allow_changes={key}: a run may change {', '.join(CHANGEABLE[:-1])} (or a setting in it) "
+                f"and {CHANGEABLE[-1]} alone; start another run with checkpoint.from for what else is to be different."
+            )

@@ -12,6 +12,7 @@ PATH_SETTINGS = (
     *("output_dir", "task.folder", "model.pretrained", "model.folder", "data.folder"),
     *("data.paths", "data.validation_paths", "data.test_paths", "data.mixture.paths"),
     "evaluation.sets.paths",
+    *("stages.data.paths", "stages.data.validation_paths", "stages.data.mixture.paths", "stages.data.chat_template"),
     *("data.tokenizer", "data.chat_template", "data.cache_dir"),
     *("checkpoint.storage", "checkpoint.from", "parallel.nvme_path"),
 )

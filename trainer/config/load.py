@@ -196,18 +196,31 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise UserError(f"{override!r} is not an override; write key.sub=value, for example optimizer.lr=1e-3.")
-    node = values
+    node: Any = values
     *parents, leaf = key.split(".")
-    for parent in parents:
-        if node.get(parent) is None:
-            node[parent] = {}
-        node = node[parent]
-        if not isinstance(node, dict):
-            raise UserError(f"{override!r}: {parent} is a value, not a section; write {parent}=value.")
+    for index, parent in enumerate(parents):
+        node = _child(node, parent, ".".join(parents[:index]), override)
+    if not isinstance(node, dict):
+        raise UserError(f"{override!r}: {'.'.join(parents)} is a list; write {'.'.join(parents)}=[...].")
     try:
         node[leaf] = parse_yaml(text)
     except YamlError as error:
         raise UserError(f"{override!r}: the value is not YAML ({error}); quote it.") from None
+
+
+def _child(node: Any, name: str, key: str, override: str) -> Any:
+    """The section of this name, made if need be, or the element of a list by its number."""
+    if isinstance(node, list):
+        if not (name.isdigit() and int(name) < len(node)):
+            raise UserError(f"{override!r}: {key} is a list of {len(node)}; name one by its number, from 0.")
+        child = node[int(name)]
+    else:
+        if node.get(name) is None:
+            node[name] = {}
+        child = node[name]
+    if not isinstance(child, dict | list):
+        raise UserError(f"{override!r}: {name} is a value, not a section; write {name}=value.")
+    return child
 
 
 def _describe(problem: Any) -> str:

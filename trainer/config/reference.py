@@ -57,23 +57,31 @@ def render_page() -> str:
     return "".join(parts)
 
 
-def sections(model: type[StrictModel], key: str = "") -> Iterator[tuple[str, type[StrictModel]]]:
+def sections(
+    model: type[StrictModel], key: str = "", seen: set[type[StrictModel]] | None = None
+) -> Iterator[tuple[str, type[StrictModel]]]:
     """A model and all sections in it, with their dotted keys; the model itself has the empty key.
 
-    An element of a list of sections has the list's key with ``[]``.
+    An element of a list of sections has the list's key with ``[]``. A section that comes again, as in stages, is there
+    once.
     """
+    seen = set() if seen is None else seen
+    if model in seen:
+        return
+    seen.add(model)
     yield key, model
     for name, field in model.model_fields.items():
         section, element = section_of(field), element_of(field)
         if section is not None:
-            yield from sections(section, _join(key, field.alias or name))
+            yield from sections(section, _join(key, field.alias or name), seen)
         if element is not None:
-            yield from sections(element, f"{_join(key, field.alias or name)}[]")
+            yield from sections(element, f"{_join(key, field.alias or name)}[]", seen)
 
 
 def section_of(field: FieldInfo) -> type[StrictModel] | None:
-    """The model of a field that is a section; None for a field that is a value."""
-    kind = field.annotation
+    """The model of a field that is a section, also of one that may be null; None for a field that is a value."""
+    kinds = [kind for kind in get_args(field.annotation) if kind is not type(None)]
+    kind = kinds[0] if len(kinds) == 1 and type(None) in get_args(field.annotation) else field.annotation
     return kind if inspect.isclass(kind) and issubclass(kind, StrictModel) else None
 
 
@@ -86,7 +94,7 @@ def element_of(field: FieldInfo) -> type[StrictModel] | None:
 def _row(section_key: str, name: str, field: FieldInfo) -> str:
     key = _join(section_key, field.alias or name)
     if section_of(field) is not None:
-        kind, default = "section", "see below"
+        kind, default = "section", "see below" if field.default is not None else "`null`"
     elif element_of(field) is not None:
         kind, default = "list of sections, see below", _default(field)
     else:

@@ -9,6 +9,7 @@ from sharding.parallel_dims import ParallelDims, parallel_dims
 from sharding.ranks.errors import UserError
 from sharding.strict_model import check_choices
 from trainer.config.budget import validate_budget, validate_schedule
+from trainer.config.checkpoint import validate_changes
 from trainer.config.data import validate_data
 from trainer.config.evaluation import validate_evaluation
 from trainer.config.evaluation_sets import validate_sets
@@ -17,6 +18,7 @@ from trainer.config.networks import validate_model
 from trainer.config.optimizer import validate_optimizer
 from trainer.config.rows import TASK_SAMPLES
 from trainer.config.rows_rules import validate_rows
+from trainer.config.stages import errors_of_stage, stages_of, validate_stages
 from trainer.config.tracking import check_packages
 
 if TYPE_CHECKING:
@@ -75,16 +77,31 @@ def validate(config: "RunConfig", world: World | None = None) -> None:
     Raises:
         UserError: a rule is broken.
     """
-    validate_budget(config)
+    if config.stages:
+        validate_stages(config)
+    else:
+        validate_budget(config)
+    stages = stages_of(config)
+    num_steps = config.num_steps if config.is_length_known else None
+    for stage in stages:
+        with errors_of_stage(stage.name):
+            _validate_alone(stage.config, world, num_steps, has_own_schedule=stage.has_own_schedule)
+    if not all(stage.has_own_schedule for stage in stages):
+        validate_schedule(config)
+
+
+def _validate_alone(config: "RunConfig", world: World | None, num_steps: int | None, *, has_own_schedule: bool) -> None:
     _validate_model_and_data(config)
     check_choices(config)
     _validate_parallel(config)
     _validate_float8(config)
     _validate_compilation(config)
-    validate_schedule(config)
+    if has_own_schedule:
+        validate_schedule(config)
+    validate_changes(config.checkpoint)
     _validate_faults(config)
     validate_optimizer(config.optimizer, config.parallel.backend)
-    validate_evaluation(config)
+    validate_evaluation(config, num_steps)
     _validate_replica_check(config)
     if world is not None:
         _validate_world(config, world)

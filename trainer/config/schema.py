@@ -15,6 +15,7 @@ from trainer.config.faults import FaultsConfig
 from trainer.config.optimizer import OptimizerConfig
 from trainer.config.schedule import ScheduleConfig
 from trainer.config.sections import BatchConfig, EvaluationConfig, LaunchConfig, MetricsConfig, ModelConfig, TaskConfig
+from trainer.config.stage_section import StageConfig
 from trainer.config.tracking import TrackingConfig
 
 OWN_MODULES = (("task", "name"), ("model", "factory"), ("data", "factory"))
@@ -31,7 +32,7 @@ class RunConfig(StrictModel):
     """Seed of initial parameters, data order and dropout."""
 
     steps: int | None = Field(default=None, ge=1)
-    """Optimizer steps after which the run is finished; exactly one of this, tokens and epochs must be set."""
+    """Optimizer steps after which the run is finished; exactly one of this, tokens, epochs and stages must be set."""
 
     tokens: int | None = Field(default=None, ge=1)
     """Tokens, global_size x sequence_length of them a step, after which the run is finished; the last step is whole."""
@@ -68,6 +69,10 @@ class RunConfig(StrictModel):
 
     schedule: ScheduleConfig = ScheduleConfig()
     """Learning-rate schedule."""
+
+    stages: Annotated[tuple[StageConfig, ...], Field(strict=False)] = ()
+    """Parts of the run, one after another, each with data, schedule and batch of its own; the optimizer and all
+    counters go on."""
 
     parallel: ParallelConfig = ParallelConfig()
     """How state and batch are divided over ranks."""
@@ -119,10 +124,12 @@ class RunConfig(StrictModel):
 
     @property
     def num_steps(self) -> int:
-        """Optimizer steps after which the run is finished: ``steps``, or as many as ``tokens`` or ``epochs`` need.
+        """Optimizer steps after which the run is finished: ``steps``, or as ``tokens``, ``epochs`` or stages need.
 
         Those of ``epochs`` are known once ``trainer.data.epochs`` has counted the samples.
         """
+        if self.stages:
+            return sum(stage.num_steps(self.batch, self.data) for stage in self.stages)
         if self.steps is not None:
             return self.steps
         if self.epochs is not None:

@@ -132,6 +132,9 @@ def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """Every setting that is no section, with its dotted key."""
     for name in _names(model):
         inner = _section_of(model, name)
+        if name == "stages":
+            # What is in them is in the run's sections too.
+            continue
         if inner is None:
             yield f"{prefix}{name}"
         else:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from sharding.ranks.errors import UserError
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.config import RunConfig, parse_config
+from trainer.config.stages import widest_config
 from trainer.data.chat_template import end_of_turn_ids
 from trainer.data.facts import SampleFacts
 from trainer.data.prepared import Prepared, open_corpus
@@ -72,6 +73,7 @@ def export_model(
     reader.verify()
     config = parse_config(reader.manifest.config, source=f"{reader.folder}", has_rules=False)
     refuse_form(reader, config, form)
+    config = widest_config(config)
     allowed.check(config, f"checkpoint {reader.folder}")
     recipe = reader.read_recipe()
     is_own = config.data.source == "factory"

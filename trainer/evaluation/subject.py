@@ -12,6 +12,7 @@ from trainer.config import RunConfig, parse_config
 from trainer.config.data import MESSAGES_SOURCES, DataConfig
 from trainer.config.evaluation_sets import set_data
 from trainer.config.sections import EvaluationSet
+from trainer.config.stages import config_of_step
 from trainer.data.any_samples import prepared_samples
 from trainer.data.evaluation_sets import prepare_sets
 from trainer.data.files import source_of_files
@@ -88,6 +89,7 @@ def find_subject(asked: Asked, num_ranks: int, work: Path) -> Subject:
     reader = open_checkpoint(asked.run, asked.step)
     reader.verify()
     config = parse_config(reader.manifest.config, source=f"{reader.folder}", has_rules=False)
+    config = config_of_step(config, reader.manifest.training.step)
     asked.allowed.check(config, f"checkpoint {reader.folder}")
     asked.allowed.check_samples(config, f"checkpoint {reader.folder}")
     if asked.averaged and not reader.has_average:

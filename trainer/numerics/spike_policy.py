@@ -29,7 +29,7 @@ class TakenStep:
 
     Attributes:
         step: its number.
-        first_sample: samples consumed before it.
+        first_sample: samples of the corpus that were consumed before it.
         loss_sum: this rank's summed loss; 0 where it does not count.
         grad_norm: global norm before clipping.
         num_targets: valid targets of the global batch.
@@ -48,7 +48,7 @@ class BadStep:
 
     Attributes:
         step: its number.
-        first_sample: samples consumed before it.
+        first_sample: samples of the corpus that were consumed before it.
         spike: how far out it is; None where loss or gradient norm is not finite.
     """
 
@@ -272,7 +272,7 @@ def skip_configured(restored: TrainingState, ranges: Sequence[SampleRange]) -> T
     """
     skipping = _without(restored, ranges)
     before, after = SkippedSamples(restored.skipped_samples), SkippedSamples(skipping.skipped_samples)
-    position = before.position(restored.num_samples)
+    position = before.position(restored.num_corpus_samples)
     if not before.agrees_before(after, position):
         raise UserError(
             f"data.skip_samples={[list(pair) for pair in ranges]} names samples before position {position}, which "

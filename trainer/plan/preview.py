@@ -28,10 +28,11 @@ from trainer.attempt import check_continuation, finished
 from trainer.checkpoint.finish import complete_at
 from trainer.checkpoint.reference import check_source, resolve_checkpoint
 from trainer.checkpoint.token_ids import check_named_tokenizer
-from trainer.checkpoint.trained_corpus import trained_fingerprint
+from trainer.checkpoint.trained_corpus import trained_fingerprints
 from trainer.config import RunConfig, parse_config
 from trainer.config.rules import World, validate
 from trainer.config.sections import ModelConfig
+from trainer.config.stages import Stage, errors_of_stage, stages_of, widest_config
 from trainer.data.any_samples import prepared_facts
 from trainer.data.chat_template import load_chat_template
 from trainer.data.corpus import read_documents
@@ -42,6 +43,7 @@ from trainer.data.prepare_rows import check_first_row
 from trainer.data.prepared import Prepared, PreparedMixture, PreparedStream, find_prepared
 from trainer.data.prepared_own import PreparedOwn, prepare_own
 from trainer.data.prepared_rows import PreparedRows
+from trainer.data.prepared_stages import with_tokenizer_of_first
 from trainer.data.tokenizer import MASK_ID, PADDING_ID, TRAINED, load_tokenizer, vocabulary_size
 from trainer.model.document_mask import check_architecture
 from trainer.model.lora import add_adapters
@@ -83,18 +85,19 @@ def preview(config: RunConfig, world: World) -> Preview:
         UserError: something that the user can mend is wrong.
     """
     validate(config, world)
-    run_folder = RunFolder.of(config)
-    if config.data.source == "factory":
-        # Whoever asks has named the function to have it run.
-        corpus: Prepared | None = prepare_own(config.data, corpus_folder(config.data))
-    else:
-        corpus = find_prepared(config.data, trained_fingerprint(config, run_folder))
+    run, run_folder = config, RunFolder.of(config)
+    corpora = _corpora(run, run_folder)
+    # The model has positions for the longest sequences.
+    config = widest_config(run)
+    corpus = next(corpus for stage, corpus in corpora if stage.config.data == config.data)
     if config.checkpoint.from_ is None and run_folder.newest_checkpoint() is None:
         check_named_tokenizer(config, None if corpus is None else corpus.tokenizer_dir)
     if corpus is None and config.data.has_rows:
         check_first_row(config.data)
-        return Preview(**_corpus_facts(config, corpus), **_start_facts(config, run_folder))
-    config = config if corpus is None else with_counted_epochs(config, corpus)
+        return Preview(**_corpus_facts(config, corpus), **_start_facts(run, run_folder))
+    if corpus is not None and not run.stages:
+        run = config = with_counted_epochs(run, corpus)
+        corpora = [(stages_of(run)[0], corpus)]
     facts = _sample_facts(config, corpus)
     task = configured_task(config.task, facts)
     check_monitor(config, task)
@@ -120,15 +123,22 @@ def preview(config: RunConfig, world: World) -> Preview:
         raise
     except Exception as error:  # noqa: BLE001 - each of some hundred models fails in its own way
         raise _refusal(config, model_config, error) from None
-    if config.data.document_mask:
-        check_architecture(config, task, facts)
-    if corpus is None:
-        _read_first_documents(config)
-    else:
-        corpus.check_sequence_length(config.data.sequence_length)
+    for stage, of_stage in corpora:
+        with errors_of_stage(stage.name):
+            if stage.config.data.document_mask:
+                check_architecture(stage.config, task, facts)
+            if of_stage is None:
+                _read_first_documents(stage.config)
+            else:
+                of_stage.check_sequence_length(stage.config.data.sequence_length)
     device = torch.device("cuda" if world.has_gpu else "cpu")
     memory = estimate_memory(_with_format(config, world), model, model_config, dims, device, facts)
     counted = model_facts(model, model_config)
+    of_corpora = [_corpus_facts(stage.config, of_stage) for stage, of_stage in corpora]
+    if run.stages:
+        names = [stage.name for stage, _ in corpora]
+        lines = [f"{name}: {facts['corpus']}" for name, facts in zip(names, of_corpora, strict=True)]
+        of_corpora = [{"corpus": "\n".join(lines)}]
     return Preview(
         model=config.model.name if model_config is None else model_config.model_type,
         num_parameters=counted.num_parameters,
@@ -137,9 +147,23 @@ def preview(config: RunConfig, world: World) -> Preview:
         rates=describe_depth_scales(scales, config.optimizer.layer_decay) if scales else "",
         state_bytes=memory.state.total,
         activation_bytes=memory.activations,
-        **_corpus_facts(config, corpus),
-        **_start_facts(config, run_folder),
+        **of_corpora[0],
+        **_start_facts(run, run_folder),
     )
+
+
+def _corpora(config: RunConfig, run_folder: RunFolder) -> list[tuple[Stage, Prepared | None]]:
+    """The stages, or the one that a run without is, each with what is prepared of it, if it is."""
+    if config.data.source == "factory" and not config.stages:
+        # Whoever asks has named the function to have it run.
+        return [(stages_of(config)[0], prepare_own(config.data, corpus_folder(config.data)))]
+    fingerprints = trained_fingerprints(config, run_folder)
+    found: list[tuple[Stage, Prepared | None]] = []
+    for stage in stages_of(config):
+        with errors_of_stage(stage.name):
+            data = with_tokenizer_of_first(stage.config.data, found[0][1] if found else None)
+            found.append((stage, find_prepared(data, fingerprints.get(stage.name))))
+    return found
 
 
 def _sample_facts(config: RunConfig, corpus: Prepared | None) -> SampleFacts:

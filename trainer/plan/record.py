@@ -30,7 +30,7 @@ class Preview(StrictRecord):
     """Of a rank at least, for activations."""
 
     corpus: str
-    """What is trained on, for people."""
+    """What is trained on, for people; a line for each stage."""
 
     num_samples: int | None = None
     """Samples of an epoch."""
@@ -59,7 +59,8 @@ class Preview(StrictRecord):
                 *([f"rates         {self.rates}"] if self.rates else []),
                 f"memory        {self._memory()}",
             ]
-        return [*model, f"corpus        {self.corpus}", f"continues     {self.continues}"]
+        corpora = [f"corpus        {line}" for line in self.corpus.split("\n")]
+        return [*model, *corpora, f"continues     {self.continues}"]
 
     def _memory(self) -> str:
         state, activations = self.state_bytes or 0.0, self.activation_bytes

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sharding.ranks.errors import UserError
-from trainer.checkpoint.trained_corpus import trained_fingerprint
+from trainer.checkpoint.trained_corpus import trained_fingerprints
 from trainer.config import load_frozen_config
+from trainer.config.stages import stages_of
 from trainer.data.prepared import PreparedCorpus, PreparedTokens, find_prepared
 from trainer.run_folder.folder import RunFolder
 
@@ -46,7 +47,9 @@ def _document(run_dir: Path) -> Excerpt | None:
     """The beginning of the first held-out document, or of the first training document where none is held out."""
     try:
         config = load_frozen_config(run_dir / "config.yaml")
-        prepared = find_prepared(config.data, trained_fingerprint(config, RunFolder(run_dir)))
+        fingerprints = trained_fingerprints(config, RunFolder(run_dir))
+        first = stages_of(config)[0]
+        prepared = find_prepared(first.config.data, fingerprints.get(first.name))
         if not isinstance(prepared, PreparedTokens):
             return None
         corpus = prepared.corpora[0]

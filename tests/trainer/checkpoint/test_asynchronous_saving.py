@@ -38,7 +38,7 @@ from trainer.checkpoint.safetensors_file import write_tensors
 from trainer.checkpoint.training_state import TrainingState
 from trainer.config import parse_config
 from trainer.config.rules import World
-from trainer.data.prepare import prepare_corpus
+from trainer.data.prepare_stages import prepare_run
 from trainer.run_folder.folder import RunFolder
 from trainer.runtime.phases import Phases
 from trainer.trackers.console import Console
@@ -64,7 +64,13 @@ class _Training:
         values = {"steps": 9, "model": TINY_MODEL, "parallel": {"strategy": "none"}, "checkpoint": checkpoint}
         config = parse_config(values, "test")
         self.checkpointer = Checkpointer(
-            config, self.folder, "data", _ALONE, before_commit, notify=lambda *_: None, before_write=before_write
+            config,
+            self.folder,
+            lambda _: "data",
+            _ALONE,
+            before_commit,
+            notify=lambda *_: None,
+            before_write=before_write,
         )
         self.step = 0
 
@@ -316,7 +322,7 @@ def _train(
     trainer = build_trainer(
         config,
         ranks,
-        prepare_corpus(config.data),
+        prepare_run(config),
         folder,
         observers,
         Phases(),

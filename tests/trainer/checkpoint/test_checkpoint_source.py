@@ -129,7 +129,7 @@ def test_a_fork_with_nothing_left_to_train_is_refused(
     values = settings | {"output_dir": str(tmp_path), "model": TINY_MODEL, "parallel": {"strategy": "none"}}
     config = parse_config(values | {"checkpoint": checkpoint}, "test")
     ranks = Ranks(rank=0, world_size=1, local_rank=0, local_world_size=1, device=torch.device("cpu"))
-    checkpointer = Checkpointer(config, RunFolder.of(config), "none", ranks, lambda: None)
+    checkpointer = Checkpointer(config, RunFolder.of(config), lambda _: "none", ranks, lambda: None)
     if said is None:
         check_source(config, RunFolder.of(config))
     else:

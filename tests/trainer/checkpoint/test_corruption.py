@@ -146,7 +146,7 @@ class _Checkpoints:
 
 
 def _checkpointer(config: RunConfig, folder: RunFolder, warnings: list[str]) -> Checkpointer:
-    return Checkpointer(config, folder, "data", _ALONE, lambda: None, warn=warnings.append)
+    return Checkpointer(config, folder, lambda _: "data", _ALONE, lambda: None, warn=warnings.append)
 
 
 def _divide(folder: Path, parts: list[Part]) -> None:

@@ -57,7 +57,7 @@ def save(tmp_path: Path, shared_corpus: tuple[Path, Path]) -> Save:
         mesh = build_mesh(config.parallel, _ALONE)
         facts = sample_facts(corpus, config.data)
         engine, _ = build_model_engine(config, build_task(config.task.name), mesh, _ALONE, facts)
-        checkpointer = Checkpointer(config, folder, corpus.fingerprint, _ALONE, lambda: None)
+        checkpointer = Checkpointer(config, folder, lambda _: corpus.fingerprint, _ALONE, lambda: None)
         checkpointer.start_saving(engine, TrainingState(step=1, schedule_total_steps=9, seed=1, **_COUNTERS))
         checkpointer.finish()
         return CheckpointReader(folder.checkpoint_path(1))

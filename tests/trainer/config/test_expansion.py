@@ -36,7 +36,8 @@ def test_every_path_is_expanded(tmp_path: Path, values: dict[str, Any]) -> None:
 
     values["model"] = {"factory": "own:make"}
     for key in PATH_SETTINGS:
-        if key not in ("model.pretrained", "data.mixture.paths", "evaluation.sets.paths", "data.folder"):
+        in_list = key.startswith("stages.") or key in ("data.mixture.paths", "evaluation.sets.paths")
+        if not in_list and key not in ("model.pretrained", "data.folder"):
             put(key, ["$SCRATCH/x", "~/y"] if key == "data.paths" else "$SCRATCH/x")
     values["task"]["name"] = "own:Task"
     values["data"] = {key: value for key, value in values["data"].items() if key != "validation_fraction"}
@@ -61,6 +62,10 @@ def test_a_mixtures_files_and_a_pretrained_model(tmp_path: Path, values: dict[st
     config = load_config(write_config(tmp_path / "mixture.yaml", values))
     assert [s.paths for s in config.data.mixture] == [(f"{tmp_path}/home/docs",), (f"{tmp_path}/scratch/docs",)]
     assert config.model.pretrained == f"{tmp_path}/home/model"
+    del values["steps"]
+    values["stages"] = [{"name": "one", "steps": 1}, {"name": "two", "steps": 1, "data": {"mixture": [source]}}]
+    staged = load_config(write_config(tmp_path / "staged.yaml", values))
+    assert staged.stages[1].data.mixture[0].paths == (f"{tmp_path}/home/docs",)
 
 
 def test_a_copy_reads_the_same_elsewhere(tmp_path: Path, config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

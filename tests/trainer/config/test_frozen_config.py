@@ -10,7 +10,7 @@ from sharding.ranks.process_group import Ranks
 from tests.support import run_on_ranks, write_config, write_empty_checkpoint
 from trainer.attempt import begin_attempt, check_continuation
 from trainer.config import config_to_yaml, load_config
-from trainer.config.frozen_config import all_differences, frozen_differences
+from trainer.config.frozen_config import Change, all_differences, frozen_differences
 from trainer.config.rules import World
 from trainer.config.yaml_files import dump_yaml
 from trainer.ending import Progress
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.timeout(120)
 def test_what_differs_and_what_of_it_is_frozen(tmp_path: Path, values: dict[str, Any]) -> None:
     config = write_config(tmp_path / "tiny.yaml", values)
     one, other = load_config(config), load_config(config, ["optimizer.lr=0.5", "steps=7", "data.skip_samples=[[3,4]]"])
-    assert frozen_differences(one, other) == ["optimizer.lr: frozen 0.01, now 0.5"]
+    assert frozen_differences(one, other) == [Change("optimizer.lr", 0.01, 0.5)]
     assert all_differences(one, other) == [
         "data.skip_samples: [] and [[3, 4]]",
         "optimizer.lr: 0.01 and 0.5",

@@ -12,7 +12,7 @@ from sharding.strict_model import SET, UNSET, Like, check_choices, conditions, i
 from tests.support import write_config
 from trainer.config import RunConfig, config_to_yaml, load_config, load_frozen_config
 from trainer.config.data import MixtureSource
-from trainer.config.frozen_config import frozen_differences
+from trainer.config.frozen_config import Change, frozen_differences
 from trainer.config.reference import section_of, sections
 from trainer.config.sections import EvaluationSet
 
@@ -129,6 +129,6 @@ def test_what_an_earlier_release_let_stand_without_effect_keeps_no_run_from_goin
         load_config(frozen)
     assert frozen_differences(load_frozen_config(frozen), config) == []
     assert frozen_differences(load_frozen_config(frozen), _with(config, "optimizer.name", "sgd")) == [
-        "optimizer.momentum: frozen 0.5, now 0.9",
-        "optimizer.name: frozen adamw, now sgd",
+        Change("optimizer.momentum", 0.5, 0.9),
+        Change("optimizer.name", "adamw", "sgd"),
     ]

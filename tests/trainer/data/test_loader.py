@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from benchmarks.data.__main__ import make_stream
 from sharding.ranks.errors import UserError
-from trainer.build import check_held_out
 from trainer.config import load_config
 from trainer.data.facts import SampleFacts
 from trainer.data.loader import BatchLoader, evaluation_batches
@@ -20,6 +19,7 @@ from trainer.data.packed import PackedSamples
 from trainer.data.samples import FILLER, MicroBatch
 from trainer.data.shards import TokenStream, num_samples
 from trainer.data.skipped_samples import SkippedSamples
+from trainer.stages import check_held_out
 from trainer.tasks.next_tokens import next_token_batch
 
 LENGTH = 7

@@ -152,7 +152,13 @@ class _Run:
         )
         self.folder = RunFolder.of(self.config)
         self.checkpointer = Checkpointer(
-            self.config, self.folder, "data", _ALONE, lambda: None, warn=self.warnings.append, notify=lambda *_: None
+            self.config,
+            self.folder,
+            lambda _: "data",
+            _ALONE,
+            lambda: None,
+            warn=self.warnings.append,
+            notify=lambda *_: None,
         )
         self.step = 0
 
