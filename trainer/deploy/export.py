@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from sharding.ranks.errors import UserError
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.config import RunConfig, parse_config
-from trainer.config.stages import widest_config
+from trainer.config.stages import stages_of, widest_config
 from trainer.data.chat_template import end_of_turn_ids
 from trainer.data.facts import SampleFacts
 from trainer.data.prepared import Prepared, open_corpus
@@ -73,6 +73,8 @@ def export_model(
     reader.verify()
     config = parse_config(reader.manifest.config, source=f"{reader.folder}", has_rules=False)
     refuse_form(reader, config, form)
+    # Of stages, the last conversations say how an answer ends.
+    has_messages = any(stage.config.data.has_messages for stage in stages_of(config))
     config = widest_config(config)
     allowed.check(config, f"checkpoint {reader.folder}")
     recipe = reader.read_recipe()
@@ -105,7 +107,7 @@ def export_model(
             write_adapters(reader, model, config, work, averaged=averaged)
         else:
             weights = merged_weights(reader, model, config)
-            ends = end_of_turn_ids(work) if config.data.has_messages else set()
+            ends = end_of_turn_ids(work) if has_messages else set()
             _write_configuration(model, facts.vocab_size, ends, work)
             check_reloads(model, weights, work, trust_remote_code=config.model.trust_remote_code)
             _write_weights(weights, work, averaged=averaged)
