@@ -174,7 +174,6 @@ class Run:
         self,
         to: str | Path,
         *,
-        form: Literal["adapter", "merged"] | None = None,
         step: int | None = None,
         ema: bool = False,
         task: OwnPart | None = None,
@@ -185,7 +184,6 @@ class Run:
 
         Args:
             to: a new folder.
-            form: of a run with LoRA: its adapters alone, which `peft` loads, or the whole model with them added.
             step: see ``load``, as for what follows.
             ema: see ``load``.
             task: see ``load``.
