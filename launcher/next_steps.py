@@ -28,7 +28,8 @@ def _commands(config: RunConfig, run_folder: RunFolder) -> list[str]:
     code = "".join(f" {option} {name}" for option, name in own)
     trust = " --trust-remote-code" if config.model.trust_remote_code else ""
     is_of_transformers = (config.model.architecture or config.model.pretrained) is not None
-    export = [f"shardline export {run} --to DIR{trust}"] if is_of_transformers and not own else []
+    form = " --adapter" if config.model.lora.rank else ""
+    export = [f"shardline export {run}{form} --to DIR{trust}"] if is_of_transformers and not own else []
     if export and config.task.name in _LANGUAGE_MODELS:
         chat = " --chat" if config.data.format == "messages" else ""
         return [f"shardline generate {run}{chat} --prompt TEXT{trust}", *export]

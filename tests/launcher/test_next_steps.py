@@ -28,6 +28,10 @@ _LLAMA = {"architecture": "llama"}
             {"model": _LLAMA, "data": {"source": "jsonl", "paths": ["chats.jsonl"], "format": "messages"}},
             ["generate {run} --chat --prompt TEXT", "export {run} --to DIR"],
         ),
+        (
+            {"model": {"pretrained": "x", "lora": {"rank": 4}}},
+            ["generate {run} --prompt TEXT", "export {run} --adapter --to DIR"],
+        ),
         ({"model": _LLAMA, "task": {"name": "own:Task"}}, ["evaluate {run} --task own:Task"]),
         (
             {"model": {"factory": "own:make"}, "task": {"name": "own:Task"}},
