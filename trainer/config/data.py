@@ -278,8 +278,8 @@ def _validate_factory(data: DataConfig) -> None:
 def _validate_mixture(data: DataConfig) -> None:
     defaults = SourceConfig()
     changed = [name for name in SourceConfig.model_fields if getattr(data, name) != getattr(defaults, name)]
-    # Of a mixture as of one source it says that samples are no rows.
-    if data.format == "packed":
+    # Of a mixture as of one source it says what samples are; that they are no rows is said beside the setting.
+    if data.format in ("packed", "rows"):
         changed.remove("format")
     if changed:
         raise UserError(

@@ -51,7 +51,13 @@ class _Run:
         self.folder = RunFolder.of(config)
         self.checkpoints: CheckpointPath = self.folder.checkpoints_dir
         self.checkpointer = Checkpointer(
-            config, self.folder, "data", _ALONE, lambda: None, notify=lambda *_: None, before_write=before_write
+            config,
+            self.folder,
+            lambda _: "data",
+            _ALONE,
+            lambda: None,
+            notify=lambda *_: None,
+            before_write=before_write,
         )
         self.step = 0
 

@@ -37,7 +37,7 @@ def test_every_path_is_expanded(tmp_path: Path, values: dict[str, Any]) -> None:
     values["model"] = {"factory": "own:make"}
     for key in PATH_SETTINGS:
         in_list = key.startswith("stages.") or key in ("data.mixture.paths", "evaluation.sets.paths")
-        if not in_list and key not in ("model.pretrained", "data.folder"):
+        if not in_list and key not in ("model.pretrained", "data.folder", "data.chat_template"):
             put(key, ["$SCRATCH/x", "~/y"] if key == "data.paths" else "$SCRATCH/x")
     values["task"]["name"] = "own:Task"
     values["data"] = {key: value for key, value in values["data"].items() if key != "validation_fraction"}
@@ -52,6 +52,12 @@ def test_every_path_is_expanded(tmp_path: Path, values: dict[str, Any]) -> None:
     values["data"] = {"source": "factory", "factory": "own:samples", "folder": "$SCRATCH/x"}
     assert load_config(write_config(tmp_path / "own.yaml", values)).data.folder == f"{tmp_path}/scratch/x"
     assert config.checkpoint.from_ == config.parallel.nvme_path == config.checkpoint.storage == f"{tmp_path}/scratch/x"
+
+
+def test_a_chat_template_is_found_where_a_shell_would(config_file: Path, tmp_path: Path) -> None:
+    settings = ["data.source=jsonl", "data.format=messages", "data.packing=whole", "data.document_mask=true"]
+    config = load_config(config_file, [*settings, "data.chat_template=$SCRATCH/x"])
+    assert config.data.chat_template == f"{tmp_path}/scratch/x"
 
 
 def test_a_mixtures_files_and_a_pretrained_model(tmp_path: Path, values: dict[str, Any]) -> None:

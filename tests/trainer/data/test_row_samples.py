@@ -482,7 +482,7 @@ def test_a_budget_of_tokens_is_for_packed_ones() -> None:
         (
             "classification",
             {"mixture": [{"name": "a", "weight": 1.0, "source": "digits"}]},
-            "goes with data.format=auto or packed only, but it is rows: a row is a sample of its own",
+            "data.mixture goes with data.format=auto or packed only, but it is rows",
         ),
         ("classification", {"source": "table"}, "reads either data.table, which is None, or data.paths"),
         ("image-classification", {"source": "images", "paths": ["x"]}, "data.source=images needs data.image_size"),
