@@ -70,8 +70,12 @@ def process_group(init_timeout_s: float) -> Iterator[Ranks]:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         try:
             yield ranks
-        finally:
-            dist.destroy_process_group()
+        except BaseException:
+            # On a GPU that failed it may raise or wait, and hide why.
+            if device.type == "cpu":
+                dist.destroy_process_group()
+            raise
+        dist.destroy_process_group()
         return
     _meet(ranks, backend, timeout)
     yield ranks

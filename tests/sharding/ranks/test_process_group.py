@@ -98,17 +98,27 @@ def test_one_rank_needs_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not dist.is_initialized()
 
 
+def _fail_in_a_group(ranks: Ranks) -> None:
+    dist.destroy_process_group()
+    with pytest.raises(ValueError, match="mine"), process_group(60.0):
+        raise ValueError("mine")
+    # Left as it is, for os._exit.
+    assert dist.is_initialized()
+    os._exit(0)
+
+
+def test_a_failing_rank_starts_no_collective_on_its_way_out() -> None:
+    run_on_ranks(_fail_in_a_group, 2)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without GPUs")
-def test_a_failing_rank_starts_no_collective_on_its_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_alone_leaves_its_group_also_where_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in NAMES:
         monkeypatch.delenv(name, raising=False)
-    try:
+    for _ in range(2):
         with pytest.raises(ValueError, match="mine"), process_group(60.0):
             raise ValueError("mine")
-        # Left as it is, for os._exit.
-        assert dist.is_initialized()
-    finally:
-        dist.destroy_process_group()
+        assert not dist.is_initialized()
 
 
 def _wait_for_a_rank_that_never_comes(ranks: Ranks) -> None:
