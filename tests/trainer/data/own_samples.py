@@ -1,11 +1,15 @@
 """Samples as a user makes them, for tests: ``tests.trainer.data.own_samples:Points``."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from trainer.data.facts import SampleFacts
+
+# Set, it stands for a change of the code below.
+EDITION_VARIABLE = "POINTS_EDITION"
 
 _STARTS = {"train": 0, "validation": 10**6, "test": 2 * 10**6}
 
@@ -16,7 +20,7 @@ class Points:
     def __init__(
         self, one_hot: bool = False, version: int = 1, num_validation: int = 11, length: int | None = None
     ) -> None:
-        self.fingerprint = f"points {version}"
+        self.fingerprint = f"points {version}{os.environ.get(EDITION_VARIABLE, '')}"
         classes = ("one", "two", "three", "four")
         self.facts = SampleFacts(num_features=2, classes=classes, class_counts=(24,) * 4, sequence_length=length)
         self._one_hot = one_hot

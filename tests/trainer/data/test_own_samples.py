@@ -1,5 +1,6 @@
 """Samples that ``data.factory`` makes: trained on, continued, evaluated, shown; and what is wrong with them."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from sharding.ranks.errors import UserError
 from sharding.ranks.process_group import Ranks
 from tests.runs_in_process import RunsInProcess, computed_lines, saved_state
 from tests.support import run_on_ranks, shardline
-from tests.trainer.data.own_samples import Points
+from tests.trainer.data.own_samples import EDITION_VARIABLE, Points
 from trainer.config import parse_config
 from trainer.config.rules import World
 from trainer.data.prepare import describe_corpus, prepare_samples
@@ -50,10 +51,10 @@ def _train(ranks: Ranks, root: Path) -> None:
     runs = RunsInProcess(ranks, root, root)
     runs.train_as(_counted(_values(root, "whole")))
     runs.train_as(_counted(_values(root, "halves")), stop_at=5)
-    changed = _values(root, "changed", version=2) | {"epochs": 3.0}
-    changed["checkpoint"] |= {"from": str(root / "runs" / "whole")}
+    os.environ[EDITION_VARIABLE] = "b"
     with pytest.raises(UserError, match="was trained on another corpus"):
-        runs.train_as(_counted(changed))
+        runs.train_as(_counted(_values(root, "halves")))
+    del os.environ[EDITION_VARIABLE]
     runs.train_as(_counted(_values(root, "halves")))
     runs.train_as(_counted(_values(root, "one-hot", one_hot=True)))
     asked = Asked(str(root / "runs" / "whole"), split="test", allowed=AllowedCode(factories=(_POINTS,)))
