@@ -2,6 +2,7 @@
 
 import io
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,8 @@ def _yaml() -> YAML:
     yaml.Resolver, yaml.Composer, yaml.Constructor, yaml.Representer = _Resolver, _Composer, _Constructor, _Representer
     yaml.default_flow_style, yaml.allow_unicode = False, False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    # Folded, a text in double quotes may be read back with a space more.
+    yaml.width = sys.maxsize
     return yaml
 
 

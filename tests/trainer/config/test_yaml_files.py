@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sharding.ranks.errors import UserError
@@ -18,6 +18,8 @@ _LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False)
 _VALUES = st.recursive(_LEAVES, lambda inner: st.lists(inner) | st.dictionaries(_TEXTS, inner), max_leaves=8)
 
 
+# A text in double quotes that was folded before its space had one more when it was read.
+@example({"0\x1f\x1f\x7f\U00010000": "00" + 5 * "\x1f" + 4 * "\x7f" + "\u0100\U000100000 0"})
 @settings(max_examples=300, deadline=None)
 @given(_VALUES)
 def test_what_is_written_is_read_back(values: Any) -> None:
