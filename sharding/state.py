@@ -8,6 +8,8 @@ import torch
 
 from sharding.engine import Engine
 from sharding.part import Box, Part
+from sharding.ranks.object_exchange import sum_integers_over_ranks
+from sharding.ranks.process_group import Ranks
 
 MODEL_PREFIX = "model/"
 
@@ -19,6 +21,16 @@ _HASH_CHUNK = 1 << 22
 def frozen_names(engine: Engine) -> set[str]:
     """Names in the canonical state of the parameters that are not trained; every rank must call it."""
     return {f"{MODEL_PREFIX}{name}" for name, parameter in engine.named_parameters() if not parameter.requires_grad}
+
+
+def hash_over_ranks(parts: Sequence[Part], ranks: Ranks) -> int:
+    """A 64-bit hash of values that knows no layout, see ``layout_independent_hash``; every rank must call it.
+
+    Args:
+        parts: this rank's.
+        ranks: this rank's place.
+    """
+    return sum_integers_over_ranks(layout_independent_hash(parts), ranks) % (1 << 64)
 
 
 def layout_independent_hash(parts: Sequence[Part]) -> int:

@@ -12,7 +12,7 @@ from launcher.slurm.reasons import meaning_of
 from launcher.slurm.submit import jobs_of
 from sharding.ranks.errors import UserError
 from trainer.config.stages import num_positions_after
-from trainer.metrics.tail import last_metrics
+from trainer.metrics.file import last_metrics
 from trainer.run_folder.folder import RunFolder
 from trainer.runtime.durations import duration_text
 from trainer.runtime.json_output import print_json

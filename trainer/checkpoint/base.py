@@ -9,7 +9,7 @@ from sharding.ranks.errors import RunFailure, UserError
 from sharding.ranks.object_exchange import broadcast_object, sum_integers_over_ranks
 from sharding.ranks.process_group import Ranks
 from sharding.replicas import content_hashes
-from sharding.state import layout_independent_hash
+from sharding.state import hash_over_ranks
 from trainer.checkpoint.base_manifest import BaseManifest, CorruptBase, base_name, write_base_manifest
 from trainer.checkpoint.rank_file import RankReport, write_rank_file
 from trainer.checkpoint.stored_files import open_base
@@ -86,7 +86,7 @@ class BaseKeeper:
         return sum_integers_over_ranks(int(before != self._seen), self._ranks) > 0
 
     def _hash(self, parts: Sequence[Part]) -> str:
-        values = sum_integers_over_ranks(layout_independent_hash(parts), self._ranks) % (1 << 64)
+        values = hash_over_ranks(parts, self._ranks)
         tensors = sorted((part.name, str(part.tensor.dtype), list(part.global_shape)) for part in parts)
         return hashlib.sha256(json.dumps([values, tensors]).encode()).hexdigest()
 

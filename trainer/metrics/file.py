@@ -1,10 +1,11 @@
-"""metrics.jsonl: each logged step once, whatever was rolled back."""
+"""metrics.jsonl: each logged step once, whatever was rolled back. Imports no torch."""
 
 import contextlib
 import errno
 import json
 import math
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,30 +56,28 @@ class MetricsFile:
 def read_metrics(path: Path) -> list[Metrics]:
     """All lines of a metrics.jsonl, which may still be growing; none where it is not there."""
     try:
-        return _whole_lines(path.read_bytes())
+        return list(_whole_lines(path.read_bytes().splitlines()))
     except FileNotFoundError:
         return []
 
 
-def last_metrics(path: Path) -> Metrics:
-    """The newest line of a metrics.jsonl; empty where there is none."""
+def last_metrics(path: Path) -> dict[str, Any]:
+    """The newest complete line of a metrics.jsonl, which may be growing; empty where there is none."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _LONGEST_LINE_BYTES))
-            return (_whole_lines(file.read()) or [{}])[-1]
+            return next(_whole_lines(reversed(file.read().splitlines())), {})
     except OSError:
         return {}
 
 
-def _whole_lines(text: bytes) -> list[Metrics]:
-    lines: list[Metrics] = []
-    for line in text.splitlines():
+def _whole_lines(lines: Iterable[bytes]) -> Iterator[Metrics]:
+    for line in lines:
         # The first may be the end of one, the last half written.
         with contextlib.suppress(ValueError):
             values = json.loads(line)
             if isinstance(values, dict):
-                lines.append(values)
-    return lines
+                yield values
 
 
 def finite_or_none(metrics: Metrics) -> Metrics:

@@ -11,9 +11,8 @@ from sharding.build_engine import build_engine
 from sharding.engine import Batch, Engine, EvaluationFunction, LossFunction, ModelDefinition
 from sharding.mesh import ParallelMesh
 from sharding.precision import compute_dtype
-from sharding.ranks.object_exchange import sum_integers_over_ranks
 from sharding.ranks.process_group import Ranks
-from sharding.state import layout_independent_hash
+from sharding.state import hash_over_ranks
 from trainer.config import RunConfig
 from trainer.config.deepspeed_settings import deepspeed_settings
 from trainer.data.facts import SampleFacts
@@ -109,8 +108,7 @@ def _training_loss(task: Task) -> LossFunction:
 
 def parameter_hash(engine: Engine, ranks: Ranks) -> str:
     """A hash of all parameters that does not depend on the layout; every rank must call it."""
-    total = sum_integers_over_ranks(layout_independent_hash(engine.state(with_optimizer=False)), ranks)
-    return f"{total % (1 << 64):016x}"
+    return f"{hash_over_ranks(engine.state(with_optimizer=False), ranks):016x}"
 
 
 def describe_model(config: RunConfig, facts: ModelFacts, ranks: Ranks) -> str:

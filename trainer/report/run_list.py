@@ -11,7 +11,7 @@ from typing import Any
 
 from sharding.ranks.errors import UserError
 from trainer.config import RunConfig
-from trainer.metrics.tail import last_metrics
+from trainer.metrics.file import last_metrics
 from trainer.report.evaluations import Judged, judge
 from trainer.run_folder.folder import RunFolder
 from trainer.run_folder.lease import read_holder
