@@ -64,4 +64,5 @@ test-slurm: $(TESTS_STAMP) test-packages
 
 soak: $(TESTS_STAMP) test-packages
 	$(BIN)/python -m pytest -m slow --durations=40
+	$(BIN)/python -m pytest -m hypothesis --hypothesis-profile=search
 	$(BIN)/shardline drill all configs/quickstart.yaml

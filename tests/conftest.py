@@ -18,7 +18,15 @@ os.environ["OMP_WAIT_POLICY"] = "passive"
 os.environ["KMP_DUPLICATE_LIB_OK"] = "True"
 os.environ["KMP_INIT_AT_FORK"] = "FALSE"
 
+from hypothesis import HealthCheck, settings
+
 from tests.support import tiny_values, write_config, write_corpus
+
+# Groups of tests share the cores, so no time limit says anything of a property. The suite tries the same examples each
+# time: a change is judged by what it changes, and `make soak` looks for new ones.
+settings.register_profile("suite", derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("search", max_examples=1000, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
 
 
 @pytest.fixture(scope="session")

@@ -85,10 +85,12 @@ def train(config: RunConfig, observers: Sequence[Observer] = ()) -> TrainingResu
     check_observers(observers)
     _begin_under_launcher(config)
     progress = Progress(own_observers=observers, is_guest=True)
+    # A group of the caller's own is refused, and how that process ends is not ours to say.
+    was_in_group = dist.is_initialized()
     with as_guest():
         exit_code = _run_to_the_end(lambda: config, progress)
     if progress.error is not None:
-        if dist.is_initialized():
+        if dist.is_initialized() and not was_in_group:
             atexit.register(end_process, exit_code)
         elif progress.trainer is not None:
             # Nothing may be written beside what the process does next; it is the first error that counts.

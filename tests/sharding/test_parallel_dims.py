@@ -58,7 +58,7 @@ def test_roles_under_context_and_replicas() -> None:
     assert [rank for rank in range(8) if dims.counts_targets(rank)] == [0, 2, 4, 6]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(_ANY, _SOME_AXES)
 def test_every_rank_has_one_place_in_each_group(dims: ParallelDims, axes: set[str]) -> None:
     every = range(dims.world_size)
@@ -71,7 +71,7 @@ def test_every_rank_has_one_place_in_each_group(dims: ParallelDims, axes: set[st
         assert places == [Role(index, len(peers)) for index in range(len(peers))]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(_ANY)
 def test_data_loss_and_targets_are_counted_once(dims: ParallelDims) -> None:
     every = range(dims.world_size)
@@ -83,7 +83,7 @@ def test_data_loss_and_targets_are_counted_once(dims: ParallelDims) -> None:
     assert [dims.data(rank).rank for rank in dims.first_readers()] == list(range(dims.data_degree))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(_ANY, _SOME_AXES, st.integers(0, 50))
 def test_of_the_holders_of_a_piece_one_writes_it(dims: ParallelDims, axes: set[str], index: int) -> None:
     writers = Counter(

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sharding.config import ParallelConfig
@@ -46,7 +46,6 @@ def _cut(data: st.DataObject, box: Box, depth: int = 3) -> list[Box]:
     return halves
 
 
-@settings(deadline=None)
 @given(_SHAPES, st.data())
 def test_boxes_of_a_run_hold_each_of_its_elements_once(shape: tuple[int, ...], data: st.DataObject) -> None:
     size = math.prod(shape)
@@ -61,7 +60,6 @@ def test_boxes_of_a_run_hold_each_of_its_elements_once(shape: tuple[int, ...], d
     assert part.is_written_here == (stop > start)
 
 
-@settings(deadline=None)
 @given(_SHAPES, st.data())
 def test_a_whole_in_boxes_covers_and_hashes_as_the_whole(shape: tuple[int, ...], data: st.DataObject) -> None:
     whole = _values(shape)

@@ -4,6 +4,8 @@ import json
 import logging
 import os
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import torch.distributed as dist
 import shardline
 from shardline import Run, UserError, train
 from tests.shardline.own_parts import Clumsy, Halved, Listener, Network, Points, settings
-from tests.support import run_module, trained, training_curve, write_config
+from tests.support import ROOT, run_module, trained, training_curve, write_config
 from trainer.config import config_to_yaml, load_config
 from trainer.run_folder.lease import Lease
 
@@ -155,6 +157,26 @@ def test_it_does_not_begin_where_it_could_not_end(tmp_path: Path) -> None:
         assert dist.is_initialized()
     finally:
         dist.destroy_process_group()
+
+
+def test_a_run_that_was_refused_does_not_decide_how_the_process_ends(tmp_path: Path) -> None:
+    script = """
+import sys
+from pathlib import Path
+import torch.distributed as dist
+from shardline import UserError, train
+from tests.shardline.own_parts import Network, Points, settings
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+try:
+    train(settings(Path(sys.argv[1]), "group"), model=Network, samples=Points)
+except UserError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, cwd=ROOT, timeout=110
+    )
+    assert "in a process group already" in done.stdout
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_run_that_continues_says_that_its_code_has_changed(

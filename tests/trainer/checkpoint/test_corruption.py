@@ -73,7 +73,7 @@ def _check(num_cases: int, examine: Callable[[Draw], tuple[str, str]]) -> Tally:
     tally = Tally()
 
     @seed(num_cases)
-    @settings(max_examples=num_cases, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=num_cases, database=None, suppress_health_check=list(HealthCheck))
     @given(data=st.data())
     def cases(data: st.DataObject) -> None:
         tally.add(*examine(data.draw))

@@ -20,7 +20,7 @@ _VALUES = st.recursive(_LEAVES, lambda inner: st.lists(inner) | st.dictionaries(
 
 # A text in double quotes that was folded before its space had one more when it was read.
 @example({"0\x1f\x1f\x7f\U00010000": "00" + 5 * "\x1f" + 4 * "\x7f" + "\u0100\U000100000 0"})
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(_VALUES)
 def test_what_is_written_is_read_back(values: Any) -> None:
     # Their text tells 1 from 1.0 and true, and 0.0 from -0.0.

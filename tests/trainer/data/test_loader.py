@@ -110,7 +110,7 @@ def test_samples_are_skipped_alike_under_every_layout(stream: TokenStream) -> No
 
 
 @given(num_done=st.integers(0, 20), ahead=st.sampled_from([0, 1, 3]))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_a_loader_begins_exactly_where_another_stopped(stream: TokenStream, num_done: int, ahead: int) -> None:
     first = _loader(stream, 0, 2, 3)
     for _ in range(num_done):

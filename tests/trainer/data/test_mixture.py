@@ -43,7 +43,7 @@ def _deviation_bound(weights: list[float]) -> float:
 
 
 @given(weights=weights_lists)
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_every_prefix_has_the_proportions_of_the_weights(weights: list[float]) -> None:
     num_positions = 1500
     sources, counts = _interleaving(weights).places(np.arange(num_positions))
@@ -58,7 +58,7 @@ def test_every_prefix_has_the_proportions_of_the_weights(weights: list[float]) -
 
 
 @given(weights=weights_lists, start=st.integers(0, 2**50), data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_position_can_be_asked_for_first(weights: list[float], start: int, data: st.DataObject) -> None:
     positions = np.arange(start, start + 100)
     sources, counts = _interleaving(weights).places(positions)
@@ -75,7 +75,7 @@ def test_any_position_can_be_asked_for_first(weights: list[float], start: int, d
 
 
 @given(data=st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_order_of_the_list_does_not_matter(data: st.DataObject) -> None:
     weights = data.draw(weights_lists)
     names = [f"s{number}" for number in range(len(weights))]
@@ -104,7 +104,7 @@ def test_weights_are_taken_as_they_are_written() -> None:
     seed=st.integers(0, 2**63 - 1),
     shuffle=st.booleans(),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_each_source_is_seen_once_in_each_of_its_epochs(
     weights: list[float], data: st.DataObject, seed: int, shuffle: bool
 ) -> None:
@@ -180,7 +180,7 @@ def _rows(batches: list[MicroBatch]) -> list[list[int]]:
 
 
 @given(layout=st.sampled_from([(1, 24), (2, 3), (3, 4), (4, 6), (24, 1)]), size=st.sampled_from([24, 48, 72]))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_ranks_and_batch_sizes_do_not_change_the_sequence_at_a_position(
     mixture: tuple[DataConfig, PreparedMixture], layout: tuple[int, int], size: int
 ) -> None:
@@ -196,7 +196,7 @@ def test_ranks_and_batch_sizes_do_not_change_the_sequence_at_a_position(
 
 
 @given(start=st.integers(0, 10_000))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_a_mixture_continues_at_any_position(mixture: tuple[DataConfig, PreparedMixture], start: int) -> None:
     indices = mixture[1].order(7, DataConfig(sequence_length=32)).indices(np.arange(start, start + 24))
     stream = mixture[1].stream("train")

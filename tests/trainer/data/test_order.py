@@ -12,14 +12,14 @@ seeds = st.integers(min_value=0, max_value=2**63 - 1)
 
 
 @given(seed=seeds, size=sizes, epoch=st.integers(min_value=0, max_value=1000))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_epoch_is_a_permutation(seed: int, size: int, epoch: int) -> None:
     positions = np.arange(epoch * size, (epoch + 1) * size)
     assert np.array_equal(np.sort(SampleOrder(seed, size).indices(positions)), np.arange(size))
 
 
 @given(seed=seeds, size=sizes, data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_chunks_in_any_sequence_give_the_same(seed: int, size: int, data: st.DataObject) -> None:
     total = 3 * size
     whole = SampleOrder(seed, size).indices(np.arange(total))
@@ -31,7 +31,7 @@ def test_any_chunks_in_any_sequence_give_the_same(seed: int, size: int, data: st
 
 
 @given(seed=seeds)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_epochs_and_seeds_have_orders_of_their_own(seed: int) -> None:
     size = 500
     first = SampleOrder(seed, size).indices(np.arange(size))
