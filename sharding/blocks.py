@@ -100,6 +100,14 @@ def hidden_matrices(model: nn.Module) -> set[str]:
     }
 
 
+def layer_weights(model: nn.Module) -> tuple[str, ...]:
+    """Names of the trained matrices and kernels of a model's layers, no embeddings, in the model's order."""
+    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+    return tuple(
+        name for name, p in model.named_parameters() if p.ndim >= 2 and p.requires_grad and id(p) not in embeddings
+    )
+
+
 def _collect(module: nn.Module, prefix: str, blocks: list[tuple[str, nn.Module]]) -> None:
     for name, child in module.named_children():
         path = f"{prefix}{name}"

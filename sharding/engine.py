@@ -95,10 +95,11 @@ class Engine(Protocol):
             UserError: DeepSpeed does not show each micro-batch's own gradient.
         """
 
-    def local_gradients(self) -> list[torch.Tensor]:
-        """This rank's part of the gradients, live; between ``train_batch`` and ``step``.
+    def named_local_gradients(self) -> dict[str, torch.Tensor]:
+        """Parameter name to this rank's live part of the reduced gradient; between ``train_batch`` and ``step``.
 
-        Empty under DeepSpeed, which keeps them to itself.
+        It lies as ``named_local_shards`` do. What no gradient has come to may be missing. Empty under DeepSpeed, which
+        keeps gradients to itself.
         """
 
     def evaluate(self, batches: Iterable[Batch]) -> list[torch.Tensor]:

@@ -1,5 +1,7 @@
 """Dynamic loss scaling for fp16: the scale lives on the device, and nothing here waits for it."""
 
+import math
+
 import torch
 
 from sharding.config import PrecisionConfig
@@ -32,3 +34,8 @@ class LossScaler:
     def parts(self, holders: Role) -> list[Part]:
         """The scaler's canonical state, live; ``holders`` is this rank's place among all."""
         return [part_of("scaler/scale", self.scale, holders), part_of("scaler/good_steps", self._good_steps, holders)]
+
+
+def num_halvings(precision: PrecisionConfig) -> int:
+    """Steps that fp16 may skip in a row for good reason: each halves the scale, down to 1."""
+    return math.ceil(math.log2(precision.initial_loss_scale))

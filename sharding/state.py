@@ -15,6 +15,10 @@ MODEL_PREFIX = "model/"
 
 AVERAGE_PREFIX = "ema/"
 
+MASK_PREFIX = "mask/"
+
+SQUARE_PREFIX = "square/"
+
 _HASH_CHUNK = 1 << 22
 
 
@@ -43,7 +47,7 @@ def layout_independent_hash(parts: Sequence[Part]) -> int:
     for part in parts:
         if not part.is_written_here:
             continue
-        key = _name_key(part.name)
+        key = name_key(part.name)
         for box, piece in part.pieces():
             for bits, indices in _elements(piece, box, part.global_shape):
                 mixed = (bits * 0x9E3779B97F4A7C1 + indices) * 0xBF58476D1CE4E5B + key
@@ -53,7 +57,8 @@ def layout_independent_hash(parts: Sequence[Part]) -> int:
     return (total + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
-def _name_key(name: str) -> int:
+def name_key(name: str) -> int:
+    """A number of 56 bits that stands for a tensor's name."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
 
 
@@ -64,11 +69,17 @@ def _elements(piece: torch.Tensor, box: Box, whole: tuple[int, ...]) -> Iterator
     bits = flat.view(integer)
     for begin in range(0, bits.numel(), _HASH_CHUNK):
         chunk = bits[begin : begin + _HASH_CHUNK].to(torch.int64)
-        yield chunk, _indices(torch.arange(begin, begin + chunk.numel(), device=chunk.device), box, whole)
+        yield chunk, element_indices(torch.arange(begin, begin + chunk.numel(), device=chunk.device), box, whole)
 
 
-def _indices(positions: torch.Tensor, box: Box, whole: tuple[int, ...]) -> torch.Tensor:
-    """Indices in the flattened whole of elements of a box, by their position in the flattened box."""
+def element_indices(positions: torch.Tensor, box: Box, whole: tuple[int, ...]) -> torch.Tensor:
+    """Indices in the flattened whole of elements of a box.
+
+    Args:
+        positions: of the elements in the flattened box, int64, any shape.
+        box: which elements of the whole it has.
+        whole: shape of the whole tensor.
+    """
     # Neighbouring dims of which the box has all but the outermost whole count as one: most boxes are runs.
     groups: list[tuple[int, int]] = []
     size, extent, stride = 1, 1, 1

@@ -93,9 +93,9 @@ class TorchEngine:
         scale = self._gradient_scale() * (1.0 if self._loss_scaler is None else self._loss_scaler.scale)
         return loss_sum, self._micro_batch_norms.squares() / scale**2
 
-    def local_gradients(self) -> list[torch.Tensor]:
+    def named_local_gradients(self) -> dict[str, torch.Tensor]:
         """See Engine."""
-        return [gradient for _, gradient in self._gradient_pieces()]
+        return {part.name: gradient for part, gradient in self._gradient_pieces()}
 
     def evaluate(self, batches: Iterable[Batch]) -> list[torch.Tensor]:
         """See Engine."""
@@ -215,7 +215,7 @@ class TorchEngine:
         return torch.autocast(self._device.type, self._autocast_dtype)
 
     def _gradient_pieces(self) -> list[tuple[Part, torch.Tensor]]:
-        """``local_gradients``, each beside the part of the parameter that it belongs to."""
+        """This rank's gradients, each beside the part of the parameter that it belongs to."""
         pairs = zip(self._optimized, self._trainable, strict=True)
         return [(part, local_tensor(entry.parameter.grad)) for part, entry in pairs if entry.parameter.grad is not None]
 

@@ -36,6 +36,8 @@ from trainer.model.lora import check_stored_adapters, is_adapter, stored_names
 from trainer.model.models import ModelFacts
 from trainer.model.new_head import describe_new_head, weights_to_initialize
 from trainer.numerics.replica_check import ReplicaCheck
+from trainer.optimizers.prune_choice import pruned_parameters
+from trainer.optimizers.pruning import Pruning
 from trainer.optimizers.weight_average import WeightAverage
 from trainer.parts import TrainerParts
 from trainer.run_folder.events import record_event
@@ -137,6 +139,7 @@ def build_trainer(
             observers.info(line)
 
     average = WeightAverage(engine, config.optimizer.ema_decay) if config.optimizer.ema_decay else None
+    pruning = _build_pruning(config, engine, facts, ranks, average, observers)
     parts = TrainerParts(
         engine=engine,
         task=task,
@@ -160,6 +163,7 @@ def build_trainer(
             warn=observers.warn,
             notify=observers.saved,
             before_write=before_write,
+            pruning=pruning,
         ),
         observers=observers,
         phases=phases,
@@ -174,12 +178,45 @@ def build_trainer(
         description=description,
         busy=busy,
         peak_flops=_peak_flops(config, ranks),
+        pruning=pruning,
         weight_average=average,
     )
     trainer = Trainer(config, parts)
     if isinstance(task, CorruptedTask):
         task.next_samples = lambda: trainer.next_samples
     return trainer
+
+
+def _build_pruning(
+    config: RunConfig,
+    engine: Engine,
+    facts: ModelFacts,
+    ranks: Ranks,
+    average: WeightAverage | None,
+    observers: Observers,
+) -> Pruning:
+    """What keeps pruned weights at zero, the run's own and those of what it begins with."""
+    names: list[str] = []
+    if config.prune.sparsity:
+        parts = {part.name: part.global_shape for part in engine.state(with_optimizer=False)}
+        trained = [name for name, parameter in engine.named_parameters() if parameter.requires_grad]
+        shapes = {name: parts[f"{MODEL_PREFIX}{name}"] for name in trained}
+        names = pruned_parameters(config.prune, facts.layer_weights, shapes)
+    refusal = ""
+    if config.parallel.backend == "deepspeed":
+        refusal = "parallel.backend=deepspeed cannot keep at zero, for it does not show their gradients"
+    elif config.metrics.gradient_noise_scale:
+        refusal = "metrics.gradient_noise_scale=true would measure with the gradients that they do not have"
+    return Pruning(
+        engine,
+        config.prune,
+        config.optimizer.name,
+        names,
+        ranks,
+        average=average,
+        refusal=refusal,
+        inform=observers.info,
+    )
 
 
 def _fit_weights(

@@ -1,13 +1,13 @@
 """The Trainer: one step after another until the run is finished or asked to stop."""
 
 import gc
-import math
 from contextlib import suppress
 from enum import Enum
 from typing import Any
 
 from sharding.engine import Batch
-from sharding.ranks.errors import NonFiniteFailure, RunFailure, UserError
+from sharding.loss_scaler import num_halvings
+from sharding.ranks.errors import AgreedError, NonFiniteFailure, RunFailure, UserError
 from trainer.accumulation import agree_on_step
 from trainer.checkpoint.finish import after_evaluation, finish_reason
 from trainer.checkpoint.stage_state import in_stages, initial_state
@@ -106,6 +106,7 @@ class Trainer:
             stage = self._parts.stage_of(restored.step)
             skipped = stage.stage.config.data.skip_samples
             self._restore(stage.spike_policy.skip_configured(restored, skipped))
+        self._parts.pruning.begin(self.step)
         self._warn_after_curve()
         self._open_metrics_file()
 
@@ -122,7 +123,7 @@ class Trainer:
         gc.disable()
         try:
             return self._fit()
-        except RunFailure:
+        except (RunFailure, AgreedError):
             # All ranks have come to it alike, so what was saved before it can still be made valid. It is the reason
             # that counts, also where that fails.
             with suppress(UserError, RunFailure):
@@ -200,6 +201,7 @@ class Trainer:
             loss_sum, noise = train_and_measure(engine, micro_batches, counts, num_targets)
         else:
             loss_sum = engine.train_batch(micro_batches, num_targets)
+        self._parts.pruning.mask_gradients()
         grad_norm = engine.clip_grad_norm(config.optimizer.clip_norm)
         taken = TakenStep(step, self._training.num_corpus_samples, loss_sum, grad_norm, num_targets)
         if self._stage.spike_policy.judges_at_once:
@@ -210,11 +212,11 @@ class Trainer:
                 self._training = self._stage.spike_policy.skip(bad, self._training)
                 self._close_loader()
                 return None
+        self._parts.pruning.add_gradients(grad_norm)
         stepped = engine.step(rate)
         self._skipped.add(stepped)
         self._stage.spike_policy.add(taken)
-        if self._parts.weight_average is not None:
-            self._parts.weight_average.update(stepped)
+        self._parts.after_update(step, stepped)
         self._training = self._training.model_copy(
             update={
                 "step": step,
@@ -311,7 +313,7 @@ class Trainer:
         metrics, longest_skip = summarize_step(
             record, self._skipped, self._clock, parts.meter, parts.ranks, self._noise_scale
         )
-        metrics["train/tokens"] = self._training.num_tokens
+        metrics |= {"train/tokens": self._training.num_tokens} | parts.pruning.metrics()
         metrics |= mfu_metrics(metrics, parts.facts, self._stage.stage.config.data.sequence_length, parts.peak_flops)
         if self._stage.stage.name:
             metrics["train/stage"] = self._stage.stage.index + 1
@@ -331,18 +333,13 @@ class Trainer:
 
     def _refuse_skips(self, longest: int) -> None:
         """Assert that no series of skipped steps is too long; every rank has counted the same."""
-        if longest >= self._config.faults.max_nonfinite_steps + self._num_halvings():
+        halvings = 0 if self._parts.engine.loss_scale is None else num_halvings(self._config.precision)
+        if longest >= self._config.faults.max_nonfinite_steps + halvings:
             raise NonFiniteFailure(
                 f"the loss or a gradient was not finite in {longest} steps in a row before step {self.step + 1} "
                 f"(faults.max_nonfinite_steps={self._config.faults.max_nonfinite_steps}), all of them skipped; "
                 "lower optimizer.lr, lengthen schedule.warmup_steps or look at the data of these steps."
             )
-
-    def _num_halvings(self) -> int:
-        """Steps that fp16 may skip in a row for good reason: each halves the loss scale, down to 1."""
-        if self._parts.engine.loss_scale is None:
-            return 0
-        return math.ceil(math.log2(self._config.precision.initial_loss_scale))
 
     def evaluate(self) -> Metrics:
         """The task's metrics on the held-out split, and those of the averaged weights as ``eval/ema_...``.

@@ -17,6 +17,7 @@ from trainer.metrics.profiling import StepProfiler
 from trainer.metrics.stragglers import BusyMeter
 from trainer.metrics.system_metrics import SystemMeter
 from trainer.model.models import ModelFacts
+from trainer.optimizers.pruning import Pruning
 from trainer.optimizers.weight_average import WeightAverage
 from trainer.runtime.phases import Phases
 from trainer.stages import StageParts
@@ -47,6 +48,7 @@ class TrainerParts:
         profiler: records the steps that were asked for.
         busy: seconds of a step that this rank did not wait for others.
         meter: use of nodes and GPUs, in percent.
+        pruning: keeps pruned weights at zero, where there are some.
         peak_flops: dense peak of one device in FLOP/s, where known.
         weight_average: moving average of the weights, where one is kept.
     """
@@ -69,6 +71,7 @@ class TrainerParts:
     description: str
     busy: BusyMeter
     peak_flops: float | None
+    pruning: Pruning
     weight_average: WeightAverage | None = None
 
     @property
@@ -79,6 +82,17 @@ class TrainerParts:
     def stage_of(self, step: int) -> StageParts:
         """What belongs to the stage of a step, counted from 1."""
         return self.stages[stage_of_step([parts.stage for parts in self.stages], step).index]
+
+    def after_update(self, step: int, stepped: torch.Tensor) -> None:
+        """What follows an optimizer step; ``stepped`` is 1.0 where it has changed the weights. Every rank must call it.
+
+        Raises:
+            AgreedError: see ``Pruning.after_step``.
+        """
+        # Before the average takes in weights that are to be zero.
+        self.pruning.after_step(step)
+        if self.weight_average is not None:
+            self.weight_average.update(stepped)
 
     def begin_next(self, ended: StageParts, training: TrainingState) -> tuple[StageParts, TrainingState]:
         """What belongs to the stage after one that has ended, and the state in which it begins."""

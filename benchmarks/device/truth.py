@@ -250,7 +250,7 @@ def _gradient_of_step(engine: Engine, vocab_size: int, generator: torch.Generato
         tokens = torch.randint(vocab_size, (2, 33), generator=generator)
         micro_batches.append({"input_ids": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous()})
     engine.train_batch(micro_batches, 2 * 2 * 32)
-    gradient = torch.cat([part.detach().double().flatten().cpu() for part in engine.local_gradients()])
+    gradient = torch.cat([part.detach().double().flatten().cpu() for part in engine.named_local_gradients().values()])
     engine.clip_grad_norm(0.0)
     engine.step(lr)
     return gradient

@@ -183,7 +183,7 @@ def _recorded_step(
     allocations.mark(f"{name} step begins")
     engine.train_batch(batches, sum(batch["labels"].numel() for batch in batches) * ranks.world_size)
     allocations.mark(f"{name} backward done")
-    allocations.tell("gradients", engine.local_gradients())
+    allocations.tell("gradients", engine.named_local_gradients().values())
     engine.clip_grad_norm(config.optimizer.clip_norm)
     engine.step(config.optimizer.lr)
     engine.settle()

@@ -139,6 +139,10 @@ class BucketedEngine(TorchEngine):
         """See Engine; a flat run of the parameter's elements, or all of a frozen one that is not divided."""
         return {name: self._runs[id(p)][0].detach() if id(p) in self._runs else p.detach() for name, p in self._named()}
 
+    def named_local_gradients(self) -> dict[str, torch.Tensor]:
+        """See Engine."""
+        return {entry.name: entry.local.grad for entry in self._trainable if entry.local.grad is not None}
+
     def replicas(self) -> list[Part]:
         """See Engine; in stages 1 and 2 every rank computes with all parameters, gathered after each step."""
         return [self._part(*named) for named in self.named_parameters()] if self._is_whole_between_steps else []

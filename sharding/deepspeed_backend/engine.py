@@ -109,9 +109,9 @@ class DeepSpeedEngine:
             "parallel.backend=deepspeed does not show each micro-batch's own gradient; use parallel.backend=torch."
         )
 
-    def local_gradients(self) -> list[torch.Tensor]:
+    def named_local_gradients(self) -> dict[str, torch.Tensor]:
         """See Engine."""
-        return []
+        return {}
 
     def evaluate(self, batches: Iterable[Batch]) -> list[torch.Tensor]:
         """See Engine."""

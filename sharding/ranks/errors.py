@@ -20,6 +20,10 @@ class UserError(Exception):
     """
 
 
+class AgreedError(UserError):
+    """One that all ranks have come to alike, so that they can still do together what is left to do."""
+
+
 class RunFailure(Exception):
     """The run cannot go on, and one sentence says why and what to do; exits with ``EXIT_FAILED``."""
 

@@ -23,11 +23,17 @@ _CHAT = "chat_lora"
 _BEGIN_ELSEWHERE = {_TRANSFER: "stdlib_bert_mlm", _CHAT: "quickstart"}
 EXAMPLES = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml") if path.stem not in _LARGE)
 
+_LATE_PRUNING = ("prune.begin=6", "prune.end=10", "prune.every=2")
 # As many steps as show that it learns; what makes texts fewer and models smaller where that is no matter of learning.
 _SHORT: dict[str, tuple[int, tuple[str, ...]]] = {
     "chat_lora": (12, ("data.max_documents=400",)),
     "digits_cnn": (20, ()),
     "digits_mlp": (30, ()),
+    "prune_digits": (30, ("prune.begin=10", "prune.end=20", "prune.every=5")),
+    "prune_stdlib_lm": (
+        12,
+        (*("data.max_documents=60", "data.vocab_size=512", "data.sequence_length=32"), *_LATE_PRUNING),
+    ),
     "quickstart": (8, ("data.max_documents=60", "data.vocab_size=512", "data.sequence_length=32")),
     "ratings": (60, ()),
     "stdlib_bert_mlm": (16, ("data.max_documents=60", "data.vocab_size=512")),

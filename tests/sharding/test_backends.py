@@ -72,7 +72,7 @@ def _evaluate_in_order(ranks: Ranks) -> None:
         # Training goes on from there.
         assert all(map(math.isfinite, train_steps(engine, ranks, num_steps=1))), (backend, strategy)
         if backend == "deepspeed":
-            assert engine.local_gradients() == []
+            assert engine.named_local_gradients() == {}
             with pytest.raises(UserError, match="deepspeed does not show each micro-batch's own gradient"):
                 engine.train_batch_with_norms(batches, 1)
 

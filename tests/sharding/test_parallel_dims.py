@@ -150,4 +150,4 @@ def test_an_engine_gives_no_loss_where_it_does_not_count() -> None:
         assert (float(engine.train_batch([batch], 1)) != 0) == counts
         assert [sums.tolist() for sums in engine.evaluate([batch])] == [[float(counts)] * 3]
         # Its gradients do.
-        assert all(bool(gradient.any()) for gradient in engine.local_gradients())
+        assert all(bool(gradient.any()) for gradient in engine.named_local_gradients().values())

@@ -23,6 +23,7 @@ from trainer.checkpoint.writer import CheckpointIdentity, commit_checkpoint, pre
 from trainer.config import RunConfig
 from trainer.data.rows_manifest import RECIPE_NAME, RowRecipe
 from trainer.files.storage import CheckpointPath
+from trainer.optimizers.pruning import Pruning
 from trainer.optimizers.weight_average import WeightAverage
 from trainer.run_folder.folder import RunFolder
 
@@ -56,6 +57,7 @@ class Checkpointer:
         warn: Callable[[str], None] = print,
         notify: Callable[[int, CheckpointPath], None] = lambda _step, _folder: None,
         before_write: Callable[[int], None] = lambda _: None,
+        pruning: Pruning | None = None,
     ) -> None:
         """Bind to a run.
 
@@ -78,6 +80,7 @@ class Checkpointer:
             warn: tells a person that a checkpoint is corrupt; called on rank 0.
             notify: called with step and folder of a checkpoint once it is complete, on rank 0.
             before_write: called with the step where this rank begins to write, in the thread that writes.
+            pruning: its masks are saved and loaded with the engine's state.
         """
         self._config = config
         self._run_folder = run_folder
@@ -90,6 +93,7 @@ class Checkpointer:
         self._begin_corpus = begin_corpus
         self._fit_weights = fit_weights
         self._before_write = before_write
+        self._weight_pruning = pruning
         self._identity = CheckpointIdentity(
             config=config.model_dump(mode="json"),
             data_fingerprint="",
@@ -193,6 +197,10 @@ class Checkpointer:
             # A run that turns averaging on begins with the weights it has.
             continues = reader.has_average and not weights_only
             self._weight_average.load(reader.read_into if continues else None)
+        if self._weight_pruning is not None:
+            self._weight_pruning.load(
+                reader.tensors, reader.read_into, is_own=source.is_own, weights_only=weights_only, names=names
+            )
         return training
 
     def start_saving(self, engine: Engine, training: TrainingState) -> None:
@@ -265,7 +273,8 @@ class Checkpointer:
         base = [part for part in parts if part.name in frozen]
         self._base.keep(base, step, lambda: self._before_write(step), self._pruning.wait)
         changing = [part for part in parts if part.name not in frozen]
-        return changing + ([] if average is None else average.state())
+        beside = [] if self._weight_pruning is None else self._weight_pruning.state()
+        return changing + beside + ([] if average is None else average.state())
 
     def _commit(
         self, folder: CheckpointPath, report: RankReport, training: TrainingState, identity: CheckpointIdentity

@@ -65,7 +65,7 @@ def after_evaluation(
     """
     finite = {name: value for name, (value, _) in evaluated.items() if math.isfinite(value)}
     training = training.model_copy(update={"eval_metrics": finite})
-    settings = config.evaluation
+    settings, prune = config.evaluation, config.prune
     name = settings.monitor
     if name not in evaluated:
         if evaluated and (settings.is_monitored or config.checkpoint.keep_best):
@@ -73,6 +73,9 @@ def after_evaluation(
         return training
     if not settings.every_steps or training.step % settings.every_steps:
         # The one at the end of a run, which a run of more steps does not have: counted, it would stop that one earlier.
+        return training
+    if prune.sparsity and training.step < prune.end:
+        # What fewer and fewer weights reach does not compare with it, and a run that stops here would not be pruned.
         return training
     better, state = evaluated[name][1], training.monitor
     if state.metric != name:

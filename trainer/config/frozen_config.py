@@ -10,7 +10,7 @@ from trainer.config.schema import RunConfig
 from trainer.config.stages import stages_of
 
 _FROZEN_KEYS = (
-    *("task", "model", "data", "seed", "optimizer", "schedule", "stages"),
+    *("task", "model", "data", "seed", "optimizer", "schedule", "prune", "stages"),
     *("batch.global_size", "precision.compute", "precision.fp8_recipe"),
 )
 # These change neither arithmetic nor what a checkpoint has behind it: where modules of one's own and the cache lie, how

@@ -16,6 +16,7 @@ from trainer.config.evaluation_sets import validate_sets
 from trainer.config.messages import validate_messages
 from trainer.config.networks import validate_model
 from trainer.config.optimizer import validate_optimizer
+from trainer.config.prune_rules import validate_prune
 from trainer.config.rows import TASK_SAMPLES
 from trainer.config.rows_rules import validate_rows
 from trainer.config.stages import errors_of_stage, stages_of, validate_stages
@@ -101,6 +102,7 @@ def _validate_alone(config: "RunConfig", world: World | None, num_steps: int | N
     validate_changes(config.checkpoint)
     _validate_faults(config)
     validate_optimizer(config.optimizer, config.parallel.backend)
+    validate_prune(config, num_steps)
     validate_evaluation(config, num_steps)
     _validate_replica_check(config)
     if world is not None:

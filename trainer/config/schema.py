@@ -13,6 +13,7 @@ from trainer.config.checkpoint import CheckpointConfig
 from trainer.config.data import DataConfig
 from trainer.config.faults import FaultsConfig
 from trainer.config.optimizer import OptimizerConfig
+from trainer.config.prune import PruneConfig
 from trainer.config.schedule import ScheduleConfig
 from trainer.config.sections import BatchConfig, EvaluationConfig, LaunchConfig, MetricsConfig, ModelConfig, TaskConfig
 from trainer.config.stage_section import StageConfig
@@ -69,6 +70,9 @@ class RunConfig(StrictModel):
 
     schedule: ScheduleConfig = ScheduleConfig()
     """Learning-rate schedule."""
+
+    prune: PruneConfig = PruneConfig()
+    """Pruned weights."""
 
     stages: Annotated[tuple[StageConfig, ...], Field(strict=False)] = ()
     """Parts of the run, one after another, each with data, schedule and batch of its own; the optimizer and all

@@ -23,11 +23,12 @@ def beginning_of_schedule(config: RunConfig, num_steps: int, total_steps: int | 
         num_steps: steps that are taken of it.
         total_steps: where a curve with an end is to end, in place of where it does.
     """
-    schedule = config.schedule
+    schedule, prune = config.schedule, config.prune
     if schedule.name in CURVES_WITH_END:
         whole = schedule.total_steps or (config.num_steps if config.is_length_known else _LONG)
         return [f"schedule.total_steps={total_steps or whole}"]
-    # Without an end a warm-up may not be longer than the run.
-    if schedule.warmup_steps > num_steps:
-        return [f"schedule.warmup_steps={num_steps}"]
-    return []
+    # Without an end a warm-up may not be longer than the run, and pruning neither.
+    settings = [f"schedule.warmup_steps={num_steps}"] if schedule.warmup_steps > num_steps else []
+    if prune.sparsity and prune.end > num_steps:
+        settings += [f"prune.begin={num_steps}", f"prune.end={num_steps}"]
+    return settings

@@ -71,6 +71,7 @@ SECTIONS = (
             Panel("Learning rate", ("train/learning_rate",), "per step"),
             Panel("Gradient norm before clipping", ("train/grad_norm",), "L2 norm", scale="log"),
             Panel("Skipped steps", ("train/skipped_steps",), "steps so far"),
+            Panel("Pruned weights", ("train/sparsity",), "share of those that may be"),
             Panel("Loss scale of fp16", ("train/loss_scale",), "factor", scale="log"),
             Panel("Gradient noise scale", ("train/noise_scale_tokens",), "tokens", scale="log"),
         ),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from sharding.blocks import find_blocks, hidden_matrices
+from sharding.blocks import find_blocks, hidden_matrices, layer_weights
 from sharding.config import ActivationCheckpointingConfig
 from sharding.memory_formula import BUCKET_ELEMENTS, Layout, ModelSizes, StateBytes, state_bytes
 from sharding.parallel_dims import ParallelDims
@@ -20,6 +20,7 @@ from trainer.data.facts import SampleFacts
 from trainer.model.backward_reach import backward_reach
 from trainer.model.models import output_embeddings
 from trainer.model.tried_activations import tried_activation_bytes
+from trainer.optimizers.prune_choice import keeps_squares, pruned_parameters
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -93,7 +94,7 @@ def estimate_memory(
         is_bucketed=parallel.backend == "bucketed",
         accumulation_steps=accumulation_steps(config, dims),
         compute_bytes=width,
-        moment_bytes=moment_bytes(config.optimizer, model) / sizes.num_parameters,
+        moment_bytes=(moment_bytes(config.optimizer, model) + mask_bytes(config, model)) / sizes.num_parameters,
         bucket_elements=BUCKET_ELEMENTS[device.type],
     )
     # The formula is of transformers that give logits for each token.
@@ -150,6 +151,16 @@ def moment_bytes(optimizer: OptimizerConfig, model: nn.Module) -> float:
         for name, p in model.named_parameters()
         if p.requires_grad
     )
+
+
+def mask_bytes(config: RunConfig, model: nn.Module) -> float:
+    """Bytes of the masks of pruned weights, and of means of their squared gradients, over all ranks."""
+    if not config.prune.sparsity:
+        return 0.0
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+    names = pruned_parameters(config.prune, layer_weights(model), shapes)
+    width = 1 + _FP32_BYTES * keeps_squares(config.prune, config.optimizer.name)
+    return float(width * sum(math.prod(shapes[name]) for name in names))
 
 
 def _moment_bytes(optimizer: OptimizerConfig, shape: tuple[int, ...], is_hidden_matrix: bool) -> float:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from sharding.blocks import find_blocks
+from sharding.blocks import find_blocks, layer_weights
 from sharding.float8 import is_fit
 from sharding.ranks.errors import UserError
 from trainer.architectures.config import build_model_config, field
@@ -37,6 +37,7 @@ class ModelFacts:
         num_float8_linears: those of them that ``precision.compute=fp8`` multiplies in 8 bits.
         is_per_token: whether arithmetic per token is known: every matrix is used once for each token of a text.
         body: names of the tensors that belong to no head.
+        layer_weights: names of the trained matrices and kernels of layers, no embeddings, in the model's order.
         notes: what the weights are that the model begins with, and which of them are trained, a line each; none
             where there is nothing to say.
         num_frozen: parameters that are not trained.
@@ -53,6 +54,7 @@ class ModelFacts:
     num_float8_linears: int
     is_per_token: bool = True
     body: frozenset[str] = frozenset()
+    layer_weights: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     num_frozen: int = 0
     num_frozen_matrix_parameters: int = 0
@@ -173,6 +175,7 @@ def model_facts(model: nn.Module, model_config: "PretrainedConfig | None", *, re
         num_float8_linears=sum(map(is_fit, in_blocks)),
         is_per_token=text_config is not None and reads_tokens,
         body=body_of(model),
+        layer_weights=layer_weights(model),
         num_frozen=sum(p.numel() for p in parameters if not p.requires_grad),
         num_frozen_matrix_parameters=sum(p.numel() for p in matrices if not p.requires_grad),
         num_matrix_parameters_before=sum(p.numel() for p in matrices if id(p) in before),
