@@ -115,15 +115,25 @@ def test_it_may_become_another_program(start: subprocess.Popen[str]) -> None:
     assert facts["handles"] == str([int(signal.SIGINT)])
 
 
-def test_what_libraries_would_read_at_import_is_a_real_start(tmp_path: Path) -> None:
+def _said_in(environment: dict[str, str]) -> str:
     with from_zygote():
         finished = subprocess.run(
             [*_STARTED, "only"],
-            env=command_environment(HF_HOME=str(tmp_path)),
+            env=environment,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             cwd=ROOT,
             check=True,
         )
-    assert "is_clone=False" in finished.stdout
+    return finished.stdout
+
+
+def test_what_libraries_would_read_at_import_is_a_real_start(tmp_path: Path) -> None:
+    assert "is_clone=False" in _said_in(command_environment(HF_HOME=str(tmp_path)))
+
+
+@pytest.mark.parametrize("library", ["accelerate", "deepspeed", "lightning_fabric", "peft", "sklearn", "wandb"])
+def test_what_a_library_sets_where_a_test_imports_it_is_not(library: str) -> None:
+    pytest.importorskip(library)
+    assert "is_clone=True" in _said_in(command_environment())

@@ -17,9 +17,9 @@ _MODULES = re.compile(
     r"|torch\.distributed\.run$|accelerate\.commands\.launch$|deepspeed\.launcher\.(launch|runner)$"
 )
 _FORK_SERVER = "from multiprocessing.forkserver import main;"
-# Read while libraries or the interpreter start.
+# Read while libraries or the interpreter start. How torch looks for GPUs is not; DeepSpeed sets that at its import.
 _READ_AT_IMPORT = re.compile(
-    r"(HF_|HUGGINGFACE|TRANSFORMERS_|XDG_|HOME$|LD_|GLIBC|MKL_|KMP_|OPENBLAS|CUDA_|DS_ACC|LANG|LC_|PYTORCH_"
+    r"(HF_|HUGGINGFACE|TRANSFORMERS_|XDG_|HOME$|LD_|GLIBC|MKL_|KMP_|OPENBLAS|CUDA_|DS_ACC|LANG|LC_|PYTORCH_(?!NVML_)"
     r"|TORCH_(LOGS|CPP|SHOW|DISTRIBUTED)|PYTHON(?!PATH$|SAFEPATH$|FAULTHANDLER$|UNBUFFERED$))"
 )
 LENGTH = struct.Struct("=q")
