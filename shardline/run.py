@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from trainer.config import RunConfig
 from trainer.config.expansion import expand_argument
+from trainer.deploy.signature import Dtype, Format
 from trainer.files.storage import CheckpointPath
 from trainer.metrics.file import Metrics, read_metrics
 from trainer.run_folder.folder import RunFolder
@@ -174,33 +175,54 @@ class Run:
         self,
         to: str | Path,
         *,
+        format: Format = "hf",
+        dtype: Dtype = "fp32",
         step: int | None = None,
         ema: bool = False,
         task: OwnPart | None = None,
+        model: OwnPart | None = None,
+        samples: OwnPart | None = None,
         trust_remote_code: bool = False,
         form: Literal["adapter", "merged"] | None = None,
+        accept_loss: bool = False,
     ) -> Path:
-        """Write a checkpoint as a folder that `transformers` loads, with the tokenizer; returns the folder.
+        """Write a checkpoint as a folder that another runtime loads, where it computes what was trained.
 
         Args:
             to: a new folder.
+            format: ``hf`` for `transformers`, ``onnx`` for ONNX Runtime, ``torch-export`` for ``torch.export.load``.
+            dtype: format of the weights: ``fp32``, ``bf16`` or ``fp16``.
             step: see ``load``, as for what follows.
             ema: see ``load``.
             task: see ``load``.
+            model: what makes the run's own model, where it has one.
+            samples: what makes the run's own samples, where it has any.
             trust_remote_code: see ``load``.
             form: of a run with adapters (LoRA) these alone, as peft loads them, or the whole model; None of others.
+            accept_loss: write also what is less good than what was trained, or cannot be compared with it.
+
+        Returns:
+            The folder; ``deployment.json`` in it says what it holds, and README.md how good it is.
 
         Raises:
-            UserError: see ``load``; also where the folder is not empty or cannot be written, or the form is not one
-                that the run has.
+            UserError: see ``load``; also where the folder is not empty or cannot be written, the form or the format is
+                not one that the run has, a package is missing, or what was written is another model than was trained.
         """
         from trainer.checkpoint.reader import open_checkpoint
         from trainer.deploy.allowed_code import AllowedCode
-        from trainer.deploy.export import export_model
+        from trainer.deploy.export import ExportOptions, export_run
 
         folder = Path(to)
-        allowed = AllowedCode(_name(task, "task"), trust_remote_code)
-        export_model(open_checkpoint(str(self.path), step), folder, averaged=ema, allowed=allowed, form=form)
+        factories = [_name(model, "model"), _name(samples, "samples")]
+        options = ExportOptions(
+            format=format,
+            dtype=dtype,
+            averaged=ema,
+            allowed=AllowedCode(_name(task, "task"), trust_remote_code, tuple(filter(None, factories))),
+            form=form,
+            accept_loss=accept_loss,
+        )
+        export_run(open_checkpoint(str(self.path), step), folder, options)
         return folder
 
 

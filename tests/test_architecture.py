@@ -43,7 +43,9 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "report": {"config", "runtime", "files", "run_folder", "data", "checkpoint", "metrics", "faults.failure"},
         "doctor": set(),
         "parity": {"config", "runtime", "data", "architectures", "tasks", "optimizers", "model"},
-        "deploy": {"config", "files", "data", "architectures", "tasks", "model", "checkpoint"},
+        "deploy": {
+            *("config", "files", "run_folder", "data", "architectures", "tasks", "model", "checkpoint", "metrics"),
+        },
         "evaluation": {"config", "runtime", "files", "data", "tasks", "model", "checkpoint", "metrics", "deploy"},
         ".": {
             *("config", "runtime", "files", "run_folder", "data", "tasks", "optimizers", "model", "checkpoint"),
@@ -88,6 +90,8 @@ UNUSED_BY_A_RANK = {
     "trackio",
     "pandas",
     "pyarrow",
+    "onnx",
+    "onnxruntime",
     "launcher",
     "benchmarks",
     "shardline",

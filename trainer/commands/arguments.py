@@ -55,3 +55,11 @@ OwnTask = Annotated[
     str | None, typer.Option("--task", metavar="module:Class", help="Import the run's own task: Python code.")
 ]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own Python code.")]
+OwnFactories = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--factory",
+        metavar="module:function",
+        help="Call the run's own maker of models or samples: Python code.",
+    ),
+]

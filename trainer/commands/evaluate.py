@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from trainer.commands.arguments import AsJson, Average, NprocPerNode, OwnTask, RemoteCode, Step, expanded
+from trainer.commands.arguments import AsJson, Average, NprocPerNode, OwnFactories, OwnTask, RemoteCode, Step, expanded
 from trainer.commands.entry import entry
 
 
@@ -30,10 +30,7 @@ def evaluate(
     nproc_per_node: NprocPerNode = None,
     as_json: AsJson = False,
     task: OwnTask = None,
-    factory: Annotated[
-        list[str] | None,
-        typer.Option(metavar="module:function", help="Call the run's own maker of models or samples: Python code."),
-    ] = None,
+    factory: OwnFactories = None,
     trust_remote_code: RemoteCode = False,
 ) -> int:
     """Evaluate a checkpoint or an exported model on held-out samples or on files of your own; changes no run.

@@ -1,4 +1,4 @@
-"""``shardline export``: a checkpoint as a folder that `transformers` loads."""
+"""``shardline export``: a checkpoint as a folder for `transformers`, ONNX Runtime or ``torch.export``."""
 
 import sys
 from pathlib import Path
@@ -6,13 +6,23 @@ from typing import Annotated
 
 import typer
 
-from trainer.commands.arguments import Average, OwnTask, RemoteCode, Run, Step, expanded
+from trainer.commands.arguments import Average, OwnFactories, OwnTask, RemoteCode, Run, Step, expanded
 from trainer.commands.entry import entry
+from trainer.deploy.signature import Dtype, Format
 
 
 def export(
     run_folder: Run,
     to: Annotated[Path, typer.Option(metavar="DIR", help="New folder for the model.", callback=expanded)],
+    file_format: Annotated[
+        Format,
+        typer.Option("--format", help="hf: for transformers; onnx: ONNX Runtime; torch-export: torch.export.load."),
+    ] = "hf",
+    dtype: Annotated[Dtype, typer.Option(help="Format of the weights.")] = "fp32",
+    accept_loss: Annotated[
+        bool,
+        typer.Option("--accept-loss", help="Write it also where it is less good than what was trained, or unknown."),
+    ] = False,
     step: Step = None,
     ema: Average = False,
     adapter: Annotated[
@@ -22,22 +32,32 @@ def export(
         bool, typer.Option("--merge", help="Of a run with LoRA: the whole model, adapters added to the weights.")
     ] = False,
     task: OwnTask = None,
+    factory: OwnFactories = None,
     trust_remote_code: RemoteCode = False,
 ) -> int:
-    """Write a checkpoint as a model and tokenizer that transformers loads."""
+    """Write a checkpoint as a model that other programs load, once it computes there what was trained."""
     from sharding.ranks.errors import EXIT_FINISHED, UserError
     from trainer.checkpoint.reader import open_checkpoint
     from trainer.deploy.allowed_code import AllowedCode
-    from trainer.deploy.export import Form, export_model
+    from trainer.deploy.export import ExportOptions, export_run
 
     if adapter and merge:
         raise UserError("--adapter and --merge name two forms of an export; leave one out.")
     reader = open_checkpoint(run_folder, step)
-    form: Form | None = "adapter" if adapter else "merged" if merge else None
-    export_model(reader, to, averaged=ema, allowed=AllowedCode(task, trust_remote_code), form=form)
+    options = ExportOptions(
+        format=file_format,
+        dtype=dtype,
+        averaged=ema,
+        allowed=AllowedCode(task, trust_remote_code, tuple(factory or ())),
+        form="adapter" if adapter else "merged" if merge else None,
+        accept_loss=accept_loss,
+    )
+    deployment = export_run(reader, to, options)
     part = "the adapters of " if adapter else ""
     average = "the averaged weights of " if ema else ""
     print(f"exported {part}{average}step {reader.manifest.training.step} of {run_folder} to {to}")
+    if deployment is not None:
+        print("not compared with the trained model" if deployment.quality is None else deployment.quality.in_words())
     source = reader.manifest.config["checkpoint"].get("from")
     if adapter and source is not None:
         print(f"they stand beside the model of {source}: export that, and give it to PeftModel.from_pretrained")

@@ -39,9 +39,8 @@ class AllowedCode:
             )
         if config.model.factory is not None and config.model.factory not in self.factories:
             raise UserError(
-                f"{source} asks for Python code by model.factory={config.model.factory}, which training runs, and "
-                f"shardline evaluate with --factory {config.model.factory}; read that code first. "
-                "trainer.checkpoint.reader.CheckpointReader reads its weights."
+                f"{source} asks for Python code by model.factory={config.model.factory}; read that code, and give "
+                f"--factory {config.model.factory} to run it."
             )
         if config.model.trust_remote_code and not self.trust_remote_code:
             raise UserError(

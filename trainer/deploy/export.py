@@ -1,41 +1,101 @@
-"""A checkpoint as a folder that `transformers` loads."""
+"""A checkpoint as an exported folder: written, run in its own runtime, compared with the trained model, described."""
 
-import json
-import shutil
-import tempfile
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+import psutil
+from torch import nn
 
 from sharding.ranks.errors import UserError
+from trainer.architectures.config import max_positions
 from trainer.checkpoint.reader import CheckpointReader
-from trainer.config import RunConfig, parse_config
-from trainer.config.stages import stages_of, widest_config
-from trainer.data.chat_template import end_of_turn_ids
-from trainer.data.facts import SampleFacts
-from trainer.data.prepared import Prepared, open_corpus
-from trainer.data.prepared_own import PreparedOwn
-from trainer.data.prepared_rows import recipe_facts
-from trainer.data.rows_manifest import RECIPE_NAME
-from trainer.data.tokenizer import load_tokenizer
-from trainer.deploy.adapters import ModelWeights, merged_weights, refuse_form, write_adapters
+from trainer.deploy.adapters import refuse_form, write_adapters
 from trainer.deploy.allowed_code import AllowedCode
-from trainer.files.atomic_files import umask
-from trainer.model.models import build_model_on_meta
-from trainer.model.pretrained import stored_by_name, tied_names
-from trainer.model.stored_tensor import StoredTensor
-from trainer.tasks.registry import configured_task
+from trainer.deploy.export_program import call_specs, export_program, max_program_length, program_specs, save_program
+from trainer.deploy.exported_model import open_exported
+from trainer.deploy.held_out import find_held_out
+from trainer.deploy.hf_folder import refuse_other_models, write_hf_folder
+from trainer.deploy.model_call import ModelCall, record_call
+from trainer.deploy.model_card import trained_revision, write_card
+from trainer.deploy.new_folder import new_folder, refuse_contents
+from trainer.deploy.onnx_file import refuse_missing_onnx, write_onnx
+from trainer.deploy.signature import (
+    FILES,
+    Deployment,
+    Dtype,
+    Format,
+    OutputKind,
+    RunRecord,
+    TensorSpec,
+    write_deployment,
+)
+from trainer.deploy.trained_model import TrainedModel, check_checkpoint, open_trained
+from trainer.deploy.verify_export import compare, quality, refuse_loss
+from trainer.run_folder.provenance import package_version
+from trainer.tasks.causal_lm import CausalLanguageModelling
+from trainer.tasks.classification import Classification, TokenClassification
+from trainer.tasks.masked_lm import MaskedLanguageModelling
+from trainer.tasks.regression import Regression
+from trainer.tasks.task import Task
 
-_MAX_FILE_BYTES = 4 * 2**30
 _NO_CODE = AllowedCode()
-
 
 Form = Literal["adapter", "merged"]
 """Of a run with adapters: these alone, or the model that they make of the weights beside them."""
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How a checkpoint is exported.
+
+    Attributes:
+        format: what is written.
+        dtype: format of the weights.
+        averaged: take the moving average of the weights instead of the weights.
+        allowed: the Python code that may run for it.
+        form: of a run with adapters, which of both; None elsewhere.
+        accept_loss: write also what is not, or cannot be shown to be, as good as what was trained.
+    """
+
+    format: Format = "hf"
+    dtype: Dtype = "fp32"
+    averaged: bool = False
+    allowed: AllowedCode = _NO_CODE
+    form: Form | None = None
+    accept_loss: bool = False
+
+
+def export_run(reader: CheckpointReader, folder: Path, options: ExportOptions) -> Deployment | None:
+    """Export a checkpoint, and see that what was written computes what was trained.
+
+    The folder appears complete or not at all.
+
+    Args:
+        reader: the checkpoint.
+        folder: where to; must be new or empty.
+        options: how.
+
+    Returns:
+        What was written; None of adapters alone, which are no model.
+
+    Raises:
+        UserError: the folder has contents or cannot be written, the checkpoint is not one that can be exported so (see
+            ``check_checkpoint``, ``write_hf_folder`` and ``export_program``), a package is missing, or the exported
+            model is another one than was trained.
+    """
+    if options.form == "adapter":
+        _refuse_formats_of_adapters(options)
+        export_model(reader, folder, averaged=options.averaged, allowed=options.allowed, form=options.form)
+        return None
+    if options.format == "onnx":
+        refuse_missing_onnx()
+    refuse_contents(folder)
+    config = check_checkpoint(reader, averaged=options.averaged, allowed=options.allowed)
+    refuse_form(reader, config, options.form)
+    with new_folder(folder) as work:
+        trained = open_trained(reader, config, work, averaged=options.averaged)
+        return _write_compared(trained, work, options)
 
 
 def export_model(
@@ -48,8 +108,8 @@ def export_model(
 ) -> None:
     """Write the model of a checkpoint, its configuration and tokenizer, so that `from_pretrained` loads them.
 
-    Tensors pass through memory one file at a time. The folder appears complete or not at all, and only where what
-    `from_pretrained` makes of it is the model that was trained.
+    Nothing is run. Tensors pass through memory one file at a time. The folder appears complete or not at all, and only
+    where what `from_pretrained` makes of it is the model that was trained.
 
     Args:
         reader: the checkpoint.
@@ -63,191 +123,130 @@ def export_model(
             old one without a tokenizer and the run's corpus is gone, it asks for code that is not allowed, the form is
             not one that it has, or `transformers` would make another model of it.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--to {folder} is {'not empty' if folder.is_dir() else 'a file'}; name a new folder.")
-    if averaged and not reader.has_average:
-        raise UserError(
-            f"--ema: checkpoint {reader.folder} has no average of the weights; leave out --ema, or train with "
-            "optimizer.ema_decay above 0, such as 0.999."
-        )
-    reader.verify()
-    config = parse_config(reader.manifest.config, source=f"{reader.folder}", has_rules=False)
+    refuse_contents(folder)
+    config = check_checkpoint(reader, averaged=averaged, allowed=allowed)
     refuse_form(reader, config, form)
-    # Of stages, the last conversations say how an answer ends.
-    has_messages = any(stage.config.data.has_messages for stage in stages_of(config))
-    config = widest_config(config)
-    allowed.check(config, f"checkpoint {reader.folder}")
-    recipe = reader.read_recipe()
-    is_own = config.data.source == "factory"
-    corpus = _corpus_of(reader, config) if recipe is None and (is_own or not reader.manifest.tokenizer) else None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    except OSError as error:
-        raise _not_writable(folder, error) from None
-    try:
-        if corpus is not None and corpus.tokenizer_dir is not None:
-            shutil.copytree(corpus.tokenizer_dir, work, dirs_exist_ok=True)
-        has_tokenizer = reader.unpack_tokenizer(work)
-        if recipe is not None:
-            facts = recipe_facts(recipe, work if has_tokenizer else None)
-            # Whoever feeds the model must know how rows were normalised, and what its outputs are.
-            (work / RECIPE_NAME).write_text(recipe.model_dump_json(indent=1) + "\n")
-        elif isinstance(corpus, PreparedOwn):
-            facts = replace(corpus.facts(), tokenizer_dir=work if corpus.tokenizer_dir is not None else None)
-        else:
-            tokens = corpus or reader.manifest.tokenizer
-            assert tokens is not None, "there is a tokenizer or a corpus"
-            facts = SampleFacts(config.data.sequence_length, tokens.vocab_size, tokens.eos_token_id, work)
-            if config.data.mask_token:
-                tokenizer = load_tokenizer(str(work), masks=True)
-                facts = replace(facts, pad_token_id=tokenizer.pad_token_id, mask_token_id=tokenizer.mask_token_id)
-        model = _build_model(config, facts)
+    with new_folder(folder) as work:
+        trained = open_trained(reader, config, work, averaged=averaged)
         if form == "adapter":
-            write_adapters(reader, model, config, work, averaged=averaged)
+            refuse_other_models(trained)
+            write_adapters(reader, trained.model, trained.config, work, averaged=averaged)
         else:
-            weights = merged_weights(reader, model, config)
-            ends = end_of_turn_ids(work) if has_messages else set()
-            _write_configuration(model, facts.vocab_size, ends, work)
-            check_reloads(model, weights, work, trust_remote_code=config.model.trust_remote_code)
-            _write_weights(weights, work, averaged=averaged)
-        # mkdtemp made the folder private, and safetensors its files.
-        for path in work.rglob("*"):
-            path.chmod((0o777 if path.is_dir() else 0o666) & ~umask())
-        work.chmod(0o777 & ~umask())
-        if folder.exists():
-            folder.rmdir()
-        work.rename(folder)
-    except BaseException as error:
-        shutil.rmtree(work, ignore_errors=True)
-        if isinstance(error, OSError | SafetensorError):
-            raise _not_writable(folder, error) from None
-        raise
+            write_hf_folder(trained, work)
 
 
-def _corpus_of(reader: CheckpointReader, config: RunConfig) -> Prepared:
-    """The corpus of a checkpoint that was written without its tokenizer."""
-    corpus = open_corpus(config, reader.manifest.data_fingerprint)
-    if corpus.fingerprint != reader.manifest.data_fingerprint:
-        raise UserError(
-            f"checkpoint {reader.folder} was trained on another corpus than {corpus.folder}, whose tokenizer may "
-            "differ; restore the corpus, or use the Python version of the run if data.source is python-stdlib."
-        )
-    return corpus
+def _write_compared(trained: TrainedModel, work: Path, options: ExportOptions) -> Deployment:
+    """Write the model, run it, and say what it is and how good."""
+    if options.format == "hf":
+        refuse_other_models(trained)
+    not_compared: str | None = None
+    try:
+        held_out = find_held_out(trained, options.allowed, is_scored=options.dtype != "fp32")
+        _refuse_lack_of_memory(trained)
+    except UserError as error:
+        if options.format != "hf":
+            raise
+        if not options.accept_loss:
+            raise UserError(f"{error} --accept-loss writes it without a comparison.") from None
+        not_compared = str(error)
+        write_hf_folder(trained, work, options.dtype)
+        deployment = _description(trained, options, [], [], None)
+    else:
+        model = trained.materialized()
+        call = record_call(trained.task, model, next(held_out.batches()))
+        deployment = _write(trained, model, call, work, options)
+        comparison = compare(trained.task, model, call, open_exported(work, deployment, trained, call), held_out)
+        found = quality(comparison, held_out, trained.config.evaluation.monitor)
+        if not options.accept_loss:
+            refuse_loss(comparison, found, options.dtype)
+        deployment = deployment.model_copy(update={"quality": found})
+    write_deployment(deployment, work)
+    write_card(trained, deployment, not_compared, work)
+    return deployment
 
 
-def _not_writable(folder: Path, error: Exception) -> UserError:
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return UserError(f"--to {folder} cannot be written: {reason}; name another folder, or free some space.")
+def _write(trained: TrainedModel, model: nn.Module, call: ModelCall, work: Path, options: ExportOptions) -> Deployment:
+    """Write the model, and say what it is."""
+    if options.format == "hf":
+        write_hf_folder(trained, work, options.dtype)
+        return _description(trained, options, *call_specs(call, trained.facts), None)
+    program = export_program(model, call, trained.facts, options.dtype, options.format)
+    inputs, outputs = program_specs(program, call)
+    if options.format == "onnx":
+        write_onnx(program, inputs, outputs, work / FILES["onnx"])
+    else:
+        save_program(program, work / FILES["torch-export"])
+    return _description(trained, options, inputs, outputs, max_program_length(program))
 
 
-def _build_model(config: RunConfig, facts: SampleFacts) -> Any:
-    """The run's model, without memory."""
-    from transformers import PreTrainedModel
-
-    task = configured_task(config.task, facts, loss_chunk_tokens=0)
-    model = build_model_on_meta(task, config.model, facts)
-    if not isinstance(model, PreTrainedModel):
-        raise UserError(
-            f"task.name={config.task.name} trains {_class_of(model)}, which is no model of transformers, so that "
-            "nothing could load an export of it; trainer.checkpoint.reader.CheckpointReader reads its weights."
-        )
-    return model
-
-
-def _write_configuration(model: Any, vocab_size: int | None, ends: set[int], work: Path) -> None:
-    """Write the model's configuration, and how to generate with it: also up to one of the ends of an answer."""
-    from transformers.dynamic_module_utils import custom_object_save
-
-    model.config.architectures = [type(model).__name__]
-    model.config.dtype = torch.float32
-    if model._auto_class is not None:
-        # A class of the model's own code goes along, and its configuration's code with the configuration.
-        custom_object_save(model, work, config=model.config)
-    model.config.save_pretrained(work)
-    if vocab_size is not None and getattr(model, "generation_config", None) is not None:
-        # Ids that pad the vocabulary stand for nothing: whoever generates with the model must not draw them.
-        padding = range(vocab_size, model.config.get_text_config().vocab_size)
-        suppressed = {*(model.generation_config.suppress_tokens or ()), *padding}
-        model.generation_config.suppress_tokens = sorted(suppressed) or None
-        if ends:
-            model.generation_config.eos_token_id = sorted(ends)
-        model.generation_config.save_pretrained(work)
+def _description(
+    trained: TrainedModel,
+    options: ExportOptions,
+    inputs: list[TensorSpec],
+    outputs: list[TensorSpec],
+    max_length: int | None,
+) -> Deployment:
+    limits = [max_length, None if trained.facts.vocab_size is None else _max_tokens(trained)]
+    manifest = trained.reader.manifest
+    return Deployment(
+        format=options.format,
+        file=FILES[options.format],
+        task=trained.config.task.name,
+        output_kind=_output_kind(trained.task),
+        classes=list(trained.facts.classes),
+        inputs=inputs,
+        outputs=outputs,
+        max_length=min((limit for limit in limits if limit is not None), default=None),
+        dtype=options.dtype,
+        quality=None,
+        run=RunRecord(
+            name=trained.config.name,
+            step=manifest.training.step,
+            averaged=trained.averaged,
+            data_fingerprint=manifest.data_fingerprint,
+            revision=trained_revision(trained.reader),
+            version=package_version("shardline"),
+        ),
+    )
 
 
-def check_reloads(model: Any, reader: ModelWeights, folder: Path, *, trust_remote_code: bool) -> None:
-    """Refuse an export that `from_pretrained` would make another model of; reads no weights.
-
-    Args:
-        model: the model that was trained, without memory.
-        reader: its weights, whose names the export will have.
-        folder: where its configuration was written to.
-        trust_remote_code: whether a model's own code may run.
+def _refuse_lack_of_memory(trained: TrainedModel) -> None:
+    """Assert that two models fit in what is free, for a process that is killed says nothing.
 
     Raises:
-        UserError: the class is not one that transformers has, or it would load some weights as others, or not at all.
+        UserError: they do not.
     """
-    import transformers
-
-    def refused(reason: str) -> UserError:
-        return UserError(
-            f"checkpoint {reader.folder} cannot be exported as a model of transformers: {reason}; "
-            "trainer.checkpoint.reader.CheckpointReader reads its weights."
+    needed = 2 * sum(trained.weights.parameter_bytes(name) for name in trained.weights.parameter_names())
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise UserError(
+            f"the trained model and the exported one need {needed / 2**30:.1f} GiB to be compared, and "
+            f"{free / 2**30:.1f} are free; export it on a machine with more memory."
         )
 
-    kind = type(model)
-    if model._auto_class is None and getattr(transformers, kind.__name__, None) is not kind:
-        raise refused(f"{_class_of(model)} is no class of its own")
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    with torch.device("meta"):
-        loaded = kind(config)
-    expected = {name: tuple(tensor.shape) for name, tensor in loaded.state_dict().items()}
-    stored = {
-        name: StoredTensor(shape, torch.float32, lambda _: torch.empty(0))
-        for name, shape in reader.parameter_shapes().items()
-    }
-    try:
-        found = stored_by_name(loaded, stored)
-    except ValueError as error:
-        raise refused(f"its weights {error}") from None
-    for name, tensor in stored.items():
-        if found.get(name) is not tensor:
-            raise refused(f"{kind.__name__} has another use for {name}, or none")
-        if expected[name] != tuple(tensor.shape):
-            raise refused(f"{name} has shape {list(tensor.shape)}, and {kind.__name__} makes it {list(expected[name])}")
-    tied = tied_names(loaded)
-    for name in expected:
-        if not any(other in found for other in tied.get(name, [name])):
-            raise refused(f"it has no {name}, which {kind.__name__} needs")
+
+def _max_tokens(trained: TrainedModel) -> int | None:
+    """The most tokens of a text: of rows as many as are read of one, else as many as the model has positions for."""
+    if trained.recipe is not None:
+        return trained.recipe.sequence_length
+    model_config = getattr(trained.model, "config", None)
+    return None if model_config is None else max_positions(model_config)
 
 
-def _class_of(model: Any) -> str:
-    return f"{type(model).__module__}.{type(model).__name__}"
+def _output_kind(task: Task) -> OutputKind:
+    if isinstance(task, TokenClassification):
+        return "tags"
+    if isinstance(task, Classification):
+        return "binary" if task.num_outputs == 1 else "classes"
+    if isinstance(task, Regression):
+        return "number"
+    return "tokens" if isinstance(task, CausalLanguageModelling | MaskedLanguageModelling) else "values"
 
 
-def _write_weights(reader: ModelWeights, work: Path, *, averaged: bool) -> None:
-    """Shared tensors are in the checkpoint once, under the name that `transformers` ties the others to."""
-
-    def read(names: list[str]) -> dict[str, torch.Tensor]:
-        return {name: reader.read_parameter(name, averaged=averaged) for name in names}
-
-    groups: list[list[str]] = [[]]
-    num_bytes = 0
-    for name in reader.parameter_names():
-        size = reader.parameter_bytes(name)
-        if groups[-1] and num_bytes + size > _MAX_FILE_BYTES:
-            groups.append([])
-            num_bytes = 0
-        groups[-1].append(name)
-        num_bytes += size
-    if len(groups) == 1:
-        save_file(read(groups[0]), work / "model.safetensors", {"format": "pt"})
-        return
-    files: dict[str, str] = {}
-    for index, names in enumerate(groups, start=1):
-        file = f"model-{index:05d}-of-{len(groups):05d}.safetensors"
-        save_file(read(names), work / file, {"format": "pt"})
-        files |= dict.fromkeys(names, file)
-    total = sum(reader.parameter_bytes(name) for name in files)
-    index_text = json.dumps({"metadata": {"total_size": total}, "weight_map": files}, indent=2)
-    (work / "model.safetensors.index.json").write_text(index_text + "\n")
+def _refuse_formats_of_adapters(options: ExportOptions) -> None:
+    for option, value, only in (("--format", options.format, "hf"), ("--dtype", options.dtype, "fp32")):
+        if value != only:
+            raise UserError(
+                f"{option} {value} --adapter: adapters alone are written as peft loads them, in fp32; give --merge for "
+                f"a whole model in that form, or leave out {option}."
+            )

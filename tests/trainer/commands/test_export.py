@@ -16,7 +16,7 @@ from tests.support import TINY_MODEL, shardline, tiny_values, trained, write_con
 from trainer.checkpoint.manifest import fingerprint, write_manifest
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.commands.generate import main
-from trainer.deploy import export
+from trainer.deploy import hf_folder
 from trainer.deploy.export import export_model
 from trainer.deploy.generation import generate_text, load_model
 from trainer.files.atomic_files import umask
@@ -69,7 +69,7 @@ def test_tied_weights_are_stored_once_and_tied_again(reader: CheckpointReader, t
 def test_a_large_model_has_several_files(
     reader: CheckpointReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export, "_MAX_FILE_BYTES", 20_000)
+    monkeypatch.setattr(hf_folder, "_MAX_FILE_BYTES", 20_000)
     export_model(reader, tmp_path / "model")
     files = sorted(tmp_path.glob("model/*.safetensors"))
     assert len(files) > 2

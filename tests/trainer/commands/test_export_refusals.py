@@ -28,7 +28,7 @@ from trainer.config import parse_config
 from trainer.config.rules import World
 from trainer.data.packed import sample_facts
 from trainer.data.prepare import prepare_corpus
-from trainer.deploy import export
+from trainer.deploy import hf_folder
 from trainer.deploy.allowed_code import AllowedCode
 from trainer.deploy.export import export_model
 from trainer.deploy.generation import load_model
@@ -110,25 +110,33 @@ _SIZES = {
 }
 
 
-def test_an_export_with_the_names_of_memory_loads_the_same(save: Save, tmp_path: Path) -> None:
+def test_an_export_has_the_names_that_transformers_saves(save: Save, tmp_path: Path) -> None:
     reader = save(model={"architecture": "mixtral", "config": _SIZES | {"num_local_experts": 2}})
     export_model(reader, tmp_path / "model")
     model, report = AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
     assert not any(report.values())
     for key in reader.parameter_names():
         assert torch.equal(model.state_dict()[key], reader.read_parameter(key)), key
+    model.save_pretrained(tmp_path / "saved")
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "saved"))
+    # Each expert by itself, which memory holds as one.
+    assert any("experts.1." in name for name in ours)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_an_export_whose_names_would_be_converted_is_refused(
+def test_an_export_whose_names_would_be_converted_otherwise_is_refused(
     save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from transformers import conversion_mapping
+    from transformers import conversion_mapping, core_model_loading
     from transformers.core_model_loading import Transpose, WeightConverter
 
     reader = save()
     turned = WeightConverter("mlp.up_proj.weight", "mlp.up_proj.weight", operations=[Transpose(0, 1)])
     conversion_mapping.get_checkpoint_conversion_mapping("llama")
     monkeypatch.setitem(conversion_mapping._checkpoint_conversion_mapping_cache, "llama", [turned])
+    # What is written is not turned back.
+    monkeypatch.setattr(core_model_loading, "revert_weight_conversion", lambda model, tensors: tensors)
     with pytest.raises(UserError, match=r"LlamaForCausalLM has another use for model\.layers\.0\.mlp\.up_proj\.weight"):
         export_model(reader, tmp_path / "model")
     assert not (tmp_path / "model").exists()
@@ -229,7 +237,7 @@ def test_no_text_is_longer_than_the_model_has_positions(
 
 def test_files_of_an_export_follow_the_umask(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reader = save()
-    monkeypatch.setattr(export, "_MAX_FILE_BYTES", 20_000)
+    monkeypatch.setattr(hf_folder, "_MAX_FILE_BYTES", 20_000)
     before = os.umask(0o027)
     try:
         export_model(reader, tmp_path / "model")

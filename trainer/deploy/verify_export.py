@@ -1,0 +1,169 @@
+"""An exported model beside the trained one: the same samples, each in its own runtime, the task's own metrics."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from sharding.engine import Batch
+from sharding.ranks.errors import UserError
+from trainer.deploy.held_out import HeldOut
+from trainer.deploy.model_call import Compute, ModelCall, answered_by
+from trainer.deploy.signature import Dtype, Quality
+from trainer.tasks.task import Metric, Sums, Task
+
+MAX_ERROR = 1e-4
+"""How far logits in fp32 may be apart."""
+
+MAX_LOSS = 0.005
+"""How much worse a metric may be: half a point of what is better when it is higher, half a percent of all others."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models on the same samples.
+
+    Attributes:
+        max_abs_error: largest difference between two logits, infinity where one of both alone is not finite.
+        trained: metrics of the one.
+        exported: metrics of the other.
+    """
+
+    max_abs_error: float
+    trained: dict[str, Metric]
+    exported: dict[str, Metric]
+
+
+def compare(task: Task, model: nn.Module, call: ModelCall, exported: Compute, held_out: HeldOut) -> Comparison:
+    """Run both models on all samples, and on one sample alone.
+
+    Args:
+        task: says what is computed.
+        model: the trained model.
+        call: how the task calls it.
+        exported: the other model, or any that takes the same inputs.
+        held_out: the samples.
+    """
+    of_trained, of_exported = _Scores(task), _Scores(task)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        alone = {key: value[:1] for key, value in call.inputs.items()}
+        errors = [_max_difference(_logits(model(**alone, **call.constants)), exported(alone))]
+        for batch in held_out.batches():
+            first = of_trained.add(model, batch)
+            with answered_by(exported, model, call):
+                errors.append(_max_difference(first, of_exported.add(model, batch)))
+    return Comparison(max(errors), of_trained.metrics(), of_exported.metrics())
+
+
+def quality(comparison: Comparison, held_out: HeldOut, monitor: str) -> Quality:
+    """What is written down of a comparison.
+
+    Args:
+        comparison: of both models.
+        held_out: the samples.
+        monitor: the metric that the run is judged by, ``evaluation.monitor``.
+    """
+    error, names = comparison.max_abs_error, comparison.trained
+    # Of a set's or a source's metric, or of averaged weights', the metric itself.
+    last = monitor.rpartition("/")[2].removeprefix("ema_")
+    metric = next((name for name in (monitor, last, "loss", *names) if name in names), None)
+    return Quality(
+        split=held_out.split,
+        num_samples=held_out.num_samples,
+        max_abs_error=error if math.isfinite(error) else None,
+        metric=None if held_out.split == "generated" else metric,
+        trained=_values(comparison.trained),
+        exported=_values(comparison.exported),
+    )
+
+
+def refuse_loss(comparison: Comparison, found: Quality, dtype: Dtype, *, is_quantized: bool = False) -> None:
+    """Refuse an exported model that is not what was trained.
+
+    Args:
+        comparison: of both models.
+        found: what is written down of it.
+        dtype: of the exported one.
+        is_quantized: whether its weights are.
+
+    Raises:
+        UserError: logits in fp32 are more than ``MAX_ERROR`` apart, or the metric of another format is worse by more
+            than ``MAX_LOSS``.
+    """
+    name = "a quantised model" if is_quantized else dtype
+    if dtype == "fp32" and not is_quantized:
+        if comparison.max_abs_error <= MAX_ERROR:
+            return
+        raise UserError(
+            f"the exported model is not the trained one: logits differ by up to {comparison.max_abs_error:.3g} on "
+            f"{found.num_samples} samples, and at most {MAX_ERROR:g} is rounding; nothing was written, and "
+            "--accept-loss would write it all the same."
+        )
+    if found.metric is None:
+        raise UserError(
+            "the run's own samples are not there, so that nobody knows what is lost by the format of the weights "
+            f"({name}); restore the data, give --dtype fp32, or --accept-loss."
+        )
+    before, after = comparison.trained[found.metric], comparison.exported[found.metric]
+    if not math.isfinite(before.value) and not math.isfinite(after.value):
+        return
+    is_share = before.better == "higher"
+    allowed = MAX_LOSS if is_share else MAX_LOSS * abs(before.value)
+    difference = before.value - after.value if is_share else after.value - before.value
+    if difference <= allowed:
+        return
+    limit = f"{100 * MAX_LOSS:g} points" if is_share else f"{100 * MAX_LOSS:g} %"
+    raise UserError(
+        f"{name} costs too much: {found.metric} is {after.value:.6g} in place of {before.value:.6g} on "
+        f"{found.num_samples} samples of the split {found.split}, and at most {limit} is allowed; give another format "
+        "of the weights, or --accept-loss."
+    )
+
+
+class _Scores:
+    """A task's sums over batches."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._added: Sums = {}
+        self._kept: dict[str, list[torch.Tensor]] = {}
+
+    def add(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """Evaluate a batch, and give the model's logits."""
+        made: list[torch.Tensor] = []
+        hook = model.register_forward_hook(lambda _module, _args, output: made.append(_logits(output)))
+        # Whatever a pass draws, both models draw alike.
+        torch.manual_seed(0)
+        try:
+            sums = self._task.evaluate(self._task.forward(model, batch), batch)
+        finally:
+            hook.remove()
+        for name, value in sums.items():
+            if name in self._task.kept:
+                self._kept.setdefault(name, []).append(value.double())
+            else:
+                self._added[name] = self._added.get(name, torch.zeros(())) + value.double()
+        return made[0]
+
+    def metrics(self) -> dict[str, Metric]:
+        """The task's metrics."""
+        return self._task.metrics(self._added | {name: torch.cat(parts) for name, parts in self._kept.items()})
+
+
+def _logits(made: object) -> torch.Tensor:
+    logits: torch.Tensor = getattr(made, "logits", made)  # type: ignore[assignment]
+    return logits.float()
+
+
+def _max_difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    if one.shape != other.shape or not torch.equal(one.isfinite(), other.isfinite()):
+        return math.inf
+    is_finite = one.isfinite()
+    difference = (one[is_finite] - other[is_finite]).abs()
+    return float(difference.max()) if difference.numel() else 0.0
+
+
+def _values(metrics: Mapping[str, Metric]) -> dict[str, float | None]:
+    return {name: metric.value if math.isfinite(metric.value) else None for name, metric in metrics.items()}
