@@ -100,11 +100,11 @@ def answered_by(compute: Compute, model: nn.Module, call: ModelCall) -> Iterator
 
     signature = inspect.signature(model.forward)
     # Of the instance, which comes before its class's: all else that a task may ask of the model is as it was.
-    model.forward = forward  # type: ignore[method-assign]
+    model.forward = forward
     try:
         yield
     finally:
-        del model.forward  # type: ignore[method-assign]
+        del model.forward
 
 
 def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

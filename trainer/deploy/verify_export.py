@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -152,8 +153,8 @@ class _Scores:
         return self._task.metrics(self._added | {name: torch.cat(parts) for name, parts in self._kept.items()})
 
 
-def _logits(made: object) -> torch.Tensor:
-    logits: torch.Tensor = getattr(made, "logits", made)  # type: ignore[assignment]
+def _logits(made: Any) -> torch.Tensor:
+    logits: torch.Tensor = getattr(made, "logits", made)
     return logits.float()
 
 
