@@ -4,6 +4,7 @@ import shlex
 
 from sharding.ranks.errors import EXIT_FINISHED, EXIT_STOPPED
 from trainer.config import RunConfig
+from trainer.config.stages import stages_of
 from trainer.run_folder.folder import RunFolder
 
 _LANGUAGE_MODELS = ("causal-lm",)
@@ -31,6 +32,6 @@ def _commands(config: RunConfig, run_folder: RunFolder) -> list[str]:
     form = " --adapter" if config.model.lora.rank else ""
     export = [f"shardline export {run}{form} --to DIR{trust}"] if is_of_transformers and not own else []
     if export and config.task.name in _LANGUAGE_MODELS:
-        chat = " --chat" if config.data.format == "messages" else ""
+        chat = " --chat" if any(stage.config.data.has_messages for stage in stages_of(config)) else ""
         return [f"shardline generate {run}{chat} --prompt TEXT{trust}", *export]
     return [f"shardline evaluate {run}{code}{trust}", *export]

@@ -53,7 +53,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
             "doctor",
         },
         "plan": {
-            *("config", "runtime", "run_folder", "data", "architectures", "tasks", "optimizers", "model", "checkpoint"),
+            *("config", "runtime", "run_folder", "data", "tasks", "optimizers", "model", "checkpoint"),
             ".",
         },
         "commands": {
@@ -79,7 +79,10 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "tune": {"presentation", "measure", "throughput"},
     },
 }
-SPINE = {"__init__", "__main__", "rank", "ending", "build", "loop", "parts", "stages", "accumulation", "attempt"}
+SPINE = {
+    *("__init__", "__main__", "rank", "ending", "build", "loop", "parts", "stages", "accumulation", "attempt"),
+    "before_reading",
+}
 HEAVY = {"torch", "transformers", "datasets", "wandb", "deepspeed", "accelerate", "tokenizers", "safetensors"}
 # Accelerate is not among them, since transformers loads it wherever it is installed; nor is plotly, for the report.
 UNUSED_BY_A_RANK = {

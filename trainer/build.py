@@ -158,6 +158,7 @@ def build_trainer(
             _tokenizer_of(_with_chat_template(corpora, corpus)) if ranks.rank == 0 else None,
             corpus.recipe if isinstance(corpus, PreparedRows) else None,
             begin_corpus=lambda reader: _begin_corpus(config, reader, stages, corpus, ranks, observers),
+            check_model_of_fork=lambda reader: _check_adapters(config, reader, engine),
             fit_weights=lambda reader: _fit_weights(config, reader, corpus, engine, facts, ranks, observers),
             inform=observers.info,
             warn=observers.warn,
@@ -230,10 +231,10 @@ def _fit_weights(
 ) -> dict[str, str | None]:
     """Check that another run's weights fit, and say where tensors lie there; None for those that keep their values."""
     on_rank_0(lambda: _check_tokenizer(reader, corpus), ranks)
+    _check_adapters(config, reader, engine)
     parts = engine.state(with_optimizer=False)
     wanted = {part.name.removeprefix(MODEL_PREFIX): part.global_shape for part in parts}
     shapes, source = reader.parameter_shapes(), f"checkpoint {reader.folder}"
-    check_stored_adapters(wanted, shapes, config.model.lora, reader.manifest.config["model"], source)
     found = stored_names(wanted, shapes)
     stored = {name: shapes[there] for name, there in found.items()}
     # Adapters of the run's own begin as they are.
@@ -242,6 +243,13 @@ def _fit_weights(
     if new:
         observers.info(describe_new_head(new, wanted, stored, source))
     return found | dict.fromkeys([*new, *(name for name in wanted if name not in needed)])
+
+
+def _check_adapters(config: RunConfig, reader: CheckpointReader, engine: Engine) -> None:
+    """Check that adapters of another run have the effect here that they had there."""
+    wanted = [part.name.removeprefix(MODEL_PREFIX) for part in engine.state(with_optimizer=False)]
+    of_stored, source = reader.manifest.config["model"], f"checkpoint {reader.folder}"
+    check_stored_adapters(wanted, reader.parameter_names(), config.model.lora, of_stored, source)
 
 
 def _begin_corpus(

@@ -17,6 +17,7 @@ from sharding.ranks.process_group import Ranks, process_group
 from sharding.ranks.process_lifetime import die_with_parent, is_started_by_launcher, stop_with_deepspeed
 from sharding.ranks.rank_place import note_on_place, place_variables, read_ranks
 from trainer.attempt import begin_attempt, check_continuation, freeze_config
+from trainer.before_reading import check_before_reading
 from trainer.build import build_trainer
 from trainer.checkpoint.finish import complete_at
 from trainer.checkpoint.trained_corpus import trained_fingerprints
@@ -28,7 +29,7 @@ from trainer.data.epochs import with_counted_epochs
 from trainer.data.evaluation_sets import describe_trained
 from trainer.data.prepare_stages import prepare_run
 from trainer.data.prepared import is_of_present_source
-from trainer.data.prepared_stages import whole_run, with_tokenizer_of_first
+from trainer.data.prepared_stages import find_stages, whole_run, with_tokenizer_of_first
 from trainer.doctor.examination import check_before_training
 from trainer.ending import Progress, TrainingResult, end_hanging, report_error, stop_watchdog
 from trainer.faults.failure.agent_restarts import await_restart_of
@@ -193,9 +194,12 @@ def _run(config: RunConfig, progress: Progress) -> int:
         # What a guest's process did before is none of the run's time.
         age_s = 0.0 if progress.is_guest else process_age_s()
         progress.ledger = GoodputLedger(run_folder.path, attempt, progress.phases, process_age_s=age_s)
+    fingerprints = trained_fingerprints(config, run_folder)
+    if find_stages(config, fingerprints) is None:
+        check_before_reading(config, world, run_folder, rank)
     # Every rank asks; a file lock lets one of them work while the others wait. No collective has begun, so however
     # long it takes, nothing times out.
-    corpora = prepare_run(config, trained_fingerprints(config, run_folder), progress=rank == 0)
+    corpora = prepare_run(config, fingerprints, progress=rank == 0)
     counted = with_counted_epochs(config, corpora[0].corpus)
     if rank == 0 and counted != config:
         # A launcher of ours has counted them before.

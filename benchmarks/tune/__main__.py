@@ -16,7 +16,6 @@ from typing import Any, get_args
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks.measure.facts import collect_facts
 from benchmarks.measure.overrides import refuse
@@ -37,6 +36,7 @@ from benchmarks.tune.plan import (
     verdict,
 )
 from benchmarks.tune.rank import LIMIT_VARIABLE
+from benchmarks.tune.table import markdown, show
 from sharding.config import Strategy
 from sharding.parallel_dims import parallel_dims
 from sharding.ranks.errors import UserError, ends_with_a_sentence
@@ -67,7 +67,6 @@ _OUT_OF_MEMORY = (
     "bad_alloc",
     "can't start new thread",
 )
-_HEADINGS = ("", "candidate", "tokens/s", "95 % interval", "peak GiB", "formula GiB", "")
 _REFINEMENTS = "compiled blocks and recomputed activations"
 
 
@@ -269,25 +268,9 @@ class _Search:
         return available / self._num_ranks
 
     def _report(self) -> None:
-        rows = table_rows(self._trials)
-        lines = ["| " + " | ".join(cells) + " |" for cells in (_HEADINGS, ["---"] * len(_HEADINGS), *rows)]
-        use = verdict(self._trials, self._left)
-        described = (
-            "\\* no other is both faster and smaller. Peaks are of the rank with the most, libraries included on a "
-            "CPU; the formula has the state and the least of activations. The interval is of the median over steps "
-            "that follow one another: what differs between two starts is not in it."
-        )
-        text = "\n".join([*lines, "", described, "", use])
-        self._raw.with_suffix(".md").write_text(text + "\n")
-        console = Console(highlight=False)
-        if console.is_terminal:
-            table = Table(*_HEADINGS)
-            for cells in rows:
-                table.add_row(*cells, style="bold" if cells[0] else "")
-            console.print(table)
-            console.print(use, soft_wrap=True, markup=False)
-        else:
-            print(f"\n{text}")
+        rows, use = table_rows(self._trials), verdict(self._trials, self._left)
+        self._raw.with_suffix(".md").write_text(markdown(rows, use) + "\n")
+        show(rows, use, Console(highlight=False))
         print(f"written to {self._raw} and .md; what libraries said is in .log")
 
 

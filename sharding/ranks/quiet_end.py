@@ -40,6 +40,11 @@ def ends_quietly() -> Iterator[None]:
         if not _has_lost_reader():
             raise
         raise SystemExit(EXIT_NO_READER) from None
+    except SystemExit as end:
+        # rich, too, ends the program there, with a status of its own.
+        if isinstance(end.__context__, BrokenPipeError):
+            raise SystemExit(EXIT_NO_READER) from None
+        raise
 
 
 def _has_lost_reader() -> bool:

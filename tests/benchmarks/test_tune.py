@@ -1,10 +1,12 @@
 """What ``shardline tune`` tries, and a search on two ranks."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from benchmarks.measure.sizes import QUICKSTART
 from benchmarks.tune.__main__ import _why, main
@@ -20,6 +22,7 @@ from benchmarks.tune.plan import (
     table_rows,
     verdict,
 )
+from benchmarks.tune.table import show
 from tests.support import TINY_MODEL, write_config
 from trainer.config import load_config
 
@@ -59,6 +62,23 @@ def test_the_front_has_what_no_other_beats_in_both() -> None:
     assert [row[0] for row in rows] == ["*", "*", "", ""]
     assert rows[0] == ("*", "ddp, micro 4", "100", "-", "8.00", "1.00", "")
     assert rows[-1] == ("", "ddp, micro 8", "-", "-", "-", "1.00", "out of memory")
+
+
+def test_a_terminal_gets_a_table_and_a_pipe_gets_markdown() -> None:
+    trials = [trial(Candidate(4, "ddp"), 100.0, 8.0), trial(Candidate(8, "ddp"), reason="failed: [bold] is a word")]
+    shown = {}
+    for is_terminal in (True, False):
+        file = io.StringIO()
+        console = Console(file=file, force_terminal=is_terminal, width=140, color_system=None)
+        show(table_rows(trials), verdict(trials, []), console)
+        shown[is_terminal] = file.getvalue()
+    for text in shown.values():
+        assert "failed: [bold] is a word" in text
+        assert "* no other is both faster and smaller" in text
+        assert text.splitlines()[-1].startswith("fastest: batch.micro_size=4 parallel.strategy=ddp ")
+    assert "\u2502 ddp, micro 4" in shown[True]
+    assert "| " not in shown[True]
+    assert "| * | ddp, micro 4 | 100 |" in shown[False]
 
 
 def test_an_interval_is_shown_and_what_is_as_fast_within_noise() -> None:

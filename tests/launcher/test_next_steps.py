@@ -10,6 +10,7 @@ from trainer.config import parse_config
 from trainer.run_folder.folder import RunFolder
 
 _LLAMA = {"architecture": "llama"}
+_CHATS = {"source": "jsonl", "paths": ["chats.jsonl"], "format": "messages"}
 
 
 @pytest.mark.parametrize(
@@ -25,7 +26,29 @@ _LLAMA = {"architecture": "llama"}
             ["evaluate {run}", "export {run} --to DIR"],
         ),
         (
-            {"model": _LLAMA, "data": {"source": "jsonl", "paths": ["chats.jsonl"], "format": "messages"}},
+            {"model": _LLAMA, "data": _CHATS},
+            ["generate {run} --chat --prompt TEXT", "export {run} --to DIR"],
+        ),
+        (
+            {
+                "model": _LLAMA,
+                "data": {
+                    "mixture": [
+                        {"name": "a", "source": "jsonl", "paths": ["a.jsonl"], "format": "messages", "weight": 1.0}
+                    ]
+                },
+            },
+            ["generate {run} --chat --prompt TEXT", "export {run} --to DIR"],
+        ),
+        (
+            {
+                "model": _LLAMA,
+                "steps": None,
+                "stages": [
+                    {"name": "texts", "steps": 1},
+                    {"name": "chats", "steps": 2, "data": _CHATS},
+                ],
+            },
             ["generate {run} --chat --prompt TEXT", "export {run} --to DIR"],
         ),
         (

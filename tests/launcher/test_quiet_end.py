@@ -74,6 +74,22 @@ with ends_quietly():
     assert "a socket of ours" in said
 
 
+def test_a_reader_that_goes_while_rich_prints() -> None:
+    # As data show does; rich has a status of its own for it.
+    program = """
+from rich.console import Console
+from sharding.ranks.errors import ends_with_a_sentence
+@ends_with_a_sentence
+def main():
+    console = Console()
+    for number in range(100_000):
+        console.print(number)
+    return 0
+raise SystemExit(main())
+"""
+    assert read_only(1, [sys.executable, "-c", program]) == (141, "")
+
+
 def test_a_command_that_nobody_reads() -> None:
     # Before it prints anything; else a pipe may hold all of it.
     assert read_only(0, [*LAUNCHER, "tracking", "dashboard"]) == (141, "")

@@ -52,6 +52,7 @@ class Checkpointer:
         tokenizer: TokenizerArchive | None = None,
         recipe: RowRecipe | None = None,
         begin_corpus: Callable[[CheckpointReader], TrainingState] | None = None,
+        check_model_of_fork: Callable[[CheckpointReader], None] = lambda _: None,
         fit_weights: Callable[[CheckpointReader], Mapping[str, str | None]] = lambda _: {},
         inform: Callable[[str], None] = print,
         warn: Callable[[str], None] = print,
@@ -73,6 +74,8 @@ class Checkpointer:
             recipe: how rows are read; is saved beside it, by rank 0.
             begin_corpus: called on every rank with another run's checkpoint that was trained on another corpus; raises
                 if this one does not fit, and gives the state at its beginning.
+            check_model_of_fork: called on every rank with another run's checkpoint of which all is to be loaded;
+                raises if this run would make another model of it.
             fit_weights: called on every rank with another run's checkpoint whose weights alone are to be loaded; raises
                 if they do not fit, and names the tensors that have another name there, with that, and those that keep
                 their initial values, with None.
@@ -91,6 +94,7 @@ class Checkpointer:
         self._warn, self._inform = warn, inform
         self._notify = notify
         self._begin_corpus = begin_corpus
+        self._check_model_of_fork = check_model_of_fork
         self._fit_weights = fit_weights
         self._before_write = before_write
         self._weight_pruning = pruning
@@ -133,6 +137,7 @@ class Checkpointer:
             return None
         if not source.is_own and not source.weights_only:
             check_fork(self._config, source.reader.manifest.training.step)
+            self._check_model_of_fork(source.reader)
         training = self._load(engine, source)
         if source.weights_only:
             return None

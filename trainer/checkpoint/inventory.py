@@ -17,6 +17,7 @@ from trainer.data.prepared import find_prepared
 from trainer.files.storage import CheckpointPath, is_url, list_folders
 from trainer.run_folder.folder import RunFolder
 from trainer.run_folder.listing import CORRUPT_FOLDER, MANIFEST_NAME, list_checkpoints
+from trainer.runtime.byte_sizes import size_text
 from trainer.runtime.text_table import text_table
 
 
@@ -44,7 +45,7 @@ class Inventory:
 
     def text(self) -> str:
         """It for people."""
-        rows = [("step", "samples", "tokens", f"eval {self.metric}", "strategy", "ranks", "MiB", "folder")]
+        rows = [("step", "samples", "tokens", f"eval {self.metric}", "strategy", "ranks", "size", "folder")]
         for one in self.checkpoints:
             value = one["eval_metrics"].get(self.metric)
             rows.append(
@@ -55,14 +56,14 @@ class Inventory:
                     "-" if value is None else f"{value:.4f}",
                     one["strategy"],
                     str(one["num_ranks"]),
-                    f"{one['num_bytes'] / 2**20:,.1f}",
+                    size_text(one["num_bytes"]),
                     one["folder"],
                 )
             )
         title = f"checkpoints in {self.place}" if self.checkpoints else f"no checkpoint in {self.place}"
         table = [text_table(rows, right=(0, 1, 2, 3, 5, 6))] if self.checkpoints else []
         bases = [
-            f"{one['folder']}: {one['num_bytes'] / 2**20:,.1f} MiB of frozen parameters, to which "
+            f"{one['folder']}: {size_text(one['num_bytes'])} of frozen parameters, to which "
             f"{one['num_checkpoints']} of the checkpoints refer"
             for one in self.bases
         ]

@@ -147,13 +147,13 @@ def evaluate_here(subject: Subject, ranks: Ranks) -> Result:
     assert prepared is not None, "it was prepared before ranks were started"
     samples = prepared_samples(prepared, config.data)
     num_samples = samples.num_samples(subject.split)
+    # As in the run, whose model has positions for the longest sequences of all stages.
+    facts = samples.facts if subject.longest is None else replace(samples.facts, sequence_length=subject.longest)
     # The same draws as in the run: masks belong to its seed.
-    task = configured_task(config.task, samples.facts, config.seed)
+    task = configured_task(config.task, facts, config.seed)
     mesh, named_sums = build_mesh(config.parallel, ranks), NamedSums(task)
     is_exported = subject.checkpoint is None
-    engine, _ = build_model_engine(
-        config, task, mesh, ranks, samples.facts, evaluate=named_sums, loads_pretrained=is_exported
-    )
+    engine, _ = build_model_engine(config, task, mesh, ranks, facts, evaluate=named_sums, loads_pretrained=is_exported)
     if subject.checkpoint is not None:
         _load(engine.load_state, CheckpointReader(subject.checkpoint), averaged=subject.averaged)
     evaluation = Evaluation(engine, task, named_sums, ranks, mesh.data, config.seed)

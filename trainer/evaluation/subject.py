@@ -12,7 +12,7 @@ from trainer.config import RunConfig, parse_config
 from trainer.config.data import MESSAGES_SOURCES, DataConfig
 from trainer.config.evaluation_sets import set_data
 from trainer.config.sections import EvaluationSet
-from trainer.config.stages import config_of_step
+from trainer.config.stages import config_of_step, widest_config
 from trainer.data.any_samples import prepared_samples
 from trainer.data.evaluation_sets import prepare_sets
 from trainer.data.files import source_of_files
@@ -62,6 +62,8 @@ class Subject:
         step: of the checkpoint; None likewise.
         averaged: whether its moving average is evaluated.
         source: what is evaluated on, in words.
+        longest: tokens of the longest sequences of all stages, for which the run's model has positions; None without
+            stages.
     """
 
     config: RunConfig
@@ -71,6 +73,7 @@ class Subject:
     step: int | None
     averaged: bool
     source: str
+    longest: int | None = None
 
 
 def find_subject(asked: Asked, num_ranks: int, work: Path) -> Subject:
@@ -89,6 +92,7 @@ def find_subject(asked: Asked, num_ranks: int, work: Path) -> Subject:
     reader = open_checkpoint(asked.run, asked.step)
     reader.verify()
     config = parse_config(reader.manifest.config, source=f"{reader.folder}", has_rules=False)
+    longest = widest_config(config).data.sequence_length if config.stages else None
     config = config_of_step(config, reader.manifest.training.step)
     asked.allowed.check(config, f"checkpoint {reader.folder}")
     asked.allowed.check_samples(config, f"checkpoint {reader.folder}")
@@ -122,6 +126,7 @@ def find_subject(asked: Asked, num_ranks: int, work: Path) -> Subject:
         step=reader.manifest.training.step,
         averaged=asked.averaged,
         source=" ".join(asked.files) or f"the {'split' if split == asked.split else 'set'} {asked.split}",
+        longest=longest,
     )
 
 

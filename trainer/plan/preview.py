@@ -8,22 +8,16 @@ continues.
 import argparse
 import itertools
 import json
-import logging
 import os
-import re
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from sharding.batch_norm import refuse_batch_norm
-from sharding.blocks import refuse_scattered_layers
 from sharding.parallel_dims import parallel_dims
-from sharding.ranks.errors import EXIT_FINISHED, UserError, ends_with_a_sentence
-from trainer.architectures.config import build_model_config
+from sharding.ranks.errors import EXIT_FINISHED, ends_with_a_sentence
 from trainer.attempt import check_continuation, finished
 from trainer.checkpoint.finish import complete_at
 from trainer.checkpoint.reference import check_source, resolve_checkpoint
@@ -31,46 +25,32 @@ from trainer.checkpoint.token_ids import check_named_tokenizer
 from trainer.checkpoint.trained_corpus import trained_fingerprints
 from trainer.config import RunConfig, parse_config
 from trainer.config.rules import World, validate
-from trainer.config.sections import ModelConfig
 from trainer.config.stages import Stage, errors_of_stage, stages_of, widest_config
 from trainer.data.any_samples import prepared_facts
 from trainer.data.chat_template import load_chat_template
 from trainer.data.corpus import read_documents
 from trainer.data.epochs import with_counted_epochs
-from trainer.data.facts import SampleFacts
+from trainer.data.expected_facts import expected_facts
 from trainer.data.identity import corpus_folder, errors_of, named_sources
 from trainer.data.prepare_rows import check_first_row
+from trainer.data.prepare_stages import refuse_single_document
 from trainer.data.prepared import Prepared, PreparedMixture, PreparedStream, find_prepared
 from trainer.data.prepared_own import PreparedOwn, prepare_own
 from trainer.data.prepared_rows import PreparedRows
 from trainer.data.prepared_stages import with_tokenizer_of_first
-from trainer.data.tokenizer import MASK_ID, PADDING_ID, TRAINED, load_tokenizer, vocabulary_size
+from trainer.data.tokenizer import TRAINED, load_tokenizer
 from trainer.model.document_mask import check_architecture
-from trainer.model.lora import add_adapters
 from trainer.model.memory_estimate import estimate_memory
-from trainer.model.models import build_model_on_meta, model_facts, transformers_config
-from trainer.model.refusals import refuse_encoder, refuse_positions_by_padding, refuse_settings
-from trainer.optimizers.layer_decay import depth_scales, describe_depth_scales
+from trainer.model.models import model_facts
+from trainer.model.trial import try_model
+from trainer.optimizers.layer_decay import describe_depth_scales
 from trainer.plan.record import Preview
 from trainer.run_folder.folder import RunFolder
 from trainer.runtime.json_output import output_aside, print_json
-from trainer.tasks.causal_lm import CausalLanguageModelling, predicts_next_tokens
-from trainer.tasks.masked_lm import MaskedLanguageModelling
 from trainer.tasks.monitor import check_monitor
 from trainer.tasks.registry import configured_task
-from trainer.tasks.task import Task
 
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
-_FIELDS = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "hidden_act")
-_TRIAL_TOKENS = 8
 _MAX_DOCUMENTS = 10_000
-# What torch says of sizes that do not fit; what else a model without values cannot do is none of the user's mistakes.
-_SIZES = re.compile(
-    r"must match the size|shape '.*' is invalid|shapes cannot be multiplied|not divisible|must be divisible"
-    r"|should be broadcastable to"
-)
 
 
 def preview(config: RunConfig, world: World) -> Preview:
@@ -98,53 +78,34 @@ def preview(config: RunConfig, world: World) -> Preview:
     if corpus is not None and not run.stages:
         run = config = with_counted_epochs(run, corpus)
         corpora = [(stages_of(run)[0], corpus)]
-    facts = _sample_facts(config, corpus)
+    facts = expected_facts(config.data) if corpus is None else prepared_facts(corpus, config.data)
     task = configured_task(config.task, facts)
     check_monitor(config, task)
     dims = parallel_dims(config.parallel, world.num_ranks)
-    is_named = (config.model.architecture or config.model.pretrained) is not None
-    model_config = build_model_config(config.model, facts) if is_named else None
-    if model_config is not None:
-        refuse_settings(config, task, model_config, dims)
-    try:
-        model = build_model_on_meta(task, config.model, facts)
-        model_config = transformers_config(model, config.model, facts)
-        if model_config is not None:
-            refuse_positions_by_padding(config, model, model_config)
-            if predicts_next_tokens(task):
-                refuse_encoder(config, model_config)
-        adapters = add_adapters(model, config.model)
-        scales = depth_scales(model, config.optimizer.layer_decay)
-        refuse_batch_norm(model, config.activation_checkpointing)
-        if dims.reduction_degree > 1:
-            refuse_scattered_layers(model, config.parallel.strategy)
-        _try_forward(task, config.model, facts)
-    except UserError:
-        raise
-    except Exception as error:  # noqa: BLE001 - each of some hundred models fails in its own way
-        raise _refusal(config, model_config, error) from None
+    tried = try_model(config, task, facts, dims)
     for stage, of_stage in corpora:
         with errors_of_stage(stage.name):
             if stage.config.data.document_mask:
                 check_architecture(stage.config, task, facts)
             if of_stage is None:
+                refuse_single_document(stage.config)
                 _read_first_documents(stage.config)
             else:
                 of_stage.check_sequence_length(stage.config.data.sequence_length)
     device = torch.device("cuda" if world.has_gpu else "cpu")
-    memory = estimate_memory(_with_format(config, world), model, model_config, dims, device, facts)
-    counted = model_facts(model, model_config)
+    memory = estimate_memory(_with_format(config, world), tried.model, tried.model_config, dims, device, facts)
+    counted = model_facts(tried.model, tried.model_config)
     of_corpora = [_corpus_facts(stage.config, of_stage) for stage, of_stage in corpora]
     if run.stages:
         names = [stage.name for stage, _ in corpora]
         lines = [f"{name}: {facts['corpus']}" for name, facts in zip(names, of_corpora, strict=True)]
         of_corpora = [{"corpus": "\n".join(lines)}]
     return Preview(
-        model=config.model.name if model_config is None else model_config.model_type,
+        model=config.model.name if tried.model_config is None else tried.model_config.model_type,
         num_parameters=counted.num_parameters,
         num_frozen=counted.num_frozen,
-        adapters=adapters,
-        rates=describe_depth_scales(scales, config.optimizer.layer_decay) if scales else "",
+        adapters=tried.adapters,
+        rates=describe_depth_scales(tried.scales, config.optimizer.layer_decay) if tried.scales else "",
         state_bytes=memory.state.total,
         activation_bytes=memory.activations,
         **of_corpora[0],
@@ -164,62 +125,6 @@ def _corpora(config: RunConfig, run_folder: RunFolder) -> list[tuple[Stage, Prep
             data = with_tokenizer_of_first(stage.config.data, found[0][1] if found else None)
             found.append((stage, find_prepared(data, fingerprints.get(stage.name))))
     return found
-
-
-def _sample_facts(config: RunConfig, corpus: Prepared | None) -> SampleFacts:
-    length = config.data.sequence_length
-    if corpus is not None:
-        return prepared_facts(corpus, config.data)
-    if config.data.tokenizer == TRAINED:
-        # The most that will be trained; a small corpus may give fewer.
-        facts = SampleFacts(length, config.data.vocab_size, 0)
-        return replace(facts, pad_token_id=PADDING_ID, mask_token_id=MASK_ID) if config.data.mask_token else facts
-    tokenizer = load_tokenizer(config.data.tokenizer, masks=config.data.mask_token)
-    return SampleFacts(
-        length,
-        vocabulary_size(tokenizer),
-        tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        mask_token_id=tokenizer.mask_token_id,
-    )
-
-
-def _try_forward(task: Task, settings: ModelConfig, facts: SampleFacts) -> None:
-    """Have the model compute the shapes of a short sequence, without values."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    if not isinstance(task, CausalLanguageModelling | MaskedLanguageModelling):
-        # What a task of the user's own feeds to its model is its own matter.
-        return
-    level = logging.getLogger("torch").level
-    # It logs, as errors, what it cannot do without values.
-    logging.getLogger("torch").setLevel(logging.CRITICAL)
-    try:
-        with FakeTensorMode(), torch.device("cpu"), torch.no_grad():
-            tokens = torch.zeros(1, min(_TRIAL_TOKENS, facts.sequence_length or 1), dtype=torch.long)
-            without_cache = {"use_cache": False} if isinstance(task, CausalLanguageModelling) else {}
-            task.build_model(settings, facts)(input_ids=tokens, **without_cache)
-    except Exception as error:
-        if _SIZES.search(str(error)):
-            raise
-    finally:
-        logging.getLogger("torch").setLevel(level)
-
-
-def _refusal(config: RunConfig, model_config: "PretrainedConfig | None", error: Exception) -> UserError:
-    reason = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), "")
-    if model_config is None:
-        return UserError(
-            f"the model {config.model.name} cannot be built or computed ({type(error).__name__}: {reason}); change its "
-            "settings or its code."
-        )
-    settings = f"model.pretrained={config.model.pretrained}" if config.model.pretrained else "model.config"
-    text_config = model_config.get_text_config()
-    sizes = [f"{name}={getattr(text_config, name)}" for name in _FIELDS if getattr(text_config, name, None) is not None]
-    return UserError(
-        f"{settings} describes a {model_config.model_type} that cannot be computed ({type(error).__name__}: "
-        f"{reason}): {', '.join(sizes)}; change what does not fit."
-    )
 
 
 def _read_first_documents(config: RunConfig) -> None:

@@ -1,8 +1,7 @@
 """What ``trainer.plan.preview`` tells the launcher of a run before it is started. Imports no torch."""
 
 from sharding.strict_model import StrictRecord
-
-_LARGE_BYTES = 2**28
+from trainer.runtime.byte_sizes import size_text
 
 
 class Preview(StrictRecord):
@@ -64,9 +63,5 @@ class Preview(StrictRecord):
 
     def _memory(self) -> str:
         state, activations = self.state_bytes or 0.0, self.activation_bytes
-        more = f", at least {_size(activations)} for activations" if activations else ""
-        return f"{_size(state)} a rank for parameters, gradients and optimizer state{more}"
-
-
-def _size(num_bytes: float) -> str:
-    return f"{num_bytes / 2**30:,.2f} GiB" if num_bytes > _LARGE_BYTES else f"{num_bytes / 2**20:,.2f} MiB"
+        more = f", at least {size_text(activations)} for activations" if activations else ""
+        return f"{size_text(state)} a rank for parameters, gradients and optimizer state{more}"

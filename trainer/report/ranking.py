@@ -17,6 +17,8 @@ _FOLDERS = ("task.folder", "model.folder", "data.folder")
 _OPEN_SECTIONS = ("model.config.", "model.arguments.", "task.options.", "data.arguments.")
 # What evaluation reads, and how.
 _OF_EVALUATION = ("data.", "task.", "model.pretrained", "evaluation.max_sequences")
+# Of runs that are unlike, all of them would bury the table.
+_MOST_SETTINGS = 8
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,13 @@ class RankedRun:
     settings: dict[str, str]
     judged: Judged
     tokens_per_s: float | None
+
+    @property
+    def shown_settings(self) -> tuple[list[str], list[str]]:
+        """As ``key=value``, those to show at once, and the rest, of which there is never one alone."""
+        texts = [f"{key}={value}" for key, value in self.settings.items()]
+        number = len(texts) if len(texts) <= _MOST_SETTINGS + 1 else _MOST_SETTINGS
+        return texts[:number], texts[number:]
 
     def cells(self) -> tuple[str, ...]:
         """All but the settings, as text."""
@@ -73,7 +82,8 @@ class Ranking:
         """
         rows: list[tuple[str, ...]] = [("", "run", "state", self.title, "step", "tokens/s", "settings that differ")]
         for run in self.runs:
-            settings = [f"{key}={value}" for key, value in run.settings.items()] or ["-"]
+            settings, more = run.shown_settings
+            settings = [*settings, *([f"and {len(more)} more"] if more else [])] or ["-"]
             if narrow:
                 rows.append((*run.cells(), settings[0]))
                 rows += [("",) * 6 + (setting,) for setting in settings[1:]]
@@ -106,7 +116,9 @@ def rank_runs(runs: Sequence[RunData]) -> Ranking:
         if any(one.best is None for one in judged):
             notes.append("runs without an evaluation have no place")
         if changed := [key for key in keys if key.startswith(_OF_EVALUATION)]:
-            notes.append(f"the runs differ in {', '.join(changed)}: they may have been evaluated on other samples")
+            named = changed if len(changed) <= _MOST_SETTINGS + 1 else changed[:_MOST_SETTINGS]
+            more = f" and {len(changed) - len(named)} more" if len(changed) > len(named) else ""
+            notes.append(f"the runs differ in {', '.join(named)}{more}: they may have been evaluated on other samples")
     ranked = []
     for place, index in enumerate(order, 1):
         run = runs[index]

@@ -17,11 +17,11 @@ from trainer.run_folder.folder import RunFolder
 from trainer.run_folder.lease import read_holder
 from trainer.run_folder.lease_holder import Verdict
 from trainer.run_folder.lease_holder import judge as judge_holder
+from trainer.runtime.byte_sizes import size_text
 from trainer.runtime.text_table import text_table
 
 # Runs of drills and benchmarks lie deeper than others.
 _MAX_DEPTH = 4
-_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _HEADER = ("RUN", "STATE", "STEP", "BEST EVALUATION", "CHANGED", "SIZE")
 
 
@@ -61,7 +61,7 @@ class ListedRun:
             evaluation = f"{judged.metric} {judged.best:.4f} ({judged.best_step})"
         else:
             evaluation = "-" if judged.last is None else f"{judged.metric} {judged.last:.4f}, last ({judged.last_step})"
-        return (self.run, self.state, steps, evaluation, _age(now - self.changed_at), _size(self.num_bytes))
+        return (self.run, self.state, steps, evaluation, _age(now - self.changed_at), size_text(self.num_bytes))
 
 
 def list_runs(folder: Path) -> list[ListedRun]:
@@ -195,11 +195,3 @@ def _age(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min ago"
     return f"{minutes // 60} h ago" if minutes < 48 * 60 else f"{minutes // (24 * 60)} d ago"
-
-
-def _size(num_bytes: float) -> str:
-    for unit in _UNITS[:-1]:
-        if num_bytes < 1024:
-            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.1f} {_UNITS[-1]}"

@@ -154,8 +154,8 @@ class Trackers:
     def finish(self, exit_code: int) -> None:
         """Send what is left, within a time limit, and close.
 
-        The process must end by ``end_process`` then: wandb waits for its server once more, without a limit, when the
-        interpreter ends.
+        The process should end by ``end_process`` then: wandb waits for its server once more, within a limit of its own,
+        when the interpreter ends.
         """
         if not self._is_started:
             return

@@ -21,6 +21,9 @@ from trainer.trackers.wandb_files import ATTEMPT_KEY, WandbPart, read_parts
 
 _log = logging.getLogger("shardline")
 
+FINISH_TIMEOUT_S = 50.0
+"""How long wandb may send what is left at a run's end, and once more at the process's; the rest stays on disk."""
+
 _WITHOUT_KEY = ("offline", "dryrun", "disabled")
 
 
@@ -97,8 +100,7 @@ class WandbTracker:
             group=settings.group,
             notes=settings.notes,
             config=self._config.model_dump(mode="json") | {ATTEMPT_KEY: RunFolder(self._run_dir).newest_attempt()},
-            # Shardline has its own logs; capturing the console as well would fight over the terminal.
-            settings=wandb.Settings(console="off", silent=True),
+            settings=_run_settings(wandb.Settings),
         )
         self._identity = replace(self._identity, sent_step=self._find_sent_step(parts))
         self._run.define_metric("step")
@@ -126,7 +128,10 @@ class WandbTracker:
             self._run.summary[CONFUSION_NAME] = wandb.Table(columns=["class", *(row[0] for row in rows)], data=rows)
         if self._config.tracking.wandb.artifacts:
             self._log_artifact()
-        self._run.finish(exit_code=0 if exit_code in (EXIT_FINISHED, EXIT_STOPPED) else exit_code)
+        try:
+            self._run.finish(exit_code=0 if exit_code in (EXIT_FINISHED, EXIT_STOPPED) else exit_code)
+        except TimeoutError:
+            self._warn(f"wandb did not finish within {FINISH_TIMEOUT_S:g} s; what is lacking is in metrics.jsonl")
         # Offline, only now is it certain that everything is on disk.
         self._identity.write(self._run_dir)
 
@@ -174,6 +179,16 @@ class WandbTracker:
                 f"{self._run_dir / 'wandb'} (set WANDB_API_KEY or use wandb login before the next attempt)"
             )
         return mode
+
+
+def _run_settings(kind: Any) -> Any:
+    """What wandb is told of this one run, as its class of settings."""
+    # Shardline has its own logs; capturing the console as well would fight over the terminal.
+    settings = {"console": "off", "silent": True}
+    # Without one its hook at the interpreter's end would hold a script whose server is away; old releases have none.
+    has_limit = "finish_timeout" in kind.model_fields
+    limit = {"finish_timeout": FINISH_TIMEOUT_S, "finish_timeout_raises": True} if has_limit else {}
+    return kind(**settings, **limit)
 
 
 def has_key(environment: Mapping[str, str], server: str) -> bool:

@@ -16,7 +16,8 @@ from sharding.mesh import build_mesh
 from sharding.ranks.errors import UserError
 from sharding.ranks.process_group import Ranks
 from tests.runs_in_process import RunsInProcess
-from tests.support import command_environment, run_on_ranks
+from tests.support import command_environment, read_metrics, run_on_ranks
+from tests.trainer.evaluation.in_process import found
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.commands import export as export_command
 from trainer.commands import generate as generate_command
@@ -117,10 +118,11 @@ def _train(ranks: Ranks, root: Path, corpus: Path) -> None:
     reference = {}
     for name, sections in (("llama", {}), ("gpt2", {}), ("bert", rows)):
         model = _NONE | {"pretrained": str(root / name), "lora": lora, "new_head": name == "bert"}
-        folder = runs.train(f"{name}-run", steps=_STEPS, model=model, parallel={"strategy": "none"}, **sections)
+        sections = sections | {"parallel": {"strategy": "none"}, "evaluation": {"every_steps": 1}}
+        folder = runs.train(f"{name}-run", steps=_STEPS, model=model, **sections)
         reader = CheckpointReader(folder.checkpoint_path(_STEPS))
         config = parse_config(reader.manifest.config, name)
-        reference[name] = _evaluated(ranks, config, reader, batches["rows" if sections else "texts"])
+        reference[name] = _evaluated(ranks, config, reader, batches["rows" if name == "bert" else "texts"])
         forms: tuple[Form, ...] = ("adapter", "merged")
         for form in forms:
             export_model(reader, root / f"{name}-{form}", form=form)
@@ -179,6 +181,16 @@ def test_a_merged_weight_is_the_sum(exported: Path) -> None:
     assert second.abs().max() > 0
     torch.testing.assert_close(merged[f"{layer}.weight"], base + 4.0 * second @ first, rtol=0, atol=1e-7)
     assert torch.equal(base, load_file(exported / "llama" / "model.safetensors")[f"{layer}.weight"])
+
+
+def test_a_run_with_adapters_is_evaluated_as_it_was_trained(exported: Path) -> None:
+    for name in ("llama", "gpt2"):
+        run = exported / "runs" / f"{name}-run"
+        logged = [line["eval/loss"] for line in read_metrics(run) if "eval/loss" in line]
+        for num_ranks in (1, 2) if name == "llama" else (1,):
+            assert found(run, num_ranks)["metrics"]["loss"] == pytest.approx(logged[-1], rel=1e-6)
+        # With the adapters, and not with what they stand beside alone.
+        assert logged[-1] < logged[0] - 0.01
 
 
 def test_which_form_is_said(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

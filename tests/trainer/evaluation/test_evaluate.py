@@ -249,6 +249,27 @@ def test_text_of_a_run_and_of_its_export(tmp_path: Path, shared_corpus: tuple[Pa
         found(tmp_path / "model")
 
 
+def _train_stages(ranks: Ranks, root: Path, corpus: Path) -> None:
+    # Its class has 1024 positions, which are the longest sequences' where these are longer.
+    model = {"architecture": "gpt2", "config": {"n_embd": 8, "n_layer": 1, "n_head": 2}}
+    long = {"name": "long", "steps": 1, "data": {"sequence_length": 1040}, "batch": {"global_size": 1}}
+    sections = {"model": model, "stages": [{"name": "short", "steps": 1}, long], "schedule": {"name": "constant"}}
+    values = tiny_values(root / "runs", root / "cache", corpus) | sections
+    values |= {"name": "staged", "steps": None, "batch": {"global_size": 12, "micro_size": 1}}
+    values |= {"checkpoint": {"every_steps": 1, "keep_last": 0}, "evaluation": {"every_steps": 1}}
+    RunsInProcess(ranks, root, corpus).train_as(parse_config(values, "staged"))
+
+
+def test_a_checkpoint_of_a_shorter_stage_has_the_positions_of_the_longest(
+    tmp_path: Path, shared_corpus: tuple[Path, Path]
+) -> None:
+    run_on_ranks(_train_stages, 1, tmp_path, shared_corpus[0])
+    run = tmp_path / "runs" / "staged"
+    logged = [json.loads(line)["eval/loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for step, loss in enumerate(logged, start=1):
+        assert found(run, step=step)["metrics"]["loss"] == pytest.approx(loss, rel=1e-6)
+
+
 _OWN_MODEL = """
 from torch import nn
 

@@ -137,10 +137,13 @@ def _begin_with_another_run(ranks: Ranks, root: Path, corpus: Path) -> None:
     runs = RunsInProcess(ranks, root, corpus)
     whole = runs.train("base", steps=2)
 
-    def tune(name: str, source: str, *, load: str = "weights", parallel: Any = None, **lora: Any) -> Any:
+    def tune(
+        name: str, source: str, *, load: str = "weights", steps: int = 3, parallel: Any = None, **lora: Any
+    ) -> Any:
         model = TINY_MODEL | {"lora": lora}
         checkpoint = {"from": str(root / "runs" / source), "load": load}
-        return runs.train(name, steps=3, model=model, checkpoint=checkpoint, parallel=parallel or {"strategy": "zero3"})
+        parallel = parallel or {"strategy": "zero3"}
+        return runs.train(name, steps=steps, model=model, checkpoint=checkpoint, parallel=parallel)
 
     lora: dict[str, Any] = {"rank": 2, "targets": ["q_proj", "v_proj"]}
     tuned = tune("tuned", "base", **lora)
@@ -165,6 +168,10 @@ def _begin_with_another_run(ranks: Ranks, root: Path, corpus: Path) -> None:
         tune("others", "tuned", rank=2, targets="q_proj")
     with pytest.raises(UserError, match=r"rank 2 scaled by 2, but model\.lora says rank 2 and 4"):
         tune("louder", "tuned", alpha=8.0, **lora)
+    # No less where the optimizer's state comes along; it does where nothing differs.
+    with pytest.raises(UserError, match=r"rank 2 scaled by 2, but model\.lora says rank 2 and 4"):
+        tune("louder-fork", "tuned", load="all", steps=4, alpha=8.0, **lora)
+    tune("fork", "tuned", load="all", steps=4, alpha=4.0, **lora)
     with pytest.raises(UserError, match=r"has adapters \(LoRA\) of 6 layers, .*, but this run has none, since"):
         tune("none", "tuned")
 

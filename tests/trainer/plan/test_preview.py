@@ -1,6 +1,7 @@
 """What --dry-run and slurm submit find out without a rank."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,7 @@ def test_the_run_is_described(config_file: Path) -> None:
     # Embeddings, tied; of each block four square matrices, three of the feed-forward layer and two norms; a norm.
     num_parameters = vocabulary * width + 3 * (4 * width * width + 3 * width * 53 + 2 * width) + width
     assert lines["parameters"] == f"{num_parameters:,} of llama"
-    assert " MiB a rank for parameters, gradients and optimizer state, at least " in lines["memory"]
+    assert re.match(r"[\d.]+ [KM]iB a rank for parameters, gradients and optimizer state, at least ", lines["memory"])
     read, _, epochs = lines["corpus"].partition(" samples of 32 tokens; the run reads ")
     assert float(epochs.removesuffix(" epochs")) == pytest.approx(6 * 12 / int(read.replace(",", "")), rel=0.01)
     assert lines["continues"] == "nothing: begins at step 1"

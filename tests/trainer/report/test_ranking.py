@@ -90,6 +90,27 @@ def test_the_page_opens_with_the_table_and_the_terminal_shows_it_too(
     assert 'id="ranking"' not in page.read_text()
 
 
+def test_of_many_settings_that_differ_the_rest_unfolds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def config(value: int) -> str:
+        sizes = "".join(f", size_{index}: {value}" for index in range(30))
+        return f"model: {{config: {{depth: {value}{sizes}}}}}\ndata: {{a: 1, sequence_length: {value}}}\n"
+
+    runs = [_run(tmp_path / name, [1.0], more=config(value)) for value, name in enumerate("ab")]
+    page = tmp_path / "page.html"
+    for is_wide in (True, False):
+        text = rank_runs(read_runs(runs)).text(narrow=not is_wide)
+        assert text.count("model.config.size_") == 2 * 7
+        assert text.count("and 24 more") == 2
+    assert main([*map(str, runs), "--to", str(page)]) == 0
+    written = page.read_text()
+    ranking = written[written.index('id="ranking"') : written.index('<section class="runs')]
+    assert ranking.count("<summary>and 24 more</summary>") == 2
+    assert ranking.count("<div>model.config.size_29=1</div>") == 1
+    capsys.readouterr()
+    assert main([*map(str, runs), "--to", str(page), "--json"]) == 0
+    assert all(len(run["settings"]) == 32 for run in json.loads(capsys.readouterr().out)["runs"])
+
+
 def test_directions_are_kept_with_the_run(tmp_path: Path) -> None:
     record_directions(tmp_path, {"loss": "lower", "books/f1": "higher"})
     record_directions(tmp_path, {"loss": "lower"})

@@ -376,9 +376,12 @@ _ONLINE_ATTEMPT = """
 import os, signal, sys, time
 from pathlib import Path
 from trainer.config import load_config
+from trainer.trackers import wandb_tracker
 from trainer.trackers.wandb_tracker import WandbTracker
 
 first, last, ending = int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
+if ending == "away":
+    wandb_tracker.FINISH_TIMEOUT_S = 2.0
 tracker = WandbTracker(load_config(sys.argv[1], ["tracking.wandb.mode=online"]), Path(sys.argv[2]), print)
 tracker.start(first)
 for step in range(1, last + 1):
@@ -419,6 +422,26 @@ def test_online_a_killed_attempts_unsent_steps_are_sent_and_none_twice(config: R
             assert (finished.returncode, said) == (0, "")
             assert list(server.runs.values()) == [run]
             assert run.steps == list(range(1, last + 1))
+
+
+@pytest.mark.timeout(120)
+def test_a_server_that_is_away_at_the_end_holds_no_process(config: RunConfig, tmp_path: Path) -> None:
+    """One that ends as Python ends, by wandb's own hook."""
+    (tmp_path / "run.yaml").write_text(config_to_yaml(config))
+    with contextlib.ExitStack() as at_the_end:
+        with stand_in_server() as server:
+            environment = command_environment(WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL="1", **server.environment)
+            command = [sys.executable, "-c", _ONLINE_ATTEMPT, tmp_path / "run.yaml", tmp_path, "2", "6", "away"]
+            process = at_the_end.enter_context(
+                subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
+            )
+            at_the_end.callback(process.kill)
+            wait_until(lambda: any(run.steps for run in server.runs.values()), what="the first lines")
+        # Nobody listens there any more.
+        (tmp_path / "go").touch()
+        said, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert said == "wandb did not finish within 2 s; what is lacking is in metrics.jsonl\n"
 
 
 @pytest.mark.timeout(120)
