@@ -12,6 +12,7 @@ from trainer.files.atomic_files import write_atomically
 from trainer.runtime.phases import Phase
 
 GOODPUT_NAME = "goodput.json"
+_SAID_FROM = 0.01
 
 
 class Category(StrEnum):
@@ -194,9 +195,9 @@ class Goodput(StrictRecord):
         }
 
     def sentence(self) -> str:
-        """One line for a person."""
+        """One line for a person, which leaves out what took less than a hundredth."""
         others = sorted(
-            ((share, name) for name, share in self.shares.items() if name != Category.TRAINING and share >= 0.0005),
+            ((share, name) for name, share in self.shares.items() if name != Category.TRAINING and share >= _SAID_FROM),
             reverse=True,
         )
         described = ", ".join(f"{title(name)} {share:.1%}" for share, name in others)

@@ -116,6 +116,16 @@ def test_one_attempt_is_divided_into_what_it_did(tmp_path: Path) -> None:
     assert json.loads((tmp_path / GOODPUT_NAME).read_text()) == goodput.model_dump()
 
 
+def test_what_took_no_time_to_speak_of_is_left_out_of_the_sentence(tmp_path: Path) -> None:
+    attempt = Attempt(tmp_path, 1, began_at=0.0, startup_s=10.0)
+    attempt.steps(list(range(1, 41)))
+    attempt.enter(Phase.EVALUATE, 40, 0.5)
+    attempt.end()
+    goodput = read(tmp_path)
+    assert 0 < goodput.shares["evaluation"] < 0.01
+    assert goodput.sentence() == "goodput 72.4%: training 80 s of 110 s (start-up 9.0%, logging 9.0%, data wait 9.0%)"
+
+
 def test_a_killed_attempt_loses_what_the_next_one_takes_again(tmp_path: Path) -> None:
     first = Attempt(tmp_path, 1, began_at=5000.0, startup_s=10.0)
     first.steps([1, 2], first_s=2.0)
