@@ -20,6 +20,7 @@ from trainer.commands.generate import generate
 from trainer.commands.list_runs import list_runs
 from trainer.commands.parity import parity
 from trainer.commands.prepare_data import prepare_data
+from trainer.commands.prune import prune
 from trainer.commands.report import report
 from trainer.commands.show_data import show_data
 from trainer.commands.sync import sync
@@ -141,6 +142,7 @@ app.command(cls=Doctor)(doctor)
 app.command(cls=Forwarded)(parity)
 app.command(cls=Forwarded)(evaluate)
 app.command(cls=Forwarded)(export)
+app.command(cls=Forwarded)(prune)
 app.command(cls=Forwarded)(generate)
 app.command(cls=Forwarded)(report)
 

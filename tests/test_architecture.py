@@ -44,7 +44,8 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "doctor": set(),
         "parity": {"config", "runtime", "data", "architectures", "tasks", "optimizers", "model"},
         "deploy": {
-            *("config", "files", "run_folder", "data", "architectures", "tasks", "model", "checkpoint", "metrics"),
+            *("config", "files", "run_folder", "data", "architectures", "tasks", "optimizers", "model", "checkpoint"),
+            "metrics",
         },
         "evaluation": {"config", "runtime", "files", "data", "tasks", "model", "checkpoint", "metrics", "deploy"},
         ".": {

@@ -29,6 +29,7 @@ _RUN_BY = {
     "shardline data show": "tests/e2e/test_outputs.py::test_data_show_prints_what_the_step_was_trained_on",
     "shardline parity": "tests/trainer/parity/test_parity.py::test_every_strategy_trains_as_one_plain_process",
     "shardline evaluate": "tests/e2e/test_wheel.py::test_the_example_of_an_own_task_runs_as_it_is_written",
+    "shardline prune": "tests/trainer/commands/test_prune.py::test_the_command",
     "shardline export": "tests/e2e/test_outputs.py::test_the_exported_model_has_the_runs_own_evaluation_loss",
     "shardline generate": "tests/e2e/test_outputs.py::test_generate_continues_a_prompt_the_same_way_for_the_same_seed",
     "shardline report": "tests/e2e/test_report.py::test_each_run_ends_with_a_report_and_one_that_fails_changes_nothing",

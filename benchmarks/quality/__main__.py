@@ -29,13 +29,14 @@ from benchmarks.quality.cases import (
     TRANSFER_CONFIG,
     Case,
 )
+from benchmarks.quality.pruning import CRITERIA, NUM_SEEDS, PRUNED_CASES, PRUNING, measure_criteria, measure_pair
 from benchmarks.quality.table import markdown, plot
 from sharding.ranks.errors import RunFailure, UserError, ends_with_a_sentence
 from trainer.config import load_config
 
 _PACKAGES = ("torch", "transformers", "scikit-learn")
 _ROOT = Path(__file__).resolve().parents[2]
-_ALL = (*CASES, TRANSFER)
+_ALL = (*CASES, TRANSFER, PRUNING, CRITERIA)
 
 
 @ends_with_a_sentence
@@ -64,6 +65,8 @@ def _start(options: argparse.Namespace) -> int:
             if name == TRANSFER:
                 for seed in range(options.pairs):
                     measured.pair(seed)
+            elif name in (PRUNING, CRITERIA):
+                measured.pruning(name, options.seeds)
             else:
                 measured.case(name, options.seeds or CASES[name].num_seeds)
     _BENCHMARK.report(raw)
@@ -108,6 +111,21 @@ class _Measured:
             values[which] = _evaluate(run, "test", "accuracy")
         append_row(self._raw, {"kind": TRANSFER, "case": TRANSFER, "seed": seed, **values})
         print(f"transfer, seed {seed}: " + ", ".join(f"{which} {v:.4f}" for which, v in values.items()), flush=True)
+
+    def pruning(self, name: str, num_seeds: int) -> None:
+        """Compare pruned runs with dense ones; with 0 over as many seeds as each case says."""
+        if name == CRITERIA:
+            for seed in range(num_seeds or NUM_SEEDS):
+                if (CRITERIA, seed) not in self._done:
+                    append_row(self._raw, measure_criteria(seed, self._folder))
+                    print(f"{CRITERIA}, seed {seed}", flush=True)
+            return
+        for case, pruned in PRUNED_CASES.items():
+            for seed in range(num_seeds or pruned.num_seeds):
+                if (f"{PRUNING}-{case}", seed) not in self._done:
+                    row = measure_pair(case, seed, self._folder)
+                    append_row(self._raw, row)
+                    print(f"{PRUNING} of {case}, seed {seed}: {row['dense']:.4f}, {row['pruned']:.4f}", flush=True)
 
     def _run(self, case: Case, name: str, seed: int) -> None:
         began_at = time.monotonic()

@@ -10,6 +10,7 @@ from benchmarks.presentation.plots import Bar, bars
 from benchmarks.presentation.result_files import Rows
 from benchmarks.quality.cases import CASES, TRANSFER
 from benchmarks.quality.interval import mean_and_half_width
+from benchmarks.quality.pruning import pruning_lines
 
 _TITLE = "How well the examples learn"
 
@@ -29,7 +30,9 @@ def markdown(rows: Rows, file: str, changes: Sequence[str] = ()) -> str:
         lines += [_line(rows, name, values) for name, values in found.items()]
     if pairs := _pairs(rows):
         lines += ["", *_transfer(pairs)]
-    if not found and not pairs:
+    pruned = pruning_lines(rows)
+    lines += pruned
+    if not found and not pairs and not pruned:
         lines.append("Interrupted before anything can be said.")
     if changes:
         lines += ["", *changes]

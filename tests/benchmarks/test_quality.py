@@ -19,6 +19,9 @@ from trainer.config import load_config
 HEADER = result_header("quality", num_ranks=2)
 
 
+_SHARES = (0.5, 0.8, 0.9)
+
+
 def scores(case: str, *values: float) -> list[dict[str, Any]]:
     return [
         {"kind": "run", "case": case, "seed": seed, "value": value, "wall_s": 30.0} for seed, value in enumerate(values)
@@ -55,6 +58,33 @@ def test_the_table_says_what_is_met_and_what_is_missed() -> None:
     assert met_bar("masked-lm", [5.0], 6.0) is True
     assert met_bar("masked-lm", [6.5], 6.0) is False
     assert met_bar("tones", [0.5], None) is None
+
+
+def test_pruned_runs_stand_beside_dense_ones() -> None:
+    def pairs(case: str, *values: tuple[float, float]) -> list[dict[str, Any]]:
+        return [
+            {"kind": "pruning", "case": f"pruning-{case}", "seed": seed, "dense": a, "at_once": a / 2, "pruned": b}
+            for seed, (a, b) in enumerate(values)
+        ]
+
+    criteria = {
+        f"{rule} {share}": 0.25 for rule in ("magnitude", "importance", "gradient", "random") for share in _SHARES
+    }
+    rows = [
+        HEADER,
+        *pairs("digits-mlp", (0.98, 0.976), (0.97, 0.968)),
+        *pairs("digits-cnn", (0.99, 0.98), (0.99, 0.984)),
+        *pairs("language-model", (5.0, 5.2)),
+        {"kind": "pruning-criteria", "case": "pruning-criteria", "seed": 0, "values": {"dense": 0.9, **criteria}},
+    ]
+    table = markdown(rows, "quality.jsonl")
+    assert (
+        "| digits-mlp | accuracy, test | 2 | 0.9750 | 0.4875 | 0.9720 | -0.0030 +- 0.0127 | at most 0.5 points" in table
+    )
+    assert "points below (met) |" in table
+    assert "points below (missed) |" in table
+    assert "| language-model | loss, validation | 1 | 5.0000 | 2.5000 | 5.2000 | +0.2000 +- inf |  |" in table
+    assert "| gradient | 0.2500 | 0.2500 | 0.2500 |" in table
 
 
 def test_a_baseline_learns_from_the_training_rows_of_the_run(tmp_path: Path) -> None:

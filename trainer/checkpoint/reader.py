@@ -100,6 +100,16 @@ class CheckpointReader:
         name = self.manifest.recipe_file
         return None if name is None else RowRecipe.model_validate_json(self._attachment(name))
 
+    def read_attachments(self) -> dict[str, bytes]:
+        """Contents of the files that hold no tensors, by name: the tokenizer, and how rows are read.
+
+        Raises:
+            CorruptCheckpoint: one is not as it was written.
+        """
+        tokenizer = self.manifest.tokenizer
+        names = (None if tokenizer is None else tokenizer.file, self.manifest.recipe_file)
+        return {name: self._attachment(name) for name in names if name is not None}
+
     def _attachment(self, name: str) -> bytes:
         try:
             contents = (self.folder / name).read_bytes()

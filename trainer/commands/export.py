@@ -23,6 +23,9 @@ def export(
         bool,
         typer.Option("--accept-loss", help="Write it also where it is less good than what was trained, or unknown."),
     ] = False,
+    sparse: Annotated[
+        bool, typer.Option("--sparse", help="Of a pruned run: a bit for each weight, and those that are not zero.")
+    ] = False,
     step: Step = None,
     ema: Average = False,
     adapter: Annotated[
@@ -51,6 +54,7 @@ def export(
         allowed=AllowedCode(task, trust_remote_code, tuple(factory or ())),
         form="adapter" if adapter else "merged" if merge else None,
         accept_loss=accept_loss,
+        sparse=sparse,
     )
     deployment = export_run(reader, to, options)
     part = "the adapters of " if adapter else ""

@@ -17,7 +17,7 @@ from trainer.deploy.exported_model import open_exported
 from trainer.deploy.held_out import find_held_out
 from trainer.deploy.hf_folder import refuse_other_models, write_hf_folder
 from trainer.deploy.model_call import ModelCall, record_call
-from trainer.deploy.model_card import trained_revision, write_card
+from trainer.deploy.model_card import CARD_NAME, trained_revision, write_card
 from trainer.deploy.new_folder import new_folder, refuse_contents
 from trainer.deploy.onnx_file import refuse_missing_onnx, write_onnx
 from trainer.deploy.signature import (
@@ -30,6 +30,7 @@ from trainer.deploy.signature import (
     TensorSpec,
     write_deployment,
 )
+from trainer.deploy.sparse_folder import SPARSE_ENDING, SPARSE_NOTE, make_sparse
 from trainer.deploy.trained_model import TrainedModel, check_checkpoint, open_trained
 from trainer.deploy.verify_export import compare, quality, refuse_loss
 from trainer.run_folder.provenance import package_version
@@ -56,6 +57,7 @@ class ExportOptions:
         allowed: the Python code that may run for it.
         form: of a run with adapters, which of both; None elsewhere.
         accept_loss: write also what is not, or cannot be shown to be, as good as what was trained.
+        sparse: store weights with many zeros as a bit for each and the values that are not zero.
     """
 
     format: Format = "hf"
@@ -64,6 +66,7 @@ class ExportOptions:
     allowed: AllowedCode = _NO_CODE
     form: Form | None = None
     accept_loss: bool = False
+    sparse: bool = False
 
 
 def export_run(reader: CheckpointReader, folder: Path, options: ExportOptions) -> Deployment | None:
@@ -86,8 +89,11 @@ def export_run(reader: CheckpointReader, folder: Path, options: ExportOptions) -
     """
     if options.form == "adapter":
         _refuse_formats_of_adapters(options)
+        _refuse_sparse(options, "--adapter")
         export_model(reader, folder, averaged=options.averaged, allowed=options.allowed, form=options.form)
         return None
+    if options.format != "hf":
+        _refuse_sparse(options, f"--format {options.format}")
     if options.format == "onnx":
         refuse_missing_onnx()
     refuse_contents(folder)
@@ -95,7 +101,14 @@ def export_run(reader: CheckpointReader, folder: Path, options: ExportOptions) -
     refuse_form(reader, config, options.form)
     with new_folder(folder) as work:
         trained = open_trained(reader, config, work, averaged=options.averaged)
-        return _write_compared(trained, work, options)
+        deployment = _write_compared(trained, work, options)
+        if options.sparse:
+            make_sparse(work)
+            with (work / CARD_NAME).open("a") as card:
+                card.write(SPARSE_NOTE)
+            deployment = deployment.model_copy(update={"file": f"model{SPARSE_ENDING}"})
+            write_deployment(deployment, work)
+        return deployment
 
 
 def export_model(
@@ -241,6 +254,18 @@ def _output_kind(task: Task) -> OutputKind:
     if isinstance(task, Regression):
         return "number"
     return "tokens" if isinstance(task, CausalLanguageModelling | MaskedLanguageModelling) else "values"
+
+
+def _refuse_sparse(options: ExportOptions, what: str) -> None:
+    """Assert that weights are to be stored as they are.
+
+    Raises:
+        UserError: they are not.
+    """
+    if options.sparse:
+        raise UserError(
+            f"--sparse is a form of the weights that --format hf writes, and none of {what}; leave one out."
+        )
 
 
 def _refuse_formats_of_adapters(options: ExportOptions) -> None:
