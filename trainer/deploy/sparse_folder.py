@@ -89,7 +89,8 @@ def make_sparse(folder: Path) -> tuple[int, int]:
 
 def _pack(weights: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, list[int]]]:
     """What is stored of weights, and the shapes of those that are packed."""
-    stored, shapes = {}, {}
+    stored: dict[str, torch.Tensor] = {}
+    shapes: dict[str, list[int]] = {}
     for name, tensor in weights.items():
         flat = tensor.contiguous().reshape(-1)
         # Of its bits, since a negative zero is one too, and not the same.
