@@ -268,6 +268,11 @@ def test_an_installed_package_of_the_same_name_is_named(tmp_path: Path) -> None:
             "trainer.commands.export",
             ["runs/a", "--to", "out", "--task", "own:Task", "--trust-remote-code"],
         ),
+        (
+            ("export", "runs/a", "--to", "out", "--format", "onnx", "--dtype", "fp16"),
+            "trainer.commands.export",
+            ["runs/a", "--to", "out", "--format", "onnx", "--dtype", "fp16"],
+        ),
         (("data", "prepare", "x.yaml", "seed=1"), "trainer.commands.prepare_data", ["x.yaml", "seed=1"]),
         (("data", "show", "runs/a", "--step", "3"), "trainer.commands.show_data", ["runs/a", "--step", "3"]),
         (("checkpoint", "list", "runs/a"), "trainer.commands.checkpoint_list", ["runs/a"]),

@@ -58,7 +58,9 @@ def export_program(
 
 
 def save_program(program: ExportedProgram, file: Path) -> None:
-    """Write a program as ``torch.export.load`` reads it."""
+    """Write a program as ``torch.export.load`` reads it, without the source lines of this machine that made it."""
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)
     with torch_says_nothing():
         torch.export.save(program, file)
 
@@ -113,7 +115,8 @@ def torch_says_nothing() -> Iterator[None]:
 
 def first_line(error: Exception) -> str:
     """What an error says, as a part of a sentence."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = str(error).replace("See the stack trace for more information.", "")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__)[:300].rstrip(".")
 
 

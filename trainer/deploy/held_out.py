@@ -22,9 +22,9 @@ from trainer.tasks.regression import Regression
 from trainer.tasks.supervised import SupervisedTask
 
 _SPLITS: tuple[Literal["validation", "test", "train"], ...] = ("validation", "test", "train")
-_MOST, _FEWEST = 1024, 8
-_FEWEST_SCORED = 256
-"""Where scores are compared: of fewer, one sample is more than the half point that they may differ by."""
+_MOST, _FEWEST_ROWS, _FEWEST_SEQUENCES = 1024, 8, 2
+_FEWEST_SCORED_ROWS = 256
+"""Where scores are compared: of fewer, one row is more than the half point that they may differ by."""
 _PARAMETER_TOKENS = 2**36
 """Parameters x tokens that are computed with, some ten seconds of a processor's."""
 _TOKENS, _LOGITS = 2**14, 2**26
@@ -59,9 +59,11 @@ def find_held_out(trained: TrainedModel, allowed: AllowedCode, *, is_scored: boo
     """
     facts, num_parameters = trained.facts, sum(p.numel() for p in trained.model.parameters())
     num_tokens = facts.sequence_length or 1
+    is_packed = isinstance(trained.task, CausalLanguageModelling | MaskedLanguageModelling)
     affordable = _PARAMETER_TOKENS // max(num_parameters * num_tokens, 1)
-    num_samples = min(max(affordable, _FEWEST_SCORED if is_scored else _FEWEST), _MOST)
-    num_outputs = facts.vocab_size if trained.recipe is None and facts.vocab_size else 1
+    fewest = _FEWEST_SEQUENCES if is_packed else _FEWEST_SCORED_ROWS if is_scored else _FEWEST_ROWS
+    num_samples = min(max(affordable, fewest), _MOST)
+    num_outputs = (facts.vocab_size or 1) if is_packed else 1
     micro_size = max(1, min(64, _TOKENS // num_tokens, _LOGITS // (num_tokens * num_outputs)))
     try:
         samples = _samples_of(trained, allowed)
@@ -103,6 +105,9 @@ def _made(trained: TrainedModel, samples: Batch, positions: torch.Tensor) -> Bat
     if isinstance(trained.task, CausalLanguageModelling):
         # What is exported reads one text from its beginning, whatever training packed together.
         batch.pop("position_ids", None)
+    if isinstance(trained.task, MaskedLanguageModelling):
+        # Which the task leaves out where no row is short; what is exported takes the same inputs for all.
+        batch.setdefault("attention_mask", torch.ones_like(batch["input_ids"]))
     return batch
 
 

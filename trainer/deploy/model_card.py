@@ -72,7 +72,7 @@ def write_card(trained: TrainedModel, deployment: Deployment, not_compared: str 
         f"{deployment.dtype}{', ' + deployment.quantization if deployment.quantization else ''}).",
         _interface(deployment),
         f"## Data\n\n{_data(config)}\n\nFingerprint: `{run.data_fingerprint}`.",
-        f"## Metrics\n\n{_metrics(trained.reader, deployment.quality, not_compared)}",
+        f"## Metrics\n\n{_metrics(trained, deployment.quality, not_compared)}",
         f"## Configuration\n\nWhat differs from Shardline's defaults:\n\n```yaml\n{_configuration(config)}```",
         f"## Revision\n\nTrained by Shardline {run.revision or 'of an unknown revision'}, exported by version "
         f"{run.version or 'of a folder that is not installed'}.",
@@ -127,11 +127,14 @@ def _data(config: RunConfig) -> str:
     return f"Source: {', '.join(sources)}{' (' + ', '.join(map(str, named)) + ')' if named else ''}."
 
 
-def _metrics(reader: CheckpointReader, quality: Quality | None, not_compared: str | None) -> str:
-    lines = []
+def _metrics(trained: TrainedModel, quality: Quality | None, not_compared: str | None) -> str:
+    lines: list[str] = []
+    reader, averaged = trained.reader, trained.averaged
     folder, step = run_folder_of(reader), reader.manifest.training.step
     logged = [] if folder is None else [line for line in read_metrics(folder.metrics_file) if line.get("step") == step]
     of_step = {key: value for line in logged for key, value in line.items() if key.startswith("eval/")}
+    # Of the weights that are meant.
+    of_step = {key: value for key, value in of_step.items() if ("ema_" in key) == averaged}
     if of_step:
         lines += [f"The run's own evaluation at step {step:,}:", "", "| metric | value |", "| --- | --- |"]
         lines += [f"| {name.removeprefix('eval/')} | {_shown(value)} |" for name, value in of_step.items()]
@@ -150,7 +153,18 @@ def _metrics(reader: CheckpointReader, quality: Quality | None, not_compared: st
 
 def _configuration(config: RunConfig) -> str:
     changed: dict[str, Any] = config.model_dump(mode="json", exclude_defaults=True, by_alias=True)
-    return dump_yaml(redact_values({key: changed[key] for key in _LEARNT_BY if key in changed}, os.environ))
+    learnt_by = {key: changed[key] for key in _LEARNT_BY if key in changed}
+    learnt_by.get("data", {}).pop("cache_dir", None)
+    return dump_yaml(_without_places(redact_values(learnt_by, os.environ)))
+
+
+def _without_places(value: Any) -> Any:
+    """Settings with the names of files and folders alone, for where they lie on a machine is nobody else's matter."""
+    if isinstance(value, dict):
+        return {key: _without_places(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_places(inner) for inner in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def _shown(value: float | None) -> str:

@@ -40,6 +40,9 @@ def write_onnx(program: ExportedProgram, inputs: list[TensorSpec], outputs: list
     Raises:
         UserError: an operation of the model has no counterpart in ONNX.
     """
+    # Comes with onnxscript.
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
     try:
         with torch_says_nothing():
             made: Any = torch.onnx.export(
@@ -55,6 +58,8 @@ def write_onnx(program: ExportedProgram, inputs: list[TensorSpec], outputs: list
             f"--format onnx cannot hold this model: {first_line(cause)}; give --format torch-export, or --format hf "
             "for a model of transformers."
         ) from None
+    # Else the source files of this machine are named at every operation.
+    ClearMetadataAndDocStringPass()(made.model)
     made.rename_axes(
         {
             size.value: axis

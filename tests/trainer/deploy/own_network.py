@@ -62,6 +62,19 @@ def counting(*, facts: SampleFacts, num_outputs: int | None) -> nn.Module:
     return Counting(facts.num_features)
 
 
+class Decomposing(_Bilinear):
+    """Can be traced, but ONNX has no such operation."""
+
+    def forward(self, left: torch.Tensor, right: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        made: torch.Tensor = super().forward(left, right, scale)
+        return made + torch.linalg.eigvalsh(left[:, :, None] * left[:, None, :]).sum(dim=-1)
+
+
+def decomposing(*, facts: SampleFacts, num_outputs: int | None) -> nn.Module:
+    assert facts.num_features is not None
+    return Decomposing(facts.num_features)
+
+
 class IsAbove(Task):
     """Calls its model by position, and with a number beside."""
 

@@ -12,7 +12,7 @@ from trainer.config import parse_config
 
 _SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 _NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-_MODERNBERT = {"global_attn_every_n_layers": 2, "local_attention": 8, "pad_token_id": 0}
+_MODERNBERT = {"local_attention": 8}
 _GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
 _WAV2VEC2 = {
     "conv_dim": [8, 8],

@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification
 
 from sharding.ranks.errors import UserError
 from shardline import Run
-from tests.support import read_metrics, run_on_ranks
+from tests.support import ROOT, read_metrics, run_on_ranks
 from tests.trainer.deploy import own_network
 from tests.trainer.deploy.elsewhere import drawn_inputs, max_errors_elsewhere, trained_logits
 from tests.trainer.deploy.small_runs import LONGEST, OWN, train_small_runs
@@ -31,10 +31,11 @@ _RUNS: dict[str, dict[str, Any]] = {
     "llama-lora": {"model": {"lora": {"rank": 2}}, "checkpoint": {"from": "llama", "load": "weights"}},
     "own": {},
     "own-counting": {"model": {"factory": f"{OWN}:counting"}},
+    "own-decomposing": {"model": {"factory": f"{OWN}:decomposing"}},
     # Its weights grow beyond what half precision holds.
     "mlp-wild": {"model": {"arguments": {"hidden_sizes": [32]}}, "optimizer": {"lr": 3000.0}},
 }
-_OWN = AllowedCode(f"{OWN}:IsAbove", factories=(f"{OWN}:network", f"{OWN}:counting", f"{OWN}:Pairs"))
+_OWN = AllowedCode(f"{OWN}:IsAbove", factories=(f"{OWN}:counting", f"{OWN}:decomposing", f"{OWN}:Pairs"))
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +77,8 @@ def test_a_classifier_in_onnx(root: Path, tmp_path: Path) -> None:
     fingerprint = _reader(root, "mlp").manifest.data_fingerprint
     for part in (fingerprint, "hidden_sizes", "| accuracy |", str(found.run.revision), "step 2"):
         assert part in card
+    for place in (str(root), str(ROOT), sys.prefix):
+        assert all(place.encode() not in path.read_bytes() for path in folder.iterdir()), place
     errors = max_errors_elsewhere({"mlp": (root / "runs" / "mlp", folder)}, [(1, 0), (257, 0)])
     assert max(errors["mlp"]) <= 1e-4
 
@@ -88,6 +91,7 @@ def test_a_text_classifier_as_a_program(root: Path, tmp_path: Path) -> None:
         ("attention_mask", ["batch", "length"]),
     ]
     assert (found.file, found.max_length) == ("model.pt2", LONGEST)
+    assert all(str(ROOT).encode() not in path.read_bytes() for path in folder.iterdir())
     program = torch.export.load(folder / "model.pt2").module()
     compute = trained_logits(root / "runs" / "bert", tmp_path / "work")
     for sizes in ((1, 1), (1, 7), (257, LONGEST), (3, 2)):
@@ -139,10 +143,24 @@ def test_a_module_of_ones_own(root: Path, tmp_path: Path, file_format: str) -> N
     assert [path.name for path in tmp_path.iterdir()] == ["own"]
 
 
-def test_what_cannot_be_traced_is_refused_in_a_sentence(root: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"--format onnx cannot hold Counting: torch\.export says .*; give --format hf"):
-        export_run(_reader(root, "own-counting"), tmp_path / "onnx", ExportOptions(format="onnx", allowed=_OWN))
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        (
+            "own-counting",
+            r"--format onnx cannot hold Counting: torch\.export says .* data-dependent .*; give --format hf",
+        ),
+        ("own-decomposing", r"--format onnx cannot hold this model: .*eigh.*; give --format torch-export, or"),
+    ],
+)
+def test_what_a_format_cannot_hold_is_refused_in_a_sentence(
+    root: Path, tmp_path: Path, name: str, reason: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UserError, match=reason) as refusal:
+        export_run(_reader(root, name), tmp_path / "onnx", ExportOptions(format="onnx", allowed=_OWN))
+    assert "\n" not in str(refusal.value)
     assert list(tmp_path.iterdir()) == []
+    assert capfd.readouterr().err == ""
 
 
 def test_another_model_than_was_trained_leaves_nothing(
