@@ -166,7 +166,9 @@ def _write_compared(trained: TrainedModel, work: Path, options: ExportOptions) -
         deployment = _description(trained, options, [], [], None)
     else:
         model = trained.materialized()
-        call = record_call(trained.task, model, next(held_out.batches()))
+        call = record_call(
+            trained.task, model, next(held_out.batches()), reads_texts=trained.facts.vocab_size is not None
+        )
         deployment = _write(trained, model, call, work, options)
         comparison = compare(trained.task, model, call, open_exported(work, deployment, trained, call), held_out)
         found = quality(comparison, held_out, trained.config.evaluation.monitor)
@@ -182,8 +184,8 @@ def _write(trained: TrainedModel, model: nn.Module, call: ModelCall, work: Path,
     """Write the model, and say what it is."""
     if options.format == "hf":
         write_hf_folder(trained, work, options.dtype)
-        return _description(trained, options, *call_specs(call, trained.facts), None)
-    program = export_program(model, call, trained.facts, options.dtype, options.format)
+        return _description(trained, options, *call_specs(call), None)
+    program = export_program(model, call, options.dtype, options.format)
     inputs, outputs = program_specs(program, call)
     if options.format == "onnx":
         write_onnx(program, inputs, outputs, work / FILES["onnx"])

@@ -15,7 +15,6 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 
 from sharding.ranks.errors import UserError
-from trainer.data.facts import SampleFacts
 from trainer.deploy.hf_folder import DTYPES
 from trainer.deploy.model_call import ModelCall
 from trainer.deploy.signature import BATCH, LENGTH, Dtype, Format, TensorSpec
@@ -27,15 +26,12 @@ _MIN_LENGTH = 4
 """Tokens of the texts that a program is made by: sizes below 2 are taken for fixed ones, and 2 is the batch's."""
 
 
-def export_program(
-    model: nn.Module, call: ModelCall, facts: SampleFacts, dtype: Dtype, file_format: Format
-) -> ExportedProgram:
+def export_program(model: nn.Module, call: ModelCall, dtype: Dtype, file_format: Format) -> ExportedProgram:
     """Trace a model.
 
     Args:
         model: with weights, fp32 on the host, in evaluation mode.
         call: one call of it.
-        facts: of the samples: where these are texts, dim 1 of whole numbers is their length.
         dtype: what weights are held and computed in; inputs and outputs are fp32 all the same.
         file_format: what it is for, to speak of.
 
@@ -44,11 +40,10 @@ def export_program(
     """
     if dtype != "fp32":
         model = copy.deepcopy(model).to(DTYPES[dtype])
-    is_text = {key: facts.vocab_size is not None and _has_length(value) for key, value in call.inputs.items()}
-    example = {key: _enlarged(value, is_text=is_text[key]) for key, value in call.inputs.items()}
-    shapes = {key: {0: Dim.DYNAMIC} | ({1: Dim.AUTO} if is_text[key] else {}) for key in example}
+    example = {key: _enlarged(value, is_text=key in call.texts) for key, value in call.inputs.items()}
+    shapes = {key: {0: Dim.DYNAMIC} | ({1: Dim.AUTO} if key in call.texts else {}) for key in example}
     try:
-        with torch_says_nothing(), torch.no_grad(), _whole_recurrences():
+        with torch_says_nothing(), torch.no_grad(), whole_recurrences():
             return torch.export.export(_with_inputs(model, call, DTYPES[dtype]), (), example, dynamic_shapes=shapes)
     except Exception as error:  # noqa: BLE001 - whatever a model's own code does that cannot be traced
         raise UserError(
@@ -80,11 +75,11 @@ def program_specs(program: ExportedProgram, call: ModelCall) -> tuple[list[Tenso
     return specs, [_spec(LOGITS, value, names) for value in outputs]
 
 
-def call_specs(call: ModelCall, facts: SampleFacts) -> tuple[list[TensorSpec], list[TensorSpec]]:
+def call_specs(call: ModelCall) -> tuple[list[TensorSpec], list[TensorSpec]]:
     """Inputs and outputs of a model of `transformers`, which takes any number of samples and tokens."""
     specs = []
     for key, value in [*call.inputs.items(), (LOGITS, call.logits.float())]:
-        has_length = facts.vocab_size is not None and (_has_length(value) or (key == LOGITS and value.ndim == 3))
+        has_length = key in call.texts or (key == LOGITS and bool(call.texts) and value.ndim == 3)
         shape: list[int | str] = [BATCH, *([LENGTH] if has_length else []), *value.shape[2 if has_length else 1 :]]
         specs.append(TensorSpec(name=key, dtype=_dtype_name(value), shape=shape))
     return specs[:-1], specs[-1:]
@@ -150,10 +145,6 @@ def _enlarged(value: torch.Tensor, *, is_text: bool) -> torch.Tensor:
     return rows.contiguous()
 
 
-def _has_length(value: torch.Tensor) -> bool:
-    return value.ndim > 1 and not value.is_floating_point()
-
-
 def _spec(name: str, value: Any, names: dict[str, str]) -> TensorSpec:
     fixed = [(size, _fixed(size)) for size in value.shape]
     shape = [names.get(str(size), str(size)) if number is None else number for size, number in fixed]
@@ -166,7 +157,7 @@ def _fixed(size: Any) -> int | None:
 
 
 @contextmanager
-def _whole_recurrences() -> Iterator[None]:
+def whole_recurrences() -> Iterator[None]:
     """Keep an LSTM or GRU as one operation: torch would unroll it over the very length of the text that it is shown."""
     try:
         from torch.export._patches import (

@@ -55,7 +55,14 @@ def open_onnx(folder: Path, deployment: Deployment) -> Compute:
 
     def compute(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         given = {spec.name: inputs[spec.name].contiguous().numpy() for spec in deployment.inputs}
-        return torch.from_numpy(session.run([LOGITS], given)[0])
+        try:
+            return torch.from_numpy(session.run([LOGITS], given)[0])
+        except Exception as error:  # noqa: BLE001 - as above
+            shapes = ", ".join(f"{name} of shape {list(array.shape)}" for name, array in given.items())
+            raise UserError(
+                f"onnxruntime cannot compute {deployment.file} on {shapes}: {first_line(error)}; give --format "
+                "torch-export, or --format hf for a model of transformers."
+            ) from None
 
     return compute
 

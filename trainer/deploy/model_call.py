@@ -24,19 +24,27 @@ class ModelCall:
 
     Attributes:
         inputs: tensors by argument, dim 0 the sample.
+        texts: names of those whose dim 1 is the length of a text.
         constants: all other arguments.
         logits: what came of it.
         gives_tensor: whether the model returned just that, and not something that has ``logits``.
     """
 
     inputs: dict[str, torch.Tensor]
+    texts: frozenset[str]
     constants: dict[str, Any]
     logits: torch.Tensor
     gives_tensor: bool
 
 
-def record_call(task: Task, model: nn.Module, batch: Batch) -> ModelCall:
+def record_call(task: Task, model: nn.Module, batch: Batch, *, reads_texts: bool) -> ModelCall:
     """Run a task's forward pass, and note how it calls the model.
+
+    Args:
+        task: calls it.
+        model: the model.
+        batch: what with.
+        reads_texts: whether samples are texts, whose whole numbers are then tokens or go along with them.
 
     Raises:
         UserError: it calls it more than once or not at all, or in a way that no exported model can be.
@@ -74,7 +82,9 @@ def record_call(task: Task, model: nn.Module, batch: Batch) -> ModelCall:
                 "0 of both must be the sample, or an exported model could take no other number of samples."
             )
     constants = {key: value for key, value in arguments.items() if key not in inputs}
-    return ModelCall(inputs, constants, logits, gives_tensor=made is logits)
+    tokens = {key for key, value in inputs.items() if value.ndim > 1 and not value.is_floating_point()}
+    texts = frozenset(tokens if reads_texts else ())
+    return ModelCall(inputs, texts, constants, logits, gives_tensor=made is logits)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import torch
 from torch.export import ExportedProgram
 
 from sharding.ranks.errors import UserError
-from trainer.deploy.export_program import first_line, torch_says_nothing
+from trainer.deploy.export_program import first_line, torch_says_nothing, whole_recurrences
 from trainer.deploy.signature import TensorSpec
 
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -44,7 +44,7 @@ def write_onnx(program: ExportedProgram, inputs: list[TensorSpec], outputs: list
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
     try:
-        with torch_says_nothing():
+        with torch_says_nothing(), whole_recurrences():
             made: Any = torch.onnx.export(
                 program,
                 input_names=[spec.name for spec in inputs],

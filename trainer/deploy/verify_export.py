@@ -38,7 +38,7 @@ class Comparison:
 
 
 def compare(task: Task, model: nn.Module, call: ModelCall, exported: Compute, held_out: HeldOut) -> Comparison:
-    """Run both models on all samples, and on one sample alone.
+    """Run both models on all samples, on one sample alone, and where samples are texts on half of one.
 
     Args:
         task: says what is computed.
@@ -49,8 +49,9 @@ def compare(task: Task, model: nn.Module, call: ModelCall, exported: Compute, he
     """
     of_trained, of_exported = _Scores(task), _Scores(task)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        alone = {key: value[:1] for key, value in call.inputs.items()}
-        errors = [_max_difference(_logits(model(**alone, **call.constants)), exported(alone))]
+        errors = [
+            _max_difference(_logits(model(**inputs, **call.constants)), exported(inputs)) for inputs in _sizes(call)
+        ]
         for batch in held_out.batches():
             first = of_trained.add(model, batch)
             with answered_by(exported, model, call):
@@ -121,6 +122,17 @@ def refuse_loss(comparison: Comparison, found: Quality, dtype: Dtype, *, is_quan
         f"{found.num_samples} samples of the split {found.split}, and at most {limit} is allowed; give another format "
         "of the weights, or --accept-loss."
     )
+
+
+def _sizes(call: ModelCall) -> list[dict[str, torch.Tensor]]:
+    """Inputs of other sizes than those that a model was traced by, which it must not have taken for the only ones."""
+    alone = {key: value[:1] for key, value in call.inputs.items()}
+    if not call.texts:
+        return [alone]
+    return [
+        alone,
+        {key: value[:, : -(-value.shape[1] // 2)] if key in call.texts else value for key, value in alone.items()},
+    ]
 
 
 class _Scores:
