@@ -27,6 +27,7 @@ from trainer.config.rules import World
 from trainer.config.stages import errors_of_stage, stages_of
 from trainer.data.prepared import Prepared
 from trainer.data.prepared_stages import find_stages
+from trainer.distillation.named_teacher import check_corpus, check_teacher
 from trainer.report.end_of_run import write_run_report
 from trainer.run_folder.folder import RunFolder
 from trainer.run_folder.lease import Lease
@@ -74,6 +75,7 @@ def run(
     config = plan.config
     check_continuation(run_folder, config)
     check_source(config, run_folder)
+    check_teacher(config)
     if _is_finished(run_folder, config):
         return EXIT_FINISHED
     port = rendezvous_port(config.launch.master_port)
@@ -85,6 +87,7 @@ def run(
             with errors_of_stage(stage.name):
                 corpus.check_sequence_length(stage.config.data.sequence_length)
                 _check_vocabulary(config, corpus)
+                check_corpus(config, corpus)
         if not config.is_length_known:
             plan = plan.with_counted_epochs(corpora[0])
             check_continuation(run_folder, plan.config)

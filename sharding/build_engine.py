@@ -26,16 +26,13 @@ from sharding.engine_builder import EngineBuilder, EngineParts, WholeModelBuilde
 from sharding.float8 import check_float8, convert_linear_layers
 from sharding.initialization import (
     Materializer,
-    check_buffers,
-    check_own_parameters,
     check_parameters,
-    initialize_one,
+    initialize_outside_blocks,
     initialize_tree,
 )
 from sharding.loss_scaler import LossScaler
 from sharding.mesh import ParallelMesh
 from sharding.precision import compute_dtype
-from sharding.ranks.errors import UserError
 from sharding.recurrent_weights import leave_recurrent_weights_alone
 from sharding.torch_engine import TorchEngine
 from sharding.zero import FullyShardBuilder
@@ -129,38 +126,7 @@ def build_engine(
         if compilation.enabled:
             block.compile(mode=None if compilation.mode == "default" else compilation.mode)
         builder.prepare_block(name, block)
-    _initialize_outside_blocks(definition, materializer, {id(block) for _, block in blocks})
+    initialize_outside_blocks(model, definition.seed, definition.initialize, materializer, [b for _, b in blocks])
     synchronize_batch_norm(model, norm_group, is_compiled=compilation.enabled)
     leave_recurrent_weights_alone(model)
     return builder.finish(model)
-
-
-def _initialize_outside_blocks(definition: ModelDefinition, materializer: Materializer, block_ids: set[int]) -> None:
-    """Embeddings, final norm, head: everything that is in no block, children before parents."""
-    model = definition.model
-    outside: list[tuple[str, torch.nn.Module]] = []
-
-    def collect(module: torch.nn.Module, name: str) -> None:
-        for child_name, child in module.named_children():
-            if id(child) not in block_ids:
-                collect(child, f"{name}.{child_name}" if name else child_name)
-        outside.append((name, module))
-
-    collect(model, "")
-    for _, module in outside:
-        materializer.materialize(module)
-    # A block that shares parameters with what is outside is not sharded yet.
-    own = {id(p) for _, module in outside for p in module.parameters(recurse=False)}
-    inside = [p for m in model.modules() if id(m) in block_ids for p in m.parameters() if id(p) not in own]
-    versions = [p._version for p in inside]
-    for name, module in outside:
-        initialize_one(module, name, definition.seed, definition.initialize)
-        if versions != [p._version for p in inside]:
-            # A draw into a sharded block would depend on the layout.
-            raise UserError(
-                f"{type(module).__name__} initialises parameters of blocks inside it, which would depend on how they "
-                "are divided over ranks; let each module initialise its own, in a method reset_parameters."
-            )
-    for name, module in outside:
-        check_own_parameters(module, name)
-    check_buffers(model)

@@ -7,7 +7,7 @@ strategy. The naive order (shard on meta, then initialise the shards) lets each 
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -80,6 +80,50 @@ def initialize_tree(root: nn.Module, name: str, seed: int, initialize: Initializ
     for child_name, child in root.named_children():
         initialize_tree(child, f"{name}.{child_name}" if name else child_name, seed, initialize)
     initialize_one(root, name, seed, initialize)
+
+
+def initialize_outside_blocks(
+    model: nn.Module, seed: int, initialize: InitializeModule, materializer: Materializer, blocks: Iterable[nn.Module]
+) -> None:
+    """Bring to life what is in no block: embeddings, final norm, head; children before parents.
+
+    Args:
+        model: the model, whose blocks are alive, and may be sharded.
+        seed: the run's seed.
+        initialize: called once per module.
+        materializer: that of the blocks.
+        blocks: the model's.
+
+    Raises:
+        UserError: a tensor was left without values, or a module initialises parameters of blocks inside it.
+    """
+    block_ids = {id(block) for block in blocks}
+    outside: list[tuple[str, nn.Module]] = []
+
+    def collect(module: nn.Module, name: str) -> None:
+        for child_name, child in module.named_children():
+            if id(child) not in block_ids:
+                collect(child, f"{name}.{child_name}" if name else child_name)
+        outside.append((name, module))
+
+    collect(model, "")
+    for _, module in outside:
+        materializer.materialize(module)
+    # A block that shares parameters with what is outside is not sharded yet.
+    own = {id(p) for _, module in outside for p in module.parameters(recurse=False)}
+    inside = [p for m in model.modules() if id(m) in block_ids for p in m.parameters() if id(p) not in own]
+    versions = [p._version for p in inside]
+    for name, module in outside:
+        initialize_one(module, name, seed, initialize)
+        if versions != [p._version for p in inside]:
+            # A draw into a sharded block would depend on the layout.
+            raise UserError(
+                f"{type(module).__name__} initialises parameters of blocks inside it, which would depend on how they "
+                "are divided over ranks; let each module initialise its own, in a method reset_parameters."
+            )
+    for name, module in outside:
+        check_own_parameters(module, name)
+    check_buffers(model)
 
 
 def initialize_one(module: nn.Module, name: str, seed: int, initialize: InitializeModule) -> None:

@@ -103,6 +103,34 @@ class StateBytes:
         return self.masters + self.gathered + self.gradients + self.moments + self.in_flight
 
 
+@dataclass(frozen=True)
+class FrozenBytes:
+    """Bytes of one rank for a model that is only run, beside the one that is trained.
+
+    Attributes:
+        held: this rank's fp32 parameters.
+        gathered: whole parameters as they are used in computing, where they are not those; only while it runs.
+    """
+
+    held: float
+    gathered: float
+
+
+def frozen_bytes(sizes: ModelSizes, layout: Layout) -> FrozenBytes:
+    """Bytes of a model that ``sharding.frozen_model`` builds, without activations.
+
+    Args:
+        sizes: of that model.
+        layout: of the model that is trained beside it.
+    """
+    if layout.strategy in ("none", "ddp"):
+        # Of what has no gradient, autocast keeps no copy: one matrix is cast at a time.
+        gathered = 0 if layout.compute_bytes == _FP32_BYTES else layout.compute_bytes * sizes.largest_parameter
+        return FrozenBytes(_FP32_BYTES * sizes.num_held, gathered)
+    held = _FP32_BYTES * sizes.num_held / layout.num_shards
+    return FrozenBytes(held, layout.compute_bytes * sizes.num_gathered_by_block)
+
+
 def state_bytes(sizes: ModelSizes, layout: Layout) -> StateBytes:
     """Bytes of a rank's state at their peak, without activations."""
     if layout.strategy in ("none", "ddp"):

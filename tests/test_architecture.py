@@ -34,6 +34,9 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "optimizers": {"config"},
         "model": {"config", "data", "architectures", "tasks", "optimizers"},
         "checkpoint": {"config", "runtime", "files", "run_folder", "data", "optimizers"},
+        "distillation": {
+            *("config", "files", "run_folder", "data", "architectures", "tasks", "model", "checkpoint"),
+        },
         "metrics": {"files", "runtime", "run_folder", "tasks", "model"},
         "faults.hang": {"files", "runtime"},
         "faults.failure": {"config", "files", "runtime", "run_folder", "metrics", "faults.hang"},
@@ -42,7 +45,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "numerics": {"config", "data", "checkpoint", "trackers"},
         "report": {"config", "runtime", "files", "run_folder", "data", "checkpoint", "metrics", "faults.failure"},
         "doctor": set(),
-        "parity": {"config", "runtime", "data", "architectures", "tasks", "optimizers", "model"},
+        "parity": {"config", "runtime", "data", "architectures", "tasks", "optimizers", "model", "distillation"},
         "deploy": {
             *("config", "files", "run_folder", "data", "architectures", "tasks", "optimizers", "model", "checkpoint"),
             "metrics",
@@ -51,11 +54,11 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         ".": {
             *("config", "runtime", "files", "run_folder", "data", "tasks", "optimizers", "model", "checkpoint"),
             *("metrics", "faults.hang", "faults.failure", "faults.injection", "trackers", "numerics", "report"),
-            "doctor",
+            *("distillation", "doctor"),
         },
         "plan": {
             *("config", "runtime", "run_folder", "data", "tasks", "optimizers", "model", "checkpoint"),
-            ".",
+            *("distillation", "."),
         },
         "commands": {
             *("config", "runtime", "run_folder", "data", "checkpoint", "trackers", "report", "doctor", "parity"),

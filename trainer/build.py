@@ -21,6 +21,7 @@ from trainer.data.any_samples import prepared_samples
 from trainer.data.prepared import Prepared, PreparedTokens, describe_entropy, describe_mixture
 from trainer.data.prepared_rows import PreparedRows
 from trainer.data.prepared_stages import StageCorpus
+from trainer.distillation.begin import begin_distillation
 from trainer.faults.injection.corrupted_samples import CorruptedTask
 from trainer.faults.injection.inject import Fault
 from trainer.loop import Trainer
@@ -112,7 +113,10 @@ def build_trainer(
         on_rank_0(lambda: _check_beginning(config, run_folder, corpus), ranks)
     busy = BusyMeter(phases, config.parallel.strategy)
     named_sums = NamedSums(task)
-    engine, facts = build_model_engine(fetched, task, mesh, ranks, samples.facts, busy.timed, named_sums)
+    distilled = begin_distillation(widest, task, corpus, samples.facts, mesh, ranks, run_folder, observers.info)
+    engine, facts = build_model_engine(
+        fetched, task, mesh, ranks, samples.facts, busy.timed, named_sums, training_loss=distilled
+    )
     description = describe_model(widest, facts, ranks)
     observers.info(description)
     for line in facts.notes:

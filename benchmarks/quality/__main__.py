@@ -23,7 +23,12 @@ from benchmarks.presentation.result_files import append_row, raw_file, read_rows
 from benchmarks.quality.baselines import measure_baseline
 from benchmarks.quality.cases import (
     CASES,
+    DISTILLATION,
     NUM_PAIRS,
+    NUM_TRIPLES,
+    STUDENT_CONFIG,
+    TEACHER_CONFIG,
+    TEACHER_OVERRIDES,
     TRANSFER,
     TRANSFER_BASE,
     TRANSFER_CONFIG,
@@ -36,7 +41,7 @@ from trainer.config import load_config
 
 _PACKAGES = ("torch", "transformers", "scikit-learn")
 _ROOT = Path(__file__).resolve().parents[2]
-_ALL = (*CASES, TRANSFER, PRUNING, CRITERIA)
+_ALL = (*CASES, TRANSFER, DISTILLATION, PRUNING, CRITERIA)
 
 
 @ends_with_a_sentence
@@ -45,7 +50,9 @@ def main(arguments: Sequence[str]) -> int:
     parser = _BENCHMARK.parser()
     parser.add_argument("--only", default=",".join(_ALL), help="cases, separated by commas")
     parser.add_argument("--seeds", type=int, default=0, help="runs of each case; 0 means what the case says")
-    parser.add_argument("--pairs", type=int, default=NUM_PAIRS, help="pairs of runs of transfer")
+    parser.add_argument(
+        "--pairs", type=int, default=0, help="pairs of runs of transfer and distillation; 0 means as many as there are"
+    )
     parser.add_argument("--continue", dest="raw", type=Path, metavar="FILE", help="a raw file that is not whole")
     return _BENCHMARK.run(parser.parse_args(arguments), _start)
 
@@ -63,10 +70,13 @@ def _start(options: argparse.Namespace) -> int:
         measured = _Measured(raw, Path(folder), num_ranks)
         for name in names:
             if name == TRANSFER:
-                for seed in range(options.pairs):
+                for seed in range(options.pairs or NUM_PAIRS):
                     measured.pair(seed)
             elif name in (PRUNING, CRITERIA):
                 measured.pruning(name, options.seeds)
+            elif name == DISTILLATION:
+                for seed in range(options.pairs or NUM_TRIPLES):
+                    measured.triple(seed)
             else:
                 measured.case(name, options.seeds or CASES[name].num_seeds)
     _BENCHMARK.report(raw)
@@ -126,6 +136,18 @@ class _Measured:
                     row = measure_pair(case, seed, self._folder)
                     append_row(self._raw, row)
                     print(f"{PRUNING} of {case}, seed {seed}: {row['dense']:.4f}, {row['pruned']:.4f}", flush=True)
+
+    def triple(self, seed: int) -> None:
+        """Train a teacher, a student that learns from it, and the same student alone, with the same seed."""
+        if (DISTILLATION, seed) in self._done:
+            return
+        teacher = self._train(TEACHER_CONFIG, seed, [f"name=teacher-{seed}", *TEACHER_OVERRIDES])
+        values = {"teacher": _evaluate(teacher, "test", "accuracy")}
+        for which, name in (("distilled", str(teacher)), ("alone", "null")):
+            run = self._train(STUDENT_CONFIG, seed, [f"name={which}-{seed}", f"distill.teacher={name}"])
+            values[which] = _evaluate(run, "test", "accuracy")
+        append_row(self._raw, {"kind": DISTILLATION, "case": DISTILLATION, "seed": seed, **values})
+        print(f"distillation, seed {seed}: " + ", ".join(f"{which} {v:.4f}" for which, v in values.items()), flush=True)
 
     def _run(self, case: Case, name: str, seed: int) -> None:
         began_at = time.monotonic()

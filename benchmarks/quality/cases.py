@@ -40,6 +40,15 @@ CASES: dict[str, Case] = {
 }
 """Every configuration of its own; transfer is another matter, see ``TRANSFER``."""
 
+DISTILLATION = "distillation"
+"""Triples of runs with one seed: a teacher, a student that learns from it, and the same student alone."""
+
+NUM_TRIPLES = 12
+TEACHER_CONFIG = "digits_cnn"
+TEACHER_OVERRIDES = ("data.validation_fraction=0.633",)
+"""The teacher has the student's training rows, and no others."""
+STUDENT_CONFIG = "distill_digits"
+
 TRANSFER = "transfer"
 """Pairs of runs with one seed: a masked language model and then a classifier on it, and the classifier alone."""
 

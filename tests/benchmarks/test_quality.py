@@ -39,12 +39,14 @@ def test_the_interval_is_students(num_values: int) -> None:
 
 
 def test_the_table_says_what_is_met_and_what_is_missed() -> None:
+    outcome = {"teacher": 0.97, "distilled": 0.95, "alone": 0.9}
     rows = [
         HEADER,
         *scores("digits-mlp", 0.96, 0.98, 0.97, 0.975, 0.985),
         *scores("digits-cnn", 0.98, 0.98),
         {"kind": "baseline", "case": "text", "what": "TF-IDF", "value": 0.9},
         *scores("text", 0.86, 0.84),
+        *({"kind": "distillation", "case": "distillation", "seed": seed, **outcome} for seed in range(4)),
         *({"kind": "transfer", "case": "transfer", "seed": s, "scratch": 0.5, "transferred": 0.6} for s in range(3)),
     ]
     table = markdown(rows, "quality.jsonl")
@@ -53,6 +55,8 @@ def test_the_table_says_what_is_met_and_what_is_missed() -> None:
     assert "| TF-IDF: 0.9000 | within 5 points (met) | 30 |" in table
     assert "3 pairs" in table
     assert "the difference is +0.1000 +- 0.0000" in table
+    assert "Distillation, 4 pairs of equal seeds and steps" in table
+    assert "a teacher (0.9700) reaches an accuracy of 0.9500, alone 0.9000; the difference is +0.0500 +- 0.0" in table
     assert plot(rows).startswith("<?xml")
     assert "Interrupted before anything can be said" in markdown([HEADER], "quality.jsonl")
     assert met_bar("masked-lm", [5.0], 6.0) is True

@@ -19,6 +19,7 @@ from trainer.deploy.export import export_model
 _LARGE = {"gpt2_124m", "llama_1b"}
 _TRANSFER = "stdlib_classify_transfer"
 _CHAT = "chat_lora"
+_DISTILL = "distill_digits"
 # What each of these begins with.
 _BEGIN_ELSEWHERE = {_TRANSFER: "stdlib_bert_mlm", _CHAT: "quickstart"}
 EXAMPLES = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml") if path.stem not in _LARGE)
@@ -34,6 +35,7 @@ _SHORT: dict[str, tuple[int, tuple[str, ...]]] = {
         12,
         (*("data.max_documents=60", "data.vocab_size=512", "data.sequence_length=32"), *_LATE_PRUNING),
     ),
+    "distill_digits": (30, ()),
     "quickstart": (8, ("data.max_documents=60", "data.vocab_size=512", "data.sequence_length=32")),
     "ratings": (60, ()),
     "stdlib_bert_mlm": (16, ("data.max_documents=60", "data.vocab_size=512")),
@@ -63,13 +65,14 @@ def _short(name: str, root: Path, *overrides: str) -> Any:
 def _train(ranks: Ranks, root: Path) -> None:
     runs = RunsInProcess(ranks, root, root)
     for name in EXAMPLES:
-        if name not in _BEGIN_ELSEWHERE:
+        if name not in (*_BEGIN_ELSEWHERE, _DISTILL):
             runs.train_as(_short(name, root))
     for name, begins_with in _BEGIN_ELSEWHERE.items():
         if ranks.rank == 0:
             export_model(open_checkpoint(str(root / "runs" / begins_with), None), root / begins_with)
         dist.barrier()
         runs.train_as(_short(name, root, f"model.pretrained={root / begins_with}"))
+    runs.train_as(_short(_DISTILL, root, f"distill.teacher={root / 'runs' / 'digits_cnn'}"))
 
 
 @pytest.fixture(scope="module")

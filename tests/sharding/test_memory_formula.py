@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from sharding.config import Strategy
-from sharding.memory_formula import Layout, ModelSizes, StateBytes, state_bytes
+from sharding.memory_formula import FrozenBytes, Layout, ModelSizes, StateBytes, frozen_bytes, state_bytes
 
 # Ten blocks of 90, and 100 outside of them, of which one tied matrix of 80.
 SIZES = ModelSizes(
@@ -82,6 +82,23 @@ def test_frozen_parameters_are_held_and_no_more() -> None:
     assert state("zero3") == replace(grown(_state("zero3"), 2000, 4 * (200 + 2 * 180)), in_flight=4 * (80 + 270))
     bucketed = _state("zero3", is_bucketed=True)
     assert state("zero3", is_bucketed=True) == grown(bucketed, 4 * (200 + 1800 / 4), 4 * 2 * 180)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "compute_bytes", "expected"),
+    [
+        ("none", 4, FrozenBytes(4000, 0)),
+        # One matrix at a time is cast.
+        ("ddp", 2, FrozenBytes(4000, 2 * 80)),
+        # Whatever of the trained model is whole, of this one no more than a block, and the next one.
+        *((strategy, 4, FrozenBytes(1000, 4 * (100 + 2 * 90))) for strategy in ("zero1", "zero2", "zero3", "hsdp")),
+        ("zero3", 2, FrozenBytes(1000, 2 * (100 + 2 * 90))),
+    ],
+)
+def test_a_model_that_is_only_run_has_parameters_alone(
+    strategy: Strategy, compute_bytes: int, expected: FrozenBytes
+) -> None:
+    assert frozen_bytes(SIZES, Layout(strategy, 4, compute_bytes=compute_bytes)) == expected
 
 
 def test_more_ranks_never_hold_more() -> None:

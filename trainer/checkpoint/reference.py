@@ -11,10 +11,14 @@ from trainer.run_folder.folder import RunFolder
 from trainer.run_folder.listing import MANIFEST_NAME, checkpoint_folder, checkpoint_step, list_checkpoints
 
 
-def resolve_checkpoint(reference: str) -> CheckpointPath:
+def resolve_checkpoint(reference: str, setting: str = "checkpoint.from") -> CheckpointPath:
     """The checkpoint folder that ``RUN_FOLDER`` (its newest) or ``RUN_FOLDER@STEP`` names.
 
     In place of the run's folder there may be the URL that its checkpoints lie under.
+
+    Args:
+        reference: what a person wrote.
+        setting: where, to speak of.
 
     Raises:
         UserError: there is no such run or checkpoint.
@@ -23,16 +27,16 @@ def resolve_checkpoint(reference: str) -> CheckpointPath:
     if not separator:
         folder_text = reference
     elif not step_text.isdigit():
-        raise UserError(f"checkpoint.from={reference}: {step_text!r} is not a step; write RUN_FOLDER@STEP.")
-    checkpoints = checkpoints_of("checkpoint.from", folder_text)
+        raise UserError(f"{setting}={reference}: {step_text!r} is not a step; write RUN_FOLDER@STEP.")
+    checkpoints = checkpoints_of(setting, folder_text)
     if separator:
         path = checkpoint_folder(checkpoints, int(step_text))
         if not (path / MANIFEST_NAME).exists():
-            raise UserError(f"checkpoint.from={reference}: there is no checkpoint {path}; name another step.")
+            raise UserError(f"{setting}={reference}: there is no checkpoint {path}; name another step.")
         return path
     found = list_checkpoints(checkpoints)
     if not found:
-        raise UserError(f"checkpoint.from={reference}: {folder_text} has no checkpoint; name another run folder.")
+        raise UserError(f"{setting}={reference}: {folder_text} has no checkpoint; name another run folder.")
     return found[-1][1]
 
 

@@ -14,7 +14,7 @@ PATH_SETTINGS = (
     "evaluation.sets.paths",
     *("stages.data.paths", "stages.data.validation_paths", "stages.data.mixture.paths", "stages.data.chat_template"),
     *("data.tokenizer", "data.chat_template", "data.cache_dir"),
-    *("checkpoint.storage", "checkpoint.from", "parallel.nvme_path"),
+    *("checkpoint.storage", "checkpoint.from", "distill.teacher", "parallel.nvme_path"),
 )
 """Settings in which they are replaced; each holds a text or several."""
 

@@ -10,14 +10,15 @@ from trainer.config.schema import RunConfig
 from trainer.config.stages import stages_of
 
 _FROZEN_KEYS = (
-    *("task", "model", "data", "seed", "optimizer", "schedule", "prune", "stages"),
+    *("task", "model", "data", "seed", "optimizer", "schedule", "prune", "distill", "stages"),
     *("batch.global_size", "precision.compute", "precision.fp8_recipe"),
 )
 # These change neither arithmetic nor what a checkpoint has behind it: where modules of one's own and the cache lie, how
 # fast it is made, which samples are skipped from here on, when the curve ends, and what is averaged beside training.
+# What a teacher is, its weights say: see trainer.distillation.identity.
 _FREE_KEYS = (
     *("task.folder", "model.folder", "data.folder", "data.cache_dir", "data.num_workers", "data.skip_samples"),
-    *("schedule.total_steps", "optimizer.ema_decay"),
+    *("schedule.total_steps", "optimizer.ema_decay", "distill.teacher"),
 )
 
 

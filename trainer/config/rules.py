@@ -11,6 +11,7 @@ from sharding.strict_model import check_choices
 from trainer.config.budget import validate_budget, validate_schedule
 from trainer.config.checkpoint import validate_changes
 from trainer.config.data import validate_data
+from trainer.config.distill import validate_distill
 from trainer.config.evaluation import validate_evaluation
 from trainer.config.evaluation_sets import validate_sets
 from trainer.config.messages import validate_messages
@@ -129,6 +130,7 @@ def _validate_model_and_data(config: "RunConfig") -> None:
     validate_data(config.data)
     validate_rows(config.data, config.task.name)
     validate_sets(config)
+    validate_distill(config.distill)
 
 
 def _validate_masks(config: "RunConfig") -> None:

@@ -11,6 +11,7 @@ from sharding.config import ActivationCheckpointingConfig, CompileConfig, Parall
 from sharding.strict_model import SET, OnlyWith, StrictModel
 from trainer.config.checkpoint import CheckpointConfig
 from trainer.config.data import DataConfig
+from trainer.config.distill import DistillConfig
 from trainer.config.faults import FaultsConfig
 from trainer.config.optimizer import OptimizerConfig
 from trainer.config.prune import PruneConfig
@@ -73,6 +74,9 @@ class RunConfig(StrictModel):
 
     prune: PruneConfig = PruneConfig()
     """Pruned weights."""
+
+    distill: DistillConfig = DistillConfig()
+    """A teacher to learn from."""
 
     stages: Annotated[tuple[StageConfig, ...], Field(strict=False)] = ()
     """Parts of the run, one after another, each with data, schedule and batch of its own; the optimizer and all

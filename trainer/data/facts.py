@@ -27,6 +27,8 @@ class SampleFacts:
         image_shape: channels, height and width of an image.
         num_audio_samples: samples of a recording, the most where they have several lengths.
         sampling_rate: samples of a recording in a second.
+        means: what was subtracted from each number of a row, each channel of an image, counted in white, or from sound.
+        scales: what each was divided by after that.
         label_mean: mean of the numbers that training is to predict.
         label_scale: their standard deviation, 1 where they are all alike.
     """
@@ -44,5 +46,7 @@ class SampleFacts:
     image_shape: tuple[int, int, int] | None = None
     num_audio_samples: int | None = None
     sampling_rate: int | None = None
+    means: tuple[float, ...] = ()
+    scales: tuple[float, ...] = ()
     label_mean: float | None = None
     label_scale: float | None = None

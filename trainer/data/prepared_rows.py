@@ -88,6 +88,7 @@ def recipe_facts(recipe: RowRecipe, tokenizer_dir: Path | None) -> SampleFacts:
         recipe: how they are read.
         tokenizer_dir: folder of the tokenizer, if there is one.
     """
+    white = recipe.max_pixel if recipe.kind == "image" else 1
     return SampleFacts(
         sequence_length=recipe.sequence_length,
         vocab_size=recipe.vocab_size,
@@ -102,6 +103,8 @@ def recipe_facts(recipe: RowRecipe, tokenizer_dir: Path | None) -> SampleFacts:
         image_shape=recipe.image_shape,
         num_audio_samples=recipe.num_audio_samples,
         sampling_rate=recipe.sampling_rate,
+        means=tuple(mean / white for mean in recipe.means),
+        scales=tuple(scale / white for scale in recipe.scales),
         label_mean=recipe.label_mean,
         label_scale=recipe.label_scale,
     )

@@ -36,6 +36,7 @@ def build_model_engine(
     evaluate: EvaluationFunction | None = None,
     *,
     loads_pretrained: bool = True,
+    training_loss: LossFunction | None = None,
 ) -> tuple[Engine, ModelFacts]:
     """The sharded model with its optimizer, with initial or pretrained parameters.
 
@@ -48,6 +49,7 @@ def build_model_engine(
         timed: wraps the forward pass and loss, to measure them.
         evaluate: the task's evaluation; given by whoever wants the sums by name.
         loads_pretrained: whether the weights of ``model.pretrained`` are loaded; not where a checkpoint's will be.
+        training_loss: in place of the task's own.
 
     Raises:
         UserError: model, tokenizer, sequence length, task and strategy do not fit together.
@@ -77,7 +79,7 @@ def build_model_engine(
     definition = ModelDefinition(
         model=model,
         initialize=initializing_adapters(model, lambda module: task.initialize(model, module)),
-        loss=timed(_training_loss(task)),
+        loss=timed(training_loss or _training_loss(task)),
         evaluate=evaluate or NamedSums(task),
         seed=config.seed,
     )

@@ -9,7 +9,7 @@ from sharding.ranks.process_group import Ranks
 _PATTERNS = ["*.safetensors", "*.json", "*.py"]
 
 
-def fetch_pretrained(name: str, ranks: Ranks) -> str:
+def fetch_pretrained(name: str, ranks: Ranks, setting: str = "model.pretrained") -> str:
     """The folder of a pretrained model on this node; every rank must call it.
 
     Ranks wait for the slowest node as long as ``launch.init_timeout_s`` says.
@@ -17,6 +17,7 @@ def fetch_pretrained(name: str, ranks: Ranks) -> str:
     Args:
         name: a folder, or the name of a model of the hub.
         ranks: this rank's place.
+        setting: what names it, to speak of.
 
     Raises:
         UserError: a rank cannot have it; all ranks say so.
@@ -34,7 +35,7 @@ def fetch_pretrained(name: str, ranks: Ranks) -> str:
         errors = [error for error in gather_objects(error, ranks) if error is not None]
         if errors:
             raise UserError(
-                f"model.pretrained={name} is neither a folder nor to be had ({errors[0]}); check the name, and the way "
+                f"{setting}={name} is neither a folder nor to be had ({errors[0]}); check the name, and the way "
                 "to the hub of each node, or download it to a folder that all nodes see."
             )
     return folder

@@ -10,7 +10,15 @@ from torch import nn
 
 from sharding.blocks import find_blocks, hidden_matrices, layer_weights
 from sharding.config import ActivationCheckpointingConfig
-from sharding.memory_formula import BUCKET_ELEMENTS, Layout, ModelSizes, StateBytes, state_bytes
+from sharding.memory_formula import (
+    BUCKET_ELEMENTS,
+    FrozenBytes,
+    Layout,
+    ModelSizes,
+    StateBytes,
+    frozen_bytes,
+    state_bytes,
+)
 from sharding.parallel_dims import ParallelDims
 from sharding.precision import compute_dtype
 from trainer.config import RunConfig
@@ -26,6 +34,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 _FP32_BYTES = 4
+_NOTHING = FrozenBytes(0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -35,15 +44,20 @@ class MemoryEstimate:
     Attributes:
         state: parameters, gradients and optimizer state at their peak.
         activations: what forward keeps for backward, at least; and the logits; 0 where it is not known.
+        teacher: of the model that is learnt from.
     """
 
     state: StateBytes
     activations: float
+    teacher: FrozenBytes = _NOTHING
 
     @property
     def total(self) -> float:
-        """Sum of both; kernels, caches and what a micro-batch needs for a moment come on top."""
-        return self.state.total + self.activations
+        """Sum of all; kernels, caches and what a micro-batch needs for a moment come on top.
+
+        A teacher runs before the student, which then has no activations yet.
+        """
+        return self.state.total + self.teacher.held + max(self.activations, self.teacher.gathered)
 
 
 @dataclass(frozen=True)
@@ -72,6 +86,7 @@ def estimate_memory(
     dims: ParallelDims,
     device: torch.device,
     facts: SampleFacts | None = None,
+    teacher: nn.Module | None = None,
 ) -> MemoryEstimate:
     """A rank's peak by the formulas; activations of what is no language model by a trial on the meta device.
 
@@ -82,6 +97,7 @@ def estimate_memory(
         dims: the ranks.
         device: where the run computes.
         facts: of the samples; None for texts.
+        teacher: the model that is learnt from; as ``model``.
 
     Raises:
         UserError: batch sizes do not divide, or the device cannot compute in the configured format.
@@ -97,26 +113,31 @@ def estimate_memory(
         moment_bytes=(moment_bytes(config.optimizer, model) + mask_bytes(config, model)) / sizes.num_parameters,
         bucket_elements=BUCKET_ELEMENTS[device.type],
     )
+    of_teacher = _NOTHING if teacher is None else frozen_bytes(model_sizes(teacher), layout)
     # The formula is of transformers that give logits for each token.
     is_language_model = facts is None or (facts.vocab_size is not None and output_embeddings(model) is not None)
     if model_config is None or not is_language_model:
         tried = 0.0
         if facts is not None and config.activation_checkpointing.mode == "none":
             tried = tried_activation_bytes(model, facts, config.batch.micro_size)
-        return MemoryEstimate(state_bytes(sizes, layout), tried * width / _FP32_BYTES)
+        return MemoryEstimate(state_bytes(sizes, layout), tried * width / _FP32_BYTES, of_teacher)
     text_config = model_config.get_text_config()
     num_tokens = config.batch.micro_size * config.data.sequence_length
+    num_logit_tokens = min(config.task.loss_chunk_tokens or num_tokens, num_tokens)
     activations = activation_bytes(
         block_widths(model, model_config),
         num_blocks=backward_reach(model).num_reached,
         vocabulary=text_config.vocab_size,
         num_tokens=num_tokens,
-        num_logit_tokens=min(config.task.loss_chunk_tokens or num_tokens, num_tokens),
+        num_logit_tokens=num_logit_tokens,
         checkpointing=config.activation_checkpointing,
         compute_bytes=width,
         has_frozen_matrices=any(p.ndim >= 2 and not p.requires_grad for p in model.parameters()),
     )
-    return MemoryEstimate(state_bytes(sizes, layout), activations)
+    if teacher is not None:
+        # The teacher's probabilities, and the logarithms of the student's.
+        activations += 2 * _FP32_BYTES * num_logit_tokens * text_config.vocab_size
+    return MemoryEstimate(state_bytes(sizes, layout), activations, of_teacher)
 
 
 def model_sizes(model: nn.Module) -> ModelSizes:

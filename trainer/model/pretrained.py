@@ -40,6 +40,7 @@ class PretrainedWeights:
         has_new_head: bool = False,
         may_have_none: bool = False,
         resizes_vocabulary: bool = False,
+        setting: str = "model.pretrained",
     ) -> None:
         """Find out where each tensor of a model lies.
 
@@ -50,17 +51,20 @@ class PretrainedWeights:
             has_new_head: whether a head may be lacking, or have another shape: it keeps its initial values.
             may_have_none: whether it is right all the same if nothing is lacking.
             resizes_vocabulary: whether rows of new tokens are added.
+            setting: what names it, to speak of.
 
         Raises:
             UserError: there are no safetensors files, they lack a tensor or have it in another shape, or they are
                 quantized.
         """
-        self._name = name
-        self.stored = _stored_tensors(find_folder(name), name)
+        self._source = f"{setting}={name}"
+        # Whoever trains the model may give it another head; whoever runs it needs the one that it has.
+        self._may_have_new_head = setting == "model.pretrained"
+        self.stored = _stored_tensors(find_folder(name, setting), self._source)
         try:
             self.tensors = _renamed(stored_by_name(model, self.stored), self.stored, model, pretrained_name)
         except ValueError as error:
-            raise UserError(f"model.pretrained={name} {error}; the folder is not of one model.") from None
+            raise UserError(f"{self._source} {error}; the folder is not of one model.") from None
         self.new_rows = ""
         """What tokens were added, in one line; empty where none was."""
         if resizes_vocabulary:
@@ -68,7 +72,7 @@ class PretrainedWeights:
         quantization = getattr(getattr(model, "config", None), "quantization_config", None)
         if quantization is not None:
             raise UserError(
-                f"model.pretrained={name} is quantized, and its weights cannot be trained as they are; "
+                f"{self._source} is quantized, and its weights cannot be trained as they are; "
                 "name a folder of the same model in bf16 or fp32."
             )
         self._tied = tied_names(model)
@@ -90,9 +94,10 @@ class PretrainedWeights:
                 self._check(found, tuple(tensor.shape), tensor.dtype)
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            remedy = "" if missing[0] in body_of(model) else "; model.new_head=true initialises a head that is lacking"
+            is_head = self._may_have_new_head and missing[0] not in body_of(model)
+            remedy = "; model.new_head=true initialises a head that is lacking" if is_head else ""
             raise UserError(
-                f"model.pretrained={name} has no weights for {missing[0]}{more}; it was saved by another model class, "
+                f"{self._source} has no weights for {missing[0]}{more}; it was saved by another model class, "
                 f"or not all of it is there{remedy}."
             )
 
@@ -107,7 +112,7 @@ class PretrainedWeights:
         Raises:
             UserError: weights that the model shares differ in the files.
         """
-        engine.load_state(lambda part: self._read_into(part, own_name), with_optimizer=False)
+        engine.load_state(lambda part: self.read_into(part, own_name), with_optimizer=False)
 
     def _leave_out_head(self, model: nn.Module, expected: Mapping[str, Any], *, may_be_none: bool) -> None:
         """Forget tensors of a head in another shape, and note what is to be initialised.
@@ -127,7 +132,7 @@ class PretrainedWeights:
             if not isinstance(tensor, nn.Parameter) and any(re.search(pattern, key) for pattern in ignored)
         }
         wanted = {key: shape for key, shape in wanted.items() if key in stored or key not in optional}
-        source = f"model.pretrained={self._name}"
+        source = self._source
         names = new_head(wanted, stored, body_of(model), source, may_be_none=may_be_none)
         if names:
             self.new_head = describe_new_head(names, wanted, stored, source)
@@ -137,17 +142,19 @@ class PretrainedWeights:
     def _check(self, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         source = self.tensors[key]
         if tuple(source.shape) != shape:
+            remedy = ", or model.new_head=true initialises a head for it" if self._may_have_new_head else ""
             raise UserError(
-                f"model.pretrained={self._name} has {key} in shape {list(source.shape)}, but its configuration makes "
-                f"it {list(shape)}; the folder is not of one model, or model.new_head=true initialises a head for it."
+                f"{self._source} has {key} in shape {list(source.shape)}, but its configuration makes it "
+                f"{list(shape)}; the folder is not of one model{remedy}."
             )
         if dtype.is_floating_point and not (source.dtype.is_floating_point and source.dtype.itemsize > 1):
             raise UserError(
-                f"model.pretrained={self._name} has {key} in {str(source.dtype).removeprefix('torch.')}, which is "
+                f"{self._source} has {key} in {str(source.dtype).removeprefix('torch.')}, which is "
                 "quantized; name a folder of the same model in bf16 or fp32."
             )
 
-    def _read_into(self, part: Part, own_name: Callable[[str], str]) -> None:
+    def read_into(self, part: Part, own_name: Callable[[str], str] = str) -> None:
+        """Fill a part of the canonical state; see ``load_into``."""
         wanted = own_name(part.name.removeprefix(MODEL_PREFIX))
         names = [name for name in self._tied.get(wanted, [wanted]) if name in self.tensors]
         for box, piece in part.pieces():
@@ -160,7 +167,7 @@ class PretrainedWeights:
         for other in names[1:]:
             if not torch.equal(values, self.tensors[other].read(box)):
                 raise UserError(
-                    f"model.pretrained={self._name} has different weights for {names[0]} and {other}, which its "
+                    f"{self._source} has different weights for {names[0]} and {other}, which its "
                     "configuration ties to one another; set tie_word_embeddings to false in its config.json."
                 )
         return values
@@ -244,7 +251,7 @@ def tied_names(model: nn.Module) -> dict[str, list[str]]:
     return {name: names for names in groups.values() if len(names) > 1 for name in names}
 
 
-def _stored_tensors(folder: Path, name: str) -> dict[str, StoredTensor]:
+def _stored_tensors(folder: Path, source: str) -> dict[str, StoredTensor]:
     """What lies in a folder's safetensors files, by its name there; those files that `from_pretrained` reads."""
     try:
         if (folder / _FILE).exists():
@@ -252,7 +259,7 @@ def _stored_tensors(folder: Path, name: str) -> dict[str, StoredTensor]:
         elif (folder / _INDEX).exists():
             files = sorted(set(json.loads((folder / _INDEX).read_text())["weight_map"].values()))
         else:
-            raise UserError(f"model.pretrained={name} has no {_FILE}; save it with save_pretrained first.")
+            raise UserError(f"{source} has no {_FILE}; save it with save_pretrained first.")
         tensors = {}
         for file in files:
             opened = safe_open(folder / file, framework="pt", device="cpu")
@@ -260,9 +267,7 @@ def _stored_tensors(folder: Path, name: str) -> dict[str, StoredTensor]:
                 tensors[key] = _stored_tensor(opened, key)
         return tensors
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise UserError(
-            f"model.pretrained={name} cannot be read: {str(error).splitlines()[0]}; save it once more."
-        ) from None
+        raise UserError(f"{source} cannot be read: {str(error).splitlines()[0]}; save it once more.") from None
 
 
 def _stored_tensor(opened: Any, key: str) -> StoredTensor:
@@ -278,7 +283,7 @@ def _stored_tensor(opened: Any, key: str) -> StoredTensor:
     return StoredTensor(shape, dtype, read)
 
 
-def find_folder(name: str) -> Path:
+def find_folder(name: str, setting: str = "model.pretrained") -> Path:
     """The folder of a pretrained model that is named by it, or by its name on the hub.
 
     Raises:
@@ -291,6 +296,4 @@ def find_folder(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"model.pretrained={name} is neither a folder nor to be had: {str(error).splitlines()[0]}"
-        ) from None
+        raise UserError(f"{setting}={name} is neither a folder nor to be had: {str(error).splitlines()[0]}") from None

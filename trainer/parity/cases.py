@@ -25,6 +25,8 @@ from sharding.state import MODEL_PREFIX
 from trainer.config import RunConfig
 from trainer.config.sections import LoraConfig, ModelConfig
 from trainer.data.facts import SampleFacts
+from trainer.distillation.loss import DistillationLoss
+from trainer.distillation.teacher import build_teacher
 from trainer.model.engine import build_model_engine, parameter_hash
 from trainer.runtime.threads import threads_per_rank
 from trainer.tasks.registry import configured_task
@@ -190,7 +192,10 @@ def _run_case(config: RunConfig, case: ParityCase, facts: SampleFacts, ranks: Ra
     config = case_config(config, case, num_rows)
     task = compared_task(config, facts)
     mesh = build_mesh(config.parallel, ranks)
-    engine, _ = build_model_engine(config, task, mesh, ranks, facts)
+    teacher = None if config.distill.teacher is None else build_teacher(config, facts, mesh, ranks)
+    distilled = None if teacher is None else DistillationLoss(task, teacher, config.distill)
+    taught_by = "" if teacher is None else teacher.contents_hash(ranks)
+    engine, _ = build_model_engine(config, task, mesh, ranks, facts, training_loss=distilled)
     initial_hash = parameter_hash(engine, ranks)
     write_parameters(engine, ranks, folder / f"{case.label}.initial.safetensors")
     data = mesh.data
@@ -206,6 +211,8 @@ def _run_case(config: RunConfig, case: ParityCase, facts: SampleFacts, ranks: Ra
         norms.append(float(engine.clip_grad_norm(config.optimizer.clip_norm)))
         engine.step(config.optimizer.lr)
     write_parameters(engine, ranks, folder / f"{case.label}.final.safetensors")
+    if teacher is not None and teacher.contents_hash(ranks) != taught_by:
+        raise RuntimeError("the teacher is not what it was before training")
     if ranks.rank == 0:
         trajectory = Trajectory(losses, norms, initial_hash)
         (folder / f"{case.label}.json").write_text(json.dumps(asdict(trajectory)))

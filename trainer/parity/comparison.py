@@ -22,6 +22,7 @@ from trainer.config.optimizer import OptimizerName, refused_optimizer
 from trainer.config.rules import BACKEND_STRATEGIES
 from trainer.data.any_samples import prepared_facts
 from trainer.data.prepare import prepare_samples
+from trainer.distillation.begin import check_fit
 from trainer.model.models import build_model_on_meta
 from trainer.parity.batch import NUM_SAMPLES, without_dropout, write_ragged_batch
 from trainer.parity.cases import ParityCase, Trained, Trajectory, compared_task
@@ -162,6 +163,8 @@ def run_parity(config: RunConfig, cases: Sequence[ParityCase], folder: Path) -> 
     """
     config = without_dropout(config, folder)
     prepared = prepare_samples(config.data)
+    if config.distill.teacher is not None:
+        check_fit(config, prepared)
     facts = prepared_facts(prepared, config.data)
     task = compared_task(config, facts)
     write_ragged_batch(config, prepared, task, folder)

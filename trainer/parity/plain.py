@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,19 @@ from trainer.parity.cases import (
     rows_of_micro_batches,
 )
 from trainer.parity.optimizers import plain_optimizer
+from trainer.parity.plain_teacher import ClassLogits, PlainTeacher
 from trainer.parity.restriction import restrict
 
-_LossOf = Callable[[Batch], torch.Tensor]
+
+@dataclass(frozen=True)
+class _Plain:
+    """A model and what is computed with it: its outputs of a batch, their summed loss, and logits at targets."""
+
+    model: nn.Module
+    forward: Callable[[Batch], Any]
+    loss: Callable[[Any, Batch], torch.Tensor]
+    class_logits: ClassLogits
+    num_targets: Any
 
 
 def run_plain(
@@ -54,7 +65,15 @@ def run_plain(
     config = config.model_copy(update={"model": case_model(config.model, case)})
     is_language_model = is_plain_language_modelling(config)
     build = _language_model if is_language_model else _model_of_task
-    model, loss_sum, num_targets = build(config, facts, batch, initial, device)
+    plain = build(config, facts, batch, initial, device)
+    model, num_targets = plain.model, plain.num_targets
+    teacher = None if config.distill.teacher is None else PlainTeacher(config, facts, model, device)
+
+    def loss_sum(batch: Batch) -> torch.Tensor:
+        outputs = plain.forward(batch)
+        own = plain.loss(outputs, batch)
+        return own if teacher is None else teacher.mixed(own, plain.class_logits(outputs, batch), batch)
+
     micro_batches = _micro_batches(batch, case) if normalizes_batches else [batch]
     lr, clip_norm = case_lr(config, case.optimizer), config.optimizer.clip_norm
     optimizer = plain_optimizer(model, config.optimizer, case.optimizer, lr)
@@ -78,9 +97,7 @@ def run_plain(
     return Trajectory(losses, norms), {name: tensor.detach().cpu() for name, tensor in tensors}, frozen
 
 
-def _language_model(
-    config: RunConfig, facts: SampleFacts, batch: Batch, initial: Path, device: torch.device
-) -> tuple[nn.Module, _LossOf, Any]:
+def _language_model(config: RunConfig, facts: SampleFacts, batch: Batch, initial: Path, device: torch.device) -> _Plain:
     """A causal language model of transformers, and its cross-entropy written down here."""
     from transformers import AutoModelForCausalLM
 
@@ -93,17 +110,23 @@ def _language_model(
     model.tie_weights()
     model.to(device)
 
-    def loss_sum(batch: Batch) -> torch.Tensor:
+    def forward(batch: Batch) -> torch.Tensor:
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        logits = model(**inputs, use_cache=False).logits.float()
-        return functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum")
+        logits: torch.Tensor = model(**inputs, use_cache=False).logits.float()
+        return logits
 
-    return model, loss_sum, (batch["labels"] != -100).sum()
+    return _Plain(
+        model,
+        forward,
+        lambda logits, batch: functional.cross_entropy(
+            logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum"
+        ),
+        lambda logits, batch: (logits[..., : facts.vocab_size], batch["labels"] != -100),
+        (batch["labels"] != -100).sum(),
+    )
 
 
-def _model_of_task(
-    config: RunConfig, facts: SampleFacts, batch: Batch, initial: Path, device: torch.device
-) -> tuple[nn.Module, _LossOf, Any]:
+def _model_of_task(config: RunConfig, facts: SampleFacts, batch: Batch, initial: Path, device: torch.device) -> _Plain:
     """The task's own model and loss, without an engine around them, and torch's own layers."""
     task = compared_task(config, facts)
     model: Any = task.build_model(config.model, facts)
@@ -113,7 +136,13 @@ def _model_of_task(
         model.tie_weights()
     model.to(device).train()
     on_host = {name: tensor.cpu() for name, tensor in batch.items()}
-    return model, lambda batch: task.loss(task.forward(model, batch), batch), task.num_targets(on_host)
+    return _Plain(
+        model,
+        lambda batch: task.forward(model, batch),
+        task.loss,
+        lambda outputs, batch: task.class_logits(outputs, batch),
+        task.num_targets(on_host),
+    )
 
 
 def _micro_batches(batch: Batch, case: ParityCase) -> Sequence[Batch]:

@@ -39,6 +39,8 @@ from trainer.data.prepared_own import PreparedOwn, prepare_own
 from trainer.data.prepared_rows import PreparedRows
 from trainer.data.prepared_stages import with_tokenizer_of_first
 from trainer.data.tokenizer import TRAINED, load_tokenizer
+from trainer.distillation.named_teacher import check_corpus, check_teacher
+from trainer.distillation.teacher import try_teacher
 from trainer.model.document_mask import check_architecture
 from trainer.model.memory_estimate import estimate_memory
 from trainer.model.models import model_facts
@@ -70,6 +72,9 @@ def preview(config: RunConfig, world: World) -> Preview:
     # The model has positions for the longest sequences.
     config = widest_config(run)
     corpus = next(corpus for stage, corpus in corpora if stage.config.data == config.data)
+    check_teacher(config)
+    if corpus is not None:
+        check_corpus(config, corpus)
     if config.checkpoint.from_ is None and run_folder.newest_checkpoint() is None:
         check_named_tokenizer(config, None if corpus is None else corpus.tokenizer_dir)
     if corpus is None and config.data.has_rows:
@@ -93,7 +98,11 @@ def preview(config: RunConfig, world: World) -> Preview:
             else:
                 of_stage.check_sequence_length(stage.config.data.sequence_length)
     device = torch.device("cuda" if world.has_gpu else "cpu")
-    memory = estimate_memory(_with_format(config, world), tried.model, tried.model_config, dims, device, facts)
+    teacher = try_teacher(config, tried.model, facts)
+    of_teacher = None if teacher is None else teacher.model
+    memory = estimate_memory(
+        _with_format(config, world), tried.model, tried.model_config, dims, device, facts, of_teacher
+    )
     counted = model_facts(tried.model, tried.model_config)
     of_corpora = [_corpus_facts(stage.config, of_stage) for stage, of_stage in corpora]
     if run.stages:
@@ -108,6 +117,8 @@ def preview(config: RunConfig, world: World) -> Preview:
         rates=describe_depth_scales(tried.scales, config.optimizer.layer_decay) if tried.scales else "",
         state_bytes=memory.state.total,
         activation_bytes=memory.activations,
+        teacher="" if teacher is None else teacher.description,
+        teacher_bytes=None if teacher is None else memory.teacher.held + memory.teacher.gathered,
         **of_corpora[0],
         **_start_facts(run, run_folder),
     )

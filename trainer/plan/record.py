@@ -28,6 +28,12 @@ class Preview(StrictRecord):
     activation_bytes: float | None = None
     """Of a rank at least, for activations."""
 
+    teacher: str = ""
+    """What the run learns from, for people."""
+
+    teacher_bytes: float | None = None
+    """Of a rank: the teacher's parameters, and what of them is gathered while it runs."""
+
     corpus: str
     """What is trained on, for people; a line for each stage."""
 
@@ -57,6 +63,11 @@ class Preview(StrictRecord):
                 *([f"adapters      {self.adapters}"] if self.adapters else []),
                 *([f"rates         {self.rates}"] if self.rates else []),
                 f"memory        {self._memory()}",
+                *(
+                    [f"teacher       {self.teacher}; {size_text(self.teacher_bytes or 0)} a rank"]
+                    if self.teacher
+                    else []
+                ),
             ]
         corpora = [f"corpus        {line}" for line in self.corpus.split("\n")]
         return [*model, *corpora, f"continues     {self.continues}"]

@@ -19,6 +19,7 @@ from trainer.data.facts import SampleFacts
 from trainer.data.samples import Samples
 from trainer.data.token_bytes import token_bytes
 from trainer.tasks.chunked_loss import ChunkedLossHead
+from trainer.tasks.divergence import token_logits
 from trainer.tasks.first_batch import ForwardPass
 from trainer.tasks.next_tokens import IGNORED_LABEL, next_token_batch
 from trainer.tasks.scores import bits_per_byte, perplexity
@@ -140,6 +141,10 @@ class CausalLanguageModelling(Task):
             bits = bits_per_byte(float(sums["loss"]), float(sums["bytes"]))
             metrics["bits_per_byte"] = Metric(bits, "lower")
         return metrics
+
+    def class_logits(self, outputs: Outputs, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """See Task; without logits that stand for no token."""
+        return token_logits(outputs, batch, self._facts)
 
     @cached_property
     def _bytes_by_token(self) -> torch.Tensor | None:

@@ -84,6 +84,10 @@ class Classification(SupervisedTask):
             sums["probabilities"] = torch.cat([probabilities, labels[:, None]], dim=1)
         return sums
 
+    def class_logits(self, outputs: Outputs, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """See Task."""
+        return self._class_logits(outputs), has_target(batch["labels"])
+
     def num_targets(self, batch: Batch) -> int:
         """See Task."""
         return int(has_target(batch["labels"]).sum())

@@ -18,6 +18,7 @@ from trainer.data.facts import SampleFacts
 from trainer.data.samples import FILLER
 from trainer.data.tokenizer import load_tokenizer
 from trainer.data.words import WordTable, word_table
+from trainer.tasks.divergence import token_logits
 from trainer.tasks.first_batch import ForwardPass
 from trainer.tasks.next_tokens import IGNORED_LABEL
 from trainer.tasks.scores import perplexity
@@ -137,6 +138,10 @@ class MaskedLanguageModelling(Task):
             "perplexity": Metric(perplexity(loss), "lower"),
             "accuracy": Metric(float(sums["right"]) / num_targets, "higher"),
         }
+
+    def class_logits(self, outputs: Outputs, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """See Task; without logits that stand for no token."""
+        return token_logits(outputs, batch, self._facts)
 
     def directions(self) -> dict[str, Better]:
         """See Task."""

@@ -73,13 +73,17 @@ class SupervisedTask(Task):
         batch = {name: column for name, column in samples.items() if name != "num_tokens" and column[:1].numel()}
         if "num_tokens" in samples:
             is_token = torch.arange(samples["input_ids"].shape[1]) < samples["num_tokens"][:, None]
-            batch["attention_mask"] = is_token.long()
-            if self._padding_id is not None:
-                # By which a decoder finds the last token of a text, and which is the model's own to say.
-                batch["input_ids"] = torch.where(is_token, batch["input_ids"], self._padding_id)
+            batch = self.padded(batch | {"attention_mask": is_token.long()})
         batch["labels"] = samples["labels"].clone()
         batch["labels"][positions == FILLER] = 0.0 if batch["labels"].is_floating_point() else IGNORED_LABEL
         return batch
+
+    def padded(self, batch: Batch) -> Batch:
+        """A batch of texts whose padding is the token by which the model that was built knows it."""
+        if self._padding_id is None or "attention_mask" not in batch:
+            return batch
+        # By which a decoder finds the last token of a text, and which is the model's own to say.
+        return batch | {"input_ids": torch.where(batch["attention_mask"] > 0, batch["input_ids"], self._padding_id)}
 
     def inputs(self, batch: Batch) -> Batch:
         """See Task; all columns but those of targets, of which a model of one's own gets those that it takes."""

@@ -152,6 +152,15 @@ class Task(Protocol):
         """
         return None
 
+    def class_logits(self, outputs: Outputs, batch: Batch) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What a student learns of its teacher by ``distill``; None where a task cannot say it, as by default.
+
+        Returns:
+            Logits of all classes, or tokens, fp32 [..., classes], and where there is a target, bool [...], dim 0 the
+            sample.
+        """
+        return None
+
     def class_table(self, sums: Mapping[str, torch.Tensor]) -> ClassTable | None:
         """Scores of each class, from the sums of a whole split; None where there are no classes, as by default."""
         return None

@@ -106,6 +106,10 @@ class CorruptedTask:
         """See Task."""
         return self._task.directions()
 
+    def class_logits(self, outputs: Outputs, batch: Batch) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """See Task."""
+        return self._task.class_logits(outputs, batch)
+
     def class_table(self, sums: Mapping[str, torch.Tensor]) -> ClassTable | None:
         """See Task."""
         return self._task.class_table(sums)

@@ -1,0 +1,80 @@
+"""The training loss of a student: its task's own, mixed with how far it is from what its teacher says."""
+
+import torch
+from torch import nn
+
+from sharding.engine import Batch
+from sharding.ranks.errors import UserError
+from trainer.config.distill import DistillConfig
+from trainer.distillation.hidden_states import block_at, recorded
+from trainer.distillation.teacher import Teacher
+from trainer.tasks.divergence import difference_sum, divergence_sum
+from trainer.tasks.task import Outputs, Task
+
+
+class DistillationLoss:
+    """A loss function for an engine; evaluation stays the task's own."""
+
+    def __init__(self, task: Task, teacher: Teacher, settings: DistillConfig) -> None:
+        """Bind to a task and a teacher.
+
+        Args:
+            task: makes the student's predictions and its own loss.
+            teacher: is asked for each micro-batch, before the student computes.
+            settings: the section ``distill``.
+        """
+        self._task = task
+        self._teacher = teacher
+        self._settings = settings
+        self._blocks: list[nn.Module] | None = None
+
+    def __call__(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """The summed loss of a micro-batch's targets, an fp32 scalar with a gradient; every rank must call it.
+
+        Raises:
+            UserError: predictions or hidden states of the two have different shapes, or the task has no classes.
+        """
+        settings = self._settings
+        if self._blocks is None:
+            self._blocks = [block_at(model, of_student, "the model has") for of_student, _ in settings.layers]
+        logits, states = self._teacher.answer(batch)
+        with recorded(self._blocks) as own_states:
+            outputs = self._task.forward(model, batch)
+        loss = self._mixed(outputs, logits, batch)
+        for pair, own, its in zip(settings.layers, own_states(), states, strict=True):
+            if own.shape != its.shape:
+                raise UserError(
+                    f"distill.layers=[{pair[0]}, {pair[1]}] compares outputs of shape {list(own.shape)} and, of the "
+                    f"teacher, {list(its.shape)}; choose blocks of one width, or leave the pair out."
+                )
+            loss = loss + settings.layer_weight * difference_sum(
+                own, its, self._is_target(outputs, batch), _tokens(batch)
+            )
+        return loss
+
+    def _mixed(self, outputs: Outputs, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        settings = self._settings
+        own = (1 - settings.weight) * self._task.loss(outputs, batch)
+        if settings.weight == 0:
+            return own
+        student, is_target = self._class_logits(outputs, batch)
+        if student.shape != logits.shape:
+            raise UserError(
+                f"the model's predictions have shape {list(student.shape)}, and those of distill.teacher="
+                f"{settings.teacher} {list(logits.shape)}; name a teacher for the same classes."
+            )
+        return own + settings.weight * divergence_sum(student, logits, is_target, settings.temperature)
+
+    def _is_target(self, outputs: Outputs, batch: Batch) -> torch.Tensor:
+        return self._class_logits(outputs, batch)[1]
+
+    def _class_logits(self, outputs: Outputs, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        found = self._task.class_logits(outputs, batch)
+        assert found is not None, "the teacher has the same task, and has answered"
+        return found
+
+
+def _tokens(batch: Batch) -> torch.Tensor | None:
+    """What is no padding, bool [micro, length]; None where samples are no texts, or nothing is padded."""
+    mask = batch.get("attention_mask")
+    return None if mask is None else mask > 0

@@ -1,0 +1,96 @@
+"""The plain side's teacher: whole, in one piece, and its loss written down here."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from sharding.engine import Batch
+from sharding.initialization import Materializer, initialize_tree
+from sharding.part import whole_part
+from sharding.state import MODEL_PREFIX
+from trainer.config import RunConfig
+from trainer.data.facts import SampleFacts
+from trainer.distillation.named_teacher import find_teacher
+from trainer.distillation.teacher import renormalization, teacher_on_meta
+
+ClassLogits = Callable[[Any, Batch], "tuple[torch.Tensor, torch.Tensor] | None"]
+"""Logits and where there is a target, as ``Task.class_logits`` gives them."""
+
+
+class PlainTeacher:
+    """A teacher without an engine, and the student's blocks that are compared with its own."""
+
+    def __init__(self, config: RunConfig, facts: SampleFacts, student: nn.Module, device: torch.device) -> None:
+        """Read all of its weights.
+
+        Args:
+            config: the run.
+            facts: of its samples.
+            student: the plain model.
+            device: where that computes.
+        """
+        self._settings = config.distill
+        source = teacher_on_meta(find_teacher(config.distill), config, facts)
+        self._task, self._model = source.task, source.model
+        materializer = Materializer(torch.device("cpu"))
+        for module in self._model.modules():
+            materializer.materialize(module)
+        # Buffers that are in no file have their values of it.
+        initialize_tree(self._model, "", 0, source.initialize)
+        saved = self._model.state_dict().keys()
+        for name, tensor in (*self._model.named_parameters(), *self._model.named_buffers()):
+            if name in saved:
+                source.read(whole_part(f"{MODEL_PREFIX}{name}", tensor.data))
+        self._model.to(device).eval()
+        self._renormalize = renormalization(facts, source.facts)
+        self._student_states: dict[int, torch.Tensor] = {}
+        self._states: dict[int, torch.Tensor] = {}
+        for pair in self._settings.layers:
+            _keep(student, pair[0], self._student_states)
+            _keep(self._model, pair[1], self._states)
+
+    def mixed(self, own: torch.Tensor, found: Any, batch: Batch) -> torch.Tensor:
+        """The loss of a batch, summed over targets.
+
+        Args:
+            own: the task's.
+            found: the student's logits, and where there is a target.
+            batch: what they are of.
+        """
+        settings, (logits, is_target) = self._settings, found
+        with torch.no_grad():
+            taught = self._renormalize(batch)
+            taught = self._task.padded(taught) if hasattr(self._task, "padded") else taught
+            answer = self._task.class_logits(self._task.forward(self._model, taught), taught)
+        assert answer is not None, "the task tells classes apart"
+        # One target after another, by the definition.
+        p = (answer[0][is_target].double() / settings.temperature).softmax(dim=-1)
+        log_q = (logits[is_target].double() / settings.temperature).log_softmax(dim=-1)
+        divergence = (p * (p.log() - log_q)).sum() * settings.temperature**2
+        loss = (1 - settings.weight) * own + settings.weight * divergence.float()
+        for of_student, of_teacher in settings.layers:
+            squares = (self._student_states[of_student].float() - self._states[of_teacher].float()) ** 2
+            loss = loss + settings.layer_weight * _at_targets(squares, is_target, batch.get("attention_mask"))
+        return loss
+
+
+def _keep(model: nn.Module, number: int, states: dict[int, torch.Tensor]) -> None:
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    # As the outermost lists come, whose elements all have parameters.
+    inner = {id(other) for one in lists for element in one for other in element.modules()}
+    blocks = [element for one in lists if id(one) not in inner for element in one]
+
+    def hook(_: nn.Module, __: Any, output: Any) -> None:
+        states[number] = output if isinstance(output, torch.Tensor) else output[0]
+
+    blocks[number].register_forward_hook(hook)
+
+
+def _at_targets(squares: torch.Tensor, is_target: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    if is_target.ndim == 1 and mask is not None and squares.ndim == 3:
+        lengths = mask.sum(dim=1).tolist()
+        means = [row[:length].mean() for row, length in zip(squares, lengths, strict=True)]
+        return torch.stack(means)[is_target].sum()
+    return squares[is_target].flatten(1).mean(dim=1).sum()
