@@ -118,7 +118,7 @@ def preview(config: RunConfig, world: World) -> Preview:
         state_bytes=memory.state.total,
         activation_bytes=memory.activations,
         teacher="" if teacher is None else teacher.description,
-        teacher_bytes=None if teacher is None else memory.teacher.held + memory.teacher.gathered,
+        teacher_bytes=memory.teacher.held + memory.teacher.gathered,
         **of_corpora[0],
         **_start_facts(run, run_folder),
     )

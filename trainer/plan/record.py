@@ -31,7 +31,7 @@ class Preview(StrictRecord):
     teacher: str = ""
     """What the run learns from, for people."""
 
-    teacher_bytes: float | None = None
+    teacher_bytes: float = 0.0
     """Of a rank: the teacher's parameters, and what of them is gathered while it runs."""
 
     corpus: str
