@@ -58,16 +58,13 @@ class Preview(StrictRecord):
             model = ["parameters    not known before the rows are prepared: shardline data prepare does it"]
         else:
             trained = f", {self.num_parameters - self.num_frozen:,} of them trained" if self.num_frozen else ""
+            teacher = [f"teacher       {self.teacher}; {size_text(self.teacher_bytes)} a rank"] if self.teacher else []
             model = [
                 f"parameters    {self.num_parameters:,} of {self.model}{trained}",
                 *([f"adapters      {self.adapters}"] if self.adapters else []),
                 *([f"rates         {self.rates}"] if self.rates else []),
                 f"memory        {self._memory()}",
-                *(
-                    [f"teacher       {self.teacher}; {size_text(self.teacher_bytes or 0)} a rank"]
-                    if self.teacher
-                    else []
-                ),
+                *teacher,
             ]
         corpora = [f"corpus        {line}" for line in self.corpus.split("\n")]
         return [*model, *corpora, f"continues     {self.continues}"]
