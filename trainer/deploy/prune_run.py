@@ -157,7 +157,7 @@ def _mean_square(
 
 def _write(reader: CheckpointReader, config: RunConfig, parts: Mapping[str, Part], argv: Sequence[str]) -> None:
     folder, manifest = RunFolder.of(config), reader.manifest
-    step, is_new = manifest.training.step, not folder.path.exists()
+    step, was_there = manifest.training.step, folder.path.exists()
     # What the dense weights were found to be, and where they were shown, is not of these.
     training = manifest.training.model_copy(update={"eval_metrics": {}, "monitor": MonitorState(), "trackers": {}})
     is_own = {name: name in manifest.tensors or name.startswith(MASK_PREFIX) for name in parts}
@@ -186,8 +186,9 @@ def _write(reader: CheckpointReader, config: RunConfig, parts: Mapping[str, Part
         # Last, for it is what makes a folder a run.
         write_atomically(folder.config_file, config_to_yaml(config))
     except BaseException as error:
-        if is_new:
-            shutil.rmtree(folder.path, ignore_errors=True)
+        shutil.rmtree(folder.path, ignore_errors=True)
+        if was_there:
+            folder.path.mkdir(exist_ok=True)
         if isinstance(error, OSError):
             raise cannot_be_written("run folder", folder.path, error) from None
         raise
