@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from trainer.config import RunConfig
     from trainer.data.facts import SampleFacts
     from trainer.data.samples import FILLER, Samples
+    from trainer.deploy.generation import Sampling
     from trainer.ending import TrainingResult
     from trainer.tasks.registry import build_task
     from trainer.tasks.task import Metric, Outputs, Task
@@ -45,6 +46,7 @@ _PLACES = {
     "trainer.config": ("RunConfig",),
     "trainer.data.facts": ("SampleFacts",),
     "trainer.data.samples": ("FILLER", "Samples"),
+    "trainer.deploy.generation": ("Sampling",),
     "trainer.ending": ("TrainingResult",),
     "trainer.tasks.registry": ("build_task",),
     "trainer.tasks.task": ("Metric", "Outputs", "Task"),
@@ -72,6 +74,7 @@ __all__ = [
     "RunFailure",
     "SampleFacts",
     "Samples",
+    "Sampling",
     "Task",
     "TrainingResult",
     "UserError",

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from trainer.config import RunConfig
 from trainer.config.expansion import expand_argument
@@ -12,6 +12,10 @@ from trainer.metrics.file import Metrics, read_metrics
 from trainer.run_folder.folder import RunFolder
 from trainer.run_folder.listing import list_checkpoints
 from trainer.runtime.own_modules import name_own
+
+if TYPE_CHECKING:
+    from trainer.deploy.generation import Continuation, Sampling
+    from trainer.deploy.loaded import Device, LoadDtype
 
 OwnPart = Callable[..., Any] | str
 
@@ -115,23 +119,28 @@ class Run:
         ema: bool = False,
         task: OwnPart | None = None,
         trust_remote_code: bool = False,
+        device: "Device" = "cpu",
+        dtype: "LoadDtype" = "auto",
     ) -> tuple[Any, Any]:
-        """Model and tokenizer of a checkpoint as `transformers` has them, in evaluation mode on the host.
+        """Model and tokenizer of a checkpoint as `transformers` has them, in evaluation mode.
 
         Args:
             step: of the checkpoint; the newest if not given.
             ema: take the moving average of the weights.
             task: the run's own, where it has one.
             trust_remote_code: run the model's own Python code.
+            device: where to; ``auto`` takes a GPU where there is one.
+            dtype: of the weights; ``auto`` is fp32.
 
         Raises:
-            UserError: there is no such checkpoint, the model does not continue text, or code is not allowed.
+            UserError: there is no such checkpoint, the model does not continue text, there is no such device, or code
+                is not allowed.
         """
         from trainer.deploy.allowed_code import AllowedCode
-        from trainer.deploy.generation import load_model
+        from trainer.deploy.loaded import load_model
 
         allowed = AllowedCode(_name(task, "task"), trust_remote_code)
-        return load_model(str(self.path), step, averaged=ema, allowed=allowed)
+        return load_model(str(self.path), step, averaged=ema, allowed=allowed, device=device, dtype=dtype)
 
     def generate(
         self,
@@ -146,6 +155,8 @@ class Run:
         ema: bool = False,
         task: OwnPart | None = None,
         trust_remote_code: bool = False,
+        device: "Device" = "auto",
+        dtype: "LoadDtype" = "auto",
     ) -> str:
         """A text and its continuation by the run's model, or an answer; the model is loaded for it.
 
@@ -160,16 +171,65 @@ class Run:
             ema: see ``load``.
             task: see ``load``.
             trust_remote_code: see ``load``.
+            device: see ``load``.
+            dtype: see ``load``.
 
         Raises:
             UserError: see ``load``; also where prompt and continuation are longer than the model has positions.
         """
-        from trainer.deploy.generation import answer, generate_text
+        from trainer.deploy.generation import Sampling
 
-        loaded, tokenizer = self.load(step, ema=ema, task=task, trust_remote_code=trust_remote_code)
-        return (answer if chat else generate_text)(
-            loaded, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed
+        (made,) = self.generate_many(
+            [prompt],
+            Sampling(max_new_tokens, temperature, top_k, chat),
+            seeds=[seed],
+            step=step,
+            ema=ema,
+            task=task,
+            trust_remote_code=trust_remote_code,
+            device=device,
+            dtype=dtype,
         )
+        return made.text
+
+    def generate_many(
+        self,
+        prompts: Sequence[str],
+        sampling: "Sampling | None" = None,
+        *,
+        seeds: Sequence[int] = (0,),
+        step: int | None = None,
+        ema: bool = False,
+        task: OwnPart | None = None,
+        trust_remote_code: bool = False,
+        device: "Device" = "auto",
+        dtype: "LoadDtype" = "auto",
+    ) -> "list[Continuation]":
+        """What ``generate`` makes of each prompt with each seed; the model is loaded once for all.
+
+        Args:
+            prompts: texts to continue, or what users say.
+            sampling: how tokens are chosen; as in ``generate`` if not given.
+            seeds: of the choice.
+            step: see ``load``, as for what follows.
+            ema: see ``load``.
+            task: see ``load``.
+            trust_remote_code: see ``load``.
+            device: see ``load``.
+            dtype: see ``load``.
+
+        Returns:
+            Those of the first prompt by seed, then those of the next; each is what its prompt and seed alone give.
+
+        Raises:
+            UserError: see ``generate``.
+        """
+        from trainer.deploy.generation import Sampling, continue_prompts
+
+        loaded, tokenizer = self.load(
+            step, ema=ema, task=task, trust_remote_code=trust_remote_code, device=device, dtype=dtype
+        )
+        return list(continue_prompts(loaded, tokenizer, prompts, sampling or Sampling(), seeds))
 
     def export(
         self,

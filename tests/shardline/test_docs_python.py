@@ -93,6 +93,8 @@ def test_a_language_model_writes_and_is_exported(folder: Path, shared_corpus: tu
     trained(finished)
     assert finished.stdout.startswith("import ")
     assert re.search(r"^[\d,]+ parameters, 30\d tokens$", finished.stdout, re.MULTILINE)
+    made = re.findall(r"^(def|class)  (\d) (['\"]).+\3$", finished.stdout, re.MULTILINE)
+    assert [(prompt, seed) for prompt, seed, _ in made] == [(p, s) for p in ("def", "class") for s in "012"]
     assert (folder / "exported" / "model.safetensors").exists()
     # What it has not learnt, and what it has none of.
     asks = folder / "asks.py"

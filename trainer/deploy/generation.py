@@ -1,174 +1,172 @@
-"""Text that a run's model, or an exported one, continues."""
+"""Text that a model continues, and turns that it answers."""
 
-import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from sharding.ranks.errors import UserError
 from trainer.architectures.config import max_positions
-from trainer.checkpoint.reader import open_checkpoint
 from trainer.data.chat_template import ChatTemplate
 from trainer.data.tokenizer import text_encoder
-from trainer.deploy.allowed_code import AllowedCode
-from trainer.deploy.export import Form, export_model
-from trainer.model.lora import adapted_layers
 
-_NO_CODE = AllowedCode()
 _DEFAULT_NEW_TOKENS = 120
 
 
-def load_model(
-    run: str, step: int | None, *, averaged: bool = False, allowed: AllowedCode = _NO_CODE
-) -> tuple[Any, Any]:
-    """Model and tokenizer of a run's checkpoint or of an exported folder, in evaluation mode.
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen.
 
-    Args:
-        run: the folder.
-        step: step of the run's checkpoint; the newest if None.
-        averaged: whether to take the moving average of the run's weights.
-        allowed: the Python code that may run for it.
-
-    Raises:
-        UserError: there is neither a run nor a whole model in the folder, no average, or code that is not allowed; or
-            the model is not made to continue text.
-    """
-    if (Path(run) / "model.safetensors").exists() or (Path(run) / "model.safetensors.index.json").exists():
-        if averaged:
-            raise UserError(f"--ema: {run} is an exported model, which has one set of weights; name the run's folder.")
-        return _load_exported(run, run, trust_remote_code=allowed.trust_remote_code)
-    reader = open_checkpoint(run, step)
-    form: Form | None = "merged" if adapted_layers(reader.parameter_names()) else None
-    # By way of the exported form, so that what is shown here is what is served elsewhere.
-    with tempfile.TemporaryDirectory(prefix="shardline-generate-") as folder:
-        export_model(reader, Path(folder) / "model", averaged=averaged, allowed=allowed, form=form)
-        return _load_exported(str(Path(folder) / "model"), run, trust_remote_code=allowed.trust_remote_code)
-
-
-def _load_exported(folder: str, name: str, *, trust_remote_code: bool) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder, trust_remote_code=trust_remote_code, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        if "trust_remote_code" in str(error):
-            reason = "it needs Python code of its own; read that, and give --trust-remote-code to run it"
-        raise UserError(f"{name} cannot be loaded as a model that continues text: {reason}.") from None
-    kinds = getattr(model.config, "architectures", None) or [type(model).__name__]
-    if type(model).__name__ not in kinds:
-        raise UserError(f"{name} holds a {kinds[0]}, which does not continue text; name a causal language model.")
-    # Without a word, transformers would draw the ones anew and leave the others out.
-    for fault, keys in sorted(report.items()):
-        if keys:
-            first = next(iter(keys))
-            raise UserError(
-                f"{name} is not a whole {kinds[0]}: {len(keys)} {fault.replace('_', ' ')}, the first being "
-                f"{first if isinstance(first, str) else first[0]}; export it once more."
-            )
-    return model.eval(), tokenizer
-
-
-def generate_text(
-    model: Any, tokenizer: Any, prompt: str, *, max_new_tokens: int | None, temperature: float, top_k: int, seed: int
-) -> str:
-    """The prompt and its continuation.
-
-    Args:
-        model: a causal model of `transformers`.
-        tokenizer: its tokenizer.
-        prompt: text to continue, all of it text, control tokens' names too; empty starts a new document.
+    Attributes:
         max_new_tokens: tokens to add at most; None for 120, or for as many as the model has positions for.
         temperature: divides the logits; 0 takes the likeliest token each time.
         top_k: choose among this many; 0 means all.
-        seed: seed of the choice.
-
-    Raises:
-        UserError: prompt and continuation are longer than the model has positions.
+        chat: whether a prompt is what a user says, which is answered as the tokenizer's chat template puts it.
     """
-    # As in training: a control token's name in a text is text.
-    encoded = text_encoder(tokenizer).encode(prompt, add_special_tokens=False).ids
-    options = _Sampling(max_new_tokens, temperature, top_k, seed)
-    ids, _ = _continued(model, tokenizer, encoded or [tokenizer.eos_token_id], options, set())
-    text: str = tokenizer.decode(ids, skip_special_tokens=True)
-    return text
 
-
-def answer(
-    model: Any, tokenizer: Any, prompt: str, *, max_new_tokens: int | None, temperature: float, top_k: int, seed: int
-) -> str:
-    """What the assistant says to one turn of a user, as the tokenizer's chat template puts it, up to the turn's end.
-
-    Args:
-        model: a causal model of `transformers`.
-        tokenizer: its tokenizer, with a chat template.
-        prompt: what the user says.
-        max_new_tokens: see ``generate_text``.
-        temperature: see ``generate_text``.
-        top_k: see ``generate_text``.
-        seed: see ``generate_text``.
-
-    Raises:
-        UserError: the tokenizer has no chat template, or see ``generate_text``.
-    """
-    if not tokenizer.chat_template:
-        raise UserError(
-            "--chat: the tokenizer has no chat template, for the model was trained on texts; leave it out, or train on "
-            "conversations with data.format=messages."
-        )
-    template = ChatTemplate(tokenizer, "--chat: the chat template")
-    encoded = template.prompt_ids([{"role": "user", "content": prompt}])
-    ends = {token for token in (tokenizer.eos_token_id, template.end_of_turn_id) if token is not None}
-    options = _Sampling(max_new_tokens, temperature, top_k, seed)
-    ids, num_prompt_tokens = _continued(model, tokenizer, encoded, options, ends)
-    text: str = tokenizer.decode(ids[num_prompt_tokens:], skip_special_tokens=True)
-    return text.strip()
+    max_new_tokens: int | None = None
+    temperature: float = 0.8
+    top_k: int = 50
+    chat: bool = False
 
 
 @dataclass(frozen=True)
-class _Sampling:
-    """How tokens are chosen; see ``generate_text``."""
+class Continuation:
+    """What a model has made of a prompt.
 
-    max_new_tokens: int | None
-    temperature: float
-    top_k: int
+    Attributes:
+        prompt: as it was given.
+        seed: seed of the choice of tokens.
+        text: the prompt and its continuation, or of a chat the answer alone.
+        num_prompt_tokens: tokens that the model was given.
+        num_new_tokens: tokens that it has added.
+        has_ended: whether it came to an end by itself.
+    """
+
+    prompt: str
     seed: int
+    text: str
+    num_prompt_tokens: int
+    num_new_tokens: int
+    has_ended: bool
+
+
+def continue_prompts(
+    model: Any, tokenizer: Any, prompts: Sequence[str], sampling: Sampling, seeds: Sequence[int] = (0,)
+) -> Iterator[Continuation]:
+    """Continue each prompt with each seed, in this order.
+
+    Each is computed by itself: in a padded batch rounding and draws would depend on what stands beside it.
+
+    Args:
+        model: a causal model of `transformers`, on the device that computes.
+        tokenizer: its tokenizer.
+        prompts: texts, all of them text, control tokens' names too; an empty one starts a new document.
+        sampling: how tokens are chosen.
+        seeds: of the choice of tokens.
+
+    Raises:
+        UserError: a prompt and its continuation are longer than the model has positions, the tokenizer has no chat
+            template and one is asked for, or the model's scores are not finite.
+    """
+    encoder = _Encoder(tokenizer, chat=sampling.chat)
+    encoded = [encoder.encode(prompt) for prompt in prompts]
+    positions = max_positions(model.config)
+    lengths = []
+    for number, ids in enumerate(encoded, start=1):
+        name = "--prompt" if len(prompts) == 1 else f"prompt {number} of {len(prompts)}"
+        lengths.append(_num_new_tokens(name, len(ids), sampling.max_new_tokens, positions))
+    # Whoever reads has an error before the first text, or all texts.
+    return (
+        _continued(model, tokenizer, encoder, prompt, ids, length, sampling, seed)
+        for prompt, ids, length in zip(prompts, encoded, lengths, strict=True)
+        for seed in seeds
+    )
+
+
+class _Encoder:
+    """Token ids of prompts, and where an answer ends."""
+
+    def __init__(self, tokenizer: Any, *, chat: bool) -> None:
+        self.ends: list[int] = []
+        self._template: ChatTemplate | None = None
+        if not chat:
+            # As in training: a control token's name in a text is text.
+            self._encoder = text_encoder(tokenizer)
+            self._start = tokenizer.eos_token_id
+            return
+        if not tokenizer.chat_template:
+            raise UserError(
+                "--chat: the tokenizer has no chat template, for the model was trained on texts; leave it out, or "
+                "train on conversations with data.format=messages."
+            )
+        self._template = ChatTemplate(tokenizer, "--chat: the chat template")
+        ends = {tokenizer.eos_token_id, self._template.end_of_turn_id}
+        self.ends = sorted(token for token in ends if token is not None)
+
+    def encode(self, prompt: str) -> list[int]:
+        if self._template is not None:
+            return self._template.prompt_ids([{"role": "user", "content": prompt}])
+        ids: list[int] = self._encoder.encode(prompt, add_special_tokens=False).ids
+        return ids or [self._start]
 
 
 def _continued(
-    model: Any, tokenizer: Any, encoded: list[int], options: _Sampling, ends: set[int]
-) -> tuple[list[int], int]:
-    """Token ids with their continuation up to an end, and how many were there before."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = model.to(device)
-    ids = torch.tensor([encoded])
-    max_new_tokens = _num_new_tokens(ids.shape[1], options.max_new_tokens, max_positions(model.config))
-    torch.manual_seed(options.seed)
-    sampling: dict[str, Any] = {"do_sample": False}
-    if options.temperature > 0:
-        sampling = {"do_sample": True, "temperature": options.temperature, "top_k": options.top_k}
-    if ends:
-        sampling["eos_token_id"] = sorted(ends)
-    ids = ids.to(device)
+    model: Any,
+    tokenizer: Any,
+    encoder: _Encoder,
+    prompt: str,
+    encoded: list[int],
+    max_new_tokens: int,
+    sampling: Sampling,
+    seed: int,
+) -> Continuation:
+    torch.manual_seed(seed)
+    options: dict[str, Any] = {"do_sample": False}
+    if sampling.temperature > 0:
+        options = {"do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k}
+    if encoder.ends:
+        options["eos_token_id"] = encoder.ends
+    ids = torch.tensor([encoded], device=model.device)
     output = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
-        **sampling,
+        logits_processor=[_check_finite],
+        **options,
     )
-    return output[0].tolist(), ids.shape[1]
+    made: list[int] = output[0].tolist()
+    new = made[len(encoded) :]
+    shown = new if sampling.chat else made
+    text: str = tokenizer.decode(shown, skip_special_tokens=True)
+    return Continuation(
+        prompt=prompt,
+        seed=seed,
+        text=text.strip() if sampling.chat else text,
+        num_prompt_tokens=len(encoded),
+        num_new_tokens=len(new),
+        has_ended=bool(new) and new[-1] in (encoder.ends or _ends_of(model)),
+    )
 
 
-def _num_new_tokens(prompt_tokens: int, asked: int | None, positions: int | None) -> int:
+def _ends_of(model: Any) -> list[int]:
+    ends = model.generation_config.eos_token_id
+    return ends if isinstance(ends, list) else [ends]
+
+
+def _check_finite(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """Refuse to choose among scores that are none; one of minus infinity is a token that is not to be drawn."""
+    if torch.isnan(scores).any() or torch.isposinf(scores).any():
+        raise UserError(
+            f"the model's scores after {input_ids.shape[1]} tokens are not finite; give --dtype fp32 where it computes "
+            "in another, or an earlier checkpoint by --step."
+        )
+    return scores
+
+
+def _num_new_tokens(name: str, prompt_tokens: int, asked: int | None, positions: int | None) -> int:
     """How many tokens may be added; beyond its positions a model fails, or writes what it never learnt."""
     wanted = _DEFAULT_NEW_TOKENS if asked is None else asked
     if positions is None:
@@ -176,12 +174,13 @@ def _num_new_tokens(prompt_tokens: int, asked: int | None, positions: int | None
     left = positions - prompt_tokens
     if left < 1:
         raise UserError(
-            f"--prompt has {prompt_tokens} tokens and the model {positions} positions, which leaves none for a "
+            f"{name} has {prompt_tokens} tokens and the model {positions} positions, which leaves none for a "
             "continuation; shorten it."
         )
     if asked is not None and asked > left:
+        which = "a prompt" if name == "--prompt" else name
         raise UserError(
-            f"--max-new-tokens {asked} and a prompt of {prompt_tokens} tokens are {asked + prompt_tokens}, more than "
+            f"--max-new-tokens {asked} and {which} of {prompt_tokens} tokens are {asked + prompt_tokens}, more than "
             f"the model's {positions} positions; ask for at most {left}."
         )
     return min(wanted, left)

@@ -49,11 +49,25 @@ def write_hf_folder(trained: TrainedModel, work: Path, dtype: Dtype = "fp32") ->
     Raises:
         UserError: `transformers` would make another model of it, or none.
     """
+    _write_weights(describe_hf_folder(trained, work, dtype), work, DTYPES[dtype])
+
+
+def describe_hf_folder(trained: TrainedModel, work: Path, dtype: Dtype = "fp32") -> dict[str, StoredTensor]:
+    """Write all but the weights, and give these under the names that they are to have, each still to be read.
+
+    Args:
+        trained: the model.
+        work: where to; has the tokenizer.
+        dtype: format that the weights are to have.
+
+    Raises:
+        UserError: `transformers` would make another model of it, or none.
+    """
     refuse_other_models(trained)
     _write_configuration(trained, DTYPES[dtype], work)
     tensors = _named_as_saved(trained)
     check_reloads(trained, tensors, work)
-    _write_weights(tensors, work, DTYPES[dtype])
+    return tensors
 
 
 def _named_as_saved(trained: TrainedModel) -> dict[str, StoredTensor]:
@@ -144,10 +158,11 @@ def check_reloads(trained: TrainedModel, stored: dict[str, StoredTensor], folder
 
 def _is_equal(there: StoredTensor, trained: TrainedModel, name: str) -> bool:
     """Whether what is loaded in place of a weight is that weight."""
-    return torch.equal(_whole(there), trained.weights.read_parameter(name, averaged=trained.averaged))
+    return torch.equal(read_whole(there), trained.weights.read_parameter(name, averaged=trained.averaged))
 
 
-def _whole(tensor: StoredTensor) -> torch.Tensor:
+def read_whole(tensor: StoredTensor) -> torch.Tensor:
+    """All of a tensor, on the host."""
     return tensor.read(whole_box(tuple(tensor.shape))).contiguous()
 
 
@@ -157,7 +172,7 @@ def _write_weights(tensors: dict[str, StoredTensor], work: Path, dtype: torch.dt
     sizes = {name: tensor.numel() * types[name].itemsize for name, tensor in tensors.items()}
 
     def read(names: list[str]) -> dict[str, torch.Tensor]:
-        return {name: _whole(tensors[name]).to(types[name]) for name in names}
+        return {name: read_whole(tensors[name]).to(types[name]) for name in names}
 
     groups: list[list[str]] = [[]]
     num_bytes = 0

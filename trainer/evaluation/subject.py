@@ -23,10 +23,10 @@ from trainer.data.prepared_rows import PreparedRows
 from trainer.data.rows_manifest import FILE_MAX_PIXEL, RECIPE_NAME, SPLITS, RowRecipe
 from trainer.data.tokenizer import TRAINED
 from trainer.deploy.allowed_code import AllowedCode
+from trainer.deploy.loaded import is_exported_model
 from trainer.files.storage import CheckpointPath
 
 _NO_CODE = AllowedCode()
-_EXPORTED_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def find_subject(asked: Asked, num_ranks: int, work: Path) -> Subject:
     Raises:
         UserError: there is no such run, checkpoint or split, something is damaged, or code is not allowed.
     """
-    if any((Path(asked.run) / name).exists() for name in _EXPORTED_WEIGHTS):
+    if is_exported_model(asked.run):
         return _exported(asked, num_ranks)
     reader = open_checkpoint(asked.run, asked.step)
     reader.verify()

@@ -18,7 +18,8 @@ from trainer.checkpoint.reader import CheckpointReader
 from trainer.commands.generate import main
 from trainer.deploy import hf_folder
 from trainer.deploy.export import export_model
-from trainer.deploy.generation import generate_text, load_model
+from trainer.deploy.generation import Sampling, continue_prompts
+from trainer.deploy.loaded import load_model
 from trainer.files.atomic_files import umask
 from trainer.run_folder.folder import RunFolder
 
@@ -95,9 +96,8 @@ def test_ids_that_pad_the_vocabulary_are_never_drawn(
     head.bias.data = torch.where(torch.arange(384) < 301, 0.0, 50.0)
     model.lm_head = head
     for temperature in (0.0, 1.0):
-        generate = {"max_new_tokens": 20, "temperature": temperature, "top_k": 0, "seed": 0}
-        text = generate_text(model, tokenizer, "def ", **generate)
-        assert text.startswith("def ")
+        (made,) = continue_prompts(model, tokenizer, ["def "], Sampling(20, temperature, top_k=0))
+        assert made.text.startswith("def ")
         output = model.generate(torch.tensor([[5]]), max_new_tokens=20, do_sample=temperature > 0, top_k=0)
         assert int(output.max()) < 301, temperature
 
@@ -226,8 +226,8 @@ def test_a_prompt_is_text(reader: CheckpointReader, tmp_path: Path) -> None:
     """As documents are: a control token's name in it does not become the token, which would end the text."""
     export_model(reader, tmp_path / "model")
     model, tokenizer = load_model(str(tmp_path / "model"), None)
-    text = generate_text(model, tokenizer, "a<|endoftext|>b", max_new_tokens=1, temperature=0, top_k=0, seed=0)
-    assert text.startswith("a<|endoftext|>b")
+    (made,) = continue_prompts(model, tokenizer, ["a<|endoftext|>b"], Sampling(1, temperature=0))
+    assert made.text.startswith("a<|endoftext|>b")
 
 
 def test_files_of_a_run_and_its_corpus_follow_the_umask(

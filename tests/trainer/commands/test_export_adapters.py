@@ -26,6 +26,7 @@ from trainer.data.any_samples import prepared_facts
 from trainer.data.prepare import prepare_samples
 from trainer.data.tokenizer import train_byte_level_bpe
 from trainer.deploy.export import Form, export_model
+from trainer.deploy.loaded import load_model
 from trainer.model.engine import build_model_engine
 from trainer.tasks.registry import configured_task
 
@@ -191,6 +192,15 @@ def test_a_run_with_adapters_is_evaluated_as_it_was_trained(exported: Path) -> N
             assert found(run, num_ranks)["metrics"]["loss"] == pytest.approx(logged[-1], rel=1e-6)
         # With the adapters, and not with what they stand beside alone.
         assert logged[-1] < logged[0] - 0.01
+
+
+def test_a_run_is_loaded_as_its_merged_export_is(exported: Path) -> None:
+    for name in ("llama", "gpt2"):
+        ours, _ = load_model(str(exported / "runs" / f"{name}-run"), None)
+        merged, _ = load_model(str(exported / f"{name}-merged"), None)
+        theirs = merged.state_dict()
+        assert ours.state_dict().keys() == theirs.keys()
+        assert all(torch.equal(tensor, theirs[key]) for key, tensor in ours.state_dict().items()), name
 
 
 def test_which_form_is_said(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
