@@ -22,6 +22,7 @@ QUICK: dict[str, list[str]] = {
     "scaling": ["--size", "tiny", "--modes", "weak", "--ranks", "1,2", "--pairs", "12", "--profile-steps", "2"],
     "throughput": ["--size", "tiny", "--windows", "3", "--passes", "1"],
     "checkpoint": ["--saves", "3", "--loads", "2"],
+    "serving": ["--connections", "50", "--duration-s", "3", "--slow", "4"],
     "data": ["--num-tokens", "16777216", "--num-windows", "5", "--window-steps", "200", "--num-documents", "50"],
 }
 """Each benchmark with the options that make it short; whole, it takes its own defaults."""

@@ -22,6 +22,7 @@ from trainer.commands.parity import parity
 from trainer.commands.prepare_data import prepare_data
 from trainer.commands.prune import prune
 from trainer.commands.report import report
+from trainer.commands.serve import serve
 from trainer.commands.show_data import show_data
 from trainer.commands.sync import sync
 
@@ -49,6 +50,7 @@ _BENCHMARKS = {
     "checkpoint": "saving and loading",
     "startup": "from the command to the first step",
     "quality": "how well the examples learn, over several seeds",
+    "serving": "requests/s and what is lost, beside other servers",
     "all": "all of them, and the report",
     "report": "the newest results on one page",
 }
@@ -145,6 +147,7 @@ app.command(cls=Forwarded)(export)
 app.command(cls=Forwarded)(prune)
 app.command(cls=Forwarded)(generate)
 app.command(cls=Forwarded)(report)
+app.command(cls=Forwarded)(serve)
 
 
 @app.command(context_settings={"ignore_unknown_options": True})

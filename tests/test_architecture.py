@@ -50,6 +50,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
             *("config", "files", "run_folder", "data", "architectures", "tasks", "optimizers", "model", "checkpoint"),
             "metrics",
         },
+        "serving": {"config", "data", "deploy"},
         "evaluation": {"config", "runtime", "files", "data", "tasks", "model", "checkpoint", "metrics", "deploy"},
         ".": {
             *("config", "runtime", "files", "run_folder", "data", "tasks", "optimizers", "model", "checkpoint"),
@@ -62,7 +63,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         },
         "commands": {
             *("config", "runtime", "run_folder", "data", "checkpoint", "trackers", "report", "doctor", "parity"),
-            *("deploy", "evaluation"),
+            *("deploy", "serving", "evaluation"),
         },
     },
     "benchmarks": {
@@ -77,6 +78,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "memory": {"presentation", "measure"},
         "startup": {"presentation", "measure"},
         "quality": {"measure", "presentation"},
+        "serving": {"measure", "presentation"},
         "overhead": {"presentation", "measure", "contestants"},
         "scaling": {"presentation", "measure", "contestants"},
         "throughput": {"presentation", "measure", "contestants"},

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 from selenium import webdriver
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
+from tests.browser import browser, needs_browser
 from tests.support import (
     ROOT,
     kill,
@@ -27,15 +27,6 @@ from tests.support import (
     write_config,
 )
 
-_CHROMIUM, _DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-needs_browser = pytest.mark.skipif(
-    _CHROMIUM is None or _DRIVER is None, reason="chromium and chromedriver are not installed"
-)
-
-_FLAGS = (
-    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-)  # fmt: skip
 _DESK, _PHONE = (1440, 900), (390, 844)
 _HOSTILE = '</script></pre><img src=x onerror="window.broken=1"><!--<script>'
 # Smallest contrast by WCAG 2.2: of text, and of curves against what they are drawn on.
@@ -185,15 +176,8 @@ class Page:
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
     """A browser."""
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(_CHROMIUM)
-    for flag in (*_FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('browser')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(str(_DRIVER)))
-    driver.set_page_load_timeout(120)
-    yield Page(driver)
-    driver.quit()
+    with browser(tmp_path_factory.mktemp("browser")) as driver:
+        yield Page(driver)
 
 
 @pytest.fixture(scope="module")

@@ -51,7 +51,9 @@ class PreparedRows:
     def fingerprint(self) -> str:
         """Identity of the rows and of how they are read, wherever and whenever they were prepared."""
         splits = {name: split.contents_sha256 for name, split in self.manifest.splits.items()}
-        identity = json.dumps([self.recipe.model_dump(mode="json"), splits], sort_keys=True)
+        # Without what exports alone have: a run continues on rows that were prepared before there were any.
+        recipe = self.recipe.model_dump(mode="json", exclude={"normalize", "missing"})
+        identity = json.dumps([recipe, splits], sort_keys=True)
         return hashlib.sha256(identity.encode()).hexdigest()
 
     def facts(self) -> SampleFacts:

@@ -141,10 +141,7 @@ class TableRows:
         numbers, values = _unpack(payloads)
         self.counts.num_filled += int(np.isnan(numbers).sum())
         numbers = np.where(np.isnan(numbers), np.array(recipe.fills), numbers)
-        indices = [{value: index for index, value in enumerate(c.values, start=1)} for c in recipe.categories]
-        table = np.array(
-            [[index.get(value, 0) for index, value in zip(indices, row, strict=True)] for row in values], dtype=np.int32
-        ).reshape(len(payloads), len(indices))
+        table = category_indices(values, category_tables(recipe))
         widths = {"features": numbers, "categories": table}
         return {name: fixed_lists(rows) for name, rows in widths.items() if rows.shape[1]}
 
@@ -169,6 +166,17 @@ class TableRows:
         if name not in row.values:
             raise no_column("data.categories", name, row)
         return name_of(row.values[name])
+
+
+def category_tables(recipe: RowRecipe) -> list[dict[str, int]]:
+    """For each categorical column the index of each value that training has seen."""
+    return [{value: index for index, value in enumerate(c.values, start=1)} for c in recipe.categories]
+
+
+def category_indices(values: list[list[str]], tables: list[dict[str, int]]) -> np.ndarray:
+    """Values of rows as indices, int32 [rows, columns]; 0 stands for what training has not seen."""
+    indices = [[table.get(value, 0) for table, value in zip(tables, row, strict=True)] for row in values]
+    return np.array(indices, dtype=np.int32).reshape(len(values), len(tables))
 
 
 def fixed_lists(rows: np.ndarray) -> "pa.Array":

@@ -15,6 +15,7 @@ from trainer.data.rows_manifest import FILE_MAX_PIXEL, RowRecipe
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    from PIL import Image
 
 _DIGITS_SHAPE = (1, 8, 8)
 
@@ -50,19 +51,13 @@ class ImageRows:
                 "data.source=images needs pillow, which is not installed; install it with pip install "
                 "'shardline[tasks]'."
             ) from None
-        channels, height, width = self._shape
         try:
             with Image.open(row.values[PATH]) as image:
-                if image.mode.startswith(("I", "F")):
-                    # Brought to 8 bits, all that is brighter would be the same white.
-                    raise ValueError(f"its mode is {image.mode}, which has more than 8 bits a channel")
-                resized = image.convert("L" if channels == 1 else "RGB").resize((width, height))
+                return image_bytes(image, self._shape)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise UserError(
                 f"data.paths: {row.values[PATH]} cannot be read as an image ({error}); mend or remove it."
             ) from None
-        pixels = np.asarray(resized, dtype=np.uint8).reshape(height, width, channels)
-        return pixels.transpose(2, 0, 1).tobytes()
 
     def learn(self, payloads: Iterator[bytes], recipe: RowRecipe) -> RowRecipe:
         """See RowKind."""
@@ -79,6 +74,27 @@ class ImageRows:
     def columns(self, payloads: list[bytes], recipe: RowRecipe) -> "dict[str, pa.Array]":
         """See RowKind; ``pixels`` uint8 [rows, channels x height x width]."""
         return {"pixels": fixed_lists(np.frombuffer(b"".join(payloads), dtype=np.uint8).reshape(len(payloads), -1))}
+
+
+def image_bytes(image: "Image.Image", shape: tuple[int, int, int]) -> bytes:
+    """An image brought to channels, height and width, a byte for each channel of a pixel.
+
+    Raises:
+        ValueError: its channels have more than 8 bits.
+        OSError: it cannot be decoded.
+    """
+    channels, height, width = shape
+    if image.mode.startswith(("I", "F")):
+        # Brought to 8 bits, all that is brighter would be the same white.
+        raise ValueError(f"its mode is {image.mode}, which has more than 8 bits a channel")
+    resized = image.convert("L" if channels == 1 else "RGB").resize((width, height))
+    return np.asarray(resized, dtype=np.uint8).reshape(height, width, channels).transpose(2, 0, 1).tobytes()
+
+
+def one_channel(channels: np.ndarray) -> np.ndarray:
+    """The mean of a recording's channels, fp32 [samples] of [samples, channels]."""
+    mono: np.ndarray = channels.mean(axis=1, dtype=np.float32)
+    return mono
 
 
 class AudioRows:
@@ -119,7 +135,7 @@ class AudioRows:
             channels, rate = soundfile.read(path, dtype="float32", always_2d=True)
         except (soundfile.SoundFileError, OSError) as error:
             raise UserError(f"data.paths: {path} cannot be read as a recording ({error}); mend or remove it.") from None
-        mono: np.ndarray = channels.mean(axis=1, dtype=np.float32)
+        mono = one_channel(channels)
         if not np.isfinite(mono).all():
             raise UserError(f"data.paths: {path} has samples that are no finite numbers; mend or remove it.")
         return mono, rate

@@ -8,6 +8,7 @@ import torch
 from sharding.engine import Batch
 from trainer.data.facts import SampleFacts
 from trainer.data.prepared_rows import PreparedRows
+from trainer.data.row_arrays import StoredRow, padded, row_arrays
 from trainer.data.row_labels import IGNORED
 from trainer.data.row_store import StoredRows
 from trainer.data.rows_manifest import RowRecipe
@@ -66,55 +67,12 @@ class RowSamples:
         return self._stored[split]
 
 
-def row_batch(rows: list[dict[str, np.ndarray]], recipe: RowRecipe) -> Batch:
+def row_batch(rows: list[StoredRow], recipe: RowRecipe) -> Batch:
     """Rows as they are stored, as samples; see RowSamples."""
-    make = {"text": _texts, "table": _table, "image": _images, "audio": _recordings}[recipe.kind]
-    batch = make(rows, recipe)
+    batch = {name: torch.from_numpy(column) for name, column in row_arrays(rows, recipe).items()}
     if recipe.label_kind == "tags":
-        batch["labels"] = torch.from_numpy(_padded([row["labels"] for row in rows], IGNORED))
+        batch["labels"] = torch.from_numpy(padded([row["labels"] for row in rows], IGNORED))
     else:
         dtype = np.float32 if recipe.label_kind == "number" else np.int64
         batch["labels"] = torch.from_numpy(np.array([row["labels"] for row in rows], dtype=dtype))
     return batch
-
-
-def _texts(rows: list[dict[str, np.ndarray]], recipe: RowRecipe) -> Batch:
-    texts = [row["input_ids"] for row in rows]
-    return {
-        "input_ids": torch.from_numpy(_padded(texts, recipe.pad_token_id or 0)),
-        "num_tokens": torch.tensor([len(text) for text in texts]),
-    }
-
-
-def _table(rows: list[dict[str, np.ndarray]], recipe: RowRecipe) -> Batch:
-    batch: Batch = {}
-    if recipe.features:
-        features = (np.stack([row["features"] for row in rows]) - recipe.means) / recipe.scales
-        batch["features"] = torch.from_numpy(features.astype(np.float32))
-    if recipe.categories:
-        categories = np.stack([row["categories"] for row in rows])
-        batch["categories"] = torch.from_numpy(categories.astype(np.int64))
-    return batch
-
-
-def _images(rows: list[dict[str, np.ndarray]], recipe: RowRecipe) -> Batch:
-    assert recipe.image_shape is not None, "images have a shape"
-    pixels = np.stack([row["pixels"] for row in rows]).reshape(len(rows), *recipe.image_shape)
-    means, scales = (np.array(of_channels)[:, None, None] for of_channels in (recipe.means, recipe.scales))
-    return {"pixel_values": torch.from_numpy(((pixels - means) / scales).astype(np.float32))}
-
-
-def _recordings(rows: list[dict[str, np.ndarray]], recipe: RowRecipe) -> Batch:
-    values = np.zeros((len(rows), recipe.num_audio_samples or 0), dtype=np.float32)
-    for place, row in enumerate(rows):
-        sound = row["sound"]
-        # Silence, which fills up, is 0 after it too.
-        values[place, : len(sound)] = (sound - recipe.means[0]) / recipe.scales[0]
-    return {"input_values": torch.from_numpy(values)}
-
-
-def _padded(rows: list[np.ndarray], fill: int) -> np.ndarray:
-    padded = np.full((len(rows), max(map(len, rows), default=0)), fill, dtype=np.int64)
-    for place, row in enumerate(rows):
-        padded[place, : len(row)] = row
-    return padded

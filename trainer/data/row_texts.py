@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sharding.ranks.errors import UserError
 from trainer.config.data import DataConfig
 from trainer.data.clean import encode_text
+from trainer.data.row_encoder import RowEncoder
 from trainer.data.row_kinds import RowCounts
 from trainer.data.row_sources import RawRow, no_column
 from trainer.data.rows_manifest import RowRecipe
@@ -21,7 +22,6 @@ from trainer.data.tokenizer import (
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 
@@ -40,8 +40,7 @@ class TextRows:
         self.tokenizer: PreTrainedTokenizerFast | None = None
         if config.tokenizer != TRAINED:
             self.tokenizer = load_tokenizer(config.tokenizer, masks=config.mask_token, packs=False)
-        self._encoder: Any = None
-        self._has_spaces = False
+        self._encoder: RowEncoder | None = None
 
     def payload(self, row: RawRow) -> bytes | None:
         """See RowKind: UTF-8, of words a JSON list.
@@ -86,8 +85,7 @@ class TextRows:
 
     def use(self, tokenizer: "PreTrainedTokenizerFast") -> None:
         """Encode by a tokenizer that was learnt before."""
-        self.tokenizer, self._encoder = tokenizer, text_encoder(tokenizer)
-        self._has_spaces = _has_spaces(self._encoder)
+        self.tokenizer, self._encoder = tokenizer, RowEncoder(text_encoder(tokenizer), has_tags=self._has_tags)
 
     def columns(self, payloads: list[bytes], recipe: RowRecipe) -> "dict[str, pa.Array]":
         """See RowKind; ``input_ids`` int32, and of words ``word_starts``: the first token of each, -1 if it has none.
@@ -96,37 +94,18 @@ class TextRows:
         """
         import pyarrow as pa
 
-        self._encoder.enable_truncation(recipe.sequence_length)
-        texts = [self._words(payload) if self._has_tags else payload.decode() for payload in payloads]
-        encodings = self._encoder.encode_batch(texts, is_pretokenized=self._has_tags, add_special_tokens=True)
-        empty = next((text for text, encoding in zip(texts, encodings, strict=True) if not encoding.ids), None)
+        assert self._encoder is not None, "there is a tokenizer"
+        texts = [json.loads(payload) if self._has_tags else payload.decode() for payload in payloads]
+        encoded = self._encoder.encode(texts, recipe.sequence_length)
+        empty = next((text for text, row in zip(texts, encoded, strict=True) if not row.ids), None)
         if empty is not None:
             raise UserError(
                 f"data.text_field={self._config.text_field}: {str(empty)[:40]!r} is a text without a token for "
                 f"data.tokenizer={self._config.tokenizer}; remove the row."
             )
-        self.counts.num_truncated += sum(bool(encoding.overflowing) for encoding in encodings)
+        self.counts.num_truncated += sum(row.is_truncated for row in encoded)
         integers = pa.large_list(pa.int32())
-        columns = {"input_ids": pa.array([encoding.ids for encoding in encodings], type=integers)}
+        columns = {"input_ids": pa.array([row.ids for row in encoded], type=integers)}
         if self._has_tags:
-            starts = [_word_starts(e.word_ids, len(words)) for e, words in zip(encodings, texts, strict=True)]
-            columns["word_starts"] = pa.array(starts, type=integers)
+            columns["word_starts"] = pa.array([row.word_starts for row in encoded], type=integers)
         return columns
-
-    def _words(self, payload: bytes) -> list[str]:
-        words: list[str] = json.loads(payload)
-        return [f" {word}" if number and self._has_spaces else word for number, word in enumerate(words)]
-
-
-def _has_spaces(encoder: "Tokenizer") -> bool:
-    """Whether a word and the space before it are one to a tokenizer, as to one of bytes."""
-    return '"type":"ByteLevel"' in json.dumps(json.loads(encoder.to_str())["pre_tokenizer"], separators=(",", ":"))
-
-
-def _word_starts(word_ids: list[int | None], num_words: int) -> list[int]:
-    """The first token of each word, -1 where it was cut off or has none."""
-    starts = [-1] * num_words
-    for place, word in reversed(list(enumerate(word_ids))):
-        if word is not None:
-            starts[word] = place
-    return starts

@@ -92,6 +92,12 @@ class RowRecipe(StrictRecord):
     tokenizer_sha256: str | None = None
     """Fingerprint of the tokenizer."""
 
+    normalize: Literal["none", "NFC", "NFKC"] | None = None
+    """Unicode form that texts were brought to; written into exports, where no configuration says it."""
+
+    missing: Literal["error", "mean", "drop"] | None = None
+    """What became of a row without one of its numbers; written into exports, as ``normalize`` is."""
+
 
 class RowSplitFacts(StrictRecord):
     """One split of prepared rows."""

@@ -125,10 +125,18 @@ def text_encoder(tokenizer: "PreTrainedTokenizerFast") -> "Tokenizer":
 
     An end-of-text token inside a document would end it for the model.
     """
+    return encoder_of(_description(tokenizer), special_tokens(tokenizer))
+
+
+def encoder_of(description: dict[str, Any], special: set[str]) -> "Tokenizer":
+    """See ``text_encoder``.
+
+    Args:
+        description: a tokenizer in its library's own form; changed.
+        special: names of the tokens that stand for no text.
+    """
     from tokenizers import Tokenizer
 
-    description = _description(tokenizer)
-    special = special_tokens(tokenizer)
     for token in description["added_tokens"]:
         token["special"] = token["special"] or token["content"] in special
     model = description["model"]
@@ -139,6 +147,39 @@ def text_encoder(tokenizer: "PreTrainedTokenizerFast") -> "Tokenizer":
     encoder = Tokenizer.from_str(json.dumps(description))
     encoder.encode_special_tokens = True
     return encoder
+
+
+def stored_encoder(folder: Path) -> "tuple[Tokenizer, Tokenizer, dict[str, str]]":
+    """A tokenizer as ``save_pretrained`` wrote it, without transformers.
+
+    Args:
+        folder: where it is.
+
+    Returns:
+        What encodes texts, see ``text_encoder``; the tokenizer as it is; and its control tokens by their role, such as
+        ``mask_token``.
+
+    Raises:
+        OSError: a file is not there.
+        ValueError: a file is none of a tokenizer.
+    """
+    from tokenizers import Tokenizer
+
+    text = (folder / "tokenizer.json").read_text()
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    roles = {name: _content(value) for name, value in settings.items() if name.endswith("_token") and value}
+    several = ("additional_special_tokens", "extra_special_tokens")
+    extra = [_content(token) for name in several for token in settings.get(name) or ()]
+    description = plain_description(text)
+    added = [token["content"] for token in description["added_tokens"] if token["special"]]
+    controls = {role: name for role, name in roles.items() if isinstance(name, str)}
+    special = {*controls.values(), *extra, *added}
+    return encoder_of(description, special), Tokenizer.from_str(text), controls
+
+
+def _content(token: Any) -> Any:
+    """The name of a token, which may stand in a description of it."""
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def control_encoder(tokenizer: "PreTrainedTokenizerFast", names: Iterable[str]) -> "Tokenizer":
@@ -187,8 +228,12 @@ def special_tokens(tokenizer: "PreTrainedTokenizerFast") -> set[str]:
 
 
 def _description(tokenizer: "PreTrainedTokenizerFast") -> dict[str, Any]:
+    return plain_description(tokenizer.backend_tokenizer.to_str())
+
+
+def plain_description(text: str) -> dict[str, Any]:
     """A tokenizer in its library's own form, without what it brings along for the inputs of some model."""
-    description: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    description: dict[str, Any] = json.loads(text)
     description["truncation"] = description["padding"] = None
     return description
 

@@ -135,6 +135,8 @@ def open_trained(reader: CheckpointReader, config: RunConfig, work: Path, *, ave
     facts = _facts_of(reader, config, recipe, work)
     task = configured_task(config.task, facts, config.seed, loss_chunk_tokens=0)
     model = build_model_on_meta(task, config.model, facts)
+    if recipe is not None:
+        _write_recipe(recipe, config, model, work)
     return TrainedModel(
         reader=reader,
         run_config=run_config,
@@ -149,6 +151,17 @@ def open_trained(reader: CheckpointReader, config: RunConfig, work: Path, *, ave
     )
 
 
+def _write_recipe(recipe: RowRecipe, config: RunConfig, model: Any, work: Path) -> None:
+    """Write how rows are read, for whoever feeds the model, with what otherwise the configuration alone says."""
+    read_as: dict[str, Any] = {"normalize": config.data.normalize, "missing": config.data.missing}
+    settings = getattr(model, "config", None)
+    padding = getattr(settings.get_text_config(), "pad_token_id", None) if hasattr(settings, "get_text_config") else None
+    if recipe.kind == "text" and padding is not None and padding >= 0:
+        # A decoder finds the end of a text by its own, whatever the tokenizer fills up with.
+        read_as["pad_token_id"] = padding
+    (work / RECIPE_NAME).write_text(recipe.model_copy(update=read_as).model_dump_json(indent=1) + "\n")
+
+
 def _facts_of(reader: CheckpointReader, config: RunConfig, recipe: RowRecipe | None, work: Path) -> SampleFacts:
     is_own = config.data.source == "factory"
     corpus = _corpus_of(reader, config) if recipe is None and (is_own or not reader.manifest.tokenizer) else None
@@ -156,8 +169,6 @@ def _facts_of(reader: CheckpointReader, config: RunConfig, recipe: RowRecipe | N
         shutil.copytree(corpus.tokenizer_dir, work, dirs_exist_ok=True)
     has_tokenizer = reader.unpack_tokenizer(work)
     if recipe is not None:
-        # Whoever feeds the model must know how rows were normalised, and what its outputs are.
-        (work / RECIPE_NAME).write_text(recipe.model_dump_json(indent=1) + "\n")
         return recipe_facts(recipe, work if has_tokenizer else None)
     if isinstance(corpus, PreparedOwn):
         return replace(corpus.facts(), tokenizer_dir=work if corpus.tokenizer_dir is not None else None)

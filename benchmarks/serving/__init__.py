@@ -1,0 +1,1 @@
+"""Requests a second, and what is lost, beside other servers."""

@@ -1,0 +1,49 @@
+"""What schemathesis makes of the server's own description finds no answer that is a failure of the server."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, settings
+
+from tests.trainer.serving.serving_support import Server, digits_folder, serving, table_folder
+
+
+@pytest.fixture(scope="module", params=["digits", "table"])
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    make = {"digits": digits_folder, "table": table_folder}[request.param]
+    with serving(make(tmp_path_factory.mktemp("fuzz") / request.param)) as server:
+        yield server
+
+
+def test_no_request_makes_the_server_fail(server: Server) -> None:
+    schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+    statuses: list[int] = []
+    num_operations = 0
+    for result in schema.get_all_operations():
+        operation = result.ok()
+        num_operations += 1
+        for mode in (schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE):
+            try:
+                strategy = operation.as_strategy(generation_mode=mode)
+            except Exception:
+                continue
+            _try(strategy, statuses, 40 if operation.method == "post" else 3)
+    assert num_operations == 5
+    assert len(statuses) > 50
+    assert [status for status in statuses if status >= 500] == []
+    assert {200, 422} <= set(statuses)
+
+
+def _try(strategy: Any, statuses: list[int], num_examples: int) -> None:
+    from hypothesis import given
+
+    @settings(max_examples=num_examples, deadline=None, database=None, suppress_health_check=list(HealthCheck), derandomize=True)
+    @given(case=strategy)
+    def ask(case: Any) -> None:
+        statuses.append(case.call().status_code)
+
+    ask()
+
+
