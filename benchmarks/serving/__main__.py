@@ -111,7 +111,9 @@ def _measure(name: str, folder: Path, plan: dict[str, Any], duration_s: float, w
     """One server under one load, to its end."""
     port = free_port()
     with (work / f"{name.partition(' ')[0]}.log").open("ab") as log:
-        server = subprocess.Popen(_command(name, folder, port), cwd=_ROOT, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+        server = subprocess.Popen(
+            _command(name, folder, port), cwd=_ROOT, stdout=log, stderr=log, stdin=subprocess.DEVNULL
+        )
     try:
         deadline = time.monotonic() + _START_S
         while not is_listening(port):
@@ -120,7 +122,11 @@ def _measure(name: str, folder: Path, plan: dict[str, Any], duration_s: float, w
             time.sleep(0.05)
         time.sleep(_WARM_UP_S)
         load = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.serving.load"], cwd=_ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-m", "benchmarks.serving.load"],
+            cwd=_ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         assert load.stdin is not None
         load.stdin.write(json.dumps({"port": port, **plan}) + "\n")

@@ -35,6 +35,9 @@ class Digits:
         weights = np.exp(logits - logits.max(axis=1, keepdims=True))
         probabilities = weights / weights.sum(axis=1, keepdims=True)
         return [
-            {"class": self._classes[int(row.argmax())], "probabilities": dict(zip(self._classes, row.tolist(), strict=True))}
+            {
+                "class": self._classes[int(row.argmax())],
+                "probabilities": dict(zip(self._classes, row.tolist(), strict=True)),
+            }
             for row in probabilities
         ]

@@ -43,4 +43,6 @@ class DigitsApi(litserve.LitAPI):
 if __name__ == "__main__":
     api = DigitsApi(max_batch_size=MAX_BATCH, batch_timeout=MAX_WAIT_S)
     server = litserve.LitServer(api, accelerator="cpu", devices=1, workers_per_device=1, timeout=60)
-    server.run(host="127.0.0.1", port=int(sys.argv[2]), generate_client_file=False, log_level="warning", num_api_servers=1)
+    server.run(
+        host="127.0.0.1", port=int(sys.argv[2]), generate_client_file=False, log_level="warning", num_api_servers=1
+    )

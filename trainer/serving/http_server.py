@@ -144,6 +144,7 @@ def bind(host: str, port: int) -> socket.socket:
     Raises:
         UserError: there is no such address here, or another program has the port.
     """
+    listener: socket.socket | None = None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -152,6 +153,8 @@ def bind(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except OSError as error:
+        if listener is not None:
+            listener.close()
         raise UserError(
             f"--host {host} --port {port} cannot be listened on ({error.strerror or error}); choose another, or --port "
             "0 for one that is free."

@@ -60,7 +60,9 @@ def serve_language_model(
             print(f"serving {name} at {url_of(listener)}/v1 ({how}; Ctrl-C ends)", flush=True)
             serve_app(app, listener, options.timeout_s)
             if process.process.poll() is not None:
-                print_error(f"transformers serve ended with status {process.process.returncode}: {process.last_words()}")
+                print_error(
+                    f"transformers serve ended with status {process.process.returncode}: {process.last_words()}"
+                )
                 return EXIT_FAILED
         finally:
             process.end()
@@ -93,7 +95,9 @@ def build_language_app(prompts: Prompts, name: str, process: TransformersProcess
         watch.cancel()
         await client.aclose()
 
-    app = FastAPI(title=name, description=f"The language model {name}.", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = FastAPI(
+        title=name, description=f"The language model {name}.", docs_url=None, redoc_url=None, lifespan=lifespan
+    )
     app.add_exception_handler(RequestFault, on_fault)
 
     async def answer(request: Request, form: type[ChatForm] | type[CompletionForm], path: str) -> Response:
@@ -116,9 +120,7 @@ def build_language_app(prompts: Prompts, name: str, process: TransformersProcess
             raise RequestFault(503, "the model does not answer; ask again", BUSY_RETRY_S) from None
         return _Relayed(passed, name, prompts.folder, turn)
 
-    @app.post(
-        COMPLETIONS, summary="Continue a text.", responses=refusals(), openapi_extra=request_body(CompletionForm)
-    )
+    @app.post(COMPLETIONS, summary="Continue a text.", responses=refusals(), openapi_extra=request_body(CompletionForm))
     async def complete(request: Request) -> Response:
         return await answer(request, CompletionForm, COMPLETIONS)
 
@@ -130,7 +132,9 @@ def build_language_app(prompts: Prompts, name: str, process: TransformersProcess
 
     @app.get(MODELS, summary="The one model.")
     async def models() -> Response:
-        return as_json({"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "shardline"}]})
+        return as_json(
+            {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "shardline"}]}
+        )
 
     @app.get(MODEL, summary="What the model is.")
     async def describe() -> Response:

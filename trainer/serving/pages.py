@@ -61,7 +61,8 @@ def _docs(description: dict[str, Any]) -> str:
     title = f"{escape(about['title'])}: what it answers"
     return (
         f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{title}</title>"
-        "<meta name='viewport' content='width=device-width, initial-scale=1'><link rel='stylesheet' href='/page.css'>"
+        "<meta name='viewport' content='width=device-width, initial-scale=1'><link rel='icon' href='data:,'>"
+        "<link rel='stylesheet' href='/page.css'>"
         f"</head><body><main><h1>{title}</h1>{''.join(parts)}</main></body></html>"
     )
 

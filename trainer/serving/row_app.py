@@ -79,9 +79,7 @@ def build_row_app(model: ServedModel, options: ServeOptions) -> Guard:
             asked = adapter.validate_json(body)
         except ValidationError as error:
             raise RequestFault(422, in_words(error)) from None
-        answer = await batcher.ask(
-            Asked(asked.rows, getattr(asked, "top_k", 1)), len(asked.rows), options.timeout_s
-        )
+        answer = await batcher.ask(Asked(asked.rows, getattr(asked, "top_k", 1)), len(asked.rows), options.timeout_s)
         return as_json({"predictions": answer})
 
     @app.get(MODEL, summary="What the model is, and what its rows have.")

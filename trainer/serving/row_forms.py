@@ -150,7 +150,12 @@ def _as_pixels(value: Any, shape: tuple[int, int, int], max_pixel: int) -> np.nd
         raise ValueError(f"pixels are {wanted}; these lists hold something else, or are of several lengths") from None
     if pixels.shape not in (shape, (int(np.prod(shape)),), shape[1:] if shape[0] == 1 else shape):
         raise ValueError(f"pixels are {wanted}, but these are {' x '.join(map(str, pixels.shape))}")
-    if not np.isfinite(pixels).all() or (pixels != np.floor(pixels)).any() or pixels.min() < 0 or pixels.max() > max_pixel:
+    if (
+        not np.isfinite(pixels).all()
+        or (pixels != np.floor(pixels)).any()
+        or pixels.min() < 0
+        or pixels.max() > max_pixel
+    ):
         raise ValueError(f"pixels are {wanted}; of these some are not")
     return pixels.reshape(shape).astype(np.uint8)
 
@@ -216,7 +221,9 @@ PREDICTIONS: dict[str, type[BaseModel]] = {
 def response_form(output_kind: str) -> type[BaseModel]:
     """The form of an answer."""
     kind: Any = list[PREDICTIONS[output_kind]]  # type: ignore[misc]
-    return create_model("PredictResponse", __doc__="A prediction for each row, in their order.", predictions=(kind, ...))
+    return create_model(
+        "PredictResponse", __doc__="A prediction for each row, in their order.", predictions=(kind, ...)
+    )
 
 
 class Refusal(BaseModel):

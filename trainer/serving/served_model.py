@@ -135,7 +135,9 @@ class ServedModel:
                     features = self._reader.arrays([row])["features"][0]
                 if not np.isfinite(features).all():
                     name = self.recipe.features[int(np.argmin(np.isfinite(features)))]
-                    raise RequestFault(422, f"row {index}: {name} is so far from what was trained on that it has no fp32")
+                    raise RequestFault(
+                        422, f"row {index}: {name} is so far from what was trained on that it has no fp32"
+                    )
 
     def _logits(self, rows: list[StoredRow]) -> list[np.ndarray]:
         """Of each row, of a text those of its own tokens."""
@@ -146,7 +148,9 @@ class ServedModel:
         for group in self._groups(lengths):
             for start in range(0, len(group), at_once):
                 chosen = group[start : start + at_once]
-                for index, logits in zip(chosen, self._run(self._reader.arrays([rows[i] for i in chosen])), strict=True):
+                for index, logits in zip(
+                    chosen, self._run(self._reader.arrays([rows[i] for i in chosen])), strict=True
+                ):
                     found[index] = logits[: lengths[index]] if is_by_token else logits
         return [logits for logits in found if logits is not None]
 

@@ -54,9 +54,8 @@ def serve_path(
     options = replace(options, timeout_s=timeout_s)
     # Until there is a server with an end of its own, what is started here must not outlive a request to end.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    # First of all, for what comes next takes its time.
-    listener = bind(options.host, options.port)
-    with tempfile.TemporaryDirectory(prefix="shardline-serve-") as work:
+    # The port first of all, for what comes next takes its time.
+    with bind(options.host, options.port) as listener, tempfile.TemporaryDirectory(prefix="shardline-serve-") as work:
         folder = path
         if is_run:
             folder = Path(work) / "model"

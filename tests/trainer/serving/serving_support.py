@@ -99,7 +99,10 @@ def write_folder(
 
 def digits_folder(folder: Path) -> Path:
     """Classes of digits by one layer."""
-    nodes = [helper.make_node("Flatten", ["pixel_values"], ["flat"]), helper.make_node("Gemm", ["flat", "w", "b"], ["logits"])]
+    nodes = [
+        helper.make_node("Flatten", ["pixel_values"], ["flat"]),
+        helper.make_node("Gemm", ["flat", "w", "b"], ["logits"]),
+    ]
     weights = {"w": weights_of(64, 10), "b": weights_of(10, seed=1)}
     inputs: dict[str, list[int | str]] = {"pixel_values": ["batch", 1, 8, 8]}
     return write_folder(folder, DIGITS, "classes", inputs, nodes, weights, outputs=["batch", 10])
@@ -121,7 +124,7 @@ def table_folder(folder: Path, recipe: RowRecipe = TABLE) -> Path:
         helper.make_node("Gemm", ["joined", "w"], ["logits"]),
     ]
     inputs: dict[str, list[int | str]] = {"features": ["batch", 2], "categories": ["batch", 1]}
-    weights = {"w": np.array([[1.0], [0.0], [2.0]], dtype=np.float32)}
+    weights = {"w": np.array([[20.0], [0.0], [2.0]], dtype=np.float32)}
     return write_folder(folder, recipe, "number", inputs, nodes, weights, outputs=["batch", 1], task="regression")
 
 
@@ -159,7 +162,9 @@ class Server:
 
     def send(self, body: bytes, content_type: str = "application/json", **headers: str) -> httpx.Response:
         """The answer to a body as it is."""
-        return httpx.post(f"{self.url}/predict", content=body, headers={"Content-Type": content_type, **headers}, timeout=30)
+        return httpx.post(
+            f"{self.url}/predict", content=body, headers={"Content-Type": content_type, **headers}, timeout=30
+        )
 
 
 @contextmanager

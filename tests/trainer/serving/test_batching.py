@@ -57,7 +57,9 @@ def test_rows_are_counted_and_a_request_is_never_divided() -> None:
     async def scenario() -> None:
         compute = Doubler()
         batcher = batcher_of(compute)
-        asked = [asyncio.create_task(batcher.ask(number, rows, 10.0)) for number, rows in ((1, 3), (2, 2), (3, 2), (4, 4))]
+        asked = [
+            asyncio.create_task(batcher.ask(number, rows, 10.0)) for number, rows in ((1, 3), (2, 2), (3, 2), (4, 4))
+        ]
         await asyncio.sleep(0)
         compute.may_go.set()
         batcher.start()

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 from tests.trainer.serving.serving_support import Server, digits_folder, serving, table_folder
 
 
-@pytest.fixture(scope="module", params=["digits", "table"])
+@pytest.fixture(scope="module", params=["table", pytest.param("digits", marks=pytest.mark.slow)])
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     make = {"digits": digits_folder, "table": table_folder}[request.param]
     with serving(make(tmp_path_factory.mktemp("fuzz") / request.param)) as server:
@@ -24,12 +24,12 @@ def test_no_request_makes_the_server_fail(server: Server) -> None:
     for result in schema.get_all_operations():
         operation = result.ok()
         num_operations += 1
-        for mode in (schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE):
-            try:
-                strategy = operation.as_strategy(generation_mode=mode)
-            except Exception:
-                continue
-            _try(strategy, statuses, 40 if operation.method == "post" else 3)
+        # Without parameters or a body there is nothing that could be wrong.
+        modes = (
+            list(schemathesis.GenerationMode) if operation.method == "post" else [schemathesis.GenerationMode.POSITIVE]
+        )
+        for mode in modes:
+            _try(operation.as_strategy(generation_mode=mode), statuses, 50 if operation.method == "post" else 2)
     assert num_operations == 5
     assert len(statuses) > 50
     assert [status for status in statuses if status >= 500] == []
@@ -39,11 +39,15 @@ def test_no_request_makes_the_server_fail(server: Server) -> None:
 def _try(strategy: Any, statuses: list[int], num_examples: int) -> None:
     from hypothesis import given
 
-    @settings(max_examples=num_examples, deadline=None, database=None, suppress_health_check=list(HealthCheck), derandomize=True)
+    @settings(
+        max_examples=num_examples,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        derandomize=True,
+    )
     @given(case=strategy)
     def ask(case: Any) -> None:
         statuses.append(case.call().status_code)
 
     ask()
-
-

@@ -74,7 +74,8 @@ def test_lines_of_a_table(tmp_path: Path) -> None:
 
 def test_users_and_items_that_training_has_not_seen(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "a.csv", {"user": ["3", "10"] * 4, "item": list("abcdabcd"), "label": [1, 2] * 4})
-    named = {"source": "table", "paths": [str(path)], "categories": ["user", "item"]}
+    named: dict[str, Any] = {"source": "table", "paths": [str(path)], "categories": ["user", "item"]}
+    named["validation_fraction"] = 0.0
     samples = row_samples(tmp_path, "regression", **named)
     found = served(samples, [{"user": 10, "item": "d"}, {"user": "10", "item": "zz"}, {"user": 3.0, "item": None}])
     assert found["categories"].tolist() == [[2, 4], [2, 0], [1, 0]]
@@ -125,7 +126,11 @@ def test_pixels_and_files_of_images(tmp_path: Path) -> None:
     rows = [{"image": base64.b64encode(Path(name).read_bytes()).decode()} for name in files]
     rows[0]["image"] = f"data:image/png;base64,{rows[0]['image']}"
     assert_equal(samples, "train", served(samples, rows))
-    for wrong, reason in (({"image": "AAAA"}, "cannot be read as an image"), ({"image": "!"}, "base64"), ({}, "one of both")):
+    for wrong, reason in (
+        ({"image": "AAAA"}, "cannot be read as an image"),
+        ({"image": "!"}, "base64"),
+        ({}, "one of both"),
+    ):
         with pytest.raises(RequestFault, match=reason):
             served(samples, [wrong])
 
@@ -141,7 +146,16 @@ def test_pixels_of_digits(tmp_path: Path) -> None:
     shaped = [{"pixels": digits["images"][place].tolist()} for place in chosen[:2]]
     shaped.append({"pixels": [digits["images"][chosen[2]].tolist()]})
     assert np.array_equal(served(samples, shaped)["pixel_values"], served(samples, rows[:3])["pixel_values"])
-    for pixels in ([0] * 63, [17] * 64, [0.5] * 64, [-1] * 64, "0" * 64, [[0] * 8] * 7 + [[0]], [None] * 64, [1e400] * 64):
+    for pixels in (
+        [0] * 63,
+        [17] * 64,
+        [0.5] * 64,
+        [-1] * 64,
+        "0" * 64,
+        [[0] * 8] * 7 + [[0]],
+        [None] * 64,
+        [1e400] * 64,
+    ):
         with pytest.raises(ValidationError, match="64 whole numbers from 0 to 16"):
             served(samples, [{"pixels": pixels}])
 
