@@ -9,6 +9,7 @@ take turns. Without ``--folder`` the model of configs/digits_mlp.yaml is trained
 """
 
 import argparse
+import contextlib
 import json
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from benchmarks.measure.driver import Benchmark, run_as_program
 from benchmarks.measure.protocol import order_of_round
@@ -30,7 +32,7 @@ from benchmarks.serving.table import BARE, LITSERVE, SHARDLINE, markdown, plot
 from sharding.ranks.errors import RunFailure, UserError, ends_with_a_sentence
 from sharding.ranks.local_group import free_port
 
-_PACKAGES = ("fastapi", "uvicorn", "onnxruntime", "litserve", "numpy")
+_PACKAGES = ("fastapi", "uvicorn", "uvloop", "onnxruntime", "litserve", "numpy")
 _ROOT = Path(__file__).resolve().parents[2]
 _NUM_ROWS = 200
 _WARM_UP_S = 1.0
@@ -114,6 +116,7 @@ def _measure(name: str, folder: Path, plan: dict[str, Any], duration_s: float, w
         server = subprocess.Popen(
             _command(name, folder, port), cwd=_ROOT, stdout=log, stderr=log, stdin=subprocess.DEVNULL
         )
+    children: list[psutil.Process] = []
     try:
         deadline = time.monotonic() + _START_S
         while not is_listening(port):
@@ -131,7 +134,10 @@ def _measure(name: str, folder: Path, plan: dict[str, Any], duration_s: float, w
         assert load.stdin is not None
         load.stdin.write(json.dumps({"port": port, **plan}) + "\n")
         load.stdin.flush()
+        cpu_s = _cpu_s(server.pid)
         time.sleep(duration_s)
+        cpu_s = _cpu_s(server.pid) - cpu_s
+        children = psutil.Process(server.pid).children(recursive=True)
         signalled_at = time.monotonic()
         server.send_signal(signal.SIGTERM)
         load.stdin.write("signal\n")
@@ -143,16 +149,31 @@ def _measure(name: str, folder: Path, plan: dict[str, Any], duration_s: float, w
         ended_s = time.monotonic() - signalled_at
         output, _ = load.communicate(timeout=_END_S)
         # Children that go on listening would answer the next server's clients, were the port the same.
-        return {**json.loads(output), "exit_code": status, "end_s": ended_s, "listens_after": is_listening(port)}
+        return {
+            **json.loads(output),
+            "cpu_s": cpu_s,
+            "exit_code": status,
+            "end_s": ended_s,
+            "listens_after": is_listening(port),
+        }
     finally:
-        if server.poll() is None:
-            server.kill()
-            server.wait()
+        server.kill()
+        server.wait()
+        # Some leave children behind, which would take the processor from the next, and answer in its place.
+        for child in children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+
+
+def _cpu_s(pid: int) -> float:
+    """Processor time of a process and its children so far."""
+    process = psutil.Process(pid)
+    times = [one.cpu_times() for one in [process, *process.children(recursive=True)]]
+    return float(sum(time.user + time.system for time in times))
 
 
 def _command(name: str, folder: Path, port: int) -> list[str]:
     if name == SHARDLINE:
-        # Without the wait for the last connection's body: slow clients have as long as in the others.
         return [sys.executable, "-m", "trainer.commands.serve", str(folder), "--port", str(port)]
     return [sys.executable, "-m", _SERVERS[name], str(folder), str(port)]
 
@@ -162,7 +183,7 @@ _SERVERS = {
     LITSERVE: "benchmarks.serving.lit_server",
     BARE: "benchmarks.serving.bare_fastapi",
 }
-_BENCHMARK = Benchmark("serving", _PACKAGES, markdown, plot)
+_BENCHMARK = Benchmark("serving", _PACKAGES, markdown, plot, changes=lambda _: ())
 
 if __name__ == "__main__":
     run_as_program(main)

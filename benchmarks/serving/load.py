@@ -108,26 +108,30 @@ class Load:
         return is_open
 
     async def _slow_client(self, index: int) -> None:
-        """Sends a request byte by byte, and waits for the answer."""
+        """Sends a request byte by byte, until it is answered."""
+        which = index % len(self._requests)
         while self._signal_at is None:
-            which = index % len(self._requests)
-            writer = None
             try:
                 reader, writer = await asyncio.open_connection("127.0.0.1", self._plan["port"])
-                for byte in self._requests[which]:
-                    writer.write(bytes([byte]))
-                    await asyncio.sleep(_SLOW_BYTES_S)
-                status, body, _ = await _answer(reader)
-            except (OSError, asyncio.IncompleteReadError):
-                # Of a request that never was whole.
+            except OSError:
                 self._slow.num_refused += 1
+                await asyncio.sleep(_RETRY_S)
+                continue
+            answer = asyncio.create_task(_answer(reader))
+            for byte in self._requests[which]:
+                writer.write(bytes([byte]))
+                if (await asyncio.wait([answer], timeout=_SLOW_BYTES_S))[0]:
+                    break
+            try:
+                status, body, _ = await answer
+            except (OSError, asyncio.IncompleteReadError):
+                self._slow.num_lost += 1
             else:
                 is_right = status == 200 and _is_right(body, self._plan["expected"][which])
                 self._slow.num_right += is_right
                 self._slow.num_busy += status in (408, 503)
                 self._slow.num_wrong += not is_right and status not in (408, 503)
-            if writer is not None:
-                writer.close()
+            writer.close()
 
     def _counts(self, at: float | None) -> Counts:
         is_after = self._signal_at is not None and (at is None or at >= self._signal_at)

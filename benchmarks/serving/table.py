@@ -12,7 +12,7 @@ SHARDLINE, LITSERVE, BARE = "shardline", "litserve", "fastapi"
 _TITLE = "Serving a classifier"
 _COLUMNS = (
     *("clients", "server", "requests/s", "p50, ms", "p99, ms", "wrong", "lost", "503"),
-    *("after SIGTERM: right", "lost", "ended after, s", "status"),
+    *("processor time of a request, ms", "after SIGTERM: right", "lost", "ended after, s", "status"),
 )
 
 
@@ -82,6 +82,7 @@ def _line(connections: int, server: str, turns: list[dict[str, Any]]) -> list[An
     return [
         *(connections, server, f"{median(map(_rate, turns)):,.0f}", milliseconds("p50_s"), milliseconds("p99_s")),
         *(total("before", "num_wrong"), total("before", "num_lost"), total("before", "num_busy")),
+        f"{1000 * median(turn['cpu_s'] / max(turn['before']['num_right'], 1) for turn in turns):.2f}",
         *(total("after", "num_right"), total("after", "num_lost") + total("after", "num_wrong")),
         f"{median(turn['end_s'] for turn in turns):.1f}",
         " ".join("none" if status is None else str(status) for status in sorted(statuses, key=str)),
@@ -91,9 +92,11 @@ def _line(connections: int, server: str, turns: list[dict[str, Any]]) -> list[An
 def _of_slow_clients(groups: dict[tuple[int, str], list[dict[str, Any]]]) -> list[str]:
     lines = ["Slow clients, one byte in 50 ms:"]
     for (connections, server), turns in groups.items():
-        counts = {name: sum(turn["slow"][name] for turn in turns) for name in ("num_right", "num_busy", "num_refused")}
+        counts = {
+            name: sum(turn["slow"][f"num_{name}"] for turn in turns) for name in ("right", "busy", "lost", "wrong")
+        }
         lines.append(
-            f"- {server} beside {connections}: {counts['num_right']} answered, {counts['num_busy']} told that they were "
-            f"too slow, {counts['num_refused']} cut off before their request was whole."
+            f"- {server} beside {connections}: {counts['right']} answered right, {counts['wrong']} wrong, "
+            f"{counts['busy']} told that they were too slow, {counts['lost']} cut off without an answer."
         )
     return lines

@@ -110,6 +110,7 @@ class LosslessServer(uvicorn.Server):
         await self._accept_the_last()
         self.server_state.default_headers.append((b"connection", b"close"))
         for connection in list(self.server_state.connections):
+            assert isinstance(connection, BoundedProtocol), "there is no other"
             if connection.cycle is not None and not connection.cycle.response_complete:
                 # An answer that has begun knows older headers.
                 connection.shutdown()

@@ -11,6 +11,7 @@ from trainer.data.clean import encode_text
 from trainer.data.row_arrays import StoredRow, padded
 from trainer.data.row_encoder import joins_spaces
 from trainer.serving.options import RequestFault
+from trainer.serving.predictions import softmax
 from trainer.serving.reading import DEFAULT_NORMALIZE, Arrays, RowReader, load_stored
 
 
@@ -86,9 +87,7 @@ class MaskReader(RowReader):
         filled = row["input_ids"].copy()
         found = []
         for place in row["masks"]:
-            scores = logits[place].astype(np.float64)
-            weights = np.exp(scores - scores.max())
-            probabilities = (weights / weights.sum())[self.text_ids]
+            probabilities = softmax(logits[place])[self.text_ids]
             best = np.argsort(-probabilities, kind="stable")[:top_k]
             filled[place] = self.text_ids[best[0]]
             found.append(

@@ -66,7 +66,7 @@ def api_key_of(variable: str | None) -> str | None:
     if not key.strip() or not key.isascii() or not key.isprintable() or key != key.strip():
         what = "is not set or empty" if not key.strip() else "has spaces around it or characters that no header carries"
         raise UserError(
-            f"--api-key-env {variable}: this variable {what}; put a key of printable ASCII into it, or leave the option "
-            "out to let everybody in."
+            f"--api-key-env {variable}: this variable {what}; put a key of printable ASCII into it, or leave the "
+            "option out to let everybody in."
         )
     return key

@@ -1,6 +1,6 @@
 """From a model's outputs to what a person reads: named classes and probabilities, numbers in their unit."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,56 +9,52 @@ from trainer.data.row_arrays import StoredRow
 from trainer.data.rows_manifest import RowRecipe
 from trainer.deploy.signature import Deployment
 
-Predict = Callable[[Any, StoredRow, np.ndarray], dict[str, Any]]
-"""Of a row in its form, as it is stored, and its logits, all finite, the prediction."""
 
+class Predictor:
+    """Makes predictions of a model's outputs."""
 
-def predictor(deployment: Deployment, recipe: RowRecipe | None) -> Predict:
-    """What makes predictions of a model's outputs.
+    def __init__(self, deployment: Deployment, recipe: RowRecipe) -> None:
+        """Take what outputs mean.
 
-    Args:
-        deployment: what outputs mean.
-        recipe: how rows are read, and the unit of labels that are numbers.
-    """
-    classes = deployment.classes
+        Args:
+            deployment: the model.
+            recipe: how rows are read, and the unit of labels that are numbers.
+        """
+        self._kind = deployment.output_kind
+        self._classes = deployment.classes
+        self._mean, self._scale = recipe.label_mean or 0.0, recipe.label_scale or 1.0
 
-    def by_class(row: Any, stored: StoredRow, logits: np.ndarray) -> dict[str, Any]:
+    def __call__(self, row: Any, stored: StoredRow, logits: np.ndarray) -> dict[str, Any]:
+        """The prediction for a row.
+
+        Args:
+            row: in its form.
+            stored: as training would store it.
+            logits: its own, all finite; of tokens [length, outputs].
+        """
+        if self._kind == "number":
+            return {"value": float(logits.reshape(())) * self._scale + self._mean}
+        if self._kind == "values":
+            return {"outputs": logits.tolist()}
+        if self._kind == "binary" or (self._kind == "tags" and logits.shape[-1] == 1):
+            # Of one logit, the log odds of the second class.
+            logits = np.concatenate([np.zeros_like(logits), logits], axis=-1)
         probabilities = softmax(logits)
+        if self._kind == "tags":
+            return {"tags": self._tags(row.words, stored["word_starts"].tolist(), probabilities)}
         return {
-            "class": classes[int(probabilities.argmax())],
-            "probabilities": dict(zip(classes, probabilities.tolist(), strict=True)),
+            "class": self._classes[int(probabilities.argmax())],
+            "probabilities": dict(zip(self._classes, probabilities.tolist(), strict=True)),
         }
 
-    def by_odds(row: Any, stored: StoredRow, logits: np.ndarray) -> dict[str, Any]:
-        # Of one logit, the log odds of the second class.
-        return by_class(row, stored, np.array([0.0, float(logits.reshape(()))]))
-
-    def by_word(row: Any, stored: StoredRow, logits: np.ndarray) -> dict[str, Any]:
-        probabilities = softmax(logits)
-        if len(classes) == 2 and logits.shape[-1] == 1:
-            probabilities = softmax(np.concatenate([np.zeros_like(logits), logits], axis=-1))
+    def _tags(self, words: Sequence[str], starts: Sequence[int], probabilities: np.ndarray) -> list[dict[str, Any]]:
+        """The tag of each word, which is its first token's; none where the model did not read that far."""
         tags = []
-        for word, start in zip(row.words, stored["word_starts"].tolist(), strict=True):
-            best = None if start < 0 else int(probabilities[start].argmax())
-            tags.append(
-                {
-                    "word": word,
-                    "tag": None if best is None else classes[best],
-                    "probability": None if best is None else float(probabilities[start, best]),
-                }
-            )
-        return {"tags": tags}
-
-    def number(row: Any, stored: StoredRow, logits: np.ndarray) -> dict[str, Any]:
-        mean, scale = (recipe.label_mean or 0.0, recipe.label_scale or 1.0) if recipe is not None else (0.0, 1.0)
-        return {"value": float(logits.reshape(())) * scale + mean}
-
-    def values(row: Any, stored: StoredRow, logits: np.ndarray) -> dict[str, Any]:
-        return {"outputs": logits.tolist()}
-
-    return {"classes": by_class, "binary": by_odds, "tags": by_word, "number": number, "values": values}[
-        deployment.output_kind
-    ]
+        for word, start in zip(words, starts, strict=True):
+            best = int(probabilities[start].argmax())
+            found = (self._classes[best], float(probabilities[start, best])) if start >= 0 else (None, None)
+            tags.append({"word": word, "tag": found[0], "probability": found[1]})
+        return tags
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

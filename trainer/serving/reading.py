@@ -154,7 +154,7 @@ class ImageReader(RecipeReader):
         if (pixels is None) == (image is None):
             raise RequestFault(422, "give pixels or an image, one of both")
         if pixels is None:
-            pixels = np.frombuffer(self._decoded(from_base64(image)), dtype=np.uint8)
+            pixels = np.frombuffer(self._decoded(from_base64(str(image))), dtype=np.uint8)
         return {"pixels": pixels.reshape(-1)}
 
     def _decoded(self, contents: bytes) -> bytes:

@@ -63,7 +63,7 @@ def build_row_app(model: ServedModel, options: ServeOptions) -> Guard:
     @app.post(
         PREDICT,
         responses={200: {"model": response_form(model.deployment.output_kind)}, **refusals()},
-        openapi_extra=request_body(form, **{name: _FILE for name in media_types}),
+        openapi_extra=request_body(form, **dict.fromkeys(media_types, _FILE)),
         summary="Predict rows.",
     )
     async def predict(request: Request) -> Response:

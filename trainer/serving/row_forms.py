@@ -220,7 +220,8 @@ PREDICTIONS: dict[str, type[BaseModel]] = {
 
 def response_form(output_kind: str) -> type[BaseModel]:
     """The form of an answer."""
-    kind: Any = list[PREDICTIONS[output_kind]]  # type: ignore[misc]
+    prediction = PREDICTIONS[output_kind]
+    kind: Any = list[prediction]  # type: ignore[valid-type]
     return create_model(
         "PredictResponse", __doc__="A prediction for each row, in their order.", predictions=(kind, ...)
     )

@@ -15,7 +15,7 @@ from trainer.data.rows_manifest import RECIPE_NAME, RowRecipe
 from trainer.deploy.signature import Deployment, read_deployment
 from trainer.serving.masks import MaskReader
 from trainer.serving.options import RequestFault
-from trainer.serving.predictions import largest_rows, predictor
+from trainer.serving.predictions import Predictor, largest_rows
 from trainer.serving.reading import Arrays, RowReader, recipe_reader
 from trainer.serving.row_forms import kind_of, row_form
 
@@ -64,7 +64,7 @@ class ServedModel:
         self._reader: RowReader
         if self.recipe is not None:
             self._reader = recipe_reader(self.recipe, folder, padding_id)
-            self._predict = predictor(self.deployment, self.recipe)
+            self._predict = Predictor(self.deployment, self.recipe)
         else:
             self._reader = self._masks = MaskReader(folder, self.deployment.max_length, padding_id)
         self.kind = kind_of(self.recipe)
@@ -80,7 +80,7 @@ class ServedModel:
         stored = self._example()
         try:
             logits = self._run(self._reader.arrays([stored]))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - of numpy or of the runtime, by what does not fit
             reason = str(error).strip().splitlines()[0]
             raise UserError(
                 f"the model of {self.deployment.run.name} does not compute on its own rows ({reason}); export the run "
