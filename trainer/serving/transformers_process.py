@@ -17,7 +17,7 @@ from sharding.ranks.local_group import free_port
 LOOPBACK = "127.0.0.1"
 _START_S = 180.0
 _POLL_S = 0.1
-_END_S = 5.0
+_END_S = 2.0
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
 

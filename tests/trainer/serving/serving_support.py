@@ -12,9 +12,11 @@ from typing import Any
 import httpx
 import numpy as np
 import onnx
+import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from tests.support import ROOT, command_environment, wait_until
+from trainer.commands.serve import main
 from trainer.data.rows_manifest import RECIPE_NAME, CategoryColumn, RowRecipe
 from trainer.deploy.signature import Deployment, OutputKind, RunRecord, TensorSpec, write_deployment
 
@@ -131,11 +133,11 @@ def table_folder(folder: Path, recipe: RowRecipe = TABLE) -> Path:
 class Server:
     """A server of a folder, in a process of its own."""
 
-    def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
-        self.process, self.log = process, log
+    def __init__(self, process: subprocess.Popen[bytes], folder: Path, log: Path) -> None:
+        self.process, self.folder, self.log = process, folder, log
         self.url = ""
 
-    def begin(self) -> None:
+    def begin(self, start_s: float) -> None:
         """Wait until it says where it is."""
 
         def address() -> str | None:
@@ -143,7 +145,7 @@ class Server:
             found = re.search(r"at (http://[\w.:]+)", self.log.read_text())
             return found[1] if found else None
 
-        self.url = wait_until(address, what="the server's address")
+        self.url = wait_until(address, start_s, what="the server's address")
         wait_until(self._answers, what="an answer")
 
     def _answers(self) -> bool:
@@ -168,7 +170,7 @@ class Server:
 
 
 @contextmanager
-def serving(folder: Path, *options: str, **variables: str) -> Iterator[Server]:
+def serving(folder: Path, *options: str, start_s: float = 60.0, **variables: str) -> Iterator[Server]:
     """A server from its first answer on; ended, and seen to end well, after it."""
     log = folder.parent / f"{folder.name}.log"
     with log.open("wb") as output:
@@ -180,9 +182,9 @@ def serving(folder: Path, *options: str, **variables: str) -> Iterator[Server]:
             stdin=subprocess.DEVNULL,
             env=command_environment(**variables),
         )
-    server = Server(process, log)
+    server = Server(process, folder, log)
     try:
-        server.begin()
+        server.begin(start_s)
         yield server
         if process.poll() is None:
             process.terminate()
@@ -191,6 +193,14 @@ def serving(folder: Path, *options: str, **variables: str) -> Iterator[Server]:
         if process.poll() is None:
             process.kill()
             process.wait()
+
+
+def refused_by(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The sentence by which the command refuses its arguments."""
+    assert main([str(argument) for argument in arguments]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1
+    return said[0]
 
 
 def detail(answer: httpx.Response) -> str:

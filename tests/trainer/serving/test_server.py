@@ -24,10 +24,10 @@ from tests.trainer.serving.serving_support import (
     detail,
     digits_answer,
     digits_folder,
+    refused_by,
     serving,
     table_folder,
 )
-from trainer.commands.serve import main
 
 KEY = "correct-horse-battery"
 
@@ -311,13 +311,6 @@ def test_a_picture_is_uploaded_as_it_is(tmp_path: Path) -> None:
         assert server.ask(given).json() == uploaded.json()
         for body in (b"", b"GIF89a", file.getvalue()[:200]):
             assert server.send(body, "image/png").status_code == 422
-
-
-def refused_by(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    assert main([str(argument) for argument in arguments]) == 2
-    said = capsys.readouterr().err.strip().splitlines()
-    assert len(said) == 1
-    return said[0]
 
 
 def test_what_cannot_be_served_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
