@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from trainer.commands.arguments import Average, OwnTask, RemoteCode, Step, expanded
+from trainer.commands.arguments import Average, OwnFactories, OwnTask, RemoteCode, Step, expanded
 from trainer.commands.entry import entry
 
 
@@ -43,6 +43,7 @@ def serve(
     step: Step = None,
     ema: Average = False,
     task: OwnTask = None,
+    factory: OwnFactories = None,
     trust_remote_code: RemoteCode = False,
 ) -> int:
     """Serve a model: rows by ONNX Runtime with a page to try it, language models as OpenAI's API has them."""
@@ -65,6 +66,7 @@ def serve(
     given = [] if step is None else ["--step", str(step)]
     given += ["--ema"] if ema else []
     given += [] if task is None else ["--task", task]
+    given += [word for name in factory or () for word in ("--factory", name)]
     given += ["--trust-remote-code"] if trust_remote_code else []
     return serve_path(path, options, given, timeout_s=timeout_s, max_tokens=max_tokens)
 

@@ -79,7 +79,9 @@ class ServedModel:
             UserError: they do not fit together.
         """
         try:
-            logits = np.stack([of_row[..., -1, :] if of_row.ndim > 1 else of_row for of_row in self._logits(self._examples())])
+            logits = np.stack(
+                [of_row[..., -1, :] if of_row.ndim > 1 else of_row for of_row in self._logits(self._examples())]
+            )
         except Exception as error:  # noqa: BLE001 - of numpy or of the runtime, by what does not fit
             reason = str(error).strip().splitlines()[0]
             raise UserError(

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sharding.ranks.errors import UserError
@@ -46,23 +46,24 @@ def serve_path(
     from trainer.serving.http_server import bind
 
     logging.basicConfig(level=logging.ERROR, format="%(levelname)s: %(message)s")
-    is_language, is_run = _look_at(path)
-    if export_arguments and not is_run:
+    found = _look_at(path)
+    if export_arguments and not found.is_run:
         raise UserError(f"{export_arguments[0]}: {path} is an exported model, which is what it is; name the run.")
     if timeout_s is None:
-        timeout_s = _LANGUAGE_TIMEOUT_S if is_language else _TIMEOUT_S
+        timeout_s = _LANGUAGE_TIMEOUT_S if found.is_language else _TIMEOUT_S
     options = replace(options, timeout_s=timeout_s)
     # Until there is a server with an end of its own, what is started here must not outlive a request to end.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     # The port first of all, for what comes next takes its time.
     with bind(options.host, options.port) as listener, tempfile.TemporaryDirectory(prefix="shardline-serve-") as work:
         folder = path
-        if is_run:
+        if found.is_run:
             folder = Path(work) / "model"
-            status = _export(path, folder, "hf" if is_language else "onnx", export_arguments)
+            merge = ["--merge"] if found.has_adapters else []
+            status = _export(path, folder, "hf" if found.is_language else "onnx", [*merge, *export_arguments])
             if status:
                 return status
-        if is_language:
+        if found.is_language:
             from trainer.serving.language_model import serve_language_model
 
             return serve_language_model(folder, path.name, listener, options, max_tokens)
@@ -83,21 +84,30 @@ def _serve_rows(folder: Path, listener: socket.socket, options: ServeOptions) ->
     serve_app(app, listener, options.timeout_s)
 
 
-def _look_at(path: Path) -> tuple[bool, bool]:
-    """Whether a path holds a language model, and whether it is a run.
+@dataclass(frozen=True)
+class _Found:
+    """What a path holds."""
+
+    is_language: bool
+    is_run: bool = False
+    has_adapters: bool = False
+
+
+def _look_at(path: Path) -> _Found:
+    """Look at a path.
 
     Raises:
         UserError: it holds nothing that can be served.
     """
     if (path / DEPLOYMENT_NAME).exists():
         deployment = read_deployment(path)
-        is_language = deployment.task == _LANGUAGE_MODEL and deployment.format == "hf"
-        return is_language, False
+        return _Found(deployment.task == _LANGUAGE_MODEL and deployment.format == "hf")
     if (path / "config.yaml").exists():
-        return load_frozen_config(path / "config.yaml").task.name == _LANGUAGE_MODEL, True
+        config = load_frozen_config(path / "config.yaml")
+        return _Found(config.task.name == _LANGUAGE_MODEL, is_run=True, has_adapters=config.model.lora.rank > 0)
     if (path / _HF_CONFIG).exists():
         # Exported by an older release, or somebody else's.
-        return True, False
+        return _Found(is_language=True)
     raise UserError(f"{path} is neither a run's folder nor an exported model; check the path.")
 
 
