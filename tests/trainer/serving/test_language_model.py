@@ -30,7 +30,7 @@ TEMPLATE = (
 )
 
 # `transformers serve` imports much and loads a model; a minute on a busy machine.
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.timeout(400)
 
 
 def write_model(folder: Path, *, has_template: bool) -> Path:
@@ -80,6 +80,7 @@ def greedy(folder: Path, num_tokens: int) -> str:
     return str(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
 
 
+@pytest.mark.slow
 def test_completions_whole_and_as_they_are_written(server: Server, client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list().data] == ["tiny-llama"]
     answer = client.completions.create(model="tiny-llama", prompt=PROMPT, max_tokens=8, temperature=0)
@@ -99,6 +100,7 @@ def test_completions_whole_and_as_they_are_written(server: Server, client: opena
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+@pytest.mark.slow
 def test_a_conversation(client: openai.OpenAI) -> None:
     messages: Any = [{"role": "user", "content": "the cat?"}]
     answer = client.chat.completions.create(model="tiny-llama", messages=messages, max_tokens=6, temperature=0)
@@ -114,6 +116,7 @@ def test_a_conversation(client: openai.OpenAI) -> None:
     assert str(answer.choices[0].message.content).startswith(text)
 
 
+@pytest.mark.slow
 def test_curl(server: Server) -> None:
     command = ["curl", "-sS", f"{server.url}/v1/completions", "-H", "Content-Type: application/json"]
     body = json.dumps({"model": "tiny-llama", "prompt": PROMPT, "max_tokens": 3, "temperature": 0})
@@ -143,6 +146,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
 ]
 
 
+@pytest.mark.slow
 def test_what_would_make_it_fail_or_be_left_out_in_silence_is_refused(server: Server) -> None:
     headers = {"Authorization": "Bearer secret"}
     for change, words in BAD:
@@ -165,6 +169,7 @@ def test_what_would_make_it_fail_or_be_left_out_in_silence_is_refused(server: Se
     assert 'shardline_requests_total{path="/v1/completions",status="422"}' in metrics
 
 
+@pytest.mark.slow
 def test_many_at_once_and_the_end_among_them(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "plain", has_template=False)
     with serving(folder, "--max-batch", "4", start_s=300) as server:
@@ -198,6 +203,7 @@ def test_many_at_once_and_the_end_among_them(tmp_path: Path) -> None:
         assert not Path(f"/proc/{child}").exists()
 
 
+@pytest.mark.slow
 def test_it_ends_where_what_it_passes_on_to_has_ended(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "plain", has_template=False)
     with serving(folder, start_s=300) as server:
@@ -210,6 +216,7 @@ def test_it_ends_where_what_it_passes_on_to_has_ended(tmp_path: Path) -> None:
         assert "transformers serve ended with status -9" in server.log.read_text()
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_not_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_model(tmp_path / "plain", has_template=False)
     (folder / "model.safetensors").rename(folder / "away")

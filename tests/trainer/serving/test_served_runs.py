@@ -28,7 +28,7 @@ NAMES = ("mlp", "lstm", "bert", "decoder", "ratings", "sounds", "masked")
 NUM_ROWS = 9
 
 # Each is exported, which takes some seconds.
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 
 
 def _train(ranks: Ranks, root: Path) -> None:
@@ -74,6 +74,7 @@ def asked_of(served: ServedModel, rows: list[Any]) -> list[Any]:
     return [answer[0] for answer in served.answers(requests)]  # type: ignore[index]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "masked"])
 def test_it_is_the_trained_models_own_answer(root: Path, name: str, tmp_path: Path) -> None:
     trained, served = opened(root, name, tmp_path)
@@ -96,6 +97,7 @@ def test_it_is_the_trained_models_own_answer(root: Path, name: str, tmp_path: Pa
         assert prediction["class"] == trained.facts.classes[int(np.argmax(expected_row))]
 
 
+@pytest.mark.slow
 def test_a_masked_model_fills_in_what_it_has_learnt(root: Path, tmp_path: Path) -> None:
     trained, served = opened(root, "masked", tmp_path)
     texts = ["import [MASK]\nfrom os", "[MASK]", "def f([MASK]):\n    return [MASK]"]
@@ -114,6 +116,7 @@ def test_a_masked_model_fills_in_what_it_has_learnt(root: Path, tmp_path: Path) 
             )
 
 
+@pytest.mark.slow
 def test_a_run_is_exported_and_served_by_one_command(root: Path) -> None:
     with serving(root / "runs" / "mlp", start_s=200) as server:
         rows = raw_rows("mlp", root, [0, 1])
