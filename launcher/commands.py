@@ -21,6 +21,7 @@ from trainer.commands.list_runs import list_runs
 from trainer.commands.parity import parity
 from trainer.commands.prepare_data import prepare_data
 from trainer.commands.prune import prune
+from trainer.commands.quantize import quantize
 from trainer.commands.report import report
 from trainer.commands.serve import serve
 from trainer.commands.show_data import show_data
@@ -146,6 +147,7 @@ app.command(cls=Forwarded)(evaluate)
 app.command(cls=Forwarded)(export)
 app.command(cls=Forwarded)(prune)
 app.command(cls=Forwarded)(generate)
+app.command(cls=Forwarded)(quantize)
 app.command(cls=Forwarded)(report)
 app.command(cls=Forwarded)(serve)
 

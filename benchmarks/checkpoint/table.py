@@ -5,9 +5,10 @@ from statistics import mean, median
 from typing import Any
 
 from benchmarks.measure.comparison import Series
-from benchmarks.measure.protocol import Ratio, quartiles, ratio_of_medians
+from benchmarks.measure.protocol import quartiles
 from benchmarks.presentation.facts import facts
 from benchmarks.presentation.plots import Bar, bars
+from trainer.metrics.paired_times import Ratio, ratio_of_medians
 
 MAX_BLOCKING = 0.05
 """Target: what a save in the background keeps training waiting for, as a share of a step."""

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.measure.protocol import CONFIDENCE, Ratio
 from benchmarks.presentation.result_files import Rows, last_result, read_rows
+from trainer.metrics.paired_times import CONFIDENCE, Ratio
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 """Results that are kept with the code; the last file of a kind is also looked for here."""

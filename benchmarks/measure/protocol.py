@@ -6,9 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-CONFIDENCE = 0.95
-# Medians of this many resamples at a time: what is indexed stays within some ten megabytes.
-_CHUNK = 500
+from trainer.metrics.paired_times import Ratio, ratio_of_medians
 
 
 def turn_orders(names: Sequence[str]) -> list[list[str]]:
@@ -45,50 +43,6 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     """Lower quartile, median and upper quartile of one or more values."""
     low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
     return float(low), float(middle), float(high)
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """A ratio of step times and the interval that holds it with 95 % confidence.
-
-    Attributes:
-        value: the ratio.
-        low: lower end of the interval.
-        high: upper end.
-    """
-
-    value: float
-    low: float
-    high: float
-
-
-def ratio_of_medians(
-    numerator_s: Sequence[float], denominator_s: Sequence[float], seed: int = 0, num_resamples: int = 10_000
-) -> Ratio:
-    """Median over median of paired times, with a percentile bootstrap interval over pairs.
-
-    A resample draws whole pairs, so what slowed both sides of a pair stays on both sides (Efron and Tibshirani, "An
-    Introduction to the Bootstrap", 1993, chapters 8 and 13).
-
-    Args:
-        numerator_s: one time per pair, in seconds.
-        denominator_s: the other time of each pair.
-        seed: of the resamples.
-        num_resamples: how many.
-    """
-    pairs = np.array([numerator_s, denominator_s], dtype=np.float64)
-    num_pairs = pairs.shape[1]
-    generator = np.random.default_rng(seed)
-    ratios = []
-    for start in range(0, num_resamples, _CHUNK):
-        size = min(_CHUNK, num_resamples - start)
-        chosen = generator.integers(0, num_pairs, size=(size, num_pairs))
-        above, below = np.median(pairs[:, chosen], axis=2)
-        ratios.append(above / below)
-    tail = (1.0 - CONFIDENCE) / 2
-    low, high = np.quantile(np.concatenate(ratios), [tail, 1.0 - tail])
-    above, below = np.median(pairs, axis=1)
-    return Ratio(float(above / below), float(low), float(high))
 
 
 @dataclass(frozen=True)

@@ -35,13 +35,15 @@ from benchmarks.quality.cases import (
     Case,
 )
 from benchmarks.quality.pruning import CRITERIA, NUM_SEEDS, PRUNED_CASES, PRUNING, measure_criteria, measure_pair
+from benchmarks.quality.quantized import QUANTIZED_CASES, measure_quantized
 from benchmarks.quality.table import markdown, plot
 from sharding.ranks.errors import RunFailure, UserError, ends_with_a_sentence
 from trainer.config import load_config
 
-_PACKAGES = ("torch", "transformers", "scikit-learn")
+_PACKAGES = ("torch", "transformers", "scikit-learn", "onnx", "onnxruntime", "torchao")
 _ROOT = Path(__file__).resolve().parents[2]
-_ALL = (*CASES, TRANSFER, DISTILLATION, PRUNING, CRITERIA)
+_QUANTIZED = "quantized"
+_ALL = (*CASES, TRANSFER, DISTILLATION, PRUNING, CRITERIA, _QUANTIZED)
 
 
 @ends_with_a_sentence
@@ -77,6 +79,9 @@ def _start(options: argparse.Namespace) -> int:
             elif name == DISTILLATION:
                 for seed in range(options.pairs or NUM_TRIPLES):
                     measured.triple(seed)
+            elif name == _QUANTIZED:
+                for case in QUANTIZED_CASES:
+                    measured.quantized(case, options.seeds or CASES[case].num_seeds)
             else:
                 measured.case(name, options.seeds or CASES[name].num_seeds)
     _BENCHMARK.report(raw)
@@ -90,7 +95,9 @@ class _Measured:
         self._raw = raw
         self._folder = folder
         self._num_ranks = num_ranks
-        self._done = {(row.get("case"), row.get("seed")) for row in read_rows(raw) if row["kind"] != "header"}
+        rows = [row for row in read_rows(raw) if row["kind"] != "header"]
+        self._done = {(row.get("case"), row.get("seed")) for row in rows if row["kind"] != _QUANTIZED}
+        self._quantized = {(row["case"], row["seed"]) for row in rows if row["kind"] == _QUANTIZED}
 
     def case(self, name: str, num_seeds: int) -> None:
         """Train a case once for each seed, and measure what it is compared with."""
@@ -148,6 +155,17 @@ class _Measured:
             values[which] = _evaluate(run, "test", "accuracy")
         append_row(self._raw, {"kind": DISTILLATION, "case": DISTILLATION, "seed": seed, **values})
         print(f"distillation, seed {seed}: " + ", ".join(f"{which} {v:.4f}" for which, v in values.items()), flush=True)
+
+    def quantized(self, name: str, num_seeds: int) -> None:
+        """Train a case once for each seed, and quantize an export of it by every method."""
+        case = CASES[name]
+        for seed in range(num_seeds):
+            if (name, seed) in self._quantized:
+                continue
+            run = self._train(case.config, seed, [])
+            for found in measure_quantized(run, case.split):
+                append_row(self._raw, {"kind": _QUANTIZED, "case": name, "seed": seed, **found})
+                print(f"{name}, seed {seed}: {found['method']} {found['metrics'][found['metric']]}", flush=True)
 
     def _run(self, case: Case, name: str, seed: int) -> None:
         began_at = time.monotonic()

@@ -11,6 +11,7 @@ from benchmarks.presentation.result_files import Rows
 from benchmarks.quality.cases import CASES, DISTILLATION, TRANSFER
 from benchmarks.quality.interval import mean_and_half_width
 from benchmarks.quality.pruning import pruning_lines
+from benchmarks.quality.quantized import quantized_lines
 
 _TITLE = "How well the examples learn"
 
@@ -35,7 +36,9 @@ def markdown(rows: Rows, file: str, changes: Sequence[str] = ()) -> str:
         lines += ["", *_distillation(triples)]
     pruned = pruning_lines(rows)
     lines += pruned
-    if not found and not pairs and not triples and not pruned:
+    quantized = quantized_lines(rows)
+    lines += quantized
+    if not found and not pairs and not triples and not pruned and not quantized:
         lines.append("Interrupted before anything can be said.")
     if changes:
         lines += ["", *changes]

@@ -7,11 +7,11 @@ from typing import Any
 
 from benchmarks.contestants.field import BUCKETED
 from benchmarks.measure.comparison import Series, ratio_of_independent
-from benchmarks.measure.protocol import Ratio, ratio_of_medians
 from benchmarks.measure.step_profile import CATEGORIES, verdict
 from benchmarks.presentation.facts import facts
 from benchmarks.presentation.plots import Panel, Point, line_panels
 from benchmarks.scaling.plan import MODES
+from trainer.metrics.paired_times import Ratio, ratio_of_medians
 
 REFERENCE = "plain"
 TARGET = 1.03

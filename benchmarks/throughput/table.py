@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.measure.comparison import Series, ratio_of_independent
-from benchmarks.measure.protocol import Ratio, quartiles
+from benchmarks.measure.protocol import quartiles
 from benchmarks.presentation.facts import facts
 from benchmarks.presentation.plots import Bar, bars
+from trainer.metrics.paired_times import Ratio
 
 _GIB = 2**30
 Row = Mapping[str, Any]

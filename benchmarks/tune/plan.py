@@ -6,9 +6,9 @@ from statistics import median
 from typing import Any
 
 from benchmarks.measure.comparison import Series, ratio_of_independent
-from benchmarks.measure.protocol import Ratio, ratio_of_medians
 from sharding.config import Backend, Strategy
 from trainer.config.rules import BACKEND_STRATEGIES
+from trainer.metrics.paired_times import Ratio, ratio_of_medians
 
 LESS_THAN_BEST = 0.97
 """Larger micro-batches are given up once two in a row stay below this share of the layout's best rate."""

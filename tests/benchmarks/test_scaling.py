@@ -7,7 +7,6 @@ from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks.measure.protocol import Ratio
 from benchmarks.measure.sizes import SIZES
 from benchmarks.scaling.__main__ import main
 from benchmarks.scaling.plan import plan_races, rank_counts
@@ -15,6 +14,7 @@ from benchmarks.scaling.table import efficiency, markdown, plot, read_races, ser
 from sharding.ranks.errors import UserError
 from tests.benchmarks.header import result_header
 from tests.support import shardline
+from trainer.metrics.paired_times import Ratio
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import typer
 
 from trainer.commands.arguments import Average, OwnFactories, OwnTask, RemoteCode, Run, Step, expanded
 from trainer.commands.entry import entry
+from trainer.config.quantization import QuantizationMethod
 from trainer.deploy.signature import Dtype, Format
 
 
@@ -19,6 +20,10 @@ def export(
         typer.Option("--format", help="hf: for transformers; onnx: ONNX Runtime; torch-export: torch.export.load."),
     ] = "hf",
     dtype: Annotated[Dtype, typer.Option(help="Format of the weights.")] = "fp32",
+    quantize: Annotated[
+        QuantizationMethod | None,
+        typer.Option(help="Quantize what is exported, as shardline quantize --method does."),
+    ] = None,
     accept_loss: Annotated[
         bool,
         typer.Option("--accept-loss", help="Write it also where it is less good than what was trained, or unknown."),
@@ -56,6 +61,16 @@ def export(
         accept_loss=accept_loss,
         sparse=sparse,
     )
+    if quantize is not None:
+        from rich.console import Console
+
+        from trainer.deploy.quantization_result import print_quantized
+        from trainer.evaluation.quantized_export import export_quantized
+
+        quantized = export_quantized(reader, run_folder, to, options, quantize)
+        print_quantized(quantized, Console(width=None if sys.stdout.isatty() else 120, highlight=False))
+        print(f"exported step {reader.manifest.training.step} of {run_folder} by {quantize} to {to}")
+        return EXIT_FINISHED
     deployment = export_run(reader, to, options)
     part = "the adapters of " if adapter else ""
     average = "the averaged weights of " if ema else ""

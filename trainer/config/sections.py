@@ -163,6 +163,18 @@ class ModelConfig(StrictModel):
     lora: Annotated[LoraConfig, _HF] = LoraConfig()
     """Low-rank adapters, trained in place of the weights of `pretrained`, or of `checkpoint.from`."""
 
+    quantize_aware: Annotated[
+        Literal["int4-weight"] | None,
+        OnlyWith({"parallel.backend": ("torch", "bucketed")}, because="it was not proven with others"),
+        OnlyWith({"precision.compute": ("auto", "fp32", "bf16", "fp16")}, because="fp8 rounds weights by itself"),
+        OnlyWith({"compile.enabled": False}, because="it was not proven with compiled blocks"),
+        OnlyWith({"task.loss_chunk_tokens": UNSET}, because="that computes the output projection by itself"),
+        OnlyWith({"model.lora.rank": UNSET}, because="the weights beside adapters are not trained"),
+    ] = None
+    """Compute each product of a linear layer with its weights as `shardline quantize --method int4-weight` will round
+    them, in training and evaluation, and let gradients through, so that training makes up for it. Checkpoints and
+    exports have the weights before rounding."""
+
     resize_vocabulary: Annotated[
         bool,
         OnlyWith(pretrained=SET),

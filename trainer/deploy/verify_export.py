@@ -47,15 +47,15 @@ def compare(task: Task, model: nn.Module, call: ModelCall, exported: Compute, he
         exported: the other model, or any that takes the same inputs.
         held_out: the samples.
     """
-    of_trained, of_exported = _Scores(task), _Scores(task)
+    of_trained, of_exported = Scores(task), Scores(task)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         errors = [
-            _max_difference(_logits(model(**inputs, **call.constants)), exported(inputs)) for inputs in _sizes(call)
+            max_difference(_logits(model(**inputs, **call.constants)), exported(inputs)) for inputs in _sizes(call)
         ]
         for batch in held_out.batches():
             first = of_trained.add(model, batch)
             with answered_by(exported, model, call):
-                errors.append(_max_difference(first, of_exported.add(model, batch)))
+                errors.append(max_difference(first, of_exported.add(model, batch)))
     return Comparison(max(errors), of_trained.metrics(), of_exported.metrics())
 
 
@@ -135,10 +135,11 @@ def _sizes(call: ModelCall) -> list[dict[str, torch.Tensor]]:
     ]
 
 
-class _Scores:
+class Scores:
     """A task's sums over batches."""
 
     def __init__(self, task: Task) -> None:
+        """Nothing is summed yet."""
         self._task = task
         self._added: Sums = {}
         self._kept: dict[str, list[torch.Tensor]] = {}
@@ -170,7 +171,8 @@ def _logits(made: Any) -> torch.Tensor:
     return logits.float()
 
 
-def _max_difference(one: torch.Tensor, other: torch.Tensor) -> float:
+def max_difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Largest difference between two logits, infinity where one of both alone is not finite."""
     if one.shape != other.shape or not torch.equal(one.isfinite(), other.isfinite()):
         return math.inf
     is_finite = one.isfinite()

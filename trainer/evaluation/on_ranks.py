@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from sharding.engine import Engine
 from sharding.mesh import build_mesh
 from sharding.part import Part
 from sharding.ranks.errors import RunFailure, UserError
@@ -26,6 +27,7 @@ from trainer.checkpoint.reader import CheckpointReader
 from trainer.data.any_samples import prepared_samples
 from trainer.data.loader import evaluation_batches
 from trainer.data.prepared import open_prepared
+from trainer.evaluation.quantized import QuantizedModel, is_quantized
 from trainer.evaluation.subject import Asked, Subject, find_subject
 from trainer.metrics.class_table import class_table_values
 from trainer.model.engine import build_model_engine
@@ -153,8 +155,15 @@ def evaluate_here(subject: Subject, ranks: Ranks) -> Result:
     task = configured_task(config.task, facts, config.seed)
     mesh, named_sums = build_mesh(config.parallel, ranks), NamedSums(task)
     is_exported = subject.checkpoint is None
-    engine, _ = build_model_engine(config, task, mesh, ranks, facts, evaluate=named_sums, loads_pretrained=is_exported)
+    engine: Engine | QuantizedModel
+    if is_exported and is_quantized(config):
+        engine = QuantizedModel(config, task, facts, named_sums, ranks.device)
+    else:
+        engine, _ = build_model_engine(
+            config, task, mesh, ranks, facts, evaluate=named_sums, loads_pretrained=is_exported
+        )
     if subject.checkpoint is not None:
+        assert not isinstance(engine, QuantizedModel), "a checkpoint's weights are not quantized"
         _load(engine.load_state, CheckpointReader(subject.checkpoint), averaged=subject.averaged)
     evaluation = Evaluation(engine, task, named_sums, ranks, mesh.data, config.seed)
     evaluated = evaluation.evaluate(

@@ -19,6 +19,7 @@ from trainer.data.facts import SampleFacts
 from trainer.model.lora import add_adapters, initializing_adapters, plain_name
 from trainer.model.models import ModelFacts, build_model_on_meta, model_facts, transformers_config
 from trainer.model.pretrained import PretrainedWeights
+from trainer.model.quantization_aware import make_aware
 from trainer.model.refusals import refuse_positions_by_padding, refuse_settings
 from trainer.optimizers.build import optimizer_factory
 from trainer.optimizers.layer_decay import depth_scales, describe_depth_scales
@@ -74,6 +75,7 @@ def build_model_engine(
         )
     )
     adapters = add_adapters(model, config.model)
+    rounded = make_aware(model, config.model)
     counted = model_facts(model, model_config, reads_tokens=facts.vocab_size is not None)
     scales = depth_scales(model, config.optimizer.layer_decay)
     definition = ModelDefinition(
@@ -98,7 +100,7 @@ def build_model_engine(
     if pretrained is not None:
         pretrained.load_into(engine, own_name=plain_name if config.model.lora.rank else str)
         notes += [pretrained.new_head, pretrained.new_rows]
-    return engine, replace(counted, notes=tuple(filter(None, [adapters, *notes])))
+    return engine, replace(counted, notes=tuple(filter(None, [adapters, rounded, *notes])))
 
 
 def _training_loss(task: Task) -> LossFunction:

@@ -18,6 +18,7 @@ from trainer.config.sections import ModelConfig
 from trainer.data.facts import SampleFacts
 from trainer.model.lora import add_adapters
 from trainer.model.models import build_model_on_meta, transformers_config
+from trainer.model.quantization_aware import make_aware
 from trainer.model.refusals import refuse_encoder, refuse_positions_by_padding, refuse_settings
 from trainer.optimizers.layer_decay import depth_scales
 from trainer.tasks.causal_lm import CausalLanguageModelling, predicts_next_tokens
@@ -77,6 +78,7 @@ def try_model(config: RunConfig, task: Task, facts: SampleFacts, dims: ParallelD
             if predicts_next_tokens(task):
                 refuse_encoder(config, model_config)
         adapters = add_adapters(model, config.model)
+        make_aware(model, config.model)
         scales = depth_scales(model, config.optimizer.layer_decay)
         refuse_batch_norm(model, config.activation_checkpointing)
         if dims.reduction_degree > 1:

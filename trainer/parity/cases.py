@@ -117,7 +117,8 @@ def parts_to_train(config: RunConfig) -> tuple[Trained, ...]:
     if config.model.lora.rank or config.model.freeze:
         return ("all",)
     is_named = (config.model.architecture or config.model.pretrained) is not None
-    return ("all", "some", "adapters") if is_named else ("all", "some")
+    has_adapters = is_named and config.model.quantize_aware is None
+    return ("all", "some", "adapters") if has_adapters else ("all", "some")
 
 
 def case_lr(config: RunConfig, optimizer: str) -> float:

@@ -1,16 +1,19 @@
-"""The plain side's adapters and frozen parameters: found and marked here, not as ``trainer.model`` does."""
+"""The plain side's adapters, frozen and rounded parameters: found and made here, not as ``trainer.model`` does."""
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn import functional
 
 from trainer.config.sections import ALL_LINEAR, ModelConfig
 
 
 def restrict(model: Any, settings: ModelConfig) -> None:
-    """Put adapters into a plain model, and let only what the run trains have gradients.
+    """Put adapters into a plain model, let only what the run trains have gradients, and round what it rounds.
 
     Args:
         model: a model of `transformers` where there are adapters.
@@ -21,6 +24,10 @@ def restrict(model: Any, settings: ModelConfig) -> None:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if any(fnmatchcase(name, pattern) for pattern in settings.freeze):
             parameter.requires_grad_(False)
+    if settings.quantize_aware is not None:
+        for module in model.modules():
+            if type(module) is nn.Linear:
+                module.forward = partial(_rounded_product, module)
 
 
 def some_to_freeze(model: nn.Module) -> list[str]:
@@ -38,6 +45,17 @@ def some_to_freeze(model: nn.Module) -> list[str]:
     names = [name for name, _ in model.named_parameters() if name in names]
     third = len(names) // 3
     return names[:third] + names[third + 1 :: 5]
+
+
+def _rounded_product(layer: nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
+    """Product with weights of 4 bits and a scale for each 32 of a row, the gradient of which is the weights'."""
+    pieces = []
+    for block in layer.weight.detach().split(32, dim=1):
+        largest = torch.where(block.amax(1) > -block.amin(1), block.amax(1), block.amin(1))[:, None]
+        scale = torch.where(largest == 0, 1.0, largest / -8)
+        pieces.append((block / scale).round().clamp(-8, 7) * scale)
+    change = torch.cat(pieces, dim=1) - layer.weight.detach()
+    return functional.linear(inputs, layer.weight + change, layer.bias)
 
 
 def _add_adapters(model: Any, settings: ModelConfig) -> None:

@@ -3,10 +3,11 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, count, islice
+from typing import Protocol
 
 import torch
 
-from sharding.engine import Batch, Engine
+from sharding.engine import Batch
 from sharding.parallel_dims import Role
 from sharding.ranks.errors import UserError
 from sharding.ranks.object_exchange import gather_rows, sum_integers_over_ranks
@@ -34,6 +35,13 @@ class Evaluated:
     class_table: ClassTable | None
 
 
+class Evaluates(Protocol):
+    """What an evaluation asks of an engine."""
+
+    def evaluate(self, batches: Iterable[Batch]) -> list[torch.Tensor]:
+        """See Engine."""
+
+
 class Evaluation:
     """Evaluates weights, such that two evaluations of the same weights are equal.
 
@@ -42,7 +50,9 @@ class Evaluation:
     samples are therefore taken one by one; where nothing is, which the generators tell, as they come.
     """
 
-    def __init__(self, engine: Engine, task: Task, named_sums: NamedSums, ranks: Ranks, data: Role, seed: int) -> None:
+    def __init__(
+        self, engine: Evaluates, task: Task, named_sums: NamedSums, ranks: Ranks, data: Role, seed: int
+    ) -> None:
         """Bind to what is evaluated.
 
         Args:

@@ -17,9 +17,9 @@ from benchmarks.measure.comparison import (
     difference_of_setup,
     ratio_of_independent,
 )
-from benchmarks.measure.protocol import Ratio
 from benchmarks.presentation.result_files import last_result, read_rows
 from benchmarks.presentation.terminal import show
+from trainer.metrics.paired_times import Ratio
 
 
 def test_a_change_is_told_from_noise_about_as_often_as_the_interval_says() -> None:

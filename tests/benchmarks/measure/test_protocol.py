@@ -6,7 +6,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from benchmarks.measure.protocol import order_of_round, ratio_of_medians, standings, turn_orders
+from benchmarks.measure.protocol import order_of_round, standings, turn_orders
+from trainer.metrics.paired_times import ratio_of_medians
 
 
 @pytest.mark.parametrize("num", [2, 3, 4, 5, 6])
