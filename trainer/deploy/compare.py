@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -79,7 +80,8 @@ def open_folder(folder: Path, deployment: Deployment | None) -> Compute:
 def compare_folders(before: Compute, after: Compute, reference: Reference) -> Comparison:
     """Run both models on all samples, and on one sample alone."""
     task, model = reference.task, reference.model
-    of_before, of_after, errors = Scores(task), Scores(task), []
+    of_before, of_after = Scores(task), Scores(task)
+    errors: list[float] = []
     for batch in reference.held_out.batches():
         call = _call(reference, batch)
         if not errors:
@@ -99,7 +101,7 @@ def speeds(before: Compute, after: Compute, reference: Reference) -> tuple[Speed
     for size in sorted({min(size, num_rows) for size in _BATCH_SIZES}):
         rows = {name: tensor[:size].contiguous() for name, tensor in inputs.items()}
         first, second = time_in_turns(
-            lambda rows=rows: before(rows), lambda rows=rows: after(rows), num_pairs=_NUM_PAIRS, limit_s=_LIMIT_S
+            partial(before, rows), partial(after, rows), num_pairs=_NUM_PAIRS, limit_s=_LIMIT_S
         )
         measured.append(Speed(size, median(first), median(second), ratio_of_medians(second, first), len(first)))
     return tuple(measured)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Literal
 
 from sharding.engine import Batch
 from trainer.data.any_samples import prepared_samples
@@ -55,12 +56,14 @@ def reference_of(asked: Asked, subject: Subject) -> Reference:
             batch.pop("position_ids", None)
             yield batch
 
-    is_split = not asked.files and asked.split in ("train", "validation")
+    split: Literal["train", "validation", "test"] = "test"
+    if asked.split in ("train", "validation") and not asked.files:
+        split = "train" if asked.split == "train" else "validation"
     return Reference(
         task=task,
         task_name=config.task.name,
         model=model,
-        held_out=HeldOut(asked.split if is_split else "test", num_samples, batches),
+        held_out=HeldOut(split, num_samples, batches),
         source=subject.source,
         monitor=config.evaluation.monitor,
         run=asked.run,

@@ -27,7 +27,7 @@ def restrict(model: Any, settings: ModelConfig) -> None:
     if settings.quantize_aware is not None:
         for module in model.modules():
             if type(module) is nn.Linear:
-                module.forward = partial(_rounded_product, module)
+                module.forward = partial(_rounded_product, module)  # type: ignore[method-assign]
 
 
 def some_to_freeze(model: nn.Module) -> list[str]:
