@@ -31,6 +31,7 @@ _RUN_BY = {
     "shardline evaluate": "tests/e2e/test_wheel.py::test_the_example_of_an_own_task_runs_as_it_is_written",
     "shardline prune": "tests/trainer/commands/test_prune.py::test_the_command",
     "shardline export": "tests/e2e/test_outputs.py::test_the_exported_model_has_the_runs_own_evaluation_loss",
+    "shardline quantize": "tests/trainer/deploy/test_quantize.py::test_a_graph",
     "shardline generate": "tests/e2e/test_outputs.py::test_generate_continues_a_prompt_the_same_way_for_the_same_seed",
     "shardline report": "tests/e2e/test_report.py::test_each_run_ends_with_a_report_and_one_that_fails_changes_nothing",
     "shardline list": "tests/trainer/report/test_run_list.py::test_each_run_is_a_line",
