@@ -15,7 +15,7 @@ HEADER = result_header("serving", setup={"duration_s": 60.0, "slow": 20, "num_ro
 
 
 def turn(server: str, num_right: int, **values: Any) -> dict[str, Any]:
-    counts = {name: 0 for name in ("num_right", "num_wrong", "num_lost", "num_busy", "num_refused")}
+    counts = dict.fromkeys(("num_right", "num_wrong", "num_lost", "num_busy", "num_refused"), 0)
     before = {**counts, "num_right": num_right, "p50_s": 0.02, "p99_s": 0.05}
     row = {"kind": "turn", "turn": 0, "server": server, "connections": 50, "wall_s": 60.0, "cpu_s": 60.0}
     row |= {"before": before, "after": {**counts, "num_right": 9}, "slow": counts | {"num_busy": 4}}

@@ -154,10 +154,9 @@ def open_trained(reader: CheckpointReader, config: RunConfig, work: Path, *, ave
 def _write_recipe(recipe: RowRecipe, config: RunConfig, model: Any, work: Path) -> None:
     """Write how rows are read, for whoever feeds the model, with what otherwise the configuration alone says."""
     read_as: dict[str, Any] = {"normalize": config.data.normalize, "missing": config.data.missing}
-    settings = getattr(model, "config", None)
-    padding = (
-        getattr(settings.get_text_config(), "pad_token_id", None) if hasattr(settings, "get_text_config") else None
-    )
+    settings: Any = getattr(model, "config", None)
+    has_config = settings is not None and hasattr(settings, "get_text_config")
+    padding = getattr(settings.get_text_config(), "pad_token_id", None) if has_config else None
     if recipe.kind == "text" and padding is not None and padding >= 0:
         # A decoder finds the end of a text by its own, whatever the tokenizer fills up with.
         read_as["pad_token_id"] = padding

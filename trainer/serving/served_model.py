@@ -180,7 +180,7 @@ class ServedModel:
         if recipe is None or recipe.kind == "text":
             longest = min(_EXAMPLE_TOKENS, (recipe and recipe.sequence_length) or self.deployment.max_length or 1)
             return [{"input_ids": np.zeros(length, dtype=np.int64)} for length in (longest, 1)]
-        row = {
+        row: dict[str, np.ndarray] = {
             "features": np.array(recipe.fills, dtype=np.float64),
             "categories": np.zeros(len(recipe.categories), dtype=np.int32),
             "pixels": np.zeros(int(np.prod(recipe.image_shape or (0,))), dtype=np.uint8),

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.timeout(600)
 
 def _train(ranks: Ranks, root: Path) -> None:
     torch.manual_seed(0)
-    train_small_runs(ranks, root, dict.fromkeys(NAMES, {}))
+    train_small_runs(ranks, root, {name: {} for name in NAMES})
 
 
 @pytest.fixture(scope="module")
