@@ -12,6 +12,7 @@ from sharding.ranks.errors import UserError
 from trainer.checkpoint.reader import CheckpointReader, open_checkpoint
 from trainer.deploy.allowed_code import AllowedCode
 from trainer.deploy.hf_folder import DTYPES, describe_hf_folder, read_whole
+from trainer.deploy.quantized_folder import check_loads_here
 from trainer.deploy.trained_model import check_checkpoint, open_trained
 from trainer.model.stored_tensor import StoredTensor
 
@@ -116,6 +117,7 @@ def _loaded(
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         if unread is None:
+            check_loads_here(Path(folder), is_cast=dtype != "auto")
             made = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code, **given)
         else:
             made = _assembled(folder, name, unread, trust_remote_code, given)

@@ -13,6 +13,7 @@ from trainer.deploy.quantization_result import Quantized, card_lines
 from trainer.deploy.quantize_onnx import quantize_onnx
 from trainer.deploy.quantize_torch import quantize_transformers
 from trainer.deploy.signature import DEPLOYMENT_NAME, FILES, Deployment, read_deployment, write_deployment
+from trainer.deploy.sparse_folder import SPARSE_ENDING
 from trainer.deploy.verify_export import quality, refuse_loss
 
 _CARD_NAME = "README.md"
@@ -81,6 +82,8 @@ def _described(folder: Path) -> Deployment | None:
     """What a folder says of itself; None of one of transformers that says nothing."""
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; name one that shardline export has written.")
+    if any(folder.glob(f"*{SPARSE_ENDING}")):
+        raise UserError(f"{folder} was exported with --sparse, whose form nothing computes with; export without it.")
     is_of_transformers = any((folder / name).exists() for name in (FILES["hf"], f"{FILES['hf']}.index.json"))
     if is_of_transformers and not (folder / DEPLOYMENT_NAME).exists():
         return None

@@ -35,15 +35,22 @@ def read_description(folder: Path) -> dict[str, Any]:
     return description
 
 
-def check_loads_here(folder: Path) -> None:
-    """Assert that this installation has what loads the folder's weights.
+def check_loads_here(folder: Path, *, is_cast: bool = False) -> None:
+    """Assert that this installation has what loads the folder's weights, where they are quantized.
+
+    Args:
+        folder: of transformers.
+        is_cast: whether weights are wanted in another format than they lie there.
 
     Raises:
-        UserError: they are quantized by something other than torchao, or torchao is not installed.
+        UserError: they are quantized by something other than torchao, torchao is not installed, or they are cast.
     """
-    method = quantization_of(folder)
-    if method is None:
+    if not (folder / "config.json").exists() or (method := quantization_of(folder)) is None:
         return
+    if is_cast:
+        raise UserError(
+            f"--dtype: {folder} is quantized, and its weights have the format that they lie in; leave it out."
+        )
     if method != "torchao":
         raise UserError(f"{folder} is quantized by {method}, and torchao alone is known here; name another folder.")
     if find_spec("torchao") is None:

@@ -33,6 +33,8 @@ def export_quantized(
     """
     if options.form == "adapter":
         raise UserError(f"--quantize {method} --adapter: adapters alone are no model; give --merge.")
+    if options.sparse:
+        raise UserError(f"--quantize {method} --sparse: of rounded weights no bits are kept; leave one out.")
     refuse_contents(to)
     to.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=to.parent, prefix=f".{to.name}.") as folder:

@@ -18,13 +18,14 @@ from tests.support import TINY_MODEL, command_environment, run_on_ranks, tiny_va
 from tests.trainer.evaluation.exported_runs import write_texts
 from tests.trainer.evaluation.in_process import found
 from trainer.checkpoint.reader import open_checkpoint
+from trainer.commands.export import main as export_main
+from trainer.commands.generate import main as generate_main
 from trainer.commands.quantize import main
 from trainer.config import parse_config
 from trainer.config.sections import ModelConfig
 from trainer.data.prepared_rows import recipe_facts
 from trainer.data.rows_manifest import RowRecipe
 from trainer.deploy.export import ExportOptions, export_run
-from trainer.deploy.generation import generate_text, load_model
 from trainer.deploy.quantization_result import quantized_values
 from trainer.deploy.quantize import quantize_folder
 from trainer.deploy.quantized_folder import load_folder
@@ -157,9 +158,11 @@ def test_a_quantized_language_model_generates(root: Path, tmp_path: Path, capsys
         capsys, root / "text-export", tmp_path / "int8", "--method", "int8-dynamic", "--run", root / "runs/text"
     )
     assert done["metric"] == "loss"
-    model, tokenizer = load_model(str(tmp_path / "int8"), None)
-    text = generate_text(model, tokenizer, "def ", max_new_tokens=8, temperature=0, top_k=0, seed=0)
-    assert text.startswith("def ")
+    arguments = [str(tmp_path / "int8"), "--prompt", "def ", "--max-new-tokens", "8", "--temperature", "0"]
+    assert generate_main(arguments) == EXIT_FINISHED
+    assert capsys.readouterr().out.startswith("def ")
+    assert generate_main([*arguments, "--dtype", "bf16"]) == EXIT_BAD_INPUT
+    assert "is quantized, and its weights have the format that they lie in" in capsys.readouterr().err
     # Its tied output projection is no matrix of its own.
     assert 0.2 < done["quantized_share"] < 1
 
@@ -184,6 +187,20 @@ def test_a_graph(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
         inputs = {spec.name: torch.ones(batch, *map(int, spec.shape[1:])).numpy() for spec in deployment.inputs}
         assert session.run(None, inputs)[0].shape == (batch, 10)
     assert (tmp_path / "graph" / "rows.json").read_text() == (root / "digits-export" / "rows.json").read_text()
+
+
+def test_an_export_is_quantized_in_one_go(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    to = tmp_path / "graph"
+    arguments = [str(root / "runs/digits"), "--to", str(to), "--format", "onnx", "--quantize", "int8-weight"]
+    assert export_main(arguments) == EXIT_FINISHED
+    assert f"by int8-weight to {to}" in capsys.readouterr().out
+    apart = tmp_path / "apart"
+    _quantize(capsys, root / "digits-export", apart, "--method", "int8-weight", "--run", root / "runs/digits")
+    assert (to / "model.onnx").read_bytes() == (apart / "model.onnx").read_bytes()
+    assert sorted(path.name for path in to.iterdir()) == sorted(path.name for path in apart.iterdir())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["apart", "graph"]
+    assert export_main([*arguments[:-2], "--sparse", "--quantize", "int8-weight"]) == EXIT_BAD_INPUT
+    assert "leave one out" in capsys.readouterr().err
 
 
 def _refused(capsys: pytest.CaptureFixture[str], folder: Path, to: Path, *arguments: object) -> str:
