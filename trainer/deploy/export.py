@@ -153,9 +153,12 @@ def _write_compared(trained: TrainedModel, work: Path, options: ExportOptions) -
     if options.format == "hf":
         refuse_other_models(trained)
     not_compared: str | None = None
+    reads_texts = trained.facts.vocab_size is not None
     try:
         held_out = find_held_out(trained, options.allowed, is_scored=options.dtype != "fp32")
         _refuse_lack_of_memory(trained)
+        model = trained.materialized()
+        call = record_call(trained.task, model, next(held_out.batches()), reads_texts=reads_texts)
     except UserError as error:
         if options.format != "hf":
             raise
@@ -165,10 +168,6 @@ def _write_compared(trained: TrainedModel, work: Path, options: ExportOptions) -
         write_hf_folder(trained, work, options.dtype)
         deployment = _description(trained, options, [], [], None)
     else:
-        model = trained.materialized()
-        call = record_call(
-            trained.task, model, next(held_out.batches()), reads_texts=trained.facts.vocab_size is not None
-        )
         deployment = _write(trained, model, call, work, options)
         comparison = compare(trained.task, model, call, open_exported(work, deployment, trained, call), held_out)
         found = quality(comparison, held_out, trained.config.evaluation.monitor)

@@ -24,17 +24,17 @@ class ModelCall:
 
     Attributes:
         inputs: tensors by argument, dim 0 the sample.
-        texts: names of those whose dim 1 is the length of a text.
         constants: all other arguments.
         logits: what came of it.
         gives_tensor: whether the model returned just that, and not something that has ``logits``.
+        texts: names of inputs whose dim 1 is the length of a text.
     """
 
     inputs: dict[str, torch.Tensor]
-    texts: frozenset[str]
     constants: dict[str, Any]
     logits: torch.Tensor
     gives_tensor: bool
+    texts: frozenset[str] = frozenset()
 
 
 def record_call(task: Task, model: nn.Module, batch: Batch, *, reads_texts: bool) -> ModelCall:
@@ -84,7 +84,7 @@ def record_call(task: Task, model: nn.Module, batch: Batch, *, reads_texts: bool
     constants = {key: value for key, value in arguments.items() if key not in inputs}
     tokens = {key for key, value in inputs.items() if value.ndim > 1 and not value.is_floating_point()}
     texts = frozenset(tokens if reads_texts else ())
-    return ModelCall(inputs, texts, constants, logits, gives_tensor=made is logits)
+    return ModelCall(inputs, constants, logits, gives_tensor=made is logits, texts=texts)
 
 
 @contextmanager

@@ -27,8 +27,6 @@ from trainer.deploy.signature import Deployment, TensorSpec, read_deployment
 _RUNS: dict[str, dict[str, Any]] = {
     "mlp": {},
     "bert": {"optimizer": {"ema_decay": 0.5}},
-    "llama": {},
-    "llama-lora": {"model": {"lora": {"rank": 2}}, "checkpoint": {"from": "llama", "load": "weights"}},
     "own": {},
     "own-counting": {"model": {"factory": f"{OWN}:counting"}},
     "own-decomposing": {"model": {"factory": f"{OWN}:decomposing"}},
@@ -108,22 +106,6 @@ def test_averaged_weights_in_half_the_bytes(root: Path, tmp_path: Path) -> None:
     reader = _reader(root, "bert")
     for name, tensor in load_file(tmp_path / "average" / "model.safetensors").items():
         assert torch.equal(tensor, reader.read_parameter(name, averaged=True).to(torch.bfloat16)), name
-
-
-def test_a_language_model_with_merged_adapters_scores(root: Path, tmp_path: Path) -> None:
-    run = Run(root / "runs" / "llama-lora")
-    with pytest.raises(UserError, match="give --merge for a whole model"):
-        run.export(tmp_path / "program", format="torch-export")
-    run.export(tmp_path / "program", format="torch-export", form="merged")
-    found = read_deployment(tmp_path / "program")
-    assert [(spec.name, spec.shape) for spec in found.inputs + found.outputs] == [
-        ("input_ids", ["batch", "length"]),
-        ("logits", ["batch", "length", 301]),
-    ]
-    assert (found.output_kind, found.max_length) == ("tokens", 64)
-    assert "no cache" in (tmp_path / "program" / "README.md").read_text()
-    with pytest.raises(UserError, match="--format torch-export --adapter: adapters alone are written as peft loads"):
-        run.export(tmp_path / "no", format="torch-export", form="adapter")
 
 
 @pytest.mark.parametrize("file_format", ["onnx", "torch-export"])
