@@ -19,7 +19,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 KEYS = {key: {field.alias or name for name, field in model.model_fields.items()} for key, model in sections(RunConfig)}
 
 # They look like keys.
-FILES = {"metrics.jsonl", "metrics.discarded.jsonl"}
+FILES = {"metrics.jsonl", "metrics.discarded.jsonl", "model.onnx", "model.safetensors"}
 
 
 def _commands() -> dict[str, set[str]]:

@@ -111,6 +111,4 @@ def _call(reference: Reference, batch: dict[str, torch.Tensor]) -> ModelCall:
     from transformers import PreTrainedModel
 
     inputs = reference.task.inputs(batch)
-    return ModelCall(
-        inputs, frozenset(), {}, torch.empty(0), gives_tensor=not isinstance(reference.model, PreTrainedModel)
-    )
+    return ModelCall(inputs, {}, torch.empty(0), gives_tensor=not isinstance(reference.model, PreTrainedModel))
