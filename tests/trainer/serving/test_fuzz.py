@@ -29,9 +29,9 @@ def test_no_request_makes_the_server_fail(server: Server) -> None:
             list(schemathesis.GenerationMode) if operation.method == "post" else [schemathesis.GenerationMode.POSITIVE]
         )
         for mode in modes:
-            _try(operation.as_strategy(generation_mode=mode), statuses, 50 if operation.method == "post" else 2)
+            _try(operation.as_strategy(generation_mode=mode), statuses, 30 if operation.method == "post" else 2)
     assert num_operations == 5
-    assert len(statuses) > 50
+    assert len(statuses) > 40
     assert [status for status in statuses if status >= 500] == []
     assert {200, 422} <= set(statuses)
 

@@ -16,6 +16,7 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
+from starlette.testclient import TestClient
 
 from tests.trainer.serving.serving_support import (
     DIGITS,
@@ -28,6 +29,9 @@ from tests.trainer.serving.serving_support import (
     serving,
     table_folder,
 )
+from trainer.serving.options import ServeOptions
+from trainer.serving.row_app import build_row_app
+from trainer.serving.served_model import ServedModel
 
 KEY = "correct-horse-battery"
 
@@ -304,13 +308,18 @@ def test_a_picture_is_uploaded_as_it_is(tmp_path: Path) -> None:
     (folder / "rows.json").write_text(recipe.model_dump_json())
     file = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3)).astype(np.uint8)).save(file, "PNG")
-    with serving(folder) as server:
-        uploaded = server.send(file.getvalue(), "image/png")
+    options = ServeOptions("127.0.0.1", 0, 8, 0.0, 8, 100_000, 1, None)
+    with TestClient(build_row_app(ServedModel(folder, 1), options)) as client:
+
+        def send(body: bytes) -> Any:
+            return client.post("/predict", content=body, headers={"Content-Type": "image/png"})
+
+        uploaded = send(file.getvalue())
         assert uploaded.status_code == 200
         given = {"image": base64.b64encode(file.getvalue()).decode()}
-        assert server.ask(given).json() == uploaded.json()
+        assert client.post("/predict", json={"rows": [given]}).json() == uploaded.json()
         for body in (b"", b"GIF89a", file.getvalue()[:200]):
-            assert server.send(body, "image/png").status_code == 422
+            assert send(body).status_code == 422
 
 
 def test_what_cannot_be_served_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
