@@ -33,6 +33,7 @@ _RUN_BY = {
     "shardline export": "tests/e2e/test_outputs.py::test_the_exported_model_has_the_runs_own_evaluation_loss",
     "shardline quantize": "tests/trainer/deploy/test_quantize.py::test_a_graph",
     "shardline generate": "tests/e2e/test_outputs.py::test_generate_continues_a_prompt_the_same_way_for_the_same_seed",
+    "shardline serve": "tests/trainer/serving/test_server.py::test_each_request_has_its_own_right_answer",
     "shardline report": "tests/e2e/test_report.py::test_each_run_ends_with_a_report_and_one_that_fails_changes_nothing",
     "shardline list": "tests/trainer/report/test_run_list.py::test_each_run_is_a_line",
     "shardline checkpoint list": "tests/e2e/test_outputs.py::test_checkpoints_are_listed_and_verified",
@@ -50,6 +51,7 @@ _RUN_BY = {
     "shardline tracking sync": "tests/e2e/test_tracking.py::test_sync_joins_all_parts_into_one_run_and_nothing_twice",
     "shardline tracking dashboard": "tests/e2e/test_tracking.py::test_the_dashboard_plots_what_training_logs",
     "python": "tests/shardline/test_docs_python.py::test_a_run_of_own_parts_and_what_has_become_of_it",
+    "curl": "tests/trainer/serving/test_language_model.py::test_curl",
     "torchrun": "tests/e2e/test_launchers.py::test_a_bare_command_gives_the_same_losses",
     "deepspeed": "tests/e2e/test_launchers.py::test_a_bare_command_gives_the_same_losses",
     "accelerate": "tests/e2e/test_launchers.py::test_a_bare_command_gives_the_same_losses",
@@ -60,6 +62,7 @@ _RUN_BY = {
 }
 # What no test runs, and why; docs/promises.md says so too.
 _RUN_BY_NONE = {
+    "vllm": "another program",
     "git": "fetches",
     "pip": "fetches",
     "hf": "fetches",
