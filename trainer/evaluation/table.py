@@ -37,11 +37,13 @@ def print_result(result: Result, title: str, console: Console) -> None:
         classes.add_row(row["name"], *scores, f"{row['num_samples']:,}", f"{row['num_predicted']:,}")
     console.print(classes)
     if result["confusion"] is not None and len(result["confusion"]) <= _MAX_COLUMNS:
+        # A title of the table's would be folded to its width, which is that of a few numbers.
+        console.print("samples by their class, a row, and the class that they were taken for, a column")
         console.print(_confusion_table(result["classes"], result["confusion"]))
 
 
 def _confusion_table(classes: list[dict[str, Any]], confusion: list[list[int]]) -> Table:
-    table = Table(title="samples by their class, a row, and the class that they were taken for, a column")
+    table = Table()
     table.add_column("")
     for row in classes:
         table.add_column(row["name"], justify="right")
