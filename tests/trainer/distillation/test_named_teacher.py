@@ -179,7 +179,7 @@ def test_the_plan_has_the_teacher_and_its_memory(teachers: Path) -> None:
     assert found["ddp"].teacher == f"{number:,} parameters of {teachers / 'runs' / 'llama'}, step 6"
     assert found["ddp"].teacher_bytes == 4 * number
     assert found["zero3"].teacher_bytes == 4 * number / 2 + 4 * (outside + 2 * block)
-    assert any(line.startswith("teacher       ") and line.endswith(" MiB a rank") for line in found["zero3"].lines())
+    assert any(line.startswith("teacher       ") and line.endswith(" KiB a rank") for line in found["zero3"].lines())
     for layers, sentence in (
         ([[3, 0]], r"distill.layers names block 3, but the model has 3 blocks"),
         ([[0, -4]], r"distill.layers names block -4, but distill.teacher=.* has 3 blocks"),
