@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ from sharding.ranks.errors import UserError
 from sharding.ranks.object_exchange import gather_objects
 from sharding.ranks.process_group import Ranks
 from sharding.state import hash_over_ranks
-from trainer.architectures.config import max_positions
+from trainer.architectures.config import field, max_positions
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.config import RunConfig
 from trainer.config.sections import ModelConfig, TaskConfig
@@ -202,13 +203,21 @@ def try_teacher(config: RunConfig, student: nn.Module, facts: SampleFacts) -> Te
         facts: of its samples.
 
     Raises:
-        UserError: see ``teacher_on_meta``; also where a block that is named is not there.
+        UserError: see ``teacher_on_meta``; also where a block that is named is not there, or has another width than
+            the teacher's, as far as configurations tell.
     """
     if config.distill.teacher is None:
         return None
     for number, _ in config.distill.layers:
         block_at(student, number, "the model has")
-    return teacher_on_meta(find_teacher(config.distill), config, facts, may_download=False)
+    source = teacher_on_meta(find_teacher(config.distill), config, facts, may_download=False)
+    ours, its = _hidden_size(student), _hidden_size(source.model)
+    if config.distill.layers and ours and its and ours != its:
+        raise UserError(
+            f"distill.layers compares outputs of blocks, but those of the model have {ours} elements and those of "
+            f"{source.named.label} {its}; leave distill.layers out, or choose models of one hidden_size."
+        )
+    return source
 
 
 def renormalization(facts: SampleFacts, known: SampleFacts) -> Callable[[Batch], Batch]:
@@ -236,6 +245,13 @@ def renormalization(facts: SampleFacts, known: SampleFacts) -> Callable[[Batch],
         return batch | changed
 
     return renormalize
+
+
+def _hidden_size(model: nn.Module) -> int | None:
+    """Width of all blocks of a model of `transformers`; None where there is no such number."""
+    text_config: Any = getattr(getattr(model, "config", None), "get_text_config", lambda: None)()
+    width = None if text_config is None else field(text_config, "hidden_size")
+    return width if isinstance(width, int) else None
 
 
 def _unread(part: Part) -> None:

@@ -105,6 +105,16 @@ def test_language_models_distil_as_one_process(teachers: Path, tmp_path: Path) -
     assert _failed(config, cases, tmp_path / "out") == []
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_compiled_students_do_so_too(teachers: Path, tmp_path: Path) -> None:
+    values = tiny_values(tmp_path / "runs", teachers / "cache", teachers / "documents")
+    values |= {"optimizer": {"lr": 1e-2}, "compile": {"enabled": True}}
+    config = parse_config(values | {"distill": {"teacher": str(teachers / "exported")}}, "test")
+    cases = [ParityCase("zero3", 2, 3, "sgd"), ParityCase("ddp", 2, 3, "sgd")]
+    assert _failed(config, cases, tmp_path / "out") == []
+
+
 @pytest.mark.timeout(400)
 def test_a_masked_model_distils_as_one_process(teachers: Path, tmp_path: Path) -> None:
     values = tiny_values(tmp_path / "runs", teachers / "cache", teachers / "documents")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sharding.ranks.errors import UserError
-from tests.support import tiny_values
+from tests.support import refused, shardline, tiny_values, write_config
 from tests.trainer.distillation.teachers import row_values
 from trainer.config import RunConfig, parse_config
 from trainer.config.rules import World
@@ -75,6 +75,14 @@ def test_a_teacher_that_is_not_there_is_refused(teachers: Path, tmp_path: Path) 
         check_teacher(_text(teachers, tmp_path / "exported"))
     # What may be a name on the hub is asked for later.
     check_teacher(_text(teachers, "owner/model"))
+
+
+def test_it_is_refused_before_ranks_start(teachers: Path, tmp_path: Path) -> None:
+    file = write_config(tmp_path / "student.yaml", row_values(teachers, "student", MLP))
+    refused(shardline("run", file, f"distill.teacher={teachers / 'gone'}"), "there is no folder", "train the teacher")
+    cnn = f"distill.teacher={teachers / 'runs' / 'cnn'}"
+    other = "data={source: table, table: iris, cache_dir: " + str(teachers / "cache") + "}"
+    refused(shardline("run", file, cnn, other, "task.name=classification"), "was trained for task.name=image")
 
 
 def test_a_teacher_of_another_task_or_code_is_refused(teachers: Path) -> None:
@@ -186,6 +194,12 @@ def test_the_plan_has_the_teacher_and_its_memory(teachers: Path) -> None:
     ):
         with pytest.raises(UserError, match=sentence):
             preview(_text(teachers, teachers / "runs" / "llama", distill={"layers": layers}), World(2, has_gpu=False))
+    narrow = {"config": {"hidden_size": 24, "num_attention_heads": 3, "num_key_value_heads": 3}}
+    other = _text(teachers, teachers / "runs" / "llama", distill={"layers": [[0, 0]]}, model=narrow)
+    with pytest.raises(
+        UserError, match=r"of the model have 24 elements and those of distill.teacher=.* 30; leave"
+    ):
+        preview(other, World(2, has_gpu=False))
     long = _text(teachers, teachers / "exported", data={"sequence_length": 80}, model=_long())
     prepare_samples(long.data)
     with pytest.raises(UserError, match=r"^distill.teacher=.*: it has 64 positions, fewer than .*=80"):
