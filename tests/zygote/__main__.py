@@ -16,8 +16,14 @@ from tests.zygote.start import ROOM_VARIABLE
 
 _PRELOADED = (
     "launcher.cli",
+    "launcher.commands",
+    "launcher.run",
     "trainer.rank",
+    "trainer.plan.preview",
+    "trainer.report.page",
+    "plotly.offline",
     "transformers.models.llama.modeling_llama",
+    "transformers.models.bert.modeling_bert",
     "deepspeed",
     "deepspeed.launcher.launch",
     "accelerate.commands.launch",
@@ -25,6 +31,8 @@ _PRELOADED = (
     "torch.distributed.run",
     "torch.distributed.elastic.rendezvous.static_tcp_rendezvous",
     "sharding.ranks.forked_ranks",
+    "wandb",
+    "wandb.sdk.launch.inputs.internal",
 )
 # No thread must be there when it clones itself.
 _WHILE_IMPORTING = {"OPENBLAS_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
