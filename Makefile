@@ -6,7 +6,7 @@ TESTS_STAMP := $(VENV)/.shardline-tests
 QUICKSTART := runs/quickstart
 PROMPT = $$(printf 'class Reader:\n    """Reads lines from a file."""\n\n    def __init__(self, ')
 
-.PHONY: setup quickstart test test-trainer test-runs test-parts test-slurm test-packages check soak
+.PHONY: setup quickstart test test-trainer test-runs test-engines test-parts test-slurm test-packages check soak
 
 setup: $(STAMP)
 
@@ -40,11 +40,12 @@ check: $(TESTS_STAMP)
 
 # Two at a time, the longest first, so that both cores are busy to the end: with three, tests of signals and of exits come
 # to look at a process too late. Where there are more cores, each group is spread over half of them; jobs of Slurm stay together, on one cluster.
-TEST_GROUPS := test-parts test-trainer test-runs test-slurm
+TEST_GROUPS := test-trainer test-runs test-engines test-slurm test-parts
 CORES := $(shell nproc)
 SPREAD := $(shell [ $(CORES) -lt 4 ] || echo --numprocesses=$$(($(CORES) / 2 < 8 ? $(CORES) / 2 : 8)) --dist=loadfile)
 PYTEST := $(BIN)/python -m pytest -m "not slow" --durations=40
-PARTS := $(filter-out tests/trainer tests/e2e tests/slurm tests/__pycache__,$(patsubst %/,%,$(wildcard tests/*/)))
+ENGINES := tests/sharding tests/benchmarks
+PARTS := $(filter-out tests/trainer tests/e2e tests/slurm tests/__pycache__ $(ENGINES),$(patsubst %/,%,$(wildcard tests/*/)))
 
 test:
 	@$(MAKE) --no-print-directory -j 2 $(TESTS_STAMP) test-packages
@@ -55,6 +56,9 @@ test-trainer: $(TESTS_STAMP)
 
 test-runs: $(TESTS_STAMP)
 	$(PYTEST) $(SPREAD) tests/e2e
+
+test-engines: $(TESTS_STAMP)
+	$(PYTEST) $(SPREAD) $(ENGINES)
 
 test-parts: $(TESTS_STAMP)
 	$(PYTEST) $(SPREAD) $(PARTS) $(wildcard tests/test_*.py)
