@@ -58,8 +58,6 @@ _RUN_BY = {
     "sbatch": "tests/slurm/test_scripts.py::test_two_nodes_under_each_script_train_as_one_process_does",
     "scontrol": "tests/slurm/test_interruptions.py::test_a_requeued_job_and_one_whose_ranks_are_warned_go_on",
     "scancel": "tests/slurm/test_interruptions.py::test_a_person_who_stops_or_cancels_a_job_is_obeyed",
-    "shardline serve": "tests/trainer/serving/test_server.py::test_each_request_has_its_own_right_answer",
-    "curl": "tests/e2e/test_deployment_page.py::test_each_command_works_in_its_place",
     "touch": "tests/e2e/test_interruptions.py::test_the_stop_file_stops_a_run",
 }
 # What no test runs, and why; docs/promises.md says so too.

@@ -196,9 +196,7 @@ def test_the_plan_has_the_teacher_and_its_memory(teachers: Path) -> None:
             preview(_text(teachers, teachers / "runs" / "llama", distill={"layers": layers}), World(2, has_gpu=False))
     narrow = {"config": {"hidden_size": 24, "num_attention_heads": 3, "num_key_value_heads": 3}}
     other = _text(teachers, teachers / "runs" / "llama", distill={"layers": [[0, 0]]}, model=narrow)
-    with pytest.raises(
-        UserError, match=r"of the model have 24 elements and those of distill.teacher=.* 30; leave"
-    ):
+    with pytest.raises(UserError, match=r"of the model have 24 elements and those of distill.teacher=.* 30; leave"):
         preview(other, World(2, has_gpu=False))
     long = _text(teachers, teachers / "exported", data={"sequence_length": 80}, model=_long())
     prepare_samples(long.data)
