@@ -5,6 +5,7 @@ import os
 import pickle
 import socket
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from importlib import import_module
 
@@ -16,14 +17,10 @@ from tests.zygote.start import ROOM_VARIABLE
 
 _PRELOADED = (
     "launcher.cli",
-    "launcher.commands",
-    "launcher.run",
     "trainer.rank",
-    "trainer.plan.preview",
     "trainer.report.page",
     "plotly.offline",
     "transformers.models.llama.modeling_llama",
-    "transformers.models.bert.modeling_bert",
     "deepspeed",
     "deepspeed.launcher.launch",
     "accelerate.commands.launch",
@@ -31,6 +28,13 @@ _PRELOADED = (
     "torch.distributed.run",
     "torch.distributed.elastic.rendezvous.static_tcp_rendezvous",
     "sharding.ranks.forked_ranks",
+)
+# Of a test process alone, which starts many and of all kinds.
+_PRELOADED_FOR_MANY = (
+    "launcher.commands",
+    "launcher.run",
+    "trainer.plan.preview",
+    "transformers.models.bert.modeling_bert",
     "wandb",
     "wandb.sdk.launch.inputs.internal",
 )
@@ -38,8 +42,8 @@ _PRELOADED = (
 _WHILE_IMPORTING = {"OPENBLAS_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
 
-def _preload() -> None:
-    for module in _PRELOADED:
+def _preload(modules: Iterable[str]) -> None:
+    for module in modules:
         with suppress(ImportError):
             import_module(module)
     threads = os.listdir("/proc/self/task")
@@ -51,8 +55,9 @@ def _main() -> None:
     """``DESCRIPTOR ROOM`` serves a test process; ``ROOM -m MODULE ...`` is a module with a zygote."""
     for name, value in _WHILE_IMPORTING.items():
         os.environ.setdefault(name, value)
-    _preload()
-    if sys.argv[2] == "-m":
+    serves_one = sys.argv[2] == "-m"
+    _preload(_PRELOADED if serves_one else (*_PRELOADED, *_PRELOADED_FOR_MANY))
+    if serves_one:
         left_out = {*_WHILE_IMPORTING, ROOM_VARIABLE}
         of_zygote = {name: value for name, value in os.environb.items() if os.fsdecode(name) not in left_out}
         program = read_program([sys.executable, *sys.argv[2:]])
