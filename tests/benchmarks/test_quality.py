@@ -28,6 +28,16 @@ def scores(case: str, *values: float) -> list[dict[str, Any]]:
     ]
 
 
+def quantized_rows(method: str, *after: float) -> list[dict[str, Any]]:
+    row: dict[str, Any] = {"kind": "quantized", "case": "digits-mlp", "method": method, "metric": "loss"}
+    row["size_bytes"] = {"before": 400, "after": 100}
+    row["speed"] = [{"batch_size": size, "ratio": {"value": ratio}} for size, ratio in ((1, 1.5), (32, 0.75))]
+    return [
+        row | {"seed": seed, "metrics": {"accuracy": {"before": 0.96, "after": value}}}
+        for seed, value in enumerate(after)
+    ]
+
+
 @pytest.mark.parametrize("num_values", [2, 5, 15, 16, 40])
 def test_the_interval_is_students(num_values: int) -> None:
     values = np.random.default_rng(num_values).normal(size=num_values)
@@ -48,6 +58,8 @@ def test_the_table_says_what_is_met_and_what_is_missed() -> None:
         *scores("text", 0.86, 0.84),
         *({"kind": "distillation", "case": "distillation", "seed": seed, **outcome} for seed in range(4)),
         *({"kind": "transfer", "case": "transfer", "seed": s, "scratch": 0.5, "transferred": 0.6} for s in range(3)),
+        *quantized_rows("int8-dynamic", 0.96, 0.957, 0.96),
+        *quantized_rows("int4-weight", 0.95, 0.94, 0.93),
     ]
     table = markdown(rows, "quality.jsonl")
     assert "| digits-mlp | accuracy, test | 5 | 0.9740 +- 0.0119 | 0.9600 |  | at least 0.97 (met) | 30 |" in table
@@ -57,6 +69,8 @@ def test_the_table_says_what_is_met_and_what_is_missed() -> None:
     assert "the difference is +0.1000 +- 0.0000" in table
     assert "Distillation, 4 pairs of equal seeds and steps" in table
     assert "a teacher (0.9700) reaches an accuracy of 0.9500, alone 0.9000; the difference is +0.0500 +- 0.0" in table
+    assert "| digits-mlp | int8-dynamic | accuracy | 3 | 0.9600 | 0.9590 | -0.0010 +- 0.0043 | met |" in table
+    assert "| 0.9600 | 0.9400 | -0.0200 +- 0.0248 | missed | x 0.25 | x 1.50 | x 0.75 |" in table
     assert plot(rows).startswith("<?xml")
     assert "Interrupted before anything can be said" in markdown([HEADER], "quality.jsonl")
     assert met_bar("masked-lm", [5.0], 6.0) is True

@@ -54,8 +54,8 @@ def _values(root: Path, name: str, task: str, **sections: Any) -> dict[str, Any]
     } | sections
 
 
-def _train_and_export(ranks: Ranks, root: Path) -> None:
-    """Runs ``digits``, ``words`` and ``text``, and their exports."""
+def _train_and_export(ranks: Ranks, root: Path, names: tuple[str, ...]) -> None:
+    """Runs of ``digits``, ``words`` and ``text``, and their exports."""
     rows = {"cache_dir": str(root / "cache"), "validation_fraction": 0.2}
     words = {"source": "jsonl", "paths": [str(write_texts(root / "words.jsonl", 200, seed=1))], "sequence_length": 16}
     write_texts(root / "others.jsonl", 100, seed=2)
@@ -80,17 +80,17 @@ def _train_and_export(ranks: Ranks, root: Path) -> None:
         ),
         "text": text | {"parallel": {"strategy": "none"}, "schedule": {}},
     }
-    for name, values in runs.items():
-        folder = RunsInProcess(ranks, root, root).train_as(parse_config(values, name))
+    for name in names:
+        folder = RunsInProcess(ranks, root, root).train_as(parse_config(runs[name], name))
         options = ExportOptions(format="onnx" if name == "digits" else "hf")
         export_run(open_checkpoint(str(folder.path), None), root / f"{name}-export", options)
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with runs and exports of them."""
+    """A folder with the runs ``digits`` and ``words``, and exports of them."""
     folder = tmp_path_factory.mktemp("quantize")
-    run_on_ranks(_train_and_export, 1, folder)
+    run_on_ranks(_train_and_export, 1, folder, ("digits", "words"))
     return folder
 
 
@@ -153,10 +153,11 @@ def test_a_quantized_folder_of_transformers_loads_in_a_fresh_process(
     assert here.double().tolist() == json.loads(logits)
 
 
-def test_a_quantized_language_model_generates(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    done = _quantize(
-        capsys, root / "text-export", tmp_path / "int8", "--method", "int8-dynamic", "--run", root / "runs/text"
-    )
+@pytest.mark.slow
+def test_a_quantized_language_model_generates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_on_ranks(_train_and_export, 1, tmp_path, ("text",))
+    run = ["--run", tmp_path / "runs/text"]
+    done = _quantize(capsys, tmp_path / "text-export", tmp_path / "int8", "--method", "int8-dynamic", *run)
     assert done["metric"] == "loss"
     arguments = [str(tmp_path / "int8"), "--prompt", "def ", "--max-new-tokens", "8", "--temperature", "0"]
     assert generate_main(arguments) == EXIT_FINISHED
