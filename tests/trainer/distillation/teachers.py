@@ -1,5 +1,6 @@
 """Teachers for tests: a few steps of small models, as runs and as an exported folder."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,26 @@ def row_values(root: Path, name: str, model: dict[str, Any], **sections: Any) ->
     return values | sections
 
 
+_WORDS = ["import", "return", "class", "while", "except", "lambda", "yield"]
+
+
+def text_values(root: Path, name: str, model: dict[str, Any], **sections: Any) -> dict[str, Any]:
+    """Settings of a run on texts of several lengths, of three classes."""
+    file = root / "texts.jsonl"
+    lines = [{"text": " ".join(_WORDS[i % 5 : i % 5 + 1 + i % 3]), "label": _WORDS[i % 3]} for i in range(60)]
+    if not file.exists():
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = {"source": "jsonl", "paths": [str(file)], "vocab_size": 300, "sequence_length": 32}
+    task = {"name": "sequence-classification"}
+    texts = {"task": task, "data": data | {"cache_dir": str(root / "cache"), "validation_fraction": 0.2}}
+    return row_values(root, name, model, steps=2, **texts, **sections)
+
+
 def train_teachers(ranks: Ranks, root: Path, corpus: Path) -> None:
-    """Train ``runs/cnn``, ``runs/llama`` of two checkpoints, ``runs/bert``, and export the second to ``exported``."""
+    """Train ``runs/cnn``, ``runs/texts``, ``runs/llama`` of two checkpoints, and ``runs/bert``; export ``exported``."""
     runs = RunsInProcess(ranks, root, corpus)
     runs.train_as(parse_config(row_values(root, "cnn", CNN), "cnn"))
+    runs.train_as(parse_config(text_values(root, "texts", BERT), "texts"))
     alone = {"parallel": {"strategy": "none"}, "batch": {"micro_size": 12}}
     runs.train("llama", steps=6, model=LLAMA, **alone)
     masks = {"task": {"name": "masked-lm"}, "data": {"mask_token": True}}

@@ -12,7 +12,7 @@ from sharding.ranks.errors import UserError
 from sharding.ranks.process_group import Ranks
 from tests.runs_in_process import RunsInProcess, computed_lines, saved_state
 from tests.support import run_on_ranks, tiny_values
-from tests.trainer.distillation.teachers import row_values
+from tests.trainer.distillation.teachers import row_values, text_values
 from trainer.config import parse_config
 from trainer.data.facts import SampleFacts
 from trainer.distillation.identity import TEACHER_FILE
@@ -103,6 +103,15 @@ def test_language_models_distil_as_one_process(teachers: Path, tmp_path: Path) -
     cases = [ParityCase(strategy, 2, 3, "sgd") for strategy in ("ddp", "zero1", "zero3")]
     cases += [ParityCase("zero3", 2, 3, "sgd", "bucketed"), ParityCase("zero3", 2, 1, "sgd", "deepspeed")]
     assert _failed(config, cases, tmp_path / "out") == []
+
+
+@pytest.mark.timeout(400)
+def test_an_lstm_distils_a_transformer_as_one_process(teachers: Path, tmp_path: Path) -> None:
+    lstm = {"builtin": "lstm", "arguments": {"embedding_size": 6, "hidden_size": 16, "mean_embedding": False}}
+    # As wide in both directions as the teacher, whose padding counts nowhere.
+    distill = {"teacher": str(teachers / "runs" / "texts"), "layers": [[-1, 0]]}
+    config = parse_config(text_values(teachers, "student", lstm, distill=distill), "test")
+    assert _failed(config, [ParityCase("zero3", 2, 3, "sgd", "bucketed")], tmp_path / "out") == []
 
 
 @pytest.mark.slow
