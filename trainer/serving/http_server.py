@@ -190,6 +190,8 @@ def serve_app(app: Guard, listener: socket.socket, timeout_s: float) -> None:
         lifespan="on",
         log_config=None,
         access_log=False,
+        # What a proxy says of whom it asks for is of no use here, and anybody may say it.
+        proxy_headers=False,
         server_header=False,
         timeout_keep_alive=_KEEP_ALIVE_S,
         # A body, its wait for an answer, and somebody who reads it slowly; each has bounds of its own before.
