@@ -10,12 +10,12 @@ PROMPT = $$(printf 'class Reader:\n    """Reads lines from a file."""\n\n    def
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt scripts/setup
+$(STAMP): pyproject.toml constraints.txt scripts/setup scripts/launchers-of
 	@scripts/setup
 	@touch $(STAMP)
 
 # What tests need includes what a run needs: one installation, not two.
-$(TESTS_STAMP): pyproject.toml constraints.txt scripts/setup
+$(TESTS_STAMP): pyproject.toml constraints.txt scripts/setup scripts/launchers-of
 	@scripts/setup --tests
 	@touch $(STAMP) $(TESTS_STAMP)
 
