@@ -31,6 +31,8 @@ _PRELOADED = (
 )
 # Of a test process alone, which starts many and of all kinds.
 _PRELOADED_FOR_MANY = (
+    # What its engines import, inductor among it.
+    "deepspeed.runtime.zero.muon.muon_optimizer",
     "launcher.commands",
     "launcher.run",
     "trainer.plan.preview",
