@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -320,6 +321,17 @@ def test_a_picture_is_uploaded_as_it_is(tmp_path: Path) -> None:
         assert client.post("/predict", json={"rows": [given]}).json() == uploaded.json()
         for body in (b"", b"GIF89a", file.getvalue()[:200]):
             assert send(body).status_code == 422
+
+
+def test_a_package_that_is_missing_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = digits_folder(tmp_path / "digits")
+    for name in ("prometheus_client", "onnxruntime"):
+        with monkeypatch.context() as without:
+            without.setitem(sys.modules, name, None)
+            said = refused_by(capsys, folder, "--port", 0)
+        assert f"needs {name}, which is not installed; install it with pip install 'shardline[serve]'" in said
 
 
 def test_what_cannot_be_served_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
