@@ -81,6 +81,22 @@ def test_a_classifier_in_onnx(root: Path, tmp_path: Path) -> None:
     assert max(errors["mlp"]) <= 1e-4
 
 
+@pytest.mark.slow
+def test_weights_that_one_file_cannot_hold_lie_beside_it(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch.onnx._internal.exporter import _onnx_program
+
+    monkeypatch.setattr(_onnx_program, "_LARGE_MODEL_THRESHOLD", 1000)
+    found = _exported(root, "mlp", tmp_path / "onnx", format="onnx")
+    assert found.quality is not None
+    assert found.quality.max_abs_error is not None
+    assert found.quality.max_abs_error <= 1e-4
+    assert (tmp_path / "onnx" / "model.onnx.data").stat().st_size > (tmp_path / "onnx" / "model.onnx").stat().st_size
+    errors = max_errors_elsewhere({"mlp": (root / "runs" / "mlp", tmp_path / "onnx")}, [(3, 0)])
+    assert max(errors["mlp"]) <= 1e-4
+
+
 def test_a_text_classifier_as_a_program(root: Path, tmp_path: Path) -> None:
     folder = tmp_path / "program"
     found = _exported(root, "bert", folder, format="torch-export")
