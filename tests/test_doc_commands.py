@@ -125,6 +125,8 @@ def _read(words: list[str]) -> dict[str, Any]:
 def _loads(words: list[str], configurations: dict[str, Path]) -> set[str]:
     """Read a command and its configuration, with all rules; names of the runs that it makes."""
     parameters = _read(words)
+    if _verb(words) == "shardline prune":
+        return {parameters["to"].name}
     if (name := parameters.get("config")) is None:
         return set()
     made = set()

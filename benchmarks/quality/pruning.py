@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality.interval import mean_and_half_width
+from sharding.ranks.errors import RunFailure
 from trainer.checkpoint.reader import open_checkpoint
 from trainer.config import load_config
 from trainer.deploy.allowed_code import AllowedCode
@@ -112,7 +113,10 @@ def measure_criteria(seed: int, folder: Path) -> dict[str, Any]:
 def _train(config: str, seed: int, run: Path, overrides: Sequence[str]) -> Path:
     fixed = [f"output_dir={run.parent}", f"name={run.name}", f"seed={seed}", "tracking.wandb.mode=disabled"]
     with contextlib.redirect_stdout(io.StringIO()):
-        train(load_config(_CONFIGS / f"{config}.yaml", [*fixed, *overrides]))
+        result = train(load_config(_CONFIGS / f"{config}.yaml", [*fixed, *overrides]))
+    if result.status != "finished":
+        # A signal is a request to the run, which saves and returns.
+        raise RunFailure(f"{run.name} was stopped after step {result.step}; begin again with --continue.")
     return run
 
 
@@ -148,9 +152,10 @@ def _pairs(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             f"{mean_and_half_width([row[which] for row in found])[0]:.4f}" for which in ("dense", "at_once", "pruned")
         ]
         mean, half = mean_and_half_width([row["pruned"] - row["dense"] for row in found])
+        interval = f"{mean:+.4f} +- {half:.4f}" if len(found) > 1 else f"{mean:+.4f}"
         met = within_bar(rows, name)
         bar = "" if met is None else f"at most {_MOST_POINTS:g} points below ({'met' if met else 'missed'})"
-        cells = [name, f"{case.metric}, {case.split}", str(len(found)), *means, f"{mean:+.4f} +- {half:.4f}", bar]
+        cells = [name, f"{case.metric}, {case.split}", str(len(found)), *means, interval, bar]
         lines.append(f"| {' | '.join(cells)} |")
     if not lines:
         return []
