@@ -169,14 +169,14 @@ def _bucketed(sizes: ModelSizes, layout: Layout) -> StateBytes:
     # Under way are a bucket and where slices of other ranks arrive; stage 1 sends the gradients themselves. A parameter
     # that is larger than a bucket travels by itself; memory of other buckets is kept for the next ones meanwhile.
     copies = 1 if layout.strategy == "zero1" else 2
-    in_flight = copies * MAX_BUCKETS_IN_FLIGHT * bucket
+    num_buckets = _num_buckets(sizes, layout)
+    in_flight = copies * min(MAX_BUCKETS_IN_FLIGHT, num_buckets) * bucket
     if sizes.largest_parameter > bucket:
         in_flight += copies * sizes.largest_parameter
     if layout.strategy != "zero1":
         # Buckets of the block that backward is in, at whose ends are parameters of its neighbours in stage 2.
         num_shared = 2 if layout.strategy == "zero2" else 0
-        in_flight += (-(-sizes.largest_block // bucket) + num_shared) * bucket
-    in_flight = min(in_flight, 2 * copies * sizes.num_parameters)
+        in_flight += min(-(-sizes.largest_block // bucket) + num_shared, num_buckets) * bucket
     return StateBytes(
         masters=own + frozen,
         gathered=gathered,
@@ -184,6 +184,17 @@ def _bucketed(sizes: ModelSizes, layout: Layout) -> StateBytes:
         moments=layout.moment_bytes * sizes.num_parameters / layout.num_shards,
         in_flight=_FP32_BYTES * in_flight + new_gradients,
     )
+
+
+def _num_buckets(sizes: ModelSizes, layout: Layout) -> int:
+    """How many buckets there are of what is trained; each takes memory of a whole bucket on its way, however small."""
+    bucket = layout.bucket_elements
+    if layout.strategy != "zero3":
+        return -(-sizes.num_parameters // bucket)
+    # Each block has buckets of its own.
+    in_blocks = sizes.num_parameters - sizes.num_outside_blocks
+    of_block = max(min(bucket, sizes.largest_block), 1)
+    return -(-in_blocks // of_block) - (-sizes.num_outside_blocks // bucket)
 
 
 def _gathered_once(sizes: ModelSizes, layout: Layout) -> StateBytes:

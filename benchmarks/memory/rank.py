@@ -32,6 +32,7 @@ from trainer.config import RunConfig, parse_config
 from trainer.config.rules import accumulation_steps
 from trainer.data.facts import SampleFacts
 from trainer.model.engine import build_model_engine
+from trainer.model.lora import add_adapters
 from trainer.model.memory_estimate import MemoryEstimate, estimate_memory
 from trainer.model.models import build_model_on_meta
 from trainer.runtime.processes import end_process
@@ -153,6 +154,7 @@ def _estimate(config: RunConfig, ranks: Ranks) -> MemoryEstimate:
     model_config = build_model_config(config.model, facts)
     task = configured_task(config.task, facts, loss_chunk_tokens=0)
     model = build_model_on_meta(task, config.model, facts)
+    add_adapters(model, config.model)
     dims = parallel_dims(config.parallel, ranks.world_size)
     return estimate_memory(config, model, model_config, dims, ranks.device)
 

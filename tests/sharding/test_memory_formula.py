@@ -59,9 +59,12 @@ def test_buckets_in_flight_are_counted() -> None:
     third = _state("zero3", is_bucketed=True, bucket_elements=20, compute_bytes=2)
     in_flight = 4 * (2 * 4 * 20 + 2 * 80 + 5 * 20) + 2 * 160
     assert third == StateBytes(1000, 2 * (100 + 2 * 90), 1000, 2000, in_flight)
-    # Never more than sent and received copies of everything.
+    # Never more than there are: one of them, sent and received, and filled by the next micro-batch meanwhile.
     small = _state("zero2", is_bucketed=True, bucket_elements=1 << 20)
-    assert small.in_flight == 4 * (4 * 1000 + 160)
+    assert small.in_flight == 4 * (3 * (1 << 20) + 160)
+    # In stage 3 every block has one of its own, and what is in no block has another.
+    blocks = _state("zero3", is_bucketed=True, bucket_elements=1 << 20)
+    assert blocks.in_flight == 4 * ((2 * 4 + 1) * (1 << 20) + 160)
 
 
 def test_frozen_parameters_are_held_and_no_more() -> None:
