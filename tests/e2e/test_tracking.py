@@ -233,7 +233,7 @@ def test_the_dashboard_plots_what_training_logs(tracked: Path, server: StandInSe
     logged = {name for line in read_metrics(tracked) for name in line} - by_chance
     plotted = {name for plot in plots for name in plot["metrics"]} - by_chance
     assert plotted
-    by_setting = {"train/loss_scale", "train/noise_scale_tokens"}
+    by_setting = {"train/loss_scale", "train/noise_scale_tokens", "train/sparsity"}
     by_setting |= {f"eval/ema_{name}" for name in ("loss", "perplexity", "bits_per_byte")}
     # Of other tasks.
     by_setting |= {
