@@ -24,8 +24,8 @@ from tests.support import tiny_values, write_config, write_corpus
 
 # Groups of tests share the cores, so no time limit says anything of a property. The suite tries the same examples each
 # time: a change is judged by what it changes, and `make soak` looks for new ones.
-settings.register_profile("suite", derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-settings.register_profile("search", max_examples=1000, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("search", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")
 
 

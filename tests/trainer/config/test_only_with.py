@@ -1,6 +1,7 @@
 """A setting that belongs to a choice has no effect beside another one, and is refused there."""
 
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -16,7 +17,7 @@ from trainer.config.frozen_config import Change, frozen_differences
 from trainer.config.reference import section_of, sections
 from trainer.config.sections import EvaluationSet
 
-_FREE_NAMES = {"causal-lm", "my:Task"}
+_FREE_NAMES = {"causal-lm", "regression", "my:Task"}
 
 
 def _base(key: str = "") -> RunConfig:
@@ -64,11 +65,13 @@ def _values_beside(choices: Any, field: FieldInfo) -> tuple[Any, list[Any]]:
         set_to = field.get_default(call_default_factory=True) or _another(field)
         return (set_to, [unset]) if choices is SET else (unset, [set_to])
     several = choices if isinstance(choices, tuple) else (choices,)
-    if isinstance(several[0], Like):
-        return several[0].shown, ["causal-lm"]
-    every = (False, True) if isinstance(several[0], bool) else get_args(field.annotation) or _FREE_NAMES | set(several)
-    assert set(several) < set(every), "each choice is a value of its field, and the field has others"
-    return several[0], [value for value in every if value not in several]
+    forms = [choice.pattern for choice in several if isinstance(choice, Like)]
+    values = [choice for choice in several if not isinstance(choice, Like)]
+    every = (False, True) if isinstance(several[0], bool) else get_args(field.annotation) or _FREE_NAMES | set(values)
+    others = [value for value in every if value not in values and not any(fnmatch(value, form) for form in forms)]
+    assert set(values) <= set(every), "each choice is a value of its field"
+    assert others, "the field has others"
+    return several[0].shown if isinstance(several[0], Like) else several[0], others
 
 
 def _conditions() -> Iterator[tuple[str, list[tuple[str, Any]]]]:
