@@ -19,7 +19,15 @@ MASK_PREFIX = "mask/"
 
 SQUARE_PREFIX = "square/"
 
+PROJECTIONS = "distillation_projections"
+"""Child of a model that only training calls: what makes outputs of its blocks as wide as a teacher's."""
+
 _HASH_CHUNK = 1 << 22
+
+
+def is_projection(name: str) -> bool:
+    """Whether a tensor of a model, by its name there, is one that only learning from a teacher needs."""
+    return name.startswith(f"{PROJECTIONS}.")
 
 
 def frozen_names(engine: Engine) -> set[str]:

@@ -7,7 +7,7 @@ from sharding.engine import Engine
 from sharding.mesh import build_mesh
 from sharding.precision import compute_dtype
 from sharding.ranks.process_group import Ranks, set_step_timeout
-from sharding.state import MODEL_PREFIX
+from sharding.state import MODEL_PREFIX, is_projection
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.source import on_rank_0
@@ -115,7 +115,15 @@ def build_trainer(
     named_sums = NamedSums(task)
     distilled = begin_distillation(widest, task, corpus, samples.facts, mesh, ranks, run_folder, observers.info)
     engine, facts = build_model_engine(
-        fetched, task, mesh, ranks, samples.facts, busy.timed, named_sums, training_loss=distilled
+        fetched,
+        task,
+        mesh,
+        ranks,
+        samples.facts,
+        busy.timed,
+        named_sums,
+        training_loss=distilled,
+        add_modules=(lambda _: ()) if distilled is None else distilled.add_projections,
     )
     description = describe_model(widest, facts, ranks)
     observers.info(description)
@@ -241,8 +249,9 @@ def _fit_weights(
     shapes, source = reader.parameter_shapes(), f"checkpoint {reader.folder}"
     found = stored_names(wanted, shapes)
     stored = {name: shapes[there] for name, there in found.items()}
-    # Adapters of the run's own begin as they are.
-    needed = {name: shape for name, shape in wanted.items() if name in stored or not is_adapter(name)}
+    # Adapters and projections of the run's own begin as they are.
+    own = {name for name in wanted if is_adapter(name) or is_projection(name)}
+    needed = {name: shape for name, shape in wanted.items() if name in stored or name not in own}
     new = weights_to_initialize(needed, stored, facts.body, source, has_new_head=config.model.new_head)
     if new:
         observers.info(describe_new_head(new, wanted, stored, source))

@@ -9,7 +9,7 @@ import torch
 
 from sharding.part import Part, part_of
 from sharding.ranks.errors import UserError
-from sharding.state import AVERAGE_PREFIX, MODEL_PREFIX
+from sharding.state import AVERAGE_PREFIX, MODEL_PREFIX, is_projection
 from trainer.checkpoint.base_manifest import base_folder, blaming_base
 from trainer.checkpoint.layout import check_parts
 from trainer.checkpoint.manifest import (
@@ -127,9 +127,10 @@ class CheckpointReader:
         return any(name.startswith(AVERAGE_PREFIX) for name in self.tensors)
 
     def parameter_names(self) -> list[str]:
-        """Names of the model's tensors, as the model names them."""
+        """Names of the model's tensors, as the model names them, without those that only training needs."""
         prefix = MODEL_PREFIX
-        return [name.removeprefix(prefix) for name in self.tensors if name.startswith(prefix)]
+        names = [name.removeprefix(prefix) for name in self.tensors if name.startswith(prefix)]
+        return [name for name in names if not is_projection(name)]
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of each of the model's tensors by its name."""

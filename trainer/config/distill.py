@@ -40,7 +40,11 @@ class DistillConfig(StrictModel):
         OnlyWith({"compile.enabled": UNSET}, because="what a compiled block gives out cannot be looked at"),
     ] = ()
     """Pairs [student's block, teacher's block] whose outputs are to be alike, counted from 0, from the end if negative;
-    both must have the same width."""
+    both must have the same width, unless there is a `projection`."""
+
+    projection: Annotated[bool, OnlyWith(layers=SET)] = False
+    """Multiply the student's side of each pair by a matrix of its own, [teacher's width, student's width], that is
+    trained with the student: blocks may have different widths. It is in checkpoints, and in no export."""
 
     layer_weight: Annotated[float, OnlyWith(layers=SET)] = Field(default=1.0, gt=0.0)
     """Factor of the mean squared difference of each pair's outputs, summed over targets, in the training loss."""

@@ -31,19 +31,30 @@ def block_at(model: nn.Module, number: int, whose: str) -> nn.Module:
     return blocks[number][1]
 
 
+def _as_it_is(_: int, state: torch.Tensor) -> torch.Tensor:
+    return state
+
+
 @contextmanager
-def recorded(blocks: Sequence[nn.Module]) -> Iterator[Callable[[], list[torch.Tensor]]]:
+def recorded(
+    blocks: Sequence[nn.Module], change: Callable[[int, torch.Tensor], torch.Tensor] = _as_it_is
+) -> Iterator[Callable[[], list[torch.Tensor]]]:
     """Within, what blocks give out is kept; what is yielded returns it, in the order of the blocks.
 
     Hooks come with each pass and go with it: they are the last, so that what backends do to a block's output is done,
     and what is recomputed in the backward pass is not taken for another one.
+
+    Args:
+        blocks: of one model.
+        change: called within the model's forward pass with the place of a block among these and its output; what it
+            returns is kept in place of that.
     """
     states: dict[int, torch.Tensor] = {}
 
     def keep(place: int) -> Callable[[nn.Module, Any, Any], None]:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
             first = output if isinstance(output, torch.Tensor) else next(iter(output))
-            states[place] = first
+            states[place] = change(place, first)
 
         return hook
 

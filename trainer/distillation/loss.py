@@ -5,8 +5,9 @@ from torch import nn
 
 from sharding.engine import Batch
 from sharding.ranks.errors import UserError
-from trainer.config.distill import DistillConfig
+from trainer.config.distill import DistillConfig, LayerPair
 from trainer.distillation.hidden_states import block_at, recorded
+from trainer.distillation.projections import add_projections, output_widths, project
 from trainer.distillation.teacher import Teacher
 from trainer.tasks.divergence import difference_sum, divergence_sum
 from trainer.tasks.task import Outputs, Task
@@ -27,6 +28,27 @@ class DistillationLoss:
         self._teacher = teacher
         self._settings = settings
         self._blocks: list[nn.Module] | None = None
+        self._projections: dict[LayerPair, nn.Linear] = {}
+
+    def add_projections(self, model: nn.Module) -> list[nn.Module]:
+        """Give the student what makes its hidden states as wide as the teacher's, where the run has that.
+
+        Args:
+            model: on the meta device, before an engine is built of it.
+
+        Returns:
+            What was added, each a module with a method ``reset_parameters``.
+
+        Raises:
+            UserError: it is not known how wide the outputs of its blocks are.
+        """
+        settings = self._settings
+        if settings.projection:
+            numbers = [of_student for of_student, _ in settings.layers]
+            own = output_widths(model, self._teacher.facts, numbers, "the model")
+            widths = list(zip(own, self._teacher.widths, strict=True))
+            self._projections = add_projections(model, settings.layers, widths)
+        return list(self._projections.values())
 
     def __call__(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """The summed loss of a micro-batch's targets, an fp32 scalar with a gradient; every rank must call it.
@@ -38,19 +60,24 @@ class DistillationLoss:
         if self._blocks is None:
             self._blocks = [block_at(model, of_student, "the model has") for of_student, _ in settings.layers]
         logits, states = self._teacher.answer(batch)
-        with recorded(self._blocks) as own_states:
+        with recorded(self._blocks, self._projected) as own_states:
             outputs = self._task.forward(model, batch)
         loss = self._mixed(outputs, logits, batch)
         for pair, own, its in zip(settings.layers, own_states(), states, strict=True):
             if own.shape != its.shape:
                 raise UserError(
                     f"distill.layers=[{pair[0]}, {pair[1]}] compares outputs of shape {list(own.shape)} and, of the "
-                    f"teacher, {list(its.shape)}; choose blocks of one width, or leave the pair out."
+                    f"teacher, {list(its.shape)}; choose blocks of one width, set distill.projection=true, or leave "
+                    "the pair out."
                 )
             loss = loss + settings.layer_weight * difference_sum(
                 own, its, self._is_target(outputs, batch), _tokens(batch)
             )
         return loss
+
+    def _projected(self, place: int, state: torch.Tensor) -> torch.Tensor:
+        pair = self._settings.layers[place]
+        return project(state, self._projections[pair], pair) if pair in self._projections else state
 
     def _mixed(self, outputs: Outputs, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
         settings = self._settings

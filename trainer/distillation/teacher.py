@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +17,7 @@ from sharding.ranks.errors import UserError
 from sharding.ranks.object_exchange import gather_objects
 from sharding.ranks.process_group import Ranks
 from sharding.state import hash_over_ranks
-from trainer.architectures.config import field, max_positions
+from trainer.architectures.config import max_positions
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.config import RunConfig
 from trainer.config.sections import ModelConfig, TaskConfig
@@ -26,6 +25,7 @@ from trainer.config.stages import stages_of
 from trainer.data.facts import SampleFacts
 from trainer.distillation.hidden_states import block_at, recorded
 from trainer.distillation.named_teacher import NamedTeacher, find_teacher
+from trainer.distillation.projections import add_projections, hidden_size, output_widths
 from trainer.model.document_mask import check_architecture
 from trainer.model.fetch import fetch_pretrained
 from trainer.model.lora import add_adapters, initializing_adapters
@@ -49,6 +49,7 @@ class TeacherModel:
         initialize: gives a module of it initial values.
         read: fills a part of it with the teacher's values.
         facts: what it knows of samples.
+        widths: of the outputs of its blocks that are compared by way of projections.
     """
 
     named: NamedTeacher
@@ -57,6 +58,7 @@ class TeacherModel:
     initialize: InitializeModule
     read: Callable[[Part], None]
     facts: SampleFacts
+    widths: tuple[int, ...] = ()
 
     @property
     def num_parameters(self) -> int:
@@ -87,6 +89,8 @@ class Teacher:
         self._blocks = [block_at(source.model, number, f"{source.named.label} has") for number in layers]
         self._renormalize = renormalization(facts, source.facts)
         self._label = source.named.label
+        self.facts = facts
+        self.widths = source.widths
         self.description = source.description
 
     def answer(self, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -188,10 +192,12 @@ def teacher_on_meta(
             read = PretrainedWeights(place, model, task.pretrained_name, setting="distill.teacher").read_into
         else:
             read = _unread
-    for _, number in config.distill.layers:
+    numbers = [number for _, number in config.distill.layers]
+    for number in numbers:
         block_at(model, number, f"{named.label} has")
+    widths = output_widths(model, facts, numbers, named.label) if config.distill.projection else ()
     initialize = initializing_adapters(model, lambda module: task.initialize(model, module))
-    return TeacherModel(named, task, model, initialize, read, known)
+    return TeacherModel(named, task, model, initialize, read, known, widths)
 
 
 def try_teacher(config: RunConfig, student: nn.Module, facts: SampleFacts) -> TeacherModel | None:
@@ -199,7 +205,7 @@ def try_teacher(config: RunConfig, student: nn.Module, facts: SampleFacts) -> Te
 
     Args:
         config: the run.
-        student: its model.
+        student: its model, which gets the projections that the run has.
         facts: of its samples.
 
     Raises:
@@ -211,11 +217,15 @@ def try_teacher(config: RunConfig, student: nn.Module, facts: SampleFacts) -> Te
     for number, _ in config.distill.layers:
         block_at(student, number, "the model has")
     source = teacher_on_meta(find_teacher(config.distill), config, facts, may_download=False)
-    ours, its = _hidden_size(student), _hidden_size(source.model)
+    if config.distill.projection:
+        ours_of_pairs = output_widths(student, facts, [number for number, _ in config.distill.layers], "the model")
+        add_projections(student, config.distill.layers, list(zip(ours_of_pairs, source.widths, strict=True)))
+        return source
+    ours, its = hidden_size(student), hidden_size(source.model)
     if config.distill.layers and ours and its and ours != its:
         raise UserError(
             f"distill.layers compares outputs of blocks, but those of the model have {ours} elements and those of "
-            f"{source.named.label} {its}; leave distill.layers out, or choose models of one hidden_size."
+            f"{source.named.label} {its}; set distill.projection=true, or choose models of one hidden_size."
         )
     return source
 
@@ -245,13 +255,6 @@ def renormalization(facts: SampleFacts, known: SampleFacts) -> Callable[[Batch],
         return batch | changed
 
     return renormalize
-
-
-def _hidden_size(model: nn.Module) -> int | None:
-    """Width of all blocks of a model of `transformers`; None where there is no such number."""
-    text_config: Any = getattr(getattr(model, "config", None), "get_text_config", lambda: None)()
-    width = None if text_config is None else field(text_config, "hidden_size")
-    return width if isinstance(width, int) else None
 
 
 def _unread(part: Part) -> None:

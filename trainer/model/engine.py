@@ -1,6 +1,6 @@
 """From the model's configuration to an engine that holds it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -9,6 +9,7 @@ from torch import nn
 from sharding.blocks import hidden_matrices
 from sharding.build_engine import build_engine
 from sharding.engine import Batch, Engine, EvaluationFunction, LossFunction, ModelDefinition
+from sharding.initialization import InitializeModule
 from sharding.mesh import ParallelMesh
 from sharding.precision import compute_dtype
 from sharding.ranks.process_group import Ranks
@@ -38,6 +39,7 @@ def build_model_engine(
     *,
     loads_pretrained: bool = True,
     training_loss: LossFunction | None = None,
+    add_modules: Callable[[nn.Module], Iterable[nn.Module]] = lambda _: (),
 ) -> tuple[Engine, ModelFacts]:
     """The sharded model with its optimizer, with initial or pretrained parameters.
 
@@ -51,6 +53,8 @@ def build_model_engine(
         evaluate: the task's evaluation; given by whoever wants the sums by name.
         loads_pretrained: whether the weights of ``model.pretrained`` are loaded; not where a checkpoint's will be.
         training_loss: in place of the task's own.
+        add_modules: gives the model on the meta device modules that this loss alone calls, and returns those that are
+            to be initialised by their own ``reset_parameters``.
 
     Raises:
         UserError: model, tokenizer, sequence length, task and strategy do not fit together.
@@ -78,9 +82,11 @@ def build_model_engine(
     rounded = make_aware(model, config.model)
     counted = model_facts(model, model_config, reads_tokens=facts.vocab_size is not None)
     scales = depth_scales(model, config.optimizer.layer_decay)
+    hidden = hidden_matrices(model)
+    added = {id(module): module for module in add_modules(model)}
     definition = ModelDefinition(
         model=model,
-        initialize=initializing_adapters(model, lambda module: task.initialize(model, module)),
+        initialize=_initializing(added, initializing_adapters(model, lambda module: task.initialize(model, module))),
         loss=timed(training_loss or _training_loss(task)),
         evaluate=evaluate or NamedSums(task),
         seed=config.seed,
@@ -89,7 +95,7 @@ def build_model_engine(
         definition,
         mesh,
         ranks.device,
-        optimizer_factory(config.optimizer, hidden_matrices(model), scales),
+        optimizer_factory(config.optimizer, hidden, scales),
         parallel=config.parallel,
         precision=config.precision,
         activation_checkpointing=config.activation_checkpointing,
@@ -101,6 +107,16 @@ def build_model_engine(
         pretrained.load_into(engine, own_name=plain_name if config.model.lora.rank else str)
         notes += [pretrained.new_head, pretrained.new_rows]
     return engine, replace(counted, notes=tuple(filter(None, [adapters, rounded, *notes])))
+
+
+def _initializing(added: Mapping[int, nn.Module], others: InitializeModule) -> InitializeModule:
+    def initialize(module: nn.Module) -> None:
+        if id(module) in added:
+            added[id(module)].reset_parameters()  # type: ignore[operator]
+        else:
+            others(module)
+
+    return initialize
 
 
 def _training_loss(task: Task) -> LossFunction:

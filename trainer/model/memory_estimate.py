@@ -21,6 +21,7 @@ from sharding.memory_formula import (
 )
 from sharding.parallel_dims import ParallelDims
 from sharding.precision import compute_dtype
+from sharding.state import is_projection
 from trainer.config import RunConfig
 from trainer.config.optimizer import OptimizerConfig
 from trainer.config.rules import accumulation_steps
@@ -179,7 +180,8 @@ def mask_bytes(config: RunConfig, model: nn.Module) -> float:
     if not config.prune.sparsity:
         return 0.0
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
-    names = pruned_parameters(config.prune, layer_weights(model), shapes)
+    weights = [name for name in layer_weights(model) if not is_projection(name)]
+    names = pruned_parameters(config.prune, weights, shapes)
     width = 1 + _FP32_BYTES * keeps_squares(config.prune, config.optimizer.name)
     return float(width * sum(math.prod(shapes[name]) for name in names))
 

@@ -21,7 +21,7 @@ def tried_activation_bytes(model: nn.Module, facts: SampleFacts, num_rows: int) 
         0 where the model cannot be run so: it looks at values, or at columns that do not follow from the facts.
     """
     with torch.device("meta"):
-        columns = _columns(facts, num_rows)
+        columns = columns_without_values(facts, num_rows)
     taken = inspect.signature(model.forward).parameters
     if "attention_mask" in taken and taken["attention_mask"].default is not inspect.Parameter.empty:
         # Models of transformers look into it, where there is nothing to be seen.
@@ -48,8 +48,13 @@ def _storage(tensor: torch.Tensor) -> int:
     return key
 
 
-def _columns(facts: SampleFacts, num_rows: int) -> Batch:
-    """What a task may give its model, without values."""
+def columns_without_values(facts: SampleFacts, num_rows: int) -> Batch:
+    """What a task may give its model, on the device that is torch's default.
+
+    Args:
+        facts: of the samples.
+        num_rows: how many of them.
+    """
     columns: Batch = {}
     if facts.vocab_size is not None and facts.sequence_length is not None:
         columns["input_ids"] = torch.empty(num_rows, facts.sequence_length, dtype=torch.long)

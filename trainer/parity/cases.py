@@ -196,7 +196,15 @@ def _run_case(config: RunConfig, case: ParityCase, facts: SampleFacts, ranks: Ra
     teacher = None if config.distill.teacher is None else build_teacher(config, facts, mesh, ranks)
     distilled = None if teacher is None else DistillationLoss(task, teacher, config.distill)
     taught_by = "" if teacher is None else teacher.contents_hash(ranks)
-    engine, _ = build_model_engine(config, task, mesh, ranks, facts, training_loss=distilled)
+    engine, _ = build_model_engine(
+        config,
+        task,
+        mesh,
+        ranks,
+        facts,
+        training_loss=distilled,
+        add_modules=(lambda _: ()) if distilled is None else distilled.add_projections,
+    )
     initial_hash = parameter_hash(engine, ranks)
     write_parameters(engine, ranks, folder / f"{case.label}.initial.safetensors")
     data = mesh.data

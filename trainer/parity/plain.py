@@ -67,7 +67,7 @@ def run_plain(
     build = _language_model if is_language_model else _model_of_task
     plain = build(config, facts, batch, initial, device)
     model, num_targets = plain.model, plain.num_targets
-    teacher = None if config.distill.teacher is None else PlainTeacher(config, facts, model, device)
+    teacher = None if config.distill.teacher is None else PlainTeacher(config, facts, model, initial, device)
 
     def loss_sum(batch: Batch) -> torch.Tensor:
         outputs = plain.forward(batch)

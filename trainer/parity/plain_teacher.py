@@ -1,9 +1,11 @@
 """The plain side's teacher: whole, in one piece, and its loss written down here."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from sharding.engine import Batch
@@ -18,17 +20,22 @@ from trainer.distillation.teacher import renormalization, teacher_on_meta
 ClassLogits = Callable[[Any, Batch], "tuple[torch.Tensor, torch.Tensor] | None"]
 """Logits and where there is a target, as ``Task.class_logits`` gives them."""
 
+_PROJECTIONS = "distillation_projections"
+
 
 class PlainTeacher:
     """A teacher without an engine, and the student's blocks that are compared with its own."""
 
-    def __init__(self, config: RunConfig, facts: SampleFacts, student: nn.Module, device: torch.device) -> None:
+    def __init__(
+        self, config: RunConfig, facts: SampleFacts, student: nn.Module, initial: Path, device: torch.device
+    ) -> None:
         """Read all of its weights.
 
         Args:
             config: the run.
             facts: of its samples.
-            student: the plain model.
+            student: the plain model, which gets the projections that the run has.
+            initial: the parameters to begin with, those of projections among them.
             device: where that computes.
         """
         self._settings = config.distill
@@ -50,6 +57,10 @@ class PlainTeacher:
         for pair in self._settings.layers:
             _keep(student, pair[0], self._student_states)
             _keep(self._model, pair[1], self._states)
+        self._projections = _projections(initial) if self._settings.projection else {}
+        if self._projections:
+            # Where the optimizer finds them, under the names that they have in the engines' models.
+            student.add_module(_PROJECTIONS, nn.ModuleDict(self._projections).to(device))
 
     def mixed(self, own: torch.Tensor, found: Any, batch: Batch) -> torch.Tensor:
         """The loss of a batch, summed over targets.
@@ -71,9 +82,22 @@ class PlainTeacher:
         divergence = (p * (p.log() - log_q)).sum() * settings.temperature**2
         loss = (1 - settings.weight) * own + settings.weight * divergence.float()
         for of_student, of_teacher in settings.layers:
-            squares = (self._student_states[of_student].float() - self._states[of_teacher].float()) ** 2
+            state = self._student_states[of_student]
+            if self._projections:
+                state = state @ self._projections[f"{of_student}_to_{of_teacher}"].weight.T
+            squares = (state.float() - self._states[of_teacher].float()) ** 2
             loss = loss + settings.layer_weight * _at_targets(squares, is_target, batch.get("attention_mask"))
         return loss
+
+
+def _projections(initial: Path) -> dict[str, nn.Linear]:
+    found = {}
+    for name, values in load_file(initial).items():
+        if name.startswith(f"{_PROJECTIONS}."):
+            matrix = nn.Linear(values.shape[1], values.shape[0], bias=False)
+            matrix.weight.data.copy_(values)
+            found[name.removeprefix(f"{_PROJECTIONS}.").removesuffix(".weight")] = matrix
+    return found
 
 
 def _keep(model: nn.Module, number: int, states: dict[int, torch.Tensor]) -> None:

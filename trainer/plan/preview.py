@@ -98,12 +98,13 @@ def preview(config: RunConfig, world: World) -> Preview:
             else:
                 of_stage.check_sequence_length(stage.config.data.sequence_length)
     device = torch.device("cuda" if world.has_gpu else "cpu")
+    # Without what learning from a teacher adds to it.
+    counted = model_facts(tried.model, tried.model_config)
     teacher = try_teacher(config, tried.model, facts)
     of_teacher = None if teacher is None else teacher.model
     memory = estimate_memory(
         _with_format(config, world), tried.model, tried.model_config, dims, device, facts, of_teacher
     )
-    counted = model_facts(tried.model, tried.model_config)
     of_corpora = [_corpus_facts(stage.config, of_stage) for stage, of_stage in corpora]
     if run.stages:
         names = [stage.name for stage, _ in corpora]

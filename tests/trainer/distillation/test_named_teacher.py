@@ -11,6 +11,7 @@ from sharding.ranks.errors import UserError
 from tests.support import refused, shardline, tiny_values, write_config
 from tests.trainer.distillation.teachers import row_values
 from trainer.config import RunConfig, parse_config
+from trainer.config.distill import DistillConfig
 from trainer.config.rules import World
 from trainer.data.facts import SampleFacts
 from trainer.data.prepare import prepare_samples
@@ -43,6 +44,7 @@ def _rows(teachers: Path, teacher: object, **sections: Any) -> RunConfig:
         ({"teacher": None, "weight": 0.7}, r"distill.weight=0.7 .*distill.teacher"),
         ({"layer_weight": 2.0}, r"distill.layer_weight=2.0 .*distill.layers"),
         ({"layers": [[0, 1, 2]]}, "distill.layers"),
+        ({"projection": True}, r"distill.projection=True .*distill.layers"),
     ],
 )
 def test_settings_without_effect_are_refused(settings: dict[str, Any], sentence: str, tmp_path: Path) -> None:
@@ -196,8 +198,16 @@ def test_the_plan_has_the_teacher_and_its_memory(teachers: Path) -> None:
             preview(_text(teachers, teachers / "runs" / "llama", distill={"layers": layers}), World(2, has_gpu=False))
     narrow = {"config": {"hidden_size": 24, "num_attention_heads": 3, "num_key_value_heads": 3}}
     other = _text(teachers, teachers / "runs" / "llama", distill={"layers": [[0, 0]]}, model=narrow)
-    with pytest.raises(UserError, match=r"of the model have 24 elements and those of distill.teacher=.* 30; leave"):
+    with pytest.raises(UserError, match=r"of the model have 24 elements and those of distill.teacher=.* 30; set "):
         preview(other, World(2, has_gpu=False))
+    # A matrix of 24 x 30, and gradients and moments as those of any other parameter.
+    projected = _text(
+        teachers, teachers / "runs" / "llama", distill={"layers": [[0, 0], [-1, 1]], "projection": True}, model=narrow
+    )
+    alone = projected.model_copy(update={"distill": DistillConfig()})
+    with_projections, without = (preview(config, World(1, has_gpu=False)) for config in (projected, alone))
+    assert with_projections.num_parameters == without.num_parameters
+    assert with_projections.state_bytes - without.state_bytes == 2 * 24 * 30 * 4 * 4
     long = _text(teachers, teachers / "exported", data={"sequence_length": 80}, model=_long())
     prepare_samples(long.data)
     with pytest.raises(UserError, match=r"^distill.teacher=.*: it has 64 positions, fewer than .*=80"):
