@@ -44,7 +44,7 @@ def _rows(teachers: Path, teacher: object, **sections: Any) -> RunConfig:
         ({"teacher": None, "weight": 0.7}, r"distill.weight=0.7 .*distill.teacher"),
         ({"layer_weight": 2.0}, r"distill.layer_weight=2.0 .*distill.layers"),
         ({"layers": [[0, 1, 2]]}, "distill.layers"),
-        ({"projection": True}, r"distill.projection=True .*distill.layers"),
+        ({"projection": True}, r"distill.projection=true .*distill.layers"),
     ],
 )
 def test_settings_without_effect_are_refused(settings: dict[str, Any], sentence: str, tmp_path: Path) -> None:
@@ -201,9 +201,9 @@ def test_the_plan_has_the_teacher_and_its_memory(teachers: Path) -> None:
     with pytest.raises(UserError, match=r"of the model have 24 elements and those of distill.teacher=.* 30; set "):
         preview(other, World(2, has_gpu=False))
     # A matrix of 24 x 30, and gradients and moments as those of any other parameter.
-    projected = _text(
-        teachers, teachers / "runs" / "llama", distill={"layers": [[0, 0], [-1, 1]], "projection": True}, model=narrow
-    )
+    pairs = {"layers": [[0, 0], [-1, 1]], "projection": True}
+    one = {"model": narrow, "parallel": {"strategy": "none"}}
+    projected = _text(teachers, teachers / "runs" / "llama", distill=pairs, **one)
     alone = projected.model_copy(update={"distill": DistillConfig()})
     with_projections, without = (preview(config, World(1, has_gpu=False)) for config in (projected, alone))
     assert with_projections.num_parameters == without.num_parameters
