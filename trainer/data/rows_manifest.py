@@ -1,9 +1,10 @@
 """What prepared rows say of themselves: how a row is read, and which files hold them; imports no torch."""
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from sharding.ranks.errors import UserError
 from sharding.strict_model import StrictRecord
 from trainer.data.blocks import BLOCK_BYTES, HASH_BYTES
 from trainer.data.contents_keys import KEY_BYTES
@@ -14,6 +15,9 @@ RECIPE_NAME = "rows.json"
 """File of a checkpoint or an export that says how rows are read."""
 FILE_MAX_PIXEL = 255
 """Value of a white pixel of an image file, whose channels have 8 bits."""
+
+TextForm = Literal["none", "NFC", "NFKC"]
+"""Unicode form that texts are brought to, as ``data.normalize`` says."""
 
 
 class CategoryColumn(StrictRecord):
@@ -92,11 +96,24 @@ class RowRecipe(StrictRecord):
     tokenizer_sha256: str | None = None
     """Fingerprint of the tokenizer."""
 
-    normalize: Literal["none", "NFC", "NFKC"] | None = None
+    normalize: TextForm | None = None
     """Unicode form that texts were brought to; written into exports, where no configuration says it."""
 
     missing: Literal["error", "mean", "drop"] | None = None
     """What became of a row without one of its numbers; written into exports, as ``normalize`` is."""
+
+
+def read_recipe(file: Any) -> RowRecipe:
+    """How rows are read, by a file that lies beside a model: a path of this machine or of a bucket.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return RowRecipe.model_validate_json(file.read_bytes())
+    except (OSError, ValidationError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{file} cannot be read ({reason}); export the run once more, or restore it.") from None
 
 
 class RowSplitFacts(StrictRecord):

@@ -10,6 +10,7 @@ from torch import nn
 from sharding.ranks.errors import UserError
 from trainer.architectures.config import max_positions
 from trainer.checkpoint.reader import CheckpointReader
+from trainer.data.rows_manifest import TextForm
 from trainer.deploy.adapters import refuse_form, write_adapters
 from trainer.deploy.allowed_code import AllowedCode
 from trainer.deploy.export_program import call_specs, export_program, max_program_length, program_specs, save_program
@@ -211,6 +212,7 @@ def _description(
         inputs=inputs,
         outputs=outputs,
         max_length=min((limit for limit in limits if limit is not None), default=None),
+        normalize=_text_form(trained),
         dtype=options.dtype,
         quality=None,
         run=RunRecord(
@@ -245,6 +247,11 @@ def _max_tokens(trained: TrainedModel) -> int | None:
         return trained.recipe.sequence_length
     model_config = getattr(trained.model, "config", None)
     return None if model_config is None else max_positions(model_config)
+
+
+def _text_form(trained: TrainedModel) -> TextForm | None:
+    reads_texts = trained.facts.vocab_size is not None and trained.config.data.source != "factory"
+    return trained.config.data.normalize if reads_texts else None
 
 
 def _output_kind(task: Task) -> OutputKind:

@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from sharding.ranks.errors import UserError
 from sharding.strict_model import StrictRecord
+from trainer.data.rows_manifest import TextForm
 
 DEPLOYMENT_NAME = "deployment.json"
 """File of an exported folder that describes the model."""
@@ -42,10 +43,14 @@ class TensorSpec(StrictRecord):
 
 
 class Quality(StrictRecord):
-    """The exported model beside the trained one, on the same samples and each in its own runtime."""
+    """The exported model beside the trained one, or a quantised one beside the export that it was made of.
 
-    split: Literal["validation", "test", "train", "generated"]
-    """Where samples came from; `generated` where the run's own were not there, and drawn numbers took their place."""
+    Both compute the same samples, each in its own runtime.
+    """
+
+    split: Literal["validation", "test", "train", "other", "generated"]
+    """Where samples came from: a split of the run, or `other` samples, such as files that were named; `generated` where
+    the run's own were not there, and drawn numbers took their place."""
 
     num_samples: int
     """Samples."""
@@ -57,17 +62,25 @@ class Quality(StrictRecord):
     """Name of the metric by which the exported model is judged; None of drawn samples, which have no right answers."""
 
     trained: dict[str, float | None]
-    """Metrics of the trained model; None stands for what is not finite."""
+    """Metrics of the trained model, or of the export that a quantised one was made of; None stands for what is not
+    finite."""
 
     exported: dict[str, float | None]
     """Metrics of the exported one."""
 
+    @property
+    def where(self) -> str:
+        """What samples are, in words."""
+        named = {
+            "generated": "drawn samples, for the run's own were not there",
+            "other": "samples of none of its splits",
+        }
+        return named.get(self.split, f"samples of the split {self.split}")
+
     def in_words(self) -> str:
         """What was found, as a sentence without its stop."""
         error = "are not finite in one of both" if self.max_abs_error is None else f"differ by {self.max_abs_error:.3g}"
-        drawn = "drawn samples, for the run's own were not there"
-        where = drawn if self.split == "generated" else f"samples of the split {self.split}"
-        found = f"beside the trained model, on {self.num_samples:,} {where}: logits {error} at most"
+        found = f"beside the trained model, on {self.num_samples:,} {self.where}: logits {error} at most"
         if self.metric is None:
             return found
         before, after = (
@@ -108,8 +121,8 @@ class Deployment(StrictRecord):
     format: Format
     """What it is."""
 
-    file: str
-    """Name of its file."""
+    file: str = Field(pattern=r"^\w[\w.-]*$")
+    """Name of its file, which lies in the folder."""
 
     task: str
     """The run's `task.name`."""
@@ -128,6 +141,9 @@ class Deployment(StrictRecord):
 
     max_length: int | None
     """The most tokens of a text; None where nothing limits them, or samples are no texts."""
+
+    normalize: TextForm | None = None
+    """Unicode form of the texts that it was trained on; None where samples are no texts, or made by own code."""
 
     dtype: Dtype
     """Format of the weights."""

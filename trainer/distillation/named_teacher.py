@@ -6,8 +6,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from sharding.ranks.errors import UserError
 from trainer.checkpoint.manifest import Manifest, read_manifest
 from trainer.checkpoint.reference import resolve_checkpoint
@@ -17,7 +15,7 @@ from trainer.config.stages import widest_config
 from trainer.data.facts import SampleFacts
 from trainer.data.prepared import Prepared, PreparedTokens
 from trainer.data.prepared_rows import PreparedRows, recipe_facts
-from trainer.data.rows_manifest import RECIPE_NAME, RowRecipe
+from trainer.data.rows_manifest import RECIPE_NAME, RowRecipe, read_recipe
 from trainer.files.storage import CheckpointPath, is_url
 from trainer.run_folder.folder import RunFolder
 
@@ -213,11 +211,9 @@ def _description(name: str, file: Path) -> dict[str, Any]:
 
 def _recipe(name: str, file: Any) -> RowRecipe:
     try:
-        return RowRecipe.model_validate_json(file.read_bytes())
-    except (OSError, ValidationError) as error:
-        raise UserError(
-            f"{_SETTING}={name}: {file} cannot be read ({str(error).splitlines()[0]}); restore it from a copy."
-        ) from None
+        return read_recipe(file)
+    except UserError as error:
+        raise UserError(f"{_SETTING}={name}: {error}") from None
 
 
 def _others(teacher: NamedTeacher, what: str, its: Sequence[str], ours: Sequence[str]) -> UserError:

@@ -1,6 +1,5 @@
 """What is evaluated, and on what: found and prepared before ranks start."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,13 @@ from trainer.data.prepare import prepare_rows_by, prepare_samples
 from trainer.data.prepared import Prepared, open_corpus
 from trainer.data.prepared_own import PreparedOwn
 from trainer.data.prepared_rows import PreparedRows
-from trainer.data.rows_manifest import FILE_MAX_PIXEL, RECIPE_NAME, SPLITS, RowRecipe
+from trainer.data.rows_manifest import FILE_MAX_PIXEL, RECIPE_NAME, SPLITS, RowRecipe, read_recipe
 from trainer.data.tokenizer import TRAINED
 from trainer.deploy.allowed_code import AllowedCode
 from trainer.deploy.loaded import is_exported_model
+from trainer.deploy.quantized_folder import read_description
+from trainer.deploy.signature import DEPLOYMENT_NAME, read_deployment
+from trainer.deploy.trained_model import check_checkpoint
 from trainer.files.storage import CheckpointPath
 
 _NO_CODE = AllowedCode()
@@ -90,17 +92,10 @@ def find_subject(asked: Asked, num_ranks: int, work: Path) -> Subject:
     if is_exported_model(asked.run):
         return _exported(asked, num_ranks)
     reader = open_checkpoint(asked.run, asked.step)
-    reader.verify()
-    config = parse_config(reader.manifest.config, source=f"{reader.folder}", has_rules=False)
+    config = check_checkpoint(reader, averaged=asked.averaged, allowed=asked.allowed)
     longest = widest_config(config).data.sequence_length if config.stages else None
     config = config_of_step(config, reader.manifest.training.step)
-    asked.allowed.check(config, f"checkpoint {reader.folder}")
     asked.allowed.check_samples(config, f"checkpoint {reader.folder}")
-    if asked.averaged and not reader.has_average:
-        raise UserError(
-            f"--ema: checkpoint {reader.folder} has no average of the weights; leave out --ema, or train with "
-            "optimizer.ema_decay above 0, such as 0.999."
-        )
     if asked.files:
         prepared, data = _prepare_files(asked, config.data, reader.read_recipe(), _tokenizer_of(reader, work))
         config, split = config.model_copy(update={"data": data}), _split_of_files(prepared)
@@ -163,13 +158,11 @@ def _exported(asked: Asked, num_ranks: int) -> Subject:
             raise UserError(f"{option}: {folder} is an exported model, which has one set of weights; name the run.")
     if not asked.files:
         raise UserError(f"{folder} is an exported model, which has no split of its own; name files by --data.")
-    try:
-        description = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / 'config.json'} cannot be read ({error}); export the run once more.") from None
+    description = read_description(folder)
     task, head = _task_of(description.get("architectures") or ["nothing"], folder)
     recipe_file = folder / RECIPE_NAME
-    recipe = RowRecipe.model_validate_json(recipe_file.read_text()) if recipe_file.exists() else None
+    recipe = read_recipe(recipe_file) if recipe_file.exists() else None
+    deployment = read_deployment(folder) if (folder / DEPLOYMENT_NAME).exists() else None
     if (recipe is None) != (head in _HEADS_OF_TOKENS):
         raise UserError(
             f"{folder} has a {head} and no {RECIPE_NAME}, which says how rows are read; export the run once more."
@@ -182,7 +175,10 @@ def _exported(asked: Asked, num_ranks: int) -> Subject:
         "data": {"source": "python-stdlib", "sequence_length": (recipe and recipe.sequence_length) or length},
     }
     config = parse_config(values, str(folder), has_rules=False)
-    prepared, data = _prepare_files(asked, config.data, recipe, folder)
+    data = config.data
+    if deployment is not None and deployment.normalize is not None:
+        data = data.model_copy(update={"normalize": deployment.normalize})
+    prepared, data = _prepare_files(asked, data, recipe, folder)
     return Subject(
         config=_for_evaluation(config.model_copy(update={"data": data}), num_ranks),
         prepared_dir=prepared.folder,
@@ -261,7 +257,8 @@ def _prepare_files(
         "format": "rows",
         "label_kind": recipe.label_kind,
         # What is not there is the training rows' mean, or an error: no row is left out of a score.
-        "missing": "mean" if data.missing == "mean" else "error",
+        "missing": "mean" if (recipe.missing or data.missing) == "mean" else "error",
+        "normalize": recipe.normalize or data.normalize,
     }
     if recipe.image_shape is not None:
         of_rows |= {"image_channels": recipe.image_shape[0], "image_size": recipe.image_shape[1]}

@@ -10,6 +10,7 @@ from sharding.ranks.errors import UserError
 from trainer.data.clean import encode_text
 from trainer.data.row_arrays import StoredRow, padded
 from trainer.data.row_encoder import joins_spaces
+from trainer.data.rows_manifest import TextForm
 from trainer.serving.options import RequestFault
 from trainer.serving.predictions import softmax
 from trainer.serving.reading import DEFAULT_NORMALIZE, Arrays, RowReader, load_stored
@@ -18,13 +19,13 @@ from trainer.serving.reading import DEFAULT_NORMALIZE, Arrays, RowReader, load_s
 class MaskReader(RowReader):
     """Reads texts that name the mask token, as training reads them: without what a tokenizer puts around a text."""
 
-    def __init__(self, folder: Path, max_length: int | None, padding_id: int | None) -> None:
+    def __init__(self, folder: Path, max_length: int | None, normalize: TextForm | None = None) -> None:
         """Load the tokenizer.
 
         Args:
             folder: where it is.
             max_length: the most tokens that the model reads; None for any number.
-            padding_id: what the model is filled up with; None where it does not say.
+            normalize: Unicode form of the texts that it was trained on; None where nobody says.
 
         Raises:
             UserError: there is none, or it has no mask token.
@@ -36,7 +37,7 @@ class MaskReader(RowReader):
             raise UserError(f"{folder} has a tokenizer without a mask token, of which a masked model is asked.")
         self.mask, self._mask_id = mask, mask_id
         self._max_length = max_length
-        self._padding_id = padding_id or 0
+        self._normalize = normalize or DEFAULT_NORMALIZE
         self._joins_spaces = joins_spaces(self._encoder)
         # What stands for no text is no answer, nor is an id that only fills up the embedding.
         added = self.tokenizer.get_added_tokens_decoder()
@@ -49,7 +50,7 @@ class MaskReader(RowReader):
         return [self._store(row.text, index) for index, row in enumerate(rows)]
 
     def _store(self, text: str, index: int) -> StoredRow:
-        pieces = encode_text(text, DEFAULT_NORMALIZE).decode().split(self.mask)
+        pieces = encode_text(text, self._normalize).decode().split(self.mask)
         if len(pieces) < 2:
             raise RequestFault(422, f"row {index}: the text does not say {self.mask}, where a token is asked for")
         ids: list[int] = []
@@ -72,7 +73,7 @@ class MaskReader(RowReader):
     def arrays(self, rows: list[StoredRow]) -> Arrays:
         """See RowReader; with ``attention_mask``, 0 at padding."""
         texts = [row["input_ids"] for row in rows]
-        ids = padded(texts, self._padding_id)
+        ids = padded(texts, 0)
         is_token = np.arange(ids.shape[1]) < np.array([len(text) for text in texts])[:, None]
         return {"input_ids": ids, "attention_mask": is_token.astype(np.int64)}
 

@@ -99,21 +99,17 @@ class TableReader(RecipeReader):
 class TextReader(RecipeReader):
     """Texts, or lists of words."""
 
-    def __init__(self, recipe: RowRecipe, folder: Path, padding_id: int | None) -> None:
+    def __init__(self, recipe: RowRecipe, folder: Path) -> None:
         """Load the tokenizer.
 
         Args:
             recipe: how texts are read.
             folder: where the tokenizer is.
-            padding_id: what the model is filled up with; None where it does not say.
 
         Raises:
             UserError: there is none.
         """
-        # As training finds it: the model's own, the tokenizer's, or the end of a text.
-        known = (padding_id, recipe.pad_token_id, recipe.eos_token_id)
-        filler = next((token_id for token_id in known if token_id is not None), 0)
-        super().__init__(recipe.model_copy(update={"pad_token_id": filler}))
+        super().__init__(recipe)
         self._has_tags = recipe.label_kind == "tags"
         self._encoder = RowEncoder(load_stored(folder)[0], has_tags=self._has_tags)
         self._normalize = recipe.normalize or DEFAULT_NORMALIZE
@@ -201,26 +197,27 @@ class SoundReader(RecipeReader):
             with soundfile.SoundFile(io.BytesIO(contents)) as file:
                 if file.frames * file.channels > _MAX_SOUND_SAMPLES:
                     raise RequestFault(413, f"the recording has more than {_MAX_SOUND_SAMPLES:,} samples; shorten it")
-                return one_channel(file.read(dtype="float32", always_2d=True)), file.samplerate
+                # Of a longer one no more is computed with, and a small file may unpack to hundreds of megabytes.
+                read = file.read(self.recipe.num_audio_samples or -1, dtype="float32", always_2d=True)
+                return one_channel(read), file.samplerate
         except RequestFault:
             raise
         except Exception as error:  # noqa: BLE001 - a broken file makes its decoder raise anything
             raise RequestFault(422, f"this cannot be read as a recording ({type(error).__name__})") from None
 
 
-def recipe_reader(recipe: RowRecipe, folder: Path, padding_id: int | None) -> RecipeReader:
+def recipe_reader(recipe: RowRecipe, folder: Path) -> RecipeReader:
     """What reads rows of a recipe.
 
     Args:
         recipe: how they are read.
         folder: where the tokenizer is, if there is one.
-        padding_id: what the model is filled up with; None where it does not say.
 
     Raises:
         UserError: there is no tokenizer, and one is needed.
     """
     if recipe.kind == "text":
-        return TextReader(recipe, folder, padding_id)
+        return TextReader(recipe, folder)
     readers = {"table": TableReader, "image": ImageReader, "audio": SoundReader}
     return readers[recipe.kind](recipe)
 

@@ -1,6 +1,5 @@
 """An exported model in ONNX Runtime, from rows of requests to predictions."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from pydantic import BaseModel
 
 from sharding.ranks.errors import UserError
 from trainer.data.row_arrays import StoredRow
-from trainer.data.rows_manifest import RECIPE_NAME, RowRecipe
+from trainer.data.rows_manifest import RECIPE_NAME, RowRecipe, read_recipe
 from trainer.deploy.signature import Deployment, read_deployment
 from trainer.serving.masks import MaskReader
 from trainer.serving.options import RequestFault
@@ -21,7 +20,6 @@ from trainer.serving.row_forms import kind_of, row_form
 
 _MAX_OUTPUT_BYTES = 256 * 2**20
 _NUMPY_DTYPES = {"float32": np.float32, "float16": np.float16, "int64": np.int64, "bool": np.bool_}
-_CONFIG_NAME = "config.json"
 _EXAMPLE_TOKENS = 7
 
 
@@ -60,14 +58,13 @@ class ServedModel:
         self.recipe = _read_recipe(folder, self.deployment)
         self._session = _open_session(folder / self.deployment.file, num_threads)
         self._input_dtypes = {spec.name: _NUMPY_DTYPES.get(spec.dtype) for spec in self.deployment.inputs}
-        padding_id = _padding_id(folder)
         self._masks: MaskReader | None = None
         self._reader: RowReader
         if self.recipe is not None:
-            self._reader = recipe_reader(self.recipe, folder, padding_id)
+            self._reader = recipe_reader(self.recipe, folder)
             self._predict = Predictor(self.deployment, self.recipe)
         else:
-            self._reader = self._masks = MaskReader(folder, self.deployment.max_length, padding_id)
+            self._reader = self._masks = MaskReader(folder, self.deployment.max_length, self.deployment.normalize)
         self.kind = kind_of(self.recipe)
         self.row_form: type[BaseModel] = row_form(self.recipe)
         self.mask = None if self._masks is None else self._masks.mask
@@ -215,22 +212,7 @@ def _read_recipe(folder: Path, deployment: Deployment) -> RowRecipe | None:
         if deployment.output_kind == "tokens":
             return None
         raise UserError(f"{folder} has no {RECIPE_NAME}, which says how rows are read; export the run once more.")
-    try:
-        return RowRecipe.model_validate_json(file.read_bytes())
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{file} cannot be read ({reason}); export the run once more.") from None
-
-
-def _padding_id(folder: Path) -> int | None:
-    """What a model of transformers fills texts up with, as its configuration says."""
-    try:
-        settings = json.loads((folder / _CONFIG_NAME).read_text())
-    except (OSError, ValueError):
-        return None
-    settings = settings.get("text_config") or settings
-    token_id = settings.get("pad_token_id")
-    return token_id if isinstance(token_id, int) and token_id >= 0 else None
+    return read_recipe(file)
 
 
 def _open_session(file: Path, num_threads: int) -> Any:

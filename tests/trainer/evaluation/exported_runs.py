@@ -87,8 +87,9 @@ def tokenizer_without_padding(folder: Path) -> Path:
 
 def train_and_export(ranks: Ranks, root: Path) -> None:
     """Runs ``digits``, ``texts``, ``sounds`` and ``images``, and their exports."""
-    texts = {"source": "jsonl", "paths": [str(write_texts(root / "texts.jsonl", 60, seed=1))], "sequence_length": 16}
-    texts["tokenizer"] = str(tokenizer_without_padding(root / "tokenizer"))
+    texts: dict[str, Any] = {"source": "jsonl", "sequence_length": 16}
+    texts["paths"] = [str(write_texts(root / "texts.jsonl", 60, seed=1))]
+    texts |= {"tokenizer": str(tokenizer_without_padding(root / "tokenizer")), "normalize": "NFKC"}
     paths = [str(write_images(root / "images", 40, seed=1))]
     images = {"source": "images", "paths": paths, "image_size": 8, "image_channels": 1}
     runs = {

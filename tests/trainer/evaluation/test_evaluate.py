@@ -245,6 +245,12 @@ def test_text_of_a_run_and_of_its_export(tmp_path: Path, shared_corpus: tuple[Pa
     # Sequences are as long as the model has positions, so that only bytes are the same.
     assert given["metrics"].keys() == again["metrics"].keys()
     assert again["samples"] < given["samples"]
+    file = tmp_path / "model" / "deployment.json"
+    described = json.loads(file.read_text())
+    assert described["normalize"] == "NFC"
+    file.write_text(json.dumps(described | {"normalize": "none"}))
+    asked = Asked(str(tmp_path / "model"), files=(str(text),))
+    assert find_subject(asked, 1, tmp_path).config.data.normalize == "none"
     with pytest.raises(UserError, match="has no split of its own; name files by --data"):
         found(tmp_path / "model")
 

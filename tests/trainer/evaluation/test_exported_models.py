@@ -41,6 +41,19 @@ def test_an_export_finds_what_its_run_finds(root: Path, files: dict[str, str], n
     assert of_export["confusion"] == of_run["confusion"]
 
 
+def test_texts_are_brought_to_the_form_that_the_run_has_learnt(root: Path, files: dict[str, str]) -> None:
+    wide = str.maketrans({letter: chr(ord(letter) + 0xFEE0) for letter in "acdfgklmnorst"})
+    rows = [json.loads(line) for line in Path(files["texts"]).read_text().splitlines()]
+    for row in rows:
+        row["text"] = row["text"].translate(wide)
+    assert "moss" not in rows[0]["text"]
+    file = root / "wide.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plain = found(root / "texts-export", files=(files["texts"],))
+    for where in ("runs/texts", "texts-export"):
+        assert found(root / where, files=(str(file),))["metrics"] == pytest.approx(plain["metrics"], rel=1e-6), where
+
+
 @pytest.mark.parametrize("name", ["images", "sounds"])
 def test_files_are_judged_by_checkpoints_under_a_url(root: Path, files: dict[str, str], name: str) -> None:
     url = f"memory:/{root}/{name}"
@@ -91,4 +104,7 @@ def test_a_padded_batch_is_judged_as_each_of_its_texts_alone(root: Path, files: 
 def test_an_export_must_say_how_rows_are_read(root: Path, files: dict[str, str], tmp_path: Path) -> None:
     without = shutil.copytree(root / "texts-export", tmp_path / "export", ignore=shutil.ignore_patterns("rows.json"))
     with pytest.raises(UserError, match=r"has a ForSequenceClassification and no rows.json"):
+        found(without, files=(files["texts"],))
+    (without / "rows.json").write_text("{")
+    with pytest.raises(UserError, match=r"rows.json cannot be read \(.*; export the run once more"):
         found(without, files=(files["texts"],))

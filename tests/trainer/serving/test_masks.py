@@ -19,7 +19,7 @@ WIDTH = 8
 TEXTS = ["the cat sat on the mat", "a dog sat on the log", "the dog and the cat"] * 4
 
 
-def masked_folder(folder: Path, vocab_size: int, *, has_mask_input: bool) -> Path:
+def masked_folder(folder: Path, vocab_size: int, *, has_mask_input: bool, **settings: Any) -> Path:
     """Logits of each token by the mean of all that are told to be there: what is padding must not count."""
     table = weights_of(vocab_size, WIDTH)
     nodes = [helper.make_node("Gather", ["table", "input_ids"], ["embedded"])]
@@ -44,7 +44,7 @@ def masked_folder(folder: Path, vocab_size: int, *, has_mask_input: bool) -> Pat
         weights |= {"last": np.array([2]), "middle": np.array([1])}
         inputs["attention_mask"] = ["batch", "length"]
     outputs: list[int | str] = ["batch", "length", vocab_size]
-    return write_folder(folder, None, "tokens", inputs, nodes, weights, outputs=outputs, max_length=12)
+    return write_folder(folder, None, "tokens", inputs, nodes, weights, outputs=outputs, max_length=12, **settings)
 
 
 def asked_of(model: ServedModel, *texts: str, top_k: int = 3) -> list[Any]:
@@ -93,6 +93,18 @@ def test_candidates_are_the_models_whatever_is_computed_beside_them(tmp_path: Pa
         assert fault.status == 422
         with pytest.raises(RequestFault, match=reason):
             raise fault
+
+
+def test_texts_have_the_form_that_was_trained_on(tmp_path: Path) -> None:
+    tokenizer = train_byte_level_bpe(TEXTS, 300, masks=True)
+    wide = "\uff43at [MASK]"
+    answers = {}
+    for normalize in ("NFKC", "none"):
+        folder = masked_folder(tmp_path / normalize, len(tokenizer), has_mask_input=True, normalize=normalize)
+        tokenizer.save_pretrained(folder)
+        answers[normalize] = asked_of(ServedModel(folder, 1), wide, "cat [MASK]")
+    assert answers["NFKC"][0] == answers["NFKC"][1]
+    assert answers["none"][0] != answers["none"][1]
 
 
 def test_a_tokenizer_without_a_mask_is_refused(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def served(samples: RowSamples, rows: list[Any], **recipe_fields: Any) -> dict[s
     recipe, folder = recipe_of(samples)
     recipe = recipe.model_copy(update=recipe_fields)
     asked = TypeAdapter(list[row_form(recipe)]).validate_json(json.dumps(rows))  # type: ignore[misc]
-    reader = recipe_reader(recipe, folder, None)
+    reader = recipe_reader(recipe, folder)
     return reader.arrays(reader.store(asked))
 
 
@@ -106,7 +106,7 @@ def test_words_and_where_they_begin(tmp_path: Path) -> None:
     asked = [rows[place] for place in places(samples, "train")]
     assert_equal(samples, "train", served(samples, [{"words": row["words"]} for row in asked]))
     recipe, folder = recipe_of(samples)
-    reader = recipe_reader(recipe, folder, None)
+    reader = recipe_reader(recipe, folder)
     form = TypeAdapter(list[row_form(recipe)])  # type: ignore[misc]
     stored = reader.store(form.validate_python([{"words": row["words"]} for row in asked]))
     for row, labels, one in zip(asked, trained["labels"], stored, strict=True):
@@ -173,6 +173,12 @@ def test_samples_and_files_of_recordings(tmp_path: Path) -> None:
     files = samples.source_ids("train", range(samples.num_samples("train")))
     rows = [{"audio": base64.b64encode(Path(name).read_bytes()).decode()} for name in files]
     assert_equal(samples, "train", served(samples, rows))
+    # Of a long one, what is not computed with is not in memory.
+    recipe, folder = recipe_of(samples)
+    reader = recipe_reader(recipe, folder)
+    stored = reader.store(TypeAdapter(list[row_form(recipe)]).validate_python(rows))  # type: ignore[misc]
+    wholes = [row["sound"] if row["sound"].base is None else row["sound"].base for row in stored]
+    assert max(map(len, wholes)) == 450
     sound, rate = soundfile.read(io.BytesIO(Path(files[0]).read_bytes()), dtype="float32", always_2d=True)
     mono = sound.mean(axis=1, dtype=np.float32)
     row = {"samples": mono.astype(float).tolist(), "sampling_rate": rate}
