@@ -20,6 +20,7 @@ from trainer.tasks.classification import TokenClassification
 from trainer.tasks.masked_lm import MaskedLanguageModelling
 from trainer.tasks.regression import Regression
 from trainer.tasks.supervised import SupervisedTask
+from trainer.tasks.task import Task
 
 _SPLITS: tuple[Literal["validation", "test", "train"], ...] = ("validation", "test", "train")
 _MOST, _FEWEST_ROWS, _FEWEST_SEQUENCES = 1024, 8, 2
@@ -41,7 +42,7 @@ class HeldOut:
         batches: makes the batches, all of as many rows.
     """
 
-    split: Literal["validation", "test", "train", "generated"]
+    split: Literal["validation", "test", "train", "other", "generated"]
     num_samples: int
     batches: Callable[[], Iterator[Batch]]
 
@@ -78,7 +79,7 @@ def find_held_out(trained: TrainedModel, allowed: AllowedCode, *, is_scored: boo
         found = evaluation_batches(
             samples, split, micro_size=micro_size, dp_rank=0, dp_degree=1, max_samples=num_samples, spread=True
         )
-        return (_made(trained, one.samples, one.positions) for one in found)
+        return (exported_batch(trained.task, one.samples, one.positions) for one in found)
 
     return HeldOut(split, num_samples, batches)
 
@@ -100,12 +101,19 @@ def _samples_of(trained: TrainedModel, allowed: AllowedCode) -> Samples:
     return prepared_samples(prepared, config.data)
 
 
-def _made(trained: TrainedModel, samples: Batch, positions: torch.Tensor) -> Batch:
-    batch = trained.task.make_batch(samples, positions, training=False)
-    if isinstance(trained.task, CausalLanguageModelling):
+def exported_batch(task: Task, samples: Batch, positions: torch.Tensor) -> Batch:
+    """A batch for evaluation, such that what is exported takes it.
+
+    Args:
+        task: makes it.
+        samples: as they were read.
+        positions: of the samples in their split, int64 [samples].
+    """
+    batch = task.make_batch(samples, positions, training=False)
+    if isinstance(task, CausalLanguageModelling):
         # What is exported reads one text from its beginning, whatever training packed together.
         batch.pop("position_ids", None)
-    if isinstance(trained.task, MaskedLanguageModelling):
+    if isinstance(task, MaskedLanguageModelling):
         # Which the task leaves out where no row is short; what is exported takes the same inputs for all.
         batch.setdefault("attention_mask", torch.ones_like(batch["input_ids"]))
     return batch
@@ -124,7 +132,7 @@ def _drawn_batch(trained: TrainedModel, num_rows: int) -> Batch:
     if not isinstance(task, SupervisedTask):
         tokens = whole(facts.vocab_size or 1, num_rows, length + 1)
         samples = {"tokens": tokens, "num_tokens": torch.full((num_rows,), length + 1)}
-        return _made(trained, samples, positions)
+        return exported_batch(trained.task, samples, positions)
     samples = {}
     if facts.vocab_size is not None:
         samples["input_ids"] = whole(facts.vocab_size, num_rows, length)
@@ -145,4 +153,4 @@ def _drawn_batch(trained: TrainedModel, num_rows: int) -> Batch:
         samples["labels"] = whole(len(facts.classes), num_rows, length)
     else:
         samples["labels"] = whole(len(facts.classes), num_rows)
-    return _made(trained, samples, positions)
+    return exported_batch(trained.task, samples, positions)

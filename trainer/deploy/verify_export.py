@@ -119,7 +119,7 @@ def refuse_loss(comparison: Comparison, found: Quality, dtype: Dtype, *, is_quan
     limit = f"{100 * MAX_LOSS:g} points" if is_share else f"{100 * MAX_LOSS:g} %"
     raise UserError(
         f"{name} costs too much: {found.metric} is {after.value:.6g} in place of {before.value:.6g} on "
-        f"{found.num_samples} samples of the split {found.split}, and at most {limit} is allowed; give another format "
+        f"{found.num_samples} {found.where}, and at most {limit} is allowed; give another format "
         "of the weights, or --accept-loss."
     )
 

@@ -9,7 +9,7 @@ from trainer.data.any_samples import prepared_samples
 from trainer.data.loader import evaluation_batches
 from trainer.data.prepared import open_prepared
 from trainer.deploy.compare import Reference
-from trainer.deploy.held_out import HeldOut
+from trainer.deploy.held_out import HeldOut, exported_batch
 from trainer.evaluation.subject import Asked, Subject
 from trainer.model.models import build_model_on_meta
 from trainer.runtime.randomness import seed_sample
@@ -51,19 +51,14 @@ def reference_of(asked: Asked, subject: Subject) -> Reference:
             spread=True,
         ):
             seed_sample(config.seed, int(micro.positions[0]))
-            batch = task.make_batch(micro.samples, micro.positions, training=False)
-            # What is exported reads one text from its beginning, whatever training packed together.
-            batch.pop("position_ids", None)
-            yield batch
+            yield exported_batch(task, micro.samples, micro.positions)
 
-    split: Literal["train", "validation", "test"] = "test"
-    if asked.split in ("train", "validation") and not asked.files:
-        split = "train" if asked.split == "train" else "validation"
+    splits: dict[str, Literal["train", "validation", "test"]] = {name: name for name in ("train", "validation", "test")}
     return Reference(
         task=task,
         task_name=config.task.name,
         model=model,
-        held_out=HeldOut(split, num_samples, batches),
+        held_out=HeldOut("other" if asked.files else splits.get(asked.split, "other"), num_samples, batches),
         source=subject.source,
         monitor=config.evaluation.monitor,
         run=asked.run,

@@ -20,7 +20,10 @@ from trainer.data.generated import generated_ratings, generated_tones
 from trainer.data.prepared import open_corpus
 from trainer.deploy.allowed_code import AllowedCode
 from trainer.deploy.export import ExportOptions, export_run
+from trainer.deploy.quantize import quantize_folder
 from trainer.deploy.trained_model import check_checkpoint, open_trained
+from trainer.evaluation import subject
+from trainer.evaluation.reference import reference_of
 from trainer.serving.masks import MaskReader
 from trainer.serving.served_model import Asked, ServedModel
 
@@ -102,7 +105,7 @@ def test_a_masked_model_fills_in_what_it_has_learnt(root: Path, tmp_path: Path) 
     trained, served = opened(root, "masked", tmp_path)
     texts = ["import [MASK]\nfrom os", "[MASK]", "def f([MASK]):\n    return [MASK]"]
     predictions = asked_of(served, [{"text": text} for text in texts])
-    reader = MaskReader(tmp_path / "exported", None, None)
+    reader = MaskReader(tmp_path / "exported", None)
     model: Any = trained.materialized()
     for text, prediction in zip(texts, predictions, strict=True):
         (stored,) = reader.store(TypeAdapter(list[served.row_form]).validate_python([{"text": text}]))  # type: ignore[name-defined]
@@ -114,6 +117,18 @@ def test_a_masked_model_fills_in_what_it_has_learnt(root: Path, tmp_path: Path) 
             assert [one["probability"] for one in candidates] == pytest.approx(
                 [o["probability"] for o in others], rel=1e-3
             )
+
+
+@pytest.mark.slow
+def test_a_masked_model_is_quantised(root: Path, tmp_path: Path) -> None:
+    run = str(root / "runs" / "masked")
+    opened(root, "masked", tmp_path)
+    asked = subject.Asked(run)
+    reference = reference_of(asked, subject.find_subject(asked, 1, tmp_path / "work"))
+    done = quantize_folder(tmp_path / "exported", tmp_path / "int8", "int8-weight", reference, accept_loss=True)
+    assert done.quality.metric == "loss"
+    assert done.quality.split == "validation"
+    ServedModel(tmp_path / "int8", 1).warm_up()
 
 
 @pytest.mark.slow
