@@ -75,9 +75,9 @@ def run(
     config = plan.config
     check_continuation(run_folder, config)
     check_source(config, run_folder)
-    check_teacher(config)
     if _is_finished(run_folder, config):
         return EXIT_FINISHED
+    check_teacher(config)
     port = rendezvous_port(config.launch.master_port)
     lease = Lease.acquire(run_folder.path)
     run_folder.lease_token = lease.token

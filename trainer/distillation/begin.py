@@ -2,10 +2,12 @@
 
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from sharding.mesh import ParallelMesh
 from sharding.ranks.errors import UserError
+from sharding.ranks.object_exchange import broadcast_object
 from sharding.ranks.process_group import Ranks
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.source import on_rank_0
@@ -52,22 +54,38 @@ def begin_distillation(
     """
     if config.distill.teacher is None:
         return None
-    config = _fetched(config, ranks)
+    name, config = str(config.distill.teacher), _as_rank_0_finds_it(config, ranks)
     on_rank_0(lambda: check_fit(config, corpus), ranks)
     teacher = build_teacher(config, facts, mesh, ranks)
     contents_hash = teacher.contents_hash(ranks)
-    on_rank_0(lambda: check_same_teacher(run_folder, find_teacher(config.distill), contents_hash), ranks)
+    named = replace(find_teacher(config.distill), name=name)
+    on_rank_0(lambda: check_same_teacher(run_folder, named, contents_hash), ranks)
     inform(f"teacher: {teacher.description}; {contents_hash}")
     return DistillationLoss(task, teacher, config.distill)
 
 
-def _fetched(config: RunConfig, ranks: Ranks) -> RunConfig:
-    """The configuration with the folder of a teacher of the hub in place of its name; every rank must call it."""
+def _as_rank_0_finds_it(config: RunConfig, ranks: Ranks) -> RunConfig:
+    """The configuration with a teacher that is the same to all ranks; every rank must call it.
+
+    A run that still trains may save between two looks for its newest checkpoint.
+    """
+    names: list[str] = []
+    on_rank_0(lambda: names.append(_with_step(find_teacher(config.distill))), ranks)
+    config = _taught_by(config, broadcast_object(names[0] if names else "", ranks))
     named = find_teacher(config.distill)
     if named.checkpoint is not None or named.folder is not None:
         return config
-    folder = fetch_pretrained(named.name, ranks, "distill.teacher")
-    return config.model_copy(update={"distill": config.distill.model_copy(update={"teacher": folder})})
+    return _taught_by(config, fetch_pretrained(named.name, ranks, "distill.teacher"))
+
+
+def _with_step(named: NamedTeacher) -> str:
+    """Its name, of a run such that it stays that of one checkpoint."""
+    step = "" if named.manifest is None else f"@{named.manifest.training.step}"
+    return named.name if named.name.endswith(step) else f"{named.name}{step}"
+
+
+def _taught_by(config: RunConfig, name: str) -> RunConfig:
+    return config.model_copy(update={"distill": config.distill.model_copy(update={"teacher": name})})
 
 
 def check_fit(config: RunConfig, corpus: Prepared) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from launcher.run import run as launch
 from sharding.ranks.errors import UserError
 from sharding.ranks.process_group import Ranks
 from tests.runs_in_process import RunsInProcess, computed_lines, saved_state
@@ -15,6 +16,7 @@ from tests.support import run_on_ranks, tiny_values
 from tests.trainer.distillation.teachers import row_values, text_values
 from trainer.config import parse_config
 from trainer.data.facts import SampleFacts
+from trainer.distillation.begin import _as_rank_0_finds_it
 from trainer.distillation.identity import TEACHER_FILE
 from trainer.distillation.teacher import renormalization
 from trainer.parity.cases import ParityCase
@@ -138,6 +140,14 @@ def test_a_masked_model_distils_as_one_process(teachers: Path, tmp_path: Path) -
 
 def _run_in_pieces(ranks: Ranks, root: Path, teachers: Path) -> None:
     runs = RunsInProcess(ranks, root, teachers / "documents")
+    # A teacher that has saved once more between two looks is to all what it is to rank 0.
+    step = 3 if ranks.rank == 0 else 6
+    values = tiny_values(root, root, root) | {"distill": {"teacher": f"{teachers / 'runs' / 'llama'}@{step}"}}
+    found = _as_rank_0_finds_it(parse_config(values, "test"), ranks).distill.teacher
+    assert found == f"{teachers / 'runs' / 'llama'}@3"
+    newest = values | {"distill": {"teacher": str(teachers / "runs" / "llama")}}
+    assert str(_as_rank_0_finds_it(parse_config(newest, "test"), ranks).distill.teacher).endswith("/llama@6")
+
     sections: dict[str, Any] = {
         "data": {"cache_dir": str(teachers / "cache")},
         "distill": {"teacher": f"{teachers / 'runs' / 'llama'}@3", "weight": 0.7},
@@ -175,3 +185,6 @@ def _run_in_pieces(ranks: Ranks, root: Path, teachers: Path) -> None:
 @pytest.mark.timeout(200)
 def test_a_run_in_pieces_has_the_teacher_that_it_had(teachers: Path, tmp_path: Path) -> None:
     run_on_ranks(_run_in_pieces, 2, tmp_path, teachers)
+    # Whose teacher is gone is finished all the same.
+    config = str(tmp_path / "runs" / "taught" / "config.yaml")
+    assert launch(config, [f"distill.teacher={tmp_path / 'gone'}"], 2, "torchrun", dry_run=False) == 0
