@@ -126,10 +126,15 @@ class LosslessServer(uvicorn.Server):
         for server in self.servers:
             server.close()
         loop = asyncio.get_running_loop()
-        with contextlib.suppress(BlockingIOError):
-            while True:
+        # Of more, the rest has come after the signal.
+        for _ in range(_BACKLOG):
+            try:
                 connection, _ = last.accept()
-                connection.setblocking(False)
+            except OSError:
+                # There is none any more, or this process may have no more.
+                break
+            connection.setblocking(False)
+            with contextlib.suppress(OSError):
                 await loop.connect_accepted_socket(self._new_protocol, connection)
         last.close()
 

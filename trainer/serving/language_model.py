@@ -80,7 +80,10 @@ def build_language_app(prompts: Prompts, name: str, process: TransformersProcess
     """
     metrics = ServerMetrics()
     turn = asyncio.Semaphore(options.max_batch)
-    client = httpx.AsyncClient(base_url=process.url, timeout=httpx.Timeout(options.timeout_s, connect=_CONNECT_S))
+    # No proxy stands between two processes of one machine.
+    client = httpx.AsyncClient(
+        base_url=process.url, timeout=httpx.Timeout(options.timeout_s, connect=_CONNECT_S), trust_env=False
+    )
 
     async def end_with_process() -> None:
         while process.process.poll() is None:
@@ -182,8 +185,14 @@ class _Relayed(StreamingResponse):
 
     async def _parts(self) -> AsyncIterator[bytes]:
         if self._passed.headers.get("content-type", "").startswith("text/event-stream"):
-            async for line in self._passed.aiter_lines():
-                yield line.encode().replace(self._inner, self._outer) + b"\n"
+            rest = b""
+            async for part in self._passed.aiter_bytes():
+                # Lines of httpx end also at separators that a text has inside.
+                *lines, rest = (rest + part).split(b"\n")
+                for line in lines:
+                    yield line.replace(self._inner, self._outer) + b"\n"
+            if rest:
+                yield rest.replace(self._inner, self._outer)
         else:
             yield (await self._passed.aread()).replace(self._inner, self._outer)
 

@@ -17,8 +17,6 @@ from trainer.serving.options import ServeOptions
 
 _HF_CONFIG = "config.json"
 _LANGUAGE_MODEL = "causal-lm"
-
-
 _TIMEOUT_S, _LANGUAGE_TIMEOUT_S = 10.0, 300.0
 
 
@@ -66,7 +64,7 @@ def serve_path(
         if found.is_language:
             from trainer.serving.language_model import serve_language_model
 
-            return serve_language_model(folder, path.name, listener, options, max_tokens)
+            return serve_language_model(folder, path.resolve().name, listener, options, max_tokens)
         _serve_rows(folder, listener, options)
     return 0
 

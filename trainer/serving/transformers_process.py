@@ -56,7 +56,7 @@ class TransformersProcess:
             if self.process.poll() is not None:
                 raise RunFailure(f"transformers serve ended with status {self.process.returncode}: {self.last_words()}")
             try:
-                if httpx.get(f"{self.url}/health", timeout=_POLL_S).is_success:
+                if httpx.get(f"{self.url}/health", timeout=_POLL_S, trust_env=False).is_success:
                     return
             except httpx.HTTPError:
                 time.sleep(_POLL_S)

@@ -60,7 +60,9 @@ def write_model(folder: Path, *, has_template: bool) -> Path:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = write_model(tmp_path_factory.mktemp("language") / "tiny-llama", has_template=True)
-    with serving(folder, "--max-tokens", "40", "--api-key-env", "MY_KEY", start_s=300, MY_KEY="secret") as server:
+    # A proxy that is not there: what goes between processes of one machine must not ask it.
+    variables = {"MY_KEY": "secret", "HTTP_PROXY": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"}
+    with serving(folder, "--max-tokens", "40", "--api-key-env", "MY_KEY", start_s=300, **variables) as server:
         yield server
 
 
