@@ -6,6 +6,7 @@ Pruning on a schedule during training: Zhu and Gupta, "To prune, or not to prune
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 
@@ -66,9 +67,7 @@ class Pruning:
         self._average = average
         self._refusal = refusal
         self._inform = inform
-        trained = {name for name, parameter in engine.named_parameters() if parameter.requires_grad}
-        parts = {part.name.removeprefix(MODEL_PREFIX): part for part in engine.state(with_optimizer=False)}
-        self._weights = {name: part for name, part in parts.items() if name in trained}
+        self._trained = [name for name, parameter in engine.named_parameters() if parameter.requires_grad]
         self._names = list(names)
         self._clears_after_step = optimizer not in _KEEP_ZEROS
         self._masks = {name: self._new_mask(name) for name in names}
@@ -104,7 +103,7 @@ class Pruning:
         Raises:
             UserError: it has masks, and this run cannot keep them.
         """
-        sources = {name: (names or {}).get(name, name) for name in self._weights}
+        sources = {name: (names or {}).get(name, name) for name in self._trained}
         found = {name: source for name, source in sources.items() if f"{MASK_PREFIX}{source}" in stored}
         if found and not is_own and not self._config.keep_masks:
             self._inform("weights that were pruned in what this run begins with are trained again")
@@ -114,7 +113,7 @@ class Pruning:
                 f"this run begins with pruned weights, which {self._refusal}; change that, or set "
                 "prune.keep_masks=false to train all weights."
             )
-        self._masks = {name: self._new_mask(name) for name in self._weights if name in {*self._names, *found}}
+        self._masks = {name: self._new_mask(name) for name in self._trained if name in {*self._names, *found}}
         for name, source in found.items():
             read(replace(self._masks[name], name=f"{MASK_PREFIX}{source}"))
         for part in self._squares.values():
@@ -202,6 +201,12 @@ class Pruning:
             return [torch.zeros_like(self._weights[name].tensor) for name in self._names]
         moments = {part.name: part.tensor for part in self._engine.state(with_optimizer=True)}
         return [moments[f"optimizer/{name}/{SECOND_MOMENT}"] for name in self._names]
+
+    @cached_property
+    def _weights(self) -> dict[str, Part]:
+        """Part of each parameter; taken where there are masks alone, for of files DeepSpeed makes copies in memory."""
+        parts = {part.name.removeprefix(MODEL_PREFIX): part for part in self._engine.state(with_optimizer=False)}
+        return {name: parts[name] for name in self._trained}
 
     def _new_mask(self, name: str) -> Part:
         weight = self._weights[name]

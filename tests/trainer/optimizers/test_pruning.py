@@ -20,6 +20,7 @@ from trainer.faults.injection.inject import Fault
 from trainer.optimizers.prune_choice import pruned_parameters
 from trainer.optimizers.prune_masks import PruneInputs, shrink_masks
 from trainer.optimizers.prune_selection import Scored, smaller_half_of_fours, smallest, sort_keys
+from trainer.optimizers.pruning import Pruning
 from trainer.run_folder.folder import RunFolder
 
 _STEPS = 6
@@ -362,3 +363,25 @@ def _whole_groups_of_four(ranks: Ranks) -> None:
 
 def test_two_of_four_on_ranks(root: Path) -> None:
     run_on_ranks(_whole_groups_of_four, 3)
+
+
+class _Unasked:
+    """An engine that has nothing to tell, as DeepSpeed's whose state lies in files: it would be copied to memory."""
+
+    def named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+        return [("a.weight", torch.nn.Parameter(torch.ones(2, 2)))]
+
+    def state(self, *, with_optimizer: bool) -> Any:
+        raise AssertionError("without masks nobody needs the weights")
+
+
+def test_a_run_without_masks_holds_no_copy_of_its_weights() -> None:
+    alone = Ranks(rank=0, world_size=1, local_rank=0, local_world_size=1, device=torch.device("cpu"))
+    engine: Any = _Unasked()
+    pruning = Pruning(engine, PruneConfig(), "adamw", [], alone)
+    pruning.load(["model/a.weight"], lambda _: None, is_own=True)
+    pruning.begin(0)
+    pruning.mask_gradients()
+    pruning.after_step(1)
+    assert pruning.state() == []
+    assert pruning.metrics() == {}
