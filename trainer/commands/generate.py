@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from trainer.commands.arguments import AsJson, Average, OwnTask, RemoteCode, Step, expanded
+from trainer.commands.arguments import AsJson, Average, OwnFactories, OwnTask, RemoteCode, Step, expanded
 from trainer.commands.entry import entry
 
 
@@ -48,6 +48,7 @@ def generate(
     step: Step = None,
     ema: Average = False,
     task: OwnTask = None,
+    factory: OwnFactories = None,
     trust_remote_code: RemoteCode = False,
 ) -> int:
     """Continue texts, or answer questions, with a run's model."""
@@ -63,7 +64,7 @@ def generate(
     if not texts:
         empty = "" if prompt_file is None else f"--prompt-file {prompt_file} has no line; "
         raise UserError(f"{empty}give --prompt TEXT, or --prompt-file FILE with one prompt a line.")
-    allowed = AllowedCode(task, trust_remote_code)
+    allowed = AllowedCode(task, trust_remote_code, tuple(factory or ()))
     sampling = Sampling(max_new_tokens, temperature, top_k, chat)
     with output_aside(as_json):
         model, tokenizer = load_model(run_folder, step, averaged=ema, allowed=allowed, device=device, dtype=dtype)

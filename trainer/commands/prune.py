@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from trainer.commands.arguments import OwnTask, RemoteCode, Run, Step, expanded
+from trainer.commands.arguments import OwnFactories, OwnTask, RemoteCode, Run, Step, expanded
 from trainer.commands.entry import entry
 
 
@@ -26,6 +26,7 @@ def prune(
     ] = None,
     step: Step = None,
     task: OwnTask = None,
+    factory: OwnFactories = None,
     trust_remote_code: RemoteCode = False,
 ) -> int:
     """Set the least weights of a checkpoint to zero, and write it as a run of its own; the run stays as it is.
@@ -40,8 +41,9 @@ def prune(
 
     settings = {"sparsity": sparsity, "by": by, "pattern": pattern, "scope": scope}
     names = {"parameters": parameters or [], "exclude": exclude or []}
+    allowed = AllowedCode(task, trust_remote_code, tuple(factory or ()))
     reader = open_checkpoint(run_folder, step)
-    found = prune_run(reader, run_folder, to, settings | names, AllowedCode(task, trust_remote_code), sys.argv)
+    found = prune_run(reader, run_folder, to, settings | names, allowed, sys.argv)
     rows = [[one.name, f"{one.num_weights:,}", f"{one.num_kept / one.num_weights:.1%}"] for one in found]
     print(text_table([["parameter", "weights", "kept"], *rows], right=(1, 2)))
     num_weights = sum(one.num_weights for one in found)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from trainer.commands.arguments import AsJson, OwnTask, RemoteCode, expanded
+from trainer.commands.arguments import AsJson, OwnFactories, OwnTask, RemoteCode, expanded
 from trainer.commands.entry import entry
 from trainer.config.quantization import QuantizationMethod
 
@@ -37,6 +37,7 @@ def quantize(
     ] = False,
     as_json: AsJson = False,
     task: OwnTask = None,
+    factory: OwnFactories = None,
     trust_remote_code: RemoteCode = False,
 ) -> int:
     """Write an exported model once more with weights of fewer bits, and say what that does to it.
@@ -64,7 +65,7 @@ def quantize(
         run=run or str(folder),
         split=split or "validation",
         files=tuple(data or ()),
-        allowed=AllowedCode(task, trust_remote_code),
+        allowed=AllowedCode(task, trust_remote_code, tuple(factory or ())),
     )
     with output_aside(as_json), tempfile.TemporaryDirectory(prefix="shardline-quantize-") as work:
         reference = reference_of(asked, find_subject(asked, 1, Path(work)))

@@ -35,6 +35,11 @@ def export_quantized(
         raise UserError(f"--quantize {method} --adapter: adapters alone are no model; give --merge.")
     if options.sparse:
         raise UserError(f"--quantize {method} --sparse: of rounded weights no bits are kept; leave one out.")
+    if options.format == "torch-export":
+        raise UserError(
+            f"--quantize {method} --format torch-export: the weights are a part of that program; give --format onnx or "
+            "hf."
+        )
     refuse_contents(to)
     to.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=to.parent, prefix=f".{to.name}.") as folder:

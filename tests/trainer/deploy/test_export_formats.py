@@ -19,6 +19,7 @@ from tests.trainer.deploy.elsewhere import drawn_inputs, max_errors_elsewhere, t
 from tests.trainer.deploy.small_runs import LONGEST, OWN, train_small_runs
 from trainer.checkpoint.reader import CheckpointReader, open_checkpoint
 from trainer.commands import export as export_command
+from trainer.commands.prune import main as prune_main
 from trainer.deploy import export, hf_folder
 from trainer.deploy.allowed_code import AllowedCode
 from trainer.deploy.export import ExportOptions, export_run
@@ -62,6 +63,7 @@ def test_a_classifier_in_onnx(root: Path, tmp_path: Path) -> None:
     assert found.inputs == [TensorSpec(name="pixel_values", dtype="float32", shape=["batch", 1, 8, 8])]
     assert found.outputs == [TensorSpec(name="logits", dtype="float32", shape=["batch", 10])]
     assert (found.output_kind, found.classes[:2], found.max_length) == ("classes", ["0", "1"], None)
+    assert found.normalize is None
     quality = found.quality
     assert quality is not None
     assert quality.split == "validation"
@@ -104,7 +106,7 @@ def test_a_text_classifier_as_a_program(root: Path, tmp_path: Path) -> None:
         ("input_ids", ["batch", "length"]),
         ("attention_mask", ["batch", "length"]),
     ]
-    assert (found.file, found.max_length) == ("model.pt2", LONGEST)
+    assert (found.file, found.max_length, found.normalize) == ("model.pt2", LONGEST, "NFC")
     assert all(str(ROOT).encode() not in path.read_bytes() for path in folder.iterdir())
     program = torch.export.load(folder / "model.pt2").module()
     compute = trained_logits(root / "runs" / "bert", tmp_path / "work")
@@ -139,6 +141,16 @@ def test_a_module_of_ones_own(root: Path, tmp_path: Path, file_format: str) -> N
     with pytest.raises(UserError, match=f"--factory {OWN}:Pairs to run it"):
         run.export(tmp_path / "hf", format=file_format, task=own["task"], model=own["model"])  # type: ignore[arg-type]
     assert [path.name for path in tmp_path.iterdir()] == ["own"]
+
+
+def test_a_module_of_ones_own_is_pruned_where_its_code_is_named(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(root / "runs" / "own"), "--to", str(tmp_path / "half"), "--task", f"{OWN}:IsAbove"]
+    assert prune_main(arguments) == 2
+    assert f"give --factory {OWN}:network to run it" in capsys.readouterr().err
+    assert prune_main([*arguments, "--factory", f"{OWN}:network"]) == 0
+    assert (tmp_path / "half" / "config.yaml").exists()
 
 
 @pytest.mark.parametrize(
@@ -230,6 +242,10 @@ def test_a_folder_that_is_not_whole_is_a_sentence(root: Path, tmp_path: Path) ->
     (folder / "deployment.json").write_text(json.dumps(text | {"version": 2}))
     with pytest.raises(UserError, match=r"deployment\.json cannot be read \(version: "):
         read_deployment(folder)
+    for elsewhere in ("../model.safetensors", "/etc/passwd", ".."):
+        (folder / "deployment.json").write_text(json.dumps(text | {"file": elsewhere}))
+        with pytest.raises(UserError, match=r"deployment\.json cannot be read \(file: "):
+            read_deployment(folder)
     (folder / "deployment.json").unlink()
     with pytest.raises(UserError, match=r"has no deployment\.json, so it is no folder that shardline export has"):
         read_deployment(folder)
