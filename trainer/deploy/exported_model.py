@@ -8,6 +8,7 @@ import torch
 
 from sharding.ranks.errors import UserError
 from trainer.deploy.export_program import LOGITS, first_line, torch_says_nothing
+from trainer.deploy.hf_folder import refuse_faults
 from trainer.deploy.model_call import Compute, ModelCall
 from trainer.deploy.signature import Deployment
 from trainer.deploy.trained_model import TrainedModel
@@ -77,12 +78,7 @@ def _open_hf(folder: Path, trained: TrainedModel, call: ModelCall) -> Compute:
         model, report = kind.from_pretrained(
             folder, dtype="auto", trust_remote_code=settings.trust_remote_code, output_loading_info=True
         )
-    for fault, keys in sorted(report.items()):
-        if keys:
-            raise UserError(
-                f"from_pretrained finds {len(keys)} {fault.replace('_', ' ')} in the export, the first being "
-                f"{next(iter(keys))}; give --format onnx or --format torch-export."
-            )
+    refuse_faults(report, "what was exported", kind, "give --format onnx or --format torch-export")
     model.eval()
 
     def compute(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:

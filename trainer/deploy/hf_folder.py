@@ -1,7 +1,7 @@
 """A folder that `transformers` loads: configuration and weights, under the names that it stores them by."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -159,6 +159,31 @@ def check_reloads(trained: TrainedModel, stored: dict[str, StoredTensor], folder
 def _is_equal(there: StoredTensor, trained: TrainedModel, name: str) -> bool:
     """Whether what is loaded in place of a weight is that weight."""
     return torch.equal(read_whole(there), trained.weights.read_parameter(name, averaged=trained.averaged))
+
+
+def refuse_faults(
+    report: Mapping[str, Any], source: object, kind: type, remedy: str = "export the run once more"
+) -> None:
+    """Assert that `from_pretrained` has found all weights of a model and no others.
+
+    Without a word it would draw the ones anew and leave the others out.
+
+    Args:
+        report: its ``output_loading_info``.
+        source: what was loaded, to speak of.
+        kind: the class of the model.
+        remedy: what to do.
+
+    Raises:
+        UserError: it has not.
+    """
+    for fault, keys in sorted(report.items()):
+        if keys:
+            first = next(iter(keys))
+            raise UserError(
+                f"{source} is not a whole {kind.__name__}: {len(keys)} {fault.replace('_', ' ')}, the first being "
+                f"{first if isinstance(first, str) else first[0]}; {remedy}."
+            )
 
 
 def read_whole(tensor: StoredTensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from sharding.ranks.errors import UserError
 from trainer.checkpoint.reader import CheckpointReader, open_checkpoint
 from trainer.deploy.allowed_code import AllowedCode
-from trainer.deploy.hf_folder import DTYPES, describe_hf_folder, read_whole
+from trainer.deploy.hf_folder import DTYPES, describe_hf_folder, read_whole, refuse_faults
 from trainer.deploy.quantized_folder import check_loads_here
 from trainer.deploy.trained_model import check_checkpoint, open_trained
 from trainer.model.stored_tensor import StoredTensor
@@ -128,14 +128,7 @@ def _loaded(
         raise UserError(f"{name} cannot be loaded as a model that continues text: {reason}.") from None
     model, report = made
     _check_kind(model, name)
-    # Without a word, transformers would draw the ones anew and leave the others out.
-    for fault, keys in sorted(report.items()):
-        if keys:
-            first = next(iter(keys))
-            raise UserError(
-                f"{name} is not a whole {type(model).__name__}: {len(keys)} {fault.replace('_', ' ')}, the first being "
-                f"{first if isinstance(first, str) else first[0]}; export it once more."
-            )
+    refuse_faults(report, name, type(model))
     return model.eval().to(place), tokenizer
 
 

@@ -16,7 +16,10 @@ from trainer.run_folder.folder import RunFolder
 from trainer.run_folder.provenance import provenance_file
 
 CARD_NAME = "README.md"
-_LEARNT_BY = ("seed", "steps", "tokens", "task", "model", "data", "batch", "optimizer", "schedule", "precision")
+_LEARNT_BY = (
+    *("seed", "steps", "tokens", "task", "model", "data", "batch", "optimizer", "schedule", "precision"),
+    *("prune", "distill", "stages"),
+)
 _LIBRARIES = {"hf": "transformers", "onnx": "onnx", "torch-export": "pytorch"}
 _KINDS = {
     "classes": "a logit for each class",

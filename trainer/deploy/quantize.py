@@ -8,15 +8,16 @@ import torch
 from sharding.ranks.errors import UserError
 from trainer.config.quantization import QuantizationMethod
 from trainer.deploy.compare import Reference, compare_folders, open_folder, speeds
+from trainer.deploy.loaded import is_exported_model
+from trainer.deploy.model_card import CARD_NAME
 from trainer.deploy.new_folder import new_folder
 from trainer.deploy.quantization_result import Quantized, card_lines
 from trainer.deploy.quantize_onnx import quantize_onnx
 from trainer.deploy.quantize_torch import quantize_transformers
-from trainer.deploy.signature import DEPLOYMENT_NAME, FILES, Deployment, read_deployment, write_deployment
+from trainer.deploy.signature import DEPLOYMENT_NAME, Deployment, read_deployment, write_deployment
 from trainer.deploy.sparse_folder import SPARSE_ENDING
 from trainer.deploy.verify_export import quality, refuse_loss
 
-_CARD_NAME = "README.md"
 _WEIGHT_SUFFIXES = (".safetensors", ".onnx", ".data", ".pt2", ".index.json")
 
 
@@ -67,7 +68,7 @@ def quantize_folder(
         )
         if deployment is not None:
             write_deployment(deployment.model_copy(update={"quantization": method, "quality": found}), work)
-        card = work / _CARD_NAME
+        card = work / CARD_NAME
         if card.exists():
             card.write_text("\n".join([card.read_text().rstrip("\n"), "", *card_lines(quantized), ""]))
     return quantized
@@ -84,8 +85,7 @@ def _described(folder: Path) -> Deployment | None:
         raise UserError(f"{folder} is no folder; name one that shardline export has written.")
     if any(folder.glob(f"*{SPARSE_ENDING}")):
         raise UserError(f"{folder} was exported with --sparse, whose form nothing computes with; export without it.")
-    is_of_transformers = any((folder / name).exists() for name in (FILES["hf"], f"{FILES['hf']}.index.json"))
-    if is_of_transformers and not (folder / DEPLOYMENT_NAME).exists():
+    if is_exported_model(str(folder)) and not (folder / DEPLOYMENT_NAME).exists():
         return None
     deployment = read_deployment(folder)
     if deployment.quantization is not None:

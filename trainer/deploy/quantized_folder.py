@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sharding.ranks.errors import UserError
+from trainer.deploy.hf_folder import refuse_faults
 
 
 def quantization_of(folder: Path) -> str | None:
@@ -77,14 +78,7 @@ def load_folder(folder: Path) -> Any:
         model, report = kind.from_pretrained(folder, dtype="auto", output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder} cannot be loaded: {str(error).strip().splitlines()[0]}.") from None
-    # Without a word, transformers would draw the ones anew and leave the others out.
-    for fault, keys in sorted(report.items()):
-        if keys:
-            first = next(iter(keys))
-            raise UserError(
-                f"{folder} is not a whole {kind.__name__}: {len(keys)} {fault.replace('_', ' ')}, the first being "
-                f"{first if isinstance(first, str) else first[0]}; export the run once more."
-            )
+    refuse_faults(report, folder, kind)
     assert isinstance(model, transformers.PreTrainedModel)
     return model.eval()
 

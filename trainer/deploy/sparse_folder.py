@@ -49,20 +49,16 @@ def load_sparse(folder: str | Path) -> dict[str, torch.Tensor]:
     return weights
 
 
-def make_sparse(folder: Path) -> tuple[int, int]:
+def make_sparse(folder: Path) -> None:
     """Replace the weights of an exported folder by their sparse form, from which they can be had again bit for bit.
 
     Args:
         folder: has ``model.safetensors``, or several files of weights and their index.
 
-    Returns:
-        Bytes of the files before and after.
-
     Raises:
         UserError: no tensor has so many zeros that it would be smaller.
     """
     dense = sorted(folder.glob(f"*{_DENSE_ENDING}"))
-    before = sum(path.stat().st_size for path in dense)
     renamed: dict[str, str] = {}
     num_packed = 0
     for path in dense:
@@ -84,7 +80,6 @@ def make_sparse(folder: Path) -> tuple[int, int]:
         values["weight_map"] = {name: renamed[file] for name, file in values["weight_map"].items()}
         index.with_name("model.sparse.safetensors.index.json").write_text(json.dumps(values, indent=2) + "\n")
         index.unlink()
-    return before, sum((folder / name).stat().st_size for name in renamed.values())
 
 
 def _pack(weights: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, list[int]]]:

@@ -161,6 +161,7 @@ def test_the_command(root: Path, tmp_path: Path) -> None:
     trained(exported)
     stored = load_file(tmp_path / "export" / "model.safetensors")
     exported_size = (tmp_path / "export" / "model.safetensors").stat().st_size
+    assert "prune:\n" in (tmp_path / "export" / "README.md").read_text()
     zeros = sum(int((tensor == 0).sum()) for name, tensor in stored.items() if ".layers." in name)
     assert zeros == 12_555
     sparse = shardline("export", target, "--to", tmp_path / "sparse", "--sparse")

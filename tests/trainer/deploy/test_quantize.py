@@ -135,7 +135,10 @@ def test_a_quantized_folder_of_transformers_loads_in_a_fresh_process(
     again = found(folder, files=(str(root / "others.jsonl"),))
     for name in ("accuracy", "loss"):
         assert again["metrics"][name] == pytest.approx(done["metrics"][name]["after"], rel=1e-6), name
-    assert read_deployment(folder).quantization == "int8-weight"
+    deployment = read_deployment(folder)
+    assert deployment.quantization == "int8-weight"
+    assert deployment.quality is not None
+    assert deployment.quality.split == "other"
     assert "## Quantisation" in (folder / "README.md").read_text()
     assert {path.suffix for path in (folder).iterdir()} <= {".json", ".md", ".safetensors"}
     fresh = subprocess.run(
@@ -202,6 +205,9 @@ def test_an_export_is_quantized_in_one_go(root: Path, tmp_path: Path, capsys: py
     assert sorted(path.name for path in tmp_path.iterdir()) == ["apart", "graph"]
     assert export_main([*arguments[:-2], "--sparse", "--quantize", "int8-weight"]) == EXIT_BAD_INPUT
     assert "leave one out" in capsys.readouterr().err
+    program = [arguments[0], "--to", str(tmp_path / "program"), "--format", "torch-export", *arguments[-2:]]
+    assert export_main(program) == EXIT_BAD_INPUT
+    assert "--quantize int8-weight --format torch-export: " in capsys.readouterr().err
 
 
 def _refused(capsys: pytest.CaptureFixture[str], folder: Path, to: Path, *arguments: object) -> str:
