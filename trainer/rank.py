@@ -195,7 +195,8 @@ def _run(config: RunConfig, progress: Progress) -> int:
         age_s = 0.0 if progress.is_guest else process_age_s()
         progress.ledger = GoodputLedger(run_folder.path, attempt, progress.phases, process_age_s=age_s)
     fingerprints = trained_fingerprints(config, run_folder)
-    if find_stages(config, fingerprints) is None:
+    # A launcher of ours has checked it.
+    if ATTEMPT_VARIABLE not in os.environ and find_stages(config, fingerprints) is None:
         check_before_reading(config, world, run_folder, rank)
     # Every rank asks; a file lock lets one of them work while the others wait. No collective has begun, so however
     # long it takes, nothing times out.
