@@ -7,22 +7,13 @@ from typing import Any
 from sharding.ranks.process_group import Ranks
 from tests.runs_in_process import RunsInProcess
 from tests.support import write_corpus
-from tests.trainer.evaluation.exported_runs import tokenizer_without_padding, write_texts
+from tests.trainer.evaluation.exported_runs import TINY_WAV2VEC2, tokenizer_without_padding, write_texts
 from trainer.config import parse_config
 
 _SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 _NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 _MODERNBERT = {"local_attention": 8}
 _GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
-_WAV2VEC2 = {
-    "conv_dim": [8, 8],
-    "conv_stride": [5, 4],
-    "conv_kernel": [10, 4],
-    "num_feat_extract_layers": 2,
-    "num_conv_pos_embeddings": 16,
-    "num_conv_pos_embedding_groups": 2,
-    "mask_time_prob": 0.0,
-}
 LONGEST = 32
 OWN = "tests.trainer.deploy.own_network"
 
@@ -69,7 +60,7 @@ def small_run_values(root: Path) -> dict[str, dict[str, Any]]:
         "decoder": (text, _of("llama", num_key_value_heads=1, **_SIZES), texts),
         "ratings": ("regression", {"builtin": "embedding-mlp", "arguments": {"hidden_sizes": [8]}}, ratings),
         "sounds": (speech, {"builtin": "cnn", "arguments": {"channels": [4, 4]}}, tones),
-        "wav2vec2": (speech, _of("wav2vec2", **_SIZES, **_WAV2VEC2), tones),
+        "wav2vec2": (speech, _of("wav2vec2", **_SIZES, **TINY_WAV2VEC2), tones),
     }
     runs["own"] = (f"{OWN}:IsAbove", {"factory": f"{OWN}:network"}, {"source": "factory", "factory": f"{OWN}:Pairs"})
     return {name: _values(root, name, *parts) for name, parts in runs.items()}

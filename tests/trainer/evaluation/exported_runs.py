@@ -17,7 +17,7 @@ from trainer.data.generated import SAMPLING_RATE, generated_tones
 from trainer.deploy.export import export_model
 
 _SIZES = {"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1, "num_attention_heads": 2}
-_WAV2VEC2 = {
+TINY_WAV2VEC2 = {
     "conv_dim": [8, 8],
     "conv_stride": [5, 4],
     "conv_kernel": [10, 4],
@@ -95,7 +95,7 @@ def train_and_export(ranks: Ranks, root: Path) -> None:
     runs = {
         "digits": _values(root, "digits", "image-classification", "vit", {"patch_size": 4}, source="digits"),
         "texts": _values(root, "texts", "sequence-classification", "llama", {}, **texts),
-        "sounds": _values(root, "sounds", "audio-classification", "wav2vec2", _WAV2VEC2, source="tones"),
+        "sounds": _values(root, "sounds", "audio-classification", "wav2vec2", TINY_WAV2VEC2, source="tones"),
         "images": _values(root, "images", "image-classification", "vit", {"patch_size": 4}, **images),
     }
     runs["texts"]["task"]["loss"] = "binary-cross-entropy"
