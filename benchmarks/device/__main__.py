@@ -21,6 +21,7 @@ from benchmarks.device.run import DeviceRun
 from benchmarks.device.table import end_line, markdown
 from benchmarks.measure.facts import collect_facts
 from benchmarks.measure.ranks import INTERRUPTED
+from benchmarks.presentation.result_files import numbered, result_folder
 from sharding.ranks.errors import EXIT_FAILED, EXIT_FINISHED, UserError, ends_with_a_sentence
 from trainer.files.atomic_files import write_atomically
 from trainer.runtime.processes import process_age_s
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.corpus is not None and not options.corpus.is_file():
         raise UserError(f"--corpus {options.corpus} is no file; name a file of text, or leave it out.")
     has_gpu = torch.cuda.is_available() and not options.small
-    output = options.output.absolute()
+    output = (options.output or _folder_of_today(has_gpu=has_gpu)).absolute()
     if (output / "device.json").exists():
         raise UserError(f"--output {options.output} has a result; name another folder.")
     if not has_gpu:
@@ -78,11 +79,16 @@ def main(arguments: Sequence[str]) -> int:
     return status or (EXIT_FAILED if failed else EXIT_FINISHED)
 
 
+def _folder_of_today(*, has_gpu: bool) -> Path:
+    """``runs/benchmarks/DATE_MACHINE/device``, or what comes after it."""
+    folder = result_folder(Path("runs/benchmarks"), 1, has_gpu=has_gpu) / "device"
+    return next(path for path in numbered(folder) if not path.exists())
+
+
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.device")
     parser.add_argument("--deadline", type=float, default=FULL_DEADLINE_S, help="seconds for all of it")
-    default = Path("runs/benchmarks") / f"device_{time.strftime('%Y%m%d_%H%M%S')}"
-    parser.add_argument("--output", type=Path, default=default, help="folder for device.json, device.md and logs")
+    parser.add_argument("--output", type=Path, help="folder for device.json, device.md and logs")
     parser.add_argument("--corpus", type=Path, help="file of text to train on; default: Python's own library")
     parser.add_argument("--small", action="store_true", help="the small form on the CPU, also where there is a GPU")
     return parser.parse_args(arguments)

@@ -7,11 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.presentation.result_files import Rows, last_result, read_rows
+from benchmarks.presentation.result_files import RESULTS, Rows, last_result, name_of, read_rows
 from trainer.metrics.paired_times import CONFIDENCE, Ratio
-
-RESULTS = Path(__file__).resolve().parents[1] / "results"
-"""Results that are kept with the code; the last file of a kind is also looked for here."""
 
 _LEAST_CHANGE = 0.0005
 _NUM_RESAMPLES = 10_000
@@ -58,18 +55,18 @@ class Change:
 def changes_since_last(raw: Path, series_of: Callable[[Rows], Mapping[str, Series]]) -> list[str]:
     """Lines that say what has changed since the last result of the same kind; none where this is the first.
 
-    It is looked for in the same folder and among the results that are kept with the code.
+    It is looked for among the results beside this one and among the results that are kept with the code.
 
     Args:
         raw: this result's raw file.
         series_of: what rows of a raw file are compared by, by name.
     """
-    before = last_result(raw, [raw.parent, RESULTS])
+    before = last_result(raw, [raw.parent.parent, RESULTS])
     if before is None:
         return []
     rows, old_rows = read_rows(raw), read_rows(before)
     changes = compare(series_of(rows), series_of(old_rows))
-    return changes_markdown(changes, before.name, difference_of_setup(rows[0], old_rows[0]))
+    return changes_markdown(changes, name_of(before), difference_of_setup(rows[0], old_rows[0]))
 
 
 def compare(now: Mapping[str, Series], before: Mapping[str, Series]) -> list[Change]:
@@ -141,7 +138,7 @@ def changes_markdown(changes: Sequence[Change], before_file: str, difference: st
 
     Args:
         changes: of all rows that both have.
-        before_file: name of the earlier raw file.
+        before_file: what a page calls the earlier raw file.
         difference: see ``difference_of_setup``.
     """
     real = [change for change in changes if change.is_more_than_noise]

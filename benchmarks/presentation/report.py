@@ -10,9 +10,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.presentation.result_files import kind_of, read_header, results_in
 from sharding.ranks.errors import UserError, ends_with_a_sentence
 
-_RAW = re.compile(r"(?P<name>[a-z]+)_(?P<machine>\d+x[a-z]+)_[\d_]+\.jsonl")
 _HEADING = re.compile(r"^#", re.MULTILINE)
 
 
@@ -32,12 +32,11 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def newest_results(folder: Path) -> list[Path]:
-    """The newest raw file of each benchmark and kind of machine that has a table beside it, by name."""
+    """The newest raw file of each name and kind of machine that has a table beside it, by name."""
     newest: dict[str, Path] = {}
-    for raw in sorted(folder.glob("*.jsonl")):
-        found = _RAW.fullmatch(raw.name)
-        if found and raw.with_suffix(".md").exists():
-            newest[f"{found['name']}_{found['machine']}"] = raw
+    for raw in sorted(results_in(folder), key=lambda path: read_header(path).get("time", "")):
+        if raw.with_suffix(".md").exists():
+            newest[kind_of(raw)] = raw
     return [newest[kind] for kind in sorted(newest)]
 
 
@@ -50,7 +49,11 @@ def render(results: Sequence[Path]) -> str:
     sections = ["# Benchmarks"]
     for raw in results:
         sections.append(_HEADING.sub("##", raw.with_suffix(".md").read_text().strip()))
-        sections += [f"![{raw.stem}]({raw.stem}{ending})" for ending in (".svg", ".png") if _is_beside(raw, ending)]
+        sections += [
+            f"![{raw.stem}]({raw.parent.name}/{raw.stem}{ending})"
+            for ending in (".svg", ".png")
+            if _is_beside(raw, ending)
+        ]
     return "\n\n".join(sections) + "\n"
 
 

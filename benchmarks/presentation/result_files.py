@@ -1,36 +1,78 @@
-"""The files of a result: raw rows as JSONL, and the table and the plot that are made of them."""
+"""The files of a result, ``DATE_MACHINE/NAME.jsonl`` with its table and plot beside it, and where they lie.
 
+``2026-11-29_2xcpu/scaling.jsonl``, say, of 2 ranks on CPUs; the second of a day is ``scaling-2.jsonl``.
+"""
+
+import itertools
 import json
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from benchmarks.presentation.terminal import show
 from trainer.config.earlier_spellings import overrides_with_present_spelling
 
-# KIND_RANKSxDEVICE, and then the time.
-_NAME = re.compile(r"(.+_\d+x[a-z]+)_")
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+"""Results that are kept with the code; the last one of a kind is also looked for here."""
+
+_FOLDER = re.compile(r"\d{4}-\d\d-\d\d_(?P<machine>\d+x[a-z]+)")
+_REPETITION = re.compile(r"-\d+$")
 _MEMORY_STEP_GIB = 4
 
 Rows = Sequence[Mapping[str, Any]]
 
 
 def raw_file(output: Path, kind: str, num_ranks: int, *, has_gpu: bool, makes_folder: bool = True) -> Path:
-    """The path of a new raw file, ``KIND_RANKSxDEVICE_DATE_TIME.jsonl``.
+    """The path of a new raw file, ``DATE_MACHINE/KIND.jsonl``, which is made, so that no other benchmark takes it.
 
     Args:
-        output: the folder.
+        output: the folder of all results.
         kind: the benchmark's name.
         num_ranks: ranks that are measured.
         has_gpu: whether they compute on GPUs.
-        makes_folder: whether the folder is made, where it is not there.
+        makes_folder: whether the folder and the file are made.
     """
-    if makes_folder:
-        output.mkdir(parents=True, exist_ok=True)
-    device = "gpu" if has_gpu else "cpu"
-    return output / f"{kind}_{num_ranks}x{device}_{time.strftime('%Y%m%d_%H%M%S')}.jsonl"
+    folder = result_folder(output, num_ranks, has_gpu=has_gpu)
+    if not makes_folder:
+        return folder / f"{kind}.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in numbered(folder / f"{kind}.jsonl"):
+        try:
+            path.touch(exist_ok=False)
+        except FileExistsError:
+            continue
+        return path
+    raise AssertionError("numbers do not end")
+
+
+def result_folder(output: Path, num_ranks: int, *, has_gpu: bool) -> Path:
+    """The folder of today's results, ``DATE_MACHINE``; the arguments are those of ``raw_file``."""
+    return output / f"{time.strftime('%Y-%m-%d')}_{num_ranks}x{'gpu' if has_gpu else 'cpu'}"
+
+
+def numbered(path: Path) -> Iterator[Path]:
+    """A path, and what the second, the third of its name are called."""
+    yield path
+    for number in itertools.count(2):
+        yield path.with_name(f"{path.stem}-{number}{path.suffix}")
+
+
+def name_of(raw: Path) -> str:
+    """What a page calls a result, ``DATE_MACHINE/NAME.jsonl``."""
+    return f"{raw.parent.name}/{raw.name}"
+
+
+def kind_of(raw: Path) -> str:
+    """What results of one day and the next have in common: ``NAME``, and the machine where its folder says it."""
+    folder = _FOLDER.fullmatch(raw.parent.name)
+    return " ".join([_REPETITION.sub("", raw.stem), *([folder["machine"]] if folder else [])])
+
+
+def results_in(output: Path) -> list[Path]:
+    """The raw files in a folder of results, each day's in order of their names."""
+    return sorted(path for path in output.glob("*/*.jsonl") if _FOLDER.fullmatch(path.parent.name))
 
 
 def append_row(raw: Path, row: Mapping[str, Any]) -> None:
@@ -46,23 +88,22 @@ def read_rows(raw: Path) -> list[dict[str, Any]]:
 
 
 def last_result(raw: Path, folders: Sequence[Path]) -> Path | None:
-    """The newest file of the same kind from before; None where there is none.
+    """The newest result of the same kind from before; None where there is none.
 
-    That is one with the same name but for the time, of the same size, with the same changes to it, and measured on a
-    machine like this one: what another machine did says nothing of a change.
+    That is one of the same benchmark on as many ranks, of the same size, with the same changes to it, and measured on a
+    machine like this one: what another machine did says nothing of a change. Names of files decide nothing.
 
     Args:
         raw: a raw file, as ``raw_file`` names it.
-        folders: where to look.
+        folders: where to look, each with a ``DATE_MACHINE`` in it.
     """
-    match = _NAME.match(raw.name)
-    if match is None:
-        return None
-    own = _header(raw)
+    folder = _FOLDER.fullmatch(raw.parent.name)
+    own = read_header(raw)
     earlier: dict[Path, str] = {}
-    # A file that was kept may have lost the time of day in its name.
-    for path in (path for folder in folders for path in folder.glob(f"{match[1]}_[0-9]*.jsonl")):
-        header = _header(path)
+    for path in (
+        path for output in folders for path in output.glob(f"*_{folder['machine'] if folder else ''}/*.jsonl")
+    ):
+        header = read_header(path)
         is_before = path.resolve() != raw.resolve() and header.get("time", "") < own.get("time", "")
         if is_before and _configuration(header) == _configuration(own) and _machine(header) == _machine(own):
             earlier[path] = header.get("time", "")
@@ -70,9 +111,11 @@ def last_result(raw: Path, folders: Sequence[Path]) -> Path | None:
 
 
 def _configuration(header: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What makes two results of one benchmark comparable at all, as far as a header says."""
+    """What makes two results comparable at all, as far as a header says: the benchmark, and what was trained."""
     setup = header.get("setup", {})
-    return (setup.get("size"), setup.get("config"), list(setup.get("overrides") or []))
+    benchmark = header.get("command", [])[:3]
+    trained = [setup.get(name) for name in ("size", "config", "micro_size", "sequence_length")]
+    return (benchmark, *trained, list(setup.get("overrides") or []))
 
 
 def _machine(header: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -94,12 +137,12 @@ def write_report(
 
     Args:
         raw: the raw file.
-        markdown: makes the table of rows, the raw file's name and ``changes``.
+        markdown: makes the table of rows, what a page calls the raw file, and ``changes``.
         plot: makes the SVG of rows.
         changes: lines that say what has changed since the last result.
     """
     rows = read_rows(raw)
-    table = markdown(rows, raw.name, changes)
+    table = markdown(rows, name_of(raw), changes)
     raw.with_suffix(".md").write_text(table)
     raw.with_suffix(".svg").write_text(plot(rows))
     log = "; what libraries said is in .log" if raw.with_suffix(".log").exists() else ""
@@ -108,7 +151,8 @@ def write_report(
     print(f"written to {raw}, .md and .svg{log}")
 
 
-def _header(raw: Path) -> dict[str, Any]:
+def read_header(raw: Path) -> dict[str, Any]:
+    """The first row of a raw file, as it is spelt now; empty where the file is."""
     with raw.open() as file:
         line = file.readline()
     return _with_present_spelling(json.loads(line)) if line else {}

@@ -63,7 +63,7 @@ def _start(options: argparse.Namespace) -> int:
     except ValueError:
         raise UserError(f"--connections {options.connections} is not a list of numbers, such as 50,500.") from None
     raw = raw_file(options.output, "serving", 1, has_gpu=False)
-    with tempfile.TemporaryDirectory(prefix=".serving-", dir=options.output) as work:
+    with tempfile.TemporaryDirectory(prefix=".serving-", dir=raw.parent) as work:
         folder = options.folder or _exported(Path(work))
         rows, expected = _rows(folder)
         setup = {"duration_s": options.duration_s, "slow": options.slow, "num_rows": len(rows)}

@@ -69,7 +69,7 @@ def test_saving_and_loading_are_measured(tmp_path: Path, shared_corpus: tuple[Pa
         timeout_s=380,
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    (raw,) = tmp_path.glob("checkpoint_2xcpu_*.jsonl")
+    (raw,) = tmp_path.glob("*_2xcpu/checkpoint.jsonl")
     rows = [json.loads(line) for line in raw.read_text().splitlines()]
     for mode in ("asynchronous", "in_place"):
         steps = [row for row in rows if row["kind"] == "step" and row["mode"] == mode]
@@ -85,4 +85,4 @@ def test_saving_and_loading_are_measured(tmp_path: Path, shared_corpus: tuple[Pa
     assert table == markdown(rows, raw.name, changes_since_last(raw, series))
     assert "| in place | 2 |" in table
     # The checkpoints are gone with the measurement.
-    assert {path.suffix for path in tmp_path.iterdir()} == {".jsonl", ".md", ".svg", ".log"}
+    assert {path.suffix for path in raw.parent.iterdir()} == {".jsonl", ".md", ".svg", ".log"}

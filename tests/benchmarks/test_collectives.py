@@ -29,7 +29,7 @@ def test_sizes_grow_by_a_factor_up_to_the_largest() -> None:
 def test_two_ranks_are_measured(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     few = ["--min-bytes", "4096", "--max-bytes", "65536", "--factor", "16", "--rounds", "2", "--warmup", "1"]
     assert main([*few, "--nproc", "2", "--output", str(tmp_path)]) == 0, capfd.readouterr()
-    (raw,) = tmp_path.glob("collectives_2x*.jsonl")
+    (raw,) = tmp_path.glob("*_2x*/collectives.jsonl")
     rows = [json.loads(line) for line in raw.read_text().splitlines()]
     times = slowest_s(rows)
     assert {name for name, _ in times} == {"all-reduce", "reduce-scatter", "all-gather"}

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from benchmarks.data.__main__ import main, make_huge_stream, measure_first_batch
-from benchmarks.measure.comparison import RESULTS
+from benchmarks.presentation.result_files import RESULTS
 
 
 def test_each_part_is_measured(tmp_path: Path) -> None:
@@ -18,7 +18,7 @@ def test_each_part_is_measured(tmp_path: Path) -> None:
     finally:
         os.sched_setaffinity(0, cores)
     assert status == 0
-    (raw,) = tmp_path.glob("data_1xcpu_*.jsonl")
+    (raw,) = tmp_path.glob("*_1xcpu/data.jsonl")
     rows = [json.loads(line) for line in raw.read_text().splitlines()]
     assert [len(row["tokens_per_s"]) for row in rows if row["kind"] == "loader"] == [2, 2]
     tokenizer = next(row for row in rows if row["kind"] == "tokenizer")
@@ -27,15 +27,15 @@ def test_each_part_is_measured(tmp_path: Path) -> None:
     table = raw.with_suffix(".md").read_text()
     assert "A corpus of 5e+09 tokens: the first shuffled batch after" in table
     # What was written for it is gone.
-    assert [path.suffix for path in sorted(tmp_path.iterdir())] == [".jsonl", ".md", ".svg"]
+    assert [path.suffix for path in sorted(raw.parent.iterdir())] == [".jsonl", ".md", ".svg"]
 
 
 def test_a_kept_result_and_an_interrupted_one_can_be_written_again(tmp_path: Path) -> None:
-    lines = (RESULTS / "data_1xcpu_20261128.jsonl").read_text().splitlines(keepends=True)
-    raw = tmp_path / "data_1xcpu_20261128_120000.jsonl"
+    lines = (RESULTS / "2026-11-29_1xcpu" / "data.jsonl").read_text().splitlines(keepends=True)
+    raw = tmp_path / "data.jsonl"
     for num_lines, said in (
-        (len(lines), "the first shuffled batch after 0.9"),
-        (2, "| 1 | 0.7"),
+        (len(lines), "the first shuffled batch after 0.7"),
+        (2, "| 1 | 0.8"),
         (1, "threads of the"),
     ):
         raw.write_text("".join(lines[:num_lines]))

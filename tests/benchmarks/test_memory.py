@@ -160,7 +160,7 @@ def _measure(cases: Sequence[str], output: Path) -> set[str]:
         timeout_s=280,
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    (raw,) = output.glob("memory_2xcpu_*.jsonl")
+    (raw,) = output.glob("*_2xcpu/memory.jsonl")
     rows = [row for row in map(json.loads, raw.read_text().splitlines()) if row["kind"] == "case"]
     assert len(rows) == 2 * len(cases)
     outside = set()

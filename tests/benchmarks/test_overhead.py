@@ -35,7 +35,7 @@ def test_all_contestants_do_the_same_work_in_turn(tmp_path: Path, shared_corpus:
         timeout_s=380,
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    (raw,) = tmp_path.glob("overhead_2xcpu_*.jsonl")
+    (raw,) = tmp_path.glob("*_2xcpu/overhead.jsonl")
     rows = [json.loads(line) for line in raw.read_text().splitlines()]
     header, settings = rows[0], rows[1]
     assert header["hardware"]["cpu"]

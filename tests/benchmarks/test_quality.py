@@ -115,7 +115,7 @@ def test_a_baseline_learns_from_the_training_rows_of_the_run(tmp_path: Path) -> 
 @pytest.mark.timeout(200)
 def test_it_trains_and_evaluates_and_goes_on_where_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--only", "digits-mlp", "--seeds", "1", "--nproc", "1", "--output", str(tmp_path)]) == 0
-    (raw,) = tmp_path.glob("*.jsonl")
+    (raw,) = tmp_path.glob("*/quality.jsonl")
     runs = [row for row in read_rows(raw) if row["kind"] == "run"]
     assert [run["seed"] for run in runs] == [0]
     assert 0.95 < runs[0]["value"] < 1

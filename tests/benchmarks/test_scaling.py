@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 import pytest
 
 from benchmarks.measure.sizes import SIZES
+from benchmarks.presentation.result_files import name_of
 from benchmarks.scaling.__main__ import main
 from benchmarks.scaling.plan import plan_races, rank_counts
 from benchmarks.scaling.table import efficiency, markdown, plot, read_races, series
@@ -200,7 +201,7 @@ def test_a_strategy_is_measured_over_ranks(tmp_path: Path, shared_corpus: tuple[
         *("bench", "scaling", "--", *options, "--output", tmp_path), *_data(shared_corpus), timeout_s=380
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    (raw,) = tmp_path.glob("scaling_2xcpu_*.jsonl")
+    (raw,) = tmp_path.glob("*_2xcpu/scaling.jsonl")
     rows = [json.loads(line) for line in raw.read_text().splitlines()]
     assert rows[0]["kind"] == "header"
     assert rows[0]["packages"]["deepspeed"]
@@ -208,7 +209,7 @@ def test_a_strategy_is_measured_over_ranks(tmp_path: Path, shared_corpus: tuple[
     _check_races(rows, {"none 1x4": alone, "zero2 2x4": two})
     assert raw.with_suffix(".md").read_text() in finished.stdout
     ElementTree.fromstring(raw.with_suffix(".svg").read_text())
-    assert {path.suffix for path in tmp_path.iterdir()} == {".jsonl", ".md", ".svg", ".log"}
+    assert {path.suffix for path in raw.parent.iterdir()} == {".jsonl", ".md", ".svg", ".log"}
 
 
 @pytest.mark.slow
@@ -231,9 +232,9 @@ def test_every_strategy_is_measured_and_a_repeated_result_is_compared(
             timeout_s=440,
         )
         assert finished.returncode == 0, finished.stdout + finished.stderr
-    older, newer = sorted(tmp_path.glob("scaling_3xcpu_*.jsonl"))
+    (older,), (newer,) = (tmp_path.glob(f"*_3xcpu/{name}.jsonl") for name in ("scaling", "scaling-2"))
     _check_races([json.loads(line) for line in newer.read_text().splitlines()], expected)
     table = newer.with_suffix(".md").read_text()
-    assert f"Since `{older.name}`" in table
+    assert f"Since `{name_of(older)}`" in table
     assert "of 17 rows differ by more than noise" in table
     assert "of 13 rows differ by more than noise" in table

@@ -41,7 +41,7 @@ def test_every_server_is_measured_and_ends(tmp_path: Path) -> None:
     folder = digits_folder(tmp_path / "digits")
     options = ["--connections", "8", "--duration-s", "2", "--slow", "2"]
     assert main(["--folder", str(folder), "--output", str(tmp_path / "out"), *options]) == 0
-    (raw,) = (tmp_path / "out").glob("serving_*.jsonl")
+    (raw,) = (tmp_path / "out").glob("*_1xcpu/serving.jsonl")
     turns = {row["server"]: row for row in read_rows(raw) if row["kind"] == "turn"}
     assert set(turns) == {"shardline", "litserve", "fastapi"}
     for row in turns.values():

@@ -58,7 +58,7 @@ def test_both_are_started_in_turn(
     corpus, cache = shared_corpus
     data = ["data.source=text", f"data.paths=[{corpus}]", f"data.cache_dir={cache}", "data.vocab_size=301"]
     assert main(["--rounds", "1", "--nproc", "1", "--output", str(tmp_path), *data, *SIZES["tiny"].overrides]) == 0
-    (raw,) = tmp_path.glob("startup_1xcpu_*.jsonl")
+    (raw,) = tmp_path.glob("*_1xcpu/startup.jsonl")
     table = raw.with_suffix(".md").read_text()
     assert "1 ranks, 1 starts each, taking turns" in table
     warmup, one = [row["wall_s"] for row in read_rows(raw) if row["kind"] in ("warmup", "round")]

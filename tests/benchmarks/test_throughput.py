@@ -202,7 +202,7 @@ def test_rungs_are_measured(tmp_path: Path, shared_corpus: tuple[Path, Path]) ->
         timeout_s=280,
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    (raw,) = tmp_path.glob("throughput_tiny_1xcpu_*.jsonl")
+    (raw,) = tmp_path.glob("*_1xcpu/throughput_tiny.jsonl")
     rows = [json.loads(line) for line in raw.read_text().splitlines()]
     rungs = read_rungs(rows)
     assert [rung.name for rung in rungs] == ["eager attention, fp32", "+ freed memory kept", "synthetic tokens"]
@@ -216,4 +216,4 @@ def test_rungs_are_measured(tmp_path: Path, shared_corpus: tuple[Path, Path]) ->
     table = raw.with_suffix(".md").read_text()
     assert table in finished.stdout
     assert "- + bucketed engine: skipped, one rank has nobody to exchange buckets with" in table
-    assert {path.suffix for path in tmp_path.iterdir()} == {".jsonl", ".md", ".svg", ".log"}
+    assert {path.suffix for path in raw.parent.iterdir()} == {".jsonl", ".md", ".svg", ".log"}

@@ -191,7 +191,7 @@ def test_a_search_on_two_ranks_goes_on_after_running_out_of_memory(
     assert document["use"][:2] == ["batch.micro_size=1", "parallel.strategy=ddp"]
     assert document["trials"][0]["tokens_per_s"] > 0
     assert "out of memory" in {trial["reason"] for trial in document["trials"]}
-    (raw,) = tmp_path.glob("tune_2xcpu_*.jsonl")
+    (raw,) = tmp_path.glob("*_2xcpu/tune.jsonl")
     rows = [json.loads(line) for line in raw.read_text().splitlines()]
     assert {row["config"]["batch"]["global_size"] for row in rows if row["kind"] == "rung"} == {4}
     assert "out of memory" in printed

@@ -61,7 +61,7 @@ def quickstart_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("committed") / "quickstart"
     folder.mkdir()
     for name in ("config.yaml", "metrics.jsonl", "provenance.json"):
-        shutil.copy(ROOT / "benchmarks" / "results" / f"quickstart_cpu_20261124.{name}", folder / name)
+        shutil.copy(ROOT / "benchmarks" / "results" / "2026-11-24_2xcpu" / f"quickstart.{name}", folder / name)
     (folder / "sample.txt").write_text(_HOSTILE)
     return folder
 

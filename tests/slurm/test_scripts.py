@@ -124,7 +124,7 @@ def test_scaling_is_measured_over_ranks_of_a_node_and_then_over_nodes(
     facts = cluster.wait(job, 380)
     printed = output.read_text()
     assert (facts["JobState"], facts["ExitCode"]) == ("COMPLETED", "0:0"), printed
-    (raw,) = results.glob("scaling_4xcpu_*.jsonl")
+    (raw,) = results.glob("*_4xcpu/scaling.jsonl")
     races = [row for row in map(json.loads, raw.read_text().splitlines()) if row["kind"] == "race"]
     assert [(race["num_ranks"], race["strategy"]) for race in races] == [(1, "none"), (2, "ddp"), (4, "ddp")]
     table = raw.with_suffix(".md").read_text()
@@ -132,4 +132,4 @@ def test_scaling_is_measured_over_ranks_of_a_node_and_then_over_nodes(
     assert all(
         f"| 4 | {name} | 24 |" in table for name in ("plain", "shardline", "accelerate", "fabric", "transformers")
     )
-    assert {path.suffix for path in results.iterdir()} == {".jsonl", ".md", ".svg"}
+    assert {path.suffix for path in raw.parent.iterdir()} == {".jsonl", ".md", ".svg"}

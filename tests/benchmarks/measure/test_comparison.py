@@ -70,32 +70,38 @@ def test_rows_of_one_result_alone_are_left_out() -> None:
 def test_the_last_file_of_the_kind_is_found(tmp_path: Path) -> None:
     def write(folder: str, name: str, time: str, **setup: Any) -> Path:
         path = tmp_path / folder / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps({"time": time, "setup": setup}) + "\n" + json.dumps({"kind": "end"}) + "\n")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        command = ["shardline", "bench", path.stem.partition("_")[0].partition("-")[0], "--pairs", "300"]
+        path.write_text(
+            json.dumps({"time": time, "command": command, "setup": setup}) + "\n" + json.dumps({"kind": "end"}) + "\n"
+        )
         return path
 
     folders = [tmp_path / "out", tmp_path / "kept"]
-    mine = write("out", "scaling_4xcpu_20260105_120000.jsonl", "2026-01-05T12:00:00+0000")
+    mine = write("out", "2026-01-05_4xcpu/scaling.jsonl", "2026-01-05T12:00:00+0000")
     assert last_result(mine, folders) is None
-    write("out", "scaling_2xcpu_20260104_120000.jsonl", "2026-01-04T12:00:00+0000")
-    write("out", "overhead_4xcpu_20260104_120000.jsonl", "2026-01-04T12:00:00+0000")
+    write("out", "2026-01-04_2xcpu/scaling.jsonl", "2026-01-04T12:00:00+0000")
+    write("out", "2026-01-04_4xcpu/overhead.jsonl", "2026-01-04T12:00:00+0000")
     assert last_result(mine, folders) is None
     # Another size, and another configuration.
-    write("out", "scaling_4xcpu_20260104_130000.jsonl", "2026-01-04T13:00:00+0000", size="tiny")
-    write("out", "scaling_4xcpu_20260104_140000.jsonl", "2026-01-04T14:00:00+0000", overrides=["batch.micro_size=2"])
+    write("out", "2026-01-04_4xcpu/scaling.jsonl", "2026-01-04T13:00:00+0000", size="tiny")
+    write("out", "2026-01-04_4xcpu/scaling-2.jsonl", "2026-01-04T14:00:00+0000", overrides=["batch.micro_size=2"])
+    write("out", "2026-01-04_4xcpu/scaling-3.jsonl", "2026-01-04T15:00:00+0000", sequence_length=128)
     assert last_result(mine, folders) is None
-    kept = write("kept", "scaling_4xcpu_20260103.jsonl", "2026-01-03T23:00:00+0000")
-    older = write("out", "scaling_4xcpu_20260103_120000.jsonl", "2026-01-03T12:00:00+0000")
+    # One that is kept may have a name that says more.
+    kept = write("kept", "2026-01-03_4xcpu/scaling_many_pairs.jsonl", "2026-01-03T23:00:00+0000")
+    older = write("out", "2026-01-03_4xcpu/scaling.jsonl", "2026-01-03T12:00:00+0000")
     assert last_result(mine, folders) == kept
     kept.unlink()
     # One that came afterwards is not what has changed.
-    write("kept", "scaling_4xcpu_20260106.jsonl", "2026-01-06T12:00:00+0000")
+    write("kept", "2026-01-06_4xcpu/scaling.jsonl", "2026-01-06T12:00:00+0000")
     assert last_result(mine, folders) == older
 
 
 def test_a_result_of_an_earlier_spelling_is_found_and_compared(tmp_path: Path) -> None:
     def write(day: int, *overrides: str) -> Path:
-        path = tmp_path / f"memory_2xcpu_2026010{day}_120000.jsonl"
+        path = tmp_path / f"2026-01-0{day}_2xcpu" / "memory.jsonl"
+        path.parent.mkdir()
         header = {"kind": "header", "time": f"2026-01-0{day}", "hardware": {}, "setup": {"overrides": [*overrides]}}
         path.write_text(json.dumps(header) + "\n")
         return path
@@ -106,7 +112,7 @@ def test_a_result_of_an_earlier_spelling_is_found_and_compared(tmp_path: Path) -
     for raw, before in (
         (write(4, "steps=3", "parallel.backend=bucketed"), buckets),
         (write(5), plain),
-        (write(6, "steps=3", "parallel.engine=bucketed"), tmp_path / "memory_2xcpu_20260104_120000.jsonl"),
+        (write(6, "steps=3", "parallel.engine=bucketed"), tmp_path / "2026-01-04_2xcpu" / "memory.jsonl"),
     ):
         assert last_result(raw, [tmp_path]) == before
         assert difference_of_setup(read_rows(raw)[0], read_rows(before)[0]) == ""
@@ -140,16 +146,17 @@ def test_another_machines_result_is_no_last_one(tmp_path: Path) -> None:
     }
 
     def write(name: str, time: str, machine: dict[str, Any]) -> Path:
-        path = tmp_path / f"data_1xgpu_{name}.jsonl"
+        path = tmp_path / "2026-11-03_1xgpu" / f"{name}.jsonl"
+        path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps({"kind": "header", "time": time, "hardware": machine}) + "\n")
         return path
 
-    mine = write("20261103_000000", "2026-11-03", hardware | {"memory_gib": 23.4})
+    mine = write("data-2", "2026-11-03", hardware | {"memory_gib": 23.4})
     for number, machine in enumerate(others.values()):
-        write(f"2026110{number}_000001", "2026-11-02", machine)
+        write(f"data_of_another_{number}", "2026-11-02", machine)
     assert last_result(mine, [tmp_path]) is None
     # Another driver is a condition that is told.
-    same = write("20261101_000002", "2026-11-01", hardware | {"gpus": ["NVIDIA H200, 580.2, 143771 MiB"]})
+    same = write("data", "2026-11-01", hardware | {"gpus": ["NVIDIA H200, 580.2, 143771 MiB"]})
     assert last_result(mine, [tmp_path]) == same
 
 

@@ -21,6 +21,7 @@ from tests.support import ROOT
 
 def write_result(folder: Path, name: str, rows: list[dict[str, Any]], table: str) -> Path:
     raw = folder / f"{name}.jsonl"
+    raw.parent.mkdir(exist_ok=True)
     raw.write_text("".join(json.dumps(row) + "\n" for row in rows))
     raw.with_suffix(".md").write_text(table)
     return raw
@@ -33,22 +34,20 @@ def startup_rows(time: str, ours_s: float) -> list[dict[str, Any]]:
 
 
 def test_the_newest_of_each_kind_is_shown_with_its_plot(tmp_path: Path) -> None:
-    write_result(tmp_path, "startup_2xtest_20261101_120000", startup_rows("2026-11-01T12:00:00", 6.0), "# Old\n")
+    write_result(tmp_path, "2026-11-01_2xcpu/startup", startup_rows("2026-11-01T12:00:00", 6.0), "# Old\n")
     newest = write_result(
-        tmp_path, "startup_2xtest_20261102_120000", startup_rows("2026-11-02T12:00:00", 9.0), "# Start-up\n\n## Part\n"
+        tmp_path, "2026-11-01_2xcpu/startup-2", startup_rows("2026-11-02T12:00:00", 9.0), "# Start-up\n\n## Part\n"
     )
-    scaling = write_result(tmp_path, "scaling_4xtest_20261101_120000", [{"kind": "header", "time": "t"}], "# Scaling\n")
+    scaling = write_result(tmp_path, "2026-11-01_4xcpu/scaling", [{"kind": "header", "time": "t"}], "# Scaling\n")
     scaling.with_suffix(".svg").write_text("<svg/>")
-    (tmp_path / "notes_1xtest_20261101_120000.jsonl").write_text("")
+    (tmp_path / "2026-11-01_4xcpu" / "notes.jsonl").write_text("")
     assert newest_results(tmp_path) == [scaling, newest]
     page = render(newest_results(tmp_path))
-    assert page.startswith(
-        "# Benchmarks\n\n## Scaling\n\n![scaling_4xtest_20261101_120000](scaling_4xtest_20261101_120000.svg)"
-    )
+    assert page.startswith("# Benchmarks\n\n## Scaling\n\n![scaling](2026-11-01_4xcpu/scaling.svg)")
     assert "## Start-up\n\n### Part" in page
     assert "# Old" not in page
     (changed, *_) = changes_since_last(newest, startup_series)
-    assert changed.startswith("Since `startup_2xtest_20261101_120000.jsonl`: 1 of 1 rows differ by more than noise")
+    assert changed.startswith("Since `2026-11-01_2xcpu/startup.jsonl`: 1 of 1 rows differ by more than noise")
     assert main([str(tmp_path)]) == 0
     assert (tmp_path / "report.md").read_text() == page
 

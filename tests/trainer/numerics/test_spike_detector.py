@@ -58,7 +58,7 @@ def test_outliers_are_found_and_nothing_else(take_all: bool) -> None:
 
 
 def test_a_run_that_was_measured_has_no_spike() -> None:
-    path = ROOT / "benchmarks" / "results" / "quickstart_every_step_cpu_20261125.jsonl"
+    path = ROOT / "benchmarks" / "results" / "2026-11-25_2xcpu" / "quickstart_every_step.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     values = [(line["train/loss"], line["train/grad_norm"]) for line in lines]
     assert len(values) == 300
