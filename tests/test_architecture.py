@@ -74,7 +74,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "checkpoint": {"presentation", "measure"},
         "collectives": {"presentation", "measure"},
         "data": {"presentation", "measure"},
-        "device": {"measure"},
+        "device": {"presentation", "measure"},
         "memory": {"presentation", "measure"},
         "startup": {"presentation", "measure"},
         "quality": {"measure", "presentation"},

@@ -18,6 +18,8 @@ from trainer.config.rules import World, validate
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 KEYS = {key: {field.alias or name for name, field in model.model_fields.items()} for key, model in sections(RunConfig)}
 
+# What a link's name leads to: of a figure, its file and field.
+_DEFINITION = re.compile(r"^\[[\w .-]+\]: .*$", re.MULTILINE)
 # They look like keys.
 FILES = {"metrics.jsonl", "metrics.discarded.jsonl", "model.onnx", "model.safetensors"}
 
@@ -55,7 +57,8 @@ def test_links_into_a_page_find_their_heading(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_commands_and_options_exist(page: Path) -> None:
     commands = _commands()
-    for line in re.findall(r"(?<!from )shardline ((?:[a-z]+|\||\\)+[^`\n]*)", page.read_text()):
+    text = _DEFINITION.sub("", page.read_text())
+    for line in re.findall(r"(?<!from )shardline ((?:[a-z]+|\||\\)+[^`\n]*)", text):
         words = line.replace("\\|", "|").split()
         first = words[0]
         seconds = words[1].split("|") if len(words) > 1 and not any(name == first for name in commands) else [""]
@@ -155,7 +158,7 @@ def test_each_trouble_has_a_test_and_is_said_as_it_is_quoted() -> None:
 
 def _paragraphs(page: Path) -> list[str]:
     """Prose of a page, each item of a list by itself: without code, tables and what is drawn by indentation."""
-    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"^```.*?^```$", "", _DEFINITION.sub("", page.read_text()), flags=re.DOTALL | re.MULTILINE)
     parts = [item for part in re.split(r"\n\s*\n", text) for item in re.split(r"\n(?=\s*(?:-|\d+\.) )", part)]
     return [" ".join(part.split()) for part in parts if not part.startswith(("|", "    "))]
 

@@ -1,7 +1,7 @@
 """Plots of results as SVG, which a page of Markdown shows; drawn by matplotlib."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,6 +142,43 @@ def ratios(rows: Sequence[Bar], x_label: str) -> str:
         low, high = min([1.0, *(row.low for row in rows)]), max([1.0, *(row.high for row in rows)])
         width = high - low or 1.0
         axes.set_xlim(low - 0.1 * width, high + 0.3 * width)
+        return _svg(figure)
+
+
+def grouped_ratios(groups: Mapping[str, Sequence[Bar]], x_label: str) -> str:
+    """Bars with intervals in groups, beside a line at 1, and one colour for each name.
+
+    Args:
+        groups: bars by what stands above them, both from top to bottom.
+        x_label: what the values are.
+    """
+    names = list(dict.fromkeys(bar.name for bars in groups.values() for bar in bars))
+    colours = {name: _COLOURS[1 + index % (len(_COLOURS) - 1)] for index, name in enumerate(names)}
+    num_rows = sum(1 + len(bars) for bars in groups.values())
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(7.5, 0.7 + _BAR_INCHES * num_rows), layout="constrained")
+        axes = figure.subplots()
+        ticks, place = [], 0
+        for title, bars in groups.items():
+            ticks.append((place, title, True))
+            for bar in bars:
+                place += 1
+                ticks.append((place, bar.name, False))
+                axes.barh(place, bar.value, 0.7, color=colours[bar.name], alpha=0.85)
+                axes.plot([bar.low, bar.high], [place, place], color=_COLOURS[0], linewidth=1.3)
+                # The line at 1 may pass behind it.
+                ground = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+                text = f"{bar.value:.3f}"
+                axes.annotate(text, (bar.high, place), (6, 0), textcoords="offset points", va="center", bbox=ground)
+            place += 1
+        axes.axvline(1.0, color="#444444", linestyle="--", linewidth=1)
+        axes.set_yticks([at for at, _, _ in ticks], [text for _, text, _ in ticks])
+        for label, (_, _, is_title) in zip(axes.get_yticklabels(), ticks, strict=True):
+            label.set_fontweight("bold" if is_title else "normal")
+        axes.tick_params(axis="y", length=0)
+        axes.set_ylim(num_rows - 0.5, -0.5)
+        axes.set_xlim(0, 1.15 * max([1.0, *(bar.high for bars in groups.values() for bar in bars)]))
+        axes.set_xlabel(x_label)
         return _svg(figure)
 
 

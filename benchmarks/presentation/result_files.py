@@ -3,6 +3,7 @@
 ``2026-11-29_2xcpu/scaling.jsonl``, say, of 2 ranks on CPUs; the second of a day is ``scaling-2.jsonl``.
 """
 
+import hashlib
 import itertools
 import json
 import re
@@ -111,11 +112,11 @@ def last_result(raw: Path, folders: Sequence[Path]) -> Path | None:
 
 
 def _configuration(header: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What makes two results comparable at all, as far as a header says: the benchmark, and what was trained."""
+    """What makes two results comparable at all, as far as a header says: how it was measured, and what was trained."""
     setup = header.get("setup", {})
     benchmark = header.get("command", [])[:3]
     trained = [setup.get(name) for name in ("size", "config", "micro_size", "sequence_length")]
-    return (benchmark, *trained, list(setup.get("overrides") or []))
+    return (benchmark, header.get("protocol"), *trained, list(setup.get("overrides") or []))
 
 
 def _machine(header: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -142,13 +143,18 @@ def write_report(
         changes: lines that say what has changed since the last result.
     """
     rows = read_rows(raw)
-    table = markdown(rows, name_of(raw), changes)
+    table = f"{markdown(rows, name_of(raw), changes)}{digest_line(raw)}"
     raw.with_suffix(".md").write_text(table)
     raw.with_suffix(".svg").write_text(plot(rows))
     log = "; what libraries said is in .log" if raw.with_suffix(".log").exists() else ""
     print()
     show(table)
     print(f"written to {raw}, .md and .svg{log}")
+
+
+def digest_line(raw: Path) -> str:
+    """The end of a table, by which a raw file that was changed afterwards is found out."""
+    return f"Its SHA-256: `{hashlib.sha256(raw.read_bytes()).hexdigest()}`.\n"
 
 
 def read_header(raw: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ SHARDLINE, LITSERVE, BARE = "shardline", "litserve", "fastapi"
 _TITLE = "Serving a classifier"
 _COLUMNS = (
     *("clients", "server", "requests/s", "p50, ms", "p99, ms", "wrong", "lost", "503"),
-    *("processor time of a request, ms", "after SIGTERM: right", "lost", "ended after, s", "status"),
+    *("processor time of a request, ms", "after SIGTERM: right", "after SIGTERM: lost", "ended after, s", "status"),
 )
 
 

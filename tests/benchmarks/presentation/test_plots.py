@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks.presentation.plots import Bar, Panel, Point, bars, line_panels, ratios
+from benchmarks.presentation.plots import Bar, Panel, Point, bars, grouped_ratios, line_panels, ratios
 
 _SVG = "{http://www.w3.org/2000/svg}"
 
@@ -53,3 +53,24 @@ def test_ratios_are_told_to_three_digits_beside_one() -> None:
     assert {"1.013", "1.085", "tiny: ours", "tiny: another"} <= set(_texts(drawn))
     # Nothing was measured.
     assert ElementTree.fromstring(ratios([], "median step")) is not None
+
+
+def test_groups_of_ratios_have_their_names_once_each_and_a_line_at_one() -> None:
+    groups = {
+        "ZeRO-1": [Bar("ours", 0.9, 0.85, 0.95), Bar("theirs", 1.2, 1.1, 1.3)],
+        "ZeRO-2": [Bar("ours", 1, 0.9, 1.1)],
+    }
+    drawn = grouped_ratios(groups, "median step")
+    texts = _texts(ElementTree.fromstring(drawn))
+    for text, times in (
+        ("ZeRO-1", 1),
+        ("ZeRO-2", 1),
+        ("ours", 2),
+        ("theirs", 1),
+        ("0.900", 1),
+        ("1.200", 1),
+        ("median step", 1),
+    ):
+        assert texts.count(text) == times, text
+    assert "stroke-dasharray" in drawn
+    assert grouped_ratios(groups, "median step") == drawn
