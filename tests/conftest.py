@@ -17,6 +17,8 @@ os.environ["OMP_WAIT_POLICY"] = "passive"
 # scikit-learn sets them where it is imported, after which no clone of the zygote would be like this process.
 os.environ["KMP_DUPLICATE_LIB_OK"] = "True"
 os.environ["KMP_INIT_AT_FORK"] = "FALSE"
+# A process under test reads what another has compiled: compiling all files of ours takes each 0.4 s.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 from hypothesis import HealthCheck, settings
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from sharding.ranks.errors import UserError
 from trainer.architectures.faults import faults_of_a_configuration, reason
 from trainer.architectures.images import check_images, fields_for_images
+from trainer.architectures.late_imports import import_model_code
 from trainer.architectures.padding import needs_padding, refuse_padding
 from trainer.architectures.recordings import check_sampling_rate
 from trainer.config.sections import ModelConfig
@@ -23,8 +24,6 @@ def build_model_config(model: ModelConfig, facts: SampleFacts) -> "PretrainedCon
             the model has fewer positions than a sequence has tokens, it takes other images or sounds, or samples are
             none of these.
     """
-    from transformers import AutoConfig
-
     if model.architecture is None and model.pretrained is None:
         raise UserError(f"{model.name} is no model of transformers, which this is for; name a model.architecture.")
     if facts.vocab_size is None and facts.image_shape is None and facts.num_audio_samples is None:
@@ -32,6 +31,9 @@ def build_model_config(model: ModelConfig, facts: SampleFacts) -> "PretrainedCon
             f"{model.name} is a model of transformers, but the samples are neither texts "
             "nor images nor recordings; choose model.builtin=mlp, say, or a task whose samples it takes."
         )
+    import_model_code()
+    from transformers import AutoConfig
+
     if model.pretrained is not None:
         try:
             config = AutoConfig.from_pretrained(model.pretrained, trust_remote_code=model.trust_remote_code)
