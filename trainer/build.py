@@ -113,7 +113,19 @@ def build_trainer(
         on_rank_0(lambda: _check_beginning(config, run_folder, corpus), ranks)
     busy = BusyMeter(phases, config.parallel.strategy)
     named_sums = NamedSums(task)
-    distilled = begin_distillation(widest, task, corpus, samples.facts, mesh, ranks, run_folder, observers.info)
+    distilled = begin_distillation(
+        widest,
+        task,
+        corpus,
+        samples,
+        mesh,
+        ranks,
+        run_folder,
+        observers.info,
+        # For the watchdog, which else takes what lasts for a hang.
+        alive=lambda: phases.enter(Phase.BUILD),
+    )
+    training_loss, read_answers = (None, None) if distilled is None else distilled
     engine, facts = build_model_engine(
         fetched,
         task,
@@ -122,8 +134,8 @@ def build_trainer(
         samples.facts,
         busy.timed,
         named_sums,
-        training_loss=distilled,
-        add_modules=(lambda _: ()) if distilled is None else distilled.add_projections,
+        training_loss=training_loss,
+        add_modules=(lambda _: ()) if training_loss is None else training_loss.add_projections,
     )
     description = describe_model(widest, facts, ranks)
     observers.info(description)
@@ -134,7 +146,15 @@ def build_trainer(
     if config.metrics.parameter_hash:
         observers.info(f"initial parameters {parameter_hash(engine, ranks)}")
     stages = [
-        build_stage(one, of_stage, mesh.data, ranks, observers, scales_loss=engine.loss_scale is not None)
+        build_stage(
+            one,
+            of_stage,
+            mesh.data,
+            ranks,
+            observers,
+            scales_loss=engine.loss_scale is not None,
+            beside=read_answers,
+        )
         for one, of_stage in zip(corpora, all_samples, strict=True)
     ]
     for one, of_stage in zip(corpora, all_samples, strict=True):

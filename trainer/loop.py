@@ -189,7 +189,10 @@ class Trainer:
 
     def _make_batches(self, micro_batches: list[MicroBatch]) -> list[Batch]:
         task = self._parts.task
-        return [pinned(task.make_batch(micro.samples, micro.positions, training=True)) for micro in micro_batches]
+        return [
+            pinned(task.make_batch(micro.samples, micro.positions, training=True) | micro.beside)
+            for micro in micro_batches
+        ]
 
     def _train_step(self, step: int, micro_batches: list[Batch], num_targets: int) -> StepRecord | None:
         """Take one step; None where its samples were skipped instead, and nothing else has changed."""

@@ -12,7 +12,7 @@ from trainer.config.stages import Stage, errors_of_stage
 from trainer.data.any_samples import prepared_samples
 from trainer.data.documents import documents_in
 from trainer.data.evaluation_sets import set_batches
-from trainer.data.loader import BatchLoader, evaluation_batches
+from trainer.data.loader import BatchLoader, ReadBeside, evaluation_batches
 from trainer.data.prepared import Prepared, PreparedStream
 from trainer.data.prepared_stages import StageCorpus
 from trainer.data.row_samples import RowSamples
@@ -64,7 +64,14 @@ class StageParts:
 
 
 def build_stage(
-    one: StageCorpus, samples: Samples, role: Role, ranks: Ranks, observers: Observers, *, scales_loss: bool
+    one: StageCorpus,
+    samples: Samples,
+    role: Role,
+    ranks: Ranks,
+    observers: Observers,
+    *,
+    scales_loss: bool,
+    beside: ReadBeside | None = None,
 ) -> StageParts:
     """Put together what belongs to a stage.
 
@@ -75,6 +82,7 @@ def build_stage(
         ranks: this rank's place.
         observers: who watches.
         scales_loss: see SpikePolicy.
+        beside: see BatchLoader.
 
     Raises:
         UserError: its corpus is too small, or nothing is held out where that is to be evaluated.
@@ -86,7 +94,7 @@ def build_stage(
     return StageParts(
         stage=one.stage,
         fingerprint=samples.fingerprint,
-        build_loader=lambda training: _build_loader(config, corpus, role, training),
+        build_loader=lambda training: _build_loader(config, corpus, role, training, beside),
         evaluation_batches=lambda: evaluation_batches(
             samples,
             "validation",
@@ -129,7 +137,7 @@ def check_held_out(config: RunConfig, samples: Samples) -> None:
 
 
 def _build_loader(
-    config: RunConfig, corpus: Prepared, role: Role, training: TrainingState
+    config: RunConfig, corpus: Prepared, role: Role, training: TrainingState, beside: ReadBeside | None
 ) -> BatchLoader | StreamingLoader:
     """A loader that starts where the training is.
 
@@ -160,4 +168,5 @@ def _build_loader(
         start_sample=training.num_corpus_samples,
         skipped=SkippedSamples(training.skipped_samples),
         lengths=samples.lengths if data.bucket_by_length and isinstance(samples, RowSamples) else None,
+        beside=beside,
     )

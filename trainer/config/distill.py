@@ -9,6 +9,7 @@ from sharding.strict_model import SET, UNSET, Like, OnlyWith, StrictModel
 from trainer.config.rows import TASK_SAMPLES
 
 _TELL_CLASSES_APART = (*(name for name in TASK_SAMPLES if name != "regression"), Like("*:*", "module:Class"))
+_READ_THE_SAME_EACH_TIME = tuple(name for name in TASK_SAMPLES if name not in ("regression", "masked-lm"))
 
 LayerPair = tuple[int, int]
 
@@ -32,6 +33,24 @@ class DistillConfig(StrictModel):
     weight: Annotated[float, OnlyWith(teacher=SET)] = Field(default=0.5, ge=0.0, le=1.0)
     """Share of the teacher in the training loss: weight x temperature^2 x KL(teacher, student) +
     (1 - weight) x the task's own loss, each summed over targets."""
+
+    top_k: Annotated[
+        int | None,
+        OnlyWith(teacher=SET),
+        OnlyWith(
+            {"task.name": _READ_THE_SAME_EACH_TIME},
+            because="what hides tokens, and what code of your own makes of samples, may differ each time",
+        ),
+        OnlyWith(
+            {"data.factory": UNSET, "data.streaming": UNSET},
+            because="a sample is looked up by its number, under which it must be the same each time",
+        ),
+        OnlyWith(factory=UNSET, because="its code may change, and what is kept would not"),
+        OnlyWith(layers=UNSET, because="hidden states of all samples would be too large to keep"),
+    ] = Field(default=None, ge=1)
+    """Ask the teacher once for each training sample, before training, and keep in the cache how likely it takes so
+    many classes or tokens to be, the likeliest, and all others together; the teacher is then in no memory while the
+    student trains. Null asks it in each step, for all."""
 
     layers: Annotated[
         tuple[Annotated[LayerPair, Field(strict=False)], ...],

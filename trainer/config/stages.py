@@ -135,6 +135,11 @@ def validate_stages(config: "RunConfig") -> None:
             "faults.spike_policy=rollback returns to a checkpoint, which may be of the stage before, whose samples are "
             "others; use faults.spike_policy=skip in a run with stages."
         )
+    if config.distill.top_k is not None:
+        raise UserError(
+            f"distill.top_k={config.distill.top_k} keeps what the teacher says of each sample by its number, and each "
+            "stage numbers samples of its own; remove it, and the teacher is asked in each step."
+        )
 
 
 def _check_tokens(config: "RunConfig", settings: StageConfig) -> None:

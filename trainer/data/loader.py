@@ -5,11 +5,15 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 
+from sharding.engine import Batch
 from trainer.data.mixture import MixtureOrder
 from trainer.data.order import SampleOrder
 from trainer.data.read_ahead import ReadAhead
 from trainer.data.samples import FILLER, MicroBatch, Samples
 from trainer.data.skipped_samples import SkippedSamples
+
+ReadBeside = Callable[[Sequence[int]], Batch]
+"""Columns that are kept of samples elsewhere, by the samples' indices; dim 0 of each is the sample."""
 
 _ORDER_CHUNK = 4096
 # Small steps are read further ahead, since waking the reader costs the same for any step.
@@ -39,6 +43,7 @@ class BatchLoader:
         skipped: SkippedSamples | None = None,
         prefetch_steps: int | None = None,
         lengths: Callable[[Sequence[int]], np.ndarray] | None = None,
+        beside: ReadBeside | None = None,
     ) -> None:
         """Start reading ahead.
 
@@ -54,6 +59,7 @@ class BatchLoader:
             prefetch_steps: steps that are read ahead; 0 reads on demand, in the caller's thread; by default as many as
                 hold 131,072 tokens, at least 2 and at most 32.
             lengths: of training samples by index; given where those of a step are put into micro-batches by length.
+            beside: reads what is kept of training samples elsewhere, by their indices; None where nothing is.
         """
         self._samples = samples
         self._order = order
@@ -61,6 +67,7 @@ class BatchLoader:
         self._micro_size = micro_size
         self._skipped = skipped or SkippedSamples()
         self._lengths = lengths
+        self._beside = beside or (lambda _: {})
         first = dp_rank * micro_size
         starts = np.arange(first, global_size, dp_degree * micro_size)
         self._local_positions = (starts[:, None] + np.arange(micro_size)).reshape(-1)
@@ -100,9 +107,10 @@ class BatchLoader:
             by_length = np.argsort(self._lengths(indices.tolist()), kind="stable")[self._local_positions]
             positions, indices = positions[by_length], indices[by_length]
         shape = (-1, self._micro_size)
+        pairs = zip(indices.reshape(shape).tolist(), positions.reshape(shape), strict=True)
         return [
-            MicroBatch(self._samples.read("train", micro.tolist()), torch.from_numpy(of_micro))
-            for micro, of_micro in zip(indices.reshape(shape), positions.reshape(shape), strict=True)
+            MicroBatch(self._samples.read("train", micro), torch.from_numpy(of_micro), self._beside(micro))
+            for micro, of_micro in pairs
         ]
 
 

@@ -1,7 +1,7 @@
 """What training and evaluation ask of whatever is learnt from."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -43,7 +43,9 @@ class MicroBatch:
         samples: what ``Samples.read`` gave.
         positions: global position of each in training, counted over all epochs, or in the split that is evaluated;
             int64 [micro], ``FILLER`` where a sample only fills up.
+        beside: what a run keeps of each sample elsewhere, and adds to the batch that a task makes; mostly nothing.
     """
 
     samples: Batch
     positions: torch.Tensor
+    beside: Batch = field(default_factory=dict)

@@ -1,12 +1,13 @@
 """What training with adapters (LoRA) leaves: merged into the weights, or by themselves for peft."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn import functional
 
 from sharding.batch_norm import has_batch_norm
 from sharding.ranks.errors import UserError
@@ -91,6 +92,27 @@ class MergedWeights:
         first, second = (self._reader.read_parameter(n, averaged=averaged).float() for n in adapter_names(layer))
         change = (second @ first) * self._scale
         return (weight.float() + (change.T if layer in self._transposed else change)).to(weight.dtype)
+
+    def take_apart(self, model: nn.Module, *, averaged: bool) -> None:
+        """Compute as training did: with the weights as they are stored, and what adapters make of inputs added.
+
+        Args:
+            model: with merged weights, in evaluation mode, where nothing is dropped.
+            averaged: whether these are moving averages.
+        """
+        for name, layer in self._layers.items():
+            module = model.get_submodule(layer)
+            module.get_parameter("weight").data = self._reader.read_parameter(self._stored[name], averaged=averaged)
+            pair = [self._reader.read_parameter(one, averaged=averaged) for one in adapter_names(layer)]
+            module.register_forward_hook(_adding(pair[0], pair[1], self._scale))
+
+
+def _adding(first: torch.Tensor, second: torch.Tensor, scale: float) -> Callable[[nn.Module, Any, Any], torch.Tensor]:
+    def hook(_module: nn.Module, args: Any, output: Any) -> torch.Tensor:
+        changed: torch.Tensor = output + scale * functional.linear(functional.linear(args[0], first), second)
+        return changed
+
+    return hook
 
 
 def merged_weights(reader: CheckpointReader, model: nn.Module, config: RunConfig) -> ModelWeights:

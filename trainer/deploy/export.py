@@ -157,8 +157,10 @@ def _write_compared(trained: TrainedModel, work: Path, options: ExportOptions) -
     reads_texts = trained.facts.vocab_size is not None
     try:
         held_out = find_held_out(trained, options.allowed, is_scored=options.dtype != "fp32")
-        _refuse_lack_of_memory(trained)
-        model = trained.materialized()
+        # Adapters are merged in a program, and beside the weights in what it is compared with.
+        is_apart = trained.has_adapters and options.format != "hf"
+        _refuse_lack_of_memory(trained, num_models=3 if is_apart else 2)
+        model = trained.as_trained()
         call = record_call(trained.task, model, next(held_out.batches()), reads_texts=reads_texts)
     except UserError as error:
         if options.format != "hf":
@@ -169,7 +171,7 @@ def _write_compared(trained: TrainedModel, work: Path, options: ExportOptions) -
         write_hf_folder(trained, work, options.dtype)
         deployment = _description(trained, options, [], [], None)
     else:
-        deployment = _write(trained, model, call, work, options)
+        deployment = _write(trained, trained.materialized() if is_apart else model, call, work, options)
         comparison = compare(trained.task, model, call, open_exported(work, deployment, trained, call), held_out)
         found = quality(comparison, held_out, trained.config.evaluation.monitor)
         if not options.accept_loss:
@@ -226,13 +228,13 @@ def _description(
     )
 
 
-def _refuse_lack_of_memory(trained: TrainedModel) -> None:
-    """Assert that two models fit in what is free, for a process that is killed says nothing.
+def _refuse_lack_of_memory(trained: TrainedModel, num_models: int) -> None:
+    """Assert that all models of a comparison fit in what is free, for a process that is killed says nothing.
 
     Raises:
         UserError: they do not.
     """
-    needed = 2 * sum(trained.weights.parameter_bytes(name) for name in trained.weights.parameter_names())
+    needed = num_models * sum(trained.weights.parameter_bytes(name) for name in trained.weights.parameter_names())
     free = psutil.virtual_memory().available
     if needed > free:
         raise UserError(

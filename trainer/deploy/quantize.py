@@ -34,8 +34,9 @@ def quantize_folder(
         accept_loss: whether to keep a model whose metric is worse by more than half a point.
 
     Raises:
-        UserError: the folder cannot be quantized so, no kernel runs it, or the metric is worse by more than half a
-            point and that is not accepted; then there is no new folder.
+        UserError: the folder cannot be quantized so, no kernel runs it, or the metric is worse than the trained model's
+            by more than half a point, what the export has lost included, and that is not accepted; then there is no new
+            folder.
     """
     deployment = _described(folder)
     if deployment is not None:
@@ -55,7 +56,8 @@ def quantize_folder(
         comparison = compare_folders(before, after, reference)
         found = quality(comparison, reference.held_out, reference.monitor)
         if not accept_loss:
-            refuse_loss(comparison, found, "fp32" if deployment is None else deployment.dtype, is_quantized=True)
+            dtype, earlier = ("fp32", None) if deployment is None else (deployment.dtype, deployment.quality)
+            refuse_loss(comparison, found, dtype, is_quantized=True, earlier=earlier)
         quantized = Quantized(
             method=method,
             format="hf" if deployment is None else deployment.format,

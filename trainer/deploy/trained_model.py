@@ -19,7 +19,7 @@ from trainer.data.prepared_own import PreparedOwn
 from trainer.data.prepared_rows import recipe_facts
 from trainer.data.rows_manifest import RECIPE_NAME, RowRecipe
 from trainer.data.tokenizer import load_tokenizer
-from trainer.deploy.adapters import ModelWeights, merged_weights
+from trainer.deploy.adapters import MergedWeights, ModelWeights, merged_weights
 from trainer.deploy.allowed_code import AllowedCode
 from trainer.model.models import build_model_on_meta
 from trainer.tasks.registry import configured_task
@@ -70,6 +70,21 @@ class TrainedModel:
             model = self.task.build_model(settings, self.facts)
         self._load_into(model)
         return model.eval().requires_grad_(False)
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether training had adapters beside the weights, which are merged here."""
+        return isinstance(self.weights, MergedWeights)
+
+    def as_trained(self) -> nn.Module:
+        """The model as training ran it, adapters beside the weights and not in them; else as ``materialized``.
+
+        It is for comparison alone: what is added is no part of its class.
+        """
+        model = self.materialized()
+        if isinstance(self.weights, MergedWeights):
+            self.weights.take_apart(model, averaged=self.averaged)
+        return model
 
     def _load_into(self, model: nn.Module) -> None:
         state, names = model.state_dict(), self.weights.parameter_names()

@@ -81,7 +81,9 @@ def quality(comparison: Comparison, held_out: HeldOut, monitor: str) -> Quality:
     )
 
 
-def refuse_loss(comparison: Comparison, found: Quality, dtype: Dtype, *, is_quantized: bool = False) -> None:
+def refuse_loss(
+    comparison: Comparison, found: Quality, dtype: Dtype, *, is_quantized: bool = False, earlier: Quality | None = None
+) -> None:
     """Refuse an exported model that is not what was trained.
 
     Args:
@@ -89,6 +91,8 @@ def refuse_loss(comparison: Comparison, found: Quality, dtype: Dtype, *, is_quan
         found: what is written down of it.
         dtype: of the exported one.
         is_quantized: whether its weights are.
+        earlier: of the export that a quantised one is made of, what was found beside the trained model; what that has
+            lost counts too. None where nobody has compared them.
 
     Raises:
         UserError: logits in fp32 are more than ``MAX_ERROR`` apart, or the metric of another format is worse by more
@@ -112,16 +116,29 @@ def refuse_loss(comparison: Comparison, found: Quality, dtype: Dtype, *, is_quan
     if not math.isfinite(before.value) and not math.isfinite(after.value):
         return
     is_share = before.better == "higher"
-    allowed = MAX_LOSS if is_share else MAX_LOSS * abs(before.value)
+    lost = _lost(earlier, found.metric, is_share=is_share)
     difference = before.value - after.value if is_share else after.value - before.value
-    if difference <= allowed:
+    if difference <= (MAX_LOSS - lost) * (1.0 if is_share else abs(before.value)):
         return
     limit = f"{100 * MAX_LOSS:g} points" if is_share else f"{100 * MAX_LOSS:g} %"
     raise UserError(
         f"{name} costs too much: {found.metric} is {after.value:.6g} in place of {before.value:.6g} on "
-        f"{found.num_samples} {found.where}, and at most {limit} is allowed; give another format "
-        "of the weights, or --accept-loss."
+        f"{found.num_samples} {found.where}, and at most {limit} is allowed"
+        f"{f', of which the export has lost {100 * lost:.3g} already' if lost else ''}; give another format of the "
+        "weights, or --accept-loss."
     )
+
+
+def _lost(earlier: Quality | None, metric: str, *, is_share: bool) -> float:
+    """How much worse an export is than the trained model: as a difference, or as a part of the trained one's metric.
+
+    What it may be better by on those samples is no allowance on others.
+    """
+    values = (None, None) if earlier is None else (earlier.trained.get(metric), earlier.exported.get(metric))
+    trained, exported = values
+    if earlier is None or earlier.metric is None or trained is None or exported is None:
+        return 0.0
+    return max(0.0, trained - exported if is_share else (exported - trained) / max(abs(trained), 1e-12))
 
 
 def _sizes(call: ModelCall) -> list[dict[str, torch.Tensor]]:

@@ -12,9 +12,11 @@ from sharding.ranks.process_group import Ranks
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.source import on_rank_0
 from trainer.config import RunConfig
-from trainer.data.facts import SampleFacts
+from trainer.data.loader import ReadBeside
 from trainer.data.prepared import Prepared
+from trainer.data.samples import Samples
 from trainer.data.tokenizer import first_difference, load_tokenizer
+from trainer.distillation.asked_once import answers_of_teacher
 from trainer.distillation.identity import check_same_teacher
 from trainer.distillation.loss import DistillationLoss
 from trainer.distillation.named_teacher import NamedTeacher, check_corpus, check_teacher, find_teacher
@@ -28,26 +30,29 @@ def begin_distillation(
     config: RunConfig,
     task: Task,
     corpus: Prepared,
-    facts: SampleFacts,
+    samples: Samples,
     mesh: ParallelMesh,
     ranks: Ranks,
     run_folder: RunFolder,
     inform: Callable[[str], None],
-) -> DistillationLoss | None:
-    """The training loss of a run that has a teacher, which is then on ranks; every rank must call it.
+    alive: Callable[[], None],
+) -> tuple[DistillationLoss, ReadBeside | None] | None:
+    """The training loss of a run that has a teacher, which is then on ranks or was asked; every rank must call it.
 
     Args:
         config: the run.
         task: the run's.
         corpus: what it reads.
-        facts: of its samples.
+        samples: of that.
         mesh: the ranks.
         ranks: this rank's place.
         run_folder: remembers who the teacher is.
         inform: tells a person, on rank 0.
+        alive: see ``answers_of_teacher``.
 
     Returns:
-        None where the run has no teacher.
+        The loss, and what reads the answers that are kept of a teacher that was asked before, for whoever loads
+        training samples. None where the run has no teacher.
 
     Raises:
         UserError: the teacher cannot be had, does not fit the run, or is another one than the run had so far.
@@ -56,12 +61,20 @@ def begin_distillation(
         return None
     name, config = str(config.distill.teacher), _as_rank_0_finds_it(config, ranks)
     on_rank_0(lambda: check_fit(config, corpus), ranks)
-    teacher = build_teacher(config, facts, mesh, ranks)
-    contents_hash = teacher.contents_hash(ranks)
     named = replace(find_teacher(config.distill), name=name)
-    on_rank_0(lambda: check_same_teacher(run_folder, named, contents_hash), ranks)
-    inform(f"teacher: {teacher.description}; {contents_hash}")
-    return DistillationLoss(task, teacher, config.distill)
+
+    def check_hash(contents_hash: str) -> None:
+        on_rank_0(lambda: check_same_teacher(run_folder, named, contents_hash), ranks)
+
+    if config.distill.top_k is None:
+        teacher = build_teacher(config, samples.facts, mesh, ranks)
+        contents_hash = teacher.contents_hash(ranks)
+        check_hash(contents_hash)
+        inform(f"teacher: {teacher.description}; {contents_hash}")
+        return DistillationLoss(task, teacher, config.distill), None
+    answers = answers_of_teacher(config, samples, mesh, ranks, inform, alive, check_hash)
+    loss = DistillationLoss(task, None, config.distill, num_kept_classes=answers.manifest.num_classes)
+    return loss, answers.read
 
 
 def _as_rank_0_finds_it(config: RunConfig, ranks: Ranks) -> RunConfig:

@@ -9,6 +9,7 @@ from trainer.config.distill import DistillConfig, LayerPair
 from trainer.distillation.hidden_states import block_at, recorded
 from trainer.distillation.projections import add_projections, output_widths, project
 from trainer.distillation.teacher import Teacher
+from trainer.distillation.top_k import KEPT, top_k_divergence_sum
 from trainer.tasks.divergence import difference_sum, divergence_sum
 from trainer.tasks.task import Outputs, Task
 
@@ -16,15 +17,20 @@ from trainer.tasks.task import Outputs, Task
 class DistillationLoss:
     """A loss function for an engine; evaluation stays the task's own."""
 
-    def __init__(self, task: Task, teacher: Teacher, settings: DistillConfig) -> None:
+    def __init__(
+        self, task: Task, teacher: Teacher | None, settings: DistillConfig, *, num_kept_classes: int = 0
+    ) -> None:
         """Bind to a task and a teacher.
 
         Args:
             task: makes the student's predictions and its own loss.
-            teacher: is asked for each micro-batch, before the student computes.
+            teacher: is asked for each micro-batch, before the student computes; None where it was asked before, and
+                batches have what is kept of its answers, see ``trainer.distillation.top_k``.
             settings: the section ``distill``.
+            num_kept_classes: that a teacher tells apart who was asked before.
         """
         self._task = task
+        self._num_kept_classes = num_kept_classes
         self._teacher = teacher
         self._settings = settings
         self._blocks: list[nn.Module] | None = None
@@ -44,6 +50,7 @@ class DistillationLoss:
         """
         settings = self._settings
         if settings.projection:
+            assert self._teacher is not None, "whose hidden states are compared is asked in each step"
             numbers = [of_student for of_student, _ in settings.layers]
             own = output_widths(model, self._teacher.facts, numbers, "the model")
             widths = list(zip(own, self._teacher.widths, strict=True))
@@ -59,6 +66,9 @@ class DistillationLoss:
         settings = self._settings
         if self._blocks is None:
             self._blocks = [block_at(model, of_student, "the model has") for of_student, _ in settings.layers]
+        if self._teacher is None:
+            # What is kept of answers is no input of a model.
+            return self._mixed_with_kept(model, {name: batch[name] for name in batch if name not in KEPT}, batch)
         logits, states = self._teacher.answer(batch)
         with recorded(self._blocks, self._projected) as own_states:
             outputs = self._task.forward(model, batch)
@@ -85,12 +95,23 @@ class DistillationLoss:
         if settings.weight == 0:
             return own
         student, is_target = self._class_logits(outputs, batch)
-        if student.shape != logits.shape:
+        self._check_shape(student, tuple(logits.shape))
+        return own + settings.weight * divergence_sum(student, logits, is_target, settings.temperature)
+
+    def _mixed_with_kept(self, model: nn.Module, batch: Batch, kept: Batch) -> torch.Tensor:
+        settings = self._settings
+        outputs = self._task.forward(model, batch)
+        student, is_target = self._class_logits(outputs, batch)
+        self._check_shape(student, (*student.shape[:-1], self._num_kept_classes))
+        divergence = top_k_divergence_sum(student, kept, is_target, settings.temperature)
+        return (1 - settings.weight) * self._task.loss(outputs, batch) + settings.weight * divergence
+
+    def _check_shape(self, student: torch.Tensor, its: tuple[int, ...]) -> None:
+        if tuple(student.shape) != its:
             raise UserError(
                 f"the model's predictions have shape {list(student.shape)}, and those of distill.teacher="
-                f"{settings.teacher} {list(logits.shape)}; name a teacher for the same classes."
+                f"{self._settings.teacher} {list(its)}; name a teacher for the same classes."
             )
-        return own + settings.weight * divergence_sum(student, logits, is_target, settings.temperature)
 
     def _is_target(self, outputs: Outputs, batch: Batch) -> torch.Tensor:
         return self._class_logits(outputs, batch)[1]

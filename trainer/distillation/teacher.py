@@ -11,6 +11,7 @@ from sharding.engine import Batch
 from sharding.frozen_model import FrozenModel, build_frozen_model
 from sharding.initialization import InitializeModule
 from sharding.mesh import ParallelMesh
+from sharding.micro_batches import on_device
 from sharding.part import Part
 from sharding.precision import compute_dtype
 from sharding.ranks.errors import UserError
@@ -26,6 +27,7 @@ from trainer.data.facts import SampleFacts
 from trainer.distillation.hidden_states import block_at, recorded
 from trainer.distillation.named_teacher import NamedTeacher, find_teacher
 from trainer.distillation.projections import add_projections, hidden_size, output_widths
+from trainer.distillation.top_k import kept_answer
 from trainer.model.document_mask import check_architecture
 from trainer.model.fetch import fetch_pretrained
 from trainer.model.lora import add_adapters, initializing_adapters
@@ -75,7 +77,15 @@ class TeacherModel:
 class Teacher:
     """A teacher that ranks can ask."""
 
-    def __init__(self, source: TeacherModel, frozen: FrozenModel, facts: SampleFacts, layers: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        source: TeacherModel,
+        frozen: FrozenModel,
+        facts: SampleFacts,
+        layers: tuple[int, ...],
+        device: torch.device,
+        autocast_dtype: torch.dtype | None,
+    ) -> None:
         """Bind to a model on ranks.
 
         Args:
@@ -83,12 +93,17 @@ class Teacher:
             frozen: the model.
             facts: of the student's samples.
             layers: numbers of the blocks whose outputs are asked for.
+            device: where this rank computes.
+            autocast_dtype: format of products where no engine around it says so; None for fp32, and where it casts
+                its own parameters.
         """
         self._task = source.task
         self._frozen = frozen
         self._blocks = [block_at(source.model, number, f"{source.named.label} has") for number in layers]
         self._renormalize = renormalization(facts, source.facts)
         self._label = source.named.label
+        self._device = device
+        self._autocast_dtype = autocast_dtype
         self.facts = facts
         self.widths = source.widths
         self.description = source.description
@@ -109,6 +124,30 @@ class Teacher:
             found = self._task.class_logits(outputs, batch)
         assert found is not None, "a task that has the method gives logits"
         return found[0].float(), states()
+
+    def make_batch(self, samples: Batch, positions: torch.Tensor) -> Batch:
+        """A training batch of samples as they were read, on the host; ``Task.make_batch`` of the teacher's own task."""
+        return self._task.make_batch(samples, positions, training=True)
+
+    def answer_once(self, batch: Batch, top_k: int, temperature: float) -> tuple[Batch, int]:
+        """What is kept of the answer to a batch that is on the host, before there is an engine; all ranks must call it.
+
+        Args:
+            batch: a training batch.
+            top_k: see ``trainer.distillation.top_k.kept_answer``.
+            temperature: likewise.
+
+        Returns:
+            The columns, on the host, and the number of all classes.
+
+        Raises:
+            UserError: the model cannot compute on its first batch.
+        """
+        dtype = self._autocast_dtype
+        with torch.autocast(self._device.type, dtype, enabled=dtype is not None):
+            logits, _ = self.answer(on_device(batch, self._device))
+        kept = kept_answer(logits, top_k, temperature)
+        return {name: column.cpu() for name, column in kept.items()}, logits.shape[-1]
 
     def parts(self) -> list[Part]:
         """This rank's part of each of its tensors; live."""
@@ -137,17 +176,13 @@ def build_teacher(config: RunConfig, facts: SampleFacts, mesh: ParallelMesh, ran
     source = teacher_on_meta(named, config, facts)
     if named.checkpoint is not None:
         _verify(CheckpointReader(named.checkpoint), ranks)
-    frozen = build_frozen_model(
-        source.model,
-        source.initialize,
-        mesh,
-        ranks.device,
-        strategy=config.parallel.strategy,
-        dtype=compute_dtype(config.precision, ranks.device),
-    )
+    strategy, dtype = config.parallel.strategy, compute_dtype(config.precision, ranks.device)
+    frozen = build_frozen_model(source.model, source.initialize, mesh, ranks.device, strategy=strategy, dtype=dtype)
     for part in frozen.parts():
         source.read(part)
-    return Teacher(source, frozen, facts, tuple(of_teacher for _, of_teacher in config.distill.layers))
+    layers = tuple(of_teacher for _, of_teacher in config.distill.layers)
+    is_cast = strategy in ("none", "ddp") and dtype != torch.float32
+    return Teacher(source, frozen, facts, layers, ranks.device, dtype if is_cast else None)
 
 
 def teacher_on_meta(

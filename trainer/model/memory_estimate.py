@@ -46,11 +46,13 @@ class MemoryEstimate:
         state: parameters, gradients and optimizer state at their peak.
         activations: what forward keeps for backward, at least; and the logits; 0 where it is not known.
         teacher: of the model that is learnt from.
+        is_taught_before: whether that is asked, and gone, before there is a student.
     """
 
     state: StateBytes
     activations: float
     teacher: FrozenBytes = _NOTHING
+    is_taught_before: bool = False
 
     @property
     def total(self) -> float:
@@ -58,6 +60,8 @@ class MemoryEstimate:
 
         A teacher runs before the student, which then has no activations yet.
         """
+        if self.is_taught_before:
+            return max(self.state.total + self.activations, self.teacher.held + self.teacher.gathered)
         return self.state.total + self.teacher.held + max(self.activations, self.teacher.gathered)
 
 
@@ -115,13 +119,14 @@ def estimate_memory(
         bucket_elements=BUCKET_ELEMENTS[device.type],
     )
     of_teacher = _NOTHING if teacher is None else frozen_bytes(model_sizes(teacher), layout)
+    is_before = config.distill.top_k is not None
     # The formula is of transformers that give logits for each token.
     is_language_model = facts is None or (facts.vocab_size is not None and output_embeddings(model) is not None)
     if model_config is None or not is_language_model:
         tried = 0.0
         if facts is not None and config.activation_checkpointing.mode == "none":
             tried = tried_activation_bytes(model, facts, config.batch.micro_size)
-        return MemoryEstimate(state_bytes(sizes, layout), tried * width / _FP32_BYTES, of_teacher)
+        return MemoryEstimate(state_bytes(sizes, layout), tried * width / _FP32_BYTES, of_teacher, is_before)
     text_config = model_config.get_text_config()
     num_tokens = config.batch.micro_size * config.data.sequence_length
     num_logit_tokens = min(config.task.loss_chunk_tokens or num_tokens, num_tokens)
@@ -136,9 +141,10 @@ def estimate_memory(
         has_frozen_matrices=any(p.ndim >= 2 and not p.requires_grad for p in model.parameters()),
     )
     if teacher is not None:
-        # The teacher's probabilities, and the logarithms of the student's.
+        # The teacher's probabilities and the logarithms of the student's; of kept ones the student's softened logits,
+        # and these without the kept classes.
         activations += 2 * _FP32_BYTES * num_logit_tokens * text_config.vocab_size
-    return MemoryEstimate(state_bytes(sizes, layout), activations, of_teacher)
+    return MemoryEstimate(state_bytes(sizes, layout), activations, of_teacher, is_before)
 
 
 def model_sizes(model: nn.Module) -> ModelSizes:

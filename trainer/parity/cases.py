@@ -194,7 +194,15 @@ def _run_case(config: RunConfig, case: ParityCase, facts: SampleFacts, ranks: Ra
     task = compared_task(config, facts)
     mesh = build_mesh(config.parallel, ranks)
     teacher = None if config.distill.teacher is None else build_teacher(config, facts, mesh, ranks)
+    micro_batches = [
+        {name: tensor[rows[mesh.data.rank]] for name, tensor in batch.items()}
+        for rows in rows_of_micro_batches(case, num_rows)
+    ]
     distilled = None if teacher is None else DistillationLoss(task, teacher, config.distill)
+    if teacher is not None and config.distill.top_k is not None:
+        answers = [teacher.answer_once(one, config.distill.top_k, config.distill.temperature) for one in micro_batches]
+        micro_batches = [one | kept for one, (kept, _) in zip(micro_batches, answers, strict=True)]
+        distilled = DistillationLoss(task, None, config.distill, num_kept_classes=answers[0][1])
     taught_by = "" if teacher is None else teacher.contents_hash(ranks)
     engine, _ = build_model_engine(
         config,
@@ -207,11 +215,6 @@ def _run_case(config: RunConfig, case: ParityCase, facts: SampleFacts, ranks: Ra
     )
     initial_hash = parameter_hash(engine, ranks)
     write_parameters(engine, ranks, folder / f"{case.label}.initial.safetensors")
-    data = mesh.data
-    micro_batches = [
-        {name: tensor[rows[data.rank]] for name, tensor in batch.items()}
-        for rows in rows_of_micro_batches(case, num_rows)
-    ]
     num_targets = task.num_targets(batch)
     losses, norms = [], []
     for _ in range(NUM_STEPS):

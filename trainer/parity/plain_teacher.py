@@ -78,8 +78,10 @@ class PlainTeacher:
         assert answer is not None, "the task tells classes apart"
         # One target after another, by the definition.
         p = (answer[0][is_target].double() / settings.temperature).softmax(dim=-1)
-        log_q = (logits[is_target].double() / settings.temperature).log_softmax(dim=-1)
-        divergence = (p * (p.log() - log_q)).sum() * settings.temperature**2
+        q = (logits[is_target].double() / settings.temperature).softmax(dim=-1)
+        if settings.top_k is not None:
+            p, q = _of_likeliest(p, q, settings.top_k)
+        divergence = (p * (p.log() - q.log())).sum() * settings.temperature**2
         loss = (1 - settings.weight) * own + settings.weight * divergence.float()
         for of_student, of_teacher in settings.layers:
             state = self._student_states[of_student]
@@ -88,6 +90,22 @@ class PlainTeacher:
             squares = (state.float() - self._states[of_teacher].float()) ** 2
             loss = loss + settings.layer_weight * _at_targets(squares, is_target, batch.get("attention_mask"))
         return loss
+
+
+def _of_likeliest(p: torch.Tensor, q: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Probabilities [targets, classes] of the likeliest by ``p``, and where these are not all, of the others together.
+
+    Args:
+        p: the teacher's.
+        q: the student's.
+        top_k: how many.
+    """
+    order = p.argsort(dim=-1, descending=True)
+    both = [of.gather(-1, order) for of in (p, q)]
+    if top_k >= p.shape[-1]:
+        return both[0], both[1]
+    first, second = (torch.cat([of[:, :top_k], of[:, top_k:].sum(dim=-1, keepdim=True)], dim=-1) for of in both)
+    return first, second
 
 
 def _projections(initial: Path) -> dict[str, nn.Linear]:

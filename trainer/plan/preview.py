@@ -31,6 +31,7 @@ from trainer.data.chat_template import load_chat_template
 from trainer.data.corpus import read_documents
 from trainer.data.epochs import with_counted_epochs
 from trainer.data.expected_facts import expected_facts
+from trainer.data.facts import SampleFacts
 from trainer.data.identity import corpus_folder, errors_of, named_sources
 from trainer.data.prepare_rows import check_first_row
 from trainer.data.prepare_stages import refuse_single_document
@@ -41,6 +42,7 @@ from trainer.data.prepared_stages import with_tokenizer_of_first
 from trainer.data.tokenizer import TRAINED, load_tokenizer
 from trainer.distillation.named_teacher import check_corpus, check_teacher
 from trainer.distillation.teacher import try_teacher
+from trainer.distillation.top_k import kept_bytes
 from trainer.model.document_mask import check_architecture
 from trainer.model.memory_estimate import estimate_memory
 from trainer.model.models import model_facts
@@ -48,6 +50,7 @@ from trainer.model.trial import try_model
 from trainer.optimizers.layer_decay import describe_depth_scales
 from trainer.plan.record import Preview
 from trainer.run_folder.folder import RunFolder
+from trainer.runtime.byte_sizes import size_text
 from trainer.runtime.json_output import output_aside, print_json
 from trainer.tasks.monitor import check_monitor
 from trainer.tasks.registry import configured_task
@@ -118,7 +121,7 @@ def preview(config: RunConfig, world: World) -> Preview:
         rates=describe_depth_scales(tried.scales, config.optimizer.layer_decay) if tried.scales else "",
         state_bytes=memory.state.total,
         activation_bytes=memory.activations,
-        teacher="" if teacher is None else teacher.description,
+        teacher="" if teacher is None else teacher.description + _when_asked(config, facts, of_corpora[0]),
         teacher_bytes=memory.teacher.held + memory.teacher.gathered,
         **of_corpora[0],
         **_start_facts(run, run_folder),
@@ -186,6 +189,20 @@ def _corpus_of(described: str, num_samples: int, num_read: int) -> dict[str, Any
     num_epochs = num_read / num_samples
     text = f"{described}; the run reads {num_epochs:,.3g} epochs"
     return {"corpus": text, "num_samples": num_samples, "num_epochs": num_epochs}
+
+
+def _when_asked(config: RunConfig, facts: SampleFacts, of_corpus: dict[str, Any]) -> str:
+    """What is said of a teacher that is not asked in each step."""
+    top_k, num_samples = config.distill.top_k, of_corpus.get("num_samples")
+    if top_k is None:
+        return ""
+    num_classes = len(facts.classes) if config.data.has_rows else facts.vocab_size
+    if num_samples is None or num_classes is None:
+        return ", asked before training"
+    is_of_tokens = not config.data.has_rows or config.data.label_kind == "tags"
+    num_targets = num_samples * (config.data.sequence_length if is_of_tokens else 1)
+    num_bytes = size_text(num_targets * kept_bytes(top_k, num_classes))
+    return f", asked before training; its answers take {num_bytes} on disk"
 
 
 def _start_facts(config: RunConfig, folder: RunFolder) -> dict[str, Any]:

@@ -25,12 +25,15 @@ from trainer.config import RunConfig, parse_config
 from trainer.data.any_samples import prepared_facts
 from trainer.data.prepare import prepare_samples
 from trainer.data.tokenizer import train_byte_level_bpe
+from trainer.deploy.adapters import MergedWeights
 from trainer.deploy.export import Form, export_model
 from trainer.deploy.loaded import load_model
+from trainer.deploy.signature import read_deployment
 from trainer.model.engine import build_model_engine
 from trainer.tasks.registry import configured_task
 
 _STEPS = 4
+_READ_MERGED = MergedWeights.read_parameter
 _NONE = {"architecture": None, "config": {}}
 
 # Runs where nothing of ours can be imported.
@@ -182,6 +185,33 @@ def test_a_merged_weight_is_the_sum(exported: Path) -> None:
     assert second.abs().max() > 0
     torch.testing.assert_close(merged[f"{layer}.weight"], base + 4.0 * second @ first, rtol=0, atol=1e-7)
     assert torch.equal(base, load_file(exported / "llama" / "model.safetensors")[f"{layer}.weight"])
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_merged_export_is_compared_with_what_training_ran(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    arguments = [str(exported / "runs" / f"{name}-run"), "--merge", "--to", str(tmp_path / "model")]
+    with monkeypatch.context() as wrongly:
+        # As adapters of another scale, or ones that are left out, would be.
+        wrongly.setattr(MergedWeights, "read_parameter", _with_half_of_the_adapters)
+        assert export_command.main(arguments) == 2
+        assert "the exported model is not the trained one: logits differ by up to" in capsys.readouterr().err
+        assert list(tmp_path.iterdir()) == []
+    assert export_command.main(arguments) == 0
+    quality = read_deployment(tmp_path / "model").quality
+    assert quality is not None
+    assert quality.max_abs_error is not None
+    # Merged weights round elsewhere than what is computed beside them.
+    assert 0 < quality.max_abs_error <= 1e-5
+    # Beside one another they give the losses that the run has logged.
+    logged = [line["eval/loss"] for line in read_metrics(exported / "runs" / f"{name}-run") if "eval/loss" in line]
+    assert quality.trained["loss"] == pytest.approx(logged[-1], rel=1e-6)
+
+
+def _with_half_of_the_adapters(self: MergedWeights, name: str, *, averaged: bool = False) -> torch.Tensor:
+    layers = MergedWeights(self._reader, self._scale / 2, self._transposed)
+    return _READ_MERGED(layers, name, averaged=averaged)
 
 
 def test_a_run_with_adapters_is_evaluated_as_it_was_trained(exported: Path) -> None:

@@ -29,12 +29,14 @@ from trainer.deploy.export import ExportOptions, export_run
 from trainer.deploy.quantization_result import quantized_values
 from trainer.deploy.quantize import quantize_folder
 from trainer.deploy.quantized_folder import load_folder
-from trainer.deploy.signature import read_deployment
+from trainer.deploy.signature import read_deployment, write_deployment
+from trainer.deploy.verify_export import Comparison, refuse_loss
 from trainer.evaluation.reference import reference_of
 from trainer.evaluation.subject import Asked, find_subject
 from trainer.model.models import build_model_on_meta
 from trainer.model.pretrained import PretrainedWeights
 from trainer.tasks.registry import build_task
+from trainer.tasks.task import Metric
 
 _BERT = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
 _BERT |= {"max_position_embeddings": 32}
@@ -248,6 +250,40 @@ def test_what_costs_too_much_is_not_written(root: Path, tmp_path: Path, capsys: 
     done = _quantize(capsys, folder, tmp_path / "graph", *arguments, "--accept-loss")
     assert done["metrics"]["accuracy"]["after"] < done["metrics"]["accuracy"]["before"] - 0.005
     assert (tmp_path / "graph" / "model.onnx").exists()
+
+
+def test_what_the_export_has_lost_counts_too(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "export"
+    shutil.copytree(root / "digits-export", folder)
+    arguments = ["--method", "int8-dynamic", "--run", root / "runs/digits"]
+    deployment = read_deployment(folder)
+    assert deployment.quality is not None
+
+    def trained_was_better_by(share: float) -> None:
+        assert deployment.quality is not None
+        trained = {"accuracy": deployment.quality.exported["accuracy"] + share}
+        quality = deployment.quality.model_copy(update={"trained": deployment.quality.trained | trained})
+        write_deployment(deployment.model_copy(update={"quality": quality}), folder)
+
+    # On as many images, one alone is more than what is left.
+    trained_was_better_by(0.0045)
+    done = _quantize(capsys, folder, tmp_path / "good", *arguments)
+    assert done["metrics"]["accuracy"]["after"] >= done["metrics"]["accuracy"]["before"] - 0.0005
+    trained_was_better_by(0.006)
+    said = _refused(capsys, folder, tmp_path / "graph", *arguments)
+    assert "at most 0.5 points is allowed, of which the export has lost 0.6 already; give another format" in said
+    # One that was better on some samples leaves no more room on others.
+    worse = Comparison(0.1, {"accuracy": Metric(0.9, "higher")}, {"accuracy": Metric(0.894, "higher")})
+    found = deployment.quality.model_copy(update={"trained": {"accuracy": 0.8}, "exported": {"accuracy": 0.9}})
+    with pytest.raises(UserError, match=r"costs too much: accuracy is 0\.894 in place of 0\.9 .* allowed; give"):
+        refuse_loss(worse, found, "fp32", is_quantized=True, earlier=found)
+    # Half a percent of what is better when it is lower.
+    grown = Comparison(0.1, {"loss": Metric(2.0, "lower")}, {"loss": Metric(2.006, "lower")})
+    of_loss = {"metric": "loss", "trained": {"loss": 1.0}, "exported": {"loss": 1.0}}
+    refuse_loss(grown, found.model_copy(update=of_loss), "fp32", is_quantized=True)
+    earlier = found.model_copy(update=of_loss | {"exported": {"loss": 1.003}})
+    with pytest.raises(UserError, match=r"at most 0\.5 % is allowed, of which the export has lost 0\.3 already"):
+        refuse_loss(grown, earlier, "fp32", is_quantized=True, earlier=earlier)
 
 
 def test_what_cannot_be_quantized_is_a_sentence(
