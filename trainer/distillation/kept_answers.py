@@ -119,8 +119,8 @@ def write_answers(folder: Path, number: int, answers: Batch) -> FileFacts:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"distill.top_k: what the teacher says cannot be written to {path} ({error}); make room, name another "
-            "data.cache_dir, or lower distill.top_k."
+            f"distill.top_k: what the teacher says cannot be written to {path} ({error}); make room, lower "
+            "distill.top_k, or name a data.cache_dir that all machines of the run see."
         ) from None
     return FileFacts(file=path.name, num_bytes=path.stat().st_size, sha256=digest)
 

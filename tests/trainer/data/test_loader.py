@@ -14,6 +14,7 @@ from sharding.ranks.errors import UserError
 from trainer.config import load_config
 from trainer.data.facts import SampleFacts
 from trainer.data.loader import BatchLoader, evaluation_batches
+from trainer.data.mixture import MixtureOrder, WeightedInterleaving
 from trainer.data.order import SampleOrder
 from trainer.data.packed import PackedSamples
 from trainer.data.samples import FILLER, MicroBatch
@@ -88,6 +89,32 @@ def test_a_step_has_the_same_samples_under_every_layout(stream: TokenStream, deg
         assert positions == list(range(number * GLOBAL_SIZE, (number + 1) * GLOBAL_SIZE))
     for loader in (plain, *loaders):
         loader.close()
+
+
+def test_what_is_kept_of_samples_elsewhere_is_that_of_the_samples_read(stream: TokenStream) -> None:
+    count = num_samples(stream.num_tokens, LENGTH)
+    interleaving = WeightedInterleaving(["one", "other"], [1, 2])
+    lengths = np.random.default_rng(0).integers(0, 9, count)
+    orders = (SampleOrder(5, count), MixtureOrder(5, interleaving, [40, count - 40]))
+    for order, of_samples in ((orders[0], lambda indices: lengths[list(indices)]), (orders[1], None)):
+        for rank in range(2):
+            loader = BatchLoader(
+                _samples(stream),
+                order,
+                global_size=GLOBAL_SIZE,
+                micro_size=3,
+                dp_rank=rank,
+                dp_degree=2,
+                skipped=SkippedSamples([(5, 9)]),
+                lengths=of_samples,
+                beside=lambda indices: {"index": torch.tensor(indices)},
+            )
+            for _ in range(2 * count // GLOBAL_SIZE):
+                for micro in loader.next_step():
+                    own = _samples(stream).read("train", micro.beside["index"].tolist())
+                    assert torch.equal(micro.samples["tokens"], own["tokens"])
+            loader.close()
+    assert _loader(stream, 0, 1, GLOBAL_SIZE).next_step()[0].beside == {}
 
 
 def test_samples_are_skipped_alike_under_every_layout(stream: TokenStream) -> None:

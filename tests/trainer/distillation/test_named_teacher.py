@@ -19,6 +19,7 @@ from trainer.distillation.begin import check_fit
 from trainer.distillation.named_teacher import check_corpus, check_teacher, find_teacher
 from trainer.distillation.teacher import teacher_on_meta
 from trainer.plan.preview import preview
+from trainer.runtime.byte_sizes import size_text
 
 MLP = {"builtin": "mlp", "arguments": {"hidden_sizes": [10]}}
 
@@ -190,6 +191,12 @@ def test_the_plan_has_the_teacher_and_its_memory(teachers: Path) -> None:
     assert found["ddp"].teacher_bytes == 4 * number
     assert found["zero3"].teacher_bytes == 4 * number / 2 + 4 * (outside + 2 * block)
     assert any(line.startswith("teacher       ") and line.endswith(" KiB a rank") for line in found["zero3"].lines())
+    # Asked once, it is there before the student is; 3 of 301 tokens and the rest are 22 bytes a target.
+    asked_once = _text(teachers, teachers / "runs" / "llama", distill={"top_k": 3}, parallel={"strategy": "ddp"})
+    plan = preview(asked_once, World(2, has_gpu=False))
+    assert plan.num_samples is not None
+    size = size_text(plan.num_samples * 32 * 22)
+    assert plan.teacher.endswith(f"step 6, asked before training; its answers take {size} on disk")
     for layers, sentence in (
         ([[3, 0]], r"distill.layers names block 3, but the model has 3 blocks"),
         ([[0, -4]], r"distill.layers names block -4, but distill.teacher=.* has 3 blocks"),

@@ -1,11 +1,13 @@
 """A run's memory estimate: the model's sizes, optimizer state as optimizers make it, and activations."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from sharding.config import ActivationCheckpointingConfig
+from sharding.memory_formula import FrozenBytes
 from sharding.parallel_dims import ParallelDims
 from sharding.part import whole_part
 from sharding.ranks.process_group import Ranks
@@ -105,6 +107,11 @@ def _estimate_holds(ranks: Ranks) -> None:
     assert estimate.state.masters == 4 * model_sizes(model).num_parameters
     assert estimate.state.moments == 2 * estimate.state.masters
     assert estimate.total == estimate.state.total + estimate.activations
+    # A teacher is beside the student, or is asked, and gone, before.
+    taught = replace(estimate, teacher=FrozenBytes(1e12, 3e12))
+    assert taught.total == estimate.state.total + 4e12
+    assert replace(taught, is_taught_before=True).total == 4e12
+    assert replace(taught, teacher=FrozenBytes(1.0, 2.0), is_taught_before=True).total == estimate.total
 
     engine, _ = build_model_engine(config, build_task("causal-lm"), build_mesh(config.parallel, ranks), ranks, FACTS)
     own = {shard.untyped_storage().data_ptr() for shard in engine.named_local_shards().values()}
