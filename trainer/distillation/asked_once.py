@@ -4,6 +4,7 @@ import gc
 import hashlib
 import math
 import shutil
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -40,6 +41,8 @@ from trainer.distillation.teacher import Teacher, build_teacher
 from trainer.distillation.top_k import CLASSES
 from trainer.files.locks import exclusive
 
+_TELL_EVERY_S = 60.0
+
 
 def answers_of_teacher(
     config: RunConfig,
@@ -65,10 +68,10 @@ def answers_of_teacher(
         UserError: the teacher cannot be had or does not fit, another run is asking it, or what was kept is damaged.
     """
     keys: list[AnswersKey] = []
-    on_rank_0(lambda: keys.append(answers_key(config, samples, ranks.device)), ranks)
+    on_rank_0(lambda: keys.append(_key(config, samples, ranks.device)), ranks)
     key = broadcast_object(keys[0] if keys else None, ranks)
     assert key is not None, "rank 0 has one, or all have raised"
-    folder = answers_folder(config, key)
+    folder = prepared_root(config.data) / f"teacher-{key.digest}"
     manifest = _find(folder, key, ranks)
     if manifest is None:
         with ExitStack() as lock:
@@ -82,14 +85,8 @@ def answers_of_teacher(
     return KeptAnswers(folder, manifest, verify=config.faults.verify_data)
 
 
-def answers_key(config: RunConfig, samples: Samples, device: torch.device) -> AnswersKey:
-    """All that decides what is kept of a run's teacher.
-
-    Args:
-        config: the run, whose teacher is fetched.
-        samples: that it reads.
-        device: where it computes.
-    """
+def _key(config: RunConfig, samples: Samples, device: torch.device) -> AnswersKey:
+    """All that decides what is kept of a run's teacher, which is fetched."""
     assert config.distill.top_k is not None, "a run that keeps answers says how many"
     return AnswersKey(
         teacher=_teacher_digest(find_teacher(config.distill)),
@@ -101,11 +98,6 @@ def answers_key(config: RunConfig, samples: Samples, device: torch.device) -> An
         top_k=config.distill.top_k,
         temperature=config.distill.temperature,
     )
-
-
-def answers_folder(config: RunConfig, key: AnswersKey) -> Path:
-    """Where answers are kept: beside the prepared samples, named by all that decides their contents."""
-    return prepared_root(config.data) / f"teacher-{key.digest}"
 
 
 def _teacher_digest(teacher: NamedTeacher) -> str:
@@ -167,18 +159,22 @@ def _ask(
     sample_bytes = sum(column.nbytes for column in first.values())
     per_file = samples_per_file(sample_bytes, num_samples, mesh.data.degree)
     files: list[FileFacts] = []
+    told_at = time.monotonic()
     for round_number in range(math.ceil(num_samples / per_file / mesh.data.degree)):
         number = round_number * mesh.data.degree + mesh.data.rank
         written = asked.write(folder, number, number * per_file, per_file, num_samples)
         # After each file, so that no rank is waited for longer than a collective may take.
         files += [facts for facts in gather_objects(written, ranks) if facts is not None]
+        if time.monotonic() - told_at > _TELL_EVERY_S:
+            told_at = time.monotonic()
+            inform(f"asked about {min(len(files) * per_file, num_samples):,} of {num_samples:,} samples")
     manifest = AnswersManifest(
         key=key,
         teacher_hash=teacher_hash,
         num_samples=num_samples,
         num_classes=asked.num_classes,
         samples_per_file=per_file,
-        files=sorted(files, key=lambda facts: facts.file),
+        files=sorted(files, key=lambda facts: (len(facts.file), facts.file)),
     )
     on_rank_0(lambda: write_manifest(folder, manifest), ranks)
     del teacher, asked

@@ -6,6 +6,7 @@ File f has samples [f x samples_per_file, (f + 1) x samples_per_file) of the spl
 import hashlib
 import json
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -116,6 +117,7 @@ def write_answers(folder: Path, number: int, answers: Batch) -> FileFacts:
     try:
         save_file(answers, path)
         with path.open("rb") as file:
+            os.fsync(file.fileno())
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except (OSError, SafetensorError) as error:
         raise UserError(
