@@ -36,8 +36,10 @@ the rows of the whole are divided over that group as ``torch.chunk`` would.
 Its state must be plain tensors: scalars that are the same on every rank, and tensors whose dim 0 is divided over ranks
 as the parameter's is. An optimizer that keeps others, whole on every rank, says which by a method
 ``holds_whole(parameter, key)``. Where its attribute ``found_inf`` is 1, ``step`` must change nothing, without a host
-sync, but create what state is missing, as it is before the first step. Parameters without a gradient are left alone. A
-group's ``lr_scale`` multiplies the learning rate.
+sync, but create what state is missing, as it is before the first step. Where its attribute ``grad_scale`` is a scalar
+on the device, and not None, ``step`` divides gradients by it, and may leave them in memory either way; it says that it
+does by ``_step_supports_amp_scaling``, as torch's fused optimizers do, and gets divided gradients otherwise. Parameters
+without a gradient are left alone. A group's ``lr_scale`` multiplies the learning rate.
 """
 
 
@@ -100,6 +102,10 @@ class Engine(Protocol):
 
         It lies as ``named_local_shards`` do. What no gradient has come to may be missing. Empty under DeepSpeed, which
         keeps gradients to itself.
+
+        The values are what the optimizer would get now: without fp16's loss scale, and clipped after
+        ``clip_grad_norm``. That takes a pass over memory which the step otherwise spares, so tensors of an earlier call,
+        and a parameter's ``grad``, may still be scaled.
         """
 
     def evaluate(self, batches: Iterable[Batch]) -> list[torch.Tensor]:
@@ -116,7 +122,7 @@ class Engine(Protocol):
         """
 
     def clip_grad_norm(self, max_norm: float) -> torch.Tensor:
-        """Scale gradients so that their global L2 norm is at most ``max_norm`` (0: leave them).
+        """Have the step scale gradients so that their global L2 norm is at most ``max_norm`` (0: leave them).
 
         Returns:
             The norm before clipping, a scalar on the device, equal on all ranks; not finite where any rank's
@@ -124,7 +130,9 @@ class Engine(Protocol):
         """
 
     def step(self, learning_rate: float) -> torch.Tensor:
-        """Apply the optimizer unless the last norm was not finite, and drop the gradients.
+        """Apply the optimizer unless the norm of the gradients is not finite, and drop them.
+
+        Where ``clip_grad_norm`` was not called since ``train_batch``, the norm is taken here and nothing is clipped.
 
         Returns:
             1.0 where the parameters were updated and 0.0 where all ranks skipped, a scalar on the device.

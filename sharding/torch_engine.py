@@ -55,8 +55,11 @@ class TorchEngine:
         ]
         self._optimized = self._optimized_parts()
         self._optimizer = build_optimizer(self._optimized)
-        self._found_nonfinite = torch.zeros((), device=device)
         self._loss_scaler = loss_scaler
+        # What gradients in memory are to be divided by, on the device; None where they are as the optimizer wants them.
+        self._divisor: torch.Tensor | None = None
+        # 1.0 where the norm of the present gradients is not finite, else 0.0; None as long as nobody has asked for it.
+        self._found_nonfinite: torch.Tensor | None = None
         self._has_whole_optimizer_state = False
         # Of strategies under which gradients travel.
         self._reached: ReachedParameters | None = None
@@ -70,8 +73,10 @@ class TorchEngine:
     def train_batch(self, micro_batches: Sequence[Batch], denominator: int) -> torch.Tensor:
         """See Engine."""
         scale: float | torch.Tensor = self._gradient_scale() / max(denominator, 1)
+        self._found_nonfinite = self._divisor = None
         if self._loss_scaler is not None:
             scale = self._loss_scaler.scale * scale
+            self._divisor = self._loss_scaler.scale
         total = accumulate_gradients(
             micro_batches,
             scale,
@@ -95,6 +100,7 @@ class TorchEngine:
 
     def named_local_gradients(self) -> dict[str, torch.Tensor]:
         """See Engine."""
+        self._divide_gradients()
         return {part.name: gradient for part, gradient in self._gradient_pieces()}
 
     def evaluate(self, batches: Iterable[Batch]) -> list[torch.Tensor]:
@@ -103,16 +109,12 @@ class TorchEngine:
 
     def clip_grad_norm(self, max_norm: float) -> torch.Tensor:
         """See Engine."""
-        pieces = self._gradient_pieces()
-        gradients = [gradient for _, gradient in pieces]
-        norm = square_sum(pieces, self._optimized, self._mesh.dims, self._device).sqrt().float()
-        if self._loss_scaler is not None:
-            norm = norm / self._loss_scaler.scale
-        coefficient = None if max_norm == 0 else (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        if self._loss_scaler is not None:
-            coefficient = (1.0 if coefficient is None else coefficient) / self._loss_scaler.scale
-        if coefficient is not None and gradients:
-            torch._foreach_mul_(gradients, coefficient)
+        norm = square_sum(self._gradient_pieces(), self._optimized, self._mesh.dims, self._device).sqrt().float()
+        if self._divisor is not None:
+            norm = norm / self._divisor
+        if max_norm != 0:
+            clipping = ((norm + 1e-6) / max_norm).clamp(min=1.0)
+            self._divisor = clipping if self._divisor is None else self._divisor * clipping
         self._found_nonfinite = (~norm.isfinite()).float()
         return norm
 
@@ -120,15 +122,23 @@ class TorchEngine:
         """See Engine."""
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate * group.get("lr_scale", 1.0)
+        if self._found_nonfinite is None:
+            # A verdict of an earlier step says nothing about these gradients.
+            self.clip_grad_norm(0.0)
+        found_nonfinite = self._found_nonfinite
+        assert found_nonfinite is not None
+        if not getattr(self._optimizer, "_step_supports_amp_scaling", False):
+            self._divide_gradients()
         self._give_gradients_to_optimizer()
-        # The fused kernels read this flag on the device and leave everything alone where it is 1: no host sync.
-        self._optimizer.found_inf = self._found_nonfinite  # type: ignore[attr-defined]
         with _gradients_replaced(dict.fromkeys(self._unreached_parameters())):
+            self._tell_optimizer(self._divisor, found_nonfinite)
             self._apply_optimizer()
+            self._tell_optimizer(None, found_nonfinite)
         if self._loss_scaler is not None:
-            self._loss_scaler.update(self._found_nonfinite)
+            self._loss_scaler.update(found_nonfinite)
         self.drop_gradients()
-        return 1.0 - self._found_nonfinite
+        self._found_nonfinite = self._divisor = None
+        return 1.0 - found_nonfinite
 
     def settle(self) -> None:
         """See Engine; the exchange of what was reached."""
@@ -183,6 +193,18 @@ class TorchEngine:
 
     def _backward(self, loss: torch.Tensor) -> None:
         loss.backward()
+
+    def _divide_gradients(self) -> None:
+        """Make gradients in memory what the optimizer is to get; a pass over them that it otherwise spares."""
+        gradients = [gradient for _, gradient in self._gradient_pieces()]
+        if self._divisor is not None and gradients:
+            torch._foreach_div_(gradients, self._divisor)
+        self._divisor = None
+
+    def _tell_optimizer(self, divisor: torch.Tensor | None, found_nonfinite: torch.Tensor) -> None:
+        # The fused kernels read both on the device, the flag to leave everything alone where it is 1: no host sync.
+        self._optimizer.grad_scale = divisor  # type: ignore[attr-defined]
+        self._optimizer.found_inf = found_nonfinite  # type: ignore[attr-defined]
 
     def _apply_optimizer(self) -> None:
         self._optimizer.step()
@@ -263,7 +285,7 @@ class TorchEngine:
             for entry in self._trainable
         }
         if any(gradient is not None for gradient in gradients.values()):
-            self._optimizer.found_inf = torch.ones((), device=self._device)  # type: ignore[attr-defined]
+            self._tell_optimizer(None, torch.ones((), device=self._device))
             with _gradients_replaced(gradients):
                 self._optimizer.step()
 

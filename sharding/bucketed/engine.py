@@ -141,6 +141,7 @@ class BucketedEngine(TorchEngine):
 
     def named_local_gradients(self) -> dict[str, torch.Tensor]:
         """See Engine."""
+        self._divide_gradients()
         return {entry.name: entry.local.grad for entry in self._trainable if entry.local.grad is not None}
 
     def replicas(self) -> list[Part]:

@@ -44,7 +44,7 @@ def _skip(ranks: Ranks) -> None:
                 parameter = engine.named_parameters()[-1][1]
                 if ranks.rank == 1:
                     parameter.grad.fill_(torch.nan)
-                engine._found_nonfinite.fill_(1.0)  # type: ignore[attr-defined]
+                engine._found_nonfinite = torch.ones(())  # type: ignore[attr-defined]
                 assert engine.step(1e-2) == 0.0
                 after = _state(engine)
                 assert before.keys() <= after.keys()

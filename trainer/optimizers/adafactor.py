@@ -43,28 +43,30 @@ class Adafactor(BesideAdamW):
         """Whether a tensor of the state is whole on every rank; a stack of matrices is divided between matrices."""
         return key == "col_var" and parameter.ndim == 2
 
-    def update(self, members: list[_Member], skips: torch.Tensor) -> None:
-        """See BesideAdamW."""
+    def update(self, members: list[_Member], skips: torch.Tensor, divisor: torch.Tensor | None) -> None:
+        """See BesideAdamW; gradients stay undivided, and so do updates: what is computed of them is divided instead."""
         parameters = [parameter for _, parameter in members]
+        divisor = parameters[0].new_ones(()) if divisor is None else divisor
         gradients = [gradient for parameter in parameters if (gradient := parameter.grad) is not None]
         states = [self._state(parameter) for parameter in parameters]
         steps = [state["step"] + 1.0 for state in states]
         weights = torch.stack(steps).pow(self._settings.beta2_decay).unbind()
-        squares, row_means, column_means = self._whole_means(parameters, gradients, states, weights, skips)
+        squares, row_means, column_means = self._whole_means(parameters, gradients, states, weights, skips, divisor)
         for index, (gradient, state) in enumerate(zip(gradients, states, strict=True)):
-            moment = self._second_moment(gradient, state, weights[index], row_means[index], column_means[index], skips)
+            means = row_means[index], column_means[index]
+            moment = self._second_moment(gradient, state, weights[index], means, skips, divisor)
             # In place: what follows needs the update alone, and the engine drops gradients after the step.
             gradient.mul_(moment.clamp_(min=self._settings.eps**2).rsqrt_())
         update_squares = self._sum_over_ranks(self._mean_squares(parameters, gradients))
         sizes = squares.sqrt().clamp(min=self._settings.min_rms)
-        clipping = (update_squares.sqrt() / self._settings.clip_threshold).clamp(min=1.0)
+        clipping = (update_squares.sqrt() / divisor / self._settings.clip_threshold).clamp(min=1.0)
         limits = torch.stack(
             [step.rsqrt().clamp(max=group["lr"]) for step, (group, _) in zip(steps, members, strict=True)]
         )
-        rates = (sizes / clipping * limits).float().unbind()
+        rates = (sizes / clipping * limits / divisor).float().unbind()
         for (group, parameter), gradient, state, rate in zip(members, gradients, states, rates, strict=True):
             decayed = parameter * (1 - group["lr"] * group["weight_decay"])
-            parameter.copy_(torch.where(skips, parameter, decayed.sub_(gradient.mul_(rate))))
+            torch.where(skips, parameter, decayed.sub_(gradient.mul_(rate)), out=parameter)
             state["step"].add_(~skips)
 
     def _state(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
@@ -86,6 +88,7 @@ class Adafactor(BesideAdamW):
         states: list[dict[str, torch.Tensor]],
         weights: Sequence[torch.Tensor],
         skips: torch.Tensor,
+        divisor: torch.Tensor,
     ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
         """Update the row means, and take the means that need all ranks.
 
@@ -100,12 +103,14 @@ class Adafactor(BesideAdamW):
             column_means.append(nothing)
             if parameter.ndim < 2:
                 continue
-            rows = torch.linalg.vector_norm(gradient, dim=-1, keepdim=True).square_().div_(gradient.shape[-1])
+            norms = torch.linalg.vector_norm(gradient, dim=-1, keepdim=True).div_(divisor)
+            rows = norms.square_().div_(gradient.shape[-1])
             state["row_var"].copy_(_blend(state["row_var"], rows, weight, skips))
             if parameter.ndim == 2:
                 num_rows = self._parts[parameter].global_shape[0]
                 row_means[-1] = state["row_var"].sum(dtype=torch.float64).view(1) / num_rows
-                column_means[-1] = torch.linalg.vector_norm(gradient, dim=0).double().square_().div_(num_rows)
+                norms = torch.linalg.vector_norm(gradient, dim=0).div_(divisor)
+                column_means[-1] = norms.double().square_().div_(num_rows)
         pieces = [self._mean_squares(parameters, parameters), *row_means, *column_means]
         reduced = self._sum_over_ranks(torch.cat(pieces)).split([len(piece) for piece in pieces])
         return reduced[0], list(reduced[1 : 1 + len(parameters)]), list(reduced[1 + len(parameters) :])
@@ -115,19 +120,20 @@ class Adafactor(BesideAdamW):
         gradient: torch.Tensor,
         state: dict[str, torch.Tensor],
         weight: torch.Tensor,
-        row_mean: torch.Tensor,
-        column_means: torch.Tensor,
+        means: tuple[torch.Tensor, torch.Tensor],
         skips: torch.Tensor,
+        divisor: torch.Tensor,
     ) -> torch.Tensor:
         """Update the other running means; returns the estimate of each local element's second moment."""
         if gradient.ndim < 2:
-            state["variance"].copy_(_blend(state["variance"], gradient.square(), weight, skips))
+            state["variance"].copy_(_blend(state["variance"], (gradient / divisor).square_(), weight, skips))
             return state["variance"].clone()
         row_var, col_var = state["row_var"], state["col_var"]
         if gradient.ndim == 2:
-            columns, mean = column_means.float().view(1, -1), row_mean.float().view(1, 1)
+            mean, columns = means[0].float().view(1, 1), means[1].float().view(1, -1)
         else:
-            columns = torch.linalg.vector_norm(gradient, dim=-2, keepdim=True).square_().div_(gradient.shape[-2])
+            norms = torch.linalg.vector_norm(gradient, dim=-2, keepdim=True).div_(divisor)
+            columns = norms.square_().div_(gradient.shape[-2])
             mean = row_var.mean(dim=-2, keepdim=True)
         col_var.copy_(_blend(col_var, columns, weight, skips))
         return (row_var @ col_var).div_(mean.clamp(min=self._settings.eps))

@@ -42,7 +42,9 @@ class AdamW8bit(BesideAdamW):
         # A GPU would launch some 40 kernels a parameter; a CPU gains little for the minutes that compilation takes.
         self._update_one = compiled_update() if is_cuda else _update
 
-    def update(self, members: list[tuple[dict[str, Any], nn.Parameter]], skips: torch.Tensor) -> None:
+    def update(
+        self, members: list[tuple[dict[str, Any], nn.Parameter]], skips: torch.Tensor, divisor: torch.Tensor | None
+    ) -> None:
         """See BesideAdamW."""
         for group, parameter in members:
             state = self._state(parameter)
@@ -53,6 +55,7 @@ class AdamW8bit(BesideAdamW):
             self._update_one(
                 parameter.detach(),
                 parameter.grad,
+                divisor,
                 state,
                 (_quantization_map(True, parameter.device), _quantization_map(False, parameter.device)),
                 skips,
@@ -105,6 +108,7 @@ def compiled_update(backend: str = "inductor") -> Callable[..., None]:
 def _update(
     parameter: torch.Tensor,
     gradient: torch.Tensor,
+    divisor: torch.Tensor | None,
     state: dict[str, torch.Tensor],
     maps: tuple[torch.Tensor, torch.Tensor],
     skips: torch.Tensor,
@@ -113,6 +117,8 @@ def _update(
     betas: tuple[float, float],
     eps: float,
 ) -> None:
+    if divisor is not None:
+        gradient = gradient / divisor
     step = state["step"] + 1
     mean = _read(state, "exp_avg", maps[0]).lerp(gradient, 1 - betas[0])
     square = _read(state, "exp_avg_sq", maps[1]).lerp(gradient.square(), 1 - betas[1])

@@ -18,6 +18,11 @@ class BesideAdamW(torch.optim.Optimizer):
     found_inf: torch.Tensor | None = None
     """A scalar on the device; where it is 1, a step changes nothing."""
 
+    grad_scale: torch.Tensor | None = None
+    """A scalar on the device that a step divides gradients by; None for gradients that are as they should be."""
+
+    _step_supports_amp_scaling = True
+
     def __init__(
         self,
         groups: list[dict[str, Any]],
@@ -46,18 +51,22 @@ class BesideAdamW(torch.optim.Optimizer):
         """Update all parameters that have gradients, unless ``found_inf`` says not to."""
         if self._rest is not None:
             self._rest.found_inf = self.found_inf  # type: ignore[attr-defined]
+            self._rest.grad_scale = self.grad_scale  # type: ignore[attr-defined]
             self._rest.step()
         members = [(group, p) for group in self._own_groups for p in group["params"] if p.grad is not None]
         if members:
             device = members[0][1].device
             flag = torch.zeros((), device=device) if self.found_inf is None else self.found_inf
-            self.update(members, flag > 0)
+            self.update(members, flag > 0, self.grad_scale)
 
-    def update(self, members: list[tuple[dict[str, Any], nn.Parameter]], skips: torch.Tensor) -> None:
+    def update(
+        self, members: list[tuple[dict[str, Any], nn.Parameter]], skips: torch.Tensor, divisor: torch.Tensor | None
+    ) -> None:
         """Update this optimizer's own parameters.
 
         Args:
             members: parameters with gradients, each with its group; the same on every rank.
             skips: a boolean scalar on the device; where it is true, parameters and state must stay as they are.
+            divisor: a scalar on the device that gradients are to be divided by; None where they are not.
         """
         raise NotImplementedError

@@ -39,23 +39,29 @@ class Muon(BesideAdamW):
         self._settings = settings
         self._exchanges: dict[tuple[nn.Parameter, ...], RowExchange] = {}
 
-    def update(self, members: list[tuple[dict[str, Any], nn.Parameter]], skips: torch.Tensor) -> None:
+    def update(
+        self, members: list[tuple[dict[str, Any], nn.Parameter]], skips: torch.Tensor, divisor: torch.Tensor | None
+    ) -> None:
         """See BesideAdamW."""
-        directions = [self._direction(parameter, skips) for _, parameter in members]
+        directions = [self._direction(parameter, skips, divisor) for _, parameter in members]
         orthogonal = self._orthogonalize([parameter for _, parameter in members], directions)
         for (group, parameter), step in zip(members, orthogonal, strict=True):
             rate = group["lr"] * self._adjustment(self._parts[parameter].global_shape)
             decayed = parameter * (1 - group["lr"] * group["weight_decay"])
-            parameter.copy_(torch.where(skips, parameter, decayed.add_(step, alpha=-rate)))
+            torch.where(skips, parameter, decayed.add_(step, alpha=-rate), out=parameter)
 
-    def _direction(self, parameter: nn.Parameter, skips: torch.Tensor) -> torch.Tensor:
+    def _direction(
+        self, parameter: nn.Parameter, skips: torch.Tensor, divisor: torch.Tensor | None
+    ) -> torch.Tensor:
         """What is to be made orthogonal: momentum, or its Nesterov form."""
         gradient, weight, state = parameter.grad, self._settings.momentum, self.state[parameter]
         assert gradient is not None
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
+        if divisor is not None:
+            gradient.div_(divisor)
         mean = state["momentum_buffer"]
-        mean.copy_(torch.where(skips, mean, mean.lerp(gradient, 1 - weight)))
+        torch.where(skips, mean, mean.lerp(gradient, 1 - weight), out=mean)
         return gradient.lerp(mean, weight) if self._settings.nesterov else mean
 
     def _orthogonalize(self, parameters: list[nn.Parameter], directions: list[torch.Tensor]) -> list[torch.Tensor]:
