@@ -104,8 +104,8 @@ class Engine(Protocol):
         keeps gradients to itself.
 
         The values are what the optimizer would get now: without fp16's loss scale, and clipped after
-        ``clip_grad_norm``. That takes a pass over memory which the step otherwise spares, so tensors of an earlier call,
-        and a parameter's ``grad``, may still be scaled.
+        ``clip_grad_norm``. That takes a pass over memory which the step otherwise spares, so that tensors of an earlier
+        call, and a parameter's ``grad``, may still be scaled.
         """
 
     def evaluate(self, batches: Iterable[Batch]) -> list[torch.Tensor]:

@@ -50,9 +50,7 @@ class Muon(BesideAdamW):
             decayed = parameter * (1 - group["lr"] * group["weight_decay"])
             torch.where(skips, parameter, decayed.add_(step, alpha=-rate), out=parameter)
 
-    def _direction(
-        self, parameter: nn.Parameter, skips: torch.Tensor, divisor: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _direction(self, parameter: nn.Parameter, skips: torch.Tensor, divisor: torch.Tensor | None) -> torch.Tensor:
         """What is to be made orthogonal: momentum, or its Nesterov form."""
         gradient, weight, state = parameter.grad, self._settings.momentum, self.state[parameter]
         assert gradient is not None

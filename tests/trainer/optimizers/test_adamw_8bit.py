@@ -28,7 +28,9 @@ def test_it_is_torchaos_where_its_blocks_are_ours() -> None:
     theirs, step = ours.detach().clone(), torch.zeros(())
     mean, square = OptimState8bit.zeros(SHAPE, signed=True), OptimState8bit.zeros(SHAPE, signed=False)
     for index in range(1, 6):
-        ours.grad = _gradient(index)
+        # A multiple that is exact, and what it is to be divided by.
+        ours.grad = _gradient(index) * 2.0**index
+        optimizer.grad_scale = torch.tensor(2.0**index)
         optimizer.step()
         step += 1
         single_param_adam(
@@ -62,6 +64,7 @@ def test_a_compiled_step_takes_any_number_of_shapes() -> None:
     optimizer._update_one = compiled_update(backend="eager")
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
+    optimizer.grad_scale = torch.tensor(2.0)
     with torch._dynamo.config.patch(recompile_limit=1):
         optimizer.step()
     for parameter in parameters:

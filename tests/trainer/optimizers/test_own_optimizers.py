@@ -30,13 +30,15 @@ def _largest_difference(
     ours: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
     other: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
 ) -> float:
-    """Train two copies on the same random gradients."""
+    """Train two copies on the same random gradients, of which the first gets some as multiples and is told by what."""
     first, second = _parameters(shapes), _parameters(shapes)
     optimizers = ours(first), other(second)
     for step in range(1, NUM_STEPS + 1):
-        for copies, optimizer in zip((first, second), optimizers, strict=True):
+        divisor = torch.tensor(300.0) if step % 2 else None
+        optimizers[0].grad_scale = divisor  # type: ignore[attr-defined]
+        for copies, optimizer, scale in zip((first, second), optimizers, (divisor, None), strict=True):
             for parameter, gradient in zip(copies, _parameters(shapes, seed=step), strict=True):
-                parameter.grad = gradient.detach()
+                parameter.grad = gradient.detach() * (1.0 if scale is None else scale)
             optimizer.step()
     assert not torch.equal(first[0], _parameters(shapes)[0])
     return max((a - b).abs().max().item() for a, b in zip(first, second, strict=True))
