@@ -72,12 +72,11 @@ def markdown(rows: Sequence[Mapping[str, Any]], file: str, changes: Sequence[str
 
 def plot(rows: Sequence[Mapping[str, Any]]) -> str:
     """Every contestant's ratio to the plain loop at every size, as SVG."""
-    found = []
+    groups = {}
     for size in dict.fromkeys(row["size"] for row in rows if row["kind"] == "round"):
-        for row in standings(step_times(rows, size), REFERENCE):
-            if row.ratio is not None:
-                found.append(Bar(f"{size}: {row.name}", row.ratio.value, row.ratio.low, row.ratio.high))
-    return ratios(found, "median step over the plain loop's, 95 % interval")
+        found = standings(step_times(rows, size), REFERENCE)
+        groups[size] = [Bar(row.name, row.ratio.value, row.ratio.low, row.ratio.high) for row in found if row.ratio]
+    return ratios(groups, "median step over the plain loop's, 95 % interval; less is better")
 
 
 def _describe(header: Mapping[str, Any], num_pairs: int) -> str:

@@ -10,27 +10,10 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.presentation.plots import Bar, grouped_ratios
+from benchmarks.presentation.contestant_names import in_words
+from benchmarks.presentation.plots import Bar, ratios
 from benchmarks.presentation.result_files import RESULTS
 from benchmarks.presentation.result_tables import FigureError, ResultTable, numbers_of, tables_of
-
-NAMES = {
-    "plain": "plain PyTorch",
-    "plain again": "plain PyTorch again",
-    "shardline": "Shardline",
-    "shardline run": "`shardline run`",
-    "shardline bucketed": "Shardline, `parallel.backend: bucketed`",
-    "accelerate": "Accelerate",
-    "fabric": "Lightning Fabric",
-    "fastapi": "FastAPI loop",
-    "litserve": "LitServe",
-    "transformers": "transformers Trainer",
-    "deepspeed": "DeepSpeed",
-    "fully_shard": "`fully_shard`",
-    "fully_shard tuned": "`fully_shard`, tuned",
-    "zero redundancy": "DDP + `ZeroRedundancyOptimizer`",
-}
-"""Contestants in words."""
 
 _STRATEGIES = {"ddp": "DDP", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}
 _RATIO = "ratio to plain"
@@ -65,11 +48,11 @@ def page_plot(what: str) -> tuple[Path, str] | None:
     if kind != "plot":
         return None
     groups = {
-        name: [_bar(_in_words(contestant), text) for contestant, text in ratios.items() if "(" in text]
+        name: [_bar(contestant, text) for contestant, text in ratios.items() if "(" in text]
         for name, ratios in _scaling(paths[0], columns).items()
     }
     said = hashlib.sha256(repr(groups).encode()).hexdigest()
-    drawn = grouped_ratios(groups, "median step over the plain loop's, 95 % interval; less is better")
+    drawn = ratios(groups, "median step over the plain loop's, 95 % interval; less is better")
     return _plot_of(paths[0]), f"{drawn}<!-- values {said} -->\n"
 
 
@@ -88,7 +71,7 @@ def _plot_of(path: Path) -> Path:
 
 def _bar(name: str, text: str) -> Bar:
     value, low, high = (float(number) for number in numbers_of(text))
-    return Bar(name.replace("`", ""), value, low, high)
+    return Bar(name, value, low, high)
 
 
 def _columns(path: Path, columns: Sequence[str]) -> list[str]:
@@ -96,7 +79,7 @@ def _columns(path: Path, columns: Sequence[str]) -> list[str]:
     found = [table for table in tables_of(path) if set(columns) <= set(table.columns)]
     if len(found) != 1:
         raise FigureError(f"{len(found)} tables have the columns {', '.join(columns)}")
-    rows = [[_in_words(found[0].cells(row, column)) for column in columns] for row in found[0].rows]
+    rows = [[in_words(found[0].cells(row, column)) for column in columns] for row in found[0].rows]
     return _markdown(columns, rows)
 
 
@@ -135,13 +118,9 @@ def _side_by_side(columns: Mapping[str, Mapping[str, str]]) -> list[str]:
     if not columns:
         raise FigureError("it has no such table")
     names = dict.fromkeys(name for ratios in columns.values() for name in ratios)
-    rows = [[_in_words(name), *(ratios.get(name, "") for ratios in columns.values())] for name in names]
+    rows = [[in_words(name), *(ratios.get(name, "") for ratios in columns.values())] for name in names]
     return _markdown(["", *columns], rows)
 
 
 def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows)]
-
-
-def _in_words(cell: str) -> str:
-    return NAMES.get(cell, cell)

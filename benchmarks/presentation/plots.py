@@ -1,4 +1,4 @@
-"""Plots of results as SVG, which a page of Markdown shows; drawn by matplotlib."""
+"""Plots of results as SVG, which a page of Markdown shows, dark or light; drawn by matplotlib."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -7,6 +7,8 @@ from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+
+from benchmarks.presentation.contestant_names import without_markup
 
 # Colours that people who see red and green alike can tell apart (Okabe and Ito, "Color Universal Design", 2008).
 _COLOURS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999")
@@ -128,24 +130,7 @@ def bars(rows: Sequence[Bar], x_label: str, num_digits: int = 0) -> str:
         return _svg(figure)
 
 
-def ratios(rows: Sequence[Bar], x_label: str) -> str:
-    """Ratios with intervals, beside 1.
-
-    Args:
-        rows: from top to bottom.
-        x_label: what the values are.
-    """
-    with rc_context(_STYLE):
-        figure, axes = _rows(rows, x_label, 3)
-        axes.axvline(1.0, color="#777777", linestyle="--", linewidth=1)
-        axes.plot([row.value for row in rows], range(len(rows)), "o", color=_COLOURS[1])
-        low, high = min([1.0, *(row.low for row in rows)]), max([1.0, *(row.high for row in rows)])
-        width = high - low or 1.0
-        axes.set_xlim(low - 0.1 * width, high + 0.3 * width)
-        return _svg(figure)
-
-
-def grouped_ratios(groups: Mapping[str, Sequence[Bar]], x_label: str) -> str:
+def ratios(groups: Mapping[str, Sequence[Bar]], x_label: str) -> str:
     """Bars with intervals in groups, beside a line at 1, and one colour for each name.
 
     Args:
@@ -163,7 +148,7 @@ def grouped_ratios(groups: Mapping[str, Sequence[Bar]], x_label: str) -> str:
             ticks.append((place, title, True))
             for bar in bars:
                 place += 1
-                ticks.append((place, bar.name, False))
+                ticks.append((place, without_markup(bar.name), False))
                 axes.barh(place, bar.value, 0.7, color=colours[bar.name], alpha=0.85)
                 axes.plot([bar.low, bar.high], [place, place], color=_COLOURS[0], linewidth=1.3)
                 # The line at 1 may pass behind it.
@@ -176,7 +161,7 @@ def grouped_ratios(groups: Mapping[str, Sequence[Bar]], x_label: str) -> str:
         for label, (_, _, is_title) in zip(axes.get_yticklabels(), ticks, strict=True):
             label.set_fontweight("bold" if is_title else "normal")
         axes.tick_params(axis="y", length=0)
-        axes.set_ylim(num_rows - 0.5, -0.5)
+        axes.set_ylim(max(num_rows, 1) - 0.5, -0.5)
         axes.set_xlim(0, 1.15 * max([1.0, *(bar.high for bars in groups.values() for bar in bars)]))
         axes.set_xlabel(x_label)
         return _svg(figure)
@@ -190,7 +175,7 @@ def _rows(rows: Sequence[Bar], x_label: str, num_digits: int) -> tuple[Figure, A
         axes.plot([row.low, row.high], [index, index], color=_COLOURS[0], linewidth=1.3)
         text = f"{row.value:,.{num_digits}f}{f' ({row.note})' if row.note else ''}"
         axes.annotate(text, (row.high, index), (6, 0), textcoords="offset points", va="center")
-    axes.set_yticks(range(len(rows)), [row.name for row in rows])
+    axes.set_yticks(range(len(rows)), [without_markup(row.name) for row in rows])
     axes.set_ylim(max(len(rows), 1) - 0.5, -0.5)
     axes.set_xlabel(x_label)
     return figure, axes
@@ -217,7 +202,7 @@ def _draw_panel(axes: Any, panel: Panel, colours: dict[str, str]) -> None:
             marker="o",
             markersize=3,
             linewidth=1.2,
-            label=name,
+            label=without_markup(name),
         )
 
 

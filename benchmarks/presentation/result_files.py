@@ -115,8 +115,8 @@ def _configuration(header: Mapping[str, Any]) -> tuple[Any, ...]:
     """What makes two results comparable at all, as far as a header says: how it was measured, and what was trained."""
     setup = header.get("setup", {})
     benchmark = header.get("command", [])[:3]
-    trained = [setup.get(name) for name in ("size", "config", "micro_size", "sequence_length")]
-    return (benchmark, header.get("protocol"), *trained, list(setup.get("overrides") or []))
+    said = [setup.get(name) for name in ("protocol", "field", "size", "config", "micro_size", "sequence_length")]
+    return (benchmark, *said, list(setup.get("overrides") or []))
 
 
 def _machine(header: Mapping[str, Any]) -> tuple[Any, ...]:

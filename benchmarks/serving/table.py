@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
+from benchmarks.presentation.contestant_names import in_words
 from benchmarks.presentation.facts import facts
 from benchmarks.presentation.plots import Bar, bars
 from benchmarks.presentation.result_files import Rows
@@ -53,7 +54,7 @@ def plot(rows: Rows) -> str:
     found = []
     for (connections, server), turns in _groups(rows).items():
         rates = [_rate(turn) for turn in turns]
-        found.append(Bar(f"{server}, {connections} clients", median(rates), min(rates), max(rates)))
+        found.append(Bar(f"{in_words(server)}, {connections} clients", median(rates), min(rates), max(rates)))
     return bars(found, "requests/s that were answered right; the line goes from the least turn to the best")
 
 

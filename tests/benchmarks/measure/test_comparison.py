@@ -87,6 +87,8 @@ def test_the_last_file_of_the_kind_is_found(tmp_path: Path) -> None:
     write("out", "2026-01-04_4xcpu/scaling.jsonl", "2026-01-04T13:00:00+0000", size="tiny")
     write("out", "2026-01-04_4xcpu/scaling-2.jsonl", "2026-01-04T14:00:00+0000", overrides=["batch.micro_size=2"])
     write("out", "2026-01-04_4xcpu/scaling-3.jsonl", "2026-01-04T15:00:00+0000", sequence_length=128)
+    # Names of contestants mean another thing.
+    write("out", "2026-01-04_4xcpu/scaling-4.jsonl", "2026-01-04T16:00:00+0000", protocol=2)
     assert last_result(mine, folders) is None
     # One that is kept may have a name that says more.
     kept = write("kept", "2026-01-03_4xcpu/scaling_many_pairs.jsonl", "2026-01-03T23:00:00+0000")
