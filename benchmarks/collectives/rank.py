@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.presentation.result_files import append_row
-from sharding.bucketed.flat_collectives import all_gather, reduce_scatter
+from sharding.flat_collectives import all_gather, reduce_scatter
 from sharding.ranks.errors import EXIT_FAILED, EXIT_FINISHED
 from sharding.ranks.process_group import Ranks, process_group
 from sharding.ranks.process_lifetime import die_with_parent

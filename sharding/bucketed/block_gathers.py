@@ -16,7 +16,7 @@ from torch import nn
 
 from sharding.blocks import modules_outside
 from sharding.bucketed.flat_buckets import FlatBucket, flatten_parameters
-from sharding.bucketed.flat_collectives import start_gather
+from sharding.flat_collectives import start_gather
 from sharding.mesh import ParallelMesh
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from sharding.bucketed.flat_buckets import BucketMember, FlatBucket
-from sharding.bucketed.flat_collectives import SliceSum, exchanges_slices, start_sum
+from sharding.flat_collectives import SliceSum, exchanges_slices, start_sum
 from sharding.memory_formula import MAX_BUCKETS_IN_FLIGHT
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from sharding.blocks import find_blocks, modules_outside
 from sharding.bucketed.flat_buckets import FlatBucket
-from sharding.bucketed.flat_collectives import start_gather
+from sharding.flat_collectives import start_gather
 
 
 class ParameterGathers:

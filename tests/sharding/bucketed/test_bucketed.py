@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from sharding import flat_collectives
 from sharding.bucketed import engine as bucketed
-from sharding.bucketed import flat_collectives, gradient_buckets
+from sharding.bucketed import gradient_buckets
 from sharding.bucketed.block_gathers import BlockGathers
 from sharding.bucketed.engine import BucketedEngine
 from sharding.bucketed.flat_buckets import flatten_parameters
