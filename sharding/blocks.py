@@ -1,6 +1,6 @@
 """Finding the repeated blocks of a model by its structure."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
 from torch import nn
@@ -54,6 +54,50 @@ def modules_outside(model: nn.Module, blocks: Iterable[nn.Module]) -> list[nn.Mo
     """The modules of a model that are neither blocks nor in one."""
     inside = {id(module) for block in blocks for module in block.modules()}
     return [module for module in model.modules() if id(module) not in inside]
+
+
+def ends_of_language_model(
+    model: nn.Module, blocks: Sequence[nn.Module]
+) -> tuple[nn.Embedding | None, list[nn.Module]]:
+    """The embedding of a model's tokens, and its final norm and output projection, in forward order.
+
+    None and nothing where the model does not say which they are, as models of ``transformers`` do, where they are tied
+    or share parameters with others, and where a projection of another shape leaves open whether logits are made of the
+    embedding. A norm is one where it stands alone behind the blocks.
+    """
+    embedding, head = _asked(model, "get_input_embeddings"), _asked(model, "get_output_embeddings")
+    if not isinstance(embedding, nn.Embedding) or head is None:
+        return None, []
+    projection = head._parameters.get("weight")
+    outside = {id(module) for module in modules_outside(model, blocks)}
+    if projection is None or projection.shape != embedding.weight.shape or not {id(embedding), id(head)} <= outside:
+        return None, []
+    uses = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    ends = [embedding, *_norm_behind(model, blocks), head]
+    if any(uses[id(parameter)] > 1 for module in ends for parameter in module.parameters()):
+        return None, []
+    return embedding, ends[1:]
+
+
+def _norm_behind(model: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Module]:
+    """What alone has parameters, all of them vectors, among the modules that stand behind the last block's list."""
+    for module in model.modules():
+        children = list(module.children())
+        for place, child in enumerate(children):
+            if isinstance(child, nn.ModuleList) and len(child) and blocks and child[-1] is blocks[-1]:
+                behind = [other for other in children[place + 1 :] if _has_parameters(other)]
+                is_norm = len(behind) == 1 and all(parameter.ndim == 1 for parameter in behind[0].parameters())
+                return behind if is_norm else []
+    return []
+
+
+def _asked(model: nn.Module, method: str) -> nn.Module | None:
+    """What a model answers to a question of ``transformers``; some of its models raise where they have none."""
+    try:
+        answer = getattr(model, method, lambda: None)()
+    except (AttributeError, NotImplementedError):
+        return None
+    return answer if isinstance(answer, nn.Module) else None
 
 
 def refuse_scattered_layers(model: nn.Module, strategy: Strategy) -> None:

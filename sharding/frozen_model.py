@@ -9,7 +9,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from sharding.batch_norm import synchronize_batch_norm
-from sharding.blocks import find_blocks, units_by_last_block
+from sharding.blocks import find_blocks
 from sharding.config import Strategy
 from sharding.initialization import (
     InitializeModule,
@@ -21,8 +21,9 @@ from sharding.initialization import (
 from sharding.mesh import ParallelMesh
 from sharding.part import Part, part_of
 from sharding.recurrent_weights import leave_recurrent_weights_alone
+from sharding.sharder import ModelSharder
 from sharding.state import MODEL_PREFIX
-from sharding.zero import refuse_scalars, shard_modules
+from sharding.zero import refuse_scalars
 
 _Result = TypeVar("_Result")
 
@@ -50,7 +51,7 @@ class FrozenModel:
         with torch.no_grad():
             result = forward(self._model)
         for module in self._sharded_modules:
-            # No backward pass follows that would free what the outermost module has gathered.
+            # No backward pass follows that would free what stays gathered after its forward pass.
             module.reshard()
         return result
 
@@ -97,7 +98,7 @@ def build_frozen_model(
         refuse_scalars(model, strategy)
     model.requires_grad_(False).eval()
     blocks = find_blocks(model)
-    units = units_by_last_block(model, [block for _, block in blocks])
+    sharder = ModelSharder(model, [block for _, block in blocks], mesh, frees_blocks=True, dtype=dtype)
     materializer = Materializer(device)
     for name, block in blocks:
         for module in block.modules():
@@ -107,11 +108,11 @@ def build_frozen_model(
         # In evaluation it normalises in fp32 whatever is around it.
         synchronize_batch_norm(block, None, is_compiled=False)
         leave_recurrent_weights_alone(block)
-        if is_sharded and (unit := units.get(id(block))):
-            shard_modules(unit, mesh, "zero3", dtype)
+        if is_sharded:
+            sharder.shard_block(block)
     initialize_outside_blocks(model, 0, initialize, materializer, [block for _, block in blocks])
     synchronize_batch_norm(model, None, is_compiled=False)
     leave_recurrent_weights_alone(model)
     if is_sharded:
-        shard_modules([model], mesh, "zero3", dtype)
+        sharder.shard_rest()
     return FrozenModel(model, mesh)

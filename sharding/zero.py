@@ -6,15 +6,14 @@ is stage 3 inside groups of ranks, with an all-reduce across groups on the last 
 al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models" (2020).
 """
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule
 
-from sharding.blocks import units_by_last_block
+from sharding.blocks import find_blocks, modules_outside
 from sharding.config import Strategy
 from sharding.engine import Batch, Engine, ModelDefinition, OptimizerFactory
 from sharding.engine_builder import EngineBuilder, EngineParts
@@ -25,32 +24,11 @@ from sharding.part import Part
 from sharding.pass_agreement import compare_passes
 from sharding.ranks.errors import UserError
 from sharding.reached import ReachedParameters
+from sharding.sharder import ModelSharder
 from sharding.torch_engine import TorchEngine
 
 REDUCES_UNUSED_PARAMETERS = hasattr(FSDPModule, "set_reduce_scatter_unused_params")
 """Whether ``fully_shard`` can reduce gradients of parameters that only some ranks use; torch 2.11 cannot."""
-
-
-def shard_modules(modules: Sequence[nn.Module], mesh: ParallelMesh, strategy: Strategy, dtype: torch.dtype) -> None:
-    """Shard the parameters of modules over the mesh, in place.
-
-    Args:
-        modules: a block, blocks that share parameters, or the model once its blocks are sharded; gathered together from
-            the first that runs to the last.
-        mesh: a mesh with a device mesh.
-        strategy: one of the zero stages or hsdp.
-        dtype: format of the gathered parameters and of computation; gradients are reduced in fp32.
-    """
-    policy = MixedPrecisionPolicy(
-        param_dtype=None if dtype is torch.float32 else dtype,
-        reduce_dtype=torch.float32,
-    )
-    fully_shard(
-        modules[0] if len(modules) == 1 else list(modules),
-        mesh=mesh.sharding_mesh,
-        reshard_after_forward=strategy in ("zero3", "hsdp"),
-        mp_policy=policy,
-    )
 
 
 def refuse_scalars(model: nn.Module, strategy: Strategy) -> None:
@@ -68,7 +46,7 @@ def refuse_scalars(model: nn.Module, strategy: Strategy) -> None:
 
 
 class ZeroEngine(TorchEngine):
-    """A model sharded by ``shard_modules``."""
+    """A model sharded by ``ModelSharder``."""
 
     def __init__(
         self,
@@ -92,7 +70,12 @@ class ZeroEngine(TorchEngine):
             # that hold other parameters.
             if REDUCES_UNUSED_PARAMETERS:
                 module.set_reduce_scatter_unused_params(True, recurse=False)
-        self._keeps_parameters = strategy in ("zero1", "zero2")
+        # Between micro-batches; what is in no block is whole from forward to backward under every strategy, so it costs
+        # no memory to keep it.
+        self._kept_modules = self._sharded_modules
+        if strategy in ("zero3", "hsdp"):
+            outside = modules_outside(self._model, [block for _, block in find_blocks(self._model)])
+            self._kept_modules = [module for module in outside if isinstance(module, FSDPModule)]
         leaves = gradient_leaves(self._model)
         self._reached = ReachedParameters(
             [leaves[entry.name] for entry in self._trainable],
@@ -106,11 +89,10 @@ class ZeroEngine(TorchEngine):
 
     def _evaluate_batch(self, batch: Batch) -> torch.Tensor:
         sums = super()._evaluate_batch(batch)
-        if self._keeps_parameters:
-            # No backward pass follows that would free the gathered parameters, and named_parameters() would show
-            # them instead of the shards.
-            for module in self._sharded_modules:
-                module.reshard()
+        # No backward pass follows that would free the gathered parameters, and named_parameters() would show them
+        # instead of the shards.
+        for module in self._sharded_modules:
+            module.reshard()
         return sums
 
     def _accumulation_context(self, *, is_last: bool) -> AbstractContextManager[Any]:
@@ -119,9 +101,10 @@ class ZeroEngine(TorchEngine):
                 module.set_requires_gradient_sync(is_last, recurse=False)
             if self._strategy == "hsdp":
                 module.set_requires_all_reduce(is_last, recurse=False)
-            if self._keeps_parameters:
-                module.set_reshard_after_backward(is_last, recurse=False)
-            module.set_is_last_backward(is_last)
+        for module in self._kept_modules:
+            module.set_reshard_after_backward(is_last, recurse=False)
+        # set_is_last_backward stays true: else what was last sent of gradients would be held through the next forward
+        # pass.
         return nullcontext()
 
 
@@ -136,21 +119,23 @@ class FullyShardBuilder(EngineBuilder):
         """
         refuse_scalars(parts.definition.model, parts.parallel.strategy)
         super().__init__(parts)
-        self._units = units_by_last_block(parts.definition.model, [block for _, block in parts.blocks])
+        self._sharder = ModelSharder(
+            parts.definition.model,
+            [block for _, block in parts.blocks],
+            parts.mesh,
+            frees_blocks=parts.parallel.strategy in ("zero3", "hsdp"),
+            dtype=parts.dtype,
+        )
 
     def prepare_block(self, name: str, block: nn.Module) -> None:
         """See EngineBuilder; blocks that share parameters are sharded together, after the last of them."""
-        if unit := self._units.get(id(block)):
-            self._shard(unit)
+        self._sharder.shard_block(block)
 
     def finish(self, model: nn.Module) -> Engine:
         """See EngineBuilder."""
-        self._shard([model])
+        self._sharder.shard_rest()
         parts = self._parts
         definition = compare_passes(parts, parts.blocks, compares_parameters=not REDUCES_UNUSED_PARAMETERS)
         return ZeroEngine(
             definition, parts.mesh, parts.device, parts.parallel.strategy, parts.build_optimizer, parts.loss_scaler
         )
-
-    def _shard(self, modules: Sequence[nn.Module]) -> None:
-        shard_modules(modules, self._parts.mesh, self._parts.parallel.strategy, self._parts.dtype)
