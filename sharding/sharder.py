@@ -71,7 +71,6 @@ class ModelSharder:
             mp_policy=self._policy,
         )
         sharded: list[FSDPModule] = [module for module in modules if isinstance(module, FSDPModule)]
-        assert self._mesh.shard_group is not None
         for module in sharded:
             use_slice_exchange(module, self._mesh.shard_group)
         return sharded

@@ -11,8 +11,13 @@ from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatt
 from sharding.flat_collectives import exchanges_slices, start_gather, start_sum
 
 
-def use_slice_exchange(module: FSDPModule, group: dist.ProcessGroup) -> None:
-    """Let a module that ``fully_shard`` has divided over a group gather and reduce by slices, where that is faster."""
+def use_slice_exchange(module: FSDPModule, group: dist.ProcessGroup | None) -> None:
+    """Let a module that ``fully_shard`` has divided over a group gather and reduce by slices, where that is faster.
+
+    Args:
+        module: the module.
+        group: the ranks; None for all.
+    """
     if exchanges_slices(group):
         module.set_custom_all_gather(SliceAllGather())
         module.set_custom_reduce_scatter(SliceReduceScatter())
