@@ -89,9 +89,12 @@ def test_a_table_is_of_the_raw_file_beside_it(raw: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("raw", _RAW, ids=name_of)
 def test_a_table_says_what_its_raw_file_says(raw: Path) -> None:
-    name = read_header(raw)["command"][2]
-    benchmark = importlib.import_module(f"benchmarks.{name}.__main__")._BENCHMARK
-    assert raw.with_suffix(".md").read_text() == benchmark.markdown(read_rows(raw), name_of(raw), []) + digest_line(raw)
+    header = read_header(raw)
+    module = importlib.import_module(f"benchmarks.{header['command'][2]}.__main__")
+    if header.get("setup", {}).get("protocol") != getattr(module, "PROTOCOL", None):
+        pytest.skip("it was measured by an earlier protocol, whose rows nothing reads any more")
+    table = module._BENCHMARK.markdown(read_rows(raw), name_of(raw), [])
+    assert raw.with_suffix(".md").read_text() == table + digest_line(raw)
 
 
 def test_a_result_that_nobody_names_is_not_kept() -> None:

@@ -63,6 +63,10 @@ def test_a_run_that_was_measured_has_no_spike() -> None:
     values = [(line["train/loss"], line["train/grad_norm"]) for line in lines]
     assert len(values) == 300
     assert _spikes(_detector(), values, take_all=True) == {}
+    # What docs/faults.md says of it: the farthest value, and windows that know too little.
+    (farthest,) = _spikes(SpikeDetector(4.5, 128, 64), values, take_all=True).values()
+    assert (farthest.quantity, round(farthest.deviations, 1)) == ("grad_norm", 4.7)
+    assert [len(_spikes(SpikeDetector(6.0, window, 16), values, take_all=True)) for window in (32, 16)] == [1, 3]
     # Not because it would find none there.
     values[200] = (values[200][0] * 1.5, values[200][1])
     values[250] = (values[250][0], values[250][1] * 10)
