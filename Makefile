@@ -37,6 +37,7 @@ check: $(TESTS_STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m trainer.config.reference --check
+	$(BIN)/python -m benchmarks.presentation.figures
 
 # Two at a time, the longest first, so that both cores are busy to the end: with three, tests of signals and of exits come
 # to look at a process too late. Where there are more cores, each group is spread over half of them; jobs of Slurm stay together, on one cluster.
