@@ -8,6 +8,7 @@ import argparse
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from benchmarks.presentation.not_measured import NOT_MEASURED
@@ -47,9 +48,7 @@ def main(arguments: Sequence[str]) -> int:
     for page in options.pages or pages():
         text = page.read_text()
         if options.write:
-            for table in _TABLE.finditer(_without_fences(text)):
-                if (plot := page_plot(table["what"])) and not _has_its_plot(table["what"]):
-                    plot[0].write_text(plot[1])
+            write_plots(text)
             text = rewritten(text, page.parent)
             page.write_text(text)
         complaints += [f"{page}: {complaint}" for complaint in check(text, page)]
@@ -91,22 +90,34 @@ def check(text: str, page: Path, allowed: Sequence[str] | None = None) -> list[s
     return complaints
 
 
+def write_plots(text: str) -> None:
+    """Draw the plots of a page that do not show what they should."""
+    for table in _TABLE.finditer(_without_fences(text)):
+        with suppress(FigureError):
+            if (plot := page_plot(table["what"])) and not _has_its_plot(table["what"]):
+                plot[0].write_text(plot[1])
+
+
 def rewritten(text: str, folder: Path) -> str:
-    """A page with tables and numbers as the files have them.
+    """A page with tables and numbers as the files have them; what names nothing stays, for ``check`` to tell.
 
     Args:
         text: the page.
         folder: where it lies.
     """
     for found in reversed(list(_TABLE.finditer(_without_fences(text)))):
-        text = text[: found.start()] + _with_table(found, folder) + text[found.end() :]
+        with suppress(FigureError):
+            text = text[: found.start()] + _with_table(found, folder) + text[found.end() :]
     definitions = _definitions(text)
 
     for found in reversed(list(_REFERENCE.finditer(_without_code(text)))):
         # What is written in minutes and seconds stays: check says where it no longer holds.
         if found["label"] not in definitions or " min " in found["text"]:
             continue
-        measured, is_share = _measured(folder, *definitions[found["label"]], found["text"])
+        try:
+            measured, is_share = _measured(folder, *definitions[found["label"]], found["text"])
+        except FigureError:
+            continue
         for number, value in reversed(list(zip(NUMBER.finditer(found["text"]), measured, strict=False))):
             new = rounded(value, number[0], is_share=is_share)
             start = found.start("text")

@@ -170,6 +170,12 @@ def test_names_that_lead_nowhere_are_told(tmp_path: Path) -> None:
     assert check("[1.5 s][x]\n", page, ()) == ["line 1: [x] is not defined"]
     assert check(f"{_DEFINITION.format('a.md', 'b')}\n", page, ()) == ["line 1: [x] is defined and not used"]
     assert check(f"[1.5 s][x]\n\n{_DEFINITION.format('a.md', 'b')}\n", page, ()) == ["line 1: [x]: there is no a.md"]
+    page.write_text(
+        f"[1.5 s][x]\n\n{_DEFINITION.format('a.md', 'b')}\n\n<!-- figures: plot a/b.md -->\n<!-- figures end -->\n"
+    )
+    text = page.read_text()
+    assert main(["--write", str(page)]) == 1
+    assert page.read_text() == text
     for what in (
         "columns 2000-01-01_1xcpu/a.md | b",
         "columns 2026-11-29_2xcpu/startup.md | b",
