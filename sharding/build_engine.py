@@ -46,7 +46,12 @@ BUILDERS: dict[Backend, dict[Strategy, Callable[[EngineParts], EngineBuilder]]] 
         "zero3": FullyShardBuilder,
         "hsdp": FullyShardBuilder,
     },
-    "bucketed": {"zero1": BucketedBuilder, "zero2": BucketedBuilder, "zero3": BucketedZero3Builder},
+    "bucketed": {
+        "zero1": BucketedBuilder,
+        "zero2": BucketedBuilder,
+        "zero3": BucketedZero3Builder,
+        "hsdp": BucketedZero3Builder,
+    },
     "deepspeed": {"zero1": DeepSpeedBuilder, "zero2": DeepSpeedBuilder, "zero3": DeepSpeedZero3Builder},
     "accelerate": {"ddp": partial(WholeModelBuilder, AccelerateDdpEngine), "zero3": AccelerateZero3Builder},
 }

@@ -25,7 +25,7 @@ class ParallelConfig(StrictModel):
 
     backend: Backend = "torch"
     """What carries out the strategy: `torch` (all strategies), `bucketed` (flat buckets of our own; zero1, zero2,
-    zero3), `deepspeed` (zero1, zero2, zero3), or `accelerate` (ddp; zero3 on GPUs)."""
+    zero3, hsdp), `deepspeed` (zero1, zero2, zero3), or `accelerate` (ddp; zero3 on GPUs)."""
 
     offload_optimizer: Annotated[Offload, OnlyWith(backend="deepspeed")] = "none"
     """Where optimizer state and masters lie: on the device (`none`), in main memory (`cpu`), or in

@@ -14,8 +14,24 @@ _FP32_BYTES = 4
 BUCKET_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24}
 """Size of the bucketed engine's buckets by device: a network of GPUs needs larger pieces for its full rate."""
 
+_RANKS_OF_A_BUCKET, _LARGEST_GROWTH = 8, 4
+
 MAX_BUCKETS_IN_FLIGHT = 4
 """Sums of buckets that may be under way at a time; each holds one or two times a bucket's size."""
+
+
+def bucket_elements(device_type: str, num_shards: int) -> int:
+    """Size of the bucketed engine's buckets.
+
+    What goes from one rank to another is a bucket's slice, so buckets grow with the ranks beyond a node's; up to four
+    times, since memory for what is under way grows with them.
+
+    Args:
+        device_type: of ``BUCKET_ELEMENTS``.
+        num_shards: ranks that divide each bucket.
+    """
+    growth = min(max(num_shards // _RANKS_OF_A_BUCKET, 1), _LARGEST_GROWTH)
+    return BUCKET_ELEMENTS[device_type] * growth
 
 
 @dataclass(frozen=True)
@@ -67,7 +83,7 @@ class Layout:
         accumulation_steps: micro-batches of one rank in one step.
         compute_bytes: bytes of an element in matrix products: 4 in fp32, 2 in 16 bits.
         moment_bytes: bytes of optimizer state per parameter: 8 for AdamW.
-        bucket_elements: one of ``BUCKET_ELEMENTS``; read under ``is_bucketed`` alone.
+        bucket_elements: see ``bucket_elements``; read under ``is_bucketed`` alone.
     """
 
     strategy: Strategy
@@ -152,19 +168,20 @@ def _whole(sizes: ModelSizes, layout: Layout) -> StateBytes:
 
 
 def _bucketed(sizes: ModelSizes, layout: Layout) -> StateBytes:
-    """Buckets of parameters, of which the own slices are the masters."""
+    """Buckets of parameters in the format of computation, beside this rank's slices in fp32."""
+    frees_blocks = layout.strategy in ("zero3", "hsdp")
+    masters = _FP32_BYTES * sizes.num_held / layout.num_shards
+    outside = sizes.num_outside_blocks + sizes.num_frozen_outside_blocks
+    block = max(sizes.largest_block, sizes.largest_gathered_block)
+    # In stage 3 the first block stays as well, beside the one that computes and the next one to come.
+    staying = outside + block if frees_blocks else sizes.num_held
+    whole = min(staying + 2 * block, sizes.num_held) if frees_blocks else staying
+    gathered = float(layout.compute_bytes * whole)
+    if layout.compute_bytes == _FP32_BYTES:
+        # Of what stays the masters are a slice.
+        gathered -= _FP32_BYTES * staying / layout.num_shards
     own = _FP32_BYTES * sizes.num_parameters / layout.num_shards
-    # In stage 3 blocks are divided as a whole; else what is frozen is in no bucket.
-    frozen = float(_FP32_BYTES * sizes.num_frozen)
-    if layout.strategy == "zero3":
-        outside = sizes.num_frozen_outside_blocks
-        frozen = _FP32_BYTES * (outside + (sizes.num_frozen - outside) / layout.num_shards)
-        # The own slices are copied into what is gathered; what is frozen outside of blocks is whole by itself.
-        gathered = float(layout.compute_bytes * (sizes.num_gathered_by_block - outside))
-        new_gradients = layout.compute_bytes * _new_gradients(sizes)
-    else:
-        gathered = _FP32_BYTES * sizes.num_parameters - own + _casts(sizes, layout)
-        new_gradients = _FP32_BYTES * _new_gradients(sizes)
+    new_gradients = layout.compute_bytes * _new_gradients(sizes)
     bucket = layout.bucket_elements
     # Under way are a bucket and where slices of other ranks arrive; stage 1 sends the gradients themselves. A parameter
     # that is larger than a bucket travels by itself; memory of other buckets is kept for the next ones meanwhile.
@@ -178,7 +195,7 @@ def _bucketed(sizes: ModelSizes, layout: Layout) -> StateBytes:
         num_shared = 2 if layout.strategy == "zero2" else 0
         in_flight += min(-(-sizes.largest_block // bucket) + num_shared, num_buckets) * bucket
     return StateBytes(
-        masters=own + frozen,
+        masters=masters,
         gathered=gathered,
         gradients=_FP32_BYTES * sizes.num_parameters if layout.strategy == "zero1" else own,
         moments=layout.moment_bytes * sizes.num_parameters / layout.num_shards,
@@ -189,7 +206,7 @@ def _bucketed(sizes: ModelSizes, layout: Layout) -> StateBytes:
 def _num_buckets(sizes: ModelSizes, layout: Layout) -> int:
     """How many buckets there are of what is trained; each takes memory of a whole bucket on its way, however small."""
     bucket = layout.bucket_elements
-    if layout.strategy != "zero3":
+    if layout.strategy in ("zero1", "zero2"):
         return -(-sizes.num_parameters // bucket)
     # Each block has buckets of its own.
     in_blocks = sizes.num_parameters - sizes.num_outside_blocks

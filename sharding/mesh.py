@@ -25,6 +25,7 @@ class ParallelMesh:
             mesh. Ranks along ``context`` are part of its shard axis.
         shard_group: the ranks over which a sharded parameter is divided; None without a mesh.
         reduction_group: the ranks whose gradients of one parameter add up; None for all ranks.
+        replica_group: the ranks that hold the same shards under hsdp; None elsewhere.
     """
 
     dims: ParallelDims
@@ -33,6 +34,7 @@ class ParallelMesh:
     sharding_mesh: DeviceMesh | None = None
     shard_group: dist.ProcessGroup | None = None
     reduction_group: dist.ProcessGroup | None = None
+    replica_group: dist.ProcessGroup | None = None
 
     @property
     def data(self) -> Role:
@@ -98,7 +100,8 @@ def build_mesh(parallel: ParallelConfig, ranks: Ranks) -> ParallelMesh:
         reduction_group = None
     else:
         reduction_group = sharding_mesh._flatten("reduction").get_group()
-    return ParallelMesh(dims, ranks.rank, device_mesh, sharding_mesh, shard_group, reduction_group)
+    replica_group = sharding_mesh.get_group(0) if sharding_mesh.ndim > 1 else None
+    return ParallelMesh(dims, ranks.rank, device_mesh, sharding_mesh, shard_group, reduction_group, replica_group)
 
 
 def _sharding_mesh(device_mesh: DeviceMesh, dims: ParallelDims) -> DeviceMesh:

@@ -1,1 +1,1 @@
-"""ZeRO stages 1 to 3 of our own, in flat buckets."""
+"""ZeRO stages 1 to 3 and HSDP of our own, in flat buckets."""

@@ -1,4 +1,4 @@
-"""ZeRO stages 1 to 3 of our own: flat buckets, gradients that travel during backward, a step on the own slices.
+"""ZeRO stages 1 to 3 and HSDP of our own: flat buckets, gradients that travel in backward, a step on the own slices.
 
 Stages as in Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models" (2020); buckets
 that leave from backward's hooks as in Li et al., "PyTorch Distributed: Experiences on Accelerating Data Parallel
@@ -14,15 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from sharding.bucketed.block_gathers import BlockBuckets, BlockGathers
-from sharding.bucketed.flat_buckets import FlatBucket, flatten_parameters
 from sharding.bucketed.gradient_buckets import GradientBuckets
+from sharding.bucketed.model_buckets import ModelBuckets
 from sharding.bucketed.parameter_gathers import ParameterGathers
 from sharding.config import Strategy
 from sharding.engine import Batch, ModelDefinition, OptimizerFactory
 from sharding.graph_leaves import leaves_of
 from sharding.loss_scaler import LossScaler
-from sharding.memory_formula import BUCKET_ELEMENTS
 from sharding.mesh import ParallelMesh
 from sharding.part import Part, part_of_run
 from sharding.reached import ReachedParameters
@@ -34,11 +32,12 @@ _ROW = 256
 
 
 class BucketedEngine(TorchEngine):
-    """A model each of whose parameters is a view of a flat bucket.
+    """A model each of whose parameters is a view of a flat bucket, in the format in which it computes.
 
-    A rank's slices of the buckets are the fp32 masters that it optimizes. In stages 1 and 2 every rank has the buckets
-    whole: after the step the slices of all ranks are gathered, which the next forward pass waits for block by block. In
-    stage 3 a block is gathered when it is used.
+    A rank's slices of the buckets are the fp32 masters that it optimizes. What stays whole is gathered after the step,
+    which the next forward pass waits for block by block: in stages 1 and 2 all buckets, in stage 3 those of the first
+    block and of what is in no block. Each other block is gathered when it is used. HSDP is stage 3 inside groups of
+    ranks, with a sum over the groups at the end of a step's last micro-batch.
     """
 
     def __init__(
@@ -47,65 +46,51 @@ class BucketedEngine(TorchEngine):
         mesh: ParallelMesh,
         device: torch.device,
         strategy: Strategy,
-        autocast_dtype: torch.dtype | None,
+        buckets: ModelBuckets,
+        bucket_elements: int,
         build_optimizer: OptimizerFactory,
         loss_scaler: LossScaler | None = None,
-        block_buckets: BlockBuckets | None = None,
     ) -> None:
-        """See TorchEngine; the process group must be up, and the model whole but for what is in buckets already.
+        """See TorchEngine; the process group must be up.
 
         Args:
             definition: the model and its functions.
             mesh: the ranks.
             device: where this rank computes.
-            strategy: zero1, zero2 or zero3.
-            autocast_dtype: format of matrix products under autocast; None for fp32.
+            strategy: zero1, zero2, zero3 or hsdp.
+            buckets: the model's parameters, all of them.
+            bucket_elements: size of all buckets but those of one parameter.
             build_optimizer: called once, with this rank's runs of the parameters: with an elementwise optimizer.
             loss_scaler: for fp16; None elsewhere.
-            block_buckets: the model's blocks under zero3; None elsewhere.
         """
-        limit = BUCKET_ELEMENTS[device.type]
-        model, group = definition.model, mesh.shard_group
-        reductions, frozen = group, list[FlatBucket]()
-        self._gathers: ParameterGathers | BlockGathers
-        if block_buckets is None:
-            trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-            self._buckets = flatten_parameters(trainable, mesh.sharding, limit)
-            self._gathers = ParameterGathers(model, self._buckets, group)
-        else:
-            after, before = block_buckets.finish()
-            blocks = block_buckets.blocks
-            self._buckets = [*after, *(bucket for block in reversed(blocks) for bucket in block.trained), *before]
-            frozen = [bucket for block in blocks for bucket in block.frozen]
-            self._gathers = BlockGathers(model, blocks, [*after, *before], group)
-            # Gradients that not every rank has leave at other moments between the gathers on each rank: each of both
-            # kinds is in order, but not the two together.
-            reductions = None if group is None else dist.new_group(dist.get_process_group_ranks(group))
-        self._is_whole_between_steps = block_buckets is None
+        group = mesh.shard_group
+        self._gathers = ParameterGathers(definition.model, buckets, group)
+        self._is_whole_between_steps = strategy in ("zero1", "zero2")
+        # Where blocks are gathered during a pass, gradients that not every rank has leave at other moments between the
+        # gathers on each rank: each of both kinds is in order, but not the two together.
         self._gradients = GradientBuckets(
-            self._buckets,
-            reductions,
-            limit,
+            buckets.groups,
+            group if self._is_whole_between_steps else _same_ranks(group),
+            mesh,
+            bucket_elements,
             keeps_whole=strategy == "zero1",
             filled=self._gathers.leave,
             before_sending=self._gathers.come_to,
         )
         # By id: this rank's run of a parameter as the optimizer gets it, and the run's start in the parameter.
         self._runs: dict[int, tuple[nn.Parameter, int]] = {}
-        for bucket, gradient in zip(self._buckets, self._gradients.own, strict=True):
+        no_gradients = [None] * len(buckets.frozen)
+        for bucket, gradient in zip(
+            [*buckets.trained, *buckets.frozen], [*self._gradients.own, *no_gradients], strict=True
+        ):
             for member in bucket.members:
                 offset, size, start = bucket.run(member)
-                run = nn.Parameter(bucket.masters[offset : offset + size])
-                run.grad = gradient[offset : offset + size]
-                self._runs[id(member.parameter)] = run, start
-        for bucket in frozen:
-            for member in bucket.members:
-                offset, size, start = bucket.run(member)
-                run = nn.Parameter(bucket.masters[offset : offset + size], requires_grad=False)
+                run = nn.Parameter(bucket.masters[offset : offset + size], requires_grad=gradient is not None)
+                run.grad = None if gradient is None else gradient[offset : offset + size]
                 self._runs[id(member.parameter)] = run, start
         self._has_gradients = False
-        super().__init__(definition, mesh, device, autocast_dtype, build_optimizer, loss_scaler)
-        self._reached = ReachedParameters([entry.parameter for entry in self._trainable], group)
+        super().__init__(definition, mesh, device, None, build_optimizer, loss_scaler)
+        self._reached = ReachedParameters([entry.parameter for entry in self._trainable], mesh.reduction_group)
 
     def step(self, learning_rate: float) -> torch.Tensor:
         """See Engine."""
@@ -133,11 +118,11 @@ class BucketedEngine(TorchEngine):
         """See Engine; every rank must call it."""
         self._gathers.wait()
         super().load_state(read, with_optimizer=with_optimizer)
-        self._gathers.start()
+        self._gathers.start(with_frozen=True)
 
     def named_local_shards(self) -> dict[str, torch.Tensor]:
-        """See Engine; a flat run of the parameter's elements, or all of a frozen one that is not divided."""
-        return {name: self._runs[id(p)][0].detach() if id(p) in self._runs else p.detach() for name, p in self._named()}
+        """See Engine; a flat run of the parameter's elements."""
+        return {name: self._runs[id(parameter)][0].detach() for name, parameter in self._named()}
 
     def named_local_gradients(self) -> dict[str, torch.Tensor]:
         """See Engine."""
@@ -146,10 +131,14 @@ class BucketedEngine(TorchEngine):
 
     def replicas(self) -> list[Part]:
         """See Engine; in stages 1 and 2 every rank computes with all parameters, gathered after each step."""
-        return [self._part(*named) for named in self.named_parameters()] if self._is_whole_between_steps else []
+        named = self.named_parameters()
+        if self._is_whole_between_steps:
+            return [self._part(name, parameter) for name, parameter in named]
+        copies = self._mesh.shard_holder.degree > 1
+        return [self._run_part(parameter, name) for name, parameter in named] if copies else []
 
     def named_parameters(self) -> list[tuple[str, Any]]:
-        """See Engine; in stage 3 without values where they are not gathered."""
+        """See Engine; in the format in which it computes, in stage 3 without values where they are not gathered."""
         self._gathers.wait()
         return self._named()
 
@@ -192,17 +181,26 @@ class BucketedEngine(TorchEngine):
 
     def _model_parts(self) -> list[Part]:
         persistent = set(self._model.state_dict().keys())
-        whole: list[tuple[str, torch.Tensor]] = [(name, p) for name, p in self._named() if id(p) not in self._runs]
-        whole += [(name, buffer) for name, buffer in self._model.named_buffers() if name in persistent]
-        runs = [self._run_part(p, f"{MODEL_PREFIX}{name}") for name, p in self._named() if id(p) in self._runs]
-        return runs + [self._part(f"{MODEL_PREFIX}{name}", tensor, index) for index, (name, tensor) in enumerate(whole)]
+        buffers = [(name, buffer) for name, buffer in self._model.named_buffers() if name in persistent]
+        runs = [self._run_part(parameter, f"{MODEL_PREFIX}{name}") for name, parameter in self._named()]
+        return runs + [
+            self._part(f"{MODEL_PREFIX}{name}", buffer, index) for index, (name, buffer) in enumerate(buffers)
+        ]
 
     def _optimized_parts(self) -> list[Part]:
         return [replace(self._run_part(entry.parameter, entry.name), tensor=entry.local) for entry in self._trainable]
 
     def _run_part(self, parameter: nn.Parameter, name: str) -> Part:
         run, start = self._runs[id(parameter)]
-        return part_of_run(name, run.detach(), tuple(parameter.shape), start, self._mesh.shard_group)
+        part = part_of_run(name, run.detach(), tuple(parameter.shape), start, self._mesh.shard_group)
+        return replace(part, holders=self._mesh.shard_holder)
+
+
+def _same_ranks(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """Another group of the same ranks; those of other groups have no part in it."""
+    if group is None:
+        return None
+    return dist.new_group(dist.get_process_group_ranks(group), use_local_synchronization=True)
 
 
 def _rows(run: torch.Tensor | None) -> Sequence[torch.Tensor]:

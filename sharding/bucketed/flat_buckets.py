@@ -1,7 +1,7 @@
 """Parameters as views of flat buckets, each divided into one equal slice per rank."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -27,8 +27,9 @@ class FlatBucket:
 
     Attributes:
         members: the parameters; between them may lie unused elements.
-        flat: the values of all of them, [size]; the parameters are views of it.
-        masters: this rank's slice, fp32 [length]: a view of ``flat``, or memory of its own where ``flat`` can be freed.
+        flat: the values of all of them as the model computes with them, [size]; the parameters are views of it.
+        masters: this rank's slice, fp32 [length]: a view of ``flat``, or memory of its own where ``flat`` is freed
+            between uses or has another format.
         first: position of this rank's slice.
         length: elements of each rank's slice; size / ranks.
     """
@@ -52,6 +53,13 @@ class FlatBucket:
         """Give the memory of ``flat`` back; what autograd saved of it must not be read until it is there again."""
         self.flat.untyped_storage().resize_(0)
 
+    def take_masters(self) -> torch.Tensor:
+        """This rank's slice of ``flat``, with the values of the masters."""
+        own = self.own(self.flat)
+        if own.data_ptr() != self.masters.data_ptr():
+            own.copy_(self.masters)
+        return own
+
     def own(self, flat: torch.Tensor) -> torch.Tensor:
         """This rank's slice of memory that is laid out as the bucket."""
         return flat[self.first : self.first + self.length]
@@ -73,16 +81,19 @@ def flatten_parameters(
     parameters: Sequence[tuple[str, nn.Parameter]],
     place: Role,
     max_elements: int,
-    freed_as: torch.dtype | None = None,
+    dtype: torch.dtype = torch.float32,
+    *,
+    is_freed: bool = False,
 ) -> list[FlatBucket]:
     """Move parameters into flat buckets, last first: the order in which backward is done with them.
 
     Args:
-        parameters: names and parameters, whole, in the order of the forward pass; each becomes a view of its bucket.
+        parameters: names and parameters, whole, of one format, in the order of the forward pass; each becomes a view of
+            its bucket.
         place: this rank's among the ranks that divide each bucket.
         max_elements: largest size of a bucket, unless one parameter alone is larger.
-        freed_as: if given, each rank keeps the values of its slices alone, and ``flat`` is in this format and without
-            memory until it is gathered.
+        dtype: format of ``flat``; of masters it is that of the parameters.
+        is_freed: whether ``flat`` is without memory until it is gathered.
     """
     # Room for the slices of all ranks to be of equal, aligned length.
     max_elements -= place.degree * _ALIGNMENT
@@ -92,31 +103,31 @@ def flatten_parameters(
     for name, parameter in reversed(parameters):
         size = _aligned(parameter.numel(), _ALIGNMENT)
         if open_members and end + size > max_elements:
-            buckets.append(_bucket(open_members, end, place, freed_as))
+            buckets.append(_bucket(open_members, end, place, dtype, is_freed=is_freed))
             open_members, end = [], 0
         open_members.append(BucketMember(name, parameter, end))
         end += size
     if open_members:
-        buckets.append(_bucket(open_members, end, place, freed_as))
+        buckets.append(_bucket(open_members, end, place, dtype, is_freed=is_freed))
     return buckets
 
 
 @torch.no_grad()
-def _bucket(members: list[BucketMember], size: int, place: Role, freed_as: torch.dtype | None) -> FlatBucket:
+def _bucket(members: list[BucketMember], size: int, place: Role, dtype: torch.dtype, *, is_freed: bool) -> FlatBucket:
     rank, num_ranks = place.rank, place.degree
     length = _aligned(-(-size // num_ranks), _ALIGNMENT)
     first = members[0].parameter
-    flat = torch.zeros(length * num_ranks, dtype=first.dtype, device=first.device)
-    masters = flat[rank * length : (rank + 1) * length]
+    whole = torch.zeros(length * num_ranks, dtype=first.dtype, device=first.device)
+    for member in members:
+        whole[member.offset : member.offset + member.parameter.numel()] = member.parameter.flatten()
+    masters, flat = whole[rank * length : (rank + 1) * length], whole
+    if is_freed or dtype is not first.dtype:
+        masters, flat = masters.clone(), whole.to(dtype)
     bucket = FlatBucket(tuple(members), flat, masters, rank * length, length)
     for member in members:
-        bucket.view(flat, member).copy_(member.parameter)
-    if freed_as is not None:
-        bucket = replace(bucket, flat=torch.empty_like(flat, dtype=freed_as), masters=masters.clone())
-    for member in members:
         # The same parameter as before, with other memory: ties and hooks stay.
-        member.parameter.data = bucket.view(bucket.flat, member)
-    if freed_as is not None:
+        member.parameter.data = bucket.view(flat, member)
+    if is_freed:
         bucket.free()
     return bucket
 

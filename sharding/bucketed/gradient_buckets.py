@@ -10,13 +10,15 @@ import torch.distributed as dist
 from sharding.bucketed.flat_buckets import BucketMember, FlatBucket
 from sharding.flat_collectives import SliceSum, exchanges_slices, start_sum
 from sharding.memory_formula import MAX_BUCKETS_IN_FLIGHT
+from sharding.mesh import ParallelMesh
 
 
 class GradientBuckets:
     """Accumulates gradients and sums them over ranks; each rank ends up with those of its own slices.
 
     Buckets travel in the same order on every rank, whatever order backward fills them in: a collective is known to the
-    other ranks by its place in the order alone.
+    other ranks by its place in the order alone. The order is that in which rank 0's first backward pass has filled
+    them, so that none waits for one that is filled later. It says nothing of how addends are added up.
 
     Attributes:
         own: of each bucket this rank's slice of the gradient, always the same memory.
@@ -24,8 +26,9 @@ class GradientBuckets:
 
     def __init__(
         self,
-        buckets: Sequence[FlatBucket],
+        groups: Sequence[Sequence[FlatBucket]],
         group: dist.ProcessGroup | None,
+        mesh: ParallelMesh,
         max_elements: int,
         *,
         keeps_whole: bool,
@@ -35,16 +38,18 @@ class GradientBuckets:
         """Attach to the parameters of the buckets.
 
         Args:
-            buckets: in the order in which backward fills them.
+            groups: buckets as backward fills them; one of a later group never travels before one of an earlier.
             group: the ranks that divide each bucket.
+            mesh: all ranks whose gradients add up, of which others may divide buckets among them in the same way.
             max_elements: size of all buckets but those of one parameter.
             keeps_whole: whether whole gradients are accumulated and summed in the last micro-batch (stage 1), or those
                 of each micro-batch are summed and the own slice is kept (stage 2).
             filled: called when backward is past all uses of a bucket's parameters.
             before_sending: called before a bucket leaves, which may then wait for other ranks.
         """
-        self._buckets = buckets
+        self._buckets = buckets = [bucket for its_buckets in groups for bucket in its_buckets]
         self._group = group
+        self._mesh = mesh
         self._keeps_whole = keeps_whole
         self._filled = filled
         self._before_sending = before_sending
@@ -58,9 +63,13 @@ class GradientBuckets:
             self.own = [torch.zeros_like(bucket.masters) for bucket in buckets]
         self._spare = _SpareBuffers(max_elements)
         self._in_flight: deque[_InFlight] = deque()
-        # Names of each bucket: whose gradients are to come in this micro-batch, and whose will not.
+        # Names of each bucket: whose gradients are to come in this micro-batch, and whose lie in the buffer.
         self._missing: list[set[str]] = []
-        self._absent: list[set[str]] = []
+        self._present: list[set[str]] = [set() for _ in buckets]
+        self._order = list(range(len(buckets)))
+        self._place_of_group = [place for place, its_buckets in enumerate(groups) for _ in its_buckets]
+        # In the order in which the first backward pass fills them; None once that has been learnt.
+        self._arrivals: list[int] | None = []
         self._num_sent = 0
         self._is_first = self._sends = False
         for index, bucket in enumerate(buckets):
@@ -73,15 +82,14 @@ class GradientBuckets:
         self._sends = is_last or not self._keeps_whole
         self._num_sent = 0
         self._missing = [{member.name for member in bucket.members} for bucket in self._buckets]
-        self._absent = [set() for _ in self._buckets]
+        if not self._keeps_whole:
+            self._forget_present()
 
     def expect_only(self, leaves: Iterable[torch.Tensor]) -> None:
         """Take the gradients of all other parameters for zero, in this micro-batch; before its backward pass."""
         reached = {id(leaf) for leaf in leaves}
         for index, bucket in enumerate(self._buckets):
-            absent = {member.name for member in bucket.members if id(member.parameter) not in reached}
-            self._missing[index] -= absent
-            self._absent[index] |= absent
+            self._missing[index] -= {member.name for member in bucket.members if id(member.parameter) not in reached}
         self._send_complete()
 
     def end_micro_batch(self, *, is_last: bool) -> None:
@@ -92,44 +100,70 @@ class GradientBuckets:
         if is_last:
             while self._in_flight:
                 self._finish_oldest()
+            if (replicas := self._mesh.replica_group) is not None:
+                for work in [dist.all_reduce(own, group=replicas, async_op=True) for own in self.own]:
+                    work.wait()
+        if self._arrivals is not None:
+            self._order = self._learnt_order(self._arrivals)
+            self._arrivals = None
 
     def forget(self) -> None:
         """Drop what was accumulated."""
         if self._keeps_whole:
+            self._forget_present()
             for bucket in self._buckets:
                 for member in bucket.members:
                     member.parameter.grad = None
+
+    def _forget_present(self) -> None:
+        for present in self._present:
+            present.clear()
+
+    def _learnt_order(self, arrivals: list[int]) -> list[int]:
+        """Rank 0's; no rank is here whose pass has failed, as none is in the sums."""
+        arrived = {index: place for place, index in enumerate(arrivals)}
+        order = sorted(self._order, key=lambda index: (self._place_of_group[index], arrived.get(index, len(arrived))))
+        told = torch.tensor(order, device=self.own[0].device)
+        dist.broadcast(told, group=self._mesh.reduction_group, group_src=0)
+        return told.tolist()
 
     def _attach(self, index: int, member: BucketMember) -> None:
         member.parameter.register_post_accumulate_grad_hook(lambda _: self._arrived(index, member))
 
     def _arrived(self, index: int, member: BucketMember) -> None:
         """Take in the gradient that backward has just finished for a parameter, summed over all its uses."""
-        buffer = self._buffers[index]
+        bucket, buffer = self._buckets[index], self._buffers[index]
         if buffer is None:
-            buffer = self._buffers[index] = self._spare.take(self._buckets[index])
-        gradient, place = member.parameter.grad, self._buckets[index].view(buffer, member)
+            buffer = self._buffers[index] = self._spare.take(bucket)
+        gradient, place = member.parameter.grad, bucket.view(buffer, member)
         if gradient is not None and gradient.data_ptr() != place.data_ptr():
-            place.copy_(gradient)
-            # In stage 1 backward adds the next micro-batch's gradient in place.
-            member.parameter.grad = place if self._keeps_whole else None
+            if member.name in self._present[index]:
+                place.add_(gradient)
+            else:
+                place.copy_(gradient)
+                self._present[index].add(member.name)
+            # In stage 1 backward adds the next micro-batch's gradient in place, if both have one format.
+            adds_in_place = self._keeps_whole and gradient.dtype is place.dtype
+            member.parameter.grad = place if adds_in_place else None
         self._missing[index].discard(member.name)
         if not self._missing[index]:
-            self._filled(self._buckets[index])
+            self._filled(bucket)
+            if self._arrivals is not None:
+                self._arrivals.append(index)
         self._send_complete()
 
     def _send_complete(self) -> None:
-        while self._sends and self._num_sent < len(self._buckets) and not self._missing[self._num_sent]:
+        while self._sends and self._num_sent < len(self._buckets) and not self._missing[self._order[self._num_sent]]:
             self._send_next()
 
     def _send_next(self) -> None:
-        index = self._num_sent
+        index = self._order[self._num_sent]
         bucket, buffer = self._buckets[index], self._buffers[index]
         self._before_sending(bucket)
         if buffer is None:
             buffer = self._spare.take(bucket)
         for member in bucket.members:
-            if member.name in self._missing[index] | self._absent[index] and member.parameter.grad is None:
+            if member.name not in self._present[index]:
                 bucket.view(buffer, member).zero_()
         while self._in_flight and (
             len(self._in_flight) >= MAX_BUCKETS_IN_FLIGHT or self._in_flight[0].sum.work.is_completed()

@@ -6,7 +6,16 @@ from typing import Any
 import pytest
 
 from sharding.config import Strategy
-from sharding.memory_formula import FrozenBytes, Layout, ModelSizes, StateBytes, frozen_bytes, state_bytes
+from sharding.memory_formula import (
+    BUCKET_ELEMENTS,
+    FrozenBytes,
+    Layout,
+    ModelSizes,
+    StateBytes,
+    bucket_elements,
+    frozen_bytes,
+    state_bytes,
+)
 
 # Ten blocks of 90, and 100 outside of them, of which one tied matrix of 80.
 SIZES = ModelSizes(
@@ -55,16 +64,23 @@ def test_buckets_in_flight_are_counted() -> None:
     # Each with room to receive; and the buckets of a block of 90, with two more at its ends, are being filled.
     second = _state("zero2", is_bucketed=True, bucket_elements=20)
     assert second == StateBytes(1000, 3000, 1000, 2000, 4 * (2 * 4 * 20 + 2 * 80 + 7 * 20 + 160))
-    # Parameters outside of blocks and of two blocks are gathered, here in two bytes.
+    # In 16 bits masters are no part of what is gathered.
+    assert _state("zero2", is_bucketed=True, compute_bytes=2).gathered == 2000
+    # Parameters outside of blocks and of three blocks are gathered, the first one for good, here in two bytes.
     third = _state("zero3", is_bucketed=True, bucket_elements=20, compute_bytes=2)
     in_flight = 4 * (2 * 4 * 20 + 2 * 80 + 5 * 20) + 2 * 160
-    assert third == StateBytes(1000, 2 * (100 + 2 * 90), 1000, 2000, in_flight)
+    assert third == StateBytes(1000, 2 * (100 + 3 * 90), 1000, 2000, in_flight)
     # Never more than there are: one of them, sent and received, and filled by the next micro-batch meanwhile.
     small = _state("zero2", is_bucketed=True, bucket_elements=1 << 20)
     assert small.in_flight == 4 * (3 * (1 << 20) + 160)
     # In stage 3 every block has one of its own, and what is in no block has another.
     blocks = _state("zero3", is_bucketed=True, bucket_elements=1 << 20)
     assert blocks.in_flight == 4 * ((2 * 4 + 1) * (1 << 20) + 160)
+
+
+def test_buckets_grow_with_the_ranks_beyond_a_node() -> None:
+    sizes = [bucket_elements("cuda", num_shards) for num_shards in (1, 8, 16, 32, 512)]
+    assert sizes == [BUCKET_ELEMENTS["cuda"] * growth for growth in (1, 1, 2, 4, 4)]
 
 
 def test_frozen_parameters_are_held_and_no_more() -> None:
@@ -80,11 +96,11 @@ def test_frozen_parameters_are_held_and_no_more() -> None:
     assert state("ddp") == grown(_state("ddp"), 8000, 0)
     for strategy in ("zero1", "zero2"):
         assert state(strategy) == grown(_state(strategy), 2000, 8000)
-        assert state(strategy, is_bucketed=True) == grown(_state(strategy, is_bucketed=True), 8000, 0)
+        assert state(strategy, is_bucketed=True) == grown(_state(strategy, is_bucketed=True), 2000, 6000)
     # The gathered blocks have 180 more each, and one more that arrives is more than a block's gradients.
     assert state("zero3") == replace(grown(_state("zero3"), 2000, 4 * (200 + 2 * 180)), in_flight=4 * (80 + 270))
     bucketed = _state("zero3", is_bucketed=True)
-    assert state("zero3", is_bucketed=True) == grown(bucketed, 4 * (200 + 1800 / 4), 4 * 2 * 180)
+    assert state("zero3", is_bucketed=True) == grown(bucketed, 2000, 4 * (200 + 3 * 180) - (200 + 180))
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from trainer.checkpoint.reader import CheckpointReader
 from trainer.numerics.replica_check import ReplicaCheck
 from trainer.optimizers.weight_average import WeightAverage
 
-_ON_4 = (("torch", "ddp"), ("torch", "hsdp"), ("torch", "zero3"), ("bucketed", "zero2"))
+_ON_4 = (("torch", "ddp"), ("torch", "hsdp"), ("torch", "zero3"), ("bucketed", "zero2"), ("bucketed", "hsdp"))
 
 
 def _check(ranks: Ranks, root: Path, cases: tuple[tuple[str, str], ...]) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from sharding.bucketed import engine as bucketed
+from sharding.memory_formula import BUCKET_ELEMENTS
 from sharding.ranks.errors import UserError
 from sharding.ranks.process_group import Ranks
 from sharding.reached import ReachedParameters
@@ -117,7 +117,7 @@ def _check(ranks: Ranks, backend: str, strategy: str, skip: Any) -> None:
 
 def _all(ranks: Ranks) -> None:
     # Many more buckets than may be under way at a time.
-    bucketed.BUCKET_ELEMENTS["cpu"] = 512
+    BUCKET_ELEMENTS["cpu"] = 512
     for backend, strategies in (
         ("torch", ("ddp", "zero1", "zero2", "zero3")),
         ("bucketed", ("zero1", "zero2", "zero3")),

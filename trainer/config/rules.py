@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 BACKEND_STRATEGIES: dict[Backend, tuple[Strategy, ...]] = {
     "torch": ("none", "ddp", "zero1", "zero2", "zero3", "hsdp"),
-    "bucketed": ("zero1", "zero2", "zero3"),
+    "bucketed": ("zero1", "zero2", "zero3", "hsdp"),
     "deepspeed": ("zero1", "zero2", "zero3"),
     "accelerate": ("ddp", "zero3"),
 }

@@ -11,11 +11,11 @@ from torch import nn
 from sharding.blocks import find_blocks, hidden_matrices, layer_weights
 from sharding.config import ActivationCheckpointingConfig
 from sharding.memory_formula import (
-    BUCKET_ELEMENTS,
     FrozenBytes,
     Layout,
     ModelSizes,
     StateBytes,
+    bucket_elements,
     frozen_bytes,
     state_bytes,
 )
@@ -116,7 +116,7 @@ def estimate_memory(
         accumulation_steps=accumulation_steps(config, dims),
         compute_bytes=width,
         moment_bytes=(moment_bytes(config.optimizer, model) + mask_bytes(config, model)) / sizes.num_parameters,
-        bucket_elements=BUCKET_ELEMENTS[device.type],
+        bucket_elements=bucket_elements(device.type, dims.sharding_degree),
     )
     of_teacher = _NOTHING if teacher is None else frozen_bytes(model_sizes(teacher), layout)
     is_before = config.distill.top_k is not None

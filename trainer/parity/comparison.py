@@ -137,10 +137,12 @@ def parity_cases(
 def _pairs(num_ranks: int, *, alone: bool) -> list[tuple[Backend, Strategy]]:
     """Backends and strategies to try on so many ranks; ``alone`` says that no group is larger than one rank."""
     if num_ranks == 4:
-        return [("torch", "hsdp")]
+        return [("torch", "hsdp"), ("bucketed", "hsdp")]
     if num_ranks == 1 and not alone:
         return [("torch", "none")]
-    left_out = {("torch", "hsdp")} if alone else {("torch", "hsdp"), ("torch", "none")}
+    left_out: set[tuple[Backend, Strategy]] = {("torch", "hsdp"), ("bucketed", "hsdp")}
+    if not alone:
+        left_out.add(("torch", "none"))
     if not torch.cuda.is_available():
         left_out.add(("accelerate", "zero3"))
     pairs = [(backend, strategy) for backend, strategies in BACKEND_STRATEGIES.items() for strategy in strategies]

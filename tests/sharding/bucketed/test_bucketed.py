@@ -12,12 +12,11 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from sharding import flat_collectives
-from sharding.bucketed import engine as bucketed
 from sharding.bucketed import gradient_buckets
-from sharding.bucketed.block_gathers import BlockGathers
 from sharding.bucketed.engine import BucketedEngine
 from sharding.bucketed.flat_buckets import flatten_parameters
 from sharding.engine import Engine
+from sharding.memory_formula import BUCKET_ELEMENTS
 from sharding.parallel_dims import Role
 from sharding.ranks.process_group import Ranks
 from tests.saved_state import save_state
@@ -63,7 +62,7 @@ def _engine(ranks: Ranks, strategy: str, **options: Any) -> Engine:
 
 def _bucketed(ranks: Ranks, strategy: str, **options: Any) -> BucketedEngine:
     # The tiny model would lie in one bucket.
-    bucketed.BUCKET_ELEMENTS["cpu"] = 4096
+    BUCKET_ELEMENTS["cpu"] = 4096
     engine = _engine(ranks, strategy, backend="bucketed", **options)
     assert isinstance(engine, BucketedEngine)
     return engine
@@ -93,7 +92,7 @@ def _train_and_save(ranks: Ranks, root: Path) -> None:
     for strategy in _STAGES:
         engine = _bucketed(ranks, strategy)
         # The embedding alone has one.
-        assert len(engine._buckets) > 3
+        assert len(engine._gradients._buckets) > 3
         assert train_steps(engine, ranks) == pytest.approx(losses, rel=1e-6), strategy
         save_state(engine, root / strategy, ranks)
         # As everybody's state: of the same layout, and of others.
@@ -130,7 +129,7 @@ def _check_memory(ranks: Ranks, engine: BucketedEngine, strategy: str) -> None:
         blocks = [f"model.layers.{index}." for index in range(TINY_MODEL["config"]["num_hidden_layers"])]
         assert len(blocks) > 1
         engine.evaluate([random_batch(0)])
-        for bucket in engine._buckets:
+        for bucket in engine._gradients._buckets:
             assert len({name for m in bucket.members for name in blocks if m.name.startswith(name)}) <= 1
             is_later = any(member.name.startswith(name) for member in bucket.members for name in blocks[1:])
             assert bucket.is_whole != is_later
@@ -143,7 +142,7 @@ def _check_memory(ranks: Ranks, engine: BucketedEngine, strategy: str) -> None:
 
 
 def _check_collectives(ranks: Ranks, engine: BucketedEngine, strategy: str) -> None:
-    num_buckets = len(engine._buckets)
+    num_buckets = len(engine._gradients._buckets)
     found = _collectives(ranks, engine)
     assert found["alltoall_base_"] == num_buckets * (1 if strategy == "zero1" else 3), (strategy, found)
     assert found["broadcast_"] == _num_gathers(engine, strategy) * ranks.world_size, (strategy, found)
@@ -154,13 +153,11 @@ def _check_collectives(ranks: Ranks, engine: BucketedEngine, strategy: str) -> N
 def _num_gathers(engine: BucketedEngine, strategy: str) -> int:
     """Of buckets in a step of three micro-batches."""
     if strategy != "zero3":
-        return len(engine._buckets)
+        return len(engine._gradients._buckets)
     gathers = engine._gathers
-    assert isinstance(gathers, BlockGathers)
-    first, *middle, last = (len(block._buckets) for block in gathers._blocks)
-    # The first block forwards once, since one backward pass ends with it as the next forward pass begins; the last one
-    # as well, and each between them forwards and backwards.
-    return len(gathers._outside._buckets) + first + 3 * (first + last + 2 * sum(middle))
+    _, *middle, last = (len(block._buckets) for block in gathers._blocks)
+    # The last block once, since the backward pass begins with it, and each but the first forwards and backwards.
+    return len(gathers._staying) + 3 * (last + 2 * sum(middle))
 
 
 def _check_recomputed(ranks: Ranks, losses: list[float], **options: Any) -> None:
@@ -230,8 +227,8 @@ def _check_waits(ranks: Ranks, strategy: str) -> None:
 
     def look(module: nn.Module, _arguments: object) -> None:
         own = {id(parameter) for parameter in module.parameters(recurse=False)}
-        for index, bucket in enumerate(engine._buckets):
-            if own & {id(m.parameter) for m in bucket.members} and index in engine._gathers._works:  # type: ignore[union-attr]
+        for index, bucket in enumerate(engine._gathers._staying):
+            if own & {id(m.parameter) for m in bucket.members} and index in engine._gathers._works:
                 pending.append(type(module).__name__)
 
     for module in engine._model.modules():
@@ -250,7 +247,7 @@ def _as_on_gpus(ranks: Ranks) -> None:
         engine = _bucketed(ranks, strategy)
         assert train_steps(engine, ranks, num_micro_batches=3) == pytest.approx(expected, rel=1e-6), strategy
         found = _collectives(ranks, engine)
-        num_buckets = len(engine._buckets)
+        num_buckets = len(engine._gradients._buckets)
         assert found["_reduce_scatter_base_"] == num_buckets * (1 if strategy == "zero1" else 3), (strategy, found)
         assert found["_allgather_base_"] == _num_gathers(engine, strategy), (strategy, found)
         assert found["alltoall_base_"] == found["broadcast_"] == 0

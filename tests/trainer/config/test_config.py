@@ -101,7 +101,7 @@ def test_refused(config_file: Path, override: str, message: str) -> None:
         (["parallel.backend=accelerate"], "parallel.backend=accelerate cannot do parallel.strategy=zero2, only ddp"),
         (
             ["parallel.backend=bucketed", "parallel.strategy=ddp"],
-            "parallel.backend=bucketed cannot do parallel.strategy=ddp, only zero1, zero2, zero3; choose",
+            "parallel.backend=bucketed cannot do parallel.strategy=ddp, only zero1, zero2, zero3, hsdp; choose",
         ),
         (
             ["parallel.backend=bucketed", "optimizer.name=muon"],

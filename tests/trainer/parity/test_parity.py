@@ -33,7 +33,12 @@ def test_every_strategy_trains_as_one_plain_process(values: dict[str, Any], tmp_
         pairs = {(case.backend, case.strategy) for case in cases if case.num_ranks == num_ranks}
         legal = {(backend, strategy) for backend, all_ in BACKEND_STRATEGIES.items() for strategy in all_}
         # On GPUs alone; hsdp has a group of its own, and none runs on one rank.
-        assert legal - pairs == {("accelerate", "zero3"), ("torch", "hsdp"), ("torch", "none")}
+        assert legal - pairs == {
+            ("accelerate", "zero3"),
+            ("torch", "hsdp"),
+            ("bucketed", "hsdp"),
+            ("torch", "none"),
+        }
     rows = run_parity(parse_config(values, "test"), cases, tmp_path)
     assert len(rows) == len(cases)
     assert [row for row in rows if not row.passed] == []
