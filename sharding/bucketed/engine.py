@@ -19,7 +19,6 @@ from sharding.bucketed.model_buckets import ModelBuckets
 from sharding.bucketed.parameter_gathers import ParameterGathers
 from sharding.config import Strategy
 from sharding.engine import Batch, ModelDefinition, OptimizerFactory
-from sharding.graph_leaves import leaves_of
 from sharding.loss_scaler import LossScaler
 from sharding.mesh import ParallelMesh
 from sharding.part import Part, part_of_run
@@ -165,7 +164,7 @@ class BucketedEngine(TorchEngine):
         if not self._is_whole_between_steps:
             # A rank that waited for gradients that do not come would keep the others from what they wait for.
             self._gathers.end_forward()
-            self._gradients.expect_only(leaves_of(loss))
+            loss.register_hook(lambda _: self._gradients.expect_reached())
         super()._backward(loss)
 
     def _local_parameter(self, parameter: nn.Parameter) -> nn.Parameter:

@@ -1,7 +1,7 @@
 """Gradients in flat buckets, which leave for the other ranks as soon as backward has filled them."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,6 +70,7 @@ class GradientBuckets:
         self._place_of_group = [place for place, its_buckets in enumerate(groups) for _ in its_buckets]
         # In the order in which the first backward pass fills them; None once that has been learnt.
         self._arrivals: list[int] | None = []
+        self._nodes: list[list[tuple[str, torch.autograd.graph.Node]]] = []
         self._num_sent = 0
         self._is_first = self._sends = False
         for index, bucket in enumerate(buckets):
@@ -85,11 +86,10 @@ class GradientBuckets:
         if not self._keeps_whole:
             self._forget_present()
 
-    def expect_only(self, leaves: Iterable[torch.Tensor]) -> None:
-        """Take the gradients of all other parameters for zero, in this micro-batch; before its backward pass."""
-        reached = {id(leaf) for leaf in leaves}
-        for index, bucket in enumerate(self._buckets):
-            self._missing[index] -= {member.name for member in bucket.members if id(member.parameter) not in reached}
+    def expect_reached(self) -> None:
+        """Take the gradients of all that this backward pass will not come to for zero; from within it, at its start."""
+        for index, nodes in enumerate(self._accumulators()):
+            self._missing[index] -= {name for name, node in nodes if not torch._C._will_engine_execute_node(node)}
         self._send_complete()
 
     def end_micro_batch(self, *, is_last: bool) -> None:
@@ -127,30 +127,50 @@ class GradientBuckets:
         dist.broadcast(told, group=self._mesh.reduction_group, group_src=0)
         return told.tolist()
 
-    def _attach(self, index: int, member: BucketMember) -> None:
-        member.parameter.register_post_accumulate_grad_hook(lambda _: self._arrived(index, member))
+    def _accumulators(self) -> list[list[tuple[str, torch.autograd.graph.Node]]]:
+        """Of each bucket's members the nodes of graphs that accumulate their gradients, which are the same for good."""
+        if not self._nodes:
+            with torch.enable_grad():
+                self._nodes = [
+                    [(member.name, _accumulator(member.parameter)) for member in bucket.members]
+                    for bucket in self._buckets
+                ]
+        return self._nodes
 
-    def _arrived(self, index: int, member: BucketMember) -> None:
-        """Take in the gradient that backward has just finished for a parameter, summed over all its uses."""
-        bucket, buffer = self._buckets[index], self._buffers[index]
-        if buffer is None:
-            buffer = self._buffers[index] = self._spare.take(bucket)
-        gradient, place = member.parameter.grad, bucket.view(buffer, member)
-        if gradient is not None and gradient.data_ptr() != place.data_ptr():
-            if member.name in self._present[index]:
+    def _attach(self, index: int, member: BucketMember) -> None:
+        buffer = self._buffers[index]
+        place = None if buffer is None else self._buckets[index].view(buffer, member)
+        member.parameter.register_post_accumulate_grad_hook(lambda _: self._arrived(index, member, place))
+
+    def _arrived(self, index: int, member: BucketMember, place: torch.Tensor | None) -> None:
+        """Take in the gradient that backward has just finished for a parameter, summed over all its uses.
+
+        Args:
+            index: the parameter's bucket.
+            member: the parameter.
+            place: where its gradients add up, if that is always the same.
+        """
+        if place is None:
+            buffer = self._buffers[index]
+            if buffer is None:
+                buffer = self._buffers[index] = self._spare.take(self._buckets[index])
+            place = self._buckets[index].view(buffer, member)
+        gradient = member.parameter.grad
+        if gradient is not None and gradient is not place:
+            # In stage 1 backward itself adds the next micro-batch's gradient in place, if both have one format.
+            is_added_by_backward = self._keeps_whole and gradient.dtype is place.dtype
+            if member.name in self._present[index] and not is_added_by_backward:
                 place.add_(gradient)
             else:
                 place.copy_(gradient)
                 self._present[index].add(member.name)
-            # In stage 1 backward adds the next micro-batch's gradient in place, if both have one format.
-            adds_in_place = self._keeps_whole and gradient.dtype is place.dtype
-            member.parameter.grad = place if adds_in_place else None
+            member.parameter.grad = place if is_added_by_backward else None
         self._missing[index].discard(member.name)
         if not self._missing[index]:
-            self._filled(bucket)
+            self._filled(self._buckets[index])
             if self._arrivals is not None:
                 self._arrivals.append(index)
-        self._send_complete()
+            self._send_complete()
 
     def _send_complete(self) -> None:
         while self._sends and self._num_sent < len(self._buckets) and not self._missing[self._order[self._num_sent]]:
@@ -184,6 +204,15 @@ class GradientBuckets:
             self._spare.give(oldest.received)
         if not self._keeps_whole:
             self._spare.give(oldest.buffer)
+
+
+def _accumulator(parameter: torch.Tensor) -> torch.autograd.graph.Node:
+    """The node that every graph with the parameter ends in, which lives as long as someone has it."""
+    function = parameter.view_as(parameter).grad_fn
+    assert function is not None, "a bucket's parameter has a gradient"
+    node = function.next_functions[0][0]
+    assert node is not None, "a leaf accumulates its gradient"
+    return node
 
 
 @dataclass(frozen=True)
