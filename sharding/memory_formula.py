@@ -48,6 +48,9 @@ class ModelSizes:
         num_frozen: frozen ones, which have neither gradients nor optimizer state.
         num_frozen_outside_blocks: frozen ones in no block.
         largest_gathered_block: all of the largest block, frozen or not; 0 where it is ``largest_block``.
+        num_embedding: those of an embedding, frozen or not, that is not the output projection too, and which
+            ``fully_shard`` so gathers by itself; 0 where there is none.
+        num_trained_embedding: those of it that are trained.
     """
 
     num_parameters: int
@@ -59,6 +62,8 @@ class ModelSizes:
     num_frozen: int = 0
     num_frozen_outside_blocks: int = 0
     largest_gathered_block: int = 0
+    num_embedding: int = 0
+    num_trained_embedding: int = 0
 
     @property
     def num_held(self) -> int:
@@ -144,7 +149,7 @@ def frozen_bytes(sizes: ModelSizes, layout: Layout) -> FrozenBytes:
         gathered = 0 if layout.compute_bytes == _FP32_BYTES else layout.compute_bytes * sizes.largest_parameter
         return FrozenBytes(_FP32_BYTES * sizes.num_held, gathered)
     held = _FP32_BYTES * sizes.num_held / layout.num_shards
-    return FrozenBytes(held, layout.compute_bytes * sizes.num_gathered_by_block)
+    return FrozenBytes(held, layout.compute_bytes * (sizes.num_gathered_by_block - sizes.num_embedding))
 
 
 def state_bytes(sizes: ModelSizes, layout: Layout) -> StateBytes:
@@ -230,13 +235,16 @@ def _gathered_once(sizes: ModelSizes, layout: Layout) -> StateBytes:
 
 
 def _gathered_by_block(sizes: ModelSizes, layout: Layout) -> StateBytes:
-    """``fully_shard`` as stage 3 and hsdp: gathered are what is in no block, a block, and the next one to come."""
+    """``fully_shard`` as stage 3 and hsdp: gathered are what is in no block, a block, and the next one to come.
+
+    An embedding by itself is gone once tokens are looked up.
+    """
     own, masters = (
         _FP32_BYTES * sizes.num_parameters / layout.num_shards,
         _FP32_BYTES * sizes.num_held / layout.num_shards,
     )
     moments = layout.moment_bytes * sizes.num_parameters / layout.num_shards
-    gathered = layout.compute_bytes * sizes.num_gathered_by_block
+    gathered = layout.compute_bytes * (sizes.num_gathered_by_block - sizes.num_embedding)
     # Where a block is mostly frozen, less is held of gradients than while one more block arrives.
     arriving = layout.compute_bytes * (_head(sizes) + max(sizes.largest_block, sizes.largest_gathered_block))
     in_flight = max(_in_block(sizes, layout), float(arriving))
@@ -256,14 +264,21 @@ def _new_gradients(sizes: ModelSizes) -> int:
 
 
 def _in_block(sizes: ModelSizes, layout: Layout) -> float:
-    """Inside a block's backward pass: its gradients, those of the block before on their way, and the head's."""
+    """Inside a block's backward pass: its gradients, those of the block before on their way, and the head's.
+
+    The head's have left by then where it is not the embedding too.
+    """
     return layout.compute_bytes * (_head(sizes) + sizes.largest_block) + _FP32_BYTES * sizes.largest_block
 
 
 def _head(sizes: ModelSizes) -> int:
-    return min(sizes.num_outside_blocks, sizes.largest_parameter)
+    return 0 if sizes.num_embedding else min(sizes.num_outside_blocks, sizes.largest_parameter)
 
 
 def _outside_blocks(sizes: ModelSizes, layout: Layout) -> float:
-    """At the end of a backward pass: the gradients of what is in no block, their copy on its way, and its sum."""
-    return (layout.compute_bytes + _FP32_BYTES + _FP32_BYTES / layout.num_shards) * sizes.num_outside_blocks
+    """Where what is in no block is reduced: its gradients, their copy on its way, and its sum.
+
+    At the end of a backward pass; of a head by itself at the beginning, and of its embedding at the end.
+    """
+    largest = max(sizes.num_trained_embedding, sizes.num_outside_blocks - sizes.num_trained_embedding)
+    return (layout.compute_bytes + _FP32_BYTES + _FP32_BYTES / layout.num_shards) * largest

@@ -207,6 +207,7 @@ def _pauses(device: torch.device) -> Iterator[None]:
     profiler does not hear of the release.
     """
     names = ("all_gather_into_tensor", "all_gather_single", "reduce_scatter_tensor", "reduce_scatter_single")
+    names += ("broadcast", "all_to_all_single")
     collectives = {name: getattr(dist, name) for name in names if hasattr(dist, name) and device.type == "cpu"}
 
     def pausing(collective: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from sharding.blocks import find_blocks, hidden_matrices, layer_weights
+from sharding.blocks import ends_of_language_model, find_blocks, hidden_matrices, layer_weights
 from sharding.config import ActivationCheckpointingConfig
 from sharding.memory_formula import (
     FrozenBytes,
@@ -158,6 +158,8 @@ def model_sizes(model: nn.Module) -> ModelSizes:
     embeddings -= {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     uses = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     num_parameters, num_held = sum(p.numel() for p in trainable), sum(p.numel() for p in every)
+    embedding, _ = ends_of_language_model(model, [block for _, block in find_blocks(model)])
+    looked_up = [] if embedding is None else list(embedding.parameters())
     return ModelSizes(
         num_parameters=num_parameters,
         num_matrix_parameters=sum(p.numel() for p in every if p.ndim >= 2 and id(p) not in embeddings),
@@ -168,6 +170,8 @@ def model_sizes(model: nn.Module) -> ModelSizes:
         num_frozen=num_held - num_parameters,
         num_frozen_outside_blocks=(num_held - sum(held)) - (num_parameters - sum(in_blocks)),
         largest_gathered_block=max(held, default=0),
+        num_embedding=sum(p.numel() for p in looked_up),
+        num_trained_embedding=sum(p.numel() for p in looked_up if p.requires_grad),
     )
 
 
