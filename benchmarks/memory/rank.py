@@ -206,8 +206,10 @@ def _pauses(device: torch.device) -> Iterator[None]:
     Its threads let go of a tensor a little later than the caller is told. Where the caller has let go by then, the
     profiler does not hear of the release.
     """
-    names = ("all_gather_into_tensor", "all_gather_single", "reduce_scatter_tensor", "reduce_scatter_single")
-    names += ("broadcast", "all_to_all_single")
+    names = [
+        *("all_gather_into_tensor", "all_gather_single", "reduce_scatter_tensor", "reduce_scatter_single"),
+        *("broadcast", "all_to_all_single"),
+    ]
     collectives = {name: getattr(dist, name) for name in names if hasattr(dist, name) and device.type == "cpu"}
 
     def pausing(collective: Callable[..., Any]) -> Callable[..., Any]:

@@ -175,7 +175,8 @@ def _measure(cases: Sequence[str], output: Path) -> set[str]:
         shards = 1 if row["case"] == "ddp" else 2
         assert kept["masters"] == pytest.approx(num_parameters / shards, rel=1e-3)
         assert kept["moments"] == pytest.approx(2 * num_parameters / shards, rel=1e-3)
-        assert sum(row["moments"]["batch peak"].values()) >= measured
+        # At the end of a backward pass no activations are left, and some bytes come and go.
+        assert sum(row["moments"]["batch peak"].values()) >= 0.999 * measured
     table = raw.with_suffix(".md").read_text()
     assert table in finished.stdout
     ElementTree.fromstring(raw.with_suffix(".svg").read_text())

@@ -83,6 +83,22 @@ def test_buckets_grow_with_the_ranks_beyond_a_node() -> None:
     assert sizes == [BUCKET_ELEMENTS["cuda"] * growth for growth in (1, 1, 2, 4, 4)]
 
 
+def test_an_embedding_by_itself_is_gathered_for_a_moment() -> None:
+    # Of the 100 outside of blocks 50 are an embedding, and 40 a projection.
+    apart = replace(SIZES, largest_parameter=50, largest_shared=0, num_embedding=50, num_trained_embedding=50)
+    frozen = replace(apart, num_parameters=950, num_outside_blocks=50, num_trained_embedding=0, largest_parameter=40)
+    frozen = replace(frozen, num_frozen=50, num_frozen_outside_blocks=50)
+    for sizes, own in ((apart, 1000), (frozen, 950)):
+        # The head's gradient has left when backward comes to a block.
+        expected = StateBytes(1000, 4 * (50 + 2 * 90), own, 2 * own, 4 * (90 + 90))
+        assert state_bytes(sizes, Layout("zero3", 4)) == expected
+        assert state_bytes(sizes, Layout("zero2", 4)) == replace(expected, gathered=4000)
+        assert frozen_bytes(sizes, Layout("zero2", 4)) == FrozenBytes(1000, 4 * (50 + 2 * 90))
+    # Where embedding and head are larger than blocks, most is under way as they are reduced, one after the other.
+    large = replace(apart, largest_block=5)
+    assert state_bytes(large, Layout("zero2", 4)).in_flight == (4 + 4 + 1) * 50
+
+
 def test_frozen_parameters_are_held_and_no_more() -> None:
     # Of another 2000, 1800 in ten blocks, and 200 outside of them.
     frozen = replace(SIZES, num_frozen=2000, num_frozen_outside_blocks=200, largest_gathered_block=270)
