@@ -72,8 +72,8 @@ class ModelSizes:
 
     @property
     def num_gathered_by_block(self) -> int:
-        """What is in no block, a block, and the next one to come."""
-        outside = self.num_outside_blocks + self.num_frozen_outside_blocks
+        """What is in no block but an embedding by itself, a block, and the next one to come."""
+        outside = self.num_outside_blocks + self.num_frozen_outside_blocks - self.num_embedding
         return outside + 2 * max(self.largest_block, self.largest_gathered_block)
 
 
@@ -149,7 +149,7 @@ def frozen_bytes(sizes: ModelSizes, layout: Layout) -> FrozenBytes:
         gathered = 0 if layout.compute_bytes == _FP32_BYTES else layout.compute_bytes * sizes.largest_parameter
         return FrozenBytes(_FP32_BYTES * sizes.num_held, gathered)
     held = _FP32_BYTES * sizes.num_held / layout.num_shards
-    return FrozenBytes(held, layout.compute_bytes * (sizes.num_gathered_by_block - sizes.num_embedding))
+    return FrozenBytes(held, layout.compute_bytes * sizes.num_gathered_by_block)
 
 
 def state_bytes(sizes: ModelSizes, layout: Layout) -> StateBytes:
@@ -244,7 +244,7 @@ def _gathered_by_block(sizes: ModelSizes, layout: Layout) -> StateBytes:
         _FP32_BYTES * sizes.num_held / layout.num_shards,
     )
     moments = layout.moment_bytes * sizes.num_parameters / layout.num_shards
-    gathered = layout.compute_bytes * (sizes.num_gathered_by_block - sizes.num_embedding)
+    gathered = layout.compute_bytes * sizes.num_gathered_by_block
     # Where a block is mostly frozen, less is held of gradients than while one more block arrives.
     arriving = layout.compute_bytes * (_head(sizes) + max(sizes.largest_block, sizes.largest_gathered_block))
     in_flight = max(_in_block(sizes, layout), float(arriving))
