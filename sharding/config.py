@@ -72,10 +72,11 @@ class PrecisionConfig(StrictModel):
 
 
 class CompileConfig(StrictModel):
-    """torch.compile, applied to each transformer block in place."""
+    """torch.compile, applied to each transformer block in place, and to a loss over a vocabulary."""
 
     enabled: bool = False
-    """Compile each block; the first step takes longer, later ones are faster."""
+    """Compile each block, and the training loss of `causal-lm` where no teacher looks at its logits; the first step
+    takes longer, later ones are faster."""
 
     mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
     """torch.compile's own mode name; `reduce-overhead` and `max-autotune`, which replay CUDA graphs, are refused until

@@ -88,7 +88,7 @@ def build_trainer(
     # The model has positions for the longest sequences.
     longest = max(range(len(corpora)), key=lambda index: corpora[index].stage.config.data.sequence_length)
     corpus, samples, widest = corpora[longest].corpus, all_samples[longest], corpora[longest].stage.config
-    task = configured_task(config.task, samples.facts, config.seed)
+    task = configured_task(config.task, samples.facts, config.seed, compiles_loss=config.compiles_loss)
     check_monitor(widest, task)
     if faults:
         task = CorruptedTask(

@@ -126,6 +126,11 @@ class RunConfig(StrictModel):
         return self.batch.global_size * (self.data.sequence_length if self.data.unit == "tokens" else 1)
 
     @property
+    def compiles_loss(self) -> bool:
+        """Whether the loss is compiled with the blocks; not where a teacher is compared with by its logits."""
+        return self.compile.enabled and self.distill.teacher is None
+
+    @property
     def is_length_known(self) -> bool:
         """Whether ``num_steps`` can be told: epochs have no number of steps before the corpus is prepared."""
         return self.epochs is None or self.epoch_samples is not None

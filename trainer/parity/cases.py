@@ -137,10 +137,10 @@ def rows_of_micro_batches(case: ParityCase, num_rows: int) -> torch.Tensor:
     return rows.transpose(0, 1)
 
 
-def compared_task(config: RunConfig, facts: SampleFacts) -> Task:
+def compared_task(config: RunConfig, facts: SampleFacts, *, compiles_loss: bool = False) -> Task:
     """The run's task, of causal language modelling without a z-loss, which the plain loop does not have."""
     changes: dict[str, Any] = {"z_loss": 0.0} if is_plain_language_modelling(config) else {}
-    return configured_task(config.task, facts, config.seed, **changes)
+    return configured_task(config.task, facts, config.seed, compiles_loss=compiles_loss, **changes)
 
 
 def is_plain_language_modelling(config: RunConfig) -> bool:
@@ -191,7 +191,7 @@ def _run_case(config: RunConfig, case: ParityCase, facts: SampleFacts, ranks: Ra
     batch = load_file(folder / "batch.safetensors")
     num_rows = num_rows_of(batch)
     config = case_config(config, case, num_rows)
-    task = compared_task(config, facts)
+    task = compared_task(config, facts, compiles_loss=config.compiles_loss)
     mesh = build_mesh(config.parallel, ranks)
     teacher = None if config.distill.teacher is None else build_teacher(config, facts, mesh, ranks)
     micro_batches = [

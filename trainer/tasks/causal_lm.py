@@ -1,7 +1,8 @@
 """Causal language modelling: predict each next token."""
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -32,7 +33,14 @@ PROBED_POSITION = "probed_position"
 class CausalLanguageModelling(Task):
     """Next-token prediction; ``labels[b, t]`` is the token that follows ``input_ids[b, t]``, or -100."""
 
-    def __init__(self, z_loss: float = 0.0, chunk_tokens: int = 0, facts: SampleFacts | None = None) -> None:
+    def __init__(
+        self,
+        z_loss: float = 0.0,
+        chunk_tokens: int = 0,
+        facts: SampleFacts | None = None,
+        *,
+        compiles_loss: bool = False,
+    ) -> None:
         """Say which loss, and how it is computed.
 
         Args:
@@ -40,10 +48,13 @@ class CausalLanguageModelling(Task):
             chunk_tokens: positions whose logits exist at once; 0 means all of a micro-batch.
             facts: of the samples, whose tokenizer tells how many bytes of text a token is; None leaves bits per byte
                 out.
+            compiles_loss: whether the training loss is compiled, once for each shape of logits, and with the output
+                projection where that works in chunks.
         """
         self._facts = facts or SampleFacts()
         self._z_loss = z_loss
         self._chunk_tokens = chunk_tokens
+        self._compiles_loss = compiles_loss
         # Which a model of transformers would fill; one that a factory makes is not asked.
         self._without_cache = {"use_cache": False}
         self._forward_pass = ForwardPass()
@@ -67,7 +78,7 @@ class CausalLanguageModelling(Task):
                     f"task.loss_chunk_tokens={self._chunk_tokens} works where logits come from a plain nn.Linear, but "
                     f"{model.config.model_type} makes them with {type(head).__name__}; set it to 0."
                 )
-            ChunkedLossHead.take_over(head, self._chunk_tokens, self._z_loss)
+            ChunkedLossHead.take_over(head, self._chunk_tokens, self._z_loss, is_compiled=self._compiles_loss)
         return model
 
     def make_batch(self, samples: Batch, positions: torch.Tensor, training: bool) -> Batch:
@@ -92,8 +103,10 @@ class CausalLanguageModelling(Task):
             return Outputs(logits=self._logits_at(model, batch))
         if self._chunk_tokens:
             return Outputs(loss_sum=self._chunked_loss(model, batch))
-        # In fp32 here, so that those of another format are gone when the loss is computed.
-        return Outputs(logits=self._logits(model, batch).float())
+        logits = self._logits(model, batch)
+        # In fp32 here, so that those of another format are gone when the loss is computed; but compiled they become so
+        # on the way.
+        return Outputs(logits=logits if self._compiles_loss else logits.float())
 
     def loss(self, outputs: Outputs, batch: Batch) -> torch.Tensor:
         """See Task; cross-entropy in nats, plus z_loss x log^2 Z at each target, computed in fp32.
@@ -103,14 +116,8 @@ class CausalLanguageModelling(Task):
         """
         if outputs.loss_sum is not None:
             return outputs.loss_sum
-        if not self._z_loss:
-            return _cross_entropy(outputs, batch)
-        logits, labels = _logits_and_labels(outputs, batch)
-        # The cross-entropy is log Z less the target's logit: one log Z serves both, in memory as well.
-        log_z = logits.logsumexp(dim=-1)
-        target_logits = logits.gather(-1, labels.clamp(min=0)[:, None])[:, 0]
-        losses = log_z - target_logits + self._z_loss * log_z.square()
-        return torch.where(labels == IGNORED_LABEL, 0.0, losses).sum()
+        compute = compiled_loss() if self._compiles_loss else _loss_sum
+        return compute(_logits_of(outputs), batch["labels"], self._z_loss)
 
     def evaluate(self, outputs: Outputs, batch: Batch) -> Sums:
         """See Task; summed cross-entropy and valid targets: never a z-loss, so that perplexity means perplexity."""
@@ -118,7 +125,9 @@ class CausalLanguageModelling(Task):
             assert outputs.logits is not None, "a probe asks for logits"
             return {"logits": outputs.logits}
         # A head that computes the loss leaves the z-loss out in evaluation.
-        loss_sum = outputs.loss_sum if outputs.loss_sum is not None else _cross_entropy(outputs, batch)
+        loss_sum = outputs.loss_sum
+        if loss_sum is None:
+            loss_sum = _loss_sum(_logits_of(outputs), batch["labels"], 0.0)
         num_targets = (batch["labels"] != IGNORED_LABEL).sum()
         sums = {"loss": loss_sum.double(), "targets": num_targets.double()}
         if "num_bytes" in batch:
@@ -224,12 +233,27 @@ def check_targets(name: str, task: Task, samples: Samples) -> None:
         )
 
 
-def _logits_and_labels(outputs: Outputs, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits in fp32, [positions, vocabulary], and labels, [positions]."""
+def _logits_of(outputs: Outputs) -> torch.Tensor:
     assert outputs.logits is not None, "the head computes the loss or the logits"
-    return outputs.logits.flatten(0, 1), batch["labels"].flatten()
+    return outputs.logits
 
 
-def _cross_entropy(outputs: Outputs, batch: Batch) -> torch.Tensor:
-    logits, labels = _logits_and_labels(outputs, batch)
-    return functional.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED_LABEL)
+def _loss_sum(logits: torch.Tensor, labels: torch.Tensor, z_loss: float) -> torch.Tensor:
+    """The summed loss, an fp32 scalar, of logits [micro, length, vocabulary] and labels [micro, length]."""
+    logits, labels = logits.float().flatten(0, 1), labels.flatten()
+    if not z_loss:
+        return functional.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED_LABEL)
+    # The cross-entropy is log Z less the target's logit: one log Z serves both, in memory as well.
+    log_z = logits.logsumexp(dim=-1)
+    target_logits = logits.gather(-1, labels.clamp(min=0)[:, None])[:, 0]
+    losses = log_z - target_logits + z_loss * log_z.square()
+    return torch.where(labels == IGNORED_LABEL, 0.0, losses).sum()
+
+
+@functools.cache
+def compiled_loss(backend: str = "inductor") -> Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]:
+    """``_loss_sum`` compiled by a backend of ``torch.compile``, for each shape by itself.
+
+    Logits in 16 bits are so read as they are, twice forwards and once backwards, and no others are written.
+    """
+    return torch.compile(_loss_sum, fullgraph=True, dynamic=False, backend=backend)

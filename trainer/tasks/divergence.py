@@ -58,4 +58,4 @@ def token_logits(outputs: Outputs, batch: Batch, facts: SampleFacts) -> tuple[to
         facts: of the samples.
     """
     assert outputs.logits is not None, "the forward pass gives logits"
-    return outputs.logits[..., : facts.vocab_size], batch["labels"] != IGNORED_LABEL
+    return outputs.logits[..., : facts.vocab_size].float(), batch["labels"] != IGNORED_LABEL

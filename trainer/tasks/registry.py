@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from sharding.ranks.errors import UserError
@@ -21,8 +22,8 @@ from trainer.tasks.regression import Regression
 from trainer.tasks.task import Task
 
 
-def _causal_lm(settings: TaskConfig, facts: SampleFacts, _: int) -> Task:
-    return CausalLanguageModelling(settings.z_loss, settings.loss_chunk_tokens, facts)
+def _causal_lm(settings: TaskConfig, facts: SampleFacts, _: int, *, compiles_loss: bool = False) -> Task:
+    return CausalLanguageModelling(settings.z_loss, settings.loss_chunk_tokens, facts, compiles_loss=compiles_loss)
 
 
 def _masked_lm(settings: TaskConfig, facts: SampleFacts, seed: int) -> Task:
@@ -59,13 +60,16 @@ def build_task(name: str, facts: SampleFacts | None = None, **settings: Any) -> 
     return configured_task(TaskConfig(name=name, **settings), facts or SampleFacts())
 
 
-def configured_task(settings: TaskConfig, facts: SampleFacts, seed: int = 0, **changes: Any) -> Task:
+def configured_task(
+    settings: TaskConfig, facts: SampleFacts, seed: int = 0, *, compiles_loss: bool = False, **changes: Any
+) -> Task:
     """The task of a run.
 
     Args:
         settings: the section ``task``.
         facts: what is known of the samples.
         seed: the run's, for what a task draws for each sample.
+        compiles_loss: whether the loss is compiled, where that is over a vocabulary: of causal language modelling.
         changes: settings that are to be others.
 
     Raises:
@@ -76,7 +80,8 @@ def configured_task(settings: TaskConfig, facts: SampleFacts, seed: int = 0, **c
     if ":" not in name:
         if name not in _TASKS:
             raise UserError(f"task.name={name} is unknown; use {', '.join(_TASKS)} or module:Class.")
-        return _TASKS[name](settings, facts, seed)
+        make_ours = partial(_causal_lm, compiles_loss=True) if compiles_loss and name == "causal-lm" else _TASKS[name]
+        return make_ours(settings, facts, seed)
     make = import_own(name, "task.name", settings.folder)
     # What goes wrong in its own code is shown with its traceback.
     task = _construct(settings, make, facts)

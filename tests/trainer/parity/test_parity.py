@@ -112,6 +112,16 @@ def test_a_loss_in_chunks_is_the_same_under_every_mechanism(values: dict[str, An
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("chunk_tokens", [0, 7])
+def test_so_is_a_compiled_one(values: dict[str, Any], tmp_path: Path, chunk_tokens: int) -> None:
+    sections = {"task": {"loss_chunk_tokens": chunk_tokens}, "compile": {"enabled": True}}
+    cases = [case for case in parity_cases([2], ()) if case.accumulation_steps > 1]
+    rows = run_parity(parse_config(values | sections, "test"), cases, tmp_path)
+    assert [row for row in rows if not row.passed] == []
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_eight_bit_moments_are_the_same_in_every_layout(values: dict[str, Any], tmp_path: Path) -> None:
     model = {"architecture": "llama", "config": TINY_MODEL["config"] | {"hidden_size": 96, "intermediate_size": 130}}

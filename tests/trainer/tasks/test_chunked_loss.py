@@ -5,10 +5,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sharding.ranks.errors import UserError
 from trainer.config.sections import ModelConfig
 from trainer.data.facts import SampleFacts
+from trainer.tasks import chunked_loss
 from trainer.tasks.causal_lm import CausalLanguageModelling
 from trainer.tasks.chunked_loss import ChunkedLossHead
 
@@ -90,6 +93,70 @@ def test_bf16_stays_within_its_rounding(batch: Any) -> None:
     for name, gradient in gradients.items():
         assert own[name].dtype is gradient.dtype
         assert (own[name] - gradient).norm() <= 2e-2 * gradient.norm(), name
+
+
+class _Products(TorchDispatchMode):
+    """Records the shapes of matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            self.shapes.append(tuple(result.shape))
+        return result
+
+
+def _head(chunk_tokens: int, dtype: torch.dtype, *, is_frozen: bool = False) -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    head = nn.Linear(16, 37, bias=False, dtype=dtype).requires_grad_(not is_frozen)
+    hidden = torch.randn(3, 8, 16, dtype=dtype, requires_grad=True)
+    ChunkedLossHead.take_over(head, chunk_tokens, _Z_LOSS)
+    return head, hidden
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_weights_add_up_in_fp32_some_rows_at_a_time(
+    batch: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels, gradients = batch["labels"], {}
+    for chunk_tokens, rows in ((1000, 4096), (7, 4096), (7, 10)):
+        monkeypatch.setattr(chunked_loss, "_ROWS_AT_ONCE", rows)
+        head, hidden = _head(chunk_tokens, dtype)
+        head.targets = labels
+        with _Products() as products:
+            head(hidden).backward()
+        assert head.weight.grad is not None
+        assert hidden.grad is not None
+        gradients[chunk_tokens, rows] = head.weight.grad, hidden.grad
+        assert ((37, 16) in products.shapes) == (rows > 37)
+    exact = nn.Linear(16, 37, bias=False)
+    exact.weight.data.copy_(_head(7, dtype)[0].weight.data)
+    logits = exact(_head(7, dtype)[1].detach().float()).flatten(0, 1)
+    log_z = logits.logsumexp(dim=-1)
+    losses = functional.cross_entropy(logits, labels.flatten(), reduction="none") + _Z_LOSS * log_z.square()
+    losses[labels.flatten() != -100].sum().backward()
+    assert exact.weight.grad is not None
+    for of_weight, of_hidden in gradients.values():
+        assert of_weight.dtype is of_hidden.dtype is dtype
+        assert (of_weight.float() - exact.weight.grad).norm() <= 6e-3 * exact.weight.grad.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_frozen_projection_has_no_product_for_its_gradient(batch: Any, dtype: torch.dtype) -> None:
+    counts = []
+    for is_frozen in (False, True):
+        head, hidden = _head(7, dtype, is_frozen=is_frozen)
+        head.targets = batch["labels"]
+        with _Products() as products:
+            head(hidden).backward()
+        assert (head.weight.grad is None) == is_frozen
+        assert hidden.grad is not None
+        counts.append(len(products.shapes))
+    # Logits and gradient by hidden states of each of four chunks, and the gradient by the weight.
+    assert counts == [12, 8]
 
 
 def test_evaluation_is_the_cross_entropy_alone_and_keeps_no_gradient(batch: Any) -> None:

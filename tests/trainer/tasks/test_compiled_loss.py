@@ -1,0 +1,61 @@
+"""The loss that is compiled, with the output projection where that works in chunks, against the plain one."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.trainer.tasks.test_chunked_loss import _config, _loss_and_gradients, batch
+from trainer.data.facts import SampleFacts
+from trainer.tasks.causal_lm import CausalLanguageModelling
+
+__all__ = ["batch"]
+
+
+def _model(task: CausalLanguageModelling, dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(1)
+    return task.build_model(_config(tie_word_embeddings=True), SampleFacts(8, 37)).train().to(dtype)
+
+
+def _num_graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.timeout(400)
+# Of what the compiler does itself.
+@pytest.mark.filterwarnings("ignore")
+# 7 leaves 3 of 24 positions for the last chunk, which is a shape of its own.
+@pytest.mark.parametrize(
+    ("chunk_tokens", "num_shapes", "dtype", "tolerance"),
+    [
+        (0, 1, torch.float32, 1e-6),
+        pytest.param(0, 1, torch.bfloat16, 2e-2, marks=pytest.mark.slow),
+        pytest.param(7, 2, torch.float32, 1e-6, marks=pytest.mark.slow),
+        (7, 2, torch.bfloat16, 2e-2),
+    ],
+    ids=str,
+)
+def test_it_is_the_plain_one_and_compiled_once_a_shape(
+    batch: Any, chunk_tokens: int, num_shapes: int, dtype: torch.dtype, tolerance: float
+) -> None:
+    plain = CausalLanguageModelling(0.3, chunk_tokens)
+    compiled = CausalLanguageModelling(0.3, chunk_tokens, compiles_loss=True)
+    expected, gradients = _loss_and_gradients(plain, _model(plain, dtype), batch)
+    model = _model(compiled, dtype)
+    torch._dynamo.reset()
+    before = _num_graphs()
+    for _ in range(2):
+        model.zero_grad()
+        loss, own = _loss_and_gradients(compiled, model, batch)
+        assert loss.dtype is torch.float32
+        assert loss.item() == pytest.approx(expected.item(), rel=max(tolerance / 10, 1e-6))
+        for name, gradient in gradients.items():
+            assert own[name].dtype is dtype
+            assert (own[name] - gradient).norm() <= tolerance * gradient.norm(), name
+        assert _num_graphs() == before + num_shapes
+    # Evaluation compiles nothing.
+    with torch.no_grad():
+        sums = [task.evaluate(task.forward(model.eval(), batch), batch) for task in (plain, compiled)]
+    assert sums[1]["loss"].item() == pytest.approx(sums[0]["loss"].item(), rel=1e-5)
+    assert _num_graphs() == before + num_shapes
