@@ -2,8 +2,8 @@
 
 from collections import defaultdict
 from collections.abc import Callable
-from functools import partial
-from typing import Any
+from functools import cache, partial
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -11,14 +11,26 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from sharding.config import ActivationCheckpointingConfig
 
-_aten = torch.ops.aten
+_Kind = Literal["attention", "product", "batched product", "other"]
+
+# By name, for a release or a machine does not have all of them: flash-attn's own are there where it is installed.
 _ATTENTION = {
-    _aten._scaled_dot_product_flash_attention.default,
-    _aten._scaled_dot_product_efficient_attention.default,
-    _aten._scaled_dot_product_cudnn_attention.default,
-    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_fused_attention_overrideable",
+    "aten::_flash_attention_forward",
+    "aten::_efficient_attention_forward",
+    "aten::_cudnn_attention_forward",
+    "torch_attn::_varlen_attn",
+    "flash_attn::_flash_attn_forward",
+    "flash_attn::_flash_attn_varlen_forward",
+    "flash_attn_3::fwd",
+    "flex_attention",
 }
-_MATRIX_PRODUCTS = {_aten.mm.default, _aten.addmm.default}
+_PRODUCTS = {"aten::mm", "aten::addmm", "aten::_scaled_mm"}
+_BATCHED_PRODUCTS = {"aten::bmm", "aten::baddbmm", "aten::_grouped_mm", "aten::_scaled_grouped_mm"}
 
 
 def checkpoint_activations(block: nn.Module, index: int, config: ActivationCheckpointingConfig) -> None:
@@ -27,7 +39,7 @@ def checkpoint_activations(block: nn.Module, index: int, config: ActivationCheck
     ``forward`` is replaced on the instance rather than wrapped in a module, so parameter names stay as they are.
     This must come before compilation and sharding: the hooks of ``fully_shard`` then stay outside the recomputation.
     """
-    if config.mode == "none" or (config.mode == "every_n" and index % config.every_n):
+    if config.mode in ("none", "budget") or (config.mode == "every_n" and index % config.every_n):
         return
     forward = block.forward
     options: dict[str, Any] = {"use_reentrant": False}
@@ -46,6 +58,22 @@ def checkpoint_activations(block: nn.Module, index: int, config: ActivationCheck
     block.forward = checkpointed_forward
 
 
+def keep_within_budget(block: nn.Module, config: ActivationCheckpointingConfig) -> None:
+    """Have the compiler keep no more of a block than the configuration says, if it does; after ``block.compile``."""
+    compiled = block._compiled_call_impl
+    if config.mode != "budget" or compiled is None:
+        return
+    # Loaded with the compiler, and only then.
+    from torch._functorch import config as compiler_config
+
+    def call_within_budget(*args: Any, **kwargs: Any) -> Any:
+        # Read when a call is compiled, which may be any: set for all blocks alone, and for nothing else that is.
+        with compiler_config.patch(activation_memory_budget=config.memory_budget):
+            return compiled(*args, **kwargs)
+
+    block._compiled_call_impl = call_within_budget
+
+
 def _has_gradient(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.requires_grad
 
@@ -56,15 +84,31 @@ def _selective_contexts() -> tuple[Any, Any]:
 
 def _save_attention_and_every_second_product() -> Callable[..., CheckpointPolicy]:
     # The forward pass and the recomputation each count their own products, so both take the same decisions.
-    num_products: dict[bool, int] = defaultdict(int)
+    num_products: dict[tuple[_Kind, bool], int] = defaultdict(int)
 
-    def policy(seen: dict[bool, int], context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-        if operator in _ATTENTION:
+    def policy(
+        seen: dict[tuple[_Kind, bool], int], context: Any, operator: Any, *_args: Any, **_kwargs: Any
+    ) -> CheckpointPolicy:
+        kind = _kind(operator)
+        if kind == "attention":
             return CheckpointPolicy.MUST_SAVE
-        if operator in _MATRIX_PRODUCTS:
-            seen[context.is_recompute] += 1
-            if seen[context.is_recompute] % 2:
-                return CheckpointPolicy.MUST_SAVE
-        return CheckpointPolicy.PREFER_RECOMPUTE
+        if kind == "other":
+            return CheckpointPolicy.PREFER_RECOMPUTE
+        seen[kind, context.is_recompute] += 1
+        is_odd = seen[kind, context.is_recompute] % 2 == 1
+        # Of batched ones the second: the first has scores of attention, whose size is quadratic in the length, or what
+        # experts make wide.
+        return CheckpointPolicy.MUST_SAVE if is_odd == (kind == "product") else CheckpointPolicy.PREFER_RECOMPUTE
 
     return partial(policy, num_products)
+
+
+@cache
+def _kind(operator: Any) -> _Kind:
+    """What an operator, or a higher-order one, is to the policy."""
+    name = operator.name()
+    if name in _ATTENTION:
+        return "attention"
+    if name in _PRODUCTS:
+        return "product"
+    return "batched product" if name in _BATCHED_PRODUCTS else "other"

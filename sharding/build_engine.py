@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from sharding.accelerate_engine import AccelerateDdpEngine, AccelerateZero3Builder
-from sharding.activation_checkpointing import checkpoint_activations
+from sharding.activation_checkpointing import checkpoint_activations, keep_within_budget
 from sharding.batch_norm import batch_norm_group, refuse_batch_norm, synchronize_batch_norm
 from sharding.blocks import find_blocks, refuse_scattered_layers
 from sharding.bucketed.builder import BucketedBuilder, BucketedZero3Builder
@@ -130,6 +130,7 @@ def build_engine(
         leave_recurrent_weights_alone(block)
         if compilation.enabled:
             block.compile(mode=None if compilation.mode == "default" else compilation.mode)
+            keep_within_budget(block, activation_checkpointing)
         builder.prepare_block(name, block)
     initialize_outside_blocks(model, definition.seed, definition.initialize, materializer, [b for _, b in blocks])
     synchronize_batch_norm(model, norm_group, is_compiled=compilation.enabled)

@@ -86,9 +86,13 @@ class CompileConfig(StrictModel):
 class ActivationCheckpointingConfig(StrictModel):
     """Which activations are recomputed in the backward pass instead of kept."""
 
-    mode: Literal["none", "full", "every_n", "selective"] = "none"
+    mode: Literal["none", "full", "every_n", "selective", "budget"] = "none"
     """`none` keeps all; `full` recomputes every block; `every_n` every n-th block; `selective` keeps the results
-    of attention and of every second matrix product in each block and recomputes the rest."""
+    of attention and of every second matrix product in each block and recomputes the rest; `budget` has the compiler
+    choose what of a block is cheapest to recompute (`compile.enabled` alone)."""
 
     every_n: Annotated[int, OnlyWith(mode="every_n")] = Field(default=2, ge=1)
     """Recompute one block in this many blocks."""
+
+    memory_budget: Annotated[float, OnlyWith(mode="budget")] = Field(default=0.5, ge=0.0, le=1.0)
+    """Share of the activations that a compiled block keeps by itself: 0 keeps its inputs, as `full` does, 1 all."""

@@ -168,8 +168,12 @@ def test_activation_checkpointing_saves_memory() -> None:
 
 
 def _compiled(ranks: Ranks) -> None:
-    sections = {"compile": {"enabled": True}, "activation_checkpointing": {"mode": "full"}}
-    for backend, strategy in (("torch", "ddp"), ("torch", "zero2"), ("bucketed", "zero2")):
+    for backend, strategy, mode in (
+        ("torch", "ddp", "full"),
+        ("torch", "zero2", "budget"),
+        ("bucketed", "zero2", "full"),
+    ):
+        sections = {"compile": {"enabled": True}, "activation_checkpointing": {"mode": mode}}
         reference = train_steps(tiny_engine(ranks, strategy, backend=backend), ranks, num_steps=2)
         engine = tiny_engine(ranks, strategy, backend=backend, **sections)
         assert train_steps(engine, ranks, num_steps=2) == pytest.approx(reference, rel=1e-5), strategy

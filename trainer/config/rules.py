@@ -196,6 +196,11 @@ def _validate_compilation(config: "RunConfig") -> None:
             "GPU has shown yet that gradients are right under accumulation (python -m benchmarks.device will); use "
             "compile.mode=default or max-autotune-no-cudagraphs."
         )
+    if config.activation_checkpointing.mode == "budget" and not config.compile.enabled:
+        raise UserError(
+            "activation_checkpointing.mode=budget is kept by the compiler, but compile.enabled=false; set "
+            "compile.enabled=true, or activation_checkpointing.mode=selective."
+        )
 
 
 def _validate_backend(parallel: "ParallelConfig") -> None:

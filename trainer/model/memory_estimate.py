@@ -267,6 +267,7 @@ def activation_bytes(
         whole -= 2 * widths.hidden + widths.feed_forward
     if num_blocks == 0:
         whole = 0
+    kept: float
     if checkpointing.mode == "full":
         kept = num_blocks * widths.hidden + whole
     elif checkpointing.mode == "every_n":
@@ -277,6 +278,10 @@ def activation_bytes(
         products = 2 * widths.hidden + widths.attention + 2 * widths.key_value
         products += (2 if widths.is_gated else 1) * widths.feed_forward
         kept = num_blocks * (widths.hidden + widths.attention + products // 2) + whole
+    elif checkpointing.mode == "budget":
+        # Of each block its input and a share of the rest, and all of the one that is recomputed.
+        share = checkpointing.memory_budget
+        kept = num_blocks * (widths.hidden + share * (whole - widths.hidden)) + (1 - share) * (whole - widths.hidden)
     else:
         kept = num_blocks * whole
     return num_tokens * compute_bytes * kept + num_logit_tokens * (compute_bytes + 2 * _FP32_BYTES) * vocabulary

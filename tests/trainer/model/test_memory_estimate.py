@@ -77,8 +77,8 @@ def test_optimizer_state_has_the_bytes_that_are_said(name: Any) -> None:
 
 
 def test_activations_depend_on_what_is_recomputed() -> None:
-    def kept(mode: Any, compute_bytes: int = 4) -> float:
-        checkpointing = ActivationCheckpointingConfig(mode=mode, every_n=2)
+    def kept(mode: Any, compute_bytes: int = 4, budget: float = 0.5) -> float:
+        checkpointing = ActivationCheckpointingConfig(mode=mode, every_n=2, memory_budget=budget)
         return activation_bytes(
             WIDTHS,
             num_blocks=5,
@@ -96,6 +96,10 @@ def test_activations_depend_on_what_is_recomputed() -> None:
     # Blocks 0, 2 and 4 are recomputed.
     assert kept("every_n") == 7 * (4 * (3 * 10 + 2 * PER_BLOCK) + 12 * 100)
     assert kept("full") < kept("selective") < kept("none")
+    # Inputs and half of the rest, of all blocks and of that which is recomputed.
+    assert kept("budget") == 7 * (4 * (5 * 10 + 3 * (PER_BLOCK - 10)) + 12 * 100)
+    assert kept("budget", budget=1.0) == kept("none")
+    assert kept("budget", budget=0.0) < kept("full")
 
 
 def _estimate_holds(ranks: Ranks) -> None:
