@@ -72,6 +72,12 @@ def test_nothing_changes_after_loading(config_file: Path) -> None:
         ("schedule.name=constant", "schedule.total_steps=12 goes with schedule.name=linear, cosine, wsd or polynomial"),
         ("task.z_loss=-1e-4", "task.z_loss=-0.0001: input should be greater than or equal to 0"),
         ("optimizer.ema_decay=1.0", "optimizer.ema_decay=1.0: input should be less than 1"),
+        (
+            "activation_checkpointing.memory_budget=0.3",
+            "goes with activation_checkpointing.mode=budget only, but it is none",
+        ),
+        ("activation_checkpointing.memory_budget=1.1", "memory_budget=1.1: input should be less than or equal to 1"),
+        ("activation_checkpointing.mode=budget", "mode=budget is kept by the compiler, but compile.enabled=false"),
         ("steps=null", "but none of them is set: set exactly one of them"),
         ("tokens=1000", "but steps=6 and tokens=1000: set exactly one of them"),
         ("checkpoint.load=weights", "checkpoint.load=weights goes with checkpoint.from only, which is not set"),
