@@ -32,7 +32,7 @@ from sharding.initialization import (
 )
 from sharding.loss_scaler import LossScaler
 from sharding.mesh import ParallelMesh
-from sharding.precision import compute_dtype
+from sharding.precision import compute_dtype, computing_in
 from sharding.recurrent_weights import leave_recurrent_weights_alone
 from sharding.torch_engine import TorchEngine
 from sharding.zero import FullyShardBuilder
@@ -103,7 +103,7 @@ def build_engine(
     if mesh.reduction.degree > 1:
         refuse_scattered_layers(model, parallel.strategy)
     parts = EngineParts(
-        definition=definition,
+        definition=computing_in(definition, dtype),
         blocks=blocks,
         mesh=mesh,
         device=device,

@@ -25,12 +25,12 @@ class DdpEngine(TorchEngine):
         definition: ModelDefinition,
         mesh: ParallelMesh,
         device: torch.device,
-        autocast_dtype: torch.dtype | None,
+        copies_dtype: torch.dtype | None,
         build_optimizer: OptimizerFactory,
         loss_scaler: LossScaler | None = None,
     ) -> None:
         """See TorchEngine; the process group must be up."""
-        super().__init__(definition, mesh, device, autocast_dtype, build_optimizer, loss_scaler)
+        super().__init__(definition, mesh, device, copies_dtype, build_optimizer, loss_scaler)
         self._ddp = self._wrap()
         self._fix_buckets()
         self._is_last = False

@@ -23,7 +23,7 @@ class EngineParts:
         blocks: the model's blocks, with their names, in forward order.
         mesh: the ranks.
         device: where this rank computes.
-        dtype: format of matrix products.
+        dtype: format of parameters and activations in computing.
         build_optimizer: called once, when parameters lie where they stay.
         parallel: strategy and backend.
         loss_scaler: for fp16; None elsewhere.
@@ -41,8 +41,8 @@ class EngineParts:
     deepspeed_settings: dict[str, Any]
 
     @property
-    def autocast_dtype(self) -> torch.dtype | None:
-        """Format of matrix products under autocast; None for fp32."""
+    def copies_dtype(self) -> torch.dtype | None:
+        """Format of the copies of parameters that a model computes with; None for fp32."""
         return None if self.dtype is torch.float32 else self.dtype
 
 
@@ -81,5 +81,5 @@ class WholeModelBuilder(EngineBuilder):
         """See EngineBuilder."""
         parts = self._parts
         return self._engine(
-            parts.definition, parts.mesh, parts.device, parts.autocast_dtype, parts.build_optimizer, parts.loss_scaler
+            parts.definition, parts.mesh, parts.device, parts.copies_dtype, parts.build_optimizer, parts.loss_scaler
         )

@@ -1,6 +1,7 @@
 """A model that is only run, beside the one that is trained: on ranks by the order of ``build_engine``, in no state."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TypeVar
 
 import torch
@@ -10,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from sharding.batch_norm import synchronize_batch_norm
 from sharding.blocks import find_blocks
+from sharding.compute_copies import ComputeCopies
 from sharding.config import Strategy
 from sharding.initialization import (
     InitializeModule,
@@ -20,6 +22,7 @@ from sharding.initialization import (
 )
 from sharding.mesh import ParallelMesh
 from sharding.part import Part, part_of
+from sharding.precision import cast_at_ends
 from sharding.recurrent_weights import leave_recurrent_weights_alone
 from sharding.sharder import ModelSharder
 from sharding.state import MODEL_PREFIX
@@ -31,15 +34,17 @@ _Result = TypeVar("_Result")
 class FrozenModel:
     """A model in evaluation mode whose parameters have no gradients, as it lies on ranks."""
 
-    def __init__(self, model: nn.Module, mesh: ParallelMesh) -> None:
+    def __init__(self, model: nn.Module, mesh: ParallelMesh, copies: ComputeCopies | None = None) -> None:
         """Take a model whose parameters have memory and lie where they will stay.
 
         Args:
             model: the model.
             mesh: the ranks.
+            copies: what it computes with, where that is not what lies there.
         """
         self._model = model
         self._mesh = mesh
+        self._copies = copies
         self._sharded_modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
 
     def run(self, forward: Callable[[nn.Module], _Result]) -> _Result:
@@ -48,7 +53,8 @@ class FrozenModel:
         Args:
             forward: runs the model, once.
         """
-        with torch.no_grad():
+        computing = nullcontext() if self._copies is None else self._copies.in_place(has_gradients=False)
+        with torch.no_grad(), computing:
             result = forward(self._model)
         for module in self._sharded_modules:
             # No backward pass follows that would free what stays gathered after its forward pass.
@@ -88,7 +94,7 @@ def build_frozen_model(
         mesh: the ranks.
         device: where this rank computes.
         strategy: of the model that is trained.
-        dtype: format of computation where the model is divided; else whoever runs it sets autocast.
+        dtype: format of parameters and activations in computing.
 
     Raises:
         UserError: it has parameters without rows, which cannot be divided, or a tensor is left without values.
@@ -113,6 +119,8 @@ def build_frozen_model(
     initialize_outside_blocks(model, 0, initialize, materializer, [block for _, block in blocks])
     synchronize_batch_norm(model, None, is_compiled=False)
     leave_recurrent_weights_alone(model)
+    cast_at_ends(model, dtype)
     if is_sharded:
         sharder.shard_rest()
-    return FrozenModel(model, mesh)
+        return FrozenModel(model, mesh)
+    return FrozenModel(model, mesh, None if dtype is torch.float32 else ComputeCopies(model, dtype))

@@ -42,7 +42,10 @@ class ModelSharder:
         self._mesh = mesh
         self._frees_blocks = frees_blocks
         self._policy = MixedPrecisionPolicy(
-            param_dtype=None if dtype is torch.float32 else dtype, reduce_dtype=torch.float32
+            param_dtype=None if dtype is torch.float32 else dtype,
+            reduce_dtype=torch.float32,
+            # Those of the model alone are cast, by ``sharding.precision``, as under every strategy.
+            cast_forward_inputs=False,
         )
         self._units = units_by_last_block(model, blocks)
 

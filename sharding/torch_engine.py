@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from sharding.compute_copies import ComputeCopies
 from sharding.engine import Batch, ModelDefinition, OptimizerFactory
 from sharding.gradient_noise import MicroBatchNorms
 from sharding.gradient_norm import square_sum
@@ -28,7 +29,7 @@ class TorchEngine:
         definition: ModelDefinition,
         mesh: ParallelMesh,
         device: torch.device,
-        autocast_dtype: torch.dtype | None,
+        copies_dtype: torch.dtype | None,
         build_optimizer: OptimizerFactory,
         loss_scaler: LossScaler | None = None,
     ) -> None:
@@ -38,7 +39,8 @@ class TorchEngine:
             definition: the model and its functions.
             mesh: the ranks.
             device: where this rank computes.
-            autocast_dtype: format of matrix products under autocast; None where parameters are cast or fp32 is used.
+            copies_dtype: format of the copies of parameters that the model computes with; None where the strategy has
+                them in their format, or it is fp32.
             build_optimizer: called once, with the parameters as they lie now.
             loss_scaler: for fp16; None elsewhere.
         """
@@ -47,7 +49,7 @@ class TorchEngine:
         self._evaluation_sums = definition.evaluate
         self._mesh = mesh
         self._device = device
-        self._autocast_dtype = autocast_dtype
+        self._copies = None if copies_dtype is None else ComputeCopies(self._model, copies_dtype)
         self._trainable = [
             _Trainable(name, parameter, self._local_parameter(parameter))
             for name, parameter in self._model.named_parameters()
@@ -77,14 +79,15 @@ class TorchEngine:
         if self._loss_scaler is not None:
             scale = self._loss_scaler.scale * scale
             self._divisor = self._loss_scaler.scale
-        total = accumulate_gradients(
-            micro_batches,
-            scale,
-            self._device,
-            loss=self._training_loss,
-            backward=self._backward,
-            context=lambda is_last: self._accumulation_context(is_last=is_last),
-        )
+        with self._computing(has_gradients=True):
+            total = accumulate_gradients(
+                micro_batches,
+                scale,
+                self._device,
+                loss=self._training_loss,
+                backward=self._backward,
+                context=lambda is_last: self._accumulation_context(is_last=is_last),
+            )
         if self._reached is not None:
             self._reached.share()
         return total if self._mesh.counts_loss else torch.zeros_like(total)
@@ -105,7 +108,8 @@ class TorchEngine:
 
     def evaluate(self, batches: Iterable[Batch]) -> list[torch.Tensor]:
         """See Engine."""
-        return [self._evaluate_batch(batch) for batch in batches]
+        with self._computing(has_gradients=False):
+            return [self._evaluate_batch(batch) for batch in batches]
 
     def clip_grad_norm(self, max_norm: float) -> torch.Tensor:
         """See Engine."""
@@ -175,18 +179,17 @@ class TorchEngine:
 
     def named_parameters(self) -> list[tuple[str, Any]]:
         """See Engine."""
-        return list(self._model.named_parameters())
+        return list(self._model.named_parameters()) if self._copies is None else self._copies.named_masters
 
     def _evaluate_batch(self, batch: Batch) -> torch.Tensor:
         self._model.eval()
-        with torch.no_grad(), self._autocast():
+        with torch.no_grad():
             sums = self._evaluation_sums(self._model, on_device(batch, self._device))
         self._model.train()
         return sums if self._mesh.counts_loss else torch.zeros_like(sums)
 
     def _training_loss(self, batch: Batch) -> torch.Tensor:
-        with self._autocast():
-            return self._loss(self._forward_module(), batch)
+        return self._loss(self._forward_module(), batch)
 
     def _forward_module(self) -> nn.Module:
         return self._model
@@ -231,10 +234,9 @@ class TorchEngine:
     def _accumulation_context(self, *, is_last: bool) -> AbstractContextManager[Any]:
         return nullcontext()
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if self._autocast_dtype is None:
-            return nullcontext()
-        return torch.autocast(self._device.type, self._autocast_dtype)
+    def _computing(self, *, has_gradients: bool) -> AbstractContextManager[None]:
+        """Have the model hold the parameters that it computes with."""
+        return nullcontext() if self._copies is None else self._copies.in_place(has_gradients=has_gradients)
 
     def _gradient_pieces(self) -> list[tuple[Part, torch.Tensor]]:
         """This rank's gradients, each beside the part of the parameter that it belongs to."""

@@ -20,7 +20,7 @@ class DeepSpeedBuilder(EngineBuilder):
             compare_passes(parts, self._gathered_when_called(model), compares_parameters=True),
             parts.mesh,
             parts.device,
-            parts.autocast_dtype,
+            parts.copies_dtype,
             parts.build_optimizer,
             parts.deepspeed_settings,
             parts.loss_scaler,

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from sharding.compute_copies import ComputeCopies
 from sharding.deepspeed_backend.files import in_memory, refuse_frozen_files
+from sharding.deepspeed_backend.gathered_copies import GatheredCopies
 from sharding.deepspeed_backend.library import import_deepspeed
 from sharding.deepspeed_backend.untouched_runs import UntouchedRuns
 from sharding.engine import Batch, ModelDefinition, OptimizerFactory
@@ -25,8 +27,8 @@ class DeepSpeedEngine:
     """A model in DeepSpeed's hands.
 
     DeepSpeed holds fp32 parameters, reduces, clips and steps; it finds a non-finite norm by itself and skips on all
-    ranks. Mixed precision is torch's autocast inside the model, since DeepSpeed's own 16-bit modes accumulate and
-    reduce gradients in 16 bits.
+    ranks. In 16 bits the model computes with copies of those, as elsewhere, since DeepSpeed's own 16-bit modes round
+    initial values and buffers as well.
     """
 
     def __init__(
@@ -34,7 +36,7 @@ class DeepSpeedEngine:
         definition: ModelDefinition,
         mesh: ParallelMesh,
         device: torch.device,
-        autocast_dtype: torch.dtype | None,
+        copies_dtype: torch.dtype | None,
         build_optimizer: OptimizerFactory,
         settings: dict[str, Any],
         loss_scaler: LossScaler | None = None,
@@ -45,7 +47,7 @@ class DeepSpeedEngine:
             definition: the model, whole (stages 1 and 2) or partitioned block by block (stage 3), and its functions.
             mesh: the ranks.
             device: where this rank computes.
-            autocast_dtype: format of matrix products; None for fp32.
+            copies_dtype: format of the copies of parameters that the model computes with; None for fp32.
             build_optimizer: called once, before DeepSpeed cuts the parameters: with an elementwise optimizer.
             settings: DeepSpeed's configuration.
             loss_scaler: for fp16; None elsewhere.
@@ -64,7 +66,6 @@ class DeepSpeedEngine:
         parameters = [
             Part(name, p, shape := _whole_shape(p), (whole_box(shape),), mesh.copy_holder) for name, p in trainable
         ]
-        _autocast_forward(definition.model, device, autocast_dtype)
         self._module, *_ = deepspeed.initialize(
             model=definition.model, optimizer=build_optimizer(parameters), config=settings, dist_init_required=False
         )
@@ -72,6 +73,7 @@ class DeepSpeedEngine:
         self._stage = self._module.zero_optimization_stage()
         if self._stage != settings["zero_optimization"]["stage"]:
             raise RuntimeError(f"DeepSpeed trains with stage {self._stage}, not as configured: {settings}")
+        self._copies = self._copies_in(copies_dtype)
         self._trainable = trainable
         self._members = self._members_of_flat_partitions()
         self._has_allocated = False
@@ -90,14 +92,15 @@ class DeepSpeedEngine:
         if self._loss_scaler is not None:
             # DeepSpeed scales by a number of the host's; its step waits for the device in any case.
             self._zero.override_loss_scale(float(self._loss_scaler.scale))
-        total = accumulate_gradients(
-            micro_batches,
-            scale,
-            self._device,
-            loss=lambda batch: self._definition.loss(self._module, batch),
-            backward=lambda loss: self._module.backward(loss, scale_wrt_gas=False),
-            context=self._accumulation_context,
-        )
+        with self._computing(has_gradients=True):
+            total = accumulate_gradients(
+                micro_batches,
+                scale,
+                self._device,
+                loss=lambda batch: self._definition.loss(self._module, batch),
+                backward=lambda loss: self._module.backward(loss, scale_wrt_gas=False),
+                context=self._accumulation_context,
+            )
         self._reached.share()
         return total
 
@@ -115,7 +118,8 @@ class DeepSpeedEngine:
 
     def evaluate(self, batches: Iterable[Batch]) -> list[torch.Tensor]:
         """See Engine."""
-        return [self._evaluate_batch(batch) for batch in batches]
+        with self._computing(has_gradients=False):
+            return [self._evaluate_batch(batch) for batch in batches]
 
     def clip_grad_norm(self, max_norm: float) -> torch.Tensor:
         """See Engine; DeepSpeed scales the gradients within its step, to the norm in its configuration."""
@@ -216,7 +220,19 @@ class DeepSpeedEngine:
 
     def named_parameters(self) -> list[tuple[str, Any]]:
         """See Engine."""
+        if isinstance(self._copies, ComputeCopies):
+            return self._copies.named_masters
         return list(self._definition.model.named_parameters())
+
+    def _copies_in(self, dtype: torch.dtype | None) -> ComputeCopies | GatheredCopies | None:
+        if dtype is None:
+            return None
+        # In stage 3 nothing is whole until a module is called.
+        return (GatheredCopies if self._stage == 3 else ComputeCopies)(self._definition.model, dtype)
+
+    def _computing(self, *, has_gradients: bool) -> AbstractContextManager[None]:
+        """Have the model hold the parameters that it computes with."""
+        return nullcontext() if self._copies is None else self._copies.in_place(has_gradients=has_gradients)
 
     def _evaluate_batch(self, batch: Batch) -> torch.Tensor:
         self._module.eval()
@@ -291,7 +307,7 @@ class DeepSpeedEngine:
         model = self._definition.model
         persistent = set(model.state_dict().keys())
         copied: list[tuple[str, Any]] = [(name, buffer) for name, buffer in model.named_buffers() if name in persistent]
-        frozen: list[tuple[str, Any]] = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
+        frozen: list[tuple[str, Any]] = [(name, p) for name, p in self.named_parameters() if not p.requires_grad]
         if self._stage != 3:
             copied, frozen = copied + frozen, []
         parts = [
@@ -370,16 +386,3 @@ class DeepSpeedEngine:
 def _whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     """A parameter's shape, also where ZeRO-3 has taken its memory away."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def _autocast_forward(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:
-    """Run the model's forward pass under autocast; from outside DeepSpeed would turn it off."""
-    if dtype is None:
-        return
-    forward = model.forward
-
-    def autocast_forward(*args: Any, **kwargs: Any) -> Any:
-        with torch.autocast(device.type, dtype):
-            return forward(*args, **kwargs)
-
-    model.forward = autocast_forward

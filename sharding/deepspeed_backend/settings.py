@@ -31,8 +31,8 @@ def deepspeed_stage(parallel: ParallelConfig) -> int:
 def deepspeed_config(parallel: ParallelConfig, batch: BatchArithmetic, clip_norm: float) -> dict[str, Any]:
     """What ``deepspeed.initialize`` is given.
 
-    Neither ``bf16`` nor ``fp16`` appears: both would reduce and accumulate gradients in 16 bits. Parameters stay fp32,
-    autocast computes in 16 bits, and the loss scale is ours.
+    Neither ``bf16`` nor ``fp16`` appears: both would round buffers and initial values to 16 bits. Parameters stay fp32,
+    the model computes with copies of them, and the loss scale is ours.
 
     Args:
         parallel: strategy and offloading.
