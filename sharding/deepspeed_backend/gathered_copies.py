@@ -29,22 +29,27 @@ class GatheredCopies:
         copies = self
 
         class Converting(ZeROOrderedDict):
+            # Of parameters that other modules have as well: a name here to a number that all of them know it by.
+            shared: dict[str, int]
+
             def __getitem__(self, key: str) -> Any:
                 parameter = super().__getitem__(key)
                 if not copies._is_computing or parameter is None or not parameter.is_floating_point():
                     return parameter
-                if id(parameter) not in shared:
+                if key not in self.shared:
                     return parameter.to(dtype)
-                if id(parameter) not in copies._of_shared:
-                    copies._of_shared[id(parameter)] = parameter.to(dtype)
-                return copies._of_shared[id(parameter)]
+                if self.shared[key] not in copies._of_shared:
+                    copies._of_shared[self.shared[key]] = parameter.to(dtype)
+                return copies._of_shared[self.shared[key]]
 
-        num_uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-        shared = {key for key, number in num_uses.items() if number > 1}
         self._is_computing = False
         self._of_shared: dict[int, torch.Tensor] = {}
+        num_uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
         for module in model.modules():
+            own = {name: id(parameter) for name, parameter in module._parameters.items()}
             module._parameters.__class__ = Converting
+            # Numbers are compared while a graph is made, in which a parameter's identity must not be asked for.
+            module._parameters.shared = {name: key for name, key in own.items() if num_uses[key] > 1}  # type: ignore[attr-defined]
             if isinstance(module, nn.RNNBase):
                 module.register_forward_pre_hook(lambda layer, _: _list_weights(layer))
                 module.register_forward_hook(lambda layer, *_: _list_weights(layer), prepend=True)

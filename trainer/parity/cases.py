@@ -34,6 +34,11 @@ from trainer.tasks.task import Task
 
 NUM_STEPS = 3
 
+LOSS_SCALE = 1024.0
+"""Of fp16: so small that no step overflows."""
+
+Compute = Literal["fp32", "bf16", "fp16"]
+
 Trained = Literal["all", "adapters", "some"]
 """What a case trains: what the run does, adapters (LoRA) alone, or only some of the parameters."""
 
@@ -51,7 +56,7 @@ class ParityCase:
     accumulation_steps: int
     optimizer: str
     backend: Backend = "torch"
-    compute: Literal["fp32", "bf16"] = "fp32"
+    compute: Compute = "fp32"
     trained: Trained = "all"
     frozen: Sequence[str] = ()
     """Names of the parameters that are not trained where only some are; ``run_parity`` chooses them."""
@@ -100,7 +105,9 @@ def case_config(config: RunConfig, case: ParityCase, num_samples: int) -> RunCon
             "parallel": parallel,
             "optimizer": optimizer,
             "batch": config.batch.model_copy(update={"global_size": num_samples, "micro_size": micro_size}),
-            "precision": config.precision.model_copy(update={"compute": case.compute}),
+            "precision": config.precision.model_copy(
+                update={"compute": case.compute, "initial_loss_scale": LOSS_SCALE}
+            ),
         }
     )
 

@@ -9,7 +9,6 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors.torch import load_file
@@ -25,19 +24,19 @@ from trainer.data.prepare import prepare_samples
 from trainer.distillation.begin import check_fit
 from trainer.model.models import build_model_on_meta
 from trainer.parity.batch import NUM_SAMPLES, without_dropout, write_ragged_batch
-from trainer.parity.cases import ParityCase, Trained, Trajectory, compared_task
+from trainer.parity.cases import Compute, ParityCase, Trained, Trajectory, compared_task
 from trainer.parity.plain import run_plain
 from trainer.parity.processes import result_file, run_group
 from trainer.parity.restriction import some_to_freeze
 
-LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3}
-GRAD_NORM_TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}
-"""Relative. In bf16 engines that cast parameters round elsewhere than the plain loop's autocast."""
+LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3, "fp16": 2e-3}
+GRAD_NORM_TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 1e-2}
+"""Relative."""
 
 PARAMETER_TOLERANCE = {"sgd": 1e-5, "adamw": 1e-2, "muon": 1e-2, "adafactor": 1e-2, "adamw8bit": 1e-2}
 """Largest difference of any parameter in fp32; Adam amplifies rounding where a gradient is nearly zero."""
 
-_BF16_PARAMETER_TOLERANCE = {"sgd": 2e-3, "adamw": 6e-2, "muon": 6e-2, "adafactor": 6e-2, "adamw8bit": 6e-2}
+_PARAMETER_TOLERANCE_IN_16_BITS = {"sgd": 2e-3, "adamw": 6e-2, "muon": 6e-2, "adafactor": 6e-2, "adamw8bit": 6e-2}
 
 
 @dataclass(frozen=True)
@@ -81,15 +80,15 @@ def _factor(case: ParityCase, *, has_rows: bool, normalizes_batches: bool) -> fl
     normalisation, what is rounded is divided by the variance of a few samples; and many gradients are zero but for
     rounding, of weights that normalisation takes away again, which Adam moves as far as all others.
     """
-    if normalizes_batches and (case.compute == "bf16" or case.optimizer in ("adamw", "muon", "adamw8bit")):
+    if normalizes_batches and (case.compute != "fp32" or case.optimizer in ("adamw", "muon", "adamw8bit")):
         return 20.0
-    return 5.0 if has_rows and case.compute == "bf16" else 1.0
+    return 5.0 if has_rows and case.compute != "fp32" else 1.0
 
 
 def parameter_tolerance(case: ParityCase) -> float:
     """Largest absolute difference of any parameter."""
-    if case.compute == "bf16":
-        return _BF16_PARAMETER_TOLERANCE[case.optimizer]
+    if case.compute != "fp32":
+        return _PARAMETER_TOLERANCE_IN_16_BITS[case.optimizer]
     return PARAMETER_TOLERANCE[case.optimizer]
 
 
@@ -100,7 +99,7 @@ ALWAYS_COMPARED: tuple[OptimizerName, ...] = ("adamw", "muon", "adafactor")
 def parity_cases(
     group_sizes: Sequence[int],
     optimizers: Sequence[OptimizerName] = ALWAYS_COMPARED,
-    computes: Sequence[Literal["fp32", "bf16"]] = ("fp32",),
+    computes: Sequence[Compute] = ("fp32",),
     trained: Sequence[Trained] = ("all",),
 ) -> list[ParityCase]:
     """Every strategy on every group size that it can run on: SGD without and with accumulation, the others with it.
@@ -123,7 +122,8 @@ def parity_cases(
                 *(
                     ParityCase(strategy, num_ranks, accumulation_steps, "sgd", backend, compute)
                     for compute in computes
-                    if compute != "fp32"
+                    # Three ranks say nothing of formats that two do not.
+                    if compute != "fp32" and num_ranks != 3
                 ),
                 *(
                     ParityCase(strategy, num_ranks, accumulation_steps, "sgd", backend, trained=part)
@@ -184,8 +184,10 @@ def run_parity(config: RunConfig, cases: Sequence[ParityCase], folder: Path) -> 
     # Cases that one plain process is compared with.
     groups: dict[tuple[str | int, ...], list[ParityCase]] = {}
     for case in cases:
-        # Statistics of a batch are of the rows that all ranks have in a micro-batch.
-        layout = (case.num_ranks, case.accumulation_steps) if normalizes_batches else ()
+        # Statistics of a batch are of the rows that all ranks have in a micro-batch, and in 16 bits gradients are
+        # rounded after each rank's own.
+        is_divided = normalizes_batches or case.compute != "fp32"
+        layout = (case.num_ranks, case.accumulation_steps) if is_divided else ()
         groups.setdefault((case.optimizer, case.compute, case.trained, *layout), []).append(case)
     for _, matching in sorted(groups.items()):
         rows += [_failed_row(case, failures[case.label]) for case in matching if case.label in failures]

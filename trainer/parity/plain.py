@@ -1,8 +1,8 @@
 """The side of parity that is known to be right: one process with torch alone, which shares no code with the engines."""
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from trainer.architectures.config import build_model_config
 from trainer.config import RunConfig
 from trainer.data.facts import SampleFacts
 from trainer.parity.cases import (
+    LOSS_SCALE,
     NUM_STEPS,
     ParityCase,
     Trajectory,
@@ -29,6 +30,8 @@ from trainer.parity.cases import (
 from trainer.parity.optimizers import plain_optimizer
 from trainer.parity.plain_teacher import ClassLogits, PlainTeacher
 from trainer.parity.restriction import restrict
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -67,24 +70,29 @@ def run_plain(
     build = _language_model if is_language_model else _model_of_task
     plain = build(config, facts, batch, initial, device)
     model, num_targets = plain.model, plain.num_targets
-    teacher = None if config.distill.teacher is None else PlainTeacher(config, facts, model, initial, device)
+    dtype = _DTYPES[case.compute]
+    teacher = None if config.distill.teacher is None else PlainTeacher(config, facts, model, initial, device, dtype)
 
     def loss_sum(batch: Batch) -> torch.Tensor:
         outputs = plain.forward(batch)
         own = plain.loss(outputs, batch)
         return own if teacher is None else teacher.mixed(own, plain.class_logits(outputs, batch), batch)
 
-    micro_batches = _micro_batches(batch, case) if normalizes_batches else [batch]
+    micro_batches = _micro_batches(batch, case, normalizes_batches=normalizes_batches)
+    if dtype is not torch.float32:
+        model.register_forward_pre_hook(partial(_round_inputs, dtype), with_kwargs=True)
     lr, clip_norm = case_lr(config, case.optimizer), config.optimizer.clip_norm
     optimizer = plain_optimizer(model, config.optimizer, case.optimizer, lr)
     losses, norms = [], []
     for _ in range(NUM_STEPS):
-        total = 0.0
-        for micro_batch in micro_batches:
-            with torch.autocast(device.type, torch.bfloat16) if case.compute == "bf16" else nullcontext():
+        if case.compute == "fp32":
+            total = 0.0
+            for micro_batch in micro_batches:
                 loss = loss_sum(micro_batch) / num_targets
-            loss.backward()
-            total += loss.item()
+                loss.backward()
+                total += loss.item()
+        else:
+            total = _accumulate_in_16_bits(model, loss_sum, micro_batches, num_targets, case.compute)
         norm = torch.cat([p.grad.double().flatten() for p in model.parameters() if p.grad is not None]).norm()
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), clip_norm or torch.inf, norm.float())
         optimizer.step()
@@ -145,6 +153,54 @@ def _model_of_task(config: RunConfig, facts: SampleFacts, batch: Batch, initial:
     )
 
 
-def _micro_batches(batch: Batch, case: ParityCase) -> Sequence[Batch]:
-    rows = rows_of_micro_batches(case, num_rows_of(batch)).flatten(1)
-    return [{name: tensor[of_micro] for name, tensor in batch.items()} for of_micro in rows]
+def _micro_batches(batch: Batch, case: ParityCase, *, normalizes_batches: bool) -> Sequence[Batch]:
+    """What goes through the model at once: in fp32 all, where that makes no difference.
+
+    In 16 bits each micro-batch of each rank by itself, after which gradients are rounded.
+    """
+    rows = rows_of_micro_batches(case, num_rows_of(batch))
+    if normalizes_batches:
+        return [{name: tensor[of_micro] for name, tensor in batch.items()} for of_micro in rows.flatten(1)]
+    if case.compute == "fp32":
+        return [batch]
+    return [{name: tensor[own] for name, tensor in batch.items()} for own in rows.flatten(0, 1)]
+
+
+def _accumulate_in_16_bits(
+    model: nn.Module,
+    loss_sum: Callable[[Batch], torch.Tensor],
+    micro_batches: Sequence[Batch],
+    num_targets: Any,
+    compute: str,
+) -> float:
+    """Forward and backward passes with rounded parameters, whose gradients are added up in fp32; returns the loss.
+
+    Parameters are what they were afterwards, with those sums as their gradients.
+    """
+    loss_scale = LOSS_SCALE if compute == "fp16" else 1.0
+    parameters = list(model.parameters())
+    masters = [parameter.data for parameter in parameters]
+    sums: dict[int, torch.Tensor] = {}
+    for parameter in parameters:
+        parameter.data = parameter.data.to(_DTYPES[compute])
+    total = 0.0
+    for micro_batch in micro_batches:
+        loss = loss_sum(micro_batch)
+        (loss * (loss_scale / num_targets)).backward()
+        total += loss.item() / float(num_targets)
+        for index, parameter in enumerate(parameters):
+            if parameter.grad is not None:
+                sums[index] = sums.get(index, 0.0) + parameter.grad.float()
+                parameter.grad = None
+    for index, (parameter, master) in enumerate(zip(parameters, masters, strict=True)):
+        parameter.data = master
+        parameter.grad = sums[index] / loss_scale if index in sums else None
+    return total
+
+
+def _round_inputs(dtype: torch.dtype, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return args, {name: x.to(dtype) if _is_floating(x) else x for name, x in kwargs.items()}
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()

@@ -27,7 +27,13 @@ class PlainTeacher:
     """A teacher without an engine, and the student's blocks that are compared with its own."""
 
     def __init__(
-        self, config: RunConfig, facts: SampleFacts, student: nn.Module, initial: Path, device: torch.device
+        self,
+        config: RunConfig,
+        facts: SampleFacts,
+        student: nn.Module,
+        initial: Path,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         """Read all of its weights.
 
@@ -37,6 +43,7 @@ class PlainTeacher:
             student: the plain model, which gets the projections that the run has.
             initial: the parameters to begin with, those of projections among them.
             device: where that computes.
+            dtype: format of the teacher's parameters in computing.
         """
         self._settings = config.distill
         source = teacher_on_meta(find_teacher(config.distill), config, facts)
@@ -51,6 +58,9 @@ class PlainTeacher:
             if name in saved:
                 source.read(whole_part(f"{MODEL_PREFIX}{name}", tensor.data))
         self._model.to(device).eval()
+        for parameter in self._model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        self._dtype = dtype
         self._renormalize = renormalization(facts, source.facts)
         self._student_states: dict[int, torch.Tensor] = {}
         self._states: dict[int, torch.Tensor] = {}
@@ -74,7 +84,8 @@ class PlainTeacher:
         with torch.no_grad():
             taught = self._renormalize(batch)
             taught = self._task.padded(taught) if hasattr(self._task, "padded") else taught
-            answer = self._task.class_logits(self._task.forward(self._model, taught), taught)
+            inputs = {name: x.to(self._dtype) if x.is_floating_point() else x for name, x in taught.items()}
+            answer = self._task.class_logits(self._task.forward(self._model, inputs), taught)
         assert answer is not None, "the task tells classes apart"
         # One target after another, by the definition.
         p = (answer[0][is_target].double() / settings.temperature).softmax(dim=-1)
