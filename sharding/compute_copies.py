@@ -24,7 +24,7 @@ class ComputeCopies:
             dtype: format of the copies; parameters that have it, or that are no floating-point numbers, are left alone.
         """
         self._dtype = dtype
-        self.named_masters = list(model.named_parameters())
+        self._named = tuple(model.named_parameters())
         masters = {id(p): p for p in model.parameters() if p.is_floating_point() and p.dtype is not dtype}
         self._masters = list(masters.values())
         self._memory: list[torch.Tensor] = []
@@ -37,6 +37,10 @@ class ComputeCopies:
             if id(parameter) in index_of
         ]
         self._recurrent = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
+
+    def named_masters(self) -> list[tuple[str, nn.Parameter]]:
+        """The model's parameters with their names, whatever the modules hold."""
+        return list(self._named)
 
     @contextmanager
     def in_place(self, *, has_gradients: bool) -> Iterator[None]:

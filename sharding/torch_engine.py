@@ -179,7 +179,7 @@ class TorchEngine:
 
     def named_parameters(self) -> list[tuple[str, Any]]:
         """See Engine."""
-        return list(self._model.named_parameters()) if self._copies is None else self._copies.named_masters
+        return list(self._model.named_parameters()) if self._copies is None else self._copies.named_masters()
 
     def _evaluate_batch(self, batch: Batch) -> torch.Tensor:
         self._model.eval()

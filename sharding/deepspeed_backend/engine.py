@@ -221,7 +221,7 @@ class DeepSpeedEngine:
     def named_parameters(self) -> list[tuple[str, Any]]:
         """See Engine."""
         if isinstance(self._copies, ComputeCopies):
-            return self._copies.named_masters
+            return self._copies.named_masters()
         return list(self._definition.model.named_parameters())
 
     def _copies_in(self, dtype: torch.dtype | None) -> ComputeCopies | GatheredCopies | None:
