@@ -40,7 +40,7 @@ class ModelSizes:
 
     Attributes:
         num_parameters: all, shared ones once.
-        num_matrix_parameters: those used in matrix products, frozen or not, of which autocast makes copies.
+        num_matrix_parameters: those used in matrix products, frozen or not.
         num_outside_blocks: those in no block: embeddings, last norm, head.
         largest_block: those of the block that has most.
         largest_parameter: those of the largest single parameter.
@@ -145,9 +145,7 @@ def frozen_bytes(sizes: ModelSizes, layout: Layout) -> FrozenBytes:
         layout: of the model that is trained beside it.
     """
     if layout.strategy in ("none", "ddp"):
-        # Of what has no gradient, autocast keeps no copy: one matrix is cast at a time.
-        gathered = 0 if layout.compute_bytes == _FP32_BYTES else layout.compute_bytes * sizes.largest_parameter
-        return FrozenBytes(_FP32_BYTES * sizes.num_held, gathered)
+        return FrozenBytes(_FP32_BYTES * sizes.num_held, _copies(sizes, layout))
     held = _FP32_BYTES * sizes.num_held / layout.num_shards
     return FrozenBytes(held, layout.compute_bytes * sizes.num_gathered_by_block)
 
@@ -168,8 +166,11 @@ def _whole(sizes: ModelSizes, layout: Layout) -> StateBytes:
     fp32 = _FP32_BYTES * sizes.num_parameters
     moments = layout.moment_bytes * sizes.num_parameters
     # Autograd adds the gradients of a shared parameter's uses into a third tensor.
-    in_flight = _FP32_BYTES * (_new_gradients(sizes) + sizes.largest_shared)
-    return StateBytes(_FP32_BYTES * sizes.num_held, _casts(sizes, layout), fp32, moments, in_flight)
+    in_flight = layout.compute_bytes * (_new_gradients(sizes) + sizes.largest_shared)
+    if layout.compute_bytes != _FP32_BYTES:
+        # It is converted before it is added to what is accumulated.
+        in_flight += _FP32_BYTES * sizes.largest_parameter
+    return StateBytes(_FP32_BYTES * sizes.num_held, _copies(sizes, layout), fp32, moments, in_flight)
 
 
 def _bucketed(sizes: ModelSizes, layout: Layout) -> StateBytes:
@@ -253,9 +254,9 @@ def _gathered_by_block(sizes: ModelSizes, layout: Layout) -> StateBytes:
     return max(in_block, at_end, key=lambda state: state.total)
 
 
-def _casts(sizes: ModelSizes, layout: Layout) -> float:
-    """Copies of matrices that autocast keeps from forward to backward, where it computes in 16 bits."""
-    return 0.0 if layout.compute_bytes == _FP32_BYTES else layout.compute_bytes * sizes.num_matrix_parameters
+def _copies(sizes: ModelSizes, layout: Layout) -> float:
+    """What a model computes with in place of whole fp32 parameters: copies of all, frozen ones too, in 16 bits."""
+    return 0.0 if layout.compute_bytes == _FP32_BYTES else float(layout.compute_bytes * sizes.num_held)
 
 
 def _new_gradients(sizes: ModelSizes) -> int:

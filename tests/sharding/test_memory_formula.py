@@ -37,8 +37,8 @@ def _state(strategy: Strategy, num_shards: int = 4, **options: Any) -> StateByte
     [
         # Gradients of both uses of the tied matrix, and their sum.
         ("ddp", {}, StateBytes(4000, 0, 4000, 8000, 4 * 240)),
-        # Under autocast, matrices are cast to two bytes.
-        ("ddp", {"compute_bytes": 2}, StateBytes(4000, 1800, 4000, 8000, 4 * 240)),
+        # Copies of all in two bytes, in which gradients come; one is then converted.
+        ("ddp", {"compute_bytes": 2}, StateBytes(4000, 2000, 4000, 8000, 2 * 240 + 4 * 80)),
         ("none", {"moment_bytes": 4.0}, StateBytes(4000, 0, 4000, 4000, 4 * 240)),
         ("zero1", {}, StateBytes(1000, 4000, 4000, 2000, 4 * 160)),
         ("zero1", {"compute_bytes": 2}, StateBytes(1000, 2000, 4000, 2000, 2 * 160)),
@@ -110,6 +110,8 @@ def test_frozen_parameters_are_held_and_no_more() -> None:
         return replace(before, masters=before.masters + masters, gathered=before.gathered + gathered)
 
     assert state("ddp") == grown(_state("ddp"), 8000, 0)
+    # What is frozen is copied as well.
+    assert state("ddp", compute_bytes=2) == grown(_state("ddp", compute_bytes=2), 8000, 4000)
     for strategy in ("zero1", "zero2"):
         assert state(strategy) == grown(_state(strategy), 2000, 8000)
         assert state(strategy, is_bucketed=True) == grown(_state(strategy, is_bucketed=True), 2000, 6000)
@@ -123,8 +125,8 @@ def test_frozen_parameters_are_held_and_no_more() -> None:
     ("strategy", "compute_bytes", "expected"),
     [
         ("none", 4, FrozenBytes(4000, 0)),
-        # One matrix at a time is cast.
-        ("ddp", 2, FrozenBytes(4000, 2 * 80)),
+        # Copies of all in two bytes.
+        ("ddp", 2, FrozenBytes(4000, 2 * 1000)),
         # Whatever of the trained model is whole, of this one no more than a block, and the next one.
         *((strategy, 4, FrozenBytes(1000, 4 * (100 + 2 * 90))) for strategy in ("zero1", "zero2", "zero3", "hsdp")),
         ("zero3", 2, FrozenBytes(1000, 2 * (100 + 2 * 90))),

@@ -29,3 +29,19 @@ def record_changes(manifest: Manifest, config: RunConfig, run_folder: RunFolder,
         values = {"setting": change.key, "old": change.old, "new": change.new}
         record_event(run_folder.path, "setting_changed", attempt=run_folder.newest_attempt(), step=step, **values)
         notify(f"{change.key}: {change.old} -> {change.new} at step {step}")
+
+
+def say_other_precision(manifest: Manifest, rule: int | None, notify: Callable[[str], None]) -> None:
+    """Say that a run in 16 bits continues from a checkpoint that was computed otherwise, or in fp32.
+
+    Args:
+        manifest: the checkpoint's.
+        rule: what the run goes on by; None in fp32, of which there is nothing to say.
+        notify: informs a person.
+    """
+    if rule is not None and manifest.precision_rule != rule:
+        notify(
+            f"precision: step {manifest.training.step} was computed in fp32, or by an earlier release, in whose 16 "
+            "bits parallel.strategy said what is rounded; from here on every strategy computes with 16-bit "
+            "parameters (docs/training.md)"
+        )

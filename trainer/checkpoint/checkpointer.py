@@ -5,12 +5,14 @@ from dataclasses import dataclass, replace
 
 from sharding.engine import Engine
 from sharding.part import Part
+from sharding.precision import compute_dtype
 from sharding.ranks.errors import UserError
 from sharding.ranks.process_group import Ranks
 from sharding.state import MODEL_PREFIX, frozen_names
 from trainer.checkpoint.background import BackgroundWrite
 from trainer.checkpoint.base import BaseKeeper
-from trainer.checkpoint.changes import record_changes
+from trainer.checkpoint.changes import record_changes, say_other_precision
+from trainer.checkpoint.manifest import PRECISION_RULE
 from trainer.checkpoint.rank_file import RankReport, write_rank_file
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.reference import check_fork
@@ -104,6 +106,7 @@ class Checkpointer:
             strategy=config.parallel.strategy,
             tokenizer=None if tokenizer is None else tokenizer.entry,
             recipe_file=None if recipe is None else RECIPE_NAME,
+            precision_rule=None if compute_dtype(config.precision, ranks.device).itemsize == 4 else PRECISION_RULE,
         )
         self._attachments: dict[str, bytes] = {}
         if ranks.rank == 0:
@@ -145,6 +148,7 @@ class Checkpointer:
             self._saved_step = training.step
             manifest, folder = source.reader.manifest, self._run_folder
             on_rank_0(lambda: record_changes(manifest, self._config, folder, self._inform), self._ranks)
+            on_rank_0(lambda: say_other_precision(manifest, self._identity.precision_rule, self._inform), self._ranks)
         return training
 
     def roll_back(self, engine: Engine, last_step: int) -> TrainingState | None:

@@ -16,8 +16,11 @@ from trainer.run_folder.listing import MANIFEST_NAME
 
 FORMAT_VERSION = 4
 FORMAT_VERSION_WITH_BASE = 5
+FORMAT_VERSION_IN_16_BITS = 6
+PRECISION_RULE = 1
+"""The rule of ``sharding.precision``; runs in 16 bits before it had none, and their strategy said what was rounded."""
 # Checkpoints of the first of them have no tokenizer.
-_READ_VERSIONS = (3, FORMAT_VERSION, FORMAT_VERSION_WITH_BASE)
+_READ_VERSIONS = (3, FORMAT_VERSION, FORMAT_VERSION_WITH_BASE, FORMAT_VERSION_IN_16_BITS)
 _CHUNK_BYTES = 8 * 2**20
 
 
@@ -126,6 +129,9 @@ class Manifest(StrictRecord):
     """Name of the folder beside the checkpoint's in which the frozen parameters are; None in format versions before 5,
     and where nothing is frozen."""
 
+    precision_rule: int | None = None
+    """Number of the rule by which the run computes in 16 bits; None in fp32, and in format versions before 6."""
+
 
 def fingerprint(values: Any) -> str:
     """SHA-256 of plain values in a canonical JSON form."""
@@ -140,9 +146,10 @@ def write_manifest(folder: CheckpointPath, manifest: Manifest) -> None:
 def render_manifest(manifest: Manifest) -> bytes:
     """The contents of a manifest's file, with a checksum of their own."""
     values = manifest.model_dump(mode="json")
-    if manifest.base is None:
-        # Byte for byte what it was before there were bases.
-        del values["base"]
+    for name in ("base", "precision_rule"):
+        if values[name] is None:
+            # Byte for byte what it was before there was one.
+            del values[name]
     return dump_checked(values)
 
 

@@ -13,6 +13,7 @@ from sharding.ranks.object_exchange import broadcast_object, gather_objects
 from sharding.ranks.process_group import Ranks
 from trainer.checkpoint.manifest import (
     FORMAT_VERSION,
+    FORMAT_VERSION_IN_16_BITS,
     FORMAT_VERSION_WITH_BASE,
     FileEntry,
     Manifest,
@@ -38,6 +39,7 @@ class CheckpointIdentity:
     tokenizer: TokenizerEntry | None = None
     recipe_file: str | None = None
     base: str | None = None
+    precision_rule: int | None = None
 
 
 def prepare_checkpoint(
@@ -171,8 +173,9 @@ def _give_up_if_any_failed(
 def _manifest(
     reports: list[RankReport], training: TrainingState, identity: CheckpointIdentity, ranks: Ranks
 ) -> Manifest:
+    version = FORMAT_VERSION if identity.base is None else FORMAT_VERSION_WITH_BASE
     return Manifest(
-        format_version=FORMAT_VERSION if identity.base is None else FORMAT_VERSION_WITH_BASE,
+        format_version=version if identity.precision_rule is None else FORMAT_VERSION_IN_16_BITS,
         training=training,
         config=identity.config,
         config_fingerprint=fingerprint(identity.config),
@@ -184,6 +187,7 @@ def _manifest(
         tensors=tensors_of(reports),
         files=files_of(reports),
         base=identity.base,
+        precision_rule=identity.precision_rule,
     )
 
 

@@ -174,6 +174,7 @@ def _write(reader: CheckpointReader, config: RunConfig, parts: Mapping[str, Part
             tokenizer=manifest.tokenizer,
             recipe_file=manifest.recipe_file,
             base=base.name,
+            precision_rule=manifest.precision_rule,
         )
         checkpoint = folder.checkpoint_path(step)
         prepare_checkpoint(checkpoint, own, step, _ALONE, lambda: None)

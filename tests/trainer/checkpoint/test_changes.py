@@ -11,6 +11,7 @@ from sharding.ranks.process_group import Ranks
 from tests.runs_in_process import RunsInProcess, computed_lines, saved_state
 from tests.support import run_on_ranks, tiny_values, write_corpus, write_empty_checkpoint
 from trainer.attempt import begin_attempt, check_continuation
+from trainer.checkpoint.manifest import read_manifest, write_manifest
 from trainer.config import RunConfig, parse_config
 from trainer.config.rules import World
 from trainer.report.event_rows import event_rows
@@ -73,6 +74,20 @@ def _train(ranks: Ranks, root: Path, corpus: Path) -> None:
     runs.train("pieces", steps=3, optimizer=_OLD, **shared)
     runs.train("pieces", stop_at=5, optimizer=_NEW, **(shared | {"checkpoint": _EVERY_STEP | _ALLOWED}))
     runs.train("pieces", steps=5, optimizer=_NEW, **shared)
+    for compute in ("bf16", "fp32"):
+        sections = {"precision": {"compute": compute}, "checkpoint": _EVERY_STEP}
+        folder = runs.train(compute, steps=1, **sections)
+        if ranks.rank == 0:
+            _take_rule_away(folder.checkpoint_path(1))
+        for steps in (2, 3):
+            runs.train(compute, steps=steps, **sections)
+
+
+def _take_rule_away(checkpoint: Path) -> None:
+    """Have a checkpoint say what it would in the release before there was a rule."""
+    manifest = read_manifest(checkpoint)
+    write_manifest(checkpoint, manifest.model_copy(update={"format_version": 4, "precision_rule": None}))
+    assert b"precision_rule" not in (checkpoint / "manifest.json").read_bytes()
 
 
 def _after_adamw(before: torch.Tensor, name: str, state: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -104,3 +119,9 @@ def test_a_change_takes_effect_under_every_backend_and_is_written_down(tmp_path:
     folder = RunFolder(tmp_path / "runs" / "pieces")
     assert computed_lines(folder) == computed_lines(RunFolder(tmp_path / "runs" / "torch"))
     assert sum(event["kind"] == "setting_changed" for event in read_events(folder.path)) == 2
+    # Once, in 16 bits alone.
+    assert (tmp_path / "bf16.log").read_text().count("precision: step 1 was computed in fp32, or by an earlier") == 1
+    assert "precision:" not in (tmp_path / "fp32.log").read_text()
+    versions = {name: read_manifest(tmp_path / f"runs/{name}/checkpoints/step-00000003") for name in ("bf16", "fp32")}
+    assert (versions["bf16"].format_version, versions["bf16"].precision_rule) == (6, 1)
+    assert (versions["fp32"].format_version, versions["fp32"].precision_rule) == (4, None)
