@@ -11,7 +11,7 @@ from torch import nn
 from sharding.compute_copies import ComputeCopies
 from sharding.deepspeed_backend.files import in_memory, refuse_frozen_files
 from sharding.deepspeed_backend.gathered_copies import GatheredCopies
-from sharding.deepspeed_backend.library import import_deepspeed
+from sharding.deepspeed_backend.library import import_deepspeed, linear_of_deepspeed, linear_of_torch
 from sharding.deepspeed_backend.untouched_runs import UntouchedRuns
 from sharding.engine import Batch, ModelDefinition, OptimizerFactory
 from sharding.loss_scaler import LossScaler
@@ -66,9 +66,10 @@ class DeepSpeedEngine:
         parameters = [
             Part(name, p, shape := _whole_shape(p), (whole_box(shape),), mesh.copy_holder) for name, p in trainable
         ]
-        self._module, *_ = deepspeed.initialize(
-            model=definition.model, optimizer=build_optimizer(parameters), config=settings, dist_init_required=False
-        )
+        with linear_of_torch():
+            self._module, *_ = deepspeed.initialize(
+                model=definition.model, optimizer=build_optimizer(parameters), config=settings, dist_init_required=False
+            )
         self._zero = self._module.optimizer
         self._stage = self._module.zero_optimization_stage()
         if self._stage != settings["zero_optimization"]["stage"]:
@@ -232,7 +233,10 @@ class DeepSpeedEngine:
 
     def _computing(self, *, has_gradients: bool) -> AbstractContextManager[None]:
         """Have the model hold the parameters that it computes with."""
-        return nullcontext() if self._copies is None else self._copies.in_place(has_gradients=has_gradients)
+        if self._copies is not None:
+            # Copies are kept by torch's linear layers as by DeepSpeed's, which round before they add the bias.
+            return self._copies.in_place(has_gradients=has_gradients)
+        return linear_of_deepspeed() if self._stage == 3 else nullcontext()
 
     def _evaluate_batch(self, batch: Batch) -> torch.Tensor:
         self._module.eval()

@@ -3,11 +3,14 @@
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn import functional
 
 from sharding.deepspeed_backend.files import check_file_access, keeps_files, size_buffers
 
@@ -29,11 +32,32 @@ class BlockPartitioner:
     def partition(self, block: nn.Module) -> None:
         """Divide a block's parameters in place; frees what this rank does not keep."""
         # The configuration's type is fp32, since one that is given here is ignored on a CPU in favour of bf16.
-        context = self._deepspeed.zero.Init(
-            module=block, config_dict_or_path=self._settings, param_swapper=self._swapper
-        )
+        with linear_of_torch():
+            context = self._deepspeed.zero.Init(
+                module=block, config_dict_or_path=self._settings, param_swapper=self._swapper
+            )
         # Each swapper empties the folder of the parameters' files when it is made: one for all blocks.
         self._swapper = context.param_swapper
+
+
+@contextmanager
+def linear_of_torch() -> Iterator[None]:
+    """Take back what DeepSpeed's stage 3 does to the linear layers of the whole process, which it does for good."""
+    linear = functional.linear
+    try:
+        yield
+    finally:
+        functional.linear = linear
+
+
+@contextmanager
+def linear_of_deepspeed() -> Iterator[None]:
+    """Have linear layers keep no gathered weights from forward to backward."""
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap
+
+    with linear_of_torch():
+        functional.linear = zero3_linear_wrap
+        yield
 
 
 def import_deepspeed(settings: dict[str, Any]) -> Any:

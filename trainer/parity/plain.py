@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from sharding.engine import Batch
 from trainer.architectures.config import build_model_config
@@ -181,8 +182,11 @@ def _accumulate_in_16_bits(
     parameters = list(model.parameters())
     masters = [parameter.data for parameter in parameters]
     sums: dict[int, torch.Tensor] = {}
+    # torch's batch normalisation takes no other weights than fp32 beside its running statistics.
+    of_norms = {id(p) for m in model.modules() if isinstance(m, _BatchNorm) for p in m.parameters(recurse=False)}
     for parameter in parameters:
-        parameter.data = parameter.data.to(_DTYPES[compute])
+        rounded = parameter.data.to(_DTYPES[compute])
+        parameter.data = rounded.float() if id(parameter) in of_norms else rounded
     total = 0.0
     for micro_batch in micro_batches:
         loss = loss_sum(micro_batch)
