@@ -7,7 +7,7 @@ import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import get_args
 
 from trainer.commands.arguments import AsJson, Config, Overrides
 from trainer.commands.entry import entry
@@ -19,7 +19,7 @@ def parity(config: Config, overrides: Overrides = None, as_json: AsJson = False)
 
     from sharding.ranks.errors import EXIT_FAILED, EXIT_FINISHED
     from trainer.config import load_config
-    from trainer.parity.cases import parts_to_train
+    from trainer.parity.cases import Compute, parts_to_train
     from trainer.parity.comparison import ALWAYS_COMPARED, default_group_sizes, parity_cases, run_parity
     from trainer.parity.table import print_refusals, print_table, row_values
     from trainer.runtime.json_output import output_aside, print_json
@@ -28,9 +28,7 @@ def parity(config: Config, overrides: Overrides = None, as_json: AsJson = False)
     with output_aside(as_json), tempfile.TemporaryDirectory(prefix="shardline-parity-") as folder:
         optimizers = dict.fromkeys([*ALWAYS_COMPARED, run_config.optimizer.name])
         optimizers.pop("sgd", None)
-        # Most models of text are too large for a CPU's bf16, which is emulated.
-        computes: tuple[Literal["fp32", "bf16"], ...] = ("fp32", "bf16") if run_config.data.has_rows else ("fp32",)
-        cases = parity_cases(default_group_sizes(), list(optimizers), computes, parts_to_train(run_config))
+        cases = parity_cases(default_group_sizes(), list(optimizers), get_args(Compute), parts_to_train(run_config))
         rows = run_parity(run_config, [case for case in cases if case.missing_package is None], Path(folder))
     num_failed = sum(not row.passed for row in rows)
     status = EXIT_FAILED if num_failed else EXIT_FINISHED

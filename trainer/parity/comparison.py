@@ -29,14 +29,15 @@ from trainer.parity.plain import run_plain
 from trainer.parity.processes import result_file, run_group
 from trainer.parity.restriction import some_to_freeze
 
-LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3, "fp16": 2e-3}
-GRAD_NORM_TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 1e-2}
-"""Relative."""
+LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 1e-5, "fp16": 1e-5}
+GRAD_NORM_TOLERANCE = {"fp32": 1e-5, "bf16": 1e-4, "fp16": 1e-4}
+"""Relative. In 16 bits strategies differ in the order of fp32 sums alone; now and then that moves a parameter over the
+edge to another 16-bit number, which the norm shows first."""
 
 PARAMETER_TOLERANCE = {"sgd": 1e-5, "adamw": 1e-2, "muon": 1e-2, "adafactor": 1e-2, "adamw8bit": 1e-2}
 """Largest difference of any parameter in fp32; Adam amplifies rounding where a gradient is nearly zero."""
 
-_PARAMETER_TOLERANCE_IN_16_BITS = {"sgd": 2e-3, "adamw": 6e-2, "muon": 6e-2, "adafactor": 6e-2, "adamw8bit": 6e-2}
+PARAMETER_TOLERANCE_IN_16_BITS = {"sgd": 1e-4, "adamw": 6e-2, "muon": 6e-2, "adafactor": 6e-2, "adamw8bit": 6e-2}
 
 
 @dataclass(frozen=True)
@@ -73,22 +74,24 @@ class ParityRow:
         )
 
 
-def _factor(case: ParityCase, *, has_rows: bool, normalizes_batches: bool) -> float:
+def _factor(case: ParityCase, *, normalizes_batches: bool) -> float:
     """How much wider tolerances are than those of a language model.
 
-    Rows have one target each where texts have one for each token, over which rounding in bf16 averages out. Under batch
-    normalisation, what is rounded is divided by the variance of a few samples; and many gradients are zero but for
-    rounding, of weights that normalisation takes away again, which Adam moves as far as all others.
+    Under batch normalisation, what is rounded is divided by the variance of a few samples, and gradients are rounded on
+    each rank where one process rounds those of all rows; and many gradients are zero but for rounding, of weights that
+    normalisation takes away again, which Adam moves as far as all others. In 16 bits DeepSpeed and Accelerate average
+    over ranks gradients that are as many times larger, of which others are too small for fp16; and ZeRO-3 of DeepSpeed
+    rounds a parameter, and so its gradient, for each time that its module asks for it.
     """
-    if normalizes_batches and (case.compute != "fp32" or case.optimizer in ("adamw", "muon", "adamw8bit")):
-        return 20.0
-    return 5.0 if has_rows and case.compute != "fp32" else 1.0
+    if normalizes_batches:
+        return 100.0 if case.compute != "fp32" else 20.0 if case.optimizer in ("adamw", "muon", "adamw8bit") else 1.0
+    return 10.0 if case.compute != "fp32" and case.backend in ("deepspeed", "accelerate") else 1.0
 
 
 def parameter_tolerance(case: ParityCase) -> float:
     """Largest absolute difference of any parameter."""
     if case.compute != "fp32":
-        return _PARAMETER_TOLERANCE_IN_16_BITS[case.optimizer]
+        return PARAMETER_TOLERANCE_IN_16_BITS[case.optimizer]
     return PARAMETER_TOLERANCE[case.optimizer]
 
 
@@ -195,9 +198,8 @@ def run_parity(config: RunConfig, cases: Sequence[ParityCase], folder: Path) -> 
         if trained:
             initial = folder / f"{trained[0].label}.initial.safetensors"
             plain = run_plain(config, facts, folder, initial, trained[0], normalizes_batches=normalizes_batches)
-            kind = {"has_rows": config.data.has_rows, "normalizes_batches": normalizes_batches}
             compared = [_compare(case, *plain, initial, folder) for case in trained]
-            rows += [replace(row, factor=_factor(row.case, **kind)) for row in compared]
+            rows += [replace(row, factor=_factor(row.case, normalizes_batches=normalizes_batches)) for row in compared]
     return rows
 
 
