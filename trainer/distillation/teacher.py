@@ -84,7 +84,6 @@ class Teacher:
         facts: SampleFacts,
         layers: tuple[int, ...],
         device: torch.device,
-        autocast_dtype: torch.dtype | None,
     ) -> None:
         """Bind to a model on ranks.
 
@@ -94,8 +93,6 @@ class Teacher:
             facts: of the student's samples.
             layers: numbers of the blocks whose outputs are asked for.
             device: where this rank computes.
-            autocast_dtype: format of products where no engine around it says so; None for fp32, and where it casts
-                its own parameters.
         """
         self._task = source.task
         self._frozen = frozen
@@ -103,7 +100,6 @@ class Teacher:
         self._renormalize = renormalization(facts, source.facts)
         self._label = source.named.label
         self._device = device
-        self._autocast_dtype = autocast_dtype
         self.facts = facts
         self.widths = source.widths
         self.description = source.description
@@ -143,9 +139,7 @@ class Teacher:
         Raises:
             UserError: the model cannot compute on its first batch.
         """
-        dtype = self._autocast_dtype
-        with torch.autocast(self._device.type, dtype, enabled=dtype is not None):
-            logits, _ = self.answer(on_device(batch, self._device))
+        logits, _ = self.answer(on_device(batch, self._device))
         kept = kept_answer(logits, top_k, temperature)
         return {name: column.cpu() for name, column in kept.items()}, logits.shape[-1]
 
@@ -181,8 +175,7 @@ def build_teacher(config: RunConfig, facts: SampleFacts, mesh: ParallelMesh, ran
     for part in frozen.parts():
         source.read(part)
     layers = tuple(of_teacher for _, of_teacher in config.distill.layers)
-    is_cast = strategy in ("none", "ddp") and dtype != torch.float32
-    return Teacher(source, frozen, facts, layers, ranks.device, dtype if is_cast else None)
+    return Teacher(source, frozen, facts, layers, ranks.device)
 
 
 def teacher_on_meta(

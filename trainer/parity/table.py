@@ -13,9 +13,9 @@ from trainer.config.rules import BACKEND_STRATEGIES
 from trainer.parity.cases import NUM_STEPS
 from trainer.parity.comparison import (
     GRAD_NORM_TOLERANCE,
-    PARAMETER_TOLERANCE_IN_16_BITS,
     LOSS_TOLERANCE,
     PARAMETER_TOLERANCE,
+    PARAMETER_TOLERANCE_IN_16_BITS,
     ParityRow,
 )
 
@@ -64,9 +64,12 @@ def print_table(rows: Sequence[ParityRow], console: Console) -> None:
         f"tolerances in fp32: loss {LOSS_TOLERANCE['fp32']:.0e} relative, gradient norm "
         f"{GRAD_NORM_TOLERANCE['fp32']:.0e} relative, parameters "
         + ", ".join(f"{tolerance:.0e} ({name})" for name, tolerance in PARAMETER_TOLERANCE.items())
-        + " absolute; in 16 bits "
-        f"{LOSS_TOLERANCE['bf16']:.0e}, {GRAD_NORM_TOLERANCE['bf16']:.0e} and {PARAMETER_TOLERANCE_IN_16_BITS['sgd']:.0e} (sgd), ten times "
-        "that under deepspeed and accelerate"
+        + " absolute"
+    )
+    in_16_bits = [LOSS_TOLERANCE["bf16"], GRAD_NORM_TOLERANCE["bf16"], PARAMETER_TOLERANCE_IN_16_BITS["sgd"]]
+    console.print(
+        f"in bf16 and fp16 under sgd {', '.join(f'{tolerance:.0e}' for tolerance in in_16_bits)}, and ten times that "
+        "under deepspeed and accelerate"
     )
     for row in rows:
         for problem in _problems(row):
