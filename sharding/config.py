@@ -58,8 +58,8 @@ class PrecisionConfig(StrictModel):
     """Number formats of the forward and backward pass; masters, reduction and optimizer state are always fp32."""
 
     compute: ComputeDtype = "auto"
-    """Format of matrix products: `fp32`, `bf16`, `fp16` (with a dynamic loss scale), `fp8` (bf16, and linear layers of
-    blocks in 8 bits), or `auto` (bf16 where the device has it natively, else fp32)."""
+    """Format of parameters and activations in computing: `fp32`, `bf16`, `fp16` (with a dynamic loss scale), `fp8`
+    (bf16, and linear layers of blocks in 8 bits), or `auto` (bf16 where the device has it natively, else fp32)."""
 
     fp8_recipe: Annotated[Float8Recipe, OnlyWith(compute="fp8")] = "tensorwise"
     """What has one scale: a whole tensor (faster), or each row (closer to bf16)."""

@@ -98,22 +98,20 @@ def test_a_layer_multiplies_rounded_values_and_keeps_its_parameters(recipe: Floa
 def _engines_beside_one_process(ranks: Ranks) -> None:
     alone = Ranks(rank=0, world_size=1, local_rank=0, local_world_size=1, device=_CPU)
     for recipe in _RECIPES:
-        one_process, gathered = _losses(alone, "none", recipe), _losses(ranks, "zero1", recipe)
-        for losses, strategy in ((one_process, "ddp"), (gathered, "zero1")):
-            in_bf16 = _losses(ranks, strategy, precision={"compute": "bf16"})
-            assert losses == pytest.approx(in_bf16, rel=1e-2)
-            assert max(abs(a / b - 1) for a, b in zip(losses, in_bf16, strict=True)) > 1e-4
-        # A weight that is gathered in 16 bits is rounded twice, and a value at the border goes the other way.
-        assert gathered[0] == pytest.approx(one_process[0], rel=1e-3)
-        for strategy, backend, wanted in (
-            ("ddp", "torch", one_process),
-            ("zero1", "bucketed", gathered),
-            ("zero2", "bucketed", gathered),
-            ("zero2", "torch", gathered),
-            ("zero3", "torch", gathered),
-            ("zero3", "bucketed", gathered),
+        one_process = _losses(alone, "none", recipe)
+        in_bf16 = _losses(ranks, "ddp", precision={"compute": "bf16"})
+        assert one_process == pytest.approx(in_bf16, rel=1e-2)
+        assert max(abs(a / b - 1) for a, b in zip(one_process, in_bf16, strict=True)) > 1e-4
+        for strategy, backend in (
+            ("ddp", "torch"),
+            ("zero1", "torch"),
+            ("zero2", "torch"),
+            ("zero3", "torch"),
+            ("zero1", "bucketed"),
+            ("zero2", "bucketed"),
+            ("zero3", "bucketed"),
         ):
-            assert _losses(ranks, strategy, recipe, backend=backend) == pytest.approx(wanted, rel=1e-6), strategy
+            assert _losses(ranks, strategy, recipe, backend=backend) == pytest.approx(one_process, rel=1e-6), strategy
 
 
 def test_every_engine_trains_as_one_process_does() -> None:
