@@ -1,5 +1,6 @@
 """One precision under every engine: 16 bits in computing, fp32 where anything is added up or kept."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -18,6 +19,14 @@ from tests.support import run_on_ranks
 _NUM_REPEATS = 512
 # Of the others the modules hold what is gathered while they compute.
 _SHOWS_MASTERS = {("torch", "ddp"), ("accelerate", "ddp"), *(("deepspeed", f"zero{stage}") for stage in (1, 2, 3))}
+# One of each way to add gradients up.
+_MECHANISMS = (
+    ("torch", "ddp"),
+    ("torch", "zero2"),
+    ("bucketed", "zero1"),
+    ("bucketed", "zero3"),
+    ("deepspeed", "zero2"),
+)
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -37,10 +46,10 @@ def _engine(ranks: Ranks, backend: str, strategy: str, compute: str, **arguments
     return network_engine(config, TABLE, ranks)
 
 
-def _repeat_a_row(ranks: Ranks, compute: str) -> None:
+def _repeat_a_row(ranks: Ranks, compute: str, pairs: Sequence[tuple[str, str]]) -> None:
     row = random_rows(TABLE, 1, seed=3)
     found = {}
-    for backend, strategy in ON_2_RANKS:
+    for backend, strategy in pairs:
         engine = _engine(ranks, backend, strategy, compute)
         found[f"{backend} {strategy}"] = [_norm(engine, row, number, ranks.world_size) for number in (1, _NUM_REPEATS)]
     assert all(one > 0 for one, _ in found.values()), found
@@ -90,7 +99,7 @@ def _recompute(ranks: Ranks) -> None:
 
 
 def _under_every_engine(ranks: Ranks) -> None:
-    _repeat_a_row(ranks, "bf16")
+    _repeat_a_row(ranks, "bf16", _MECHANISMS)
     _look_inside_a_step(ranks)
     _recompute(ranks)
 
@@ -100,8 +109,10 @@ def test_a_row_repeated_has_the_norm_of_one_and_masters_stay_fp32() -> None:
 
 
 @pytest.mark.slow
-def test_a_row_repeated_has_that_norm_in_fp16_too() -> None:
-    run_on_ranks(_repeat_a_row, 2, "fp16", timeout_s=300)
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("compute", _DTYPES)
+def test_a_row_repeated_has_that_norm_under_every_engine(compute: str) -> None:
+    run_on_ranks(_repeat_a_row, 2, compute, ON_2_RANKS, timeout_s=380)
 
 
 class _Scaled(nn.Module):
