@@ -81,12 +81,17 @@ class Contest:
 
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """Fused AdamW, vectors not decayed."""
+        groups, options = self.optimizer_arguments(model)
+        return torch.optim.AdamW(groups, **options)
+
+    def optimizer_arguments(self, model: nn.Module) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """The groups of parameters of torch's AdamW, and its other arguments."""
         settings = self.config.optimizer
         groups = [
             {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": settings.weight_decay},
             {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
         ]
-        return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
+        return groups, {"lr": settings.lr, "betas": settings.betas, "eps": settings.eps, "fused": True}
 
     def build_schedule(
         self, optimizer: torch.optim.Optimizer, calls_per_step: int = 1
@@ -181,18 +186,21 @@ class StepLog:
 
     Attributes:
         losses: mean loss by step.
+        grad_norms: norm of the whole gradient before it was clipped, by step.
+        rates: learning rate by step, as the contestant's scheduler tells it.
         averaged_over: steps that one loss is the mean of.
-        others: gradient norm and learning rate by step.
     """
 
     losses: dict[int, float] = field(default_factory=dict)
+    grad_norms: dict[int, float] = field(default_factory=dict)
+    rates: dict[int, float] = field(default_factory=dict)
     averaged_over: int = 1
-    others: dict[int, tuple[float, float]] = field(default_factory=dict)
 
     def add(self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor | None, rate: float | torch.Tensor) -> None:
         """Keep one step's metrics; waits for the device."""
         self.losses[step] = loss.item()
-        self.others[step] = (grad_norm.item() if grad_norm is not None else math.nan, float(rate))
+        self.grad_norms[step] = grad_norm.item() if grad_norm is not None else math.nan
+        self.rates[step] = float(rate)
 
 
 class Contestant(Protocol):
@@ -201,10 +209,12 @@ class Contestant(Protocol):
     Attributes:
         name: what it is called in results.
         settings: how it is set up, for the reader of a result.
+        trains: whether it does the work of the contest; what does not is timed beside it.
     """
 
     name: str
     settings: dict[str, Any]
+    trains: bool = True
 
     def run(self, step_edge: StepEdge) -> None:
         """Train; call ``step_edge`` after each step, for as long as it returns."""

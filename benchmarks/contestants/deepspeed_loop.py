@@ -1,5 +1,6 @@
 """DeepSpeed called directly, as its "Getting Started" has it."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,7 +11,36 @@ from sharding.config import Strategy
 from sharding.deepspeed_backend.engine import import_deepspeed
 
 _STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
-_CPU_BUCKET = 1 << 20
+
+
+@dataclass(frozen=True)
+class DeepSpeedTuning:
+    """What is to be found out by trying.
+
+    Attributes:
+        overlap_comm: whether gradients travel during the backward pass.
+        bucket_elements: size of the buckets of gradients and parameters; None for DeepSpeed's own.
+    """
+
+    overlap_comm: bool = True
+    bucket_elements: int | None = None
+
+    @property
+    def label(self) -> str:
+        """The name of a contestant that is set up so."""
+        size = "own buckets" if self.bucket_elements is None else f"buckets of {self.bucket_elements:,}"
+        return f"deepspeed {'with' if self.overlap_comm else 'without'} overlap, {size}"
+
+
+TRIED = tuple(DeepSpeedTuning(overlaps, size) for overlaps in (True, False) for size in (None, 1 << 18, 1 << 20, 1 << 22))
+"""What ``shardline bench scaling --field settings`` compares."""
+
+BEST_ON_CPU: dict[Strategy, DeepSpeedTuning] = {
+    "zero1": DeepSpeedTuning(bucket_elements=1 << 20),
+    "zero2": DeepSpeedTuning(bucket_elements=1 << 20),
+    "zero3": DeepSpeedTuning(),
+}
+"""The fastest of those on two CPU cores."""
 
 
 class DeepSpeedLoop(Contestant):
@@ -18,25 +48,26 @@ class DeepSpeedLoop(Contestant):
 
     DeepSpeed clips, accumulates, and steps optimizer and schedule after the last micro-batch by itself. On GPUs it
     computes in bf16 by its own option, which also reduces gradients in bf16: less to move than for the others.
-    Gradients travel during the backward pass (``overlap_comm``). On a CPU stages 1 and 2 have buckets of a million
-    elements: of its default size a small model has a single one, which was slower when the two were measured in turns.
+    ``overlap_comm`` and sizes of buckets are those that were fastest when they were measured in turns.
     """
 
     name = "deepspeed"
 
-    def __init__(self, contest: Contest, strategy: Strategy) -> None:
+    def __init__(self, contest: Contest, strategy: Strategy, tuning: DeepSpeedTuning | None = None) -> None:
         """Initialise DeepSpeed in the process group that is there.
 
         Args:
             contest: what all share.
             strategy: zero1, zero2 or zero3.
+            tuning: if None, the best that is known.
         """
+        if tuning is None:
+            tuning = BEST_ON_CPU[strategy] if contest.ranks.device.type == "cpu" else DeepSpeedTuning()
         self._contest = contest
         self._log = StepLog()
         batch = contest.config.batch
-        zero: dict[str, Any] = {"stage": _STAGES[strategy], "contiguous_gradients": True, "overlap_comm": True}
-        if contest.ranks.device.type == "cpu" and strategy != "zero3":
-            zero |= {"reduce_bucket_size": _CPU_BUCKET, "allgather_bucket_size": _CPU_BUCKET}
+        zero = {"stage": _STAGES[strategy], "contiguous_gradients": True, "overlap_comm": tuning.overlap_comm}
+        zero |= _buckets(strategy, tuning.bucket_elements)
         self.settings: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": batch.micro_size,
             "gradient_accumulation_steps": contest.accumulation_steps,
@@ -91,3 +122,11 @@ class DeepSpeedLoop(Contestant):
     def step_log(self) -> StepLog:
         """See Contestant."""
         return self._log
+
+
+def _buckets(strategy: Strategy, num_elements: int | None) -> dict[str, Any]:
+    if num_elements is None:
+        return {}
+    # Stage 3 gathers module by module, so many elements ahead.
+    gathered = "stage3_prefetch_bucket_size" if strategy == "zero3" else "allgather_bucket_size"
+    return {"reduce_bucket_size": num_elements, gathered: num_elements}

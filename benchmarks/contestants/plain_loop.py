@@ -37,9 +37,9 @@ class PlainLoop(Contestant):
         self.settings: dict[str, Any] = {}
         self._model = self._distribute(contest.build_model())
         self._parameters = list(self._model.parameters())
-        self._optimizer = contest.build_optimizer(self._model)
+        self._optimizer = self._build_optimizer(self._model)
         self._schedule = contest.build_schedule(self._optimizer)
-        self._step_losses: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._steps: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
     def run(self, step_edge: StepEdge) -> None:
         """See Contestant."""
@@ -67,7 +67,7 @@ class PlainLoop(Contestant):
             self._optimizer.step()
             self._schedule.step()
             self._optimizer.zero_grad()
-            self._step_losses.append((loss_sum, num_targets))
+            self._steps.append((loss_sum, num_targets, grad_norm))
             if contest.is_logged(step):
                 total = loss_sum.clone()
                 if self._is_distributed:
@@ -75,14 +75,16 @@ class PlainLoop(Contestant):
                 self._log.add(step, total / num_targets, self._whole(grad_norm), self._schedule.get_last_lr()[0])
             step_edge()
 
-    def step_losses(self) -> torch.Tensor:
-        """The mean loss of every step so far, fp64 [steps] on the host; every rank must call it, between steps."""
-        if not self._step_losses:
-            return torch.empty(0, dtype=torch.float64)
-        sums = torch.stack([loss_sum for loss_sum, _ in self._step_losses]).double().cpu()
-        counts = torch.stack([num_targets for _, num_targets in self._step_losses]).double().cpu()
+    def step_facts(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean loss and gradient norm of every step so far, each fp64 [steps] on the host.
+
+        Every rank must call it, between steps.
+        """
+        if not self._steps:
+            return torch.empty(0, dtype=torch.float64), torch.empty(0, dtype=torch.float64)
+        sums, counts, norms = (torch.stack(column).double().cpu() for column in zip(*self._steps, strict=True))
         dist.all_reduce(sums)
-        return sums / counts
+        return sums / counts, norms
 
     def step_log(self) -> StepLog:
         """See Contestant."""
@@ -97,6 +99,10 @@ class PlainLoop(Contestant):
         return DistributedDataParallel(
             model, device_ids=[device.index] if device.type == "cuda" else None, **self.settings
         )
+
+    def _build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """The optimizer of the distributed model."""
+        return self._contest.build_optimizer(model)
 
     def _communication(self, *, is_last: bool) -> AbstractContextManager[None]:
         """What one micro-batch is computed in."""

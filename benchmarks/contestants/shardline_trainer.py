@@ -76,7 +76,8 @@ class ShardlineTrainer(Contestant):
     def step_log(self) -> StepLog:
         """See Contestant; read from metrics.jsonl."""
         lines = [json.loads(line) for line in self._run_folder.metrics_file.read_text().splitlines()]
-        return StepLog({line["step"]: line["train/loss"] for line in lines})
+        losses = {line["step"]: line["train/loss"] for line in lines}
+        return StepLog(losses, {line["step"]: line["train/grad_norm"] for line in lines})
 
     def _hear(self, ended: PhaseState, begun: PhaseState) -> None:
         """See edges, and show a profiler where the loop waits for a batch, as torch's DataLoader does by itself."""

@@ -12,7 +12,8 @@ class TransformersTrainer(Contestant):
     """``Trainer.train`` as it is, with the options that its documentation names for speed.
 
     A callback at the end of each step hands over the turn; what follows it in the loop (logging, the next batch) falls
-    into the next step's time. Its DDP offers no gradients as bucket views. Logged losses are means since the last log.
+    into the next step's time. Its DDP offers no gradients as bucket views. Logged losses are means since the last
+    log; a logged gradient norm is that of its step.
     """
 
     name = "transformers"
@@ -63,8 +64,10 @@ class TransformersTrainer(Contestant):
 
     def step_log(self) -> StepLog:
         """See Contestant."""
-        losses = {entry["step"]: entry["loss"] for entry in self._trainer.state.log_history if "loss" in entry}
-        return StepLog(losses, averaged_over=self._every_steps)
+        entries = [entry for entry in self._trainer.state.log_history if "loss" in entry]
+        losses = {entry["step"]: entry["loss"] for entry in entries}
+        grad_norms = {entry["step"]: entry["grad_norm"] for entry in entries}
+        return StepLog(losses, grad_norms, averaged_over=self._every_steps)
 
 
 class _StepEdgeCallback(TrainerCallback):

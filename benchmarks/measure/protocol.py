@@ -25,7 +25,7 @@ def turn_orders(names: Sequence[str]) -> list[list[str]]:
     return [[names[index] for index in row] for row in rows]
 
 
-def order_of_round(names: Sequence[str], round_index: int, seed: int) -> list[str]:
+def order_of_round(names: Sequence[str], round_index: int, seed: int | str) -> list[str]:
     """Who goes when in one round: each cycle of ``turn_orders`` in a shuffled order of its own, the same on all ranks.
 
     Args:
