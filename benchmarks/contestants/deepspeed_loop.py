@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from benchmarks.contestants.contest import Contest, Contestant, StepLog, count_targets, summed_loss
 from benchmarks.measure.turns import StepEdge
@@ -20,20 +21,27 @@ class DeepSpeedTuning:
     Attributes:
         overlap_comm: whether gradients travel during the backward pass.
         bucket_elements: size of the buckets of gradients and parameters; None for DeepSpeed's own.
+        own_linear: whether stage 3 has DeepSpeed's ``memory_efficient_linear`` in place of torch's product.
     """
 
     overlap_comm: bool = True
     bucket_elements: int | None = None
+    own_linear: bool = False
 
     @property
     def label(self) -> str:
         """The name of a contestant that is set up so."""
         size = "own buckets" if self.bucket_elements is None else f"buckets of {self.bucket_elements:,}"
-        return f"deepspeed {'with' if self.overlap_comm else 'without'} overlap, {size}"
+        overlap = f"deepspeed {'with' if self.overlap_comm else 'without'} overlap, {size}"
+        return overlap + (", own linear" if self.own_linear else "")
 
 
-TRIED = tuple(DeepSpeedTuning(overlaps, size) for overlaps in (True, False) for size in (None, 1 << 18, 1 << 20, 1 << 22))
-"""What ``shardline bench scaling --field settings`` compares."""
+def tunings(strategy: Strategy) -> list[DeepSpeedTuning]:
+    """What ``shardline bench scaling --field settings`` compares."""
+    sizes = (None, 1 << 18, 1 << 20, 1 << 22)
+    found = [DeepSpeedTuning(overlaps, size) for overlaps in (True, False) for size in sizes]
+    return [*found, DeepSpeedTuning(own_linear=True)] if strategy == "zero3" else found
+
 
 BEST_ON_CPU: dict[Strategy, DeepSpeedTuning] = {
     "zero1": DeepSpeedTuning(bucket_elements=1 << 20),
@@ -68,6 +76,8 @@ class DeepSpeedLoop(Contestant):
         batch = contest.config.batch
         zero = {"stage": _STAGES[strategy], "contiguous_gradients": True, "overlap_comm": tuning.overlap_comm}
         zero |= _buckets(strategy, tuning.bucket_elements)
+        if strategy == "zero3":
+            zero["memory_efficient_linear"] = tuning.own_linear
         self.settings: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": batch.micro_size,
             "gradient_accumulation_steps": contest.accumulation_steps,
@@ -83,6 +93,7 @@ class DeepSpeedLoop(Contestant):
         deepspeed = import_deepspeed(self.settings)
         model = contest.build_model()
         optimizer = contest.build_optimizer(model)
+        torchs_linear = functional.linear
         self._engine, *_, self._schedule = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
@@ -90,6 +101,8 @@ class DeepSpeedLoop(Contestant):
             config=self.settings,
             dist_init_required=False,
         )
+        # Stage 3 puts its own into torch for the whole process: that is for its own turns.
+        self._linear, functional.linear = functional.linear, torchs_linear
         assert self._engine.zero_optimization_stage() == _STAGES[strategy]
         assert self._engine.dp_world_size == contest.ranks.world_size
 
@@ -98,11 +111,13 @@ class DeepSpeedLoop(Contestant):
         contest, engine = self._contest, self._engine
         device, world_size = contest.ranks.device, contest.ranks.world_size
         micro_batches = iter(contest.build_loader())
+        torchs_linear = functional.linear
         for step in range(1, contest.num_steps + 1):
             batches = [
                 {name: tensor.to(device, non_blocking=True) for name, tensor in next(micro_batches).items()}
                 for _ in range(contest.accumulation_steps)
             ]
+            functional.linear = self._linear
             num_targets = count_targets(batches)
             torch.distributed.all_reduce(num_targets)
             loss_sum = torch.zeros((), device=device)
@@ -117,6 +132,7 @@ class DeepSpeedLoop(Contestant):
                 torch.distributed.all_reduce(loss_sum)
                 norm = torch.as_tensor(engine.get_global_grad_norm())
                 self._log.add(step, loss_sum / num_targets, norm, self._schedule.get_last_lr()[0])
+            functional.linear = torchs_linear
             step_edge()
 
     def step_log(self) -> StepLog:

@@ -4,7 +4,7 @@ from functools import partial
 
 from benchmarks.contestants.accelerate_loop import AccelerateLoop
 from benchmarks.contestants.contest import BuildContestant
-from benchmarks.contestants.deepspeed_loop import TRIED, DeepSpeedLoop
+from benchmarks.contestants.deepspeed_loop import DeepSpeedLoop, tunings
 from benchmarks.contestants.extra_collectives import ExtraCollectives
 from benchmarks.contestants.fabric_loop import FabricLoop, FabricShardedLoop
 from benchmarks.contestants.plain_loop import PlainLoop
@@ -66,4 +66,5 @@ def settings_of(strategy: Strategy) -> dict[str, BuildContestant]:
         for views in (True, False):
             label = f"{ZeroRedundancyLoop.name}, parameters {'as views' if views else 'copied'}"
             builders[label] = partial(ZeroRedundancyLoop, parameters_as_bucket_view=views)
-    return builders | {one.label: partial(DeepSpeedLoop, strategy=strategy, tuning=one) for one in TRIED}
+    tried = tunings(strategy)
+    return builders | {one.label: partial(DeepSpeedLoop, strategy=strategy, tuning=one) for one in tried}

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.nn import functional
 
 from benchmarks.contestants.agreement import agreement
 from benchmarks.contestants.contest import BuildContestant, Contest, Contestant
@@ -126,8 +127,11 @@ class Race:
         self._title = title
         self._write = write
         self._seed = f"{contest.config.seed}:{start}"
+        linear = functional.linear
         order = build_order(list(builders), self._seed)
         self._contestants: dict[str, Contestant] = {name: builders[name](contest) for name in order}
+        if functional.linear is not linear:
+            raise RuntimeError("a contestant has changed torch.nn.functional.linear for all of them")
         # In the order of the field, whoever was built first.
         self._names = list(builders)
         self._started_at = time.monotonic()
