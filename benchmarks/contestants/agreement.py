@@ -31,9 +31,9 @@ class Tolerance:
     def at(self, step: int) -> tuple[float, float]:
         """What loss and gradient norm of a step may differ by.
 
-        Adam turns rounding of gradients that are nearly zero into other steps, and these into more: measured losses were
-        within 1e-6 at step 20, and ten times as far apart each ten steps later, until they are two trainings of the same
-        run. So later steps show less, and those after the hundredth nothing.
+        Adam turns rounding of gradients that are nearly zero into other steps, and these into more: measured losses
+        were within 1e-6 at step 20, and ten times as far apart each ten steps later, until they are two trainings of
+        the same run. So later steps show less, and those after the hundredth nothing.
         """
         if step > _LAST_STEP:
             return float("inf"), float("inf")
@@ -60,7 +60,9 @@ class Agreement:
     complaint: str
 
 
-def agreement(name: str, log: StepLog, losses: Sequence[float], norms: Sequence[float], dtype: torch.dtype) -> Agreement:
+def agreement(
+    name: str, log: StepLog, losses: Sequence[float], norms: Sequence[float], dtype: torch.dtype
+) -> Agreement:
     """Compare what a contestant has logged with the plain loop's figures of the same steps.
 
     Args:
@@ -86,8 +88,8 @@ def agreement(name: str, log: StepLog, losses: Sequence[float], norms: Sequence[
                 return Agreement(
                     loss_differences,
                     norm_differences,
-                    f"{name} does other work than the plain loop: its {what} of step {step} is {found[step]}, the plain "
-                    f"loop's {reference[step]}; they may differ by {most:.0e}, relative",
+                    f"{name} does other work than the plain loop: its {what} of step {step} is {found[step]}, the "
+                    f"plain loop's {reference[step]}; they may differ by {most:.0e}, relative",
                 )
     return Agreement(loss_differences, norm_differences, "")
 

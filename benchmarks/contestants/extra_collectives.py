@@ -18,8 +18,8 @@ class ExtraCollectives(Contestant):
 
     DDP sums all gradients once a step, and what is summed is everywhere: a sum of slices and a gathering of all. Beyond
     that stage 2 sums once more for each further micro-batch. Stage 3 does so too, and gathers a block anew for each
-    pass: all of them but the first, which stays, as what is in no block does, and the last, with which the backward pass
-    begins. Sums are fp32, gatherings in the format of matrix products.
+    pass: all of them but the first, which stays, as what is in no block does, and the last, with which the backward
+    pass begins. Sums are fp32, gatherings in the format of matrix products.
     """
 
     name = "extra collectives"

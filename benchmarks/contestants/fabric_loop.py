@@ -106,9 +106,9 @@ class FabricLoop(Contestant):
 
 
 class FabricShardedLoop(FabricLoop):
-    """Its ``ModelParallelStrategy`` with ``fully_shard``, set up as for the plain loop; its ``FSDPStrategy`` wants a GPU.
+    """Its ``ModelParallelStrategy`` with ``fully_shard``, set up as for the plain loop.
 
-    Stage 1 holds gradients back by ``no_backward_sync``.
+    Its ``FSDPStrategy`` wants a GPU. Stage 1 holds gradients back by ``no_backward_sync``.
     """
 
     def __init__(self, contest: Contest, strategy: Strategy) -> None:
@@ -132,7 +132,9 @@ class FabricShardedLoop(FabricLoop):
         def shard(model: nn.Module, mesh: Any) -> nn.Module:
             for _, block in find_blocks(model):
                 fully_shard(block, mesh=mesh["data_parallel"], reshard_after_forward=frees, mp_policy=policy)
-            self._sharded = fully_shard(model, mesh=mesh["data_parallel"], reshard_after_forward=frees, mp_policy=policy)
+            self._sharded = fully_shard(
+                model, mesh=mesh["data_parallel"], reshard_after_forward=frees, mp_policy=policy
+            )
             return model
 
         self.settings = {

@@ -197,7 +197,7 @@ class Race:
         self._show_progress(index + 1)
 
     def _profile(self, turns: dict[str, Turns]) -> None:
-        for name in self._names:
+        for name in (name for name in self._names if self._contestants[name].trains):
             profile = StepProfile(self._ranks.device)
             self._wait_for_all_ranks()
             # What the step before the first left under way is not there: the first is not looked at.
@@ -223,8 +223,8 @@ class Race:
         """Compare what everyone logged with the plain loop's figures of the same steps, and record both.
 
         Raises:
-            RuntimeError: they differ by more than rounding, or someone has logged nothing: the contestants do not do the
-                same work.
+            RuntimeError: they differ by more than rounding, or someone has logged nothing: the contestants do not do
+                the same work.
         """
         plain = self._contestants[REFERENCE]
         assert isinstance(plain, PlainLoop)

@@ -1,8 +1,9 @@
 """DistributedDataParallel with torch's ``ZeroRedundancyOptimizer``, which is stage 1."""
 
+import warnings
+
 import torch
 from torch import nn
-from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from benchmarks.contestants.contest import Contest
 from benchmarks.contestants.plain_loop import PlainLoop
@@ -33,6 +34,10 @@ class ZeroRedundancyLoop(PlainLoop):
         }
 
     def _build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        with warnings.catch_warnings():
+            # The package's other optimizers use what torch itself has deprecated.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            from torch.distributed.optim import ZeroRedundancyOptimizer
         groups, options = self._contest.optimizer_arguments(model)
         return ZeroRedundancyOptimizer(
             groups, torch.optim.AdamW, parameters_as_bucket_view=self._as_bucket_view, **options

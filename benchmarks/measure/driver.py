@@ -4,6 +4,7 @@ import argparse
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,8 +96,10 @@ def measure_on_ranks(
         variables: what to add to the environment.
         labels: what else the row says.
     """
+    began_at = time.monotonic()
     status = run_ranks(module, assignment, num_ranks, raw.with_suffix(".log"), variables=variables)
-    append_row(raw, {"kind": "end", **labels, "exit_code": status, "load_average": os.getloadavg()})
+    took = {"elapsed_s": time.monotonic() - began_at, "load_average": os.getloadavg()}
+    append_row(raw, {"kind": "end", **labels, "exit_code": status, **took})
     return status
 
 

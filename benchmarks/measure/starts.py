@@ -53,13 +53,27 @@ class RatioOfStarts(Ratio):
         return RatioOfStarts(factor * self.value, factor * self.low, factor * self.high, by_start)
 
 
-def ratio_over_starts(numerator_s: Starts, denominator_s: Starts, *, in_pairs: bool = True, seed: int = 0) -> RatioOfStarts:
+@dataclass(frozen=True)
+class _Resampled:
+    """Logarithms of a ratio: in each start, and in resamples of starts and pairs."""
+
+    by_start: np.ndarray
+    resamples: np.ndarray
+
+    @property
+    def value(self) -> float:
+        return float(np.exp(self.by_start.mean()))
+
+
+def ratio_over_starts(
+    numerator_s: Starts, denominator_s: Starts, *, in_pairs: bool = True, seed: int = 0
+) -> RatioOfStarts:
     """Ratio of two contestants' times: the geometric mean of the starts' ratios of medians.
 
-    The interval is a bootstrap of two levels, starts and then pairs within each of them (Davison and Hinkley, "Bootstrap
-    Methods and their Application", 1997, section 3.8). Of few starts percentiles are too narrow, as a normal quantile
-    is in Student's place and n in that of n - 1: they are taken further out (the expanded percentiles of Hesterberg,
-    "What Teachers Should Know About the Bootstrap", The American Statistician 69, 2015).
+    The interval is a bootstrap of two levels, starts and then pairs within each of them (Davison and Hinkley,
+    "Bootstrap Methods and their Application", 1997, section 3.8). Of few starts percentiles are too narrow, as a normal
+    quantile is in Student's place and n in that of n - 1: they are taken further out (the expanded percentiles of
+    Hesterberg, "What Teachers Should Know About the Bootstrap", The American Statistician 69, 2015).
 
     Args:
         numerator_s: one side's times, start by start.
@@ -71,19 +85,40 @@ def ratio_over_starts(numerator_s: Starts, denominator_s: Starts, *, in_pairs: b
     Raises:
         ValueError: there is no start, or the two have not the same.
     """
-    if not numerator_s or len(numerator_s) != len(denominator_s):
-        raise ValueError(f"ratios need the same starts on both sides, not {len(numerator_s)} and {len(denominator_s)}")
+    found = _resampled_ratio(numerator_s, denominator_s, in_pairs, np.random.default_rng(seed))
+    low, high = _interval(found.resamples, len(found.by_start))
+    return RatioOfStarts(found.value, low, high, tuple(float(one) for one in np.exp(found.by_start)))
+
+
+def change_of_ratio(now: tuple[Starts, Starts], before: tuple[Starts, Starts], seed: int = 0) -> Ratio:
+    """A ratio over what it was in another result, each resampled by itself.
+
+    Args:
+        now: numerator and denominator of this result, in pairs.
+        before: those of the other.
+        seed: of the resamples.
+    """
     generator = np.random.default_rng(seed)
-    sides = list(zip(numerator_s, denominator_s, strict=True))
-    found = np.log([np.median(above) / np.median(below) for above, below in sides])
-    within = np.log([_resampled(above, below, in_pairs, generator) for above, below in sides])
-    num_starts = len(sides)
-    chosen = generator.integers(0, num_starts, size=(_NUM_RESAMPLES, num_starts))
+    new, old = (_resampled_ratio(*sides, True, generator) for sides in (now, before))
+    low, high = _interval(new.resamples - old.resamples, min(len(new.by_start), len(old.by_start)))
+    return Ratio(new.value / old.value, low, high)
+
+
+def _resampled_ratio(above: Starts, below: Starts, in_pairs: bool, generator: np.random.Generator) -> _Resampled:
+    if not above or len(above) != len(below):
+        raise ValueError(f"ratios need the same starts on both sides, not {len(above)} and {len(below)}")
+    sides = list(zip(above, below, strict=True))
+    by_start = np.log([np.median(upper) / np.median(lower) for upper, lower in sides])
+    within = np.log([_resampled(upper, lower, in_pairs, generator) for upper, lower in sides])
+    chosen = generator.integers(0, len(sides), size=(_NUM_RESAMPLES, len(sides)))
     picked = generator.integers(0, _NUM_WITHIN, size=chosen.shape)
+    return _Resampled(by_start, within[chosen, picked].mean(axis=1))
+
+
+def _interval(resamples: np.ndarray, num_starts: int) -> tuple[float, float]:
     tail = _tail(num_starts)
-    low, high = np.quantile(within[chosen, picked].mean(axis=1), [tail, 1.0 - tail])
-    value, low, high = (float(np.exp(one)) for one in (found.mean(), low, high))
-    return RatioOfStarts(value, low, high, tuple(float(one) for one in np.exp(found)))
+    low, high = np.exp(np.quantile(resamples, [tail, 1.0 - tail]))
+    return float(low), float(high)
 
 
 def _resampled(

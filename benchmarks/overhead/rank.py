@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 
 from benchmarks.contestants.field import CONTROL, builders_of
-from benchmarks.contestants.plain_loop import PlainLoop
 from benchmarks.contestants.race import Race, Rounds, build_contest, row_writer
 from benchmarks.measure.assignment import Assignment
 from sharding.ranks.errors import EXIT_FAILED, EXIT_FINISHED
@@ -27,7 +26,7 @@ def main(arguments: Sequence[str]) -> None:
     config = parse_config(assignment.config, source=assignment.size)
     torch.set_num_threads(assignment.threads)
     rounds = Rounds(assignment.num_warmup, assignment.num_pairs)
-    builders = builders_of("ddp") | ({CONTROL: PlainLoop} if assignment.with_control else {})
+    builders = {name: build for name, build in builders_of("ddp").items() if name != CONTROL or assignment.with_control}
     try:
         with process_group(config.launch.init_timeout_s) as ranks, tempfile.TemporaryDirectory() as folder:
             contest = build_contest(config, ranks, rounds.num_steps, Path(folder))

@@ -18,6 +18,9 @@ MODES = ("weak", "strong")
 
 STRATEGIES: tuple[Strategy, ...] = ("ddp", "zero1", "zero2", "zero3")
 
+FIELDS = ("contest", "settings")
+"""Who takes part: everyone, or sharded peers in all of the settings that were tried for them."""
+
 LOG_EVERY_STEPS = 10
 """Steps from one logged loss to the next; losses are compared at the end of the warm-up, transformers a step late."""
 
@@ -57,23 +60,30 @@ class RacePlan:
 
 @dataclass(frozen=True)
 class ScalingAssignment:
-    """What the ranks of one launch are told.
+    """What the ranks of one launch are told: one race in one of its starts.
 
     Attributes:
-        num_ranks: how many they are.
-        races: RacePlans as plain values, one after the other.
+        race: a RacePlan as plain values.
+        start: which start this is, from 0; the races of a start are one experiment.
         rounds: Rounds as plain values.
+        field: one of ``FIELDS``.
         contestants: names of those that take part; all if empty.
         threads: CPU threads of each contestant's operators.
         output: JSONL file that rank 0 appends to.
     """
 
-    num_ranks: int
-    races: list[dict[str, Any]]
+    race: dict[str, Any]
+    start: int
     rounds: dict[str, int]
+    field: str
     contestants: list[str]
     threads: int
     output: str
+
+    @property
+    def plan(self) -> RacePlan:
+        """The race."""
+        return RacePlan(**self.race)
 
 
 def rank_counts(num_nodes: int, ranks_per_node: int) -> list[int]:

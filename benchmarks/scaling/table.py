@@ -1,117 +1,29 @@
 """What ``shardline bench scaling`` has found, from its raw rows: tables, verdicts, a plot."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from statistics import mean, median
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from benchmarks.contestants.field import BUCKETED
-from benchmarks.measure.comparison import Series, ratio_of_independent
+from benchmarks.contestants.field import ABSENT
+from benchmarks.measure.comparison import Series
+from benchmarks.measure.starts import RatioOfStarts
 from benchmarks.measure.step_profile import CATEGORIES, verdict
 from benchmarks.presentation.facts import facts
 from benchmarks.presentation.plots import Panel, Point, line_panels
 from benchmarks.scaling.plan import MODES
-from trainer.metrics.paired_times import Ratio, ratio_of_medians
+from benchmarks.scaling.races import EXTRA, OURS, RaceResult, base_of, efficiency, read_races
+from benchmarks.scaling.targets import targets
 
-REFERENCE = "plain"
-TARGET = 1.03
-"""Upper end of the interval of Shardline's ratio to the plain loop of the same strategy."""
-
-_OURS = ("shardline", BUCKETED)
-_ORDER = (REFERENCE, *_OURS, "deepspeed", "accelerate", "fabric", "transformers")
 Row = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class RaceResult:
-    """One race as it was measured.
-
-    Attributes:
-        label: its name.
-        strategy: what all contestants did.
-        num_ranks: ranks.
-        modes: weak, strong, or both.
-        tokens_per_step: over all ranks.
-        times: each contestant's step times in seconds, one per round, of the slowest rank.
-        loss_differences: from the plain loop, the largest, relative.
-        profiles: by contestant shares of a profiled step, mean over ranks; see ``StepProfile.shares``.
-    """
-
-    label: str
-    strategy: str
-    num_ranks: int
-    modes: Sequence[str]
-    tokens_per_step: int
-    times: dict[str, list[float]]
-    loss_differences: dict[str, float]
-    profiles: dict[str, dict[str, float]]
-
-    def tokens_per_s(self, name: str) -> float:
-        """Of one contestant, over all ranks."""
-        return self.tokens_per_step / median(self.times[name])
-
-    def ratio(self, name: str) -> Ratio | None:
-        """A contestant's step over the plain loop's; None for the plain loop, or where it did not take part."""
-        if name == REFERENCE or REFERENCE not in self.times:
-            return None
-        return ratio_of_medians(self.times[name], self.times[REFERENCE])
-
-
-def read_races(rows: Sequence[Row]) -> list[RaceResult]:
-    """All races that have at least one pair."""
-    races = []
-    for race in (row for row in rows if row["kind"] == "race"):
-        own = [row for row in rows if row.get("race") == race["race"]]
-        rounds = [row for row in own if row["kind"] == "round"]
-        if not rounds:
-            continue
-        names = sorted(rounds[0]["wall_s"], key=_place)
-        profiles = {
-            row["contestant"]: {key: mean(values) for key, values in row.items() if isinstance(values, list)}
-            for row in own
-            if row["kind"] == "profile"
-        }
-        races.append(
-            RaceResult(
-                label=race["race"],
-                strategy=race["strategy"],
-                num_ranks=race["num_ranks"],
-                modes=race["modes"],
-                tokens_per_step=race["global_size"] * race["sequence_length"],
-                times={name: [max(row["wall_s"][name]) for row in rounds] for name in names},
-                loss_differences={r["contestant"]: r["largest_difference"] for r in own if r["kind"] == "losses"},
-                profiles=profiles,
-            )
-        )
-    return races
-
-
-def efficiency(race: RaceResult, name: str, base: RaceResult) -> Ratio:
-    """Tokens per second and rank, over those of the plain loop in another race, on the fewest ranks.
-
-    On one rank the plain loop has no strategy: no copy, no bucket, no collective. All rows are divided by the same
-    figure, so a strategy that wastes time on one rank as well gains nothing by it.
-
-    Args:
-        race: where the contestant was measured.
-        name: the contestant.
-        base: the race of the same mode on the fewest ranks.
-    """
-    work = race.tokens_per_step / race.num_ranks / (base.tokens_per_step / base.num_ranks)
-    ratio = ratio_of_independent(Series(base.times[REFERENCE]), Series(race.times[name]))
-    return Ratio(ratio.value * work, ratio.low * work, ratio.high * work)
-
-
-def series(rows: Sequence[Row]) -> tuple[dict[str, Series], dict[str, Series]]:
-    """What a repeated result is compared by: tokens per second, and step times over the plain loop's."""
-    rates, ratios = {}, {}
-    for race in read_races(rows):
-        for name, times in race.times.items():
-            row = f"{race.label} {name}"
-            rates[row] = Series([race.tokens_per_step / time for time in times])
-            if name != REFERENCE:
-                ratios[row] = Series(times, race.times.get(REFERENCE))
-    return rates, ratios
+def series(rows: Sequence[Row]) -> dict[str, Series]:
+    """Tokens per second by row, of all starts."""
+    return {
+        f"{race.label} {name}": Series([race.tokens_per_step / time for times in race.times[name] for time in times])
+        for race in read_races(rows)
+        for name in race.contestants
+    }
 
 
 def markdown(rows: Sequence[Row], file: str, changes: Sequence[str] = ()) -> str:
@@ -124,11 +36,11 @@ def markdown(rows: Sequence[Row], file: str, changes: Sequence[str] = ()) -> str
     """
     header = rows[0]
     races = read_races(rows)
-    lines = [*facts(header, "Scaling over ranks"), "", *_describe(header, races), ""]
+    lines = [*facts(header, "Scaling over ranks"), "", *_describe(header, rows, races), ""]
     for mode in MODES:
         if any(mode in race.modes for race in races):
             lines += [f"## {mode.capitalize()} scaling", "", *_mode(races, mode, header)]
-    lines += ["## Targets", "", *(f"- {line}" for line in _targets(races)), ""]
+    lines += ["## Targets", "", *(f"- {line}" for line in targets(races)), ""]
     lines += ["## Where the time goes", "", *_profiles(races, header), ""]
     if changes:
         lines += ["## Since the last result", "", *changes, ""]
@@ -142,34 +54,43 @@ def plot(rows: Sequence[Row]) -> str:
     strategies = list(dict.fromkeys(race.strategy for race in races if race.strategy != "none")) or ["none"]
     panels = []
     for mode in (mode for mode in MODES if any(mode in race.modes for race in races)):
-        base = _base(races, mode)
+        base = base_of(races, mode)
         for strategy in strategies:
             lines: dict[str, list[Point]] = {}
             limit: list[tuple[float, float]] = []
             for race in (race for race in races if mode in race.modes and race.strategy in (strategy, "none")):
                 limit.append((race.num_ranks, _most_possible(race, rows[0])))
-                for name in race.times:
+                for name in race.contestants:
                     found = efficiency(race, name, base)
-                    lines.setdefault(name, []).append(Point(race.num_ranks, found.value, found.low, found.high))
+                    if found is not None:
+                        lines.setdefault(name, []).append(Point(race.num_ranks, found.value, found.low, found.high))
             panels.append(Panel(f"{mode}, {strategy}", lines, limit))
     return line_panels(panels, len(strategies), "ranks", "efficiency")
 
 
-def _describe(header: Row, races: Sequence[RaceResult]) -> Iterator[str]:
+def _describe(header: Row, rows: Sequence[Row], races: Sequence[RaceResult]) -> Iterator[str]:
     config = header["config"]
     model = config["model"]
-    num_pairs = {len(times) for race in races for times in race.times.values()}
-    counts = {race.num_ranks for race in races}
-    is_whole = num_pairs == {header["num_pairs"]} and counts == set(header["counts"])
-    planned = "" if is_whole else f" of {header['num_pairs']} planned: interrupted"
-    found = "0" if not num_pairs else str(min(num_pairs))
+    num_pairs = {len(pairs) for race in races for starts in race.times.values() for pairs in starts}
+    missing = _missing(rows)
+    planned = f" ({missing} of the starts that were planned are missing: interrupted)" if missing else ""
     yield (
-        f"{found} pairs{planned} of each contestant in each race, after {header['num_warmup']} rounds of warm-up, "
-        f"{header['steps_per_turn']} steps a turn; {', '.join(map(str, header['counts']))} ranks of "
-        f"{header['threads']} threads. {model['architecture']} {header['size']}; micro-batches of "
-        f"{config['batch']['micro_size']} sequences of {config['data']['sequence_length']} tokens, precision "
-        f"{config['precision']['compute']}. Configurations and settings of all are in the raw file."
+        f"{_span(len(race.starts) for race in races)} starts{planned} of {_span(num_pairs)} pairs of each contestant "
+        f"in each race, after {header['num_warmup']} rounds of warm-up, {header['steps_per_turn']} steps a turn; "
+        f"{', '.join(map(str, header['counts']))} ranks of {header['threads']} threads. {model['architecture']} "
+        f"{header['size']}; micro-batches of {config['batch']['micro_size']} sequences of "
+        f"{config['data']['sequence_length']} tokens, precision {config['precision']['compute']}. Configurations and "
+        "settings of all are in the raw file."
     )
+    yield ""
+    yield (
+        "A start is new processes and another order of building. A ratio is the geometric mean over starts of the "
+        "ratios of medians; its 95 % interval resamples starts, and pairs within them; the spread is the largest "
+        "start's ratio over the smallest's."
+    )
+    if any(race.strategy not in ("none", "ddp") for race in races):
+        yield ""
+        yield f"Not in sharded races: {'; '.join(f'{name}: {reason}' for name, reason in ABSENT.items())}."
     crowded = [count for count in header["counts"] if _most_possible_of(count, header) < 1]
     if crowded:
         cores = header["hardware"]["usable_cores"]
@@ -182,10 +103,10 @@ def _describe(header: Row, races: Sequence[RaceResult]) -> Iterator[str]:
 
 
 def _mode(races: Sequence[RaceResult], mode: str, header: Row) -> list[str]:
-    base = _base(races, mode)
+    base = base_of(races, mode)
     headings = (
         *("ranks", "contestant", "sequences", "step, ms", "tokens/s", "per rank", "efficiency", "95 % interval"),
-        *("ratio to plain", "95 % interval", "exposed communication", "loss differs by"),
+        *("ratio to plain", "95 % interval", "spread", "exposed communication", "loss differs by", "norm differs by"),
     )
     lines = []
     for strategy in dict.fromkeys(race.strategy for race in races if mode in race.modes):
@@ -199,39 +120,30 @@ def _mode(races: Sequence[RaceResult], mode: str, header: Row) -> list[str]:
 
 
 def _cells(race: RaceResult, name: str, base: RaceResult, header: Row) -> Sequence[str]:
-    ratio, share = race.ratio(name), race.profiles.get(name, {}).get("communication")
-    found, difference = efficiency(race, name, base), race.loss_differences.get(name)
     crowded = f" on {header['hardware']['usable_cores']} cores" if _most_possible(race, header) < 1 else ""
     length = header["config"]["data"]["sequence_length"]
+    first = (f"{race.num_ranks}{crowded}", name, str(race.tokens_per_step // length), f"{race.step_s(name) * 1e3:.1f}")
+    ratio = race.ratio(name)
+    ratios = (*_ratio_cells(ratio), "" if ratio is None else f"{ratio.spread:.1%}")
+    if name == EXTRA:
+        return (*first, *([""] * 4), *ratios, *([""] * 3))
+    found, share = efficiency(race, name, base), race.profiles.get(name, {}).get("communication")
+    loss, norm = race.loss_differences.get(name), race.norm_differences.get(name)
     return (
-        f"{race.num_ranks}{crowded}",
-        name,
-        str(race.tokens_per_step // length),
-        f"{median(race.times[name]) * 1e3:.1f}",
+        *first,
         f"{race.tokens_per_s(name):,.0f}",
         f"{race.tokens_per_s(name) / race.num_ranks:,.0f}",
-        f"{found.value:.1%}",
-        f"{found.low:.1%} to {found.high:.1%}",
-        "1" if ratio is None else f"{ratio.value:.3f}",
-        "" if ratio is None else f"{ratio.low:.3f} to {ratio.high:.3f}",
+        "n/a" if found is None else f"{found.value:.1%}",
+        "n/a" if found is None else f"{found.low:.1%} to {found.high:.1%}",
+        *ratios,
         "n/a" if share is None else f"{share:.1%}",
-        "n/a" if difference is None else f"{difference:.0e}",
+        "n/a" if loss is None else f"{loss:.0e}",
+        "n/a" if norm is None else f"{norm:.0e}",
     )
 
 
-def _targets(races: Sequence[RaceResult]) -> Iterator[str]:
-    for race in races:
-        ours = {name: ratio for name in _OURS if name in race.times and (ratio := race.ratio(name)) is not None}
-        if not ours:
-            continue
-        sentences = []
-        for name, ratio in ours.items():
-            met = "met" if ratio.high <= TARGET else "missed"
-            peers = [peer for peer in race.times if peer not in (REFERENCE, *_OURS)]
-            faster = [peer for peer in peers if median(race.times[peer]) <= median(race.times[name])]
-            against = f"slower than {', '.join(faster)}" if faster else "faster than every peer" if peers else ""
-            sentences.append(f"{name} {met} (upper end {ratio.high:.3f}){f', {against}' if against else ''}")
-        yield f"{race.label}, at most {TARGET:.2f} wanted: {'; '.join(sentences)}."
+def _ratio_cells(ratio: RatioOfStarts | None) -> tuple[str, str]:
+    return ("1", "") if ratio is None else (f"{ratio.value:.3f}", f"{ratio.low:.3f} to {ratio.high:.3f}")
 
 
 def _profiles(races: Sequence[RaceResult], header: Row) -> Iterator[str]:
@@ -251,13 +163,9 @@ def _profiles(races: Sequence[RaceResult], header: Row) -> Iterator[str]:
                 yield _row([race.label, name, *shares, f"{found['step_s'] * 1e3:.1f}"])
     yield ""
     for race in races:
-        for name in _OURS:
+        for name in OURS:
             if name in race.profiles:
                 yield f"- {race.label}: {name} is {verdict(race.profiles[name])}"
-
-
-def _base(races: Sequence[RaceResult], mode: str) -> RaceResult:
-    return min((race for race in races if mode in race.modes), key=lambda race: race.num_ranks)
 
 
 def _most_possible(race: RaceResult, header: Row) -> float:
@@ -272,8 +180,18 @@ def _most_possible_of(num_ranks: int, header: Row) -> float:
     return min(1.0, header["hardware"]["usable_cores"] / (on_a_node * header["threads"]))
 
 
-def _place(name: str) -> int:
-    return _ORDER.index(name) if name in _ORDER else len(_ORDER)
+def _missing(rows: Sequence[Row]) -> int:
+    """How many starts of races were planned and are not whole."""
+    plans = [row for row in rows if row["kind"] == "plan"]
+    planned = {(label, start): row["num_pairs"] for row in plans for label in row["races"] for start in row["starts"]}
+    found = Counter((row["race"], row["start"]) for row in rows if row["kind"] == "round" and "start" in row)
+    return sum(found[race] < num_pairs for race, num_pairs in planned.items())
+
+
+def _span(numbers: Iterable[int]) -> str:
+    """One number, or the least and the most of them."""
+    found = sorted(set(numbers)) or [0]
+    return str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"
 
 
 def _row(cells: Sequence[str]) -> str:

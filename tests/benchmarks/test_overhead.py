@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
 from benchmarks.overhead.__main__ import contest_config, main
 from benchmarks.overhead.table import markdown, step_times
@@ -77,7 +78,7 @@ def test_all_contestants_do_the_same_work_in_turn(tmp_path: Path, shared_corpus:
 
 
 def _contest_with_a_cheat(ranks: Ranks, values: dict[str, Any], folder: Path) -> None:
-    """One contestant trains with another learning rate."""
+    """One contestant trains with another learning rate, one with gradients of twice the size, which Adam hides."""
     from benchmarks.contestants.contest import Contest
     from benchmarks.contestants.plain_loop import PlainLoop
     from benchmarks.contestants.race import Race, Rounds, build_contest, row_writer
@@ -88,12 +89,19 @@ def _contest_with_a_cheat(ranks: Ranks, values: dict[str, Any], folder: Path) ->
             optimizer = contest.config.optimizer.model_copy(update={"lr": 2 * contest.config.optimizer.lr})
             super().__init__(replace(contest, config=contest.config.model_copy(update={"optimizer": optimizer})))
 
+    class Doubled(PlainLoop):
+        def _distribute(self, model: nn.Module) -> nn.Module:
+            for parameter in model.parameters():
+                parameter.register_hook(lambda gradient: 2 * gradient)
+            return super()._distribute(model)
+
     config = parse_config(values, "test")
     rounds = Rounds(num_warmup=22, num_pairs=1)
     write = row_writer(str(folder / "raw.jsonl"), {"size": "tiny"}, ranks)
     for builders, complaint in (
         ({"plain": PlainLoop}, None),
-        ({"plain": PlainLoop, "cheat": Cheat}, "cheat does other"),
+        ({"plain": PlainLoop, "cheat": Cheat}, "cheat does other work than the plain loop: its loss of step 10"),
+        ({"plain": PlainLoop, "doubled": Doubled}, "doubled does other .* its gradient norm of step 10"),
     ):
         contest = build_contest(config, ranks, rounds.num_steps, folder)
         race = Race(contest, builders, rounds, threads=1, title="tiny", write=write)
@@ -110,8 +118,10 @@ def test_other_work_ends_the_contest(tmp_path: Path, shared_corpus: tuple[Path, 
     assert config.parallel.strategy == "none"
     run_on_ranks(_contest_with_a_cheat, 1, config.model_dump(mode="json", by_alias=True), tmp_path, timeout_s=180)
     rows = [json.loads(line) for line in (tmp_path / "raw.jsonl").read_text().splitlines()]
-    cheats = [row for row in rows if row["kind"] == "losses" and row["contestant"] == "cheat"]
-    assert cheats[0]["largest_difference"] > 1e-4
+    found = {row["contestant"]: row for row in rows if row["kind"] == "losses" and row["contestant"] != "plain"}
+    assert found["cheat"]["largest_difference"] > 1e-4
+    assert found["doubled"]["largest_norm_difference"] == pytest.approx(1.0, rel=0.01)
+    assert found["doubled"]["largest_difference"] <= 1e-4, "of the loss nobody would see it"
 
 
 @pytest.mark.parametrize(("size", "per_rank"), [("tiny", 4), ("quickstart", 8)])

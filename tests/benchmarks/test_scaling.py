@@ -10,12 +10,14 @@ import pytest
 from benchmarks.measure.sizes import SIZES
 from benchmarks.presentation.result_files import name_of
 from benchmarks.scaling.__main__ import main
+from benchmarks.scaling.changes import ratio_changes
+from benchmarks.scaling.launches import estimate, first_start
 from benchmarks.scaling.plan import plan_races, rank_counts
-from benchmarks.scaling.table import efficiency, markdown, plot, read_races, series
+from benchmarks.scaling.races import efficiency, read_races
+from benchmarks.scaling.table import markdown, plot
 from sharding.ranks.errors import UserError
 from tests.benchmarks.header import result_header
 from tests.support import shardline
-from trainer.metrics.paired_times import Ratio
 
 
 @pytest.mark.parametrize(
@@ -54,19 +56,21 @@ def test_weak_shares_stay_and_strong_batches_stay_and_they_have_a_point_in_commo
             plan_races(SIZES["tiny"], [alone], counts=[1], modes=["weak"], strategies=[], has_gpu=False)
 
 
-def _race(strategy: str, num_ranks: int, modes: list[str], times: dict[str, list[float]]) -> list[dict[str, Any]]:
-    """A race of 4 sequences of 8 tokens a rank; both ranks take the same time but for the last, which is faster."""
-    label = f"{strategy} {num_ranks}x4"
-    race = {"modes": modes, "strategy": strategy, "num_ranks": num_ranks}
+def _race(
+    strategy: str, num_ranks: int, modes: list[str], times: dict[str, list[float]], start: int = 0
+) -> list[dict[str, Any]]:
+    """A race of 4 sequences of 8 tokens a rank; all ranks take the same time but for the last, which is faster."""
+    own: dict[str, Any] = {"race": f"{strategy} {num_ranks}x4", "start": start}
+    size = {"global_size": 4 * num_ranks, "sequence_length": 8, "num_pairs": 3}
     rows: list[dict[str, Any]] = [
-        {"race": label, "kind": "race", **race, "global_size": 4 * num_ranks, "sequence_length": 8}
+        {**own, "kind": "race", "modes": modes, "strategy": strategy, "num_ranks": num_ranks, **size}
     ]
-    rows += [{"race": label, "kind": "warmup", "wall_s": {name: [9.0] * num_ranks for name in times}}]
+    rows += [{**own, "kind": "warmup", "wall_s": {name: [9.0] * num_ranks for name in times}}]
     for values in zip(*times.values(), strict=True):
         wall_s = {name: [time] * (num_ranks - 1) + [0.9 * time] for name, time in zip(times, values, strict=True)}
         if num_ranks == 1:
             wall_s = {name: [time] for name, time in zip(times, values, strict=True)}
-        rows.append({"race": label, "kind": "round", "wall_s": wall_s})
+        rows.append({**own, "kind": "round", "wall_s": wall_s})
     return rows
 
 
@@ -91,15 +95,26 @@ def _header(**values: Any) -> dict[str, Any]:
 
 
 _PROFILE = {"compute": [0.6, 0.5], "memory": [0.1, 0.1], "communication": [0.2, 0.3], "input": [0.0, 0.0]}
-_RACE_ON_ONE = _race("none", 1, ["weak"], {"plain": [1.0, 1.0, 1.0], "shardline": [1.1, 1.1, 1.1]})
+
+
+def _start(number: int, slowness: float) -> list[dict[str, Any]]:
+    """One rank and four, on a machine that is slower in some starts than in others."""
+
+    def times(**seconds: float) -> dict[str, list[float]]:
+        return {name.replace("_", " "): [slowness * value] * 3 for name, value in seconds.items()}
+
+    alone = _race("none", 1, ["weak"], times(plain=1.0, shardline=1.1), number)
+    sharded = times(deepspeed=5.0, plain=4.0, shardline=2.0, extra_collectives=0.5, shardline_bucketed=4.4)
+    return alone + _race("zero2", 4, ["weak"], sharded, number)
+
+
 _ROWS = [
     _header(),
-    *_RACE_ON_ONE,
-    *_race(
-        "zero2", 4, ["weak"], {"deepspeed": [5.0, 5.0, 5.0], "plain": [4.0, 4.0, 4.0], "shardline": [2.0, 2.0, 2.0]}
-    ),
+    {"kind": "plan", "races": ["none 1x4", "zero2 4x4"], "starts": [0, 1], "num_pairs": 3},
+    *_start(0, 1.0),
     {
         "race": "zero2 4x4",
+        "start": 0,
         "kind": "profile",
         "contestant": "shardline",
         **_PROFILE,
@@ -107,48 +122,119 @@ _ROWS = [
         "communication_busy": [0.4, 0.4],
         "step_s": [2.5, 2.5],
     },
-    {"race": "zero2 4x4", "kind": "losses", "contestant": "shardline", "largest_difference": 2e-7},
+    {
+        "race": "zero2 4x4",
+        "start": 0,
+        "kind": "losses",
+        "contestant": "shardline",
+        "largest_difference": 2e-7,
+        "largest_norm_difference": 3e-6,
+    },
+    *_start(1, 1.5),
 ]
 
 
 def test_rows_become_rates_efficiencies_and_ratios() -> None:
     one, four = read_races(_ROWS)
-    assert list(four.times) == ["plain", "shardline", "deepspeed"]
-    # 16 sequences of 8 tokens in 2 s, the slower rank's.
-    assert four.tokens_per_s("shardline") == 64.0
-    # 16 tokens/s and rank of the 32 that the plain loop has on one.
-    assert efficiency(four, "shardline", one) == Ratio(0.5, 0.5, 0.5)
-    assert efficiency(four, "plain", one).value == 0.25
-    assert efficiency(one, "shardline", one).value == pytest.approx(1 / 1.1)
-    assert four.ratio("shardline") == Ratio(0.5, 0.5, 0.5)
+    assert four.contestants == ["plain", "shardline", "shardline bucketed", "deepspeed"]
+    # 16 sequences of 8 tokens in 2 s and 3 s, the slower ranks'.
+    assert four.tokens_per_s("shardline") == 128 / 2.5
+    # 16 tokens/s and rank of the 32 that the plain loop has on one, in both starts: the second is slower for both.
+    found = efficiency(four, "shardline", one)
+    assert found is not None
+    assert (found.value, found.low, found.high, *found.by_start) == pytest.approx((0.5,) * 5)
+    plain, alone = efficiency(four, "plain", one), efficiency(one, "shardline", one)
+    assert plain is not None
+    assert alone is not None
+    assert (plain.value, alone.value) == pytest.approx((0.25, 1 / 1.1))
+    ratio, to_deepspeed = four.ratio("shardline"), four.ratio("shardline", "deepspeed")
+    assert ratio is not None
+    assert to_deepspeed is not None
+    assert (ratio.value, ratio.high, to_deepspeed.value) == pytest.approx((0.5, 0.5, 0.4))
     assert four.ratio("plain") is None
+    assert four.ratio("shardline", "fabric") is None
+    to_sum = four.ratio_to_sum("shardline bucketed", ("plain", "extra collectives"))
+    assert to_sum is not None
+    assert to_sum.value == pytest.approx(4.4 / 4.5)
     assert four.profiles["shardline"]["communication"] == pytest.approx(0.25)
-    rates, ratios = series(_ROWS)
-    assert rates["zero2 4x4 deepspeed"].values == pytest.approx([25.6] * 3)
-    assert set(ratios) == {"none 1x4 shardline", "zero2 4x4 shardline", "zero2 4x4 deepspeed"}
+    assert four.norm_differences == {"shardline": 3e-6}
+
+
+def test_a_start_that_was_interrupted_counts_only_where_none_is_whole() -> None:
+    (_, four) = read_races(_ROWS[:-1])
+    assert four.starts == [0]
+    (_, broken) = read_races(_start(0, 1.0)[:-1])
+    assert [len(times) for times in broken.times["plain"]] == [2]
+    # Starts of one race alone, as --add-to makes them, are no experiment with the base's.
+    added = [*_start(0, 1.0)[:5], *_start(1, 1.0)[5:]]
+    one, four = read_races(added)
+    assert efficiency(four, "shardline", one) is None
+    assert "| n/a | n/a |" in markdown([_header(), *added], "raw.jsonl")
 
 
 def test_the_table_says_what_was_measured_and_what_cannot_be() -> None:
     table = markdown(_ROWS, "raw.jsonl")
     assert "4 ranks of 1 threads share 2 cores, so that the most efficiency that is possible is 50% on 4." in table
     row = (
-        "| 4 on 2 cores | shardline | 16 | 2000.0 | 64 | 16 | 50.0% | 50.0% to 50.0% | 0.500 | 0.500 to 0.500 | 25.0% |"
+        "| 4 on 2 cores | shardline | 16 | 2500.0 | 51 | 13 | 50.0% | 50.0% to 50.0% | 0.500 | 0.500 to 0.500 | 0.0% |"
     )
-    assert f"{row} 2e-07 |" in table
-    assert "zero2 4x4, at most 1.03 wanted: shardline met (upper end 0.500), faster than every peer." in table
+    assert f"{row} 25.0% | 2e-07 | 3e-06 |" in table
+    assert "| 4 on 2 cores | extra collectives | 16 | 625.0 |  |  |  |  | 0.125 |" in table
+    assert "accelerate: on a CPU it trains DDP in silence" in table
+    assert (
+        "zero2 4x4, shardline bucketed: at most 1.00 of DDP and its extra collectives wanted, met (0.978, 0.978 to "
+        "0.978); faster than deepspeed (0.880)." in table
+    )
+    assert "zero2 4x4, shardline: faster than deepspeed (0.400)." in table
     assert (
         "zero2 4x4: shardline is bound by compute: 55% of a step is matrix products and attention; 25% could be"
         in table
     )
+    assert "2 starts of 3 pairs" in table
     assert "interrupted" not in table
-    assert "3 pairs of 3 planned: interrupted" in markdown([_header(counts=[1, 2, 4]), *_ROWS[1:]], "raw.jsonl")
-    assert "3 pairs of 60 planned: interrupted" in markdown([_header(num_pairs=60), *_ROWS[1:]], "raw.jsonl")
+    assert "1 to 2 starts (1 of the starts that were planned are missing: interrupted)" in markdown(
+        _ROWS[:-1], "raw.jsonl"
+    )
+    once = markdown([_header(), *_start(0, 1.0)], "raw.jsonl")
+    assert "one start alone does not say who is faster" in once
     drawn = ElementTree.fromstring(plot(_ROWS))
     assert "weak, zero2" in [element.text for element in drawn.iter("{http://www.w3.org/2000/svg}text")]
     # One rank alone, and nothing at all.
-    assert ">weak, none<" in plot(_ROWS[: 1 + len(_RACE_ON_ONE)])
+    assert ">weak, none<" in plot([_header(), *_start(0, 1.0)[:5]])
     assert "</svg>" in plot(_ROWS[:1])
-    assert "0 pairs of 3 planned: interrupted" in markdown(_ROWS[:1], "raw.jsonl")
+    assert "0 starts" in markdown(_ROWS[:1], "raw.jsonl")
+
+
+def test_a_change_is_judged_by_ratios_which_a_slower_machine_leaves_alone() -> None:
+    def result(slowness: float, shardline: float, deepspeed: float) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = []
+        for start in range(5):
+            steps = {"plain": 4.0, "shardline": shardline, "deepspeed": deepspeed}
+            noise = {name: [slowness * value * (1 + 0.001 * start)] * 3 for name, value in steps.items()}
+            rows += _race("zero2", 4, ["weak"], noise, start)
+        return rows
+
+    changes = ratio_changes(*(read_races(result(*values)) for values in ((1.4, 1.8, 5.0), (1.0, 2.0, 5.0))))
+    found = {change.name: (round(change.ratio.value, 3), change.is_more_than_noise) for change in changes}
+    assert found == {
+        "zero2 4x4 shardline / plain": (0.9, True),
+        "zero2 4x4 shardline / deepspeed": (0.9, True),
+        "zero2 4x4 deepspeed / plain": (1.0, False),
+    }
+
+
+def test_starts_are_added_to_a_result_that_was_measured_alike_alone(tmp_path: Path) -> None:
+    raw = tmp_path / "raw.jsonl"
+    setup = {"size": "tiny", "threads": 1}
+    header = _header(setup=setup)
+    raw.write_text("\n".join(json.dumps(row) for row in [header, *_ROWS[1:]]) + "\n")
+    assert first_start(raw, setup) == 2
+    with pytest.raises(UserError, match="it was measured otherwise: threads 1, now 2; give the same options"):
+        first_start(raw, setup | {"threads": 2})
+    with pytest.raises(UserError, match="there is no result to add starts to"):
+        first_start(tmp_path / "other.jsonl", setup)
+    assert estimate(["a", "b", "c"], {"a": 100.0, "b": 200.0}) == "3 launches to come, about 8 minutes"
+    assert "is known when the first" in estimate(["a"], {})
 
 
 @pytest.mark.parametrize(
@@ -160,6 +246,8 @@ def test_the_table_says_what_was_measured_and_what_cannot_be() -> None:
         (("--strategies", "zero4"), "--strategies zero4: there is no zero4; there are ddp, zero1, zero2, zero3."),
         (("--contestants", "shardline"), "--contestants shardline: plain, which others are compared with, is missing"),
         (("--pairs", "0"), "--pairs 0: at least 12 steps of warm-up"),
+        (("--starts", "0"), "--starts 0: at least 1 is needed"),
+        (("--add-to", "none.jsonl"), "--add-to none.jsonl: there is no result to add starts to"),
         (("--allocation", "2"), "--allocation 2: write nodes x ranks of each"),
     ],
 )
@@ -184,8 +272,10 @@ def _check_races(rows: list[dict[str, Any]], expected: dict[str, set[str]]) -> N
     found = {race.label: race for race in read_races(rows)}
     assert {label: set(race.times) for label, race in found.items()} == expected
     for race in found.values():
+        assert set(race.loss_differences) == set(race.norm_differences) == set(race.contestants)
         assert max(race.loss_differences.values()) <= 1e-4
-        assert set(race.profiles) == set(race.times)
+        assert max(race.norm_differences.values()) <= 1e-3
+        assert set(race.profiles) == set(race.contestants)
         for profile in race.profiles.values():
             shares = {name: profile[name] for name in ("compute", "memory", "communication", "input", "host")}
             assert sum(shares.values()) == pytest.approx(1.0)
@@ -194,9 +284,25 @@ def _check_races(rows: list[dict[str, Any]], expected: dict[str, set[str]]) -> N
             assert (profile["communication_busy"] > 0) is (race.num_ranks > 1)
 
 
+_SHARDED = {"plain", "shardline", "shardline bucketed", "fully_shard", "fabric", "deepspeed"}
+
+
 @pytest.mark.timeout(400)
 def test_a_strategy_is_measured_over_ranks(tmp_path: Path, shared_corpus: tuple[Path, Path]) -> None:
-    options = ("--size", "tiny", "--ranks", "1,2", "--modes", "weak", "--strategies", "zero2", "--pairs", 2)
+    options = (
+        "--size",
+        "tiny",
+        "--ranks",
+        "1,2",
+        "--modes",
+        "weak",
+        "--strategies",
+        "zero2",
+        "--pairs",
+        2,
+        "--starts",
+        1,
+    )
     finished = shardline(
         *("bench", "scaling", "--", *options, "--output", tmp_path), *_data(shared_corpus), timeout_s=380
     )
@@ -205,8 +311,11 @@ def test_a_strategy_is_measured_over_ranks(tmp_path: Path, shared_corpus: tuple[
     rows = [json.loads(line) for line in raw.read_text().splitlines()]
     assert rows[0]["kind"] == "header"
     assert rows[0]["packages"]["deepspeed"]
-    alone, two = {"plain", "shardline"}, {"plain", "shardline", "shardline bucketed", "deepspeed"}
+    alone, two = {"plain", "shardline"}, {*_SHARDED, "extra collectives"}
     _check_races(rows, {"none 1x4": alone, "zero2 2x4": two})
+    built = next(row["built"] for row in rows if row["kind"] == "settings" and row["race"] == "zero2 2x4")
+    assert sorted(built) == sorted(two)
+    assert "launches to come" in finished.stdout
     assert raw.with_suffix(".md").read_text() in finished.stdout
     ElementTree.fromstring(raw.with_suffix(".svg").read_text())
     assert {path.suffix for path in raw.parent.iterdir()} == {".jsonl", ".md", ".svg", ".log"}
@@ -217,17 +326,16 @@ def test_a_strategy_is_measured_over_ranks(tmp_path: Path, shared_corpus: tuple[
 def test_every_strategy_is_measured_and_a_repeated_result_is_compared(
     tmp_path: Path, shared_corpus: tuple[Path, Path]
 ) -> None:
-    sharded = {"plain", "shardline", "shardline bucketed", "deepspeed"}
     expected = {
-        "ddp 3x4": {"plain", "shardline", "accelerate", "fabric", "transformers"},
-        "zero1 3x4": sharded,
-        "zero2 3x4": sharded,
-        "zero3 3x4": sharded,
+        "ddp 3x4": {"plain", "plain again", "shardline", "accelerate", "fabric", "transformers"},
+        "zero1 3x4": {*_SHARDED, "zero redundancy"},
+        "zero2 3x4": {*_SHARDED, "extra collectives"},
+        "zero3 3x4": {*_SHARDED, "extra collectives"},
     }
     for _ in range(2):
         finished = shardline(
             *("bench", "scaling", "--", "--size", "tiny", "--ranks", "3", "--modes", "weak", "--pairs", 4),
-            *("--output", tmp_path),
+            *("--starts", 1, "--output", tmp_path),
             *_data(shared_corpus),
             timeout_s=440,
         )
@@ -236,5 +344,5 @@ def test_every_strategy_is_measured_and_a_repeated_result_is_compared(
     _check_races([json.loads(line) for line in newer.read_text().splitlines()], expected)
     table = newer.with_suffix(".md").read_text()
     assert f"Since `{name_of(older)}`" in table
-    assert "of 17 rows differ by more than noise" in table
-    assert "of 13 rows differ by more than noise" in table
+    # Of five over the plain loop; of sharded races also ours over three peers each, and four at stage 1.
+    assert "of 44 rows differ by more than noise" in table
