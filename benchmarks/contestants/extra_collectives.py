@@ -8,8 +8,8 @@ import torch
 from benchmarks.contestants.contest import Contest, Contestant, StepLog
 from benchmarks.measure.turns import StepEdge
 from sharding.blocks import find_blocks
-from sharding.bucketed.flat_collectives import SliceSum, exchanges_slices, start_gather, start_sum
 from sharding.config import Strategy
+from sharding.flat_collectives import SliceSum, exchanges_slices, start_gather, start_sum
 from sharding.memory_formula import BUCKET_ELEMENTS, MAX_BUCKETS_IN_FLIGHT
 
 

@@ -5,10 +5,11 @@ from functools import partial
 from benchmarks.contestants.accelerate_loop import AccelerateLoop
 from benchmarks.contestants.contest import BuildContestant
 from benchmarks.contestants.deepspeed_loop import DeepSpeedLoop, tunings
+from benchmarks.contestants.equal_memory_loop import EqualMemoryLoop
 from benchmarks.contestants.extra_collectives import ExtraCollectives
 from benchmarks.contestants.fabric_loop import FabricLoop, FabricShardedLoop
 from benchmarks.contestants.plain_loop import PlainLoop
-from benchmarks.contestants.plain_sharded_loop import PlainShardedLoop
+from benchmarks.contestants.plain_sharded_loop import PlainShardedLoop, TunedShardedLoop
 from benchmarks.contestants.race import REFERENCE
 from benchmarks.contestants.shardline_trainer import ShardlineTrainer
 from benchmarks.contestants.transformers_trainer import TransformersTrainer
@@ -21,6 +22,12 @@ CONTROL = "plain again"
 
 BUCKETED = "shardline bucketed"
 """Shardline with ``parallel.backend=bucketed``."""
+
+TUNED = "fully_shard tuned"
+"""``fully_shard`` with all that its public API has for speed."""
+
+EQUAL_MEMORY = "fully_shard tuned, equal memory"
+"""The same, which also keeps what the bucketed engine keeps in stage 3."""
 
 ABSENT: dict[str, str] = {
     "accelerate": "on a CPU it trains DDP in silence where FSDP or DeepSpeed is asked for",
@@ -51,6 +58,9 @@ def builders_of(strategy: Strategy) -> dict[str, BuildContestant]:
     if strategy in BACKEND_STRATEGIES["bucketed"]:
         builders[BUCKETED] = partial(ShardlineTrainer, backend="bucketed")
     builders["fully_shard"] = partial(PlainShardedLoop, strategy=strategy)
+    builders[TUNED] = partial(TunedShardedLoop, strategy=strategy)
+    if strategy == "zero3":
+        builders[EQUAL_MEMORY] = partial(EqualMemoryLoop, strategy=strategy)
     if strategy == "zero1":
         builders[ZeroRedundancyLoop.name] = ZeroRedundancyLoop
     else:

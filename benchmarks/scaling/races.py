@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from statistics import mean, median
 from typing import Any
 
-from benchmarks.contestants.field import BUCKETED, CONTROL
+from benchmarks.contestants.field import BUCKETED, CONTROL, EQUAL_MEMORY, TUNED
 from benchmarks.measure.starts import RatioOfStarts, ratio_over_starts
 
 REFERENCE = "plain"
@@ -15,11 +15,10 @@ EXTRA = "extra collectives"
 """What a stage sends beyond DDP, alone; no contestant."""
 
 ZERO_REDUNDANCY = "zero redundancy"
-TUNED = "fully_shard tuned"
 OURS = ("shardline", BUCKETED)
 
 _ORDER = (
-    *(REFERENCE, CONTROL, *OURS, EXTRA, ZERO_REDUNDANCY, TUNED, "fully_shard"),
+    *(REFERENCE, CONTROL, *OURS, EXTRA, ZERO_REDUNDANCY, TUNED, EQUAL_MEMORY, "fully_shard"),
     *("deepspeed", "accelerate", "fabric", "transformers"),
 )
 Row = Mapping[str, Any]

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 
-from benchmarks.contestants.field import BUCKETED
+from benchmarks.contestants.field import BUCKETED, EQUAL_MEMORY, TUNED
 from benchmarks.measure.starts import RatioOfStarts
-from benchmarks.scaling.races import EXTRA, OURS, REFERENCE, TUNED, ZERO_REDUNDANCY, RaceResult
+from benchmarks.scaling.races import EXTRA, OURS, REFERENCE, ZERO_REDUNDANCY, RaceResult
 
 TARGET = 1.03
 """Upper end of the interval of what Shardline's step is at most, over the step that it is compared with."""
@@ -29,7 +29,10 @@ def _wanted(race: RaceResult, name: str) -> Iterator[str]:
     else:
         sum_ = race.ratio_to_sum(name, (REFERENCE, EXTRA))
         yield from _at_most(sum_, 1.0, "DDP and its extra collectives")
+    if race.strategy in ("zero1", "zero2", "zero3") and name == BUCKETED:
         yield from _at_most(race.ratio(name, TUNED), 1.0, "tuned `fully_shard`")
+        yield from _at_most(race.ratio(name, EQUAL_MEMORY), 1.0, "tuned `fully_shard` at equal memory")
+        yield from _at_most(race.ratio(name, "deepspeed"), 1.0, "DeepSpeed")
 
 
 def _at_most(ratio: RatioOfStarts | None, limit: float, of: str) -> Iterator[str]:
