@@ -1,4 +1,4 @@
-"""One rank of ``shardline bench checkpoint``: a run as it is, and what its loop and its phases tell of time."""
+"""One rank of ``shardline bench checkpoint``: runs that take turns, a run alone, or one that is loaded."""
 
 import json
 import os
@@ -13,33 +13,32 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.checkpoint.__main__ import Assignment
+from benchmarks.checkpoint.timed_run import TimedRun
 from benchmarks.measure.measured_run import peak_resident_bytes
+from benchmarks.measure.protocol import order_of_round
+from benchmarks.measure.turns import StepEdge, Turns
 from benchmarks.presentation.result_files import append_row
 from sharding.ranks.errors import EXIT_FAILED, EXIT_FINISHED
 from sharding.ranks.process_group import Ranks, process_group
 from sharding.ranks.process_lifetime import die_with_parent
-from trainer.build import build_trainer
-from trainer.checkpoint.reader import CheckpointReader
 from trainer.config import RunConfig, parse_config
-from trainer.data.prepare_stages import prepare_run
-from trainer.loop import Trainer
-from trainer.run_folder.folder import RunFolder
 from trainer.runtime.host_memory import keep_freed_memory
-from trainer.runtime.phases import Phase, Phases, PhaseState
 from trainer.runtime.processes import end_process
-from trainer.trackers.console import Console
-from trainer.trackers.observers import Observers
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Measure one way; the only argument is a JSON file with an Assignment."""
+    """Measure one part; the only argument is a JSON file with an Assignment."""
     die_with_parent()
     assignment = Assignment(**json.loads(Path(arguments[0]).read_text()))
-    config = parse_config(assignment.config, source="checkpoint")
+    configs = {mode: parse_config(values, source="checkpoint") for mode, values in assignment.configs.items()}
     torch.set_num_threads(assignment.threads)
+    if not torch.cuda.is_available():
+        # As a run does.
+        keep_freed_memory(os.environ)
     try:
-        with process_group(config.launch.init_timeout_s) as ranks:
-            _Measurement(assignment, config, ranks).run()
+        with process_group(next(iter(configs.values())).launch.init_timeout_s) as ranks:
+            measurement = _Measurement(assignment, configs, ranks)
+            {"turns": measurement.take_turns, "alone": measurement.train, "load": measurement.load}[assignment.part]()
     except BaseException:  # noqa: BLE001 - whatever it was, the other ranks must not wait for this one
         traceback.print_exc()
         end_process(EXIT_FAILED)
@@ -47,101 +46,75 @@ def main(arguments: Sequence[str]) -> None:
 
 
 class _Measurement:
-    """Trains or loads one run; a step is timed from one agreement of ranks to the next."""
+    """What one launch measures."""
 
-    def __init__(self, assignment: Assignment, config: RunConfig, ranks: Ranks) -> None:
+    def __init__(self, assignment: Assignment, configs: dict[str, RunConfig], ranks: Ranks) -> None:
         self._assignment = assignment
-        self._config = config
+        self._configs = configs
         self._ranks = ranks
-        self._folder = RunFolder(config.run_dir)
-        self._folder.path.mkdir(parents=True, exist_ok=True)
-        self._phases = Phases()
-        self._phases.listen(self._see_phase)
-        self._edge_at: float | None = None
-        self._blocking_s = 0.0
-        # Whether a write goes on when a step begins, whether it was made valid in it, and whether one was begun in it.
-        self._is_writing = self._was_writing = self._commits = self._saves = False
+        self._turn = -1
 
-    def run(self) -> None:
-        """All of it."""
-        if not torch.cuda.is_available():
-            # As a run does.
-            keep_freed_memory(os.environ)
-        if self._assignment.mode == "load":
-            self._measure_loads()
-        else:
-            trainer = self._build()
-            trainer.resume_or_init()
-            trainer.fit()
-            self._write(kind="memory", when="trained", peak_bytes=self._largest(peak_resident_bytes()))
-            trainer.close()
-            lines = [json.loads(line) for line in self._folder.metrics_file.read_text().splitlines()]
-            written_s = [line["checkpoint/write_s"] for line in lines if "checkpoint/write_s" in line]
-            self._write(kind="writes", seconds=written_s, num_bytes=self._num_bytes())
+    def take_turns(self) -> None:
+        """One run for each way of saving, and one that does not; after the warm-up each turn has one save in it."""
+        assignment = self._assignment
+        runs = {mode: self._timed(mode, config) for mode, config in self._configs.items()}
+        turns = {mode: self._start(run) for mode, run in runs.items()}
+        for index in range(assignment.num_turns + 1):
+            self._turn = index - 1
+            num_steps = assignment.turn_steps if index else assignment.num_warmup
+            for mode in order_of_round(list(turns), index, seed=f"checkpoint:{assignment.start}"):
+                self._wait_for_all_ranks()
+                turns[mode].take(num_steps)
+        for mode, run in runs.items():
+            turns[mode].end()
+            run.trainer.close()
+            if written_s := run.written_s():
+                self._write(kind="writes", mode=mode, seconds=written_s, num_bytes=run.num_bytes())
 
-    def _build(self) -> Trainer:
-        console = Console(self._config.num_steps, (self._folder.path / "console.txt").open("a"))
-        observers = Observers(self._folder.metrics_file, console if self._ranks.rank == 0 else None, attempt=1)
-        return build_trainer(
-            self._config,
-            self._ranks,
-            prepare_run(self._config),
-            self._folder,
-            observers,
-            self._phases,
-            is_stop_requested=self._is_stop_requested,
-            before_commit=lambda: None,
-        )
+    def train(self) -> None:
+        """A run by itself, for its memory, and so that there is something to load."""
+        run = TimedRun(self._configs["alone"], self._ranks)
+        run.run(lambda: None)
+        self._write(kind="memory", mode="alone", when="trained", peak_bytes=self._largest(peak_resident_bytes()))
+        run.trainer.close()
 
-    def _measure_loads(self) -> None:
-        trainer = self._build()
-        newest = self._folder.newest_checkpoint()
+    def load(self) -> None:
+        """Load the newest checkpoint of a run several times, and train on."""
+        run = TimedRun(self._configs["alone"], self._ranks)
+        newest = run.folder.newest_checkpoint()
         assert newest is not None
-        self._write(kind="memory", when="built", peak_bytes=self._largest(peak_resident_bytes()))
+        peak = {"built": self._largest(peak_resident_bytes())}
         for _ in range(self._assignment.num_loads):
             if self._ranks.rank == 0 and isinstance(newest[1], Path):
                 _forget(newest[1])
             self._wait_for_all_ranks()
             started_at = time.perf_counter()
-            trainer.resume_or_init()
+            run.trainer.resume_or_init()
             self._wait_for_all_ranks()
-            self._write(kind="load", seconds=time.perf_counter() - started_at, num_bytes=self._num_bytes())
-        self._write(kind="memory", when="loaded", peak_bytes=self._largest(peak_resident_bytes()))
-        trainer.fit()
-        self._write(kind="memory", when="trained on", peak_bytes=self._largest(peak_resident_bytes()))
-        trainer.close()
+            seconds = time.perf_counter() - started_at
+            self._write(kind="load", mode="load", seconds=seconds, num_bytes=run.num_bytes())
+        peak["loaded"] = self._largest(peak_resident_bytes())
+        run.trainer.fit()
+        peak["trained on"] = self._largest(peak_resident_bytes())
+        for when, num_bytes in peak.items():
+            self._write(kind="memory", mode="load", when=when, peak_bytes=num_bytes)
+        run.trainer.close()
 
-    def _is_stop_requested(self) -> bool:
-        now = time.perf_counter()
-        if self._edge_at is not None and self._assignment.mode != "load":
-            step = self._phases.now.step - 1
-            self._write(
-                kind="warmup" if step <= self._assignment.num_warmup else "step",
-                step=step,
-                wall_s=now - self._edge_at,
-                blocking_s=self._blocking_s,
-                saves=self._saves,
-                beside_write=self._was_writing and not self._commits,
-            )
-        self._edge_at, self._blocking_s = now, 0.0
-        self._saves = self._commits = False
-        self._was_writing = self._is_writing
-        return False
+    def _timed(self, mode: str, config: RunConfig) -> TimedRun:
+        def write(row: dict[str, Any]) -> None:
+            self._write(kind="warmup" if self._turn < 0 else "step", mode=mode, turn=self._turn, **row)
 
-    def _see_phase(self, ended: PhaseState, begun: PhaseState) -> None:
-        if ended.phase is Phase.SAVE:
-            self._blocking_s += begun.since - ended.since
-        if begun.phase is not Phase.SAVE:
-            return
-        if ended.phase is Phase.AGREE:
-            self._commits, self._is_writing = True, False
-        else:
-            self._saves, self._is_writing = True, self._config.checkpoint.asynchronous
+        return TimedRun(config, self._ranks, write)
 
-    def _num_bytes(self) -> int:
-        """Size of the newest checkpoint."""
-        newest = self._folder.newest_checkpoint()
-        return sum(entry.num_bytes for entry in CheckpointReader(newest[1]).manifest.files.values()) if newest else 0
+    def _start(self, run: TimedRun) -> Turns:
+        def train(step_edge: StepEdge) -> None:
+            # Threads of operators are a thread's own.
+            torch.set_num_threads(self._assignment.threads)
+            if self._ranks.device.type == "cuda":
+                torch.cuda.set_device(self._ranks.device)
+            run.run(step_edge)
+
+        return Turns(train, run.settle)
 
     def _wait_for_all_ranks(self) -> None:
         # On the host, over gloo.
@@ -154,7 +127,7 @@ class _Measurement:
 
     def _write(self, **row: Any) -> None:
         if self._ranks.rank == 0:
-            append_row(Path(self._assignment.output), {"mode": self._assignment.mode} | row)
+            append_row(Path(self._assignment.output), {"start": self._assignment.start, **row})
 
 
 def _forget(folder: Path) -> None:

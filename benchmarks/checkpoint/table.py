@@ -6,9 +6,9 @@ from typing import Any
 
 from benchmarks.measure.comparison import Series
 from benchmarks.measure.protocol import quartiles
+from benchmarks.measure.starts import RatioOfStarts, ratio_over_starts
 from benchmarks.presentation.facts import facts
 from benchmarks.presentation.plots import Bar, bars
-from trainer.metrics.paired_times import Ratio, ratio_of_medians
 
 MAX_BLOCKING = 0.05
 """Target: what a save in the background keeps training waiting for, as a share of a step."""
@@ -16,7 +16,8 @@ MAX_BLOCKING = 0.05
 MAX_SLOWDOWN = 1.03
 """Target: a step beside a write, over the others."""
 
-_MODES = {"asynchronous": "in the background", "in_place": "in place"}
+_MODES = {"none": "never", "asynchronous": "in the background", "in_place": "in place"}
+_SAVING = ("asynchronous", "in_place")
 _MIB = 2**20
 Row = Mapping[str, Any]
 
@@ -32,28 +33,35 @@ def blocking_times(rows: Sequence[Row], mode: str) -> list[float]:
     return blocking_s
 
 
-def step_times_beside_writes(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
-    """For each save, the mean time in seconds of the steps beside its write, and of the others up to the next save.
+def step_times_beside_writes(rows: Sequence[Row]) -> tuple[list[list[float]], list[list[float]]]:
+    """For each turn, by start, the mean time in seconds of the steps beside its write, and of the same without saving.
 
-    What a step waited for a save is left out, and so are the steps that save: they also log.
+    What a step waited for a save is left out, and so are the steps that save. The other time is that of the run that
+    does not save, in the steps of the same numbers, which it took just before or after.
     """
-    beside: list[float] = []
-    others: list[float] = []
-    window: dict[bool, list[float]] = {}
-    for row in [*_steps(rows, "asynchronous"), {"saves": True}]:
-        if not row["saves"]:
-            window.setdefault(row["beside_write"], []).append(row["wall_s"] - row["blocking_s"])
-            continue
-        if len(window) == 2:
-            beside.append(mean(window[True]))
-            others.append(mean(window[False]))
-        window = {}
-    return beside, others
+    unsaved = {(row["start"], row["step"]): row["wall_s"] for row in _steps(rows, "none")}
+    turns: dict[int, dict[int, list[tuple[float, float]]]] = {}
+    for row in _steps(rows, "asynchronous"):
+        place = row["start"], row["step"]
+        if row["beside_write"] and not row["saves"] and place in unsaved:
+            times = row["wall_s"] - row["blocking_s"], unsaved[place]
+            turns.setdefault(row["start"], {}).setdefault(row["turn"], []).append(times)
+    both = [[tuple(map(mean, zip(*steps, strict=True))) for steps in turns[start].values()] for start in turns]
+    return [[pair[0] for pair in start] for start in both], [[pair[1] for pair in start] for start in both]
+
+
+def turn_times(rows: Sequence[Row], mode: str) -> list[list[float]]:
+    """Seconds of each whole turn, by start: so many steps, of which the first saves where the mode does."""
+    turns: dict[int, dict[int, list[float]]] = {}
+    for row in _steps(rows, mode):
+        turns.setdefault(row["start"], {}).setdefault(row["turn"], []).append(row["wall_s"])
+    num_steps = max((len(steps) for start in turns.values() for steps in start.values()), default=0)
+    return [[sum(steps) for steps in start.values() if len(steps) == num_steps] for start in turns.values()]
 
 
 def series(rows: Sequence[Row]) -> dict[str, Series]:
     """What a repeated result is compared by: seconds that saves keep training waiting, and that loads take."""
-    found = {f"blocks, {mode}": Series(blocking_times(rows, mode)) for mode in _MODES}
+    found = {f"blocks, {mode}": Series(blocking_times(rows, mode)) for mode in _SAVING}
     found["load"] = Series([row["seconds"] for row in rows if row["kind"] == "load"])
     return {name: one for name, one in found.items() if one.values}
 
@@ -80,7 +88,7 @@ def markdown(rows: Sequence[Row], file: str, changes: Sequence[str] = ()) -> str
 def plot(rows: Sequence[Row]) -> str:
     """What a save keeps training waiting for, each way, as SVG."""
     found = []
-    for mode, name in _MODES.items():
+    for mode, name in ((mode, _MODES[mode]) for mode in _SAVING):
         if blocking_s := blocking_times(rows, mode):
             low, middle, high = (1e3 * value for value in quartiles(blocking_s))
             found.append(Bar(name, middle, low, high, f"{middle / 1e3 / _step_s(rows, mode):.1%} of a step"))
@@ -88,26 +96,53 @@ def plot(rows: Sequence[Row]) -> str:
 
 
 def _saving(rows: Sequence[Row]) -> list[str]:
-    headings = ("saved", "saves", "MiB", "step, ms", "blocks, ms", "share of a step", "written in, ms", "MiB/s")
+    headings = (
+        *("saved", "saves", "MiB", "step, ms", "blocks, ms", "share of a step", "written in, ms", "MiB/s"),
+        *("a turn over one without saving", "95 % interval"),
+    )
     lines = [_row(headings), _row(["---"] * len(headings))]
     for mode, name in _MODES.items():
-        writes = _of(rows, "writes", mode)
-        if not writes:
+        if not _steps(rows, mode):
             continue
-        num_bytes, written_s = writes[0]["num_bytes"], median(writes[0]["seconds"])
-        step_s, blocking_s = _step_s(rows, mode), median(blocking_times(rows, mode))
-        cells = (
-            name,
-            str(len(blocking_times(rows, mode))),
-            f"{num_bytes / _MIB:.1f}",
-            f"{step_s * 1e3:.1f}",
-            f"{blocking_s * 1e3:.1f}",
-            f"{blocking_s / step_s:.1%}",
-            f"{written_s * 1e3:.1f}",
-            f"{num_bytes / _MIB / written_s:,.0f}",
-        )
-        lines.append(_row(cells))
-    return [*lines, "", "All are medians; a step is one that neither saves nor is beside a write."]
+        step_s, writes = _step_s(rows, mode), _of(rows, "writes", mode)
+        cells = [name, "0", "", f"{step_s * 1e3:.1f}", "", "", "", ""]
+        if writes and mode in _SAVING:
+            num_bytes = writes[0]["num_bytes"]
+            written_s = median(seconds for row in writes for seconds in row["seconds"])
+            blocking_s = blocking_times(rows, mode)
+            cells = [
+                name,
+                str(len(blocking_s)),
+                f"{num_bytes / _MIB:.1f}",
+                f"{step_s * 1e3:.1f}",
+                f"{median(blocking_s) * 1e3:.1f}",
+                f"{median(blocking_s) / step_s:.1%}",
+                f"{written_s * 1e3:.1f}",
+                f"{num_bytes / _MIB / written_s:,.0f}",
+            ]
+        lines.append(_row([*cells, *_turn_cells(rows, mode)]))
+    return [
+        *lines,
+        "",
+        "All are medians; a step is one that neither saves nor is beside a write. A turn is the steps from one save to "
+        "the next; runs take turns, and ratios are over starts and turns.",
+    ]
+
+
+def _turn_cells(rows: Sequence[Row], mode: str) -> tuple[str, str]:
+    ratio = turn_ratio(rows, mode)
+    return ("1", "") if ratio is None else (f"{ratio.value:.3f}", f"{ratio.low:.3f} to {ratio.high:.3f}")
+
+
+def turn_ratio(rows: Sequence[Row], mode: str) -> RatioOfStarts | None:
+    """Turns that save over those of the run that does not; None for itself, or where there is nothing to compare."""
+    above, below = turn_times(rows, mode), turn_times(rows, "none")
+    pairs = [one for one in zip(above, below, strict=False) if all(one)]
+    if mode == "none" or not pairs:
+        return None
+    # Of a start that was interrupted, turns that both have taken.
+    whole = [tuple(side[: min(map(len, pair))] for side in pair) for pair in pairs]
+    return ratio_over_starts([pair[0] for pair in whole], [pair[1] for pair in whole])
 
 
 def _verdict(rows: Sequence[Row]) -> list[str]:
@@ -116,14 +151,13 @@ def _verdict(rows: Sequence[Row]) -> list[str]:
     share = median(blocking_times(rows, "asynchronous")) / _step_s(rows, "asynchronous")
     blocks = f"A save in the background blocks {share:.1%} of a step (target: below {MAX_BLOCKING:.0%})."
     beside, others = step_times_beside_writes(rows)
-    if not beside and any(row["beside_write"] for row in _steps(rows, "asynchronous")):
-        return [f"{blocks} Between saves all steps went on beside a write: there are none to compare; raise --every."]
     if not beside:
         return [f"{blocks} No step began beside a write that was still going on: writes are shorter than that."]
-    ratio: Ratio = ratio_of_medians(beside, others)
+    ratio = ratio_over_starts(beside, others)
     return [
-        f"{blocks} Steps beside a write take {ratio.value:.3f} times as long as the others (95 % interval "
-        f"{ratio.low:.3f} to {ratio.high:.3f}, {len(beside)} windows; target: below {MAX_SLOWDOWN:.2f})."
+        f"{blocks} Steps beside a write take {ratio.value:.3f} times as long as the same steps of a run that does not "
+        f"save, in turns (95 % interval {ratio.low:.3f} to {ratio.high:.3f}, {sum(map(len, beside))} turns in "
+        f"{len(beside)} starts; target: below {MAX_SLOWDOWN:.2f})."
     ]
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.checkpoint.__main__ import main
+from benchmarks.checkpoint.__main__ import main, warmup_steps
 from benchmarks.checkpoint.table import (
     _step_s,
     _verdict,
@@ -14,43 +14,65 @@ from benchmarks.checkpoint.table import (
     markdown,
     series,
     step_times_beside_writes,
+    turn_ratio,
+    turn_times,
 )
 from benchmarks.measure.comparison import changes_since_last
 from tests.support import shardline
 
 
-def _step(wall_s: float, blocking_s: float = 0.0, *, saves: bool = False, beside_write: bool = False) -> dict[str, Any]:
-    times = {"wall_s": wall_s, "blocking_s": blocking_s}
-    return {"kind": "step", "mode": "asynchronous", "saves": saves, "beside_write": beside_write} | times
+def _step(step: int, wall_s: float, blocking_s: float = 0.0, **values: Any) -> dict[str, Any]:
+    """The row of a step; three are a turn, and each step of a run that does not save takes 1 s."""
+    row = {"kind": "step", "mode": "asynchronous", "start": 0, "turn": step // 3, "step": step}
+    return row | {"wall_s": wall_s, "blocking_s": blocking_s, "saves": False, "beside_write": False} | values
 
 
-_ROWS = [
-    # The end of a window whose save was in the warm-up.
-    _step(1.0, 0.5),
-    _step(2.0, 0.1, saves=True),
-    _step(1.5, beside_write=True),
-    _step(1.7, beside_write=True),
-    # The checkpoint is made valid.
-    _step(1.02, 0.02),
-    _step(1.2),
-    _step(2.0, 0.3, saves=True),
-    _step(1.4, beside_write=True),
-    _step(1.05, 0.05),
-]
+def _turns(start: int, slowness: float) -> list[dict[str, Any]]:
+    saving = [
+        _step(0, 2.0, 0.1, saves=True),
+        _step(1, 1.5, beside_write=True),
+        # The checkpoint is made valid.
+        _step(2, 1.02, 0.02),
+        _step(3, 2.0, 0.3, saves=True),
+        _step(4, 1.4, beside_write=True),
+        _step(5, 1.05, 0.05),
+    ]
+    rows = [*saving, *(_step(step, 1.0, mode="none") for step in range(6))]
+    return [row | {"start": start, "wall_s": slowness * row["wall_s"]} for row in rows]
+
+
+_ROWS = [*_turns(0, 1.0), *_turns(1, 2.0)]
 
 
 def test_times_fall_to_the_save_they_belong_to() -> None:
-    assert blocking_times(_ROWS, "asynchronous") == pytest.approx([0.12, 0.35])
-    beside, others = step_times_beside_writes(_ROWS)
-    assert beside == pytest.approx([1.6, 1.4])
-    assert others == pytest.approx([1.1, 1.0])
+    assert blocking_times(_turns(0, 1.0), "asynchronous") == pytest.approx([0.12, 0.35])
+    beside, others = step_times_beside_writes(_turns(0, 1.0))
+    assert beside == [pytest.approx([1.5, 1.4])]
+    assert others == [pytest.approx([1.0, 1.0])]
 
 
-def test_where_all_steps_are_beside_writes_the_table_says_so() -> None:
-    rows = [row | {"beside_write": True} if not row["saves"] else row for row in _ROWS]
-    assert _step_s(rows, "asynchronous") == pytest.approx(1.2)
+def test_turns_are_compared_with_those_of_the_run_that_does_not_save_in_the_same_start() -> None:
+    assert turn_times(_ROWS, "asynchronous") == [pytest.approx([4.52, 4.45]), pytest.approx([9.04, 8.9])]
+    ratio = turn_ratio(_ROWS, "asynchronous")
+    assert ratio is not None
+    # The second start is on a machine of half the speed, for both.
+    assert ratio.by_start == pytest.approx([4.485 / 3] * 2)
+    assert turn_ratio(_ROWS, "none") is None
+    # An interrupted turn is left out, on both sides.
+    found = turn_ratio([row for row in _ROWS if (row["start"], row["step"]) != (1, 5)], "asynchronous")
+    assert found is not None
+    assert found.by_start == pytest.approx([4.485 / 3, 9.04 / 6])
+
+
+def test_where_no_write_outlasts_its_step_the_table_says_so() -> None:
+    rows = [row | {"beside_write": False} for row in _ROWS]
+    assert _step_s(rows[:6], "asynchronous") == pytest.approx(1.2)
     rows.append({"kind": "writes", "mode": "asynchronous", "num_bytes": 1, "seconds": [1.0]})
-    assert "all steps went on beside a write: there are none to compare" in _verdict(rows)[0]
+    assert "No step began beside a write that was still going on" in _verdict(rows)[0]
+
+
+def test_a_turn_begins_with_a_step_that_saves() -> None:
+    assert [warmup_steps(every) for every in (3, 4, 5, 10, 30)] == [11, 11, 14, 19, 29]
 
 
 def test_what_the_benchmark_decides_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -63,7 +85,7 @@ def test_what_the_benchmark_decides_is_refused(tmp_path: Path, capsys: pytest.Ca
 def test_saving_and_loading_are_measured(tmp_path: Path, shared_corpus: tuple[Path, Path]) -> None:
     corpus, cache = shared_corpus
     finished = shardline(
-        *("bench", "checkpoint", "--", "--saves", 2, "--every", 3, "--loads", 1, "--output", tmp_path),
+        *("bench", "checkpoint", "--", "--starts", 1, "--saves", 2, "--every", 3, "--loads", 1, "--output", tmp_path),
         *("data.source=text", f"data.paths=[{corpus}]", f"data.cache_dir={cache}", "data.vocab_size=301"),
         *("data.sequence_length=32", "model.config.num_hidden_layers=1"),
         timeout_s=380,
@@ -71,18 +93,17 @@ def test_saving_and_loading_are_measured(tmp_path: Path, shared_corpus: tuple[Pa
     assert finished.returncode == 0, finished.stdout + finished.stderr
     (raw,) = tmp_path.glob("*_2xcpu/checkpoint.jsonl")
     rows = [json.loads(line) for line in raw.read_text().splitlines()]
-    for mode in ("asynchronous", "in_place"):
+    for mode in ("none", "asynchronous", "in_place"):
         steps = [row for row in rows if row["kind"] == "step" and row["mode"] == mode]
-        assert [row["step"] for row in steps] == list(range(11, 17))
-        assert len(blocking_times(rows, mode)) == 2
+        assert [(row["step"], row["turn"]) for row in steps] == [(12, 0), (13, 0), (14, 0), (15, 1), (16, 1), (17, 1)]
+        assert [row["step"] for row in steps if row["saves"]] == ([] if mode == "none" else [12, 15])
         assert all(0 < row["blocking_s"] < row["wall_s"] for row in steps if row["saves"])
         assert not any(row["beside_write"] for row in steps) or mode == "asynchronous"
-    assert [row["when"] for row in rows if row["kind"] == "memory"] == [
-        *("trained", "trained", "built", "loaded", "trained on"),
-    ]
+        assert len(blocking_times(rows, mode)) == (0 if mode == "none" else 2)
+    assert [row["when"] for row in rows if row["kind"] == "memory"] == ["trained", "built", "loaded", "trained on"]
     assert len([row for row in rows if row["kind"] == "load"]) == 1
     table = raw.with_suffix(".md").read_text()
-    assert table == markdown(rows, raw.name, changes_since_last(raw, series))
+    assert table == markdown(rows, f"{raw.parent.name}/{raw.name}", changes_since_last(raw, series))
     assert "| in place | 2 |" in table
     # The checkpoints are gone with the measurement.
     assert {path.suffix for path in raw.parent.iterdir()} == {".jsonl", ".md", ".svg", ".log"}
