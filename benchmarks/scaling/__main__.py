@@ -91,6 +91,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=MIN_WARMUP_STEPS, help="turns that are discarded")
     parser.add_argument("--steps-per-turn", type=int, default=1, help="steps between two synchronisations")
     parser.add_argument("--profile-steps", type=int, default=3, help="steps of each that are profiled; 0 for none")
+    no_memory = "whether to measure what each contestant of several ranks holds"
+    parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help=no_memory)
     parser.add_argument("--allocation", default="", metavar="NODESxRANKS", help="write down what Slurm is to start")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the run that all train")
     return parser.parse_intermixed_args(arguments)
@@ -139,7 +141,7 @@ def _plan(options: argparse.Namespace) -> tuple[Path, list[ScalingAssignment]]:
     starts = list(range(start, start + options.starts))
     labels = [race.label for race in races]
     append_row(raw, {"kind": "plan", "races": labels, "starts": starts, **asdict(rounds), **collect_facts(PACKAGES)})
-    return raw, [
+    assignments = [
         ScalingAssignment(
             race=asdict(race),
             start=number,
@@ -153,6 +155,11 @@ def _plan(options: argparse.Namespace) -> tuple[Path, list[ScalingAssignment]]:
         for number in starts
         for race in races
     ]
+    # What is held is the same in every start.
+    measured = [one for one in assignments if one.start == starts[0] and one.plan.num_ranks > 1]
+    if options.memory and options.field == FIELDS[0]:
+        assignments += [replace(one, measures_memory=True) for one in measured]
+    return raw, assignments
 
 
 def _counts(options: argparse.Namespace) -> tuple[list[int], int]:

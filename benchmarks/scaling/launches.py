@@ -13,6 +13,7 @@ from benchmarks.scaling.plan import ScalingAssignment
 from sharding.ranks.errors import UserError
 
 Rows = Sequence[Mapping[str, Any]]
+_MEMORY = ", memory"
 
 
 def first_start(raw: Path, setup: Mapping[str, Any]) -> int:
@@ -39,11 +40,11 @@ def launch_all(assignments: Sequence[ScalingAssignment], raw: Path) -> int:
     """Run everything, and say before each launch how long the rest takes; returns the exit status."""
     known = durations(raw)
     for index, assignment in enumerate(assignments):
-        left = [one.plan.label for one in assignments[index:]]
+        left = [_label(one) for one in assignments[index:]]
         print(estimate(left, known), flush=True)
-        label, count = assignment.plan.label, assignment.plan.num_ranks
-        module = "benchmarks.scaling.rank"
-        status = measure_on_ranks(module, assignment, count, raw, race=label, start=assignment.start)
+        count, part = assignment.plan.num_ranks, "memory" if assignment.measures_memory else "race"
+        race, start = assignment.plan.label, assignment.start
+        status = measure_on_ranks("benchmarks.scaling.rank", assignment, count, raw, race=race, start=start, part=part)
         if status:
             return status
         known = durations(raw)
@@ -73,11 +74,16 @@ def estimate(left: Sequence[str], known: Mapping[str, float]) -> str:
     return f"{len(left)} launches to come, about {max(1, round(seconds / 60))} minutes"
 
 
+def _label(assignment: ScalingAssignment) -> str:
+    return assignment.plan.label + (_MEMORY if assignment.measures_memory else "")
+
+
 def _durations(rows: Rows) -> dict[str, float]:
     found: dict[str, list[float]] = {}
     for row in rows:
         if row.get("kind") == "end" and not row["exit_code"] and "elapsed_s" in row and "race" in row:
-            found.setdefault(row["race"], []).append(row["elapsed_s"])
+            label = row["race"] + (_MEMORY if row.get("part") == "memory" else "")
+            found.setdefault(label, []).append(row["elapsed_s"])
     return {label: median(seconds) for label, seconds in found.items()}
 
 

@@ -70,6 +70,7 @@ class ScalingAssignment:
         contestants: names of those that take part; all if empty.
         threads: CPU threads of each contestant's operators.
         output: JSONL file that rank 0 appends to.
+        measures_memory: whether it is no race, but what each contestant holds, one after the other.
     """
 
     race: dict[str, Any]
@@ -79,6 +80,7 @@ class ScalingAssignment:
     contestants: list[str]
     threads: int
     output: str
+    measures_memory: bool = False
 
     @property
     def plan(self) -> RacePlan:

@@ -39,6 +39,7 @@ class RaceResult:
         loss_differences: from the plain loop, the largest of any start, relative.
         norm_differences: the same of gradient norms.
         profiles: by contestant shares of a profiled step, mean over ranks; see ``StepProfile.shares``.
+        memory: by contestant bytes of the rank that holds most, between steps and at most in one.
     """
 
     label: str
@@ -51,6 +52,7 @@ class RaceResult:
     loss_differences: dict[str, float]
     norm_differences: dict[str, float]
     profiles: dict[str, dict[str, float]]
+    memory: dict[str, tuple[int, int]]
 
     @property
     def contestants(self) -> list[str]:
@@ -149,6 +151,7 @@ def _read_race(starts: Sequence[Row], own: Sequence[Row]) -> RaceResult | None:
         loss_differences=_largest(works, "largest_difference"),
         norm_differences=_largest(works, "largest_norm_difference"),
         profiles={name: {key: mean(one[key] for one in many) for key in many[0]} for name, many in profiles.items()},
+        memory={r["contestant"]: (r["rest_bytes"], r["peak_bytes"]) for r in own if r["kind"] == "memory"},
     )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.contestants.contest_memory import measure_memory
 from benchmarks.contestants.field import builders_of, settings_of
 from benchmarks.contestants.race import Race, Rounds, build_contest, row_writer
 from benchmarks.scaling.plan import ScalingAssignment
@@ -20,6 +21,9 @@ from sharding.ranks.process_group import Ranks, process_group
 from sharding.ranks.process_lifetime import die_with_parent
 from trainer.config import RunConfig, parse_config
 from trainer.runtime.processes import end_process
+
+# More than are taken: some readers look ahead.
+_NUM_MEMORY_STEPS = 20
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -46,6 +50,11 @@ def _run_race(assignment: ScalingAssignment, config: RunConfig, ranks: Ranks) ->
     if assignment.contestants:
         builders = {name: build for name, build in builders.items() if name in assignment.contestants}
     write = row_writer(assignment.output, {"race": plan.label, "start": assignment.start}, ranks)
+    if assignment.measures_memory:
+        with tempfile.TemporaryDirectory() as folder:
+            contest = build_contest(config, ranks, _NUM_MEMORY_STEPS, Path(folder))
+            measure_memory(contest, builders, write=write)
+        return
     write(
         kind="race",
         strategy=plan.strategy,

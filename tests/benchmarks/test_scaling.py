@@ -130,6 +130,10 @@ _ROWS = [
         "largest_difference": 2e-7,
         "largest_norm_difference": 3e-6,
     },
+    {
+        "race": "zero2 4x4", "start": 0, "kind": "memory", "contestant": "shardline",
+        "rest_bytes": 2 << 20, "peak_bytes": 3 << 20,
+    },
     *_start(1, 1.5),
 ]
 
@@ -178,7 +182,7 @@ def test_the_table_says_what_was_measured_and_what_cannot_be() -> None:
     row = (
         "| 4 on 2 cores | shardline | 16 | 2500.0 | 51 | 13 | 50.0% | 50.0% to 50.0% | 0.500 | 0.500 to 0.500 | 0.0% |"
     )
-    assert f"{row} 25.0% | 2e-07 | 3e-06 |" in table
+    assert f"{row} 25.0% | 2e-07 | 3e-06 | 2.0 | 3.0 |" in table
     assert "| 4 on 2 cores | extra collectives | 16 | 625.0 |  |  |  |  | 0.125 |" in table
     assert "accelerate: on a CPU it trains DDP in silence" in table
     assert (
@@ -318,6 +322,11 @@ def test_a_strategy_is_measured_over_ranks(tmp_path: Path, shared_corpus: tuple[
     built = next(row["built"] for row in rows if row["kind"] == "settings" and row["race"] == "zero2 2x4")
     assert sorted(built) == sorted(two)
     assert "launches to come" in finished.stdout
+    held = {row["contestant"]: row for row in rows if row["kind"] == "memory"}
+    assert set(held) == _SHARDED
+    # Of the moments each rank has half, and more of the rest.
+    assert held["shardline bucketed"]["rest_bytes"] < 0.8 * held["plain"]["rest_bytes"]
+    assert all(row["rest_bytes"] < row["peak_bytes"] for row in held.values())
     assert raw.with_suffix(".md").read_text() in finished.stdout
     ElementTree.fromstring(raw.with_suffix(".svg").read_text())
     assert {path.suffix for path in raw.parent.iterdir()} == {".jsonl", ".md", ".svg", ".log"}
