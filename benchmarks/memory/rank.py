@@ -3,9 +3,8 @@
 import gc
 import json
 import sys
-import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,10 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
-from torch.nn.parallel import distributed as ddp
-from torch.profiler import record_function
 
 from benchmarks.measure.allocations import Allocations
+from benchmarks.measure.heard_releases import pauses, synchronisation_is_a_collective
 from benchmarks.presentation.result_files import append_row
 from sharding.engine import Batch, Engine
 from sharding.mesh import build_mesh
@@ -46,8 +44,6 @@ NUM_STATE_TOKENS = 8
 
 # The first makes moments, and torch's DDP orders its buckets anew in the second.
 _NUM_WARMUP_STEPS = 3
-# Ten times what gloo's threads take on a machine with nothing else to do.
-_PAUSE_S = 0.02
 
 
 @dataclass(frozen=True)
@@ -91,10 +87,10 @@ def _measure(case: str, config: RunConfig, ranks: Ranks, output: Path) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
     with Allocations(device, USES) as allocations:
-        with _synchronisation_is_a_collective():
+        with synchronisation_is_a_collective():
             engine = _build(config, ranks)
         keeps_whole = config.parallel.strategy in ("none", "ddp", "zero1")
-        with _watch(allocations, keeps_whole_gradients=keeps_whole), _pauses(device):
+        with _watch(allocations, keeps_whole_gradients=keeps_whole), pauses(device):
             for _ in range(_NUM_WARMUP_STEPS):
                 _step(engine, small, config, ranks)
             _tell_state(allocations, engine)
@@ -197,55 +193,6 @@ def _tell_state(allocations: Allocations, engine: Engine) -> None:
     allocations.tell("masters", engine.named_local_shards().values())
     slices = engine.state(with_optimizer=True)
     allocations.tell("moments", [part.tensor for part in slices if part.name.startswith("optimizer/")])
-
-
-@contextmanager
-def _pauses(device: torch.device) -> Iterator[None]:
-    """Wait a moment after each gathering and reduction on gloo.
-
-    Its threads let go of a tensor a little later than the caller is told. Where the caller has let go by then, the
-    profiler does not hear of the release.
-    """
-    names = [
-        *("all_gather_into_tensor", "all_gather_single", "reduce_scatter_tensor", "reduce_scatter_single"),
-        *("broadcast", "all_to_all_single"),
-    ]
-    collectives = {name: getattr(dist, name) for name in names if hasattr(dist, name) and device.type == "cpu"}
-
-    def pausing(collective: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            result = collective(*args, **kwargs)
-            time.sleep(_PAUSE_S)
-            return result
-
-        return call
-
-    for name, collective in collectives.items():
-        setattr(dist, name, pausing(collective))
-    try:
-        yield
-    finally:
-        for name, collective in collectives.items():
-            setattr(dist, name, collective)
-
-
-@contextmanager
-def _synchronisation_is_a_collective() -> Iterator[None]:
-    """Count the buffer of DDP's first broadcast as what a collective allocates for itself.
-
-    It is of all parameters, and gloo's threads often release it, which the profiler does not hear.
-    """
-    original = ddp._sync_module_states
-
-    def named(*args: Any, **kwargs: Any) -> None:
-        with record_function("c10d::sync_module_states"):
-            original(*args, **kwargs)
-
-    ddp._sync_module_states = named
-    try:
-        yield
-    finally:
-        ddp._sync_module_states = original
 
 
 @contextmanager
