@@ -19,9 +19,9 @@ QUICK: dict[str, list[str]] = {
     "startup": ["--rounds", "2"],
     "quality": ["--only", "digits-mlp", "--seeds", "2"],
     "overhead": ["--sizes", "tiny", "--pairs", "30"],
-    "scaling": ["--size", "tiny", "--modes", "weak", "--ranks", "1,2", "--pairs", "12", "--profile-steps", "2"],
+    "scaling": ["--size", "tiny", "--modes", "weak", "--ranks", "1,2", "--pairs", "12", "--starts", "1", "--no-memory"],
     "throughput": ["--size", "tiny", "--windows", "3", "--passes", "1"],
-    "checkpoint": ["--saves", "3", "--loads", "2"],
+    "checkpoint": ["--starts", "1", "--saves", "3", "--loads", "2"],
     "serving": ["--connections", "50", "--duration-s", "3", "--slow", "4"],
     "data": ["--num-tokens", "16777216", "--num-windows", "5", "--window-steps", "200", "--num-documents", "50"],
 }

@@ -10,7 +10,7 @@ from benchmarks.measure.turns import StepEdge
 from sharding.blocks import find_blocks
 from sharding.config import Strategy
 from sharding.flat_collectives import SliceSum, exchanges_slices, start_gather, start_sum
-from sharding.memory_formula import BUCKET_ELEMENTS, MAX_BUCKETS_IN_FLIGHT
+from sharding.memory_formula import MAX_BUCKETS_IN_FLIGHT, bucket_elements
 
 
 class ExtraCollectives(Contestant):
@@ -33,7 +33,7 @@ class ExtraCollectives(Contestant):
             strategy: zero2 or zero3.
         """
         device, world_size = contest.ranks.device, contest.ranks.world_size
-        self._limit = BUCKET_ELEMENTS[device.type]
+        self._limit = bucket_elements(device.type, world_size)
         self._num_steps = contest.num_steps
         model = contest.build_model()
         blocks = [sum(p.numel() for p in block.parameters()) for _, block in find_blocks(model)]

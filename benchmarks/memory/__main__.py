@@ -32,6 +32,9 @@ CASES: dict[str, list[str]] = {
     "bucketed-zero1": ["parallel.strategy=zero1", "parallel.backend=bucketed"],
     "bucketed-zero2": ["parallel.strategy=zero2", "parallel.backend=bucketed"],
     "bucketed-zero3": ["parallel.strategy=zero3", "parallel.backend=bucketed"],
+    "hsdp": ["parallel.strategy=hsdp", "parallel.replicate=2"],
+    "bucketed-hsdp": ["parallel.strategy=hsdp", "parallel.replicate=2", "parallel.backend=bucketed"],
+    "accelerate-ddp": ["parallel.strategy=ddp", "parallel.backend=accelerate"],
     "deepspeed-zero1": ["parallel.strategy=zero1", "parallel.backend=deepspeed"],
     "deepspeed-zero2": ["parallel.strategy=zero2", "parallel.backend=deepspeed"],
     "deepspeed-zero3": ["parallel.strategy=zero3", "parallel.backend=deepspeed"],
@@ -59,7 +62,7 @@ def main(arguments: Sequence[str]) -> int:
     """Measure, write raw numbers, a table and a plot, and print the table; returns the exit status."""
     parser = _BENCHMARK.parser()
     parser.add_argument("--config", type=Path, help="a run of your own in place of the benchmark's")
-    parser.add_argument("--cases", default=",".join(CASES), help="separated by commas")
+    parser.add_argument("--cases", default="", help="separated by commas; default: all that so many ranks can divide")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the run")
     return _BENCHMARK.run(parser.parse_intermixed_args(arguments), _measure)
 
@@ -67,7 +70,7 @@ def main(arguments: Sequence[str]) -> int:
 def _measure(options: argparse.Namespace) -> int:
     has_gpu = torch.cuda.is_available()
     num_ranks = num_ranks_of(options)
-    chosen = options.cases.split(",")
+    chosen = options.cases.split(",") if options.cases else _cases_of(num_ranks)
     unknown = [case for case in chosen if case not in CASES]
     if unknown:
         raise UserError(f"--cases {options.cases}: there is no case {unknown[0]}; there are {', '.join(CASES)}.")
@@ -81,6 +84,11 @@ def _measure(options: argparse.Namespace) -> int:
     status = measure_on_ranks("benchmarks.memory.rank", assignment, num_ranks, raw)
     _BENCHMARK.report(raw)
     return status
+
+
+def _cases_of(num_ranks: int) -> list[str]:
+    """Cases that so many ranks can divide: replicas of shards are of four ranks or more."""
+    return [case for case in CASES if "hsdp" not in case or (num_ranks >= 4 and num_ranks % 2 == 0)]
 
 
 def case_config(case: str, config: Path | None, num_ranks: int, overrides: Sequence[str]) -> RunConfig:

@@ -131,8 +131,12 @@ _ROWS = [
         "largest_norm_difference": 3e-6,
     },
     {
-        "race": "zero2 4x4", "start": 0, "kind": "memory", "contestant": "shardline",
-        "rest_bytes": 2 << 20, "peak_bytes": 3 << 20,
+        "race": "zero2 4x4",
+        "start": 0,
+        "kind": "memory",
+        "contestant": "shardline",
+        "rest_bytes": 2 << 20,
+        "peak_bytes": 3 << 20,
     },
     *_start(1, 1.5),
 ]
