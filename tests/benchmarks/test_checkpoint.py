@@ -18,6 +18,7 @@ from benchmarks.checkpoint.table import (
     turn_times,
 )
 from benchmarks.measure.comparison import changes_since_last
+from benchmarks.presentation.result_files import digest_line, name_of
 from tests.support import shardline
 
 
@@ -103,7 +104,7 @@ def test_saving_and_loading_are_measured(tmp_path: Path, shared_corpus: tuple[Pa
     assert [row["when"] for row in rows if row["kind"] == "memory"] == ["trained", "built", "loaded", "trained on"]
     assert len([row for row in rows if row["kind"] == "load"]) == 1
     table = raw.with_suffix(".md").read_text()
-    assert table == markdown(rows, f"{raw.parent.name}/{raw.name}", changes_since_last(raw, series))
+    assert table == markdown(rows, name_of(raw), changes_since_last(raw, series)) + digest_line(raw)
     assert "| in place | 2 |" in table
     # The checkpoints are gone with the measurement.
     assert {path.suffix for path in raw.parent.iterdir()} == {".jsonl", ".md", ".svg", ".log"}
