@@ -3,7 +3,6 @@
 NOT_MEASURED: dict[str, tuple[str, ...]] = {
     "architecture.md": ("at least 3 % less time",),
     "backends.md": (
-        "4 MiB on CPUs, 64 MiB on GPUs",
         "Partitions below 1 MiB",
         "0.2 GB for the optimizer",
     ),
