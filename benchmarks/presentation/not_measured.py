@@ -48,7 +48,6 @@ NOT_MEASURED: dict[str, tuple[str, ...]] = {
         "30 % of them",
         "1.4826 times",
     ),
-    "parity.md": ("20 times as wide",),
     "pretrain.md": ("2 % unless you say otherwise",),
     "promises.md": ("within 10 s", "within 30 s"),
     "report.md": ("3,000 points",),
