@@ -19,6 +19,7 @@ from sharding.engine import Engine
 from sharding.memory_formula import BUCKET_ELEMENTS
 from sharding.parallel_dims import Role
 from sharding.ranks.process_group import Ranks
+from sharding.state import MODEL_PREFIX
 from tests.saved_state import save_state
 from tests.sharding.engine_cases import num_targets, random_batch, tiny_engine, train_steps
 from tests.support import TINY_MODEL, run_on_ranks
@@ -109,6 +110,8 @@ def _train_and_save(ranks: Ranks, root: Path) -> None:
         _check_norms(ranks, strategy)
         if strategy != "zero3":
             _check_unused(ranks, strategy)
+    for compute in ("bf16", "fp16"):
+        _check_16_bits(ranks, compute)
     _check_waits(ranks, "zero1")
     _check_recomputed(ranks, losses, activation_checkpointing={"mode": "full"})
     backends = (("torch", "zero3"), ("deepspeed", "zero2"))
@@ -158,6 +161,25 @@ def _num_gathers(engine: BucketedEngine, strategy: str) -> int:
     _, *middle, last = (len(block._buckets) for block in gathers._blocks)
     # The last block once, since the backward pass begins with it, and each but the first forwards and backwards.
     return len(gathers._staying) + 3 * (last + 2 * sum(middle))
+
+
+def _check_16_bits(ranks: Ranks, compute: str) -> None:
+    """Every rank computes with the same rounded masters, and only fp32 adds up what they find."""
+    options: dict[str, Any] = {"precision": {"compute": compute}, "optimizer": {"name": "sgd", "lr": 0.1}}
+    reference = _engine(ranks, "zero2", **options)
+    losses = train_steps(reference, ranks)
+    whole = {name: parameter.full_tensor() for name, parameter in reference.named_parameters()}
+    for strategy in _STAGES:
+        engine = _bucketed(ranks, strategy, **options)
+        found = train_steps(engine, ranks)
+        assert found == pytest.approx(losses, rel=1e-5), (compute, strategy)
+        assert {parameter.dtype.itemsize for _, parameter in engine.named_parameters()} == {2}
+        for part in engine.state(with_optimizer=False):
+            name = part.name.removeprefix(MODEL_PREFIX)
+            if name in whole:
+                assert part.tensor.dtype is torch.float32
+                for box, piece in part.pieces():
+                    torch.testing.assert_close(piece, whole[name][box.slices], rtol=0, atol=1e-8)
 
 
 def _check_recomputed(ranks: Ranks, losses: list[float], **options: Any) -> None:
