@@ -22,12 +22,12 @@ _TABLE = re.compile(r"<!-- figures: (?P<what>[^>]*?) -->\n(?P<table>.*?)<!-- fig
 _REFERENCE = re.compile(r"\[(?P<text>[^\[\]]+)\]\[(?P<label>[\w .-]+)\]", re.DOTALL)
 _DEFINITION = re.compile(r'^\[(?P<label>[\w .-]+)\]: (?P<path>\S+) "(?P<field>[^"]+)"$', re.MULTILINE)
 _UNIT = (
-    r"(?:ms|us|s|min|h|[KMGT]i?B(?:/s)?|%|(?:million )?tokens/s|requests/s|requests a second|nats|times|points)"
+    r"(?:ms|us|s|min|h|[KMGT]i?B(?:/s)?|%|(?:million )?tokens/s|requests/s|requests a second|nats|points)"
     r"(?![\w/-])"
 )
 # With a unit, with thousands, or with two digits behind the point; no version, and no part of a name.
 _MEASURED = re.compile(
-    rf"(?<![\w.`#/-])(?:\d[\d,]*(?:\.\d+)?(?= {_UNIT})|\d{{1,3}}(?:,\d{{3}})+(?:\.\d+)?|\d+\.\d\d+(?![\d.]*\.\d))"
+    rf"(?<![\w.`#/-])(?:\d[\d,]*(?:\.\d+)?(?= {_UNIT})|\d{{1,3}}(?:,\d{{3}})+(?:\.\d+)?|\d+\.\d\d+(?![\d.]*\.\d)|\d+\.\d(?= times))"
     r"(?!\w)"
 )
 # Versions, and how sure an interval is.

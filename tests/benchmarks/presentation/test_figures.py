@@ -121,6 +121,7 @@ def test_a_result_that_nobody_names_is_not_kept() -> None:
         "A ratio of 1.046 (1.02 to 1.06).",
         "It does 6,863 tokens/s.",
         "They differ by 4 %.",
+        "It takes 1.5 times as long.",
         "| a | 0.5 s |",
         "Shardline is faster.",
         "DeepSpeed is slower than that.",
