@@ -25,10 +25,11 @@ _UNIT = (
     r"(?:ms|us|s|min|h|[KMGT]i?B(?:/s)?|%|(?:million )?tokens/s|requests/s|requests a second|nats|points)"
     r"(?![\w/-])"
 )
-# With a unit, with thousands, or with two digits behind the point; no version, and no part of a name.
+# With a unit, with thousands, or with digits behind the point; no version, and no part of a name.
 _MEASURED = re.compile(
-    rf"(?<![\w.`#/-])(?:\d[\d,]*(?:\.\d+)?(?= {_UNIT})|\d{{1,3}}(?:,\d{{3}})+(?:\.\d+)?|\d+\.\d\d+(?![\d.]*\.\d)|\d+\.\d(?= times))"
-    r"(?!\w)"
+    r"(?<![\w.`#/-])(?:"
+    rf"\d[\d,]*(?:\.\d+)?(?= {_UNIT})|\d{{1,3}}(?:,\d{{3}})+(?:\.\d+)?|"
+    r"\d+\.\d\d+(?![\d.]*\.\d)|\d+\.\d(?= times))(?!\w)"
 )
 # Versions, and how sure an interval is.
 _NEVER_MEASURED = re.compile(
