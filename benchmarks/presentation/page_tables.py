@@ -1,13 +1,13 @@
 """Tables and plots of pages, made of the tables of committed results.
 
 A page says which, in a comment: ``columns FILE | COLUMN | COLUMN`` takes columns of one table as they are, ``overhead
-FILE ...`` and ``scaling FILE | STRATEGY ...`` put several tables side by side, and ``plot FILE | STRATEGY ...`` draws
-what the latter has. Files are named from ``benchmarks/results``.
+FILE ...`` and ``scaling FILE | STRATEGY ...`` put several tables side by side, ``held FILE | STRATEGY ...`` has memory
+where the latter has ratios, and ``plot FILE | STRATEGY ...`` draws those. Files are named from ``benchmarks/results``.
 """
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.presentation.contestant_names import in_words
@@ -37,9 +37,11 @@ def page_table(what: str, folder: Path) -> list[str]:
         return _overhead(paths)
     if kind == "scaling":
         return _side_by_side(_scaling(paths[0], columns))
+    if kind == "held":
+        return _side_by_side(_scaling(paths[0], columns, _held))
     if kind == "plot":
         return [f"![Steps beside the plain loop's]({Path(os.path.relpath(_plot_of(paths[0]), folder)).as_posix()})"]
-    raise FigureError(f"there is no kind of table {kind!r}; there are columns, overhead, scaling and plot")
+    raise FigureError(f"there is no kind of table {kind!r}; there are columns, overhead, scaling, held and plot")
 
 
 def page_plot(what: str) -> tuple[Path, str] | None:
@@ -92,7 +94,9 @@ def _overhead(paths: Sequence[Path]) -> list[str]:
     return _side_by_side({f"`{size}`": ratios for size, ratios in by_size.items()})
 
 
-def _scaling(path: Path, strategies: Sequence[str]) -> dict[str, dict[str, str]]:
+def _scaling(
+    path: Path, strategies: Sequence[str], cells: Callable[[ResultTable], dict[str, str]] | None = None
+) -> dict[str, dict[str, str]]:
     """By strategy what each contestant has, at the most ranks of the file."""
     by_strategy: dict[str, dict[str, str]] = {}
     for table in tables_of(path):
@@ -100,7 +104,8 @@ def _scaling(path: Path, strategies: Sequence[str]) -> dict[str, dict[str, str]]
         if _RATIO in table.columns and strategy in (strategies or _STRATEGIES) and strategy not in by_strategy:
             most = max(int(row[0].split()[0]) for row in table.rows)
             rows = tuple(row for row in table.rows if int(row[0].split()[0]) == most)
-            by_strategy[strategy] = _ratios(ResultTable(table.headings, table.columns, rows), _STEP_MS)
+            at_most = ResultTable(table.headings, table.columns, rows)
+            by_strategy[strategy] = cells(at_most) if cells else _ratios(at_most, _STEP_MS)
     return {_STRATEGIES.get(name, name): ratios for name, ratios in by_strategy.items()}
 
 
@@ -112,6 +117,13 @@ def _ratios(table: ResultTable, step: str) -> dict[str, str]:
         ratio = table.cells(row, _RATIO)
         found[row[place]] = f"{table.cells(row, step)} ms" if ratio == "1" else ratio
     return found
+
+
+def _held(table: ResultTable) -> dict[str, str]:
+    """MiB that each contestant holds between steps, and at most in one."""
+    place = table.columns.index("contestant")
+    found = {row[place]: [table.cells(row, column) for column in ("holds, MiB", "at most, MiB")] for row in table.rows}
+    return {name: " / ".join(cells) for name, cells in found.items() if all(cells)}
 
 
 def _side_by_side(columns: Mapping[str, Mapping[str, str]]) -> list[str]:

@@ -202,6 +202,30 @@ def test_json_and_the_metrics_of_a_run_have_fields(tmp_path: Path) -> None:
     assert field_of(metrics, "20 | train/loss") == "0.5"
 
 
+def test_what_contestants_hold_stands_side_by_side_at_the_most_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page_tables, "RESULTS", tmp_path)
+    columns = (
+        "| ranks | contestant | step, ms | ratio to plain | 95 % interval | holds, MiB | at most, MiB |\n"
+        + 7 * "| --- "
+    )
+    rows = (
+        "| 1 | plain | 9.0 | 1 |  | 1.0 | 2.0 |\n"
+        "| 2 on 2 cores | plain | 8.0 | 1 |  | 3.0 | 4.0 |\n"
+        "| 2 on 2 cores | shardline bucketed | 4.0 | 0.500 | 0.400 to 0.600 | 5.0 | 6.5 |\n"
+        "| 2 on 2 cores | extra collectives | 2.0 | 0.250 | 0.200 to 0.300 |  |  |\n"
+    )
+    (tmp_path / "a.md").write_text(f"# All\n\n### zero1\n\n{columns}|\n{rows}\n### zero2\n\n{columns}|\n{rows}")
+    lines = page_tables.page_table("held a.md | zero2", tmp_path)
+    assert lines[2:] == ["| plain PyTorch | 3.0 / 4.0 |", "| Shardline, `parallel.backend: bucketed` | 5.0 / 6.5 |"]
+    assert page_tables.page_table("scaling a.md", tmp_path)[2:] == [
+        "| plain PyTorch | 8.0 ms | 8.0 ms |",
+        "| Shardline, `parallel.backend: bucketed` | 0.500 (0.400 to 0.600) | 0.500 (0.400 to 0.600) |",
+        "| what the stage sends beyond DDP, alone | 0.250 (0.200 to 0.300) | 0.250 (0.200 to 0.300) |",
+    ]
+
+
 def test_tables_know_their_headings() -> None:
     tables = tables_of(RESULTS / "2026-11-29_2xcpu" / "scaling.md")
     assert tables[0].headings == ("Scaling over ranks", "Weak scaling", "ddp")
