@@ -13,6 +13,7 @@ NOT_MEASURED: dict[str, tuple[str, ...]] = {
         "an MFU of 55 %",
         "of 50 % at",
         "an upper end of at most 1.03",
+        "at most 1.03 beside the plain loop",
         "less than 5 % of a step",
         "by less than 3 %",
         "within 5 % of the formula",
