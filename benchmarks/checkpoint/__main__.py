@@ -32,6 +32,9 @@ from trainer.runtime.threads import threads_per_rank
 MODES = ("none", "asynchronous", "in_place")
 """Ways of saving that take turns."""
 
+PROTOCOL = 2
+"""What rows mean; results of another one are not compared."""
+
 _PACKAGES = ("torch", "transformers", "safetensors", "numpy")
 _BENCHMARK = Benchmark("checkpoint", _PACKAGES, markdown, plot, series)
 _NUM_WARMUP_STEPS = 10
@@ -106,7 +109,7 @@ def _measure_in(folder: Path, options: argparse.Namespace, num_ranks: int, raw: 
     first = _config(folder, options, MODES[0], num_steps, num_ranks)
     prepare_corpus(first.data)
     threads = threads_per_rank(first, num_ranks, os.environ)
-    setup = {"protocol": 2, "every": options.every, "overrides": options.overrides, "threads": threads}
+    setup = {"protocol": PROTOCOL, "every": options.every, "overrides": options.overrides, "threads": threads}
     values = first.model_dump(mode="json", by_alias=True)
     planned = {"num_starts": options.starts, "num_turns": options.saves, "turn_steps": options.every}
     append_row(raw, _BENCHMARK.header(setup, num_ranks=num_ranks, threads=threads, config=values, **planned))
