@@ -33,7 +33,7 @@ MODES = ("none", "asynchronous", "in_place")
 """Ways of saving that take turns."""
 
 PROTOCOL = 2
-"""What rows mean; results of another one are not compared."""
+"""What rows mean: runs take turns; results of another protocol are not compared."""
 
 _PACKAGES = ("torch", "transformers", "safetensors", "numpy")
 _BENCHMARK = Benchmark("checkpoint", _PACKAGES, markdown, plot, series)
