@@ -91,6 +91,7 @@ def _key(config: RunConfig, samples: Samples, device: torch.device) -> AnswersKe
     return AnswersKey(
         teacher=_teacher_digest(find_teacher(config.distill)),
         samples=samples.fingerprint,
+        sources=[source.name for source in config.data.mixture],
         task=config.task.name,
         sequence_length=samples.facts.sequence_length,
         document_mask=config.data.document_mask,

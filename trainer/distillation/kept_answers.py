@@ -40,6 +40,9 @@ class AnswersKey(StrictRecord):
     samples: str
     """Fingerprint of the samples, which is of their token ids and so of the tokenizer too."""
 
+    sources: list[str]
+    """Names in `data.mixture` in their order, in which samples are numbered and of which no fingerprint tells."""
+
     task: str
     """`task.name`."""
 

@@ -3,6 +3,7 @@
 import json
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from tests.support import run_on_ranks, tiny_values
 from tests.trainer.distillation.teachers import row_values, text_values
 from trainer.config import parse_config
 from trainer.config.rules import validate
+from trainer.distillation import asked_once
 from trainer.distillation.asked_once import _take
 from trainer.distillation.kept_answers import (
     MANIFEST_NAME,
@@ -96,7 +98,7 @@ def test_what_cannot_be_kept_is_refused(changes: dict[str, Any], sentence: str, 
 def test_what_is_damaged_or_unfinished_is_never_taken(tmp_path: Path) -> None:
     folder = tmp_path / "teacher-0"
     folder.mkdir()
-    shape = {"task": "causal-lm", "sequence_length": 2, "document_mask": False, "compute": "float32"}
+    shape = {"task": "causal-lm", "sources": [], "sequence_length": 2, "document_mask": False, "compute": "float32"}
     key = AnswersKey(teacher="a", samples="b", top_k=2, temperature=1.0, **shape)  # type: ignore[arg-type]
     columns = kept_answer(torch.randn(5, 2, 7, generator=torch.Generator().manual_seed(0)), 2, 1.0)
     parts = [{name: column[at : at + 3].contiguous() for name, column in columns.items()} for at in (0, 3)]
@@ -135,6 +137,19 @@ def test_what_is_damaged_or_unfinished_is_never_taken(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="another run is asking the same teacher about the same samples"):
             _take(folder, ExitStack())
     _take(folder, ExitStack())
+
+
+def test_sources_in_another_order_are_other_samples(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(asked_once, "find_teacher", lambda _: None)
+    monkeypatch.setattr(asked_once, "_teacher_digest", lambda _: "a")
+    sources = [{"name": name, "weight": 1} for name in ("one", "two")]
+    of_mixture = SimpleNamespace(fingerprint="the same in any order", facts=SimpleNamespace(sequence_length=8))
+    values = tiny_values(tmp_path, tmp_path, tmp_path) | {"distill": {"teacher": "a", "top_k": 2}}
+    keys = []
+    for in_order in (sources, sources[::-1]):
+        config = parse_config(values | {"data": {"mixture": in_order, "sequence_length": 8}}, "test")
+        keys.append(asked_once._key(config, of_mixture, torch.device("cpu")))  # type: ignore[arg-type]
+    assert keys[0].digest != keys[1].digest
 
 
 def _failed(config: Any, cases: list[ParityCase], folder: Path) -> list[Any]:
