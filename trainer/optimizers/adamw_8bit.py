@@ -16,6 +16,7 @@ from torchao.optim.quant_utils import create_dynamic_map, dequant_with_qmap, qua
 
 from sharding.part import Part
 from trainer.optimizers.beside_adamw import BesideAdamW
+from trainer.runtime.compiled_by_shape import compiled_by_shape
 
 _LARGEST_BLOCK = 256
 _SMALLEST_BLOCK = 64
@@ -92,17 +93,7 @@ def quantization_block(shape: tuple[int, ...]) -> int | None:
 
 def compiled_update(backend: str = "inductor") -> Callable[..., None]:
     """The update of one parameter, compiled for each shape by a backend of ``torch.compile``."""
-    # Loaded with the compiler, and only then.
-    from torch._dynamo.utils import disable_cache_limit
-
-    compiled = torch.compile(_update, fullgraph=True, dynamic=False, backend=backend)
-
-    def update(*arguments: Any) -> None:
-        # As torchao does around its own: the ninth shape is an error without.
-        with disable_cache_limit():
-            compiled(*arguments)
-
-    return update
+    return compiled_by_shape(_update, backend)
 
 
 def _update(

@@ -19,6 +19,7 @@ from trainer.config.sections import ModelConfig
 from trainer.data.facts import SampleFacts
 from trainer.data.samples import Samples
 from trainer.data.token_bytes import token_bytes
+from trainer.runtime.compiled_by_shape import compiled_by_shape
 from trainer.tasks.chunked_loss import ChunkedLossHead
 from trainer.tasks.divergence import token_logits
 from trainer.tasks.first_batch import ForwardPass
@@ -256,4 +257,4 @@ def compiled_loss(backend: str = "inductor") -> Callable[[torch.Tensor, torch.Te
 
     Logits in 16 bits are so read as they are, twice forwards and once backwards, and no others are written.
     """
-    return torch.compile(_loss_sum, fullgraph=True, dynamic=False, backend=backend)
+    return compiled_by_shape(_loss_sum, backend)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from trainer.runtime.compiled_by_shape import compiled_by_shape
 from trainer.tasks.next_tokens import IGNORED_LABEL
 
 _ROWS_AT_ONCE = 4096
@@ -184,7 +185,7 @@ def compiled_chunk_loss(backend: str = "inductor") -> Callable[..., tuple[torch.
 
     So the last chunk, which may be shorter, has numbers that do not depend on which shape came first.
     """
-    return torch.compile(_chunk_loss, fullgraph=True, dynamic=False, backend=backend)
+    return compiled_by_shape(_chunk_loss, backend)
 
 
 class _SumOfProducts:

@@ -8,7 +8,7 @@ from torch import nn
 
 from tests.trainer.tasks.test_chunked_loss import _config, _loss_and_gradients, batch
 from trainer.data.facts import SampleFacts
-from trainer.tasks.causal_lm import CausalLanguageModelling
+from trainer.tasks.causal_lm import CausalLanguageModelling, compiled_loss
 
 __all__ = ["batch"]
 
@@ -59,3 +59,15 @@ def test_it_is_the_plain_one_and_compiled_once_a_shape(
         sums = [task.evaluate(task.forward(model.eval(), batch), batch) for task in (plain, compiled)]
     assert sums[1]["loss"].item() == pytest.approx(sums[0]["loss"].item(), rel=1e-5)
     assert _num_graphs() == before + num_shapes
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_there_may_be_any_number_of_shapes() -> None:
+    compute = compiled_loss(backend="eager")
+    torch._dynamo.reset()
+    generator = torch.Generator().manual_seed(0)
+    # torch gives up after eight.
+    for length in range(3, 13):
+        logits, labels = torch.randn(1, length, 7, generator=generator), torch.arange(length)[None] % 7
+        expected = nn.functional.cross_entropy(logits[0], labels[0], reduction="sum")
+        assert compute(logits, labels, 0.0).item() == pytest.approx(expected.item(), rel=1e-5)
