@@ -31,7 +31,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "data": {"config", "runtime", "files"},
         "architectures": {"config", "runtime", "data"},
         "tasks": {"config", "runtime", "data", "architectures"},
-        "optimizers": {"config"},
+        "optimizers": {"config", "runtime"},
         "model": {"config", "data", "architectures", "tasks", "optimizers"},
         "checkpoint": {"config", "runtime", "files", "run_folder", "data", "optimizers"},
         "distillation": {
