@@ -19,6 +19,9 @@ from sharding.config import PrecisionConfig
 from sharding.engine import Batch, ModelDefinition
 from sharding.ranks.errors import UserError
 
+CONVERTS_ITS_OUTPUT = "converts_its_output"
+"""Attribute of a model whose training loss itself brings outputs to fp32, as a compiled one does on the way."""
+
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 _SPEAKS_OF_FORMATS = re.compile(r"dtype|scalar type|[Ii]nput type|[Tt]ype promoti")
 _SPEAKS_OF_INTEGERS = re.compile(r"Long|Int\b|Bool|Byte|Char|int\d|long")
@@ -66,6 +69,8 @@ def computing_in(definition: ModelDefinition, dtype: torch.dtype) -> ModelDefini
 def cast_at_ends(model: nn.Module, dtype: torch.dtype) -> None:
     """Have a model take its floating inputs in a format, and give out fp32, of which losses and metrics are computed.
 
+    In training a model with ``CONVERTS_ITS_OUTPUT`` gives out what it has computed.
+
     Args:
         model: the whole model, called once in each forward pass.
         dtype: format of its parameters in computing; fp32 leaves everything alone.
@@ -73,7 +78,9 @@ def cast_at_ends(model: nn.Module, dtype: torch.dtype) -> None:
     if dtype is torch.float32:
         return
 
-    def cast(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+    def cast(module: nn.Module, _: tuple[Any, ...], output: Any) -> Any:
+        if module.training and getattr(module, CONVERTS_ITS_OUTPUT, False):
+            return output
         return tree_map_only(torch.Tensor, lambda x: x.float() if x.is_floating_point() else x, output)
 
     cast_inputs_at_entry(model, dtype)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from sharding.engine import Batch
+from sharding.precision import CONVERTS_ITS_OUTPUT
 from sharding.ranks.errors import UserError
 from trainer.architectures.auto_model import auto_model
 from trainer.architectures.networks import build_network
@@ -80,6 +81,8 @@ class CausalLanguageModelling(Task):
                     f"{model.config.model_type} makes them with {type(head).__name__}; set it to 0."
                 )
             ChunkedLossHead.take_over(head, self._chunk_tokens, self._z_loss, is_compiled=self._compiles_loss)
+        elif self._compiles_loss:
+            setattr(model, CONVERTS_ITS_OUTPUT, True)
         return model
 
     def make_batch(self, samples: Batch, positions: torch.Tensor, training: bool) -> Batch:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from sharding.precision import cast_at_ends
 from tests.trainer.tasks.test_chunked_loss import _config, _loss_and_gradients, batch
 from trainer.data.facts import SampleFacts
 from trainer.tasks.causal_lm import CausalLanguageModelling, compiled_loss
@@ -71,3 +72,13 @@ def test_there_may_be_any_number_of_shapes() -> None:
         logits, labels = torch.randn(1, length, 7, generator=generator), torch.arange(length)[None] % 7
         expected = nn.functional.cross_entropy(logits[0], labels[0], reduction="sum")
         assert compute(logits, labels, 0.0).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_it_is_given_16_bit_logits_as_they_are(batch: Any) -> None:
+    task = CausalLanguageModelling(compiles_loss=True)
+    model = _model(task, torch.bfloat16)
+    cast_at_ends(model, torch.bfloat16)
+    for is_training, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        logits = task.forward(model.train(is_training), batch).logits
+        assert logits is not None
+        assert logits.dtype is dtype
