@@ -82,15 +82,17 @@ def compare_folders(before: Compute, after: Compute, reference: Reference) -> Co
     task, model = reference.task, reference.model
     of_before, of_after = Scores(task), Scores(task)
     errors: list[float] = []
-    for batch in reference.held_out.batches():
-        call = _call(reference, batch)
-        if not errors:
-            alone = {name: value[:1] for name, value in call.inputs.items()}
-            errors.append(max_difference(before(alone), after(alone)))
-        with answered_by(before, model, call):
-            first = of_before.add(model, batch)
-        with answered_by(after, model, call):
-            errors.append(max_difference(first, of_after.add(model, batch)))
+    # Reading draws too, and a caller's own draws go on as if nothing had been compared.
+    with torch.random.fork_rng(devices=[]):
+        for batch in reference.held_out.batches():
+            call = _call(reference, batch)
+            if not errors:
+                alone = {name: value[:1] for name, value in call.inputs.items()}
+                errors.append(max_difference(before(alone), after(alone)))
+            with answered_by(before, model, call):
+                first = of_before.add(model, batch)
+            with answered_by(after, model, call):
+                errors.append(max_difference(first, of_after.add(model, batch)))
     return Comparison(max(errors), of_before.metrics(), of_after.metrics())
 
 

@@ -5,7 +5,7 @@ import binascii
 import io
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,14 @@ class RecipeReader(RowReader):
         """Bind to the recipe."""
         self.recipe = recipe
 
+    def arrays(self, rows: list[StoredRow]) -> Arrays:
+        """See RowReader."""
+        return row_arrays(rows, self.recipe)
+
+
+class SingleRowReader(RecipeReader):
+    """Reads rows by a recipe, one after the other."""
+
     def store(self, rows: Sequence[Any]) -> list[StoredRow]:
         """See RowReader."""
         stored = []
@@ -63,20 +71,16 @@ class RecipeReader(RowReader):
                 raise fault.at_row(index) from None
         return stored
 
+    @abstractmethod
     def _store(self, row: Any) -> StoredRow:
         """One row.
 
         Raises:
             RequestFault: it cannot be read.
         """
-        raise NotImplementedError
-
-    def arrays(self, rows: list[StoredRow]) -> Arrays:
-        """See RowReader."""
-        return row_arrays(rows, self.recipe)
 
 
-class TableReader(RecipeReader):
+class TableReader(SingleRowReader):
     """Lines of a table."""
 
     def __init__(self, recipe: RowRecipe) -> None:
@@ -142,7 +146,7 @@ class TextReader(RecipeReader):
         return arrays | {"attention_mask": is_token.astype(np.int64)}
 
 
-class ImageReader(RecipeReader):
+class ImageReader(SingleRowReader):
     """Images."""
 
     def _store(self, row: Any) -> StoredRow:
@@ -170,7 +174,7 @@ class ImageReader(RecipeReader):
             raise RequestFault(422, f"this cannot be read as an image ({type(error).__name__})") from None
 
 
-class SoundReader(RecipeReader):
+class SoundReader(SingleRowReader):
     """Recordings."""
 
     def _store(self, row: Any) -> StoredRow:
@@ -218,7 +222,11 @@ def recipe_reader(recipe: RowRecipe, folder: Path) -> RecipeReader:
     """
     if recipe.kind == "text":
         return TextReader(recipe, folder)
-    readers = {"table": TableReader, "image": ImageReader, "audio": SoundReader}
+    readers: dict[str, Callable[[RowRecipe], SingleRowReader]] = {
+        "table": TableReader,
+        "image": ImageReader,
+        "audio": SoundReader,
+    }
     return readers[recipe.kind](recipe)
 
 

@@ -25,6 +25,7 @@ from trainer.config import parse_config
 from trainer.config.sections import ModelConfig
 from trainer.data.prepared_rows import recipe_facts
 from trainer.data.rows_manifest import RowRecipe
+from trainer.deploy.compare import compare_folders, open_folder
 from trainer.deploy.export import ExportOptions, export_run
 from trainer.deploy.quantization_result import quantized_values
 from trainer.deploy.quantize import quantize_folder
@@ -276,6 +277,16 @@ def test_what_the_export_has_lost_counts_too(root: Path, tmp_path: Path, capsys:
     earlier = found.model_copy(update=of_loss | {"exported": {"loss": 1.003}})
     with pytest.raises(UserError, match=r"at most 0\.5 % is allowed, of which the export has lost 0\.3 already"):
         refuse_loss(grown, earlier, "fp32", is_quantized=True, earlier=earlier)
+
+
+def test_a_comparison_draws_nothing_of_its_caller(root: Path) -> None:
+    asked = Asked(str(root / "words-export"), files=(str(root / "others.jsonl"),))
+    reference = reference_of(asked, find_subject(asked, 1, root / "work"))
+    compute = open_folder(root / "words-export", read_deployment(root / "words-export"))
+    drawn = torch.get_rng_state()
+    comparison = compare_folders(compute, compute, reference)
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert comparison.trained == comparison.exported
 
 
 def test_what_cannot_be_quantized_is_a_sentence(
