@@ -131,7 +131,9 @@ def fsdp_plugin(dtype: torch.dtype, block_classes: Sequence[str]) -> Any:
         transformer_cls_names_to_wrap=list(block_classes),
         cpu_ram_efficient_loading=False,
         mixed_precision_policy=MixedPrecisionPolicy(
-            param_dtype=None if dtype is torch.float32 else dtype, reduce_dtype=torch.float32
+            param_dtype=None if dtype is torch.float32 else dtype,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False,
         ),
     )
 

@@ -132,9 +132,8 @@ class FabricShardedLoop(FabricLoop):
         def shard(model: nn.Module, mesh: Any) -> nn.Module:
             for _, block in find_blocks(model):
                 fully_shard(block, mesh=mesh["data_parallel"], reshard_after_forward=frees, mp_policy=policy)
-            self._sharded = fully_shard(
-                model, mesh=mesh["data_parallel"], reshard_after_forward=frees, mp_policy=policy
-            )
+            # torch's own rule for the outermost module, as for the plain sharded loop.
+            self._sharded = fully_shard(model, mesh=mesh["data_parallel"], mp_policy=policy)
             return model
 
         self.settings = {

@@ -26,7 +26,7 @@ def _assert_all_pass(rows: list[ParityRow], num_cases: int) -> None:
 @pytest.mark.timeout(900)
 def test_every_engine_trains_parts_as_one_plain_process_does(values: dict[str, Any], tmp_path: Path) -> None:
     cases = _restricted([1, 2, 3, 4], "adapters", "some")
-    assert len({(case.backend, case.strategy, case.num_ranks) for case in cases}) == 24
+    assert len({(case.backend, case.strategy, case.num_ranks) for case in cases}) == 25
     _assert_all_pass(run_parity(parse_config(values, "test"), cases, tmp_path), len(cases))
 
 
