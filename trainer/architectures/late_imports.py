@@ -26,7 +26,7 @@ def import_model_code() -> None:
     late = [_LateModule(name) for name in _FUNCTIONS if name not in sys.modules]
     sys.modules.update({module.__name__: module for module in late})
     try:
-        importlib.import_module("transformers.modeling_utils")
+        import transformers.modeling_utils  # noqa: F401
     finally:
         for module in late:
             module.leave()

@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from sharding.engine import Batch
 from trainer.architectures.config import build_model_config
@@ -31,6 +30,7 @@ from trainer.parity.cases import (
 from trainer.parity.optimizers import plain_optimizer
 from trainer.parity.plain_teacher import ClassLogits, PlainTeacher
 from trainer.parity.restriction import restrict
+from trainer.parity.rounding import round_parameters
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -182,11 +182,7 @@ def _accumulate_in_16_bits(
     parameters = list(model.parameters())
     masters = [parameter.data for parameter in parameters]
     sums: dict[int, torch.Tensor] = {}
-    # torch's batch normalisation takes no other weights than fp32 beside its running statistics.
-    of_norms = {id(p) for m in model.modules() if isinstance(m, _BatchNorm) for p in m.parameters(recurse=False)}
-    for parameter in parameters:
-        rounded = parameter.data.to(_DTYPES[compute])
-        parameter.data = rounded.float() if id(parameter) in of_norms else rounded
+    round_parameters(model, _DTYPES[compute])
     total = 0.0
     for micro_batch in micro_batches:
         loss = loss_sum(micro_batch)

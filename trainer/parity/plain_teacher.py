@@ -16,6 +16,7 @@ from trainer.config import RunConfig
 from trainer.data.facts import SampleFacts
 from trainer.distillation.named_teacher import find_teacher
 from trainer.distillation.teacher import renormalization, teacher_on_meta
+from trainer.parity.rounding import round_parameters
 
 ClassLogits = Callable[[Any, Batch], "tuple[torch.Tensor, torch.Tensor] | None"]
 """Logits and where there is a target, as ``Task.class_logits`` gives them."""
@@ -58,8 +59,7 @@ class PlainTeacher:
             if name in saved:
                 source.read(whole_part(f"{MODEL_PREFIX}{name}", tensor.data))
         self._model.to(device).eval()
-        for parameter in self._model.parameters():
-            parameter.data = parameter.data.to(dtype)
+        round_parameters(self._model, dtype)
         self._dtype = dtype
         self._renormalize = renormalization(facts, source.facts)
         self._student_states: dict[int, torch.Tensor] = {}

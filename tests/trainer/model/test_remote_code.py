@@ -102,7 +102,12 @@ _UNSAFE_CALLS = {
 }
 # Where a name in a configuration becomes an import, as its documentation says: a user's own task. And where one of a
 # table of the standard library's compression modules does, or of our own modules that are loaded when they are used.
-_IMPORTS_BY_NAME = {"trainer/runtime/own_modules.py", "trainer/data/row_files.py", "shardline/__init__.py"}
+_IMPORTS_BY_NAME = {
+    "trainer/runtime/own_modules.py",
+    "trainer/data/row_files.py",
+    "trainer/architectures/late_imports.py",
+    "shardline/__init__.py",
+}
 
 
 def _unsafe(source: str, file: str) -> Iterator[str]:

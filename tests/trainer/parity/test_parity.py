@@ -24,7 +24,7 @@ from trainer.parity.table import print_table, row_values
 def test_every_strategy_trains_as_one_plain_process(values: dict[str, Any], tmp_path: Path) -> None:
     cases = parity_cases([1, 2, 3, 4], computes=("fp32", "bf16", "fp16"))
     in_16_bits = {(case.backend, case.strategy) for case in cases if case.compute == "bf16"}
-    assert len(in_16_bits) == 13
+    assert len(in_16_bits) == 14
     assert in_16_bits == {(case.backend, case.strategy) for case in cases if case.compute == "fp16"}
     assert {case.strategy for case in cases} == {"none", "ddp", "zero1", "zero2", "zero3", "hsdp"}
     assert {case.num_ranks for case in cases if case.strategy == "hsdp"} == {4}
