@@ -13,6 +13,7 @@ from sharding.initialization import Materializer, initialize_tree
 from sharding.part import whole_part
 from sharding.state import MODEL_PREFIX
 from trainer.config import RunConfig
+from trainer.config.distill import LayerPair
 from trainer.data.facts import SampleFacts
 from trainer.distillation.named_teacher import find_teacher
 from trainer.distillation.teacher import renormalization, teacher_on_meta
@@ -62,15 +63,16 @@ class PlainTeacher:
         round_parameters(self._model, dtype)
         self._dtype = dtype
         self._renormalize = renormalization(facts, source.facts)
-        self._student_states: dict[int, torch.Tensor] = {}
-        self._states: dict[int, torch.Tensor] = {}
+        self._student_states: dict[LayerPair, torch.Tensor] = {}
+        self._states: dict[LayerPair, torch.Tensor] = {}
+        projections = _projections(initial) if self._settings.projection else {}
         for pair in self._settings.layers:
-            _keep(student, pair[0], self._student_states)
-            _keep(self._model, pair[1], self._states)
-        self._projections = _projections(initial) if self._settings.projection else {}
-        if self._projections:
+            # Projected within the forward pass: in which order a state's uses come says how their gradients round.
+            _keep(student, pair[0], pair, self._student_states, projections.get(f"{pair[0]}_to_{pair[1]}"))
+            _keep(self._model, pair[1], pair, self._states)
+        if projections:
             # Where the optimizer finds them, under the names that they have in the engines' models.
-            student.add_module(_PROJECTIONS, nn.ModuleDict(self._projections).to(device))
+            student.add_module(_PROJECTIONS, nn.ModuleDict(projections).to(device))
 
     def mixed(self, own: torch.Tensor, found: Any, batch: Batch) -> torch.Tensor:
         """The loss of a batch, summed over targets.
@@ -94,11 +96,8 @@ class PlainTeacher:
             p, q = _of_likeliest(p, q, settings.top_k)
         divergence = (p * (p.log() - q.log())).sum() * settings.temperature**2
         loss = (1 - settings.weight) * own + settings.weight * divergence.float()
-        for of_student, of_teacher in settings.layers:
-            state = self._student_states[of_student]
-            if self._projections:
-                state = state @ self._projections[f"{of_student}_to_{of_teacher}"].weight.T
-            squares = (state.float() - self._states[of_teacher].float()) ** 2
+        for pair in settings.layers:
+            squares = (self._student_states[pair].float() - self._states[pair].float()) ** 2
             loss = loss + settings.layer_weight * _at_targets(squares, is_target, batch.get("attention_mask"))
         return loss
 
@@ -129,14 +128,21 @@ def _projections(initial: Path) -> dict[str, nn.Linear]:
     return found
 
 
-def _keep(model: nn.Module, number: int, states: dict[int, torch.Tensor]) -> None:
+def _keep(
+    model: nn.Module,
+    number: int,
+    pair: LayerPair,
+    states: dict[LayerPair, torch.Tensor],
+    projection: nn.Linear | None = None,
+) -> None:
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     # As the outermost lists come, whose elements all have parameters.
     inner = {id(other) for one in lists for element in one for other in element.modules()}
     blocks = [element for one in lists if id(one) not in inner for element in one]
 
     def hook(_: nn.Module, __: Any, output: Any) -> None:
-        states[number] = output if isinstance(output, torch.Tensor) else output[0]
+        state = output if isinstance(output, torch.Tensor) else output[0]
+        states[pair] = state if projection is None else state @ projection.weight.T
 
     blocks[number].register_forward_hook(hook)
 
