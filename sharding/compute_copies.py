@@ -16,14 +16,16 @@ class ComputeCopies:
     parameter, as hooks and the buckets of DDP do, does not notice.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype, *, is_constant: bool = False) -> None:
         """Bind to a model whose parameters stay the objects that they are; memory comes with the first use.
 
         Args:
             model: the model.
             dtype: format of the copies; parameters that have it, or that are no floating-point numbers, are left alone.
+            is_constant: whether parameters never change once copies are there, which are then made once.
         """
         self._dtype = dtype
+        self._is_constant = is_constant
         self._named = tuple(model.named_parameters())
         masters = {id(p): p for p in model.parameters() if p.is_floating_point() and p.dtype is not dtype}
         self._masters = list(masters.values())
@@ -58,6 +60,8 @@ class ComputeCopies:
             self._put(self._masters)
 
     def _converted(self) -> list[torch.Tensor]:
+        if self._memory and self._is_constant:
+            return self._memory
         if not self._memory:
             self._memory = [
                 torch.empty_like(master, dtype=self._dtype, requires_grad=False) for master in self._masters

@@ -79,8 +79,8 @@ class CompileConfig(StrictModel):
     takes longer, later ones are faster."""
 
     mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
-    """torch.compile's own mode name; `reduce-overhead` and `max-autotune`, which replay CUDA graphs, are refused until
-    gradients were seen to be right under accumulation on a GPU."""
+    """torch.compile's own mode name, for blocks; `reduce-overhead` and `max-autotune`, which replay CUDA graphs, are
+    refused until gradients were seen to be right under accumulation on a GPU."""
 
 
 class ActivationCheckpointingConfig(StrictModel):

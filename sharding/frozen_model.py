@@ -123,4 +123,4 @@ def build_frozen_model(
     if is_sharded:
         sharder.shard_rest()
         return FrozenModel(model, mesh)
-    return FrozenModel(model, mesh, None if dtype is torch.float32 else ComputeCopies(model, dtype))
+    return FrozenModel(model, mesh, None if dtype is torch.float32 else ComputeCopies(model, dtype, is_constant=True))
