@@ -5,7 +5,7 @@ import json
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,9 @@ def _measure(case: str, config: RunConfig, ranks: Ranks, output: Path) -> None:
         with synchronisation_is_a_collective():
             engine = _build(config, ranks)
         keeps_whole = config.parallel.strategy in ("none", "ddp", "zero1")
-        with _watch(allocations, keeps_whole_gradients=keeps_whole), pauses(device):
+        # Buckets keep their memory, so nothing of theirs is released unheard; and how many are under way is for time to say.
+        waits = nullcontext() if config.parallel.backend == "bucketed" else pauses(device)
+        with _watch(allocations, keeps_whole_gradients=keeps_whole), waits:
             for _ in range(_NUM_WARMUP_STEPS):
                 _step(engine, small, config, ranks)
             _tell_state(allocations, engine)
