@@ -90,7 +90,7 @@ def _measure(case: str, config: RunConfig, ranks: Ranks, output: Path) -> None:
         with synchronisation_is_a_collective():
             engine = _build(config, ranks)
         keeps_whole = config.parallel.strategy in ("none", "ddp", "zero1")
-        # Buckets keep their memory, so nothing of theirs is released unheard; and how many are under way is for time to say.
+        # Buckets keep their memory, so no release of theirs is missed, and pauses would leave fewer of them under way.
         waits = nullcontext() if config.parallel.backend == "bucketed" else pauses(device)
         with _watch(allocations, keeps_whole_gradients=keeps_whole), waits:
             for _ in range(_NUM_WARMUP_STEPS):
