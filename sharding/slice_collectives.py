@@ -23,16 +23,20 @@ def use_slice_exchange(module: FSDPModule, group: dist.ProcessGroup | None) -> N
         module.set_custom_reduce_scatter(SliceReduceScatter())
 
 
-class SliceAllGather(AllGather):
+class _PlainMemory:
+    """Memory of collectives as torch has it, in no pool of a backend's."""
+
+    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Memory for what is gathered, or for addends and sum."""
+        return torch.empty(*size, dtype=dtype, device=device)
+
+
+class SliceAllGather(_PlainMemory, AllGather):
     """Gathers by a broadcast of each rank's slice, in place.
 
     It waits for nothing: whoever uses the result does, so what is gathered ahead travels during computation, though a
     CPU has no streams.
     """
-
-    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Memory for the result."""
-        return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(
         self,
@@ -45,15 +49,11 @@ class SliceAllGather(AllGather):
         return _AllOf(start_gather(output_tensor, input_tensor, group))
 
 
-class SliceReduceScatter(ReduceScatter):
+class SliceReduceScatter(_PlainMemory, ReduceScatter):
     """Sums each rank's slice on that rank, of what all others send it.
 
     It waits, for ``fully_shard`` reads the sum at once.
     """
-
-    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Memory for addends and sum."""
-        return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(
         self,
