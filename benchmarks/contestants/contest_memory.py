@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from benchmarks.contestants.contest import BuildContestant, Contest
 from benchmarks.measure.allocations import Allocations
-from benchmarks.measure.heard_releases import pauses, synchronisation_is_a_collective
+from benchmarks.measure.heard_releases import heard_releases, synchronisation_is_a_collective
 from benchmarks.measure.turns import ContestOver
 from benchmarks.presentation.result_files import WriteRow
 
@@ -41,7 +41,7 @@ def measure_memory(contest: Contest, builders: Mapping[str, BuildContestant], *,
 def _measure(contest: Contest, build: BuildContestant) -> list[int] | None:
     """Bytes between steps and at most, of this rank; None for what does not train."""
     device = contest.ranks.device
-    with Allocations(device, ()) as allocations, pauses(device):
+    with Allocations(device, ()) as allocations, heard_releases(device):
         with synchronisation_is_a_collective():
             contestant = build(contest)
         if not contestant.trains:

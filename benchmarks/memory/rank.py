@@ -5,7 +5,7 @@ import json
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from benchmarks.measure.allocations import Allocations
-from benchmarks.measure.heard_releases import pauses, synchronisation_is_a_collective
+from benchmarks.measure.heard_releases import heard_releases, synchronisation_is_a_collective
 from benchmarks.presentation.result_files import append_row
 from sharding.engine import Batch, Engine
 from sharding.mesh import build_mesh
@@ -86,13 +86,11 @@ def _measure(case: str, config: RunConfig, ranks: Ranks, output: Path) -> None:
     large = _batches(config, num_micro_batches, config.batch.micro_size, config.data.sequence_length)
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    with Allocations(device, USES) as allocations:
+    with Allocations(device, USES) as allocations, heard_releases(device):
         with synchronisation_is_a_collective():
             engine = _build(config, ranks)
         keeps_whole = config.parallel.strategy in ("none", "ddp", "zero1")
-        # Buckets keep their memory, so no release of theirs is missed, and pauses would leave fewer of them under way.
-        waits = nullcontext() if config.parallel.backend == "bucketed" else pauses(device)
-        with _watch(allocations, keeps_whole_gradients=keeps_whole), waits:
+        with _watch(allocations, keeps_whole_gradients=keeps_whole):
             for _ in range(_NUM_WARMUP_STEPS):
                 _step(engine, small, config, ranks)
             _tell_state(allocations, engine)
