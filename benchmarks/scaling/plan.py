@@ -148,6 +148,9 @@ _FIXED = (
     "epochs=null",
     f"metrics.every_steps={LOG_EVERY_STEPS}",
     *UNJUDGED,
+    # At a rate that trains, rounding grows into other trainings of the same run within some forty steps of so few
+    # sequences; at this one every logged step can be compared.
+    "optimizer.lr=1e-5",
     "checkpoint.every_steps=0",
     "checkpoint.keep_every=0",
     "tracking.wandb.mode=disabled",
