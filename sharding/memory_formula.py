@@ -40,7 +40,6 @@ class ModelSizes:
 
     Attributes:
         num_parameters: all, shared ones once.
-        num_matrix_parameters: those used in matrix products, frozen or not.
         num_outside_blocks: those in no block: embeddings, last norm, head.
         largest_block: those of the block that has most.
         largest_parameter: those of the largest single parameter.
@@ -54,7 +53,6 @@ class ModelSizes:
     """
 
     num_parameters: int
-    num_matrix_parameters: int
     num_outside_blocks: int
     largest_block: int
     largest_parameter: int

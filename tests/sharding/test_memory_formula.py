@@ -20,7 +20,6 @@ from sharding.memory_formula import (
 # Ten blocks of 90, and 100 outside of them, of which one tied matrix of 80.
 SIZES = ModelSizes(
     num_parameters=1000,
-    num_matrix_parameters=900,
     num_outside_blocks=100,
     largest_block=90,
     largest_parameter=80,

@@ -154,15 +154,12 @@ def model_sizes(model: nn.Module) -> ModelSizes:
     blocks = [list(block.parameters()) for _, block in find_blocks(model)]
     in_blocks = [sum(p.numel() for p in block if p.requires_grad) for block in blocks]
     held = [sum(p.numel() for p in block) for block in blocks]
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    embeddings -= {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     uses = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     num_parameters, num_held = sum(p.numel() for p in trainable), sum(p.numel() for p in every)
     embedding, _ = ends_of_language_model(model, [block for _, block in find_blocks(model)])
     looked_up = [] if embedding is None else list(embedding.parameters())
     return ModelSizes(
         num_parameters=num_parameters,
-        num_matrix_parameters=sum(p.numel() for p in every if p.ndim >= 2 and id(p) not in embeddings),
         num_outside_blocks=num_parameters - sum(in_blocks),
         largest_block=max(in_blocks, default=0),
         largest_parameter=max((p.numel() for p in trainable), default=0),

@@ -93,35 +93,31 @@ class _ChunkedLoss(torch.autograd.Function):
         settings: _Settings,
         has_gradient: bool,
     ) -> torch.Tensor:
-        device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         rows, targets = hidden.flatten(0, -2), labels.flatten()
         total = torch.zeros((), device=hidden.device)
         chunk_loss = compiled_chunk_loss() if settings.is_compiled and has_gradient else _chunk_loss
-        with torch.autocast(device, enabled=False):
-            matrix, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
-            of_hidden, of_weight, of_bias, *_ = (needed and has_gradient for needed in ctx.needs_input_grad)
-            chunks = range(0, len(rows), settings.chunk_tokens)
-            d_weight = _SumOfProducts(weight, dtype, len(chunks)) if of_weight else None
-            # A sum over chunks, in fp32 whatever the products are computed in.
-            d_bias = torch.zeros_like(bias, dtype=torch.float32) if of_bias and bias is not None else None
-            d_rows = torch.empty_like(rows) if of_hidden else None
-            needs_gradient = of_hidden or d_weight is not None or d_bias is not None
-            for start in chunks:
-                part = rows[start : start + settings.chunk_tokens].to(dtype)
-                target = targets[start : start + settings.chunk_tokens]
-                loss, d_logits = chunk_loss(part, matrix, offset, target, settings.z_loss, needs_gradient)
-                total += loss
-                if d_logits is None:
-                    continue
-                # Positions without a target are left out of the products, whose other side is the narrow one.
-                counted = (target != IGNORED_LABEL)[:, None].to(dtype)
-                if d_rows is not None:
-                    d_rows[start : start + settings.chunk_tokens] = (d_logits @ matrix) * counted
-                if d_weight is not None:
-                    d_weight.add(d_logits, part * counted)
-                if d_bias is not None:
-                    d_bias += (d_logits * counted).sum(dim=0)
+        of_hidden, of_weight, of_bias, *_ = (needed and has_gradient for needed in ctx.needs_input_grad)
+        chunks = range(0, len(rows), settings.chunk_tokens)
+        d_weight = _SumOfProducts(weight, len(chunks)) if of_weight else None
+        # A sum over chunks, in fp32 whatever the products are computed in.
+        d_bias = torch.zeros_like(bias, dtype=torch.float32) if of_bias and bias is not None else None
+        d_rows = torch.empty_like(rows) if of_hidden else None
+        needs_gradient = of_hidden or d_weight is not None or d_bias is not None
+        for start in chunks:
+            part = rows[start : start + settings.chunk_tokens].to(weight.dtype)
+            target = targets[start : start + settings.chunk_tokens]
+            loss, d_logits = chunk_loss(part, weight, bias, target, settings.z_loss, needs_gradient)
+            total += loss
+            if d_logits is None:
+                continue
+            # Positions without a target are left out of the products, whose other side is the narrow one.
+            counted = (target != IGNORED_LABEL)[:, None].to(weight.dtype)
+            if d_rows is not None:
+                d_rows[start : start + settings.chunk_tokens] = (d_logits @ weight) * counted
+            if d_weight is not None:
+                d_weight.add(d_logits, part * counted)
+            if d_bias is not None:
+                d_bias += (d_logits * counted).sum(dim=0)
         ctx.gradients = (
             None if d_rows is None else d_rows.view_as(hidden),
             None if d_weight is None else d_weight.total.to(weight.dtype),
@@ -195,9 +191,9 @@ class _SumOfProducts:
         total: [vocabulary, hidden], once something was added.
     """
 
-    def __init__(self, weight: torch.Tensor, dtype: torch.dtype, num_chunks: int) -> None:
+    def __init__(self, weight: torch.Tensor, num_chunks: int) -> None:
         self._is_one = num_chunks == 1
-        self._is_exact = dtype is torch.float32
+        self._is_exact = weight.dtype is torch.float32
         if not self._is_one:
             self.total = torch.zeros_like(weight, dtype=torch.float32)
 

@@ -48,7 +48,6 @@ def test_sizes_are_counted_on_meta() -> None:
     assert sizes.largest_block == block
     assert sizes.num_outside_blocks == 301 * 30 + 30
     assert sizes.num_parameters == 3 * block + 301 * 30 + 30
-    assert sizes.num_matrix_parameters == sizes.num_parameters - 7 * 30
     assert sizes.largest_parameter == sizes.largest_shared == 301 * 30
     assert sizes.num_embedding == 0
     assert block_widths(model, model_config) == BlockWidths(30, 30, 30, 53, is_gated=True)
@@ -59,8 +58,6 @@ def test_sizes_are_counted_on_meta() -> None:
     sizes = model_sizes(untied)
     assert sizes.largest_shared == 0
     assert sizes.num_embedding == sizes.num_trained_embedding == 301 * 32
-    # Without the input embedding and the positions.
-    assert sizes.num_matrix_parameters == 2 * 12 * 32 * 32 + 301 * 32
     assert block_widths(untied, gpt2_config) == BlockWidths(32, 32, 32, 128, is_gated=False)
 
 
