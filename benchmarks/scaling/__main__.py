@@ -10,6 +10,7 @@ taking turns. That is done in several starts, each in new processes. See docs/be
 """
 
 import argparse
+import csv
 import importlib.util
 import os
 import shlex
@@ -193,7 +194,8 @@ def _known(option: str, text: str, choices: Sequence[Any]) -> list[Any]:
 def _contestants(options: argparse.Namespace, strategies: Sequence[Any]) -> list[str]:
     builders = settings_of if options.field == "settings" else builders_of
     there_are = {name for strategy in strategies for name in builders(strategy)}
-    chosen: list[str] = options.contestants.split(",") if options.contestants else sorted(there_are)
+    # A name that has a comma itself stands in quotation marks.
+    chosen: list[str] = next(csv.reader([options.contestants])) if options.contestants else sorted(there_are)
     unknown = [name for name in chosen if name not in there_are]
     if unknown or "plain" not in chosen:
         wrong = f"there is no {unknown[0]}" if unknown else "plain, which others are compared with, is missing"

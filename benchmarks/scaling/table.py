@@ -41,7 +41,7 @@ def markdown(rows: Sequence[Row], file: str, changes: Sequence[str] = ()) -> str
     for mode in MODES:
         if any(mode in race.modes for race in races):
             lines += [f"## {mode.capitalize()} scaling", "", *_mode(races, mode, header)]
-    lines += ["## Targets", "", *(f"- {line}" for line in targets(races)), ""]
+    lines += ["## Targets", "", *targets(races), ""]
     lines += ["## Where the time goes", "", *_profiles(races, header), ""]
     if changes:
         lines += ["## Since the last result", "", *changes, ""]

@@ -7,14 +7,16 @@ from xml.etree import ElementTree
 
 import pytest
 
+from benchmarks.contestants.deepspeed_loop import BEST_ON_CPU, tunings
 from benchmarks.measure.sizes import SIZES
-from benchmarks.presentation.result_files import name_of
+from benchmarks.presentation.result_files import RESULTS, name_of, read_rows
 from benchmarks.scaling.__main__ import main
 from benchmarks.scaling.changes import ratio_changes
 from benchmarks.scaling.launches import estimate, first_start
 from benchmarks.scaling.plan import plan_races, rank_counts
 from benchmarks.scaling.races import efficiency, read_races
 from benchmarks.scaling.table import markdown, plot
+from sharding.config import Strategy
 from sharding.ranks.errors import UserError
 from tests.benchmarks.header import result_header
 from tests.support import shardline
@@ -54,6 +56,17 @@ def test_weak_shares_stay_and_strong_batches_stay_and_they_have_a_point_in_commo
     ):
         with pytest.raises(UserError, match=f"{alone}: .*contestants of a race"):
             plan_races(SIZES["tiny"], [alone], counts=[1], modes=["weak"], strategies=[], has_gpu=False)
+
+
+@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
+def test_peers_take_part_in_the_settings_that_were_fastest(strategy: Strategy) -> None:
+    (raw,) = RESULTS.glob("*_2xcpu/scaling-settings.jsonl")
+    (race,) = (race for race in read_races(read_rows(raw)) if race.strategy == strategy)
+    ratios = {name: ratio.value for name in race.contestants if (ratio := race.ratio(name)) is not None}
+    of_deepspeed = {tuning.label: ratios.pop(tuning.label) for tuning in tunings(strategy)}
+    assert BEST_ON_CPU[strategy].label == min(of_deepspeed, key=of_deepspeed.__getitem__)
+    if strategy == "zero1":
+        assert min(ratios, key=ratios.__getitem__) == "zero redundancy, parameters as views"
 
 
 def _race(
@@ -189,11 +202,13 @@ def test_the_table_says_what_was_measured_and_what_cannot_be() -> None:
     assert f"{row} 25.0% | 2e-07 | 3e-06 | 2.0 | 3.0 |" in table
     assert "| 4 on 2 cores | extra collectives | 16 | 625.0 |  |  |  |  | 0.125 |" in table
     assert "accelerate: on a CPU it trains DDP in silence" in table
-    assert (
-        "zero2 4x4, shardline bucketed: at most 1.00 of DDP and its extra collectives wanted, met (0.978, 0.978 to "
-        "0.978); at most 1.00 of DeepSpeed wanted, met (0.880, 0.880 to 0.880); faster than deepspeed (0.880)." in table
-    )
-    assert "zero2 4x4, shardline: faster than deepspeed (0.400)." in table
+    bucketed = "| zero2 4x4 | shardline bucketed |"
+    assert f"{bucketed} plain | 1.100 | 1.100 to 1.100 |  |  | slower |" in table
+    together = "plain and the extra collectives together"
+    assert f"{bucketed} {together} | 0.978 | 0.978 to 0.978 | 1.00 | met | faster |" in table
+    assert f"{bucketed} deepspeed | 0.880 | 0.880 to 0.880 | 1.00 | met | faster |" in table
+    assert "| zero2 4x4 | shardline | deepspeed | 0.400 | 0.400 to 0.400 |  |  | faster |" in table
+    assert "| none 1x4 | shardline | plain | 1.100 | 1.100 to 1.100 | 1.03 | missed | slower |" in table
     assert (
         "zero2 4x4: shardline is bound by compute: 55% of a step is matrix products and attention; 25% could be"
         in table
@@ -204,7 +219,7 @@ def test_the_table_says_what_was_measured_and_what_cannot_be() -> None:
         _ROWS[:-1], "raw.jsonl"
     )
     once = markdown([_header(), *_start(0, 1.0)], "raw.jsonl")
-    assert "one start alone does not say who is faster" in once
+    assert f"{bucketed} deepspeed | 0.880 | 0.880 to 0.880 | 1.00 | met | of one start |" in once
     drawn = ElementTree.fromstring(plot(_ROWS))
     assert "weak, zero2" in [element.text for element in drawn.iter("{http://www.w3.org/2000/svg}text")]
     # One rank alone, and nothing at all.
@@ -252,6 +267,7 @@ def test_starts_are_added_to_a_result_that_was_measured_alike_alone(tmp_path: Pa
         (("--size", "llama-1b"), "--size llama-1b needs a GPU"),
         (("--ranks", "0"), "--ranks 0: write numbers"),
         (("--strategies", "zero4"), "--strategies zero4: there is no zero4; there are ddp, zero1, zero2, zero3."),
+        (("--contestants", 'plain,"fully_shard tuned, equal memory",nobody'), "there is no nobody; there are"),
         (("--contestants", "shardline"), "--contestants shardline: plain, which others are compared with, is missing"),
         (("--pairs", "0"), "--pairs 0: at least 12 steps of warm-up"),
         (("--starts", "0"), "--starts 0: at least 1 is needed"),
