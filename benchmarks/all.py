@@ -18,7 +18,7 @@ QUICK: dict[str, list[str]] = {
     "memory": ["--cases", "ddp,zero2,zero3,bucketed-zero2"],
     "startup": ["--rounds", "2"],
     "quality": ["--only", "digits-mlp", "--seeds", "2"],
-    "overhead": ["--sizes", "tiny", "--pairs", "30"],
+    "overhead": ["--sizes", "tiny", "--starts", "1", "--pairs", "30"],
     "scaling": ["--size", "tiny", "--modes", "weak", "--ranks", "1,2", "--pairs", "12", "--starts", "1", "--no-memory"],
     "throughput": ["--size", "tiny", "--windows", "3", "--passes", "1"],
     "checkpoint": ["--starts", "1", "--saves", "3", "--loads", "2"],

@@ -4,7 +4,6 @@ import json
 import os
 import sys
 import time
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,13 @@ from benchmarks.checkpoint.__main__ import Assignment
 from benchmarks.checkpoint.timed_run import TimedRun
 from benchmarks.measure.measured_run import peak_resident_bytes
 from benchmarks.measure.protocol import order_of_round
+from benchmarks.measure.rank_end import process_ends
 from benchmarks.measure.turns import StepEdge, Turns
 from benchmarks.presentation.result_files import append_row
-from sharding.ranks.errors import EXIT_FAILED, EXIT_FINISHED
 from sharding.ranks.process_group import Ranks, process_group
 from sharding.ranks.process_lifetime import die_with_parent
 from trainer.config import RunConfig, parse_config
 from trainer.runtime.host_memory import keep_freed_memory
-from trainer.runtime.processes import end_process
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -35,14 +33,9 @@ def main(arguments: Sequence[str]) -> None:
     if not torch.cuda.is_available():
         # As a run does.
         keep_freed_memory(os.environ)
-    try:
-        with process_group(next(iter(configs.values())).launch.init_timeout_s) as ranks:
-            measurement = _Measurement(assignment, configs, ranks)
-            {"turns": measurement.take_turns, "alone": measurement.train, "load": measurement.load}[assignment.part]()
-    except BaseException:  # noqa: BLE001 - whatever it was, the other ranks must not wait for this one
-        traceback.print_exc()
-        end_process(EXIT_FAILED)
-    end_process(EXIT_FINISHED)
+    with process_ends(), process_group(next(iter(configs.values())).launch.init_timeout_s) as ranks:
+        measurement = _Measurement(assignment, configs, ranks)
+        {"turns": measurement.take_turns, "alone": measurement.train, "load": measurement.load}[assignment.part]()
 
 
 class _Measurement:

@@ -15,6 +15,7 @@ class Assignment:
         num_pairs: rounds that count.
         threads: CPU threads of each contestant's operators.
         with_control: whether a second copy of the plain loop takes part.
+        start: which start this is, from 0.
         output: JSONL file that rank 0 appends to.
     """
 
@@ -24,9 +25,5 @@ class Assignment:
     num_pairs: int
     threads: int
     with_control: bool
+    start: int
     output: str
-
-    @property
-    def num_rounds(self) -> int:
-        """All rounds."""
-        return self.num_warmup + self.num_pairs

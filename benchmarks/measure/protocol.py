@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trainer.metrics.paired_times import Ratio, ratio_of_medians
+from benchmarks.measure.starts import RatioOfStarts, Starts, ratio_over_starts
 
 
 def turn_orders(names: Sequence[str]) -> list[list[str]]:
@@ -51,34 +51,34 @@ class Standing:
 
     Attributes:
         name: the contestant.
-        median_s: median time of a step, in seconds.
+        median_s: the median over starts of their median times of a step, in seconds.
         mean_s: mean time of a step, in seconds; unlike the median it sees what happens in few steps, such as logging.
-        ratio: median over the reference's median; None for the reference itself.
+        ratio: median over the reference's median, over starts; None for the reference itself.
         mean_ratio: mean over the reference's mean.
     """
 
     name: str
     median_s: float
     mean_s: float
-    ratio: Ratio | None
+    ratio: RatioOfStarts | None
     mean_ratio: float
 
 
-def standings(step_times_s: Mapping[str, Sequence[float]], reference: str) -> list[Standing]:
+def standings(step_times_s: Mapping[str, Starts], reference: str) -> list[Standing]:
     """Every contestant against the reference, in the given order.
 
     Args:
-        step_times_s: each contestant's step times in seconds, one per round, rounds in the same order.
+        step_times_s: each contestant's step times in seconds, start by start one per round, rounds in the same order.
         reference: name of the one that others are divided by.
     """
     base = step_times_s[reference]
     return [
         Standing(
             name=name,
-            median_s=float(np.median(times)),
-            mean_s=float(np.mean(times)),
-            ratio=None if name == reference else ratio_of_medians(times, base),
-            mean_ratio=float(np.mean(times) / np.mean(base)),
+            median_s=float(np.median([np.median(times) for times in starts])),
+            mean_s=float(np.mean(np.concatenate(starts))),
+            ratio=None if name == reference else ratio_over_starts(starts, base),
+            mean_ratio=float(np.mean(np.concatenate(starts)) / np.mean(np.concatenate(base))),
         )
-        for name, times in step_times_s.items()
+        for name, starts in step_times_s.items()
     ]

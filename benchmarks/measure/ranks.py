@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
-from sharding.ranks.errors import EXIT_FAILED
+from sharding.ranks.errors import EXIT_BAD_INPUT, EXIT_FAILED
 from sharding.ranks.local_group import free_port, rank_variables
 from trainer.runtime.host_memory import MMAP_THRESHOLD_BYTES
 
@@ -88,7 +88,9 @@ def run_ranks(
             stderr.write(f"error: a rank was killed by {signal.Signals(-status).name}\n")
             status = EXIT_FAILED
     if status and shows_log:
-        print("\n".join(log.read_text().splitlines()[-_NUM_LOG_LINES:]), file=sys.stderr)
+        # Of bad input a sentence says all.
+        num_lines = 1 if status == EXIT_BAD_INPUT else _NUM_LOG_LINES
+        print("\n".join(log.read_text().splitlines()[-num_lines:]), file=sys.stderr)
     return status
 
 

@@ -3,7 +3,6 @@
 import gc
 import json
 import sys
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -17,12 +16,12 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from benchmarks.measure.allocations import Allocations
 from benchmarks.measure.heard_releases import heard_releases, synchronisation_is_a_collective
+from benchmarks.measure.rank_end import process_ends
 from benchmarks.presentation.result_files import append_row
 from sharding.engine import Batch, Engine
 from sharding.mesh import build_mesh
 from sharding.parallel_dims import parallel_dims
 from sharding.part import local_tensor
-from sharding.ranks.errors import EXIT_FAILED, EXIT_FINISHED
 from sharding.ranks.process_group import Ranks, process_group
 from sharding.ranks.process_lifetime import die_with_parent
 from trainer.architectures.config import build_model_config
@@ -33,7 +32,6 @@ from trainer.model.engine import build_model_engine
 from trainer.model.lora import add_adapters
 from trainer.model.memory_estimate import MemoryEstimate, estimate_memory
 from trainer.model.models import build_model_on_meta
-from trainer.runtime.processes import end_process
 from trainer.tasks.registry import configured_task
 
 USES = ("masters", "moments", "gradients", "gathered")
@@ -66,17 +64,13 @@ def main(arguments: Sequence[str]) -> None:
     die_with_parent()
     assignment = MemoryAssignment(**json.loads(Path(arguments[0]).read_text()))
     torch.set_num_threads(assignment.threads)
-    try:
+    with process_ends():
         first = parse_config(next(iter(assignment.configs.values())), source="memory")
         with process_group(first.launch.init_timeout_s) as ranks:
             for case, values in assignment.configs.items():
                 _measure(case, parse_config(values, source=case), ranks, Path(assignment.output))
                 # Engines are in reference cycles.
                 gc.collect()
-    except BaseException:  # noqa: BLE001 - whatever it was, the other ranks must not wait for this one
-        traceback.print_exc()
-        end_process(EXIT_FAILED)
-    end_process(EXIT_FINISHED)
 
 
 def _measure(case: str, config: RunConfig, ranks: Ranks, output: Path) -> None:

@@ -1,11 +1,11 @@
 """``shardline bench overhead``: a step of Shardline beside the same step of a plain loop and of its peers.
 
-``python -m benchmarks.overhead [--sizes tiny,quickstart] [--pairs 300] [--warmup 22] [--control] [--output FOLDER]
-[--nproc N] [--report FILE] [key=value ...]``
+``python -m benchmarks.overhead [--sizes tiny,quickstart] [--starts 5] [--pairs 60] [--warmup 22] [--control]
+[--output FOLDER] [--nproc N] [--report FILE] [key=value ...]``
 
 A plain PyTorch loop, Shardline, Accelerate, Lightning Fabric and the Trainer of transformers train the same model from
-the same parameters on the same batches, all in one process group, taking turns step by step. Each row of the result is
-a median step time and its ratio to the plain loop's. See docs/benchmarks.md.
+the same parameters on the same batches, all in one process group, taking turns step by step, in several starts of new
+processes. Each row of the result is a median step time and its ratio to the plain loop's. See docs/benchmarks.md.
 """
 
 import argparse
@@ -50,7 +50,8 @@ def main(arguments: Sequence[str]) -> int:
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = _BENCHMARK.parser()
     parser.add_argument("--sizes", default=",".join(SIZE_NAMES), help="separated by commas")
-    parser.add_argument("--pairs", type=int, default=300, help="measured steps of each contestant")
+    parser.add_argument("--starts", type=int, default=5, help="how often each size is run, in new processes")
+    parser.add_argument("--pairs", type=int, default=60, help="measured steps of each contestant in each start")
     parser.add_argument("--warmup", type=int, default=MIN_WARMUP, help="steps of each contestant that are discarded")
     parser.add_argument("--control", action="store_true", help="let a second copy of the plain loop take part")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the run that all train")
@@ -66,26 +67,35 @@ def _measure(options: argparse.Namespace) -> int:
             f"--warmup {options.warmup} --pairs {options.pairs}: at least {MIN_WARMUP} steps of warm-up are needed, in "
             "which losses are compared, and 1 pair; raise them."
         )
+    if options.starts < 1:
+        raise UserError(f"--starts {options.starts}: at least 1 is needed, and 2 to say who is faster.")
     if importlib.util.find_spec("lightning_fabric") is None:
         raise UserError("lightning-fabric is not installed, and is one of the peers; pip install lightning-fabric.")
     for config in configs.values():
         prepare_corpus(config.data)
     raw = raw_file(options.output, "overhead", num_ranks, has_gpu=torch.cuda.is_available())
-    status = 0
-    for size, config in configs.items():
-        threads = threads_per_rank(config, num_ranks, os.environ)
-        assignment = Assignment(
+    assignments = [
+        Assignment(
             size=size,
             config=config.model_dump(mode="json", by_alias=True),
             num_warmup=options.warmup,
             num_pairs=options.pairs,
-            threads=threads,
+            threads=threads_per_rank(config, num_ranks, os.environ),
             with_control=options.control,
+            start=start,
             output=str(raw),
         )
-        setup = {"overrides": options.overrides, "threads": threads}
-        append_row(raw, _BENCHMARK.header(setup, num_ranks=num_ranks) | asdict(assignment))
-        status = measure_on_ranks("benchmarks.overhead.rank", assignment, num_ranks, raw, size=size)
+        for start in range(options.starts)
+        for size, config in configs.items()
+    ]
+    for first in assignments[: len(configs)]:
+        setup = {"overrides": options.overrides, "threads": first.threads}
+        planned = {"num_ranks": num_ranks, "num_starts": options.starts}
+        append_row(raw, _BENCHMARK.header(setup, **planned) | asdict(first))
+    status = 0
+    for assignment in assignments:
+        size, start = assignment.size, assignment.start
+        status = measure_on_ranks("benchmarks.overhead.rank", assignment, num_ranks, raw, size=size, start=start)
         if status:
             break
     _BENCHMARK.report(raw)

@@ -3,7 +3,6 @@
 import json
 import sys
 import tempfile
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,11 +11,10 @@ import torch
 from benchmarks.contestants.field import CONTROL, builders_of
 from benchmarks.contestants.race import Race, Rounds, build_contest, row_writer
 from benchmarks.measure.assignment import Assignment
-from sharding.ranks.errors import EXIT_FAILED, EXIT_FINISHED
+from benchmarks.measure.rank_end import process_ends
 from sharding.ranks.process_group import process_group
 from sharding.ranks.process_lifetime import die_with_parent
 from trainer.config import parse_config
-from trainer.runtime.processes import end_process
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -27,16 +25,18 @@ def main(arguments: Sequence[str]) -> None:
     torch.set_num_threads(assignment.threads)
     rounds = Rounds(assignment.num_warmup, assignment.num_pairs)
     builders = {name: build for name, build in builders_of("ddp").items() if name != CONTROL or assignment.with_control}
-    try:
-        with process_group(config.launch.init_timeout_s) as ranks, tempfile.TemporaryDirectory() as folder:
-            contest = build_contest(config, ranks, rounds.num_steps, Path(folder))
-            write = row_writer(assignment.output, {"size": assignment.size}, ranks)
-            race = Race(contest, builders, rounds, threads=assignment.threads, title=assignment.size, write=write)
-            race.run()
-    except BaseException:  # noqa: BLE001 - whatever it was, contestants in the middle of a step must not hold us up
-        traceback.print_exc()
-        end_process(EXIT_FAILED)
-    end_process(EXIT_FINISHED)
+    timeout_s = config.launch.init_timeout_s
+    with process_ends(), process_group(timeout_s) as ranks, tempfile.TemporaryDirectory() as folder:
+        contest = build_contest(config, ranks, rounds.num_steps, Path(folder))
+        labels = {"size": assignment.size, "start": assignment.start}
+        race = Race(
+            *(contest, builders, rounds),
+            threads=assignment.threads,
+            title=f"{assignment.size}, start {assignment.start + 1}",
+            write=row_writer(assignment.output, labels, ranks),
+            start=assignment.start,
+        )
+        race.run()
 
 
 if __name__ == "__main__":

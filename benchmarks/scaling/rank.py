@@ -6,7 +6,6 @@
 import json
 import sys
 import tempfile
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,12 +14,11 @@ import torch
 from benchmarks.contestants.contest_memory import measure_memory
 from benchmarks.contestants.field import builders_of, settings_of
 from benchmarks.contestants.race import Race, Rounds, build_contest, row_writer
+from benchmarks.measure.rank_end import process_ends
 from benchmarks.scaling.plan import ScalingAssignment
-from sharding.ranks.errors import EXIT_FAILED, EXIT_FINISHED
 from sharding.ranks.process_group import Ranks, process_group
 from sharding.ranks.process_lifetime import die_with_parent
 from trainer.config import RunConfig, parse_config
-from trainer.runtime.processes import end_process
 
 # More than are taken: some readers look ahead.
 _NUM_MEMORY_STEPS = 20
@@ -32,16 +30,11 @@ def main(arguments: Sequence[str]) -> None:
     assignment = ScalingAssignment(**json.loads(Path(arguments[0]).read_text()))
     torch.set_num_threads(assignment.threads)
     config = parse_config(assignment.plan.config, source="scaling")
-    try:
-        with process_group(config.launch.init_timeout_s) as ranks:
-            if ranks.world_size != assignment.plan.num_ranks:
-                expected = assignment.plan.num_ranks
-                raise RuntimeError(f"{ranks.world_size} ranks were started for a measurement of {expected}")
-            _run_race(assignment, config, ranks)
-    except BaseException:  # noqa: BLE001 - whatever it was, contestants in the middle of a step must not hold us up
-        traceback.print_exc()
-        end_process(EXIT_FAILED)
-    end_process(EXIT_FINISHED)
+    with process_ends(), process_group(config.launch.init_timeout_s) as ranks:
+        if ranks.world_size != assignment.plan.num_ranks:
+            expected = assignment.plan.num_ranks
+            raise RuntimeError(f"{ranks.world_size} ranks were started for a measurement of {expected}")
+        _run_race(assignment, config, ranks)
 
 
 def _run_race(assignment: ScalingAssignment, config: RunConfig, ranks: Ranks) -> None:

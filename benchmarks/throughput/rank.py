@@ -4,7 +4,6 @@ import json
 import os
 import sys
 import tempfile
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +13,11 @@ import torch
 
 from benchmarks.contestants.race import row_writer
 from benchmarks.measure.measured_run import MeasuredRun, Windows
-from sharding.ranks.errors import EXIT_FAILED, EXIT_FINISHED
+from benchmarks.measure.rank_end import process_ends
 from sharding.ranks.process_group import process_group
 from sharding.ranks.process_lifetime import die_with_parent
 from trainer.config import parse_config
 from trainer.runtime.host_memory import keep_freed_memory
-from trainer.runtime.processes import end_process
 
 
 @dataclass(frozen=True)
@@ -58,15 +56,11 @@ def main(arguments: Sequence[str]) -> None:
     if assignment.keeps_freed_memory:
         keep_freed_memory(os.environ)
     windows = Windows(assignment.num_warmup, assignment.num_windows, assignment.window_steps)
-    try:
-        with process_group(config.launch.init_timeout_s) as ranks, tempfile.TemporaryDirectory() as folder:
-            write = row_writer(assignment.output, {"row": assignment.row}, ranks)
-            run = MeasuredRun(config, ranks, windows, write, has_synthetic_tokens=assignment.has_synthetic_tokens)
-            run.run(Path(folder))
-    except BaseException:  # noqa: BLE001 - whatever it was, the other ranks must not wait for this one
-        traceback.print_exc()
-        end_process(EXIT_FAILED)
-    end_process(EXIT_FINISHED)
+    timeout_s = config.launch.init_timeout_s
+    with process_ends(), process_group(timeout_s) as ranks, tempfile.TemporaryDirectory() as folder:
+        write = row_writer(assignment.output, {"row": assignment.row}, ranks)
+        run = MeasuredRun(config, ranks, windows, write, has_synthetic_tokens=assignment.has_synthetic_tokens)
+        run.run(Path(folder))
 
 
 if __name__ == "__main__":

@@ -31,22 +31,24 @@ def _data(shared_corpus: tuple[Path, Path]) -> list[str]:
 @pytest.mark.timeout(400)
 def test_all_contestants_do_the_same_work_in_turn(tmp_path: Path, shared_corpus: tuple[Path, Path]) -> None:
     finished = shardline(
-        *("bench", "overhead", "--", "--sizes", "tiny", "--pairs", "10", "--control", "--output", tmp_path),
+        *("bench", "overhead", "--", "--sizes", "tiny", "--starts", "2", "--pairs", "10", "--control"),
+        *("--output", tmp_path),
         *_data(shared_corpus),
         timeout_s=380,
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
     (raw,) = tmp_path.glob("*_2xcpu/overhead.jsonl")
     rows = [json.loads(line) for line in raw.read_text().splitlines()]
-    header, settings = rows[0], rows[1]
+    header, settings, again = rows[0], rows[1], [row for row in rows if row["kind"] == "settings"][1]
     assert header["hardware"]["cpu"]
     assert header["config"]["parallel"]["strategy"] == "ddp"
     assert header["packages"]["lightning-fabric"]
-    assert set(settings["contestants"]) == NAMES
+    assert set(settings["contestants"]) == set(again["contestants"]) == NAMES
+    assert settings["built"] != again["built"]
 
     rounds = [row for row in rows if row["kind"] == "round"]
-    assert len(rounds) == 10
-    assert len([row for row in rows if row["kind"] == "warmup"]) == 22
+    assert [row["start"] for row in rounds] == [0] * 10 + [1] * 10
+    assert len([row for row in rows if row["kind"] == "warmup"]) == 2 * 22
     for row in rounds:
         assert sorted(row["order"]) == sorted(NAMES)
         assert all(len(row["wall_s"][name]) == 2 and min(row["wall_s"][name]) > 0 for name in NAMES)
@@ -54,7 +56,11 @@ def test_all_contestants_do_the_same_work_in_turn(tmp_path: Path, shared_corpus:
     assert len({tuple(row["order"]) for row in rounds}) > 1
 
     first, last = (
-        {row["contestant"]: row for row in rows if row["kind"] == "losses" and row["at_end_of_warmup"] is early}
+        {
+            row["contestant"]: row
+            for row in rows
+            if row["kind"] == "losses" and row["start"] == 1 and row["at_end_of_warmup"] is early
+        }
         for early in (True, False)
     )
     assert set(first) == set(last) == NAMES
@@ -69,12 +75,14 @@ def test_all_contestants_do_the_same_work_in_turn(tmp_path: Path, shared_corpus:
     assert raw.with_suffix(".svg").exists()
     assert table in finished.stdout
     assert all(f"| {name} |" in table for name in NAMES)
-    assert "10 pairs, after 22 rounds" in table
-    assert {len(times) for times in step_times(rows, "tiny").values()} == {10}
+    assert "2 starts of 10 pairs, after 22 rounds" in table
+    assert {tuple(map(len, times)) for times in step_times(rows, "tiny").values()} == {(10, 10)}
 
     # An interrupted contest has a table of what it measured.
     half = markdown(rows[: rows.index(rounds[5])], raw.name)
-    assert "5 pairs of 10 planned: interrupted" in half
+    assert "1 start of 5 pairs (of 2 x 10 planned: interrupted)" in half
+    assert "One start alone does not say who is faster." in half
+    assert "1 start of 10 pairs (of 2 x 10" in markdown(rows[: rows.index(rounds[15])], raw.name)
 
 
 def _contest_with_a_cheat(ranks: Ranks, values: dict[str, Any], folder: Path) -> None:
@@ -143,7 +151,8 @@ def test_batch_grows_with_the_ranks(size: str, per_rank: int) -> None:
     ("arguments", "complaint"),
     [
         (("--sizes", "huge"), "--sizes huge: there is no size huge; there are tiny, quickstart."),
-        (("--warmup", "3"), "--warmup 3 --pairs 300: at least 22 steps of warm-up"),
+        (("--warmup", "3"), "--warmup 3 --pairs 60: at least 22 steps of warm-up"),
+        (("--starts", "0"), "--starts 0: at least 1 is needed"),
         (("optimizer.rate=1",), "optimizer.rate"),
     ],
 )

@@ -283,6 +283,16 @@ def test_bad_input_is_named(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_that_cannot_be_is_one_sentence(tmp_path: Path, shared_corpus: tuple[Path, Path]) -> None:
+    finished = shardline(
+        *("bench", "scaling", "--", "--size", "tiny", "--ranks", "1", "--modes", "weak", "--output", tmp_path),
+        *(*_data(shared_corpus), "model.config.hidden_size=65"),
+    )
+    assert finished.returncode == 2
+    (sentence,) = finished.stderr.splitlines()
+    assert sentence.startswith("error: model.config is not accepted by llama: The hidden size (65) is not a multiple")
+
+
 def _data(shared_corpus: tuple[Path, Path]) -> list[str]:
     corpus, cache = shared_corpus
     return [

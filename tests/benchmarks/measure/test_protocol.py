@@ -66,8 +66,11 @@ def test_pairs_stay_together() -> None:
 
 
 def test_standings_divide_by_the_reference() -> None:
-    found = {row.name: row for row in standings({"a": [2.0, 4.0, 6.0], "b": [3.0, 6.0, 18.0]}, "a")}
+    found = {row.name: row for row in standings({"a": [[2.0, 4.0, 6.0]], "b": [[3.0, 6.0, 18.0]]}, "a")}
     assert found["a"].ratio is None
     assert (found["a"].median_s, found["a"].mean_s, found["a"].mean_ratio) == (4.0, 4.0, 1.0)
     assert found["b"].ratio is not None
-    assert (found["b"].ratio.value, found["b"].mean_ratio) == (1.5, 2.25)
+    assert (found["b"].ratio.value, found["b"].mean_ratio) == (pytest.approx(1.5), 2.25)
+    twice = standings({"a": [[2.0], [4.0]], "b": [[4.0], [4.0]]}, "a")[1]
+    assert twice.ratio is not None
+    assert (twice.median_s, twice.ratio.value, twice.ratio.spread) == pytest.approx((4.0, 2.0**0.5, 1.0))

@@ -62,7 +62,7 @@ def test_a_repeated_result_is_compared_by_what_does_not_depend_on_the_machines_m
     assert [round(value, 2) for value in series[SHARDLINE].values[:2]] == [7.5, 7.51]
     assert series[SHARDLINE].reference is not None
     rows = [
-        {"kind": "header", "size": "tiny"},
+        {"kind": "header", "size": "tiny", "num_pairs": 1},
         {"kind": "round", "size": "tiny", "wall_s": {"plain": [1.0, 2.0], "shardline": [1.5, 1.0]}},
     ]
     (name, overhead), *others = overhead_series(rows).items()
