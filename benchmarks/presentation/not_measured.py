@@ -20,7 +20,6 @@ NOT_MEASURED: dict[str, tuple[str, ...]] = {
         "exchanges 128 MiB",
         "and 4 KiB in",
         "at 128 MiB",
-        "at 2 MiB",
         "at 16 MiB",
         "at most 2 s longer",
         "a byte in 50 ms",
