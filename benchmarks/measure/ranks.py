@@ -88,9 +88,10 @@ def run_ranks(
             stderr.write(f"error: a rank was killed by {signal.Signals(-status).name}\n")
             status = EXIT_FAILED
     if status and shows_log:
-        # Of bad input a sentence says all.
-        num_lines = 1 if status == EXIT_BAD_INPUT else _NUM_LOG_LINES
-        print("\n".join(log.read_text().splitlines()[-num_lines:]), file=sys.stderr)
+        lines = log.read_text().splitlines()
+        # Of bad input a sentence says all, which each rank has written, perhaps before another's warnings.
+        sentences = [line for line in lines if line.startswith("error: ")][-1:] if status == EXIT_BAD_INPUT else []
+        print("\n".join(sentences or lines[-_NUM_LOG_LINES:]), file=sys.stderr)
     return status
 
 

@@ -47,6 +47,15 @@ class RatioOfStarts(Ratio):
         """Whether "faster" may be said: one start knows nothing of others."""
         return len(self.by_start) > 1 and self.high < 1.0
 
+    @property
+    def verdict(self) -> str:
+        """What may be said of the numerator: of one start nothing, else what the whole interval says."""
+        if len(self.by_start) == 1:
+            return "of one start"
+        if self.is_below_one:
+            return "faster"
+        return "slower" if self.low > 1.0 else "not told apart"
+
     def times(self, factor: float) -> "RatioOfStarts":
         """All of it, multiplied."""
         by_start = tuple(factor * ratio for ratio in self.by_start)

@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.measure.comparison import Series
 from benchmarks.measure.protocol import Standing, standings
-from benchmarks.measure.starts import Starts, ratio_over_starts
+from benchmarks.measure.starts import RatioOfStarts, Starts, ratio_over_starts
 from benchmarks.presentation.facts import facts
 from benchmarks.presentation.plots import Bar, ratios
 
@@ -75,9 +75,11 @@ def markdown(rows: Sequence[Mapping[str, Any]], file: str, changes: Sequence[str
         lines += [f"## {size}", "", _describe(header, [len(pairs) for pairs in starts]), ""]
         if starts:
             found = standings(times, REFERENCE)
+            (ours,) = (row.ratio for row in found if row.name == OURS and row.ratio is not None)
             cpu_times = step_times(rows, size, "cpu_s")
             cpu_s = {name: median(chain.from_iterable(values)) for name, values in cpu_times.items()}
-            lines += [*_table(found, cpu_s, _loss_differences(rows, size)), "", _verdict(size, times), ""]
+            lines += [*_table(found, cpu_s, _loss_differences(rows, size)), ""]
+            lines += [_verdict(size, ours, times), ""]
     if changes:
         lines += [*changes, ""]
     return "\n".join([*lines, f"Raw times: `{file}`."]) + "\n"
@@ -161,20 +163,20 @@ def _loss_differences(rows: Iterable[Mapping[str, Any]], size: str) -> dict[str,
     return found
 
 
-def _verdict(size: str, times: Mapping[str, Starts]) -> str:
-    """Whether the target is met, and beside whom Shardline is faster: of one start nothing is said."""
-    ours = ratio_over_starts(times[OURS], times[REFERENCE])
+def _verdict(size: str, ours: RatioOfStarts, times: Mapping[str, Starts]) -> str:
+    """Whether the target is met, and beside whom Shardline is faster.
+
+    Args:
+        size: the contest's.
+        ours: Shardline's ratio to the plain loop.
+        times: see ``step_times``.
+    """
     target = "met" if ours.high <= TARGETS[size] else "missed"
     said = f"Target {target}: upper end {ours.high:.3f}, at most {TARGETS[size]:.2f} wanted."
-    peers = {name: ratio_over_starts(times[OURS], times[name]) for name in times if name in _ORDER[2:]}
     if len(ours.by_start) == 1:
         return f"{said} One start alone does not say who is faster."
-    for what, names in (
-        ("faster than", [name for name, ratio in peers.items() if ratio.is_below_one]),
-        ("not told apart from", [name for name, ratio in peers.items() if ratio.low <= 1.0 <= ratio.high]),
-        ("slower than", [name for name, ratio in peers.items() if ratio.low > 1.0]),
-    ):
-        if names:
-            beside = ", ".join(f"{name} ({peers[name].value:.3f})" for name in names)
-            said += f" Shardline is {what} {beside}."
+    peers = {name: ratio_over_starts(times[OURS], times[name]) for name in times if name in _ORDER[2:]}
+    for verdict, word in (("faster", "than"), ("not told apart", "from"), ("slower", "than")):
+        beside = [f"{name} ({ratio.value:.3f})" for name, ratio in peers.items() if ratio.verdict == verdict]
+        said += f" Shardline is {verdict} {word} {', '.join(beside)}." if beside else ""
     return said

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 
 from benchmarks.contestants.field import BUCKETED, EQUAL_MEMORY, TUNED
-from benchmarks.measure.starts import RatioOfStarts
 from benchmarks.scaling.races import EXTRA, OURS, REFERENCE, ZERO_REDUNDANCY, RaceResult
 
 TARGET = 1.03
@@ -38,7 +37,7 @@ def _beside(race: RaceResult, name: str) -> Iterator[str]:
             limit = limits.get(peer)
             wanted = ["", ""] if limit is None else [f"{limit:.2f}", "met" if ratio.high <= limit else "missed"]
             interval = f"{ratio.low:.3f} to {ratio.high:.3f}"
-            yield " | ".join([peer, f"{ratio.value:.3f}", interval, *wanted, _verdict(ratio, len(race.starts))])
+            yield " | ".join([peer, f"{ratio.value:.3f}", interval, *wanted, ratio.verdict])
 
 
 def _limits(race: RaceResult, name: str) -> dict[str, float]:
@@ -51,11 +50,3 @@ def _limits(race: RaceResult, name: str) -> dict[str, float]:
         return {}
     own = {ZERO_REDUNDANCY: TARGET} if race.strategy == "zero1" else {_WITH_EXTRA: 1.0}
     return own | {TUNED: 1.0, EQUAL_MEMORY: 1.0, "deepspeed": 1.0}
-
-
-def _verdict(ratio: RatioOfStarts, num_starts: int) -> str:
-    if num_starts == 1:
-        return "of one start"
-    if ratio.is_below_one:
-        return "faster"
-    return "slower" if ratio.low > 1.0 else "not told apart"
