@@ -1,7 +1,9 @@
 """DDP: every rank holds everything; gradients are all-reduced once per step."""
 
 import inspect
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +17,8 @@ from sharding.mesh import ParallelMesh
 from sharding.part import Part
 from sharding.reached import ReachedParameters
 from sharding.torch_engine import TorchEngine
+
+_FLAGS_NAME = "reached_flags"
 
 
 class DdpEngine(TorchEngine):
@@ -31,20 +35,30 @@ class DdpEngine(TorchEngine):
     ) -> None:
         """See TorchEngine; the process group must be up."""
         super().__init__(definition, mesh, device, copies_dtype, build_optimizer, loss_scaler)
-        self._ddp = self._wrap()
+        self._led_to = [entry.parameter for entry in self._trainable]
+        reached = self._reached = ReachedParameters(self._led_to, mesh.reduction_group)
+        # Its gradient, which lies in the last bucket, tells what each rank reached; None where that is exchanged.
+        self._flags: nn.Parameter | None = None
+        self._ddp = self._wrap(reached)
         self._fix_buckets()
+        # All were reached just now.
+        reached.end_step()
         self._is_last = False
-        self._reached = ReachedParameters([entry.parameter for entry in self._trainable], mesh.reduction_group)
 
-    def _wrap(self) -> Any:
-        ddp = DistributedDataParallel(
-            self._model,
-            device_ids=[self._device.index] if self._device.type == "cuda" else None,
-            process_group=self._mesh.reduction_group,
-            gradient_as_bucket_view=True,
-            **_no_buffer_sync(),
-        )
-        ddp.register_comm_hook(self._mesh.reduction_group, _sum_bucket)
+    def _wrap(self, reached: ReachedParameters) -> Any:
+        if {parameter.dtype for parameter in self._led_to} == {torch.float32}:
+            # Buckets are by format: of one format, what is last in order is in the last one.
+            self._flags = nn.Parameter(torch.zeros(len(self._led_to), device=self._device))
+            self._led_to.append(self._flags)
+        with _registered(self._model, self._flags):
+            ddp = DistributedDataParallel(
+                self._model,
+                device_ids=[self._device.index] if self._device.type == "cuda" else None,
+                process_group=self._mesh.reduction_group,
+                gradient_as_bucket_view=True,
+                **_no_buffer_sync(),
+            )
+        ddp.register_comm_hook(_Reduction(self._mesh.reduction_group, self._flags, reached), _sum_bucket)
         return ddp
 
     def _fix_buckets(self) -> None:
@@ -56,9 +70,10 @@ class DdpEngine(TorchEngine):
         if isinstance(self._ddp, DistributedDataParallel):
             self._ddp.reducer.prepare_for_forward()
             self._ddp.reducer.prepare_for_backward([])
-            # Last first, as backward comes to them.
-            for entry in reversed(self._trainable):
-                entry.parameter.backward(torch.zeros_like(entry.parameter))
+            # Last first, as backward comes to them, and then the flags.
+            parameters = [entry.parameter for entry in reversed(self._trainable)]
+            for parameter in [*parameters, *([] if self._flags is None else [self._flags])]:
+                parameter.backward(torch.zeros_like(parameter))
 
     def replicas(self) -> list[Part]:
         """See Engine."""
@@ -79,8 +94,15 @@ class DdpEngine(TorchEngine):
     def _backward(self, loss: torch.Tensor) -> None:
         if self._is_last:
             # A bucket leaves when all its parameters have been reached, on every rank, or never.
-            loss = _ReachAll.apply(loss, *(entry.parameter for entry in self._trainable))
+            loss = _ReachAll.apply(loss, *self._led_to)
         self._run_backward(loss)
+
+    def _tell_reached(self, reached: ReachedParameters) -> None:
+        if self._flags is None:
+            reached.exchange()
+        else:
+            assert self._flags.grad is not None, "the last pass led to it"
+            reached.hear(self._flags.grad)
 
     def _run_backward(self, loss: torch.Tensor) -> None:
         loss.backward()
@@ -89,6 +111,28 @@ class DdpEngine(TorchEngine):
         self._is_last = is_last
         # no_sync must span the forward pass too: DDP decides there whether the reducer is armed.
         return nullcontext() if is_last else self._ddp.no_sync()
+
+
+@dataclass(frozen=True)
+class _Reduction:
+    """What the communication hook needs."""
+
+    group: dist.ProcessGroup | None
+    flags: nn.Parameter | None
+    reached: ReachedParameters
+
+
+@contextmanager
+def _registered(model: nn.Module, flags: nn.Parameter | None) -> Iterator[None]:
+    """A model that has one more parameter for a while."""
+    if flags is None:
+        yield
+        return
+    model.register_parameter(_FLAGS_NAME, flags)
+    try:
+        yield
+    finally:
+        delattr(model, _FLAGS_NAME)
 
 
 class _ReachAll(torch.autograd.Function):
@@ -108,13 +152,19 @@ class _ReachAll(torch.autograd.Function):
         return (gradients[0], *[None] * ctx.num_parameters)
 
 
-def _sum_bucket(group: dist.ProcessGroup | None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+def _sum_bucket(reduction: _Reduction, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     """Sum a bucket over ranks, as a communication hook of DDP.
 
     DDP by itself divides by the number of ranks, which takes a pass over all gradients; the loss carries the global
     denominator already.
     """
-    summed = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
+    flags = reduction.flags
+    if flags is not None and flags.grad is not None and bucket.is_last():
+        # Buckets leave in order, each when all its parameters were come to: nothing that this step reaches is left.
+        if flags.grad.untyped_storage().data_ptr() != bucket.buffer().untyped_storage().data_ptr():
+            raise RuntimeError("DDP has laid its buckets so that what ranks reached is not in the last of them")
+        reduction.reached.write_flags(flags.grad)
+    summed = dist.all_reduce(bucket.buffer(), group=reduction.group, async_op=True)
     return summed.get_future().then(lambda done: done.value()[0])
 
 

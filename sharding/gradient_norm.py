@@ -13,7 +13,12 @@ GradientPiece = tuple[Part, torch.Tensor]
 
 
 def square_sum(
-    pieces: Sequence[GradientPiece], parts: Sequence[Part], dims: ParallelDims, device: torch.device
+    pieces: Sequence[GradientPiece],
+    parts: Sequence[Part],
+    dims: ParallelDims,
+    device: torch.device,
+    others: torch.Tensor | None = None,
+    others_over: dist.ProcessGroup | None = None,
 ) -> torch.Tensor:
     """Sum of the squares of all elements of the whole gradient, equal on all ranks; every rank must call it.
 
@@ -22,6 +27,8 @@ def square_sum(
         parts: of all trained parameters, also those without a gradient on this rank.
         dims: the ranks.
         device: where the sum is made.
+        others: fp64 numbers on the device, [n], that are to travel along: ranks' are added up in place.
+        others_over: the ranks over which: ``sums_over`` of a part, where no axis divides the model.
 
     Returns:
         An fp64 scalar on the device.
@@ -38,7 +45,12 @@ def square_sum(
         own = [gradient for part, gradient in pieces if part.sums_over is group]
         squares = _squares(own) if own else torch.zeros((), device=device, dtype=torch.float64)
         if group is not None:
-            dist.all_reduce(squares, group=group)
+            along = [others] if others is not None and group is others_over else []
+            sums = torch.cat([squares.view(1), *along])
+            dist.all_reduce(sums, group=group)
+            squares = sums[0]
+            for sent in along:
+                sent.copy_(sums[1:])
         total = total + squares
     return total
 

@@ -63,8 +63,10 @@ class TorchEngine:
         # 1.0 where the norm of the present gradients is not finite, else 0.0; None as long as nobody has asked for it.
         self._found_nonfinite: torch.Tensor | None = None
         self._has_whole_optimizer_state = False
-        # Of strategies under which gradients travel.
+        # Of strategies under which gradients travel; as a rule all those ranks come to the norm's collective.
         self._reached: ReachedParameters | None = None
+        groups = {part.sums_over for part in self._optimized} - {None}
+        self._norm_is_of_all = mesh.reduction_group in groups and not mesh.dims.divides_model
         self._micro_batch_norms = MicroBatchNorms(self._model)
 
     @property
@@ -89,7 +91,8 @@ class TorchEngine:
                 context=lambda is_last: self._accumulation_context(is_last=is_last),
             )
         if self._reached is not None:
-            self._reached.share()
+            self._reached.end_step()
+            self._tell_reached(self._reached)
         return total if self._mesh.counts_loss else torch.zeros_like(total)
 
     def train_batch_with_norms(
@@ -113,7 +116,13 @@ class TorchEngine:
 
     def clip_grad_norm(self, max_norm: float) -> torch.Tensor:
         """See Engine."""
-        norm = square_sum(self._gradient_pieces(), self._optimized, self._mesh.dims, self._device).sqrt().float()
+        flags = self._reached.flags(self._device) if self._reached is not None and self._norm_is_of_all else None
+        squares = square_sum(
+            self._gradient_pieces(), self._optimized, self._mesh.dims, self._device, flags, self._mesh.reduction_group
+        )
+        if self._reached is not None and flags is not None:
+            self._reached.hear(flags)
+        norm = squares.sqrt().float()
         if self._divisor is not None:
             norm = norm / self._divisor
         if max_norm != 0:
@@ -220,6 +229,11 @@ class TorchEngine:
         for entry in self._trainable:
             if entry.local is not entry.parameter and entry.parameter.grad is not None:
                 entry.local.grad = local_tensor(entry.parameter.grad)
+
+    def _tell_reached(self, reached: ReachedParameters) -> None:
+        """After a step's last backward pass: tell other ranks what this one reached, if the norm does not."""
+        if not self._norm_is_of_all:
+            reached.exchange()
 
     def _unreached_parameters(self) -> list[nn.Parameter]:
         """Local parameters that may have a gradient of zeros, though no rank's backward pass has come to them."""

@@ -102,7 +102,8 @@ class DeepSpeedEngine:
                 backward=lambda loss: self._module.backward(loss, scale_wrt_gas=False),
                 context=self._accumulation_context,
             )
-        self._reached.share()
+        self._reached.end_step()
+        self._reached.exchange()
         return total
 
     def train_batch_with_norms(

@@ -141,7 +141,8 @@ def _differ(ranks: Ranks) -> None:
     for must_be_alike in (False, True):
         reached = ReachedParameters([first, second], None, must_be_alike=must_be_alike)
         (first + second if ranks.rank == 0 else first).sum().backward()
-        reached.share()
+        reached.end_step()
+        reached.exchange()
         if must_be_alike and ranks.rank == 1:
             with pytest.raises(RuntimeError, match="gradients would be added up wrongly"):
                 reached.unreached()
@@ -149,7 +150,8 @@ def _differ(ranks: Ranks) -> None:
             assert reached.unreached() == []
         # What no rank reaches is alike.
         first.sum().backward()
-        reached.share()
+        reached.end_step()
+        reached.exchange()
         assert reached.unreached() == [1]
 
 
