@@ -1,15 +1,13 @@
 """Causal language modelling: predict each next token."""
 
-import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from sharding.engine import Batch
 from sharding.precision import CONVERTS_ITS_OUTPUT
@@ -20,13 +18,13 @@ from trainer.config.sections import ModelConfig
 from trainer.data.facts import SampleFacts
 from trainer.data.samples import Samples
 from trainer.data.token_bytes import token_bytes
-from trainer.runtime.compiled_by_shape import compiled_by_shape
 from trainer.tasks.chunked_loss import ChunkedLossHead
 from trainer.tasks.divergence import token_logits
 from trainer.tasks.first_batch import ForwardPass
 from trainer.tasks.next_tokens import IGNORED_LABEL, next_token_batch
 from trainer.tasks.scores import bits_per_byte, perplexity
 from trainer.tasks.task import Better, Metric, Outputs, Sums, Task
+from trainer.tasks.vocabulary_loss import compiled_vocabulary_loss, vocabulary_loss
 
 PROBED_POSITION = "probed_position"
 """Key of a batch in evaluation that asks for the logits of the first row's token at this position, as the only sum."""
@@ -113,14 +111,10 @@ class CausalLanguageModelling(Task):
         return Outputs(logits=logits if self._compiles_loss else logits.float())
 
     def loss(self, outputs: Outputs, batch: Batch) -> torch.Tensor:
-        """See Task; cross-entropy in nats, plus z_loss x log^2 Z at each target, computed in fp32.
-
-        Z is the softmax's denominator. Keeping it near 1 keeps logits from drifting, which low precision suffers from:
-        Chowdhery et al., "PaLM" (2022), section 5.
-        """
+        """See Task; ``vocabulary_loss``, with the z-loss."""
         if outputs.loss_sum is not None:
             return outputs.loss_sum
-        compute = compiled_loss() if self._compiles_loss else _loss_sum
+        compute = compiled_vocabulary_loss() if self._compiles_loss else vocabulary_loss
         return compute(_logits_of(outputs), batch["labels"], self._z_loss)
 
     def evaluate(self, outputs: Outputs, batch: Batch) -> Sums:
@@ -131,7 +125,7 @@ class CausalLanguageModelling(Task):
         # A head that computes the loss leaves the z-loss out in evaluation.
         loss_sum = outputs.loss_sum
         if loss_sum is None:
-            loss_sum = _loss_sum(_logits_of(outputs), batch["labels"], 0.0)
+            loss_sum = vocabulary_loss(_logits_of(outputs), batch["labels"])
         num_targets = (batch["labels"] != IGNORED_LABEL).sum()
         sums = {"loss": loss_sum.double(), "targets": num_targets.double()}
         if "num_bytes" in batch:
@@ -240,24 +234,3 @@ def check_targets(name: str, task: Task, samples: Samples) -> None:
 def _logits_of(outputs: Outputs) -> torch.Tensor:
     assert outputs.logits is not None, "the head computes the loss or the logits"
     return outputs.logits
-
-
-def _loss_sum(logits: torch.Tensor, labels: torch.Tensor, z_loss: float) -> torch.Tensor:
-    """The summed loss, an fp32 scalar, of logits [micro, length, vocabulary] and labels [micro, length]."""
-    logits, labels = logits.float().flatten(0, 1), labels.flatten()
-    if not z_loss:
-        return functional.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED_LABEL)
-    # The cross-entropy is log Z less the target's logit: one log Z serves both, in memory as well.
-    log_z = logits.logsumexp(dim=-1)
-    target_logits = logits.gather(-1, labels.clamp(min=0)[:, None])[:, 0]
-    losses = log_z - target_logits + z_loss * log_z.square()
-    return torch.where(labels == IGNORED_LABEL, 0.0, losses).sum()
-
-
-@functools.cache
-def compiled_loss(backend: str = "inductor") -> Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]:
-    """``_loss_sum`` compiled by a backend of ``torch.compile``, for each shape by itself.
-
-    Logits in 16 bits are so read as they are, twice forwards and once backwards, and no others are written.
-    """
-    return compiled_by_shape(_loss_sum, backend)

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional
 
 from sharding.engine import Batch
+from sharding.precision import CONVERTS_ITS_OUTPUT
 from sharding.ranks.errors import UserError
 from trainer.architectures.auto_model import auto_model
 from trainer.architectures.networks import build_network
@@ -23,6 +23,7 @@ from trainer.tasks.first_batch import ForwardPass
 from trainer.tasks.next_tokens import IGNORED_LABEL
 from trainer.tasks.scores import perplexity
 from trainer.tasks.task import Better, Metric, Outputs, Sums, Task
+from trainer.tasks.vocabulary_loss import compiled_vocabulary_loss, vocabulary_loss
 
 _MASKED, _REPLACED = 0.8, 0.9
 
@@ -34,7 +35,13 @@ class MaskedLanguageModelling(Task):
     """
 
     def __init__(
-        self, facts: SampleFacts, seed: int = 0, mask_probability: float = 0.15, *, whole_word: bool = False
+        self,
+        facts: SampleFacts,
+        seed: int = 0,
+        mask_probability: float = 0.15,
+        *,
+        whole_word: bool = False,
+        compiles_loss: bool = False,
     ) -> None:
         """Say what is hidden.
 
@@ -43,11 +50,13 @@ class MaskedLanguageModelling(Task):
             seed: key of the draws.
             mask_probability: with which a token, or a word, is chosen.
             whole_word: choose words instead of tokens.
+            compiles_loss: whether the training loss is compiled, once for each shape of logits.
         """
         self._facts = facts
         self._seed = seed
         self._mask_probability = mask_probability
         self._whole_word = whole_word
+        self._compiles_loss = compiles_loss
         self._table: WordTable | None = None
         self._forward_pass = ForwardPass()
 
@@ -65,6 +74,8 @@ class MaskedLanguageModelling(Task):
                 f"{model_settings.name} has is_decoder=true, with which a token sees none that follow, but "
                 "task.name=masked-lm predicts from both sides; set it to false."
             )
+        if self._compiles_loss:
+            setattr(model, CONVERTS_ITS_OUTPUT, True)
         return model
 
     def make_batch(self, samples: Batch, positions: torch.Tensor, training: bool) -> Batch:
@@ -103,20 +114,23 @@ class MaskedLanguageModelling(Task):
             UserError: the model cannot compute on its first batch, for sizes that do not fit together.
         """
         described = f"sequences of {batch['input_ids'].shape[1]} tokens"
-        return Outputs(logits=self._forward_pass.logits(model, self.inputs(batch), described).float())
+        logits = self._forward_pass.logits(model, self.inputs(batch), described)
+        # In fp32 here, so that those of another format are gone when the loss is computed; but compiled they become so
+        # on the way.
+        return Outputs(logits=logits if self._compiles_loss else logits.float())
 
     def loss(self, outputs: Outputs, batch: Batch) -> torch.Tensor:
-        """See Task; cross-entropy in nats."""
+        """See Task; cross-entropy in nats, computed in fp32."""
         assert outputs.logits is not None, "forward gives logits"
-        logits, labels = outputs.logits.flatten(0, 1), batch["labels"].flatten()
-        return functional.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED_LABEL)
+        compute = compiled_vocabulary_loss() if self._compiles_loss else vocabulary_loss
+        return compute(outputs.logits, batch["labels"], 0.0)
 
     def evaluate(self, outputs: Outputs, batch: Batch) -> Sums:
         """See Task; summed cross-entropy, hidden tokens, and those of them that were found."""
         assert outputs.logits is not None, "forward gives logits"
         is_right = outputs.logits.argmax(dim=-1) == batch["labels"]
         return {
-            "loss": self.loss(outputs, batch).double(),
+            "loss": vocabulary_loss(outputs.logits, batch["labels"]).double(),
             "targets": (batch["labels"] != IGNORED_LABEL).sum().double(),
             "right": is_right.sum().double(),
         }

@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from sharding.ranks.errors import UserError
@@ -26,17 +25,19 @@ def _causal_lm(settings: TaskConfig, facts: SampleFacts, _: int, *, compiles_los
     return CausalLanguageModelling(settings.z_loss, settings.loss_chunk_tokens, facts, compiles_loss=compiles_loss)
 
 
-def _masked_lm(settings: TaskConfig, facts: SampleFacts, seed: int) -> Task:
-    return MaskedLanguageModelling(facts, seed, settings.mask_probability, whole_word=settings.whole_word)
+def _masked_lm(settings: TaskConfig, facts: SampleFacts, seed: int, *, compiles_loss: bool = False) -> Task:
+    return MaskedLanguageModelling(
+        facts, seed, settings.mask_probability, whole_word=settings.whole_word, compiles_loss=compiles_loss
+    )
 
 
 def _of_rows(make: Callable[[TaskConfig, SampleFacts], Task]) -> Callable[[TaskConfig, SampleFacts, int], Task]:
     return lambda settings, facts, _: make(settings, facts)
 
 
+_OVER_A_VOCABULARY: dict[str, Callable[..., Task]] = {"causal-lm": _causal_lm, "masked-lm": _masked_lm}
 _TASKS: dict[str, Callable[[TaskConfig, SampleFacts, int], Task]] = {
-    "causal-lm": _causal_lm,
-    "masked-lm": _masked_lm,
+    **_OVER_A_VOCABULARY,
     "classification": _of_rows(Classification),
     "sequence-classification": _of_rows(SequenceClassification),
     "token-classification": _of_rows(TokenClassification),
@@ -69,7 +70,7 @@ def configured_task(
         settings: the section ``task``.
         facts: what is known of the samples.
         seed: the run's, for what a task draws for each sample.
-        compiles_loss: whether the loss is compiled, where that is over a vocabulary: of causal language modelling.
+        compiles_loss: whether the loss is compiled, where that is over a vocabulary: of language modelling.
         changes: settings that are to be others.
 
     Raises:
@@ -80,8 +81,9 @@ def configured_task(
     if ":" not in name:
         if name not in _TASKS:
             raise UserError(f"task.name={name} is unknown; use {', '.join(_TASKS)} or module:Class.")
-        make_ours = partial(_causal_lm, compiles_loss=True) if compiles_loss and name == "causal-lm" else _TASKS[name]
-        return make_ours(settings, facts, seed)
+        if compiles_loss and name in _OVER_A_VOCABULARY:
+            return _OVER_A_VOCABULARY[name](settings, facts, seed, compiles_loss=True)
+        return _TASKS[name](settings, facts, seed)
     make = import_own(name, "task.name", settings.folder)
     # What goes wrong in its own code is shown with its traceback.
     task = _construct(settings, make, facts)

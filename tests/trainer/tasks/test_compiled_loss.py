@@ -9,7 +9,8 @@ from torch import nn
 from sharding.precision import cast_at_ends
 from tests.trainer.tasks.test_chunked_loss import _config, _loss_and_gradients, batch
 from trainer.data.facts import SampleFacts
-from trainer.tasks.causal_lm import CausalLanguageModelling, compiled_loss
+from trainer.tasks.causal_lm import CausalLanguageModelling
+from trainer.tasks.vocabulary_loss import compiled_vocabulary_loss
 
 __all__ = ["batch"]
 
@@ -64,7 +65,7 @@ def test_it_is_the_plain_one_and_compiled_once_a_shape(
 
 @pytest.mark.filterwarnings("ignore")
 def test_there_may_be_any_number_of_shapes() -> None:
-    compute = compiled_loss(backend="eager")
+    compute = compiled_vocabulary_loss(backend="eager")
     torch._dynamo.reset()
     generator = torch.Generator().manual_seed(0)
     # torch gives up after eight.
