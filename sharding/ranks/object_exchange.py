@@ -37,6 +37,19 @@ def broadcast_object(value: _Value, ranks: Ranks) -> _Value:
     return values[0]
 
 
+def error_of_rank_0(error: _Value, ranks: Ranks) -> _Value | None:
+    """What went wrong on rank 0, on every rank; every rank must call it, and waits for rank 0.
+
+    Nothing has, as a rule, which takes one small collective to tell, where an object takes two.
+
+    Args:
+        error: rank 0's; what can be pickled. Others' do not matter.
+        ranks: this rank's place.
+    """
+    has_error = ranks.rank == 0 and error is not None
+    return broadcast_object(error, ranks) if sum_integers_over_ranks(int(has_error), ranks) else None
+
+
 def sum_over_ranks(sums: torch.Tensor, ranks: Ranks) -> list[float]:
     """Add up a vector over all ranks, as numbers; waits for the device."""
     return gather_rows(sums.double().cpu(), ranks).sum(dim=0).tolist()

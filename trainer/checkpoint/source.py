@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from sharding.ranks.errors import RunFailure, UserError
-from sharding.ranks.object_exchange import broadcast_object, gather_objects
+from sharding.ranks.object_exchange import broadcast_object, error_of_rank_0, gather_objects
 from sharding.ranks.process_group import Ranks
 from trainer.checkpoint.manifest import CorruptCheckpoint, FileEntry
 from trainer.checkpoint.reader import CheckpointReader
@@ -100,7 +100,7 @@ def on_rank_0(change: Callable[[], None], ranks: Ranks) -> None:
             error = caught
         except OSError as caught:
             error = RunFailure(f"{caught.filename or 'a file'} cannot be changed: {caught.strerror}; run again.")
-    error = broadcast_object(error, ranks)
+    error = error_of_rank_0(error, ranks)
     if error is not None:
         raise error
 

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sharding.part import Part
 from sharding.ranks.errors import RunFailure, UserError
-from sharding.ranks.object_exchange import broadcast_object, gather_objects
+from sharding.ranks.object_exchange import error_of_rank_0, gather_objects, gather_rows
 from sharding.ranks.process_group import Ranks
 from trainer.checkpoint.manifest import (
     FORMAT_VERSION,
@@ -51,9 +53,10 @@ def prepare_checkpoint(
         UserError: there is too little space, say.
         RunFailure: the folder was lost, or the storage is away.
     """
-    num_bytes = gather_objects(sum(part.num_bytes for part in parts if part.is_written_here), ranks)
+    own = torch.tensor([sum(part.num_bytes for part in parts if part.is_written_here)])
+    num_bytes = [int(row[0]) for row in gather_rows(own, ranks)]
     error = _prepare_folder(folder, num_bytes, step, before_change) if ranks.rank == 0 else None
-    error = broadcast_object(error, ranks)
+    error = error_of_rank_0(error, ranks)
     if error is not None:
         raise error
 
@@ -105,7 +108,7 @@ def commit(
     error = None
     if ranks.rank == 0:
         error = _commit(folder, lambda: write(reports), step, before_commit)
-    error = gather_objects(error, ranks)[0]
+    error = error_of_rank_0(error, ranks)
     if error is not None:
         raise error
     return max(report.write_s for report in reports)
