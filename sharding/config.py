@@ -75,8 +75,8 @@ class CompileConfig(StrictModel):
     """torch.compile, applied to each transformer block in place, and to a loss over a vocabulary."""
 
     enabled: bool = False
-    """Compile each block, and the training loss of `causal-lm` and `masked-lm` where no teacher looks at its logits; the
-    first step takes longer, later ones are faster."""
+    """Compile each block, and the training loss of `causal-lm` and `masked-lm` where no teacher looks at its logits;
+    the first step takes longer, later ones are faster."""
 
     mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
     """torch.compile's own mode name, for blocks; `reduce-overhead` and `max-autotune`, which replay CUDA graphs, are

@@ -46,7 +46,8 @@ class DdpEngine(TorchEngine):
         self._is_last = False
 
     def _wrap(self, reached: ReachedParameters) -> Any:
-        if {parameter.dtype for parameter in self._led_to} == {torch.float32}:
+        # On a GPU a collective of the host's costs the device nothing, and nobody waits for the device to hear of it.
+        if self._device.type == "cpu" and {parameter.dtype for parameter in self._led_to} == {torch.float32}:
             # Buckets are by format: of one format, what is last in order is in the last one.
             self._flags = nn.Parameter(torch.zeros(len(self._led_to), device=self._device))
             self._led_to.append(self._flags)

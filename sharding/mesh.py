@@ -1,6 +1,7 @@
 """The ranks as parallelism arranges them: groups for collectives, and one rank's roles."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -36,42 +37,42 @@ class ParallelMesh:
     reduction_group: dist.ProcessGroup | None = None
     replica_group: dist.ProcessGroup | None = None
 
-    @property
+    @cached_property
     def data(self) -> Role:
         """Place among the ranks that read different data."""
         return self.dims.data(self.rank)
 
-    @property
+    @cached_property
     def sharding(self) -> Role:
         """Place among the ranks over which a strategy divides the state."""
         return self.dims.sharding(self.rank)
 
-    @property
+    @cached_property
     def reduction(self) -> Role:
         """Place among the ranks whose gradients of one parameter add up."""
         return self.dims.reduction(self.rank)
 
-    @property
+    @cached_property
     def counts_loss(self) -> bool:
         """Whether the loss that this rank computes counts."""
         return self.dims.counts_loss(self.rank)
 
-    @property
+    @cached_property
     def counts_targets(self) -> bool:
         """Whether the targets of the sequences that this rank reads count."""
         return self.dims.counts_targets(self.rank)
 
-    @property
+    @cached_property
     def copy_holder(self) -> Role:
         """Place among the ranks that have the same part of the model, and so the same of what no strategy divides."""
         return self.dims.holder(self.rank, ("pipeline", "tensor"))
 
-    @property
+    @cached_property
     def shard_holder(self) -> Role:
         """Place among the ranks that hold the same shards."""
         return self.dims.holder(self.rank, ("pipeline", "tensor", "shard", "context"))
 
-    @property
+    @cached_property
     def scalar_holder(self) -> Role:
         """Place among the ranks that hold the same number of the whole run, as the loss scale: all of them."""
         return self.dims.holder(self.rank)

@@ -14,7 +14,8 @@ class ReachedParameters:
     Where all gradients lie in memory that ranks exchange, it has zeros instead, and only this tells them from others.
 
     Ranks have to tell each other in every step, for one that has reached all does not know what others have missed: by
-    ``exchange``, or with something else that travels then, which spares a step of a small model a tenth of its time.
+    ``exchange``, or with something else that travels then. Where ranks compute on the cores that carry messages, one
+    more collective took 8 % of a step of 16 ms.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class ReachedParameters:
     def unreached(self) -> list[int]:
         """The parameters that no rank reached in the step that ended last.
 
-        Waits for the other ranks, and for the device, where this rank itself missed one, and for nothing elsewhere.
+        Waits for the other ranks where this rank itself missed one, and for nothing elsewhere.
 
         Raises:
             RuntimeError: other ranks have reached what this one has not, and that must not be. Not all ranks know it,

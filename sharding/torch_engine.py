@@ -63,10 +63,13 @@ class TorchEngine:
         # 1.0 where the norm of the present gradients is not finite, else 0.0; None as long as nobody has asked for it.
         self._found_nonfinite: torch.Tensor | None = None
         self._has_whole_optimizer_state = False
-        # Of strategies under which gradients travel; as a rule all those ranks come to the norm's collective.
+        # Of strategies under which gradients travel.
         self._reached: ReachedParameters | None = None
+        # On a GPU a collective of the host's costs the device nothing, and a rank that missed something would have to
+        # wait for the device to hear of it with the norm. Else all those ranks come to the norm's, as a rule.
         groups = {part.sums_over for part in self._optimized} - {None}
-        self._norm_is_of_all = mesh.reduction_group in groups and not mesh.dims.divides_model
+        has_all = mesh.reduction_group in groups and not mesh.dims.divides_model
+        self._norm_tells_reached = device.type == "cpu" and has_all
         self._micro_batch_norms = MicroBatchNorms(self._model)
 
     @property
@@ -116,7 +119,7 @@ class TorchEngine:
 
     def clip_grad_norm(self, max_norm: float) -> torch.Tensor:
         """See Engine."""
-        flags = self._reached.flags(self._device) if self._reached is not None and self._norm_is_of_all else None
+        flags = self._reached.flags(self._device) if self._reached is not None and self._norm_tells_reached else None
         squares = square_sum(
             self._gradient_pieces(), self._optimized, self._mesh.dims, self._device, flags, self._mesh.reduction_group
         )
@@ -232,7 +235,7 @@ class TorchEngine:
 
     def _tell_reached(self, reached: ReachedParameters) -> None:
         """After a step's last backward pass: tell other ranks what this one reached, if the norm does not."""
-        if not self._norm_is_of_all:
+        if not self._norm_tells_reached:
             reached.exchange()
 
     def _unreached_parameters(self) -> list[nn.Parameter]:

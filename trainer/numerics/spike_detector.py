@@ -71,6 +71,9 @@ class SpikeDetector:
         self._warmup_steps = warmup_steps
         self._losses = deque(losses, maxlen=window_steps)
         self._grad_norms = deque(grad_norms, maxlen=window_steps)
+        # Logarithms of both, which each judgement needs of all.
+        self._log_losses = deque(map(_logarithm, self._losses), maxlen=window_steps)
+        self._log_grad_norms = deque(map(_logarithm, self._grad_norms), maxlen=window_steps)
 
     @property
     def losses(self) -> list[float]:
@@ -96,10 +99,10 @@ class SpikeDetector:
         scale = max(scale, _LEAST_SPREAD * abs(middle), _LEAST_NORM)
         deviations = (loss - middle) / scale
         if min(loss, *self._losses) > 0:
-            deviations = min(deviations, _by_logarithm(loss, self._losses)[2])
+            deviations = min(deviations, _by_logarithm(loss, self._log_losses)[2])
         spikes = [Spike("loss", loss, middle, scale, deviations)]
         if math.isfinite(grad_norm):
-            middle, scale, deviations = _by_logarithm(grad_norm, self._grad_norms)
+            middle, scale, deviations = _by_logarithm(grad_norm, self._log_grad_norms)
             spikes.append(Spike("grad_norm", grad_norm, math.exp(middle), scale, deviations))
         worst = max(spikes, key=lambda spike: spike.deviations)
         return worst if worst.deviations > self._threshold else None
@@ -108,6 +111,8 @@ class SpikeDetector:
         """Compare later steps with this one as well: its update was applied."""
         self._losses.append(loss)
         self._grad_norms.append(grad_norm)
+        self._log_losses.append(_logarithm(loss))
+        self._log_grad_norms.append(_logarithm(grad_norm))
 
 
 def _level_and_scale(values: Iterable[float]) -> tuple[float, float]:
@@ -121,9 +126,9 @@ def _level_and_scale(values: Iterable[float]) -> tuple[float, float]:
     return level, _DEVIATION_OF_MAD * median(deviations)
 
 
-def _by_logarithm(value: float, values: Iterable[float]) -> tuple[float, float, float]:
-    """Level and spread of the logarithms of values, and how many spreads that of another is above the level."""
-    middle, scale = _level_and_scale(map(_logarithm, values))
+def _by_logarithm(value: float, logarithms: Iterable[float]) -> tuple[float, float, float]:
+    """Level and spread of logarithms, and how many spreads that of another value is above the level."""
+    middle, scale = _level_and_scale(logarithms)
     scale = max(scale, _LEAST_SPREAD)
     return middle, scale, (_logarithm(value) - middle) / scale
 

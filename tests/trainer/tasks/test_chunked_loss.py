@@ -14,6 +14,7 @@ from trainer.data.facts import SampleFacts
 from trainer.tasks import chunked_loss
 from trainer.tasks.causal_lm import CausalLanguageModelling
 from trainer.tasks.chunked_loss import ChunkedLossHead
+from trainer.tasks.task import Task
 
 _Z_LOSS = 0.3
 _NUM_POSITIONS = 24
@@ -43,7 +44,7 @@ def _pair(config: Any, z_loss: float, chunk_tokens: int) -> list[tuple[CausalLan
     return made
 
 
-def _loss_and_gradients(task: CausalLanguageModelling, model: nn.Module, batch: Any) -> tuple[Any, dict[str, Any]]:
+def _loss_and_gradients(task: Task, model: nn.Module, batch: Any) -> tuple[Any, dict[str, Any]]:
     loss = task.loss(task.forward(model, batch), batch)
     (0.25 * loss).backward()
     return loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}

@@ -8,16 +8,32 @@ from torch import nn
 
 from sharding.precision import cast_at_ends
 from tests.trainer.tasks.test_chunked_loss import _config, _loss_and_gradients, batch
+from trainer.config.sections import ModelConfig
 from trainer.data.facts import SampleFacts
 from trainer.tasks.causal_lm import CausalLanguageModelling
+from trainer.tasks.masked_lm import MaskedLanguageModelling
+from trainer.tasks.task import Task
 from trainer.tasks.vocabulary_loss import compiled_vocabulary_loss
 
 __all__ = ["batch"]
 
 
-def _model(task: CausalLanguageModelling, dtype: torch.dtype) -> nn.Module:
+_BERT = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+
+
+def _model(task: Task, dtype: torch.dtype) -> nn.Module:
     torch.manual_seed(1)
-    return task.build_model(_config(tie_word_embeddings=True), SampleFacts(8, 37)).train().to(dtype)
+    config = _config(tie_word_embeddings=True)
+    if isinstance(task, MaskedLanguageModelling):
+        config = ModelConfig(architecture="bert", config=_BERT, attention="eager")
+    return task.build_model(config, SampleFacts(8, 37)).train().to(dtype)
 
 
 def _num_graphs() -> int:
@@ -63,6 +79,31 @@ def test_it_is_the_plain_one_and_compiled_once_a_shape(
     assert _num_graphs() == before + num_shapes
 
 
+@pytest.mark.timeout(400)
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)], ids=str)
+def test_so_is_that_of_hidden_tokens(batch: Any, dtype: torch.dtype, tolerance: float) -> None:
+    facts = SampleFacts(8, 37)
+    plain, compiled = MaskedLanguageModelling(facts), MaskedLanguageModelling(facts, compiles_loss=True)
+    expected, gradients = _loss_and_gradients(plain, _model(plain, dtype), batch)
+    model = _model(compiled, dtype)
+    torch._dynamo.reset()
+    before = _num_graphs()
+    loss, own = _loss_and_gradients(compiled, model, batch)
+    assert _num_graphs() == before + 1
+    assert loss.dtype is torch.float32
+    assert loss.item() == pytest.approx(expected.item(), rel=max(tolerance / 10, 1e-6))
+    for name, gradient in gradients.items():
+        # A key's bias changes no attention, so that its gradient is rounding.
+        if gradient is not None and not name.endswith("key.bias"):
+            assert own[name].dtype is dtype
+            assert (own[name] - gradient).norm() <= tolerance * gradient.norm(), name
+    with torch.no_grad():
+        sums = [task.evaluate(task.forward(model.eval(), batch), batch) for task in (plain, compiled)]
+    assert sums[1]["loss"].item() == pytest.approx(sums[0]["loss"].item(), rel=1e-5)
+    assert _num_graphs() == before + 1
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_there_may_be_any_number_of_shapes() -> None:
     compute = compiled_vocabulary_loss(backend="eager")
@@ -75,8 +116,12 @@ def test_there_may_be_any_number_of_shapes() -> None:
         assert compute(logits, labels, 0.0).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_it_is_given_16_bit_logits_as_they_are(batch: Any) -> None:
-    task = CausalLanguageModelling(compiles_loss=True)
+@pytest.mark.parametrize(
+    "task",
+    [CausalLanguageModelling(compiles_loss=True), MaskedLanguageModelling(SampleFacts(8, 37), compiles_loss=True)],
+    ids=lambda task: type(task).__name__,
+)
+def test_it_is_given_16_bit_logits_as_they_are(batch: Any, task: Task) -> None:
     model = _model(task, torch.bfloat16)
     cast_at_ends(model, torch.bfloat16)
     for is_training, dtype in ((True, torch.bfloat16), (False, torch.float32)):
