@@ -134,13 +134,15 @@ def difference_of_setup(now: Mapping[str, Any], before: Mapping[str, Any]) -> st
 
 
 def changes_markdown(changes: Sequence[Change], before_file: str, difference: str) -> list[str]:
-    """Lines that say what has changed since the earlier result.
+    """Lines that say what has changed since the earlier result; none where that has measured nothing alike.
 
     Args:
         changes: of all rows that both have.
         before_file: what a page calls the earlier raw file.
         difference: see ``difference_of_setup``.
     """
+    if not changes:
+        return []
     real = [change for change in changes if change.is_more_than_noise]
     setup = f" Measured under other conditions: {difference}." if difference else ""
     lines = [

@@ -136,6 +136,8 @@ def test_changes_are_told_with_their_conditions() -> None:
     assert lines[0].endswith(f"Measured under other conditions: {difference}.")
     assert lines[4:] == ["| faster | 1,000 | 1,200 | 1.200 | 1.150 to 1.250 |"]
     assert len(changes_markdown(changes[:1], "old.jsonl", "")) == 1
+    # As of another size alone.
+    assert changes_markdown([], "old.jsonl", "") == []
 
 
 def test_another_machines_result_is_no_last_one(tmp_path: Path) -> None:
