@@ -18,14 +18,13 @@ from sharding.loss_scaler import LossScaler
 from sharding.mesh import ParallelMesh
 from sharding.pass_agreement import compare_passes
 from sharding.ranks.errors import UserError
-from sharding.reached import ReachedParameters
 from sharding.zero import REDUCES_UNUSED_PARAMETERS, ZeroEngine
 
 
 class AccelerateDdpEngine(DdpEngine):
     """A model and optimizer prepared by an Accelerator as DDP."""
 
-    def _wrap(self, reached: ReachedParameters) -> Any:
+    def _wrap(self) -> Any:
         self._accelerator = build_accelerator(self._device)
         with warnings.catch_warnings():
             # Newer torch has another name for broadcast_buffers; the plugin's is the old one.

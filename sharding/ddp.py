@@ -39,13 +39,15 @@ class DdpEngine(TorchEngine):
         reached = self._reached = ReachedParameters(self._led_to, mesh.reduction_group)
         # Its gradient, which lies in the last bucket, tells what each rank reached; None where that is exchanged.
         self._flags: nn.Parameter | None = None
-        self._ddp = self._wrap(reached)
+        self._reduction = _Reduction(mesh.reduction_group, reached)
+        self._ddp = self._wrap()
         self._fix_buckets()
-        # All were reached just now.
+        # All were reached just now; and only buckets in this order have the flags in the last one.
         reached.end_step()
+        self._reduction.flags = self._flags
         self._is_last = False
 
-    def _wrap(self, reached: ReachedParameters) -> Any:
+    def _wrap(self) -> Any:
         # On a GPU a collective of the host's costs the device nothing, and nobody waits for the device to hear of it.
         if self._device.type == "cpu" and {parameter.dtype for parameter in self._led_to} == {torch.float32}:
             # Buckets are by format: of one format, what is last in order is in the last one.
@@ -59,7 +61,7 @@ class DdpEngine(TorchEngine):
                 gradient_as_bucket_view=True,
                 **_no_buffer_sync(),
             )
-        ddp.register_comm_hook(_Reduction(self._mesh.reduction_group, self._flags, reached), _sum_bucket)
+        ddp.register_comm_hook(self._reduction, _sum_bucket)
         return ddp
 
     def _fix_buckets(self) -> None:
@@ -114,13 +116,13 @@ class DdpEngine(TorchEngine):
         return nullcontext() if is_last else self._ddp.no_sync()
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Reduction:
-    """What the communication hook needs."""
+    """What the communication hook needs; ``flags`` once they lie in the last bucket."""
 
     group: dist.ProcessGroup | None
-    flags: nn.Parameter | None
     reached: ReachedParameters
+    flags: nn.Parameter | None = None
 
 
 @contextmanager

@@ -7,7 +7,11 @@ import pytest
 import torch
 from torch import nn
 
+from sharding.config import ParallelConfig
+from sharding.ddp import DdpEngine
+from sharding.engine import ModelDefinition
 from sharding.memory_formula import BUCKET_ELEMENTS
+from sharding.mesh import build_mesh
 from sharding.ranks.errors import UserError
 from sharding.ranks.process_group import Ranks
 from sharding.reached import ReachedParameters
@@ -179,3 +183,52 @@ def _refused(ranks: Ranks) -> None:
 @pytest.mark.timeout(300)
 def test_where_all_ranks_must_run_the_same_a_sentence_says_so() -> None:
     run_on_ranks(_refused, 2, timeout_s=240)
+
+
+class _LargeRoot(nn.Module):
+    """More in its root than a bucket of DDP holds, a layer for some ranks, and a parameter for none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.large = nn.Parameter(torch.ones(1024, 512))
+        self.unused = nn.Parameter(torch.ones(3))
+        self.layer = nn.Linear(512, 1)
+
+    def forward(self, x: torch.Tensor, *, with_layer: bool) -> torch.Tensor:
+        hidden = x @ self.large
+        return self.layer(hidden).sum() if with_layer else hidden.sum()
+
+
+def _in_the_root(ranks: Ranks) -> None:
+    torch.manual_seed(0)
+    model = _LargeRoot()
+    definition = ModelDefinition(
+        model,
+        initialize=lambda _: None,
+        loss=lambda module, batch: module(batch["x"], with_layer=bool(batch["with_layer"])),
+        evaluate=lambda module, batch: module(batch["x"], with_layer=True),
+        seed=0,
+    )
+    engine = DdpEngine(
+        definition,
+        build_mesh(ParallelConfig(strategy="ddp"), ranks),
+        ranks.device,
+        None,
+        lambda parts: torch.optim.AdamW([part.tensor for part in parts], lr=0.1, weight_decay=0.5, fused=True),
+    )
+    # On one rank, on none, and on the other.
+    for rank_with_layer in (0, None, 1):
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        batch = {"x": torch.full((2, 1024), 1e-3), "with_layer": torch.tensor(ranks.rank == rank_with_layer)}
+        engine.train_batch([batch, batch], 4)
+        engine.step(0.1)
+        moved = [not torch.equal(one, other) for one, other in zip(before, model.parameters(), strict=True)]
+        assert moved == [True, False, *[rank_with_layer is not None] * 2]
+        for parameter in model.parameters():
+            others = [torch.empty_like(parameter) for _ in range(ranks.world_size)]
+            torch.distributed.all_gather(others, parameter.detach())
+            assert torch.equal(*others)
+
+
+def test_what_ddp_reached_is_told_whatever_lies_in_the_root() -> None:
+    run_on_ranks(_in_the_root, 2)
