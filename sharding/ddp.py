@@ -51,7 +51,7 @@ class DdpEngine(TorchEngine):
         # On a GPU a collective of the host's costs the device nothing, and nobody waits for the device to hear of it.
         if self._device.type == "cpu" and {parameter.dtype for parameter in self._led_to} == {torch.float32}:
             # Buckets are by format: of one format, what is last in order is in the last one.
-            self._flags = nn.Parameter(torch.zeros(len(self._led_to), device=self._device))
+            self._flags = nn.Parameter(torch.zeros(len(self._led_to)))
             self._led_to.append(self._flags)
         with _registered(self._model, self._flags):
             ddp = DistributedDataParallel(

@@ -1,6 +1,6 @@
 """Which parameters backward comes to: one that it does not come to has no gradient, and is not to be updated."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 import torch.distributed as dist
@@ -52,18 +52,16 @@ class ReachedParameters:
     def exchange(self) -> None:
         """After ``end_step``: begin to tell the other ranks in a collective of its own. Every rank must call it."""
         # On the host, where it is known: over gloo, so that nobody waits for a device to ask.
-        self._sums = _flags(self._num_parameters, self._missed_here, torch.int32, None)
+        self._sums = _write_flags(torch.empty(self._num_parameters, dtype=torch.int32), self._missed_here)
         self._work = dist.all_reduce(self._sums, group=self._group, async_op=True)
 
-    def flags(self, device: torch.device) -> torch.Tensor:
+    def flags(self) -> torch.Tensor:
         """After ``end_step``, what to tell the other ranks: fp64 [parameters], 1 where this one reached it, else 0."""
-        return _flags(self._num_parameters, self._missed_here, torch.float64, device)
+        return _write_flags(torch.empty(self._num_parameters, dtype=torch.float64), self._missed_here)
 
     def write_flags(self, flags: torch.Tensor) -> None:
         """Before ``end_step``, when all that the step comes to is reached: write what to tell the other ranks."""
-        flags.fill_(1.0)
-        if self._missed:
-            flags[sorted(self._missed)] = 0.0
+        _write_flags(flags, self._missed)
 
     def hear(self, sums: torch.Tensor) -> None:
         """After ``end_step``: all ranks' flags, added up; looked at only where this rank missed a parameter."""
@@ -108,8 +106,8 @@ def _arrival(missed: set[int], index: int) -> Callable[[torch.Tensor | None], No
     return arrived
 
 
-def _flags(num: int, missed: list[int], dtype: torch.dtype, device: torch.device | None) -> torch.Tensor:
-    flags = torch.ones(num, dtype=dtype, device=device)
+def _write_flags(flags: torch.Tensor, missed: Collection[int]) -> torch.Tensor:
+    flags.fill_(1)
     if missed:
-        flags[missed] = 0
+        flags[list(missed)] = 0
     return flags

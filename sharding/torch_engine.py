@@ -119,7 +119,7 @@ class TorchEngine:
 
     def clip_grad_norm(self, max_norm: float) -> torch.Tensor:
         """See Engine."""
-        flags = self._reached.flags(self._device) if self._reached is not None and self._norm_tells_reached else None
+        flags = self._reached.flags() if self._reached is not None and self._norm_tells_reached else None
         squares = square_sum(
             self._gradient_pieces(), self._optimized, self._mesh.dims, self._device, flags, self._mesh.reduction_group
         )
